@@ -1,0 +1,68 @@
+"""Pictures and Chinese text in one space.
+
+>>> import cn_clip
+>>> embedder = cn_clip.load()  # the embedded model, no download
+>>> result = cn_clip.classify(embedder, ["cat.jpg"], ["猫", "狗"])
+>>> result.top(1)
+
+The official package's functions are in ``cn_clip.clip``.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "2.0.0.dev0"
+
+__all__ = [
+    "CNClipError",
+    "CheckpointError",
+    "Classification",
+    "Embedder",
+    "ImageError",
+    "MissingWeightsError",
+    "UnknownModelError",
+    "UsageError",
+    "__version__",
+    "classify",
+    "load",
+]
+
+if TYPE_CHECKING:
+    from cn_clip.embedder import Embedder, load
+    from cn_clip.errors import (
+        CheckpointError,
+        CNClipError,
+        ImageError,
+        MissingWeightsError,
+        UnknownModelError,
+        UsageError,
+    )
+    from cn_clip.zeroshot import Classification, classify
+
+# Loaded on first use, so that `import cn_clip` costs nothing and imports neither torch nor numpy.
+_HOMES = {
+    "CNClipError": "errors",
+    "CheckpointError": "errors",
+    "Classification": "zeroshot",
+    "Embedder": "embedder",
+    "ImageError": "errors",
+    "MissingWeightsError": "errors",
+    "UnknownModelError": "errors",
+    "UsageError": "errors",
+    "classify": "zeroshot",
+    "load": "embedder",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'cn_clip' has no attribute {name!r}")
+    value: object = getattr(import_module(f"cn_clip.{_HOMES[name]}"), name)
+    globals()[name] = value  # found directly from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

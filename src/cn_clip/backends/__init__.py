@@ -1,0 +1,1 @@
+"""What runs a model: each file makes one kind of Embedder, and only it imports its runtime."""

@@ -1,0 +1,193 @@
+"""The PyTorch Embedder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from cn_clip import weights
+from cn_clip.errors import ImageError, UsageError
+from cn_clip.image import ImageInput, describe, normalize, read_image, to_pixels
+from cn_clip.model.clip import CLIP
+from cn_clip.tokenizer import Tokenizer, default_tokenizer
+
+_PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_IMAGES_PER_BATCH = 32
+_TEXTS_PER_BATCH = 256
+_TOKENS_PER_BATCH = 4096
+_TEXTS_AT_ONCE = 65_536  # tokenized and sorted by length together
+
+
+class TorchEmbedder:
+    """Runs a ``CLIP`` on a device; see ``cn_clip.Embedder`` for what it promises."""
+
+    def __init__(
+        self, model: CLIP, *, tokenizer: Tokenizer | None = None, fast_decode: bool = False
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer or default_tokenizer()
+        self.fast_decode = fast_decode
+        self._device = model.text_projection.device
+
+    @classmethod
+    def from_path(
+        cls, path: Path, *, device: str = "auto", precision: str = "auto", fast_decode: bool = False
+    ) -> TorchEmbedder:
+        """Load a checkpoint; arguments as for ``cn_clip.load``."""
+        target = pick_device(device)
+        dtype = pick_precision(precision, target)
+        model = weights.build(weights.read(path), dtype=dtype).to(target)
+        return cls(model.requires_grad_(False), fast_decode=fast_decode)
+
+    @property
+    def name(self) -> str:
+        return self.model.config.name
+
+    @property
+    def dim(self) -> int:
+        return self.model.config.embed_dim
+
+    @property
+    def logit_scale(self) -> float:
+        return float(self.model.logit_scale.detach().float().exp())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        config = self.model.config.to_dict() | {"name": None, "fast_decode": self.fast_decode}
+        digest.update(json.dumps(config, sort_keys=True).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()[:32]
+
+    def embed_images(self, images: ImageInput | Iterable[ImageInput]) -> npt.NDArray[np.float32]:
+        rows = [np.empty((0, self.dim), dtype=np.float32)]
+        workers = min(4, os.cpu_count() or 1)
+        with ThreadPoolExecutor(workers, thread_name_prefix="cn_clip-decode") as pool:
+            prepared = _ahead(pool, self._prepare, _each_image(images), 2 * _IMAGES_PER_BATCH)
+            while batch := list(islice(prepared, _IMAGES_PER_BATCH)):
+                rows.append(self._run_images(np.stack(batch)))
+        return np.concatenate(rows)
+
+    def embed_texts(self, texts: str | Iterable[str]) -> npt.NDArray[np.float32]:
+        every = iter([texts] if isinstance(texts, str) else texts)
+        rows = [np.empty((0, self.dim), dtype=np.float32)]
+        while some := list(islice(every, _TEXTS_AT_ONCE)):
+            rows.append(self._embed_some_texts(some))
+        return np.concatenate(rows)
+
+    def _prepare(self, source: ImageInput) -> npt.NDArray[np.float32]:
+        config = self.model.config
+        size = config.vision.resolution
+        image = read_image(
+            source,
+            fast_decode=size if self.fast_decode else None,
+            background=config.background,
+        )
+        try:
+            return normalize(to_pixels(image, size), config.image_mean, config.image_std)
+        except (OSError, ValueError) as error:
+            raise ImageError(f"{describe(source)} cannot be prepared: {error}") from error
+
+    @torch.inference_mode()
+    def _run_images(self, pixels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        features = self.model.encode_image(torch.from_numpy(pixels).to(self._device))
+        return _unit(features)
+
+    def _embed_some_texts(self, texts: list[str]) -> npt.NDArray[np.float32]:
+        ids = self.tokenizer.encode(texts, self.model.config.context_length)
+        by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]), reverse=True)
+        out = np.empty((len(ids), self.dim), dtype=np.float32)
+        while by_length:
+            longest = len(ids[by_length[0]])
+            count = max(1, min(_TEXTS_PER_BATCH, _TOKENS_PER_BATCH // longest))
+            batch, by_length = by_length[:count], by_length[count:]
+            out[batch] = self._run_texts(self.tokenizer.pad([ids[i] for i in batch], longest))
+        return out
+
+    @torch.inference_mode()
+    def _run_texts(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        return _unit(self.model.encode_text(torch.from_numpy(ids).to(self._device)))
+
+
+def pick_device(device: str) -> torch.device:
+    """Return the device of that name; ``"auto"`` is CUDA, then Apple's MPS, then the CPU.
+
+    Raises:
+        UsageError: there is no such device here.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+        torch.empty(1, device=picked)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"device {device!r} cannot be used here ({reason}); try 'cpu' or 'auto'"
+        ) from None
+    return picked
+
+
+def pick_precision(precision: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of that name; ``"auto"`` is float16 on CUDA and float32 elsewhere.
+
+    Raises:
+        UsageError: there is no such precision.
+    """
+    if precision == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if precision not in _PRECISIONS:
+        available = ", ".join(["auto", *_PRECISIONS])
+        raise UsageError(f"unknown precision {precision!r}; available: {available}")
+    return _PRECISIONS[precision]
+
+
+def _each_image(images: ImageInput | Iterable[ImageInput]) -> Iterator[ImageInput]:
+    """Let one picture stand for a list of one; a 4-dimensional array is a batch already."""
+    if isinstance(images, np.ndarray):
+        yield from [images] if images.ndim < 4 else images
+    elif isinstance(images, str | os.PathLike | bytes | bytearray | Image.Image):
+        yield images
+    else:
+        yield from images
+
+
+def _ahead(
+    pool: ThreadPoolExecutor,
+    prepare: Callable[[ImageInput], npt.NDArray[np.float32]],
+    images: Iterator[ImageInput],
+    depth: int,
+) -> Iterator[npt.NDArray[np.float32]]:
+    """Yield prepared pictures in order, at most ``depth`` of them in hand."""
+    waiting: deque[Future[npt.NDArray[np.float32]]] = deque()
+    try:
+        for image in images:
+            waiting.append(pool.submit(prepare, image))
+            if len(waiting) >= depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:  # on an error or Ctrl-C, do not decode what nobody waits for
+        for future in waiting:
+            future.cancel()
+
+
+def _unit(features: torch.Tensor) -> npt.NDArray[np.float32]:
+    unit = torch.nn.functional.normalize(features.float(), dim=-1)
+    return unit.cpu().numpy()

@@ -1,0 +1,62 @@
+"""The command line, ``cn-clip VERB``: each file parses one verb, calls functions, prints.
+
+Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted. Errors are one sentence on stderr.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+
+from cyclopts import App, CycloptsError
+
+from cn_clip import __version__
+from cn_clip.cli.classify import classify
+from cn_clip.cli.doctor import doctor
+from cn_clip.cli.models import models
+from cn_clip.errors import CNClipError, UsageError
+
+app = App(
+    name="cn-clip",
+    version=__version__,
+    help="Chinese-CLIP: pictures and Chinese text in one space.",
+)
+app.command(models)
+app.command(classify)
+app.command(doctor)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command line; return its exit code."""
+    warnings.showwarning = _one_line
+    try:
+        code = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as error:
+        return _fail(f"{str(error).strip()} See: cn-clip --help", 2)
+    except UsageError as error:
+        return _fail(str(error), 2)
+    except CNClipError as error:
+        return _fail(str(error), 1)
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        sys.stderr.close()
+        return 1
+    except MemoryError:
+        return _fail("out of memory; give fewer or smaller pictures, or a smaller model", 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    return code if isinstance(code, int) else 0
+
+
+def _fail(sentence: str, code: int) -> int:
+    print(f"cn-clip: {sentence}", file=sys.stderr)
+    return code
+
+
+def _one_line(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"cn-clip: warning: {message}", file=sys.stderr)

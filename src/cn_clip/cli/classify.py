@@ -1,0 +1,149 @@
+"""``cn-clip classify``: which of some Chinese labels fits each picture."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+from rich.markup import escape
+from rich.table import Table
+
+from cn_clip.cli.show import BAR_WIDTH, bar, console, print_json, progress
+from cn_clip.errors import UsageError
+
+_CHUNK = 32
+
+
+def classify(
+    images: Annotated[list[str], Parameter(negative=())],
+    *,
+    labels: str | None = None,
+    labels_file: str | None = None,
+    template: Annotated[tuple[str, ...], Parameter(negative=())] = ("{}",),
+    top: int = 5,
+    model: str = "mini",
+    device: str = "auto",
+    precision: str = "auto",
+    fast_decode: Annotated[bool, Parameter(negative=())] = False,
+    download_root: str | None = None,
+    json: Annotated[bool, Parameter(negative=())] = False,
+) -> int:
+    """Tell which of some Chinese labels fits each picture.
+
+    Prints, for each picture, the best labels with their probability (a softmax over the labels
+    given) and cosine (independent of the other labels). Damaged pictures are reported and do not
+    stop the rest.
+
+    Parameters
+    ----------
+    images
+        Files, folders (searched through) or globs.
+    labels
+        The labels, separated by commas: 猫,狗,火箭
+    labels_file
+        A text file with one label a line, UTF-8; - is standard input.
+    template
+        A sentence with {} where the label goes, such as 一张{}的照片; repeat it to average several.
+    top
+        How many labels to print for each picture.
+    model
+        A name from `cn-clip models`, or the path of a checkpoint.
+    device
+        cpu, cuda, mps, or auto.
+    precision
+        float32, bfloat16, float16, or auto.
+    fast_decode
+        Decode large JPEG files at reduced size: faster, scores differ slightly.
+    download_root
+        Where official weights are looked for, and downloaded to.
+    json
+        Print JSON instead of a table.
+    """
+    from cn_clip import zeroshot
+    from cn_clip.embedder import embed_readable, load
+    from cn_clip.image import find_images
+
+    if top < 1:
+        raise UsageError(f"--top {top} shows nothing; give 1 or more")
+    names = zeroshot.distinct(_read_labels(labels, labels_file))
+    paths = find_images(images)
+    embedder = load(
+        model,
+        device=device,
+        precision=precision,  # type: ignore[arg-type]  # load() says which there are
+        fast_decode=fast_decode,
+        download_root=download_root,
+    )
+    prototypes = zeroshot.label_embeddings(embedder, names, template)
+
+    shown: list[dict[str, Any]] = []
+    failed: list[dict[str, str]] = []
+    out = console()
+    with progress() as bars:
+        task = bars.add_task("classifying", total=len(paths))
+        for start in range(0, len(paths), _CHUNK):
+            chunk = paths[start : start + _CHUNK]
+            embeddings, errors = embed_readable(embedder, chunk)
+            good = [path for index, path in enumerate(chunk) if index not in errors]
+            result = zeroshot.score(embedder, embeddings, names, prototypes)
+            for path, best in zip(good, result.top(top), strict=True):
+                if json:
+                    shown.append(_as_json(path, best))
+                else:
+                    out.print(_table(path, best))
+            failed += [{"image": str(chunk[i]), "error": str(e)} for i, e in errors.items()]
+            bars.advance(task, len(chunk))
+
+    if json:
+        print_json(
+            {
+                "model": embedder.name,
+                "logit_scale": embedder.logit_scale,
+                "templates": list(template),
+                "labels": names,
+                "images": shown,
+                "failed": failed,
+            }
+        )
+    for failure in failed:
+        print(f"cn-clip: {failure['error']}", file=sys.stderr)
+    if len(paths) > 1 and failed:
+        print(f"cn-clip: {len(failed)} of {len(paths)} pictures failed", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _read_labels(given: str | None, file: str | None) -> list[str]:
+    if (given is None) == (file is None):
+        raise UsageError("give either --labels 猫,狗 or --labels-file FILE")
+    if given is not None:
+        return re.split("[,，、]", given)
+    assert file is not None
+    try:
+        raw = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        lines = raw.decode("utf-8-sig").splitlines()
+    except OSError as error:
+        raise UsageError(f"--labels-file {file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"--labels-file {file} is not UTF-8 (byte {error.start}); save it as UTF-8"
+        ) from None
+    return [line for line in lines if line.strip()]
+
+
+def _as_json(path: Path, best: list[tuple[str, float, float]]) -> dict[str, Any]:
+    keys = ("label", "probability", "cosine")
+    return {"image": str(path), "predictions": [dict(zip(keys, row, strict=True)) for row in best]}
+
+
+def _table(path: Path, best: list[tuple[str, float, float]]) -> Table:
+    table = Table(title=escape(str(path)), title_justify="left", box=None, header_style="dim")
+    table.add_column("label")
+    table.add_column("probability", justify="right")
+    table.add_column("", width=BAR_WIDTH, style="green")
+    table.add_column("cosine", justify="right")
+    for label, probability, cosine in best:
+        table.add_row(escape(label), f"{probability:.1%}", bar(probability), f"{cosine:.3f}")
+    return table

@@ -1,0 +1,161 @@
+"""``cn-clip doctor``: is this environment ready?"""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+from rich.markup import escape
+
+from cn_clip import __version__, hub
+from cn_clip.cli.show import console, print_json
+
+_TIMEOUT_S = 3.0
+_REQUIRED = ("torch", "numpy", "Pillow", "tokenizers", "safetensors", "huggingface-hub")
+_OPTIONAL = {"modelscope": ("downloads from ModelScope", "pip install 'cn-clip[modelscope]'")}
+_COLOURS = {"ok": "green", "note": "yellow", "fail": "red"}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at; only ``fail`` makes the environment not ready."""
+
+    what: str
+    state: Literal["ok", "note", "fail"]
+    detail: str
+
+
+def doctor(
+    *,
+    offline: Annotated[bool, Parameter(negative=())] = False,
+    json: Annotated[bool, Parameter(negative=())] = False,
+) -> int:
+    """Check that this environment is ready: versions, devices, the embedded model, the hubs.
+
+    Exits with 0 when everything needed works and with 1 when something is missing; what only
+    costs convenience, such as a hub that cannot be reached, is a note.
+
+    Parameters
+    ----------
+    offline
+        Do not try to reach the hubs.
+    json
+        Print JSON instead of a list.
+    """
+    findings = []
+    out = console()
+    for finding in _look(offline):
+        findings.append(finding)
+        if not json:
+            # Rich reads square brackets as markup; details may hold some, as in cn-clip[extra].
+            mark = f"[{_COLOURS[finding.state]}]{finding.state:<6}[/]"
+            out.print(f"{mark}{finding.what:<17}{escape(finding.detail)}", soft_wrap=True)
+    ready = all(finding.state != "fail" for finding in findings)
+    if json:
+        print_json({"ready": ready, "findings": [asdict(finding) for finding in findings]})
+    else:
+        out.print("ready" if ready else "[red]not ready[/]: mend what is marked fail")
+    return 0 if ready else 1
+
+
+def _look(offline: bool) -> Iterator[Finding]:
+    yield Finding("cn-clip", "ok", f"{__version__}, Python {platform.python_version()}")
+    missing = [name for name in _REQUIRED if not _version(name)]
+    for name in _REQUIRED:
+        state: Literal["ok", "fail"] = "fail" if name in missing else "ok"
+        yield Finding(name, state, _version(name) or f"missing; add it: pip install {name}")
+    for name, (purpose, command) in _OPTIONAL.items():
+        if importlib.util.find_spec(name):
+            yield Finding(name, "ok", _version(name) or "installed")
+        else:
+            yield Finding(name, "note", f"not installed; for {purpose}: {command}")
+    if missing:
+        return
+    yield from _devices()
+    yield _embedded_model()
+    for name in hub.names()[1:]:
+        path = hub.find(name)
+        yield Finding(name, "ok" if path else "note", str(path or "weights not on this machine"))
+    if not offline:
+        yield from _hubs()
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> Iterator[Finding]:
+    import torch
+
+    threads = torch.get_num_threads()
+    capability = torch.backends.cpu.get_cpu_capability()
+    yield Finding("cpu", "ok", f"{capability}, {threads} threads; float32, bfloat16, float16")
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            memory = f"{properties.total_memory / 2**30:.0f} GiB"
+            precisions = "float32, float16" + (
+                ", bfloat16" if torch.cuda.is_bf16_supported() else ""
+            )
+            yield Finding(f"cuda:{index}", "ok", f"{properties.name}, {memory}; {precisions}")
+    elif torch.backends.mps.is_available():
+        yield Finding("mps", "ok", "Apple GPU; float32, float16")
+    else:
+        yield Finding("gpu", "note", f"none that torch {torch.__version__} can use; the CPU works")
+
+
+def _embedded_model() -> Finding:
+    """Load `mini` and let it tell two colours apart."""
+    import numpy as np
+
+    from cn_clip.embedder import load
+
+    try:
+        start = time.perf_counter()
+        embedder = load(hub.EMBEDDED, device="cpu")
+        seconds = time.perf_counter() - start
+        cat, kitten, rocket = embedder.embed_texts(["猫", "小猫", "火箭"])
+        picture = embedder.embed_images(np.full((64, 64, 3), 128, dtype=np.uint8))
+        works = cat @ kitten > cat @ rocket and abs(float(np.linalg.norm(picture)) - 1) < 1e-3
+    except Exception as error:  # whatever is wrong, the doctor's work is to say so
+        return Finding("embedded model", "fail", f"{error}; reinstall: pip install -I cn-clip")
+    if not works:
+        return Finding(
+            "embedded model", "fail", "gives wrong vectors; reinstall: pip install -I cn-clip"
+        )
+    return Finding("embedded model", "ok", f"{hub.EMBEDDED} loads in {seconds:.2f} s and works")
+
+
+def _hubs() -> Iterator[Finding]:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        yield Finding("Hugging Face", "note", "not asked: HF_HUB_OFFLINE is set")
+    else:
+        yield _reach("Hugging Face", constants.ENDPOINT)
+    yield _reach("ModelScope", hub.modelscope_endpoint())
+
+
+def _reach(name: str, endpoint: str) -> Finding:
+    request = urllib.request.Request(endpoint, method="HEAD", headers={"User-Agent": "cn-clip"})
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S):
+            pass
+    except urllib.error.HTTPError as error:
+        if error.code >= 500:
+            return Finding(name, "note", f"{endpoint} answers {error.code}; try again later")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        return Finding(name, "note", f"{endpoint} cannot be reached ({reason}); mini needs no hub")
+    return Finding(name, "ok", f"{endpoint} answers")

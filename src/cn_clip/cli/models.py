@@ -1,0 +1,83 @@
+"""``cn-clip models``: what can be loaded by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+from rich.table import Table
+
+from cn_clip import hub
+from cn_clip.cli.show import console, print_json
+from cn_clip.config import MODELS, PUBLISHED, ModelConfig
+
+
+def models(
+    *,
+    download_root: str | None = None,
+    json: Annotated[bool, Parameter(negative=())] = False,
+) -> None:
+    """List the models that load by name, with their size and where their weights are.
+
+    Parameters
+    ----------
+    download_root
+        A folder to look into first.
+    json
+        Print JSON instead of a table.
+    """
+    rows = [_describe(name, hub.find(name, download_root)) for name in hub.names()]
+    if json:
+        print_json(rows)
+        return
+    table = Table(box=None, header_style="dim")
+    for heading in ("name", "image tower", "text tower", "parameters", "pixels", "dim", "found"):
+        table.add_column(heading, justify="right" if heading in _NUMBERS else "left")
+    for row in rows:
+        found = row["path"] or f"to be downloaded: {row['file']}"
+        table.add_row(
+            row["name"],
+            row["image_tower"],
+            row["text_tower"],
+            f"{row['parameters'] / 1e6:.0f} M",
+            str(row["resolution"]),
+            str(row["dim"]),
+            "in the package" if row["name"] == hub.EMBEDDED else found,
+        )
+    console().print(table)
+
+
+_NUMBERS = ("parameters", "pixels", "dim")
+
+
+def _describe(name: str, path: Path | None) -> dict[str, Any]:
+    published = PUBLISHED.get(name)
+    config = MODELS[name] if published else _embedded_config(path)
+    text = config.text
+    return {
+        "name": name,
+        "image_tower": published.vision if published else config.vision.kind,
+        "text_tower": published.text if published else f"BERT {text.layers}x{text.hidden_size}",
+        "parameters": _count_parameters(config),
+        "resolution": config.vision.resolution,
+        "dim": config.embed_dim,
+        "file": published.filename if published else None,
+        "path": str(path) if path else None,
+    }
+
+
+def _embedded_config(path: Path | None) -> ModelConfig:
+    from cn_clip.weights import read_config
+
+    assert path is not None  # it is part of the package
+    return read_config(path)
+
+
+def _count_parameters(config: ModelConfig) -> int:
+    import torch
+
+    from cn_clip.model.clip import CLIP
+
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in CLIP(config).parameters())

@@ -1,0 +1,42 @@
+"""How verbs print: tables for people, JSON for machines, progress on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+BAR_WIDTH = 20
+
+
+def console() -> Console:
+    """Return the console for stdout; a pipe gets lines as long as they are."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document, with Chinese readable."""
+    print(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+def progress() -> Progress:
+    """Return a progress bar on stderr; silent when stderr is not a terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
+
+
+def bar(share: float) -> str:
+    """Draw a share between 0 and 1 as a bar of up to ``BAR_WIDTH`` cells, in eighths of a cell."""
+    eighths = round(share * BAR_WIDTH * 8)
+    full, rest = divmod(eighths, 8)
+    return "█" * full + ("▏▎▍▌▋▊▉"[rest - 1] if rest else "")

@@ -1,0 +1,215 @@
+"""The official package's functions under their names: ``import cn_clip.clip as clip``.
+
+A thin facade for code written against the official ``cn_clip``; new code is better served by
+``cn_clip.load``. Differences, all on purpose: models come in eval mode and float32 on every
+device, quotes are normalised, files are never executed, and what does not fit is an error.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cn_clip import hub, weights
+from cn_clip.config import CLIP_MEAN, CLIP_STD, PUBLISHED, VISION_TOWERS, ModelConfig, model_config
+from cn_clip.errors import CheckpointError, UnknownModelError, UsageError
+from cn_clip.image import normalize, to_pixels
+from cn_clip.model.clip import CLIP, initialize
+from cn_clip.tokenizer import default_tokenizer
+
+__all__ = [
+    "available_models",
+    "convert_state_dict",
+    "create_model",
+    "image_transform",
+    "load",
+    "load_from_name",
+    "tokenize",
+]
+
+_tokenizer = default_tokenizer()  # under the name that scripts reach for
+
+
+class ImageTransform:
+    """PIL image to a float32 tensor (3, S, S), exactly as the official preprocessing."""
+
+    def __init__(self, image_size: int) -> None:
+        self.image_size = image_size
+        self.mean, self.std = CLIP_MEAN, CLIP_STD
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return torch.from_numpy(normalize(to_pixels(image, self.image_size), self.mean, self.std))
+
+    def __repr__(self) -> str:
+        return f"ImageTransform(image_size={self.image_size})"
+
+
+def available_models() -> list[str]:
+    """Return the names that ``load_from_name`` knows."""
+    return list(PUBLISHED)
+
+
+def image_transform(image_size: int = 224) -> ImageTransform:
+    """Return the preprocessing: squash bicubic, RGB, ``/255``, CLIP mean and std."""
+    return ImageTransform(image_size)
+
+
+def tokenize(texts: str | Sequence[str], context_length: int = 52) -> torch.LongTensor:
+    """Return token ids (N, ``context_length``), padded with 0.
+
+    Longer texts are cut; the first time this warns, and
+    ``cn_clip.tokenizer.default_tokenizer().truncated`` counts them all.
+    """
+    ids = torch.from_numpy(default_tokenizer()(texts, context_length))
+    assert isinstance(ids, torch.LongTensor)
+    return ids
+
+
+def load_from_name(
+    name: str,
+    device: str | torch.device | None = None,
+    download_root: str | None = None,
+    vision_model_name: str | None = None,
+    text_model_name: str | None = None,
+    input_resolution: int | None = None,
+    use_modelscope: bool = False,
+) -> tuple[CLIP, ImageTransform]:
+    """Return ``(model, preprocess)`` of a published model or of a checkpoint file.
+
+    Args:
+        name: one of ``available_models()``, or a path; a file needs no further names, but those
+            given are checked against it.
+        device: by default CUDA if there is one, else the CPU.
+        download_root: where the file is looked for and downloaded to; ``~/.cache/clip`` by default.
+        vision_model_name: such as ``"ViT-B-16"``.
+        text_model_name: such as ``"RoBERTa-wwm-ext-base-chinese"``.
+        input_resolution: side of the square input in pixels.
+        use_modelscope: download from ModelScope instead of Hugging Face.
+
+    Raises:
+        UnknownModelError: neither a name nor a path.
+        MissingWeightsError: the weights are neither here nor to be downloaded.
+        CheckpointError: the file is damaged, refused, or holds another model.
+    """
+    wanted: ModelConfig | None = None
+    if name in PUBLISHED:
+        path = hub.locate(name, download_root=download_root, use_modelscope=use_modelscope)
+        wanted = model_config(PUBLISHED[name].struct)
+    elif os.path.exists(name):
+        path = Path(name)
+        if vision_model_name and text_model_name:
+            wanted = model_config(
+                f"{vision_model_name}@{text_model_name}", resolution=input_resolution
+            )
+        elif vision_model_name or text_model_name:
+            raise UsageError("give both vision_model_name and text_model_name, or neither")
+    else:
+        raise UnknownModelError("model", name, available_models())
+    checkpoint = weights.read(path)
+    if wanted is not None:
+        _same_towers(checkpoint.config, wanted, path)
+    if input_resolution not in (None, checkpoint.config.vision.resolution):
+        raise CheckpointError(
+            f"{path} takes {checkpoint.config.vision.resolution} pixels, "
+            f"not input_resolution={input_resolution}"
+        )
+    model = weights.build(checkpoint).to(device if device is not None else _default_device())
+    return model, _transform_of(model.config)
+
+
+def create_model(model_name: str, checkpoint: Mapping[str, Any] | None = None) -> CLIP:
+    """Return the model ``"VISION@TEXT"``, in eval mode and float32.
+
+    Args:
+        model_name: such as ``"ViT-B-16@RoBERTa-wwm-ext-base-chinese"``.
+        checkpoint: what ``torch.load`` of an official file returns, with ``"state_dict"`` inside;
+            without it the weights are drawn at random, from torch's global generator.
+
+    Raises:
+        UnknownModelError: a tower is unknown.
+        CheckpointError: the weights are of another model.
+    """
+    config = model_config(model_name)
+    if checkpoint is None:
+        with torch.device("meta"):
+            model = CLIP(config)
+        model.to_empty(device="cpu")
+        initialize(model)
+        return model.eval()
+    tensors, dropped = weights.official_names(checkpoint["state_dict"], "the checkpoint")
+    _same_towers(weights.infer_config(tensors, "the checkpoint"), config, "the checkpoint")
+    return weights.build(weights.Checkpoint(config, tensors, dropped))
+
+
+def load(
+    model: CLIP,
+    device: str | torch.device | None = None,
+    clip_path: str | None = None,
+    bert_path: str | None = None,
+    use_flash_attention: bool = False,
+) -> CLIP:
+    """Fill a model's image tower and text tower from two files, and return it in eval mode.
+
+    Args:
+        model: from ``create_model``.
+        device: by default CUDA if there is one, else the CPU.
+        clip_path: a file with ``visual.*`` and perhaps ``logit_scale``; position embeddings are
+            resized to the model's resolution.
+        bert_path: a file with ``bert.*``; its pooler is left out.
+        use_flash_attention: accepted and ignored; attention picks the fastest kernel by itself.
+
+    Raises:
+        CheckpointError: a tower in a file is not whole, or of another shape.
+    """
+    state = model.state_dict()
+    given: dict[str, Tensor] = {}
+    for path, prefix in ((clip_path, "visual."), (bert_path, "bert.")):
+        if path is None:
+            continue
+        tensors, _ = weights.official_names(weights.read_tensors(path), path)
+        tower = {name: t for name, t in tensors.items() if name.startswith(prefix)}
+        positions = "visual.positional_embedding"
+        if positions in tower and positions in state:
+            length = state[positions].shape[0]
+            tower[positions] = weights.resize_positions(tower[positions], length)
+        wanted = {name: t for name, t in state.items() if name.startswith(prefix)}
+        weights.check_fit(tower, wanted, f"the {prefix}* tower from {path}")
+        given |= tower
+        if prefix == "visual." and "logit_scale" in tensors:
+            given["logit_scale"] = tensors["logit_scale"]
+    model.load_state_dict(state | given)
+    return model.to(device if device is not None else _default_device()).eval()
+
+
+def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights under their plain names, from those that flash-attention training wrote.
+
+    The official function also converts the other way; here no code path wants those names.
+    """
+    return weights.unfuse_attention(state_dict)
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _transform_of(config: ModelConfig) -> ImageTransform:
+    transform = image_transform(config.vision.resolution)
+    transform.mean, transform.std = config.image_mean, config.image_std
+    return transform
+
+
+def _same_towers(found: ModelConfig, wanted: ModelConfig, path: str | os.PathLike[str]) -> None:
+    if replace(found, name="") == replace(wanted, name=""):
+        return
+    struct = PUBLISHED[found.name].struct if found.name in PUBLISHED else found.name
+    if found.name in VISION_TOWERS and found.vision.resolution != wanted.vision.resolution:
+        struct += f" at {found.vision.resolution} pixels"
+    raise CheckpointError(f"{path} holds {struct}, not {wanted.name}; use that name")

@@ -1,0 +1,128 @@
+"""One way to turn pictures and texts into comparable vectors, whatever runs underneath."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from cn_clip import hub
+from cn_clip.errors import ImageError, UnknownModelError, UsageError
+from cn_clip.image import ImageInput
+
+Backend = Literal["auto", "torch"]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class Embedder(Protocol):
+    """A loaded model: pictures and Chinese texts to vectors of unit length in one space."""
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+
+    @property
+    def dim(self) -> int:
+        """Length D of an embedding."""
+
+    @property
+    def logit_scale(self) -> float:
+        """The factor on cosines before a softmax, learned in training."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever embeddings may: made of weights, precision and preprocessing."""
+
+    def embed_images(self, images: ImageInput | Iterable[ImageInput]) -> npt.NDArray[np.float32]:
+        """Return unit vectors, float32 (N, D), of paths, bytes, PIL images or uint8 arrays.
+
+        Any number: they are decoded beside the model and run in batches. EXIF orientation is
+        applied.
+
+        Raises:
+            ImageError: one of them cannot be used; it is named.
+        """
+
+    def embed_texts(self, texts: str | Iterable[str]) -> npt.NDArray[np.float32]:
+        """Return unit vectors, float32 (N, D). Any number; batched by length inside.
+
+        Raises:
+            UsageError: one of them is not a string.
+        """
+
+
+def load(
+    name_or_path: str | os.PathLike[str] = hub.EMBEDDED,
+    *,
+    backend: Backend = "auto",
+    device: str = "auto",
+    precision: Precision = "auto",
+    fast_decode: bool = False,
+    download_root: str | os.PathLike[str] | None = None,
+) -> Embedder:
+    """Load a model for embedding.
+
+    Args:
+        name_or_path: ``"mini"`` (in the package, no download), an official name such as
+            ``"ViT-B-16"``, the path of an official ``.pt`` file, or of a folder that this package
+            wrote. Files say themselves which model they hold.
+        backend: what runs the model.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; ``"auto"`` takes a GPU if there is
+            one.
+        precision: ``"auto"`` is float16 on CUDA and float32 elsewhere.
+        fast_decode: decode large JPEG files at reduced size. Faster; embeddings differ slightly.
+        download_root: where official files are looked for first, and fetched to.
+
+    Raises:
+        UnknownModelError: no such name and no such path; the nearest name is offered.
+        MissingWeightsError: the weights are neither here nor to be fetched.
+        CheckpointError: the file is damaged, refused or of no known model.
+        UsageError: the device, backend or precision cannot be had.
+    """
+    if backend not in ("auto", "torch"):
+        raise UsageError(f"unknown backend {backend!r}; available: auto, torch")
+    path = _resolve(name_or_path, download_root)
+    from cn_clip.backends.torch import TorchEmbedder  # torch takes a second to import
+
+    return TorchEmbedder.from_path(
+        path, device=device, precision=precision, fast_decode=fast_decode
+    )
+
+
+def embed_readable(
+    embedder: Embedder, images: Sequence[ImageInput]
+) -> tuple[npt.NDArray[np.float32], dict[int, ImageError]]:
+    """Embed the pictures that can be read; return their rows, and the errors by index.
+
+    Rows are in the order of ``images``, without those whose index is among the errors.
+    """
+    try:
+        return embedder.embed_images(images), {}
+    except ImageError:
+        pass  # one of them is bad: find out which, one at a time
+    rows = [np.empty((0, embedder.dim), dtype=np.float32)]
+    errors: dict[int, ImageError] = {}
+    for index, image in enumerate(images):
+        try:
+            rows.append(embedder.embed_images([image]))
+        except ImageError as error:
+            errors[index] = error
+    return np.concatenate(rows), errors
+
+
+def _resolve(
+    name_or_path: str | os.PathLike[str], download_root: str | os.PathLike[str] | None
+) -> Path:
+    if isinstance(name_or_path, str) and name_or_path in hub.names():
+        return hub.locate(name_or_path, download_root=download_root)
+    path = Path(name_or_path).expanduser()
+    if not path.exists():
+        looks_like_path = path.suffix or len(path.parts) > 1
+        if looks_like_path:
+            raise UsageError(f"no such file or folder: {str(name_or_path)!r}")
+        raise UnknownModelError("model", str(name_or_path), hub.names())
+    return path

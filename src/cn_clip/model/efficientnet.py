@@ -1,0 +1,141 @@
+"""EfficientNet-Lite0 with a bank of text-space prototypes: the image tower of `mini`.
+
+The backbone is EfficientNet (Tan & Le, 2019, arXiv:1905.11946) in its Lite0 form: no
+squeeze-and-excitation, ReLU6 instead of swish, a stem and a head that do not scale. What makes it
+an image-*text* tower stands on top. A classifier over visual concepts (the 1,000 ImageNet classes)
+is a table of visual prototypes, so its sharpened probabilities, averaged over one text-space
+vector per class, give a feature that text can be compared with (ConSE, Norouzi et al., 2013,
+arXiv:1312.5650). A linear residual from the pooled features carries what no class names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cn_clip.config import VisionConfig
+
+BATCH_NORM_EPS = 1e-3  # TensorFlow's, which these weights were trained with
+STEM_CHANNELS = 32
+FEATURES = 1280
+CONCEPTS = 1000
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of table 1 of the EfficientNet paper."""
+
+    blocks: int
+    kernel: int
+    stride: int
+    expansion: int
+    channels: int
+
+
+STAGES = (
+    Stage(1, 3, 1, 1, 16),
+    Stage(2, 3, 2, 6, 24),
+    Stage(2, 5, 2, 6, 40),
+    Stage(3, 3, 2, 6, 80),
+    Stage(3, 5, 1, 6, 112),
+    Stage(4, 5, 2, 6, 192),
+    Stage(1, 3, 1, 6, 320),
+)
+
+
+class ConvNorm(nn.Module):
+    """Convolution without bias, then batch norm: (B, C, H, W) -> (B, C', H / stride, W / stride)."""
+
+    def __init__(
+        self, channels: int, out_channels: int, kernel: int, *, stride: int = 1, groups: int = 1
+    ) -> None:
+        super().__init__()
+        # TensorFlow's "SAME" padding: an even input at stride 2 gets its odd pixel of padding
+        # on the right and at the bottom, which Conv2d's own symmetric padding cannot say.
+        total = kernel - stride
+        self.padding = (total // 2, total - total // 2) * 2 if stride > 1 else (0, 0, 0, 0)
+        self.conv = nn.Conv2d(
+            channels,
+            out_channels,
+            kernel,
+            stride,
+            padding=0 if stride > 1 else kernel // 2,
+            groups=groups,
+            bias=False,
+        )
+        self.norm = nn.BatchNorm2d(out_channels, eps=BATCH_NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if any(self.padding):
+            x = F.pad(x, self.padding)
+        normed: Tensor = self.norm(self.conv(x))
+        return normed
+
+
+class InvertedResidual(nn.Module):
+    """MBConv without squeeze-and-excitation: widen, filter each channel, narrow, add the input."""
+
+    def __init__(self, channels: int, stage: Stage, *, stride: int) -> None:
+        super().__init__()
+        wide = channels * stage.expansion
+        self.expand = ConvNorm(channels, wide, 1) if stage.expansion > 1 else None
+        self.depthwise = ConvNorm(wide, wide, stage.kernel, stride=stride, groups=wide)
+        self.project = ConvNorm(wide, stage.channels, 1)
+        self.adds_input = stride == 1 and channels == stage.channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x if self.expand is None else F.relu6(self.expand(x))
+        narrow: Tensor = self.project(F.relu6(self.depthwise(wide)))
+        return x + narrow if self.adds_input else narrow
+
+
+class Backbone(nn.Module):
+    """EfficientNet-Lite0 up to its pooled features: (B, 3, S, S) -> (B, 1280); S divides by 32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = ConvNorm(3, STEM_CHANNELS, 3, stride=2)
+        blocks: list[InvertedResidual] = []
+        channels = STEM_CHANNELS
+        for stage in STAGES:
+            for i in range(stage.blocks):
+                stride = stage.stride if i == 0 else 1
+                blocks.append(InvertedResidual(channels, stage, stride=stride))
+                channels = stage.channels
+        self.blocks = nn.ModuleList(blocks)
+        self.head = ConvNorm(channels, FEATURES, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu6(self.stem(images))
+        for block in self.blocks:
+            x = block(x)
+        return F.relu6(self.head(x)).mean((2, 3))
+
+
+class EfficientNetLite(nn.Module):
+    """Image tower of `mini`: (B, 3, S, S) normalised pixels -> (B, embed_dim) features.
+
+    `features = softmax(sharpness * classifier(p)) @ prototypes + residual(p)` with `p` the pooled
+    features (B, 1280) of the backbone. S must divide by 32.
+    """
+
+    def __init__(self, config: VisionConfig, embed_dim: int) -> None:
+        super().__init__()
+        if config.resolution % 32:
+            raise ValueError(
+                f"EfficientNet-Lite needs a resolution that divides by 32, not {config.resolution}"
+            )
+        self.backbone = Backbone()
+        self.classifier = nn.Linear(FEATURES, CONCEPTS)
+        self.sharpness = nn.Parameter(torch.ones(()))
+        self.prototypes = nn.Parameter(torch.randn(CONCEPTS, embed_dim) * embed_dim**-0.5)
+        self.residual = nn.Linear(FEATURES, embed_dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        pooled = self.backbone(images)
+        weights = (self.sharpness * self.classifier(pooled)).softmax(-1)  # (B, concepts)
+        features: Tensor = weights @ self.prototypes + self.residual(pooled)
+        return features

@@ -1,0 +1,53 @@
+"""What the towers share: the only attention, LayerNorm in float32, QuickGELU, checkpointing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    heads: int,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Scaled dot-product attention: (B, Lq, D), (B, L, D), (B, L, D) to (B, Lq, D).
+
+    ``mask`` is boolean, of shape (B, 1, 1, L): True where a key may be looked at.
+    """
+    q, k, v = (x.reshape(*x.shape[:2], heads, -1).transpose(1, 2) for x in (query, key, value))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    return out.transpose(1, 2).flatten(2)  # (B, H, Lq, D/H) -> (B, Lq, D)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm that computes in float32 whatever the input, as the published weights expect."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+class QuickGELU(nn.Module):
+    """``x * sigmoid(1.702 x)``, OpenAI CLIP's activation (Radford et al., arXiv:2103.00020)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+def run_blocks(
+    blocks: nn.ModuleList, x: Tensor, *extra: Tensor | None, recompute: bool = False
+) -> Tensor:
+    """Run ``blocks`` one after the other; ``recompute`` trades time for memory in the backward."""
+    for block in blocks:
+        step: Callable[..., Tensor] = block
+        x = checkpoint(step, x, *extra, use_reentrant=False) if recompute else step(x, *extra)
+    return x

@@ -1,0 +1,65 @@
+"""Files appear whole or not at all: written beside their place, then renamed into it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def published(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path to write a file at; on success it replaces ``path`` in one step.
+
+    On any error, Ctrl-C included, the temporary file is removed and ``path`` is as it was.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # A folder of its own: whatever the writer creates in it goes with it.
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        temporary = folder / target.name
+        yield temporary
+        _finish(temporary)
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def published_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary folder to write into; on success it takes the place of ``path``.
+
+    The old folder stays until the new one is complete. What it held besides goes with it.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    new, old = work / "new", work / "old"
+    try:
+        new.mkdir()
+        yield new
+        for file in new.iterdir():
+            _finish(file)
+        if target.exists():
+            target.rename(old)
+        try:
+            new.rename(target)
+        except BaseException:
+            if old.exists():
+                old.rename(target)
+            raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _finish(file: Path) -> None:
+    """Flush to disk, with the permissions any new file gets here; some writers leave 0600."""
+    umask = os.umask(0)
+    os.umask(umask)
+    file.chmod(0o666 & ~umask)
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())

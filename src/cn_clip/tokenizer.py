@@ -1,0 +1,177 @@
+"""Chinese text to token ids: BERT WordPiece over 21,128 tokens, by the Rust `tokenizers` library.
+
+The ids equal those that the published weights saw in training, for every caller: text is
+lowercased and the quotes “ ” become ``"`` in here, not in some of the places that call it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+from tokenizers import Regex, models, normalizers, pre_tokenizers
+
+from cn_clip.errors import UsageError
+
+CONTEXT_LENGTH = 52
+
+# The blocks that BERT splits into single characters; kana and hangul are not among them.
+_IDEOGRAPHS = (
+    r"\x{3400}-\x{4DBF}\x{4E00}-\x{9FFF}\x{F900}-\x{FAFF}\x{20000}-\x{2A6DF}"
+    r"\x{2A700}-\x{2CEAF}\x{2F800}-\x{2FA1F}"
+)
+
+# A forked worker (a DataLoader's, say) tokenizes on its own thread; saying so silences the
+# library's warning about the thread pool that did not survive the fork.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        after_in_child=lambda: os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    )
+
+
+class TruncationWarning(UserWarning):
+    """A text was longer than the context length, and its end was cut off."""
+
+
+class Tokenizer:
+    """Turns texts into ids; safe to share between threads, to pickle and to fork.
+
+    Attributes:
+        vocab: token to id.
+        truncated: how many texts were cut so far. The first one warns, the rest only count.
+    """
+
+    def __init__(self, vocab_file: str | os.PathLike[str] | None = None) -> None:
+        """Read a vocabulary, one token a line; by default the one all Chinese-CLIP models share."""
+        self._vocab_file = vocab_file
+        self.vocab = _read_vocab(vocab_file)
+        self.truncated = 0
+        self._lock = threading.Lock()
+        self._pad, self._cls, self._sep = (self.vocab[t] for t in ("[PAD]", "[CLS]", "[SEP]"))
+        self._rust = _word_piece(self.vocab)
+
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[str | os.PathLike[str] | None]]:
+        return Tokenizer, (self._vocab_file,)
+
+    def __call__(
+        self, texts: str | Sequence[str], context_length: int = CONTEXT_LENGTH
+    ) -> npt.NDArray[np.int64]:
+        """Return ids of shape (N, ``context_length``): ``[CLS]`` text ``[SEP]``, padded with 0.
+
+        Raises:
+            UsageError: something in ``texts`` is not a string, or the length leaves no room.
+        """
+        return self.pad(self.encode(texts, context_length), context_length)
+
+    def encode(
+        self, texts: str | Sequence[str], context_length: int = CONTEXT_LENGTH
+    ) -> list[list[int]]:
+        """Return the ids of each text, unpadded, at most ``context_length`` of them."""
+        if context_length < 2:
+            raise UsageError(
+                f"context_length {context_length} leaves no room for [CLS] and [SEP]; use 52"
+            )
+        room = context_length - 2
+        cut = 0
+        rows = []
+        for encoding in self._rust.encode_batch_fast(_lowered(texts), add_special_tokens=False):
+            ids = encoding.ids
+            cut += len(ids) > room
+            rows.append([self._cls, *ids[:room], self._sep])
+        if cut:
+            self._count_truncated(cut, context_length)
+        return rows
+
+    def pad(self, rows: Sequence[Sequence[int]], length: int) -> npt.NDArray[np.int64]:
+        """Return ``rows`` as one array of shape (N, ``length``), filled up with the padding id."""
+        padded = np.full((len(rows), length), self._pad, dtype=np.int64)
+        for target, row in zip(padded, rows, strict=True):
+            target[: len(row)] = row
+        return padded
+
+    def tokenize(self, text: str) -> list[str]:
+        """Return the pieces of one text, such as ``['皮', '卡', '丘']``, without special tokens."""
+        pieces: list[str] = self._rust.encode_batch(_lowered(text), add_special_tokens=False)[
+            0
+        ].tokens
+        return pieces
+
+    def _count_truncated(self, cut: int, context_length: int) -> None:
+        with self._lock:
+            first = self.truncated == 0
+            self.truncated += cut
+        if first:
+            warnings.warn(
+                f"{cut} text(s) longer than {context_length} tokens were cut; shorten them, or "
+                "raise context_length if the model was trained with more. Further cuts are only "
+                "counted, in Tokenizer.truncated",
+                TruncationWarning,
+                stacklevel=4,
+            )
+
+
+@cache
+def default_tokenizer() -> Tokenizer:
+    """The tokenizer of every Chinese-CLIP model, built once."""
+    return Tokenizer()
+
+
+def _read_vocab(path: str | os.PathLike[str] | None) -> dict[str, int]:
+    source = files("cn_clip").joinpath("assets/vocab.txt") if path is None else Path(path)
+    # Not splitlines(): one of the tokens is itself a line separator, U+2028.
+    tokens = source.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    vocab = {token.strip(): index for index, token in enumerate(tokens)}
+    missing = [token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if token not in vocab]
+    if missing:
+        raise UsageError(f"{path} is not a BERT vocabulary: it has no {missing[0]}")
+    return vocab
+
+
+def _word_piece(vocab: dict[str, int]) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(
+        models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=200)
+    )
+    # BertNormalizer and BertPreTokenizer would do nearly the same, but they drop private-use
+    # characters (these weights saw [UNK]), misplace 256 ideographs and know an older Unicode.
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.Replace(Regex("[“”]"), '"'),
+            normalizers.Replace(Regex(r"[[\p{Cc}\p{Cf}\x{FFFD}]&&[^\t\n\r]]"), ""),
+            normalizers.Lowercase(),
+            normalizers.NFD(),
+            normalizers.Replace(Regex(r"\p{Mn}"), ""),
+        ]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Split(Regex(rf"[\p{{P}}$+<=>^`|~{_IDEOGRAPHS}]"), "isolated"),
+        ]
+    )
+    return tokenizer
+
+
+def _lowered(texts: str | Sequence[str]) -> list[str]:
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise UsageError(
+                f"text {index} is {text!r:.40} ({type(text).__name__}); expected a string"
+            )
+    # str.lower() knows a final sigma, which the per-character lowering in Rust does not.
+    lowered = [text.lower() for text in texts]
+    try:
+        "".join(lowered).encode()
+    except UnicodeEncodeError:  # lone surrogates, from a badly decoded file: unknown characters
+        lowered = [
+            "".join("\ue000" if "\ud800" <= c <= "\udfff" else c for c in text) for text in lowered
+        ]
+    return lowered
