@@ -10,6 +10,7 @@ from cn_clip.config import PUBLISHED
 from cn_clip.errors import MissingWeightsError, UnknownModelError
 
 EMBEDDED = "mini"
+EMBEDDED_FOLDER = Path(str(files("cn_clip").joinpath("assets", EMBEDDED)))
 CACHE = "~/.cache/clip"  # the official package's, so that files fetched by it are found
 
 _HUGGING_FACE, _MODELSCOPE = "OFA-Sys", "AI-ModelScope"
@@ -27,7 +28,7 @@ def find(name: str, download_root: str | os.PathLike[str] | None = None) -> Path
         UnknownModelError: no model has that name.
     """
     if name == EMBEDDED:
-        return Path(str(files("cn_clip").joinpath("assets", EMBEDDED)))
+        return EMBEDDED_FOLDER
     if name not in PUBLISHED:
         raise UnknownModelError("model", name, names())
     roots = [download_root] if download_root is not None else []

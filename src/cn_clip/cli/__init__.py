@@ -21,6 +21,7 @@ app = App(
     name="cn-clip",
     version=__version__,
     help="Chinese-CLIP: pictures and Chinese text in one space.",
+    suppress_keyboard_interrupt=False,  # run() answers it
 )
 app.command(models)
 app.command(classify)
@@ -34,7 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command line; return its exit code."""
-    warnings.showwarning = _one_line
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("once", UserWarning)
+        warnings.showwarning = _one_line
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str]) -> int:
     try:
         code = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:

@@ -21,7 +21,8 @@ def classify(
     images: Annotated[list[str], Parameter(negative=())],
     *,
     labels: str | None = None,
-    labels_file: str | None = None,
+    # A lone hyphen is a value here: standard input.
+    labels_file: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     template: Annotated[tuple[str, ...], Parameter(negative=())] = ("{}",),
     top: int = 5,
     model: str = "mini",

@@ -138,6 +138,9 @@ def initialize(model: CLIP, generator: torch.Generator | None = None) -> None:
             scale = module.proj.shape[0] ** -0.5
             for parameter in (module.class_embedding, module.positional_embedding, module.proj):
                 normal(parameter, scale)
+        elif isinstance(module, EfficientNetLite):
+            nn.init.ones_(module.sharpness)
+            normal(module.prototypes, module.prototypes.shape[1] ** -0.5)
         elif name.endswith("attnpool"):
             embedding = cast(Tensor, module.positional_embedding)
             normal(embedding, embedding.shape[1] ** -0.5)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cn_clip.config import VisionConfig
+from cn_clip.model.layers import run_blocks
 
 BATCH_NORM_EPS = 1e-3  # TensorFlow's, which these weights were trained with
 STEM_CHANNELS = 32
@@ -107,11 +108,12 @@ class Backbone(nn.Module):
                 channels = stage.channels
         self.blocks = nn.ModuleList(blocks)
         self.head = ConvNorm(channels, FEATURES, 1)
+        self.grad_checkpointing = False
 
     def forward(self, images: Tensor) -> Tensor:
         x = F.relu6(self.stem(images))
-        for block in self.blocks:
-            x = block(x)
+        recompute = self.grad_checkpointing and torch.is_grad_enabled() and not self.training
+        x = run_blocks(self.blocks, x, recompute=recompute)
         return F.relu6(self.head(x)).mean((2, 3))
 
 
@@ -131,8 +133,16 @@ class EfficientNetLite(nn.Module):
         self.backbone = Backbone()
         self.classifier = nn.Linear(FEATURES, CONCEPTS)
         self.sharpness = nn.Parameter(torch.ones(()))
-        self.prototypes = nn.Parameter(torch.randn(CONCEPTS, embed_dim) * embed_dim**-0.5)
+        self.prototypes = nn.Parameter(torch.empty(CONCEPTS, embed_dim))
         self.residual = nn.Linear(FEATURES, embed_dim)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute activations in the backward pass, to save memory.
+
+        Batch norm would count a recomputed batch twice in its running statistics, so this takes
+        effect only while the backbone is in eval mode.
+        """
+        self.backbone.grad_checkpointing = enable
 
     def forward(self, images: Tensor) -> Tensor:
         pooled = self.backbone(images)

@@ -6,6 +6,7 @@ arXiv:1906.08101).
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,9 +21,9 @@ class Embeddings(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embeddings = nn.Embedding(config.max_positions, config.hidden_size)
-        self.token_type_embeddings = nn.Embedding(config.token_types, config.hidden_size)
+        self.word_embeddings = _embedding(config.vocab_size, config.hidden_size)
+        self.position_embeddings = _embedding(config.max_positions, config.hidden_size)
+        self.token_type_embeddings = _embedding(config.token_types, config.hidden_size)
         self.LayerNorm = LayerNorm(config.hidden_size, eps=_EPS)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -30,6 +31,12 @@ class Embeddings(nn.Module):
         position = self.position_embeddings.weight[: ids.shape[1]]
         x = self.word_embeddings(ids) + position + self.token_type_embeddings.weight[0]
         return self.dropout(self.LayerNorm(x))  # type: ignore[no-any-return]
+
+
+def _embedding(rows: int, width: int) -> nn.Embedding:
+    # Undrawn: drawing normal numbers on the meta device makes torch import its compiler, which
+    # takes longer than reading the weights.
+    return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
 
 
 class _Projections(nn.Module):

@@ -3,6 +3,10 @@
 A thin facade for code written against the official ``cn_clip``; new code is better served by
 ``cn_clip.load``. Differences, all on purpose: models come in eval mode and float32 on every
 device, quotes are normalised, files are never executed, and what does not fit is an error.
+
+One thing is kept although nobody would choose it: the official package rounds most weights to
+float16 while it loads them, on the CPU too. Here they are rounded likewise, so that scores agree
+with those on record; ``cn_clip.load`` keeps the precision of the file.
 """
 
 from __future__ import annotations
@@ -15,13 +19,14 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from cn_clip import hub, weights
 from cn_clip.config import CLIP_MEAN, CLIP_STD, PUBLISHED, VISION_TOWERS, ModelConfig, model_config
 from cn_clip.errors import CheckpointError, UnknownModelError, UsageError
 from cn_clip.image import normalize, to_pixels
 from cn_clip.model.clip import CLIP, initialize
+from cn_clip.model.vision import SelfAttention, VisionTransformer
 from cn_clip.tokenizer import default_tokenizer
 
 __all__ = [
@@ -120,7 +125,8 @@ def load_from_name(
             f"{path} takes {checkpoint.config.vision.resolution} pixels, "
             f"not input_resolution={input_resolution}"
         )
-    model = weights.build(checkpoint).to(device if device is not None else _default_device())
+    model = _round_as_official(weights.build(checkpoint))
+    model.to(device if device is not None else _default_device())
     return model, _transform_of(model.config)
 
 
@@ -145,7 +151,8 @@ def create_model(model_name: str, checkpoint: Mapping[str, Any] | None = None) -
         return model.eval()
     tensors, dropped = weights.official_names(checkpoint["state_dict"], "the checkpoint")
     _same_towers(weights.infer_config(tensors, "the checkpoint"), config, "the checkpoint")
-    return weights.build(weights.Checkpoint(config, tensors, dropped))
+    own = {name: tensor.clone() for name, tensor in tensors.items()}
+    return _round_as_official(weights.build(weights.Checkpoint(config, own, dropped)))
 
 
 def load(
@@ -194,6 +201,22 @@ def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     The official function also converts the other way; here no code path wants those names.
     """
     return weights.unfuse_attention(state_dict)
+
+
+@torch.no_grad()
+def _round_as_official(model: CLIP) -> CLIP:
+    """Round to float16, in place, what the official ``convert_weights`` halves."""
+    halved = [*model.bert.parameters(), model.text_projection]
+    for module in model.visual.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            halved += module.parameters()
+        elif isinstance(module, SelfAttention):
+            halved += [module.in_proj_weight, module.in_proj_bias]
+        elif isinstance(module, VisionTransformer):
+            halved.append(module.proj)
+    for parameter in halved:
+        parameter.copy_(parameter.half())
+    return model
 
 
 def _default_device() -> str:

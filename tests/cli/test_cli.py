@@ -1,0 +1,180 @@
+"""Each verb as a user runs it: output, exit codes, one sentence on stderr."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import encoded, make_picture
+
+from cn_clip import hub, weights
+from cn_clip.cli import run
+
+
+@pytest.fixture
+def model(tiny_model, tmp_path):
+    weights.save_folder(tiny_model, tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+@pytest.fixture
+def cn_clip(capsys, model):
+    """Run a command; return its exit code, stdout and stderr."""
+
+    def command(*arguments):
+        code = run([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return command
+
+
+def test_classify_prints_probabilities_cosines_and_bars(cn_clip, model, folder_of_pictures):
+    code, out, err = cn_clip(
+        "classify",
+        folder_of_pictures,
+        "--labels",
+        "猫,狗，火箭、咖啡",
+        "--model",
+        model,
+        "--top",
+        3,
+    )
+    assert code == 0 and err == ""
+    assert out.count("probability") == out.count(".jpg") == 3
+    assert "cosine" in out and "█" in out
+    assert (
+        sum(line.strip().startswith(("猫", "狗", "火箭", "咖啡")) for line in out.splitlines()) == 9
+    )
+
+
+def test_classify_json_is_one_document(cn_clip, model, folder_of_pictures):
+    code, out, _ = cn_clip(
+        "classify", folder_of_pictures / "*.jpg", "--labels", "猫,狗", "--model", model, "--json",
+        "--template", "一张{}的照片", "--template", "{}",
+    )  # fmt: skip
+    assert code == 0
+    document = json.loads(out)
+    assert document["labels"] == ["猫", "狗"] and document["failed"] == []
+    assert document["templates"] == ["一张{}的照片", "{}"]
+    assert len(document["images"]) == 3
+    for image in document["images"]:
+        probabilities = [prediction["probability"] for prediction in image["predictions"]]
+        assert sum(probabilities) == pytest.approx(1, abs=1e-5)
+        assert probabilities == sorted(probabilities, reverse=True)
+
+
+def test_labels_come_from_a_file_with_or_without_byte_order_mark(
+    cn_clip, model, folder_of_pictures, tmp_path
+):
+    file = tmp_path / "labels.txt"
+    for encoding in ("utf-8", "utf-8-sig"):
+        file.write_text("猫\n\n狗\r\n", encoding=encoding)
+        _, out, _ = cn_clip(
+            "classify", folder_of_pictures / "0.jpg", "--labels-file", file, "--model", model, "--json"
+        )  # fmt: skip
+        assert json.loads(out)["labels"] == ["猫", "狗"]
+    file.write_text("猫\n狗", encoding="gb18030")
+    code, _, err = cn_clip("classify", folder_of_pictures, "--labels-file", file)
+    assert code == 2 and "is not UTF-8" in err
+
+
+def test_a_damaged_picture_is_told_and_the_rest_classified(cn_clip, model, folder_of_pictures):
+    (folder_of_pictures / "cut.jpg").write_bytes(encoded(make_picture(), "JPEG")[:400])
+    code, out, err = cn_clip("classify", folder_of_pictures, "--labels", "猫,狗", "--model", model)
+    assert code == 1
+    assert out.count("probability") == 3
+    assert "cut.jpg is damaged" in err and "1 of 4 pictures failed" in err
+    code, out, _ = cn_clip(
+        "classify", folder_of_pictures, "--labels", "猫,狗", "--model", model, "--json"
+    )
+    assert code == 1 and len(json.loads(out)["failed"]) == 1
+
+
+def test_repeated_labels_are_counted_once_and_told(cn_clip, model, folder_of_pictures):
+    code, out, err = cn_clip(
+        "classify", folder_of_pictures, "--labels", "猫,狗,狗", "--model", model, "--json"
+    )
+    assert code == 0 and json.loads(out)["labels"] == ["猫", "狗"]
+    assert err == "cn-clip: warning: label '狗' is given more than once; counted once\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["classify", "{folder}", "--labels", "猫"], 2, "at least two different labels"),
+        (["classify", "{folder}", "--labels", "猫,,狗"], 2, "label 2 of 3 is empty"),
+        (["classify", "{folder}"], 2, "give either --labels"),
+        (["classify", "{folder}", "--labels", "a,b", "--labels-file", "x"], 2, "give either"),
+        (["classify", "{folder}", "--labels-file", "none.txt"], 2, "none.txt cannot be read"),
+        (["classify", "{folder}", "--labels", "猫,狗", "--top", "0"], 2, "--top 0"),
+        (["classify", "{folder}", "--labels", "猫,狗", "--top", "x"], 2, "--top"),
+        (["classify", "{folder}", "--labels", "猫,狗", "--template", "x"], 2, "has no {}"),
+        (["classify", "{folder}", "--labels", "猫,狗", "--model", "mimi"], 2, "did you mean mini"),
+        (["classify", "{folder}", "--labels", "猫,狗", "--colour", "red"], 2, "--colour"),
+        (["classify", "none.jpg", "--labels", "猫,狗"], 1, "no such file"),
+        (["classify", "{empty}", "--labels", "猫,狗"], 1, "holds no picture"),
+        (["clasify"], 2, "classify"),
+    ],
+)
+def test_bad_usage_is_one_sentence_and_the_right_code(
+    cn_clip, folder_of_pictures, tmp_path, arguments, code, message
+):
+    (tmp_path / "empty").mkdir()
+    places = {"{folder}": folder_of_pictures, "{empty}": tmp_path / "empty"}
+    got, out, err = cn_clip(*(places.get(argument, argument) for argument in arguments))
+    assert (got, out) == (code, "")
+    assert message in err and err.startswith("cn-clip: ") and err.count("\n") == 1
+
+
+def test_models_lists_every_name_with_its_place(cn_clip, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "CACHE", str(tmp_path / "cache"))
+    (tmp_path / "clip_cn_rn50.pt").touch()
+    code, out, _ = cn_clip("models", "--download-root", tmp_path, "--json")
+    rows = {row["name"]: row for row in json.loads(out)}
+    assert code == 0 and list(rows) == hub.names()
+    assert rows["RN50"]["path"] == str(tmp_path / "clip_cn_rn50.pt")
+    assert rows["ViT-B-16"]["path"] is None
+    # The paper's table 1: 77M, 188M, 406M, 407M, 958M.
+    millions = {name: round(row["parameters"] / 1e6) for name, row in rows.items()}
+    assert (millions["RN50"], millions["ViT-B-16"], millions["ViT-L-14"]) == (77, 188, 406)
+    assert (millions["ViT-L-14-336"], millions["ViT-H-14"]) == (407, 958)
+    code, out, _ = cn_clip("models")
+    assert code == 0 and "in the package" in out and "to be downloaded: clip_cn_vit-b-16.pt" in out
+
+
+def test_doctor_finds_a_working_environment_ready(cn_clip):
+    code, out, _ = cn_clip("doctor", "--offline", "--json")
+    report = json.loads(out)
+    states = {finding["what"]: finding["state"] for finding in report["findings"]}
+    assert code == 0 and report["ready"]
+    assert states["embedded model"] == states["torch"] == states["cpu"] == "ok"
+    code, out, _ = cn_clip("doctor", "--offline")
+    assert code == 0 and out.rstrip().endswith("ready")
+
+
+def test_doctor_tells_a_broken_embedded_model(cn_clip, monkeypatch, tmp_path):
+    monkeypatch.setattr(hub, "EMBEDDED_FOLDER", tmp_path)
+    code, out, _ = cn_clip("doctor", "--offline")
+    assert code == 1 and "no config.json" in out and "not ready" in out
+
+
+def test_a_hub_that_cannot_be_reached_is_a_note_not_a_failure(cn_clip, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("MODELSCOPE_DOMAIN", "127.0.0.1:9")
+    code, out, _ = cn_clip("doctor", "--json")
+    states = {finding["what"]: finding["state"] for finding in json.loads(out)["findings"]}
+    assert code == 0 and states["Hugging Face"] == states["ModelScope"] == "note"
+
+
+def test_ctrl_c_ends_with_130_and_no_traceback(model, folder_of_pictures):
+    command = [sys.executable, "-m", "cn_clip", "classify"]
+    command += [str(folder_of_pictures), "--labels-file", "-", "--model", model]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(2)  # it waits for labels
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130, err
+    assert err.strip() == "cn-clip: interrupted"

@@ -1,0 +1,76 @@
+"""Tiny models and pictures, made in place: the tests need no network and no large file."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cn_clip.config import ModelConfig, TextConfig, VisionConfig
+from cn_clip.model.clip import CLIP, initialize
+
+GOLDEN = Path(__file__).parent / "golden"
+sys.path.insert(0, str(GOLDEN))  # for fill.py
+
+TEXT = TextConfig(hidden_size=64, layers=2, heads=1, intermediate_size=128)
+TINY = {
+    "vit": ModelConfig("tiny-vit", 32, VisionConfig("vit", 32, 64, (2,), 8), TEXT),
+    "resnet": ModelConfig("tiny-resnet", 32, VisionConfig("resnet", 64, 8, (1, 1, 1, 1), 16), TEXT),
+    "efficientnet_lite": ModelConfig(
+        "tiny-lite", 32, VisionConfig("efficientnet_lite", 64), TEXT, background="white"
+    ),
+}
+
+
+def make_model(config: ModelConfig, seed: int = 0) -> CLIP:
+    model = CLIP(config)
+    initialize(model, torch.Generator().manual_seed(seed))
+    return model.eval()
+
+
+@pytest.fixture
+def tiny_model() -> CLIP:
+    return make_model(TINY["vit"])
+
+
+@pytest.fixture(params=sorted(TINY))
+def any_tiny_model(request: pytest.FixtureRequest) -> CLIP:
+    return make_model(TINY[request.param])
+
+
+def make_picture(seed: int = 0, size: tuple[int, int] = (80, 60), mode: str = "RGB") -> Image.Image:
+    """Smooth noise: like a photo, it survives JPEG and resizing."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    return coarse.resize(size, Image.Resampling.BICUBIC).convert(mode)
+
+
+def encoded(image: Image.Image, format: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format, **options)
+    return stream.getvalue()
+
+
+@pytest.fixture
+def folder_of_pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for seed in range(3):
+        make_picture(seed).save(folder / f"{seed}.jpg")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden_strings() -> list[str]:
+    return json.loads((GOLDEN / "strings.json").read_text(encoding="utf-8"))
+
+
+def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    a, b = np.float64(a), np.float64(b)
+    return (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)

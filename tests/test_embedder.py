@@ -1,0 +1,201 @@
+"""Loading and embedding through the public API."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, cosines, encoded, make_model, make_picture
+from PIL import Image
+
+import cn_clip
+from cn_clip import weights
+from cn_clip.backends.torch import TorchEmbedder
+from cn_clip.embedder import embed_readable
+from cn_clip.errors import CheckpointError, ImageError, UnknownModelError, UsageError
+from cn_clip.image import normalize, read_image, to_pixels
+
+
+@pytest.fixture
+def embedder(tiny_model):
+    return TorchEmbedder(tiny_model)
+
+
+@pytest.fixture
+def folder(tiny_model, tmp_path):
+    weights.save_folder(tiny_model, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_load_takes_our_folder_and_an_official_file_without_model_names(tiny_model, tmp_path):
+    weights.save_folder(tiny_model, tmp_path / "model")
+    weights.save_official(tiny_model, tmp_path / "model.pt")
+    picture = make_picture()
+    from_folder = cn_clip.load(tmp_path / "model")
+    from_file = cn_clip.load(str(tmp_path / "model.pt"))
+    a, b = from_folder.embed_images(picture), from_file.embed_images(picture)
+    np.testing.assert_array_equal(a, b)
+    assert from_folder.dim == a.shape[1] == 32
+    assert from_folder.logit_scale == pytest.approx(1 / 0.07)
+
+
+def test_image_embeddings_are_the_models_normalised_features(embedder, tiny_model):
+    pictures = [make_picture(seed) for seed in range(3)]
+    pixels = np.stack([normalize(to_pixels(picture, 32)) for picture in pictures])
+    with torch.inference_mode():
+        features = tiny_model.encode_image(torch.from_numpy(pixels)).numpy()
+    got = embedder.embed_images(pictures)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(cosines(got, features), 1, atol=1e-6)
+
+
+def test_paths_bytes_arrays_and_pil_images_give_the_same_embedding(embedder, tmp_path):
+    picture = make_picture()
+    raw = encoded(picture, "PNG")
+    (tmp_path / "a.png").write_bytes(raw)
+    array = np.asarray(picture)
+    sources = [tmp_path / "a.png", str(tmp_path / "a.png"), raw, picture, array]
+    got = embedder.embed_images(sources)
+    np.testing.assert_allclose(got, np.tile(got[:1], (5, 1)), atol=1e-6)
+    for one in sources:  # a single picture need not be wrapped in a list
+        assert embedder.embed_images(one).shape == (1, 32)
+    assert embedder.embed_images(np.stack([array, array])).shape == (2, 32)
+
+
+def test_any_number_of_pictures_keeps_its_order(embedder):
+    arrays = [np.full((8, 8, 3), value, np.uint8) for value in range(200)]
+    together = embedder.embed_images(iter(arrays))
+    assert together.shape == (200, 32)
+    for index in (0, 31, 32, 63, 64, 199):
+        alone = embedder.embed_images(arrays[index])[0]
+        np.testing.assert_allclose(together[index], alone, atol=1e-5)
+
+
+def test_nothing_in_is_nothing_out(embedder):
+    assert embedder.embed_images([]).shape == embedder.embed_texts([]).shape == (0, 32)
+
+
+def test_text_embeddings_do_not_depend_on_their_batch(embedder):
+    texts = ["猫", "", "一只在草地上奔跑的棕色小狗", "a dog", "猫", "长" * 49] * 60
+    together = embedder.embed_texts(texts)
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-6)
+    for index in range(6):
+        alone = embedder.embed_texts(texts[index])[0]
+        np.testing.assert_allclose(together[index::6], np.tile(alone, (60, 1)), atol=1e-5)
+
+
+def test_an_empty_text_has_an_embedding(embedder):
+    assert np.isfinite(embedder.embed_texts("")).all()
+
+
+def test_100_000_texts_at_once():
+    model = make_model(TINY["vit"])
+    model.bert.encoder.layer = model.bert.encoder.layer[:1]
+    texts = (f"第{i % 1000}张" for i in range(100_000))  # more than are tokenized at a time
+    got = TorchEmbedder(model).embed_texts(texts)
+    assert got.shape == (100_000, 32)
+    np.testing.assert_allclose(got[:1000], got[-1000:], atol=1e-5)
+
+
+def test_a_bad_picture_among_good_ones_is_named(embedder, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(encoded(make_picture(), "JPEG")[:500])
+    with pytest.raises(ImageError, match=r"broken\.jpg is damaged"):
+        embedder.embed_images([make_picture(), tmp_path / "broken.jpg"])
+    with pytest.raises(ImageError, match="not a picture"):
+        embedder.embed_images([3])
+
+
+def test_the_readable_pictures_come_with_the_errors_of_the_others(embedder):
+    good = [make_picture(0), b"broken", make_picture(1)]
+    embeddings, errors = embed_readable(embedder, good)
+    assert list(errors) == [1]
+    np.testing.assert_allclose(embeddings, embedder.embed_images([good[0], good[2]]), atol=1e-5)
+    assert embed_readable(embedder, [])[0].shape == (0, 32)
+
+
+def test_exif_orientation_is_applied_and_transparency_as_the_model_wants():
+    embedder = TorchEmbedder(make_model(TINY["efficientnet_lite"]))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    picture = make_picture()
+    turned = encoded(picture, "PNG", exif=exif)
+    np.testing.assert_allclose(
+        embedder.embed_images(turned),
+        embedder.embed_images(picture.transpose(Image.Transpose.ROTATE_180)),
+        atol=1e-5,
+    )
+    clear = Image.new("RGBA", (9, 9), (0, 0, 0, 0))
+    white = Image.new("RGB", (9, 9), "white")
+    np.testing.assert_array_equal(embedder.embed_images(clear), embedder.embed_images(white))
+
+
+def test_fast_decode_stays_close(folder):
+    raw = encoded(make_picture(size=(1600, 1200)), "JPEG", quality=95)
+    exact, fast = (cn_clip.load(folder, fast_decode=on) for on in (False, True))
+    assert cosines(exact.embed_images(raw), fast.embed_images(raw))[0] > 0.999
+    assert read_image(raw, fast_decode=32).size == (200, 150)
+    assert exact.fingerprint != fast.fingerprint
+
+
+def test_the_fingerprint_follows_weights_and_not_names(tiny_model, folder, tmp_path):
+    first = cn_clip.load(folder).fingerprint
+    assert cn_clip.load(folder).fingerprint == first
+    weights.save_official(tiny_model, tmp_path / "model.pt")
+    assert cn_clip.load(tmp_path / "model.pt").fingerprint == first
+    assert cn_clip.load(folder, precision="bfloat16").fingerprint != first
+    with torch.no_grad():
+        tiny_model.text_projection[0, 0] += 0.01
+    assert TorchEmbedder(tiny_model).fingerprint != first
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_lower_precision_stays_close_and_still_returns_float32(folder, precision):
+    exact, low = cn_clip.load(folder), cn_clip.load(folder, precision=precision)
+    for inputs in ("embed_images", [make_picture()]), ("embed_texts", ["猫"]):
+        a, b = (getattr(e, inputs[0])(inputs[1]) for e in (exact, low))
+        assert b.dtype == np.float32
+        assert cosines(a, b)[0] > 0.999
+
+
+def test_embedding_again_gives_the_same(folder):
+    embedder = cn_clip.load(folder)  # eval mode: no dropout
+    for _ in range(2):
+        np.testing.assert_array_equal(embedder.embed_texts(["猫"]), embedder.embed_texts(["猫"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"name_or_path": "ViT-B-61"}, UnknownModelError, "did you mean ViT-B-16"),
+        ({"name_or_path": "vit-b-16"}, UnknownModelError, "did you mean ViT-B-16"),
+        ({"name_or_path": "no/such/model.pt"}, UsageError, "no such file or folder"),
+        ({"backend": "tensorrt"}, UsageError, "unknown backend 'tensorrt'"),
+        ({"device": "toaster"}, UsageError, "device 'toaster' cannot be used"),
+        ({"precision": "int3"}, UsageError, "unknown precision 'int3'"),
+    ],
+)
+def test_what_cannot_be_loaded_is_said_with_a_remedy(folder, options, error, message):
+    with pytest.raises(error, match=message):
+        cn_clip.load(**({"name_or_path": folder} | options))
+
+
+def test_a_text_that_is_no_string_is_named(embedder):
+    with pytest.raises(UsageError, match="text 1 is 7"):
+        embedder.embed_texts(["猫", 7])
+
+
+def test_weights_of_another_architecture_do_not_load(tmp_path):
+    weights.save_folder(make_model(TINY["vit"]), tmp_path / "model")
+    weights.save_folder(make_model(TINY["resnet"]), tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").replace(tmp_path / "model" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"do not fit tiny-vit: \d+ missing .* unexpected"):
+        cn_clip.load(tmp_path / "model")
+
+
+def test_truncation_is_counted(embedder):
+    before = embedder.tokenizer.truncated
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        embedder.embed_texts(["长" * 100, "短"])
+    assert embedder.tokenizer.truncated == before + 1

@@ -1,0 +1,37 @@
+"""Names to files."""
+
+import pytest
+
+from cn_clip import hub
+from cn_clip.errors import UnknownModelError
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_the_embedded_model_needs_no_download():
+    assert (hub.find("mini") / "config.json").is_file()
+
+
+def test_download_root_comes_before_the_cache(tmp_path, empty_cache):
+    assert hub.find("RN50", tmp_path / "mine") is None
+    for folder in (empty_cache, tmp_path / "mine"):
+        folder.mkdir()
+        (folder / "clip_cn_rn50.pt").touch()
+        assert hub.find("RN50", tmp_path / "mine") == folder / "clip_cn_rn50.pt"
+
+
+def test_a_missing_modelscope_package_is_named_with_its_command(tmp_path):
+    try:
+        import modelscope  # noqa: F401
+    except ImportError:
+        with pytest.raises(Exception, match="pip install modelscope"):
+            hub.locate("RN50", download_root=tmp_path, use_modelscope=True)
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(UnknownModelError, match="did you mean RN50"):
+        hub.find("RN5O")

@@ -1,0 +1,144 @@
+"""Pixels against the reference's, and pictures that should not be trusted."""
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from conftest import GOLDEN, encoded, make_picture
+from PIL import Image
+
+from cn_clip.errors import ImageError
+from cn_clip.image import find_images, normalize, read_image, to_pixels
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in (GOLDEN / "images").iterdir()))
+def test_pixels_equal_the_reference(name):
+    expected = np.load(GOLDEN / "pixels.npz")[name]  # (3, 224, 224)
+    pixels = to_pixels(read_image(GOLDEN / "images" / name), 224)
+    np.testing.assert_array_equal(pixels.transpose(2, 0, 1), expected)
+
+
+def test_normalize_is_the_plain_formula():
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 5, 5, 3), dtype=np.uint8)
+    mean, std = np.array([0.1, 0.2, 0.3]), np.array([0.5, 0.6, 0.7])
+    expected = ((pixels / 255.0 - mean) / std).transpose(0, 3, 1, 2)
+    got = normalize(pixels, mean, std)
+    assert got.dtype == np.float32 and got.flags.c_contiguous
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_every_allowed_format_opens_from_path_and_bytes(tmp_path, format):
+    raw = encoded(make_picture(), format)
+    path = tmp_path / "picture"
+    path.write_bytes(raw)
+    assert read_image(path).size == read_image(raw).size == (80, 60)
+
+
+def test_arrays_and_pil_images_are_pictures_too():
+    picture = make_picture()
+    array = np.asarray(picture)
+    for source in (picture, array, array[..., 0], np.dstack([array, array[..., :1]])):
+        assert read_image(source).size == (80, 60)
+
+
+def test_other_formats_are_refused():
+    with pytest.raises(ImageError, match="not a picture in a known format"):
+        read_image(encoded(make_picture(), "PPM"))
+    with pytest.raises(ImageError, match="not a picture in a known format"):
+        read_image(b"%PDF-1.7 not a picture")
+
+
+def test_cmyk_becomes_rgb_and_an_animation_its_first_frame():
+    cmyk = encoded(make_picture(mode="CMYK"), "JPEG")
+    assert to_pixels(read_image(cmyk), 16).shape == (16, 16, 3)
+    frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
+    animated = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert (to_pixels(read_image(animated), 8) == [255, 0, 0]).all()
+
+
+def test_sixteen_bits_open():
+    deep = Image.fromarray(np.full((10, 10), 40_000, dtype=np.uint16))
+    assert to_pixels(read_image(encoded(deep, "PNG")), 8).shape == (8, 8, 3)
+
+
+def test_exif_orientation_is_applied():
+    picture = make_picture(size=(40, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    turned = read_image(encoded(picture, "JPEG", exif=exif))
+    assert turned.size == (20, 40)
+
+
+def test_a_jpeg_cut_in_half_is_damaged():
+    raw = encoded(make_picture(size=(200, 200)), "JPEG")
+    with pytest.raises(ImageError, match="is damaged"):
+        read_image(raw[: len(raw) // 2])
+
+
+def test_a_huge_header_is_refused_before_decoding():
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0"))
+    with pytest.raises(ImageError, match=r"pixels"):
+        read_image(bomb)
+
+
+def test_the_pixel_limit_is_the_callers():
+    raw = encoded(make_picture(size=(100, 100)), "PNG")
+    with pytest.raises(ImageError, match="100 x 100 pixels, above the limit of 9,999"):
+        read_image(raw, max_pixels=9_999)
+    assert read_image(raw, max_pixels=10_000).size == (100, 100)
+
+
+def test_fast_decode_reads_large_jpegs_at_reduced_size_and_nearly_the_same_pixels():
+    raw = encoded(make_picture(size=(1600, 1200)), "JPEG", quality=95)
+    fast = read_image(raw, fast_decode=224)
+    assert fast.size == (800, 600)
+    exact = to_pixels(read_image(raw), 224).astype(float)
+    assert np.abs(to_pixels(fast, 224) - exact).mean() < 2
+
+
+def test_transparent_pixels_lie_on_the_background_asked_for():
+    clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    assert (to_pixels(read_image(clear, background="white"), 8) == 255).all()
+    assert (to_pixels(read_image(clear), 8) == 0).all()  # what the reference does
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("https://example.org/cat.jpg", "web address"),
+        ("no/such/file.jpg", "no such file"),
+        (".", "not a file"),
+        (b"", "known format"),
+        (np.zeros((4, 4, 3)), "dtype float64"),
+        (np.zeros((4, 4, 7), np.uint8), "not a picture"),
+        (42, "not a picture"),
+        ("bad\0name.jpg", "cannot be read"),
+    ],
+)
+def test_what_is_not_a_picture_is_said_in_one_sentence(source, message):
+    with pytest.raises(ImageError, match=message) as error:
+        read_image(source)
+    assert "\n" not in str(error.value)
+
+
+def test_folders_and_globs_expand_in_order_without_repeats(folder_of_pictures):
+    (folder_of_pictures / "notes.txt").write_text("no picture")
+    found = find_images(
+        [folder_of_pictures / "1.jpg", folder_of_pictures, f"{folder_of_pictures}/*"]
+    )
+    assert [path.name for path in found] == ["1.jpg", "0.jpg", "2.jpg"]
+
+
+def test_a_folder_without_pictures_is_an_error(tmp_path):
+    with pytest.raises(ImageError, match="holds no picture"):
+        find_images([tmp_path])
+    with pytest.raises(ImageError, match="no such file"):
+        find_images([tmp_path / "*.jpg"])
