@@ -98,12 +98,12 @@ def test_the_official_example_runs_from_download_root(small_official, tmp_path):
 def test_a_checkpoint_loads_by_path_and_its_names_are_checked(small_official, tmp_path):
     path = str(tmp_path / "mine.pt")
     weights.save_official(small_official, path)
-    model, preprocess = load_from_name(path, device="cpu")
+    _, preprocess = load_from_name(path, device="cpu")
     assert preprocess.image_size == 32
     load_from_name(
         path, "cpu", None, "ViT-B-16", "RoBERTa-wwm-ext-base-chinese", input_resolution=32
     )
-    with pytest.raises(CheckpointError, match="holds .*, not ViT-L-14@RoBERTa-wwm-ext-base"):
+    with pytest.raises(CheckpointError, match=r"holds .*, not ViT-L-14@RoBERTa-wwm-ext-base"):
         load_from_name(
             path,
             vision_model_name="ViT-L-14",

@@ -38,7 +38,7 @@ from cn_clip.publish import published, published_folder
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _UNUSED = "bert.pooler."  # in files from the official training; the model has no pooler
-_CHUNK = 64 << 20
+_CHUNK = 128 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
     path = Path(path)
     if path.is_dir():
         return _read_folder(path)
-    kept, dropped = official_names(read_tensors(path), path)
+    kept, dropped = official_names(read_tensors(path))
     return Checkpoint(infer_config(kept, path), kept, dropped)
 
 
@@ -213,16 +213,9 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def official_names(
-    tensors: Mapping[str, Tensor], path: str | os.PathLike[str]
+    tensors: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Return the tensors under their official names, and the names left out (BERT's pooler).
-
-    Raises:
-        CheckpointError: something in it is not a tensor; ``path`` is named in the message.
-    """
-    strange = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
-    if strange:
-        raise CheckpointError(f"{path} is not a state dict: {strange[0]!r} is not a tensor")
+    """Return the tensors under their official names, and the names left out (BERT's pooler)."""
     plain = unfuse_attention({str(n).removeprefix("module."): t for n, t in tensors.items()})
     dropped = tuple(name for name in plain if name.startswith(_UNUSED))
     return {name: t for name, t in plain.items() if name not in dropped}, dropped
@@ -235,7 +228,7 @@ def _read_folder(path: Path) -> Checkpoint:
     config = read_config(path)
     if not (path / _WEIGHTS).is_file():
         raise MissingWeightsError(f"the folder {path} has a {_CONFIG} but no {_WEIGHTS}")
-    return Checkpoint(config, *official_names(_read_safetensors(path / _WEIGHTS), path))
+    return Checkpoint(config, *official_names(_read_safetensors(path / _WEIGHTS)))
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -244,8 +237,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
         while len(tensors) < len(names):
-            # A new mapping for every 64 MB: its pages are given back when it closes, so memory
-            # holds the weights once, and no tensor depends on the file any more.
+            # A new mapping for every 128 MB: its pages are given back when it closes, so memory
+            # holds the weights little more than once, and no tensor depends on the file any more.
             with safe_open(path, framework="pt") as file:
                 copied = 0
                 for name in names[len(tensors) :]:
@@ -259,21 +252,31 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_pt(path: Path) -> dict[str, Tensor]:
-    zipped = zipfile.is_zipfile(path)
-    blob = _load_pickle(path, mmap=zipped)
+    # A training checkpoint is three times the weights. It is mapped, so that the optimizer's part
+    # is never read, and the weights are copied: a mapping would die with the file, should someone
+    # save over it. A file of weights alone is quicker read whole, and held only once.
+    mmap = _names_an_optimizer(path)
+    state = _state_dict(_load_pickle(path, mmap=mmap), path)
+    return {name: tensor.clone() for name, tensor in state.items()} if mmap else state
+
+
+def _names_an_optimizer(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            (pickled,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+            return b"optimizer" in archive.read(pickled)
+    except (zipfile.BadZipFile, ValueError, OSError):
+        return False  # the format of torch before 1.6, or damaged: torch will say
+
+
+def _state_dict(blob: Any, path: Path) -> dict[str, Tensor]:
     state = blob.get("state_dict", blob) if isinstance(blob, dict) else blob
     if not isinstance(state, Mapping) or not state:
         raise CheckpointError(f"{path} holds no state dict, but {type(state).__name__}")
-    official_names(state, path)  # anything but tensors is refused here
-    if not zipped:
-        return dict(state)
-    # A mapping would die with the file, should someone save over it, so the weights are copied.
-    # From a file of little else, reading all of it is the one way that holds them only once.
-    if sum(tensor.nbytes for tensor in state.values()) > 0.8 * path.stat().st_size:
-        del blob, state
-        blob = _load_pickle(path, mmap=False)
-        return dict(blob.get("state_dict", blob))
-    return {name: tensor.clone() for name, tensor in state.items()}
+    strange = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise CheckpointError(f"{path} is not a state dict: {strange[0]!r} is not a tensor")
+    return dict(state)
 
 
 def _load_pickle(path: Path, *, mmap: bool) -> Any:

@@ -72,9 +72,8 @@ def test_labels_come_from_a_file_with_or_without_byte_order_mark(
     file = tmp_path / "labels.txt"
     for encoding in ("utf-8", "utf-8-sig"):
         file.write_text("猫\n\n狗\r\n", encoding=encoding)
-        _, out, _ = cn_clip(
-            "classify", folder_of_pictures / "0.jpg", "--labels-file", file, "--model", model, "--json"
-        )  # fmt: skip
+        picture = folder_of_pictures / "0.jpg"
+        _, out, _ = cn_clip("classify", picture, "--labels-file", file, "--model", model, "--json")
         assert json.loads(out)["labels"] == ["猫", "狗"]
     file.write_text("猫\n狗", encoding="gb18030")
     code, _, err = cn_clip("classify", folder_of_pictures, "--labels-file", file)

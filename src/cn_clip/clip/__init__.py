@@ -149,7 +149,7 @@ def create_model(model_name: str, checkpoint: Mapping[str, Any] | None = None) -
         model.to_empty(device="cpu")
         initialize(model)
         return model.eval()
-    tensors, dropped = weights.official_names(checkpoint["state_dict"], "the checkpoint")
+    tensors, dropped = weights.official_names(checkpoint["state_dict"])
     _same_towers(weights.infer_config(tensors, "the checkpoint"), config, "the checkpoint")
     own = {name: tensor.clone() for name, tensor in tensors.items()}
     return _round_as_official(weights.build(weights.Checkpoint(config, own, dropped)))
@@ -180,7 +180,7 @@ def load(
     for path, prefix in ((clip_path, "visual."), (bert_path, "bert.")):
         if path is None:
             continue
-        tensors, _ = weights.official_names(weights.read_tensors(path), path)
+        tensors, _ = weights.official_names(weights.read_tensors(path))
         tower = {name: t for name, t in tensors.items() if name.startswith(prefix)}
         positions = "visual.positional_embedding"
         if positions in tower and positions in state:

@@ -3,8 +3,8 @@
 The backbone is EfficientNet (Tan & Le, 2019, arXiv:1905.11946) in its Lite0 form: no
 squeeze-and-excitation, ReLU6 instead of swish, a stem and a head that do not scale. What makes it
 an image-*text* tower stands on top. A classifier over visual concepts (the 1,000 ImageNet classes)
-is a table of visual prototypes, so its sharpened probabilities, averaged over one text-space
-vector per class, give a feature that text can be compared with (ConSE, Norouzi et al., 2013,
+is a table of visual prototypes, so its probabilities, averaged over one text-space vector per
+class, give a feature that text can be compared with (ConSE, Norouzi et al., 2013,
 arXiv:1312.5650). A linear residual from the pooled features carries what no class names.
 """
 
@@ -48,7 +48,7 @@ STAGES = (
 
 
 class ConvNorm(nn.Module):
-    """Convolution without bias, then batch norm: (B, C, H, W) -> (B, C', H / stride, W / stride)."""
+    """Convolution without bias, batch norm: (B, C, H, W) -> (B, C', H / stride, W / stride)."""
 
     def __init__(
         self, channels: int, out_channels: int, kernel: int, *, stride: int = 1, groups: int = 1
@@ -120,8 +120,11 @@ class Backbone(nn.Module):
 class EfficientNetLite(nn.Module):
     """Image tower of `mini`: (B, 3, S, S) normalised pixels -> (B, embed_dim) features.
 
-    `features = softmax(sharpness * classifier(p)) @ prototypes + residual(p)` with `p` the pooled
-    features (B, 1280) of the backbone. S must divide by 32.
+    ``features = softmax(sharpness * classifier(p)) @ prototypes + residual(p)`` with ``p`` the
+    pooled features (B, 1280) of the backbone; ``prototypes`` has one text-space vector per class.
+
+    Raises:
+        ValueError: S does not divide by 32.
     """
 
     def __init__(self, config: VisionConfig, embed_dim: int) -> None:
@@ -146,6 +149,6 @@ class EfficientNetLite(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         pooled = self.backbone(images)
-        weights = (self.sharpness * self.classifier(pooled)).softmax(-1)  # (B, concepts)
-        features: Tensor = weights @ self.prototypes + self.residual(pooled)
+        classes = (self.sharpness * self.classifier(pooled)).softmax(-1)  # (B, 1000)
+        features: Tensor = classes @ self.prototypes + self.residual(pooled)
         return features
