@@ -1,0 +1,45 @@
+"""Write docs/cli.md: the help text of `cn-clip` and of each verb, as 80 columns show it.
+
+Run it after any change to a verb: ``make docs``, or ``python docs/generate_cli.py``.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from cn_clip.cli import app
+
+PAGE = Path(__file__).parent / "cli.md"
+WIDTH = 80
+HEAD = """\
+# Command line
+
+Every verb's `--help`. This page is generated; to renew it: `python docs/generate_cli.py`.
+
+Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted. Results go to stdout; errors, warnings
+and progress bars go to stderr.
+"""
+
+
+def help_text(words: Sequence[str]) -> str:
+    """Return what ``cn-clip WORDS --help`` prints, without colours or spaces at line ends."""
+    stream = io.StringIO()
+    console = Console(file=stream, width=WIDTH, color_system=None, legacy_windows=False)
+    app.help_print(list(words), console=console)
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()).strip("\n")
+
+
+def render() -> str:
+    """Return the whole page."""
+    verbs = [name for name in app if not name.startswith("-")]
+    sections = [("cn-clip", [])] + [(f"cn-clip {verb}", [verb]) for verb in verbs]
+    blocks = [f"## {title}\n\n```text\n{help_text(words)}\n```\n" for title, words in sections]
+    return "\n".join([HEAD, *blocks])
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(), encoding="utf-8")

@@ -1,0 +1,129 @@
+"""What the pages say about commands, output, links and help texts is checked, so it stays true."""
+
+import json
+import re
+import runpy
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import TINY, make_model
+
+from cn_clip import tokenizer, weights
+from cn_clip.cli import run
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+READMES = (ROOT / "README.md", ROOT / "README.zh.md")
+GUIDES = (DOCS / "guide.md", DOCS / "zh" / "guide.md")
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+MARKED = re.compile(r"<!-- command: (\w+) -->\n```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PREDICTION = re.compile(r"^ *(\S+) +([\d.]+)% .*?(-?\d\.\d{3})$", re.MULTILINE)
+
+
+def name_of(page):
+    return str(page.relative_to(ROOT))
+
+
+def read(page):
+    return page.read_text(encoding="utf-8")
+
+
+def code_in(page):
+    """The fenced blocks, without comments: those are in the page's language."""
+    return [
+        (language, re.sub(r"(^|[ ]+)# .*$", "", block, flags=re.MULTILINE))
+        for language, block in FENCE.findall(read(page))
+    ]
+
+
+def anchors_in(page):
+    """The names that headings get: lower case, hyphens for spaces, no punctuation."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", read(page)), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    """A folder to run a page's code in, with what a clone has and a checkpoint of one's own."""
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    weights.save_official(make_model(TINY["vit"]), tmp_path / "checkpoint.pt")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tokenizer.default_tokenizer(), "truncated", 0)
+    return tmp_path
+
+
+def test_the_command_line_page_is_what_the_verbs_print():
+    page = runpy.run_path(str(DOCS / "generate_cli.py"))
+    assert read(page["PAGE"]) == page["render"](), (
+        "docs/cli.md is stale; renew it with: python docs/generate_cli.py"
+    )
+
+
+@pytest.mark.parametrize("readme", READMES, ids=name_of)
+def test_the_readme_has_one_command_to_try_and_one_to_test(readme):
+    assert [name for name, _ in MARKED.findall(read(readme))] == ["demo", "test"]
+
+
+@pytest.mark.parametrize(("english", "chinese"), [READMES, GUIDES], ids=["README", "guide"])
+def test_both_languages_hold_the_same_code(english, chinese):
+    assert code_in(english) == code_in(chinese)
+
+
+def test_the_readme_shows_what_its_command_prints(capsys, clone):
+    demo = dict(MARKED.findall(read(READMES[0])))["demo"].splitlines()[-1]
+    assert run([*shlex.split(demo)[1:], "--json"]) == 0
+    (image,) = json.loads(capsys.readouterr().out)["images"]
+    shown = next(block for language, block in FENCE.findall(read(READMES[0])) if language == "text")
+    rows = PREDICTION.findall(shown)
+    assert [label for label, _, _ in rows] == [row["label"] for row in image["predictions"]]
+    for (_, probability, cosine), row in zip(rows, image["predictions"], strict=True):
+        # A hundredth apart: processors differ in rounding.
+        assert abs(float(probability) / 100 - row["probability"]) < 0.01
+        assert abs(float(cosine) - row["cosine"]) < 0.01
+
+
+@pytest.mark.parametrize("readme", READMES, ids=name_of)
+def test_the_readmes_table_is_what_models_lists(capsys, readme):
+    assert run(["models", "--json"]) == 0
+    listed = [
+        (m["name"], f"{m['parameters'] / 1e6:.0f} M", str(m["resolution"]), str(m["dim"]))
+        for m in json.loads(capsys.readouterr().out)
+    ]
+    rows = re.findall(r"^\| `(.+?)` \|.*\| (\d+ M) \| (\d+) \| (\d+) \|$", read(readme), re.M)
+    assert rows == listed
+
+
+def test_the_snippets_of_the_guide_run(clone):
+    scope = {}
+    for language, block in FENCE.findall(read(GUIDES[0])):
+        if language == "python":
+            exec(compile(block, "docs/guide.md", "exec"), scope)
+    assert scope["images"].shape == (3, scope["images"].shape[1])
+    assert list(scope["errors"]) == [1]
+    assert scope["tokenizer"].truncated == 1
+
+
+def test_the_short_example_of_the_readme_runs(clone):
+    scope = {}
+    official, short = (b for language, b in FENCE.findall(read(READMES[0])) if language == "python")
+    assert 'load_from_name("ViT-B-16"' in official  # needs weights that are not in the package
+    exec(compile(short, "README.md", "exec"), scope)
+    assert scope["result"].top(1)[0][0][0] == "猫"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_relative_link_leads_somewhere(page):
+    dead = []
+    for link in LINK.findall(FENCE.sub("", read(page))):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if not target.exists() or (anchor and anchor not in anchors_in(target)):
+            dead.append(link)
+    assert not dead, f"{name_of(page)} links to what is not there: {', '.join(dead)}"
