@@ -21,7 +21,7 @@ sys.path.insert(0, str(GOLDEN))  # for fill.py
 TEXT = TextConfig(hidden_size=64, layers=2, heads=1, intermediate_size=128)
 TINY = {
     "vit": ModelConfig("tiny-vit", 32, VisionConfig("vit", 32, 64, (2,), 8), TEXT),
-    "resnet": ModelConfig("tiny-resnet", 32, VisionConfig("resnet", 64, 8, (1, 1, 1, 1), 16), TEXT),
+    "resnet": ModelConfig("tiny-resnet", 32, VisionConfig("resnet", 64, 8, (1, 1, 1, 1)), TEXT),
     "efficientnet_lite": ModelConfig(
         "tiny-lite", 32, VisionConfig("efficientnet_lite", 64), TEXT, background="white"
     ),

@@ -11,7 +11,7 @@ from PIL import Image
 import cn_clip.clip as clip
 from cn_clip import config, weights
 from cn_clip.clip import available_models, load_from_name
-from cn_clip.errors import CheckpointError, MissingWeightsError, UnknownModelError
+from cn_clip.errors import CheckpointError, MissingWeightsError, UnknownModelError, UsageError
 from cn_clip.image import normalize
 
 
@@ -142,7 +142,7 @@ def test_create_model_without_a_checkpoint_draws_weights(small_official):
     assert all(p.isfinite().all() for p in model.parameters())
     with pytest.raises(UnknownModelError, match="image tower 'ViT-B-61'"):
         clip.create_model("ViT-B-61@RBT3-chinese")
-    with pytest.raises(UnknownModelError, match="text tower ''"):
+    with pytest.raises(UsageError, match="'ViT-B-16' names no text tower"):
         clip.create_model("ViT-B-16")
 
 

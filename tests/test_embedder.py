@@ -170,6 +170,7 @@ def test_embedding_again_gives_the_same(folder):
         ({"name_or_path": "ViT-B-61"}, UnknownModelError, "did you mean ViT-B-16"),
         ({"name_or_path": "vit-b-16"}, UnknownModelError, "did you mean ViT-B-16"),
         ({"name_or_path": "no/such/model.pt"}, UsageError, "no such file or folder"),
+        ({"name_or_path": "./mini"}, UsageError, "no such file or folder"),
         ({"backend": "tensorrt"}, UsageError, "unknown backend 'tensorrt'"),
         ({"device": "toaster"}, UsageError, "device 'toaster' cannot be used"),
         ({"precision": "int3"}, UsageError, "unknown precision 'int3'"),
@@ -183,6 +184,10 @@ def test_what_cannot_be_loaded_is_said_with_a_remedy(folder, options, error, mes
 def test_a_text_that_is_no_string_is_named(embedder):
     with pytest.raises(UsageError, match="text 1 is 7"):
         embedder.embed_texts(["猫", 7])
+    with pytest.raises(UsageError, match="None is neither a string"):
+        embedder.embed_texts(None)
+    with pytest.raises(ImageError, match="None is neither a picture"):
+        embedder.embed_images(None)
 
 
 def test_weights_of_another_architecture_do_not_load(tmp_path):

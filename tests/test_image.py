@@ -1,5 +1,6 @@
 """Pixels against the reference's, and pictures that should not be trusted."""
 
+import io
 import struct
 import zlib
 
@@ -102,6 +103,11 @@ def test_fast_decode_reads_large_jpegs_at_reduced_size_and_nearly_the_same_pixel
     assert fast.size == (800, 600)
     exact = to_pixels(read_image(raw), 224).astype(float)
     assert np.abs(to_pixels(fast, 224) - exact).mean() < 2
+
+
+def test_fast_decode_leaves_a_callers_image_as_it_is():
+    image = Image.open(io.BytesIO(encoded(make_picture(size=(1600, 1200)), "JPEG")))
+    assert read_image(image, fast_decode=224).size == image.size == (1600, 1200)
 
 
 def test_transparent_pixels_lie_on_the_background_asked_for():

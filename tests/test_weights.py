@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import resource
+from dataclasses import replace
 
 import pytest
 import torch
@@ -248,6 +249,15 @@ def test_saving_over_a_folder_replaces_it_but_not_one_with_other_files(tiny_mode
     with pytest.raises(CheckpointError, match="holds other files"):
         weights.save_folder(tiny_model, tmp_path / "model")
     assert (tmp_path / "model" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("config", [TINY["efficientnet_lite"], None])
+def test_what_an_official_file_cannot_tell_is_not_written_as_one(config, tmp_path):
+    # Head counts leave no trace in shapes: two heads of 32 would be read back as one of 64.
+    two_heads = replace(TINY["vit"], text=replace(TINY["vit"].text, heads=2))
+    with pytest.raises(CheckpointError, match="use save_folder"):
+        weights.save_official(make_model(config or two_heads), tmp_path / "model.pt")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_positions_are_resized_with_aligned_corners():

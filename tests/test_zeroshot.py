@@ -68,7 +68,7 @@ def test_labels_that_make_no_sense_are_refused(embedder, labels, message):
         cn_clip.classify(embedder, PICTURES, labels)
 
 
-@pytest.mark.parametrize("templates", [["照片"], []])
+@pytest.mark.parametrize("templates", [["照片"], [], "一张{}的照片"])
 def test_a_template_needs_a_place_for_the_label(embedder, templates):
     with pytest.raises(UsageError, match="template"):
         cn_clip.classify(embedder, PICTURES, ["猫", "狗"], templates=templates)

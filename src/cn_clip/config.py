@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-from cn_clip.errors import CheckpointError, UnknownModelError
+from cn_clip.errors import CheckpointError, UnknownModelError, UsageError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -179,9 +179,14 @@ def model_config(struct: str, *, resolution: int | None = None) -> ModelConfig:
     the square input in pixels; by default the tower's own.
 
     Raises:
+        UsageError: ``struct`` has no ``@``.
         UnknownModelError: a tower is unknown; the message offers the nearest name.
     """
-    vision_name, _, text_name = struct.replace("/", "-").partition("@")
+    vision_name, at, text_name = struct.replace("/", "-").partition("@")
+    if not at:
+        raise UsageError(
+            f"{struct!r} names no text tower; write both, as ViT-B-16@RoBERTa-wwm-ext-base-chinese"
+        )
     if vision_name not in VISION_TOWERS:
         raise UnknownModelError("image tower", vision_name, VISION_TOWERS)
     if text_name not in TEXT_TOWERS:

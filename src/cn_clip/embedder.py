@@ -117,12 +117,13 @@ def embed_readable(
 def _resolve(
     name_or_path: str | os.PathLike[str], download_root: str | os.PathLike[str] | None
 ) -> Path:
-    if isinstance(name_or_path, str) and name_or_path in hub.names():
-        return hub.locate(name_or_path, download_root=download_root)
-    path = Path(name_or_path).expanduser()
+    given = os.fspath(name_or_path)
+    name = given.replace("/", "-")  # OpenAI writes ViT-B/16
+    if name in hub.names():
+        return hub.locate(name, download_root=download_root)
+    path = Path(given).expanduser()
     if not path.exists():
-        looks_like_path = path.suffix or len(path.parts) > 1
-        if looks_like_path:
+        if path.suffix or "/" in given or os.sep in given:
             raise UsageError(f"no such file or folder: {str(name_or_path)!r}")
         raise UnknownModelError("model", str(name_or_path), hub.names())
     return path

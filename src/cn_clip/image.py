@@ -38,7 +38,8 @@ def read_image(
     Args:
         source: a path, the bytes of a file, a PIL image, or a uint8 array of shape (H, W),
             (H, W, 3) or (H, W, 4). Files may be JPEG, PNG, WebP, GIF (first frame), BMP or TIFF.
-        max_pixels: larger pictures are refused from their header, before they are decoded.
+        max_pixels: larger pictures are refused from their header, before they are decoded. Beyond
+            twice ``PIL.Image.MAX_IMAGE_PIXELS`` Pillow refuses them whatever this says.
         fast_decode: the side, in pixels, that the picture will be resized to. JPEG files are then
             decoded at 1/2, 1/4 or 1/8 size where that leaves twice the side. Several times faster
             on camera pictures; the pixels differ slightly, so embeddings do too.
@@ -52,9 +53,9 @@ def read_image(
     if image.width * image.height > max_pixels:
         raise ImageError(
             f"{name} has {image.width} x {image.height} pixels, above the limit of {max_pixels:,}; "
-            "make it smaller, or raise max_pixels if you trust it"
+            "make it smaller first"
         )
-    if fast_decode is not None:
+    if fast_decode is not None and image is not source:  # draft() would change a caller's image
         # Twice the side keeps enough detail for the bicubic filter.
         image.draft("RGB", (2 * fast_decode, 2 * fast_decode))
     try:

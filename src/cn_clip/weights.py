@@ -123,8 +123,14 @@ def save_official(model: CLIP, path: str | os.PathLike[str]) -> None:
     """Write a ``.pt`` file that the official package loads, all or nothing.
 
     Raises:
-        CheckpointError: the disk is full or the place not writable; ``path`` is as it was before.
+        CheckpointError: the model has something that such a file cannot tell, as ``mini`` has; or
+            the disk is full or the place not writable. ``path`` is as it was before.
     """
+    if not _told_by_shapes(model):
+        raise CheckpointError(
+            f"{model.config.name} cannot be written as an official .pt file: its tensors' shapes "
+            "do not tell all of its config; use save_folder"
+        )
     state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
     with _explained(path), published(path) as temporary:
         torch.save({"epoch": 0, "name": model.config.name, "state_dict": state}, temporary)
@@ -283,11 +289,12 @@ def _load_pickle(path: Path, *, mmap: bool) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
-        what = re.search(r"GLOBAL ([\w.]+)", str(error))
-        holds = f"names {what[1]}" if what else "is not a plain checkpoint"
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if named is None:
+            raise CheckpointError(f"{path} is not a checkpoint, or a damaged one") from None
         raise CheckpointError(
-            f"{path} is refused: its pickle {holds}, and only tensors are read, never code; "
-            "re-save it as a state dict where you trust it"
+            f"{path} is refused: its pickle names {named[1]}, and only tensors are read, never "
+            "code; re-save it as a state dict where you trust it"
         ) from None
     except (RuntimeError, EOFError, ValueError, TypeError, AttributeError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -322,6 +329,16 @@ def _infer_text(tensors: Mapping[str, Tensor]) -> TextConfig:
         max_positions=tensors["bert.embeddings.position_embeddings.weight"].shape[0],
         token_types=tensors["bert.embeddings.token_type_embeddings.weight"].shape[0],
     )
+
+
+def _told_by_shapes(model: CLIP) -> bool:
+    try:
+        told = infer_config(model.state_dict(), "the model")
+    except CheckpointError:
+        return False
+    own = model.config
+    text = replace(told.text, dropout=own.text.dropout)  # matters in training only
+    return replace(told, name=own.name, text=text) == own
 
 
 def _count(tensors: Iterable[str], pattern: str) -> int:

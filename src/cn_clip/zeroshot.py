@@ -82,6 +82,8 @@ def label_embeddings(
     embedder: Embedder, labels: Sequence[str], templates: Sequence[str] = ("{}",)
 ) -> npt.NDArray[np.float32]:
     """Return one unit vector per label, float32 (M, D): the mean over the templates."""
+    if isinstance(templates, str):
+        raise UsageError(f"templates is one string, {templates!r:.60}; give a list of templates")
     for template in templates:
         if "{}" not in template:
             raise UsageError(f"the template {template!r} has no {{}}; say where the label goes")

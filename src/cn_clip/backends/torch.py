@@ -83,6 +83,8 @@ class TorchEmbedder:
         return np.concatenate(rows)
 
     def embed_texts(self, texts: str | Iterable[str]) -> npt.NDArray[np.float32]:
+        if not isinstance(texts, Iterable):
+            raise UsageError(f"{texts!r:.60} is neither a string nor a list of strings")
         every = iter([texts] if isinstance(texts, str) else texts)
         rows = [np.empty((0, self.dim), dtype=np.float32)]
         while some := list(islice(every, _TEXTS_AT_ONCE)):
@@ -164,6 +166,8 @@ def _each_image(images: ImageInput | Iterable[ImageInput]) -> Iterator[ImageInpu
         yield from [images] if images.ndim < 4 else images
     elif isinstance(images, str | os.PathLike | bytes | bytearray | Image.Image):
         yield images
+    elif not isinstance(images, Iterable):
+        raise ImageError(f"{images!r:.60} is neither a picture nor a list of pictures")
     else:
         yield from images
 

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from rich.markup import escape
 from rich.table import Table
 
-from cn_clip.cli.show import BAR_WIDTH, bar, console, print_json, progress
+from cn_clip.cli.show import BAR_WIDTH, Flag, bar, console, print_json, progress
 from cn_clip.errors import UsageError
 
 _CHUNK = 32
@@ -19,18 +19,19 @@ _CHUNK = 32
 
 def classify(
     images: Annotated[list[str], Parameter(negative=())],
+    /,
     *,
     labels: str | None = None,
     # A lone hyphen is a value here: standard input.
     labels_file: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
-    template: Annotated[tuple[str, ...], Parameter(negative=())] = ("{}",),
+    template: Annotated[tuple[str, ...], Parameter(negative=(), show_default=False)] = ("{}",),
     top: int = 5,
     model: str = "mini",
     device: str = "auto",
     precision: str = "auto",
-    fast_decode: Annotated[bool, Parameter(negative=())] = False,
+    fast_decode: Flag = False,
     download_root: str | None = None,
-    json: Annotated[bool, Parameter(negative=())] = False,
+    json: Flag = False,
 ) -> int:
     """Tell which of some Chinese labels fits each picture.
 
@@ -48,6 +49,7 @@ def classify(
         A text file with one label a line, UTF-8; - is standard input.
     template
         A sentence with {} where the label goes, such as 一张{}的照片; repeat it to average several.
+        By default the label alone.
     top
         How many labels to print for each picture.
     model

@@ -10,13 +10,12 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from typing import Annotated, Literal
+from typing import Literal
 
-from cyclopts import Parameter
 from rich.markup import escape
 
 from cn_clip import __version__, hub
-from cn_clip.cli.show import console, print_json
+from cn_clip.cli.show import Flag, console, print_json
 
 _TIMEOUT_S = 3.0
 _REQUIRED = ("torch", "numpy", "Pillow", "tokenizers", "safetensors", "huggingface-hub")
@@ -35,8 +34,8 @@ class Finding:
 
 def doctor(
     *,
-    offline: Annotated[bool, Parameter(negative=())] = False,
-    json: Annotated[bool, Parameter(negative=())] = False,
+    offline: Flag = False,
+    json: Flag = False,
 ) -> int:
     """Check that this environment is ready: versions, devices, the embedded model, the hubs.
 
@@ -83,7 +82,8 @@ def _look(offline: bool) -> Iterator[Finding]:
     yield _embedded_model()
     for name in hub.names()[1:]:
         path = hub.find(name)
-        yield Finding(name, "ok" if path else "note", str(path or "weights not on this machine"))
+        absent = f"not on this machine; fetched on first use, or put the file into {hub.CACHE}"
+        yield Finding(name, "ok" if path else "note", str(path or absent))
     if not offline:
         yield from _hubs()
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from cyclopts import Parameter
 from rich.table import Table
 
 from cn_clip import hub
-from cn_clip.cli.show import console, print_json
+from cn_clip.cli.show import Flag, console, print_json
 from cn_clip.config import MODELS, PUBLISHED, ModelConfig
 
 
 def models(
     *,
     download_root: str | None = None,
-    json: Annotated[bool, Parameter(negative=())] = False,
+    json: Flag = False,
 ) -> None:
     """List the models that load by name, with their size and where their weights are.
 
@@ -49,6 +48,7 @@ def models(
 
 
 _NUMBERS = ("parameters", "pixels", "dim")
+_KINDS = {"vit": "ViT", "resnet": "ResNet", "efficientnet_lite": "EfficientNet-Lite0"}
 
 
 def _describe(name: str, path: Path | None) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def _describe(name: str, path: Path | None) -> dict[str, Any]:
     text = config.text
     return {
         "name": name,
-        "image_tower": published.vision if published else config.vision.kind,
+        "image_tower": published.vision if published else _KINDS[config.vision.kind],
         "text_tower": published.text if published else f"BERT {text.layers}x{text.hidden_size}",
         "parameters": _count_parameters(config),
         "resolution": config.vision.resolution,
