@@ -98,6 +98,24 @@ def test_100_000_texts_at_once():
     np.testing.assert_allclose(got[:1000], got[-1000:], atol=1e-5)
 
 
+def test_one_lazily_opened_image_may_stand_for_many(embedder, tmp_path):
+    make_picture(size=(1500, 1500)).save(tmp_path / "large.jpg")
+    with Image.open(tmp_path / "large.jpg") as image:
+        got = embedder.embed_images([image] * 8)
+    np.testing.assert_allclose(got, np.tile(got[:1], (8, 1)), atol=1e-6)
+
+
+def test_nothing_more_is_decoded_once_the_model_has_failed(embedder, monkeypatch):
+    decoded = []
+    real = embedder._prepare
+    monkeypatch.setattr(embedder, "_prepare", lambda s: decoded.append(1) or real(s))
+    monkeypatch.setattr(embedder, "_run_images", lambda pixels: 1 / 0)
+    large = encoded(make_picture(size=(1500, 1500)), "JPEG")
+    with pytest.raises(ZeroDivisionError):
+        embedder.embed_images([large] * 500)
+    assert len(decoded) < 150
+
+
 def test_a_bad_picture_among_good_ones_is_named(embedder, tmp_path):
     (tmp_path / "broken.jpg").write_bytes(encoded(make_picture(), "JPEG")[:500])
     with pytest.raises(ImageError, match=r"broken\.jpg is damaged"):
@@ -196,6 +214,12 @@ def test_weights_of_another_architecture_do_not_load(tmp_path):
     (tmp_path / "other" / "model.safetensors").replace(tmp_path / "model" / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"do not fit tiny-vit: \d+ missing .* unexpected"):
         cn_clip.load(tmp_path / "model")
+
+
+def test_a_file_of_another_model_under_an_official_name_says_which_it_is(tmp_path):
+    weights.save_official(make_model(TINY["resnet"]), tmp_path / "clip_cn_vit-b-16.pt")
+    with pytest.raises(CheckpointError, match=r"holds resnet.* for 64 pixels, not ViT-B-16"):
+        cn_clip.load("ViT-B-16", download_root=tmp_path)
 
 
 def test_truncation_is_counted(embedder):

@@ -1,9 +1,11 @@
 """Names to files."""
 
+import sys
+
 import pytest
 
 from cn_clip import hub
-from cn_clip.errors import UnknownModelError
+from cn_clip.errors import MissingWeightsError, UnknownModelError
 
 
 @pytest.fixture(autouse=True)
@@ -24,12 +26,10 @@ def test_download_root_comes_before_the_cache(tmp_path, empty_cache):
         assert hub.find("RN50", tmp_path / "mine") == folder / "clip_cn_rn50.pt"
 
 
-def test_a_missing_modelscope_package_is_named_with_its_command(tmp_path):
-    try:
-        import modelscope  # noqa: F401
-    except ImportError:
-        with pytest.raises(Exception, match="pip install modelscope"):
-            hub.locate("RN50", download_root=tmp_path, use_modelscope=True)
+def test_a_missing_modelscope_package_is_named_with_its_command(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "modelscope", None)  # as if it were not installed
+    with pytest.raises(MissingWeightsError, match="pip install modelscope"):
+        hub.locate("RN50", download_root=tmp_path, use_modelscope=True)
 
 
 def test_an_unknown_name_is_refused():

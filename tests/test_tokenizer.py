@@ -1,6 +1,7 @@
 """Token ids against the reference's, and what a tokenizer must survive."""
 
 import multiprocessing
+import os
 import pickle
 import unicodedata
 import warnings
@@ -120,6 +121,7 @@ def _ids_of(text):
     return default_tokenizer().encode([text] * 8)[0]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Python 3.12: fork with threads alive
 def test_a_forked_worker_tokenizes(capfd):
     expected = _ids_of("皮卡丘")  # the parent's thread pool is running now

@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import resource
 from dataclasses import replace
 
 import pytest
@@ -12,7 +11,7 @@ from conftest import TINY, make_model
 from safetensors.torch import save_file
 
 from cn_clip import weights
-from cn_clip.config import MODELS
+from cn_clip.config import MODELS, ModelConfig
 from cn_clip.errors import CheckpointError, MissingWeightsError
 
 
@@ -156,7 +155,10 @@ def test_a_plain_malicious_pickle_is_refused_too(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["file.pt", "file.safetensors"])
-@pytest.mark.parametrize("content", [b"", b"not a model", b"PK\x03\x04cut", b"\xff" * 4096])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"not a model", b"PK\x03\x04cut", b"\xff" * 4096, b"\x80\x02q.", b"\x80\x02h\x05."],
+)
 def test_garbage_is_refused_in_one_sentence(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=name) as error:
@@ -196,6 +198,22 @@ def test_weights_of_something_else_are_named_as_such(tmp_path):
         weights.read(tmp_path / "list.pt")
 
 
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("visual.conv1.weight", torch.zeros(()), "make no model"),
+        ("text_projection", torch.zeros(3), "make no model"),
+        ("visual.conv1.weight", torch.zeros(64, 3, 0, 0), "impossible value"),
+        ("bert.embeddings.word_embeddings.weight", torch.zeros(3), "make no model"),
+        ("text_projection", torch.zeros(64, 32, dtype=torch.int64), "1 not of floating point"),
+    ],
+)
+def test_tensors_of_impossible_shapes_make_no_model(tiny_model, tmp_path, name, tensor, message):
+    torch.save(state_of(tiny_model) | {name: tensor}, tmp_path / "file.pt")
+    with pytest.raises(CheckpointError, match=message):
+        weights.build(weights.read(tmp_path / "file.pt"))
+
+
 def test_a_missing_file_is_not_a_damaged_one(tmp_path):
     with pytest.raises(MissingWeightsError, match="no such file or folder"):
         weights.read(tmp_path / "none.pt")
@@ -223,6 +241,7 @@ def test_a_bad_config_is_refused(tmp_path, config, message):
 @pytest.fixture
 def no_room():
     """Let this process write files of 100 kB at most, as a full disk would."""
+    resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     yield
@@ -239,6 +258,13 @@ def test_a_full_disk_loses_nothing(tiny_model, tmp_path, save, request):
         save(make_model(TINY["vit"], seed=1), target)
     assert_same(state_of(weights.build(weights.read(target))), before)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_file_is_never_replaced_by_a_folder(tiny_model, tmp_path):
+    (tmp_path / "mine.pt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"mine\.pt is a file; give a new folder"):
+        weights.save_folder(tiny_model, tmp_path / "mine.pt")
+    assert (tmp_path / "mine.pt").read_text() == "mine"
 
 
 def test_saving_over_a_folder_replaces_it_but_not_one_with_other_files(tiny_model, tmp_path):
@@ -258,6 +284,27 @@ def test_what_an_official_file_cannot_tell_is_not_written_as_one(config, tmp_pat
     with pytest.raises(CheckpointError, match="use save_folder"):
         weights.save_official(make_model(config or two_heads), tmp_path / "model.pt")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("vision", "layers", 3),
+        ("vision", "kind", "mamba"),
+        ("vision", "resolution", "224"),
+        ("text", "heads", 3),
+        ("text", "layers", 10**9),
+        (None, "embed_dim", "a"),
+        (None, "image_mean", 5),
+        (None, "background", "nocolour"),
+        (None, "context_length", 4096),
+    ],
+)
+def test_an_impossible_value_in_a_config_is_named(tiny_model, part, key, value):
+    values = tiny_model.config.to_dict()
+    (values[part] if part else values)[key] = value
+    with pytest.raises(CheckpointError, match=f"impossible value: .*{key}"):
+        ModelConfig.from_dict(values)
 
 
 def test_positions_are_resized_with_aligned_corners():

@@ -61,6 +61,7 @@ def test_a_repeated_label_is_counted_once_with_a_warning(embedder):
         ([], "no label cannot be compared"),
         (["猫", " "], "label 2 of 2 is empty"),
         ("猫,狗", "give a list"),
+        (["猫", 3], "label 3 is not a string"),
     ],
 )
 def test_labels_that_make_no_sense_are_refused(embedder, labels, message):

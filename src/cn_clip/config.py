@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 from cn_clip.errors import CheckpointError, UnknownModelError, UsageError
 
+Backend = Literal["auto", "torch"]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -73,14 +76,47 @@ class ModelConfig:
         top = _known(cls, values, "config.json")
         vision = _known(VisionConfig, top.pop("vision", {}), "config.json, vision")
         text = _known(TextConfig, top.pop("text", {}), "config.json, text")
-        vision["layers"] = tuple(vision.get("layers", (12,)))
-        for key in ("image_mean", "image_std"):
-            if key in top:
-                top[key] = tuple(top[key])
+        for values, key in ((vision, "layers"), (top, "image_mean"), (top, "image_std")):
+            if isinstance(values.get(key), list):
+                values[key] = tuple(values[key])
         try:
-            return cls(vision=VisionConfig(**vision), text=TextConfig(**text), **top)
+            config = cls(vision=VisionConfig(**vision), text=TextConfig(**text), **top)
         except TypeError as error:
             raise CheckpointError(f"config.json is incomplete: {error}") from None
+        check_config(config, "config.json")
+        return config
+
+
+def check_config(config: ModelConfig, where: str) -> None:
+    """Raise a ``CheckpointError`` for a value that would fail later, far from where it stands."""
+    vision, text = config.vision, config.text
+    counts = {
+        "embed_dim": config.embed_dim,
+        "context_length": config.context_length,
+        **{f"vision.{key}": getattr(vision, key) for key in _VISION_COUNTS},
+        **{f"text.{key}": getattr(text, key) for key in _TEXT_COUNTS},
+    }
+    bad = [f"{key} = {n!r}" for key, n in counts.items() if not _is_count(n, 1_000_000)]
+    if not isinstance(vision.layers, tuple) or not all(_is_count(n, 1000) for n in vision.layers):
+        bad.append(f"vision.layers = {vision.layers!r}")
+    if vision.kind not in ("vit", "resnet", "efficientnet_lite"):
+        bad.append(f"vision.kind = {vision.kind!r}")
+    for key, numbers in (("image_mean", config.image_mean), ("image_std", config.image_std)):
+        three = isinstance(numbers, tuple) and len(numbers) == 3
+        if not three or not all(isinstance(n, float) for n in numbers):
+            bad.append(f"{key} = {numbers!r}")
+    if config.background not in (None, "white"):
+        bad.append(f"background = {config.background!r}")
+    if not bad and text.hidden_size % text.heads:
+        bad.append(f"text.heads = {text.heads}, which does not divide {text.hidden_size}")
+    if not bad and config.context_length > text.max_positions:
+        bad.append(f"context_length = {config.context_length}, above text.max_positions")
+    if bad:
+        raise CheckpointError(f"{where} has an impossible value: {bad[0]}")
+
+
+def _is_count(value: object, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
 
 
 def _known(cls: type, values: Any, where: str) -> dict[str, Any]:
@@ -94,6 +130,17 @@ def _known(cls: type, values: Any, where: str) -> dict[str, Any]:
         )
     return dict(values)
 
+
+_VISION_COUNTS = ("resolution", "width", "patch_size", "head_width")
+_TEXT_COUNTS = (
+    "hidden_size",
+    "layers",
+    "heads",
+    "intermediate_size",
+    "vocab_size",
+    "max_positions",
+    "token_types",
+)
 
 _VIT_B_16 = VisionConfig("vit", 224, width=768, layers=(12,), patch_size=16)
 _VIT_L_14 = VisionConfig("vit", 224, width=1024, layers=(24,), patch_size=14)

@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from cn_clip import hub
+from cn_clip.config import MODELS, Backend, Precision
 from cn_clip.errors import ImageError, UnknownModelError, UsageError
 from cn_clip.image import ImageInput
-
-Backend = Literal["auto", "torch"]
-Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class Embedder(Protocol):
@@ -85,11 +83,20 @@ def load(
     """
     if backend not in ("auto", "torch"):
         raise UsageError(f"unknown backend {backend!r}; available: auto, torch")
-    path = _resolve(name_or_path, download_root)
+    given = os.fspath(name_or_path)
+    name = given.replace("/", "-")  # OpenAI writes ViT-B/16
+    if name in hub.names():
+        path = hub.locate(name, download_root=download_root)
+    else:
+        path = _existing(given)
     from cn_clip.backends.torch import TorchEmbedder  # torch takes a second to import
 
     return TorchEmbedder.from_path(
-        path, device=device, precision=precision, fast_decode=fast_decode
+        path,
+        expected=MODELS.get(name),
+        device=device,
+        precision=precision,
+        fast_decode=fast_decode,
     )
 
 
@@ -114,16 +121,13 @@ def embed_readable(
     return np.concatenate(rows), errors
 
 
-def _resolve(
-    name_or_path: str | os.PathLike[str], download_root: str | os.PathLike[str] | None
-) -> Path:
-    given = os.fspath(name_or_path)
-    name = given.replace("/", "-")  # OpenAI writes ViT-B/16
-    if name in hub.names():
-        return hub.locate(name, download_root=download_root)
-    path = Path(given).expanduser()
-    if not path.exists():
-        if path.suffix or "/" in given or os.sep in given:
-            raise UsageError(f"no such file or folder: {str(name_or_path)!r}")
-        raise UnknownModelError("model", str(name_or_path), hub.names())
-    return path
+def _existing(given: str) -> Path:
+    try:
+        path = Path(given).expanduser()
+        if path.exists():
+            return path
+    except (OSError, ValueError, RuntimeError) as error:  # too long, no such user
+        raise UsageError(f"{given!r:.80} is no usable path: {error}") from None
+    if path.suffix or "/" in given or os.sep in given:
+        raise UsageError(f"no such file or folder: {given!r}")
+    raise UnknownModelError("model", given, hub.names())

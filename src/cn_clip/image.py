@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,10 @@ from cn_clip.errors import ImageError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MAX_PIXELS = 2**27  # 134 million, 400 MB decoded; above every camera in common use
+
+# Pillow warns at a size of its own; our limit is checked on every picture. For the whole process,
+# because pictures are read in threads, where changing filters back and forth is not safe.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 ImageInput = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]
 
@@ -94,17 +99,14 @@ def find_images(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
     """
     found: dict[Path, None] = {}  # ordered, without repeats
     for given in paths:
-        path = Path(given).expanduser()
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
-            what = f"the folder {str(given)!r} holds no picture ({', '.join(SUFFIXES)})"
-        elif path.exists():
-            inside, what = [path], ""
-        else:
-            inside = sorted(_glob(path))
-            what = f"no such file, folder or pattern with matches: {str(given)!r}"
+        try:
+            inside = _expand(Path(given).expanduser())
+        except (OSError, ValueError, RuntimeError) as error:  # too long, no such user, bad pattern
+            raise ImageError(f"{str(given)!r:.80} is no usable path: {error}") from None
+        if not inside and Path(given).is_dir():
+            raise ImageError(f"the folder {str(given)!r} holds no picture ({', '.join(SUFFIXES)})")
         if not inside:
-            raise ImageError(what)
+            raise ImageError(f"no such file, folder or pattern with matches: {str(given)!r}")
         found.update(dict.fromkeys(inside))
     return list(found)
 
@@ -118,12 +120,16 @@ def describe(source: Any) -> str:
     return f"{type(source).__name__} picture"
 
 
-def _glob(pattern: Path) -> list[Path]:
-    if not any(c in str(pattern) for c in "*?["):
+def _expand(path: Path) -> list[Path]:
+    if path.is_dir():
+        return sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+    if path.exists():
+        return [path]
+    if not any(c in str(path) for c in "*?["):
         return []
-    anchor = Path(pattern.anchor) if pattern.is_absolute() else Path()
-    relative = pattern.relative_to(pattern.anchor) if pattern.is_absolute() else pattern
-    return [p for p in anchor.glob(str(relative)) if p.suffix.lower() in SUFFIXES]
+    anchor = Path(path.anchor)
+    matches = anchor.glob(str(path.relative_to(anchor)))
+    return sorted(p for p in matches if p.suffix.lower() in SUFFIXES)
 
 
 def _open(source: ImageInput, name: str) -> Image.Image:
@@ -141,12 +147,13 @@ def _open(source: ImageInput, name: str) -> Image.Image:
             f"{source!r:.60} is not a picture; give a path, bytes, a PIL image or a uint8 array"
         )
     try:
-        with warnings.catch_warnings():
-            # Pillow warns at a size of its own; our limit is checked right after this.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(stream, formats=FORMATS)
+        return Image.open(stream, formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{name} claims too many pixels ({error}); refused undecoded") from None
+        claimed = re.search(r"\d+", str(error))
+        raise ImageError(
+            f"{name} claims {int(claimed[0]) if claimed else 0:,} pixels, above every limit; "
+            "make it smaller first"
+        ) from None
     except UnidentifiedImageError:
         raise ImageError(
             f"{name} is not a picture in a known format ({', '.join(FORMATS)}); convert it first"

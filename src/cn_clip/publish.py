@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_UMASK = os.umask(0)  # it can only be read by setting it: once, before there are threads
+os.umask(_UMASK)
+
 
 @contextmanager
 def published(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -34,8 +37,13 @@ def published_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary folder to write into; on success it takes the place of ``path``.
 
     The old folder stays until the new one is complete. What it held besides goes with it.
+
+    Raises:
+        NotADirectoryError: there is a file at ``path``.
     """
     target = Path(path)
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"{target} is a file; give a new folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     new, old = work / "new", work / "old"
@@ -44,22 +52,21 @@ def published_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield new
         for file in new.iterdir():
             _finish(file)
-        if target.exists():
-            target.rename(old)
         try:
+            if target.exists():
+                target.rename(old)
             new.rename(target)
         except BaseException:
             if old.exists():
                 old.rename(target)
             raise
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        if not old.exists() or target.exists():  # never delete the only copy
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def _finish(file: Path) -> None:
     """Flush to disk, with the permissions any new file gets here; some writers leave 0600."""
-    umask = os.umask(0)
-    os.umask(umask)
-    file.chmod(0o666 & ~umask)
-    with file.open("rb") as stream:
+    file.chmod(0o666 & ~_UMASK)
+    with file.open("r+b") as stream:
         os.fsync(stream.fileno())

@@ -26,11 +26,13 @@ from torch import Tensor
 from cn_clip.config import (
     EMBED_DIMS,
     MODELS,
+    PUBLISHED,
     TEXT_TOWERS,
     VISION_TOWERS,
     ModelConfig,
     TextConfig,
     VisionConfig,
+    check_config,
 )
 from cn_clip.errors import CheckpointError, MissingWeightsError
 from cn_clip.model.clip import CLIP
@@ -98,9 +100,27 @@ def check_fit(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: 
                 if name in given and given[name].shape != wanted[name].shape
             ],
         ),
+        *_listed(
+            "not of floating point",
+            [
+                f"{name} {given[name].dtype}"
+                for name in wanted
+                if name in given and wanted[name].is_floating_point() and not _is_float(given[name])
+            ],
+        ),
     ]
     if problems:
         raise CheckpointError(f"the weights do not fit {model}: {'; '.join(problems)}")
+
+
+def check_model(found: ModelConfig, wanted: ModelConfig, path: str | os.PathLike[str]) -> None:
+    """Raise a ``CheckpointError`` unless ``found``, which is in ``path``, is ``wanted``."""
+    if replace(found, name="") != replace(wanted, name=""):
+        struct = PUBLISHED[found.name].struct if found.name in PUBLISHED else found.name
+        raise CheckpointError(
+            f"{path} holds {struct} for {found.vision.resolution} pixels, not {wanted.name} for "
+            f"{wanted.vision.resolution}; load it by its path, or put the right file there"
+        )
 
 
 def save_folder(model: CLIP, path: str | os.PathLike[str]) -> None:
@@ -151,7 +171,14 @@ def infer_config(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) ->
             f"{path} is not a Chinese-CLIP checkpoint: it has no {error.args[0]} "
             f"(it begins with {first})"
         ) from None
-    return _named(ModelConfig(name="", embed_dim=embed_dim, vision=vision, text=text))
+    except (IndexError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"{path} is not a Chinese-CLIP checkpoint: the shapes of its tensors make no model "
+            f"({error})"
+        ) from None
+    config = ModelConfig(name="", embed_dim=embed_dim, vision=vision, text=text)
+    check_config(config, str(path))
+    return _named(config)
 
 
 def resize_positions(positions: Tensor, length: int) -> Tensor:
@@ -271,8 +298,8 @@ def _names_an_optimizer(path: Path) -> bool:
         with zipfile.ZipFile(path) as archive:
             (pickled,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
             return b"optimizer" in archive.read(pickled)
-    except (zipfile.BadZipFile, ValueError, OSError):
-        return False  # the format of torch before 1.6, or damaged: torch will say
+    except Exception:  # the format of torch before 1.6, or damaged: torch will say
+        return False
 
 
 def _state_dict(blob: Any, path: Path) -> dict[str, Tensor]:
@@ -296,8 +323,10 @@ def _load_pickle(path: Path, *, mmap: bool) -> Any:
             f"{path} is refused: its pickle names {named[1]}, and only tensors are read, never "
             "code; re-save it as a state dict where you trust it"
         ) from None
-    except (RuntimeError, EOFError, ValueError, TypeError, AttributeError, OSError) as error:
+    except Exception as error:  # these bytes may be anything, and so may what they raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "TorchScript" in str(error):
+            reason = "it is a TorchScript program; save its state dict instead"
         raise CheckpointError(f"{path} is not a whole .pt file: {reason}") from None
 
 
@@ -339,6 +368,10 @@ def _told_by_shapes(model: CLIP) -> bool:
     own = model.config
     text = replace(told.text, dropout=own.text.dropout)  # matters in training only
     return replace(told, name=own.name, text=text) == own
+
+
+def _is_float(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype.itemsize > 1  # 8 bits need scales beside
 
 
 def _count(tensors: Iterable[str], pattern: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -61,8 +62,9 @@ def classify(
         UsageError: fewer than two different labels, an empty one, or a template without ``{}``.
         ImageError: a picture cannot be used.
     """
-    prototypes = label_embeddings(embedder, distinct(labels), templates)
-    return score(embedder, embedder.embed_images(images), distinct(labels, quiet=True), prototypes)
+    names = distinct(labels)
+    prototypes = label_embeddings(embedder, names, templates)
+    return score(embedder, embedder.embed_images(images), names, prototypes)
 
 
 def score(
@@ -95,14 +97,18 @@ def label_embeddings(
     return mean / np.linalg.norm(mean, axis=1, keepdims=True)  # type: ignore[no-any-return]
 
 
-def distinct(labels: Sequence[str], *, quiet: bool = False) -> list[str]:
-    """Return the labels stripped and without repeats, in order.
+def distinct(labels: Iterable[str]) -> list[str]:
+    """Return the labels stripped and without repeats, in order; warn if there were repeats.
 
     Raises:
         UsageError: one is empty, or fewer than two are left.
     """
     if isinstance(labels, str):
         raise UsageError(f"labels is one string, {labels!r:.60}; give a list of labels")
+    labels = list(labels)
+    strange = next((label for label in labels if not isinstance(label, str)), None)
+    if strange is not None:
+        raise UsageError(f"label {strange!r:.60} is not a string")
     stripped = [label.strip() for label in labels]
     if "" in stripped:
         raise UsageError(f"label {stripped.index('') + 1} of {len(stripped)} is empty; remove it")
@@ -113,7 +119,7 @@ def distinct(labels: Sequence[str], *, quiet: bool = False) -> list[str]:
             f"{given} cannot be compared with anything, its probability would always be 1; "
             "give at least two different labels"
         )
-    if len(unique) < len(stripped) and not quiet:
-        repeated = next(label for label in unique if stripped.count(label) > 1)
+    if len(unique) < len(stripped):
+        repeated = Counter(stripped).most_common(1)[0][0]
         warnings.warn(f"label {repeated!r} is given more than once; counted once", stacklevel=3)
     return unique

@@ -1,6 +1,7 @@
 """Each verb as a user runs it: output, exit codes, one sentence on stderr."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -113,7 +114,10 @@ def test_repeated_labels_are_counted_once_and_told(cn_clip, model, folder_of_pic
         (["classify", "{folder}", "--labels", "猫,狗", "--template", "x"], 2, "has no {}"),
         (["classify", "{folder}", "--labels", "猫,狗", "--model", "mimi"], 2, "did you mean mini"),
         (["classify", "{folder}", "--labels", "猫,狗", "--colour", "red"], 2, "--colour"),
+        (["classify", "{folder}", "--labels", "猫,狗", "--precision", "int3"], 2, "int3"),
         (["classify", "none.jpg", "--labels", "猫,狗"], 1, "no such file"),
+        (["classify", "~nobody-of-this-name/a.jpg", "--labels", "猫,狗"], 1, "no usable path"),
+        (["classify", "x" * 300 + ".jpg", "--labels", "猫,狗"], 1, "no usable path"),
         (["classify", "{empty}", "--labels", "猫,狗"], 1, "holds no picture"),
         (["clasify"], 2, "classify"),
     ],
@@ -160,6 +164,26 @@ def test_doctor_tells_a_broken_embedded_model(cn_clip, monkeypatch, tmp_path):
     assert code == 1 and "no config.json" in out and "not ready" in out
 
 
+def test_doctor_names_what_is_missing_or_too_old_with_the_command(cn_clip, monkeypatch):
+    module = sys.modules["cn_clip.cli.doctor"]  # the package's attribute is the verb
+    versions = {"torch": None, "pillow": "9.5.0"}
+    real = module._version
+    monkeypatch.setattr(module, "_version", lambda name: versions.get(name, real(name)))
+    code, out, _ = cn_clip("doctor", "--offline")
+    assert code == 1 and "not ready" in out
+    assert "missing; add it: pip install 'torch>=2.6'" in out
+    assert "9.5.0 is too old; add it: pip install 'pillow>=13'" in out
+
+
+def test_a_console_that_knows_no_chinese_gets_escapes_not_a_crash(model, folder_of_pictures):
+    command = [sys.executable, "-m", "cn_clip", "classify", str(folder_of_pictures)]
+    command += ["--labels", "猫,狗", "--model", model]
+    run = subprocess.run(
+        command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "cp1252"}
+    )
+    assert run.returncode == 0 and b"\\u732b" in run.stdout
+
+
 def test_a_hub_that_cannot_be_reached_is_a_note_not_a_failure(cn_clip, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("MODELSCOPE_DOMAIN", "127.0.0.1:9")
@@ -168,12 +192,15 @@ def test_a_hub_that_cannot_be_reached_is_a_note_not_a_failure(cn_clip, monkeypat
     assert code == 0 and states["Hugging Face"] == states["ModelScope"] == "note"
 
 
-def test_ctrl_c_ends_with_130_and_no_traceback(model, folder_of_pictures):
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a named pipe")
+def test_ctrl_c_ends_with_130_and_no_traceback(model, folder_of_pictures, tmp_path):
+    os.mkfifo(tmp_path / "labels")
     command = [sys.executable, "-m", "cn_clip", "classify"]
-    command += [str(folder_of_pictures), "--labels-file", "-", "--model", model]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    time.sleep(2)  # it waits for labels
-    process.send_signal(signal.SIGINT)
+    command += [str(folder_of_pictures), "--labels-file", str(tmp_path / "labels")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    with open(tmp_path / "labels", "w"):  # opens when the command does: it waits for labels now
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130, err
     assert err.strip() == "cn-clip: interrupted"

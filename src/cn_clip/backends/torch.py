@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -18,12 +19,14 @@ import torch
 from PIL import Image
 
 from cn_clip import weights
+from cn_clip.config import ModelConfig
 from cn_clip.errors import ImageError, UsageError
 from cn_clip.image import ImageInput, describe, normalize, read_image, to_pixels
 from cn_clip.model.clip import CLIP
 from cn_clip.tokenizer import Tokenizer, default_tokenizer
 
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PREPARATION = 1  # counts changes of preprocessing or tokenization that change embeddings
 _IMAGES_PER_BATCH = 32
 _TEXTS_PER_BATCH = 256
 _TOKENS_PER_BATCH = 4096
@@ -43,12 +46,21 @@ class TorchEmbedder:
 
     @classmethod
     def from_path(
-        cls, path: Path, *, device: str = "auto", precision: str = "auto", fast_decode: bool = False
+        cls,
+        path: Path,
+        *,
+        expected: ModelConfig | None = None,
+        device: str = "auto",
+        precision: str = "auto",
+        fast_decode: bool = False,
     ) -> TorchEmbedder:
-        """Load a checkpoint; arguments as for ``cn_clip.load``."""
+        """Load a checkpoint, of the model ``expected``; the rest is as for ``cn_clip.load``."""
         target = pick_device(device)
         dtype = pick_precision(precision, target)
-        model = weights.build(weights.read(path), dtype=dtype).to(target)
+        checkpoint = weights.read(path)
+        if expected is not None:
+            weights.check_model(checkpoint.config, expected, path)
+        model = weights.build(checkpoint, dtype=dtype).to(target)
         return cls(model.requires_grad_(False), fast_decode=fast_decode)
 
     @property
@@ -67,6 +79,7 @@ class TorchEmbedder:
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         config = self.model.config.to_dict() | {"name": None, "fast_decode": self.fast_decode}
+        config |= {"vocab": self.tokenizer.vocab, "preparation": _PREPARATION}
         digest.update(json.dumps(config, sort_keys=True).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -77,9 +90,10 @@ class TorchEmbedder:
         rows = [np.empty((0, self.dim), dtype=np.float32)]
         workers = min(4, os.cpu_count() or 1)
         with ThreadPoolExecutor(workers, thread_name_prefix="cn_clip-decode") as pool:
-            prepared = _ahead(pool, self._prepare, _each_image(images), 2 * _IMAGES_PER_BATCH)
-            while batch := list(islice(prepared, _IMAGES_PER_BATCH)):
-                rows.append(self._run_images(np.stack(batch)))
+            ahead = _ahead(pool, self._prepare, _each_image(images), 2 * _IMAGES_PER_BATCH)
+            with closing(ahead) as prepared:
+                while batch := list(islice(prepared, _IMAGES_PER_BATCH)):
+                    rows.append(self._run_images(np.stack(batch)))
         return np.concatenate(rows)
 
     def embed_texts(self, texts: str | Iterable[str]) -> npt.NDArray[np.float32]:
@@ -177,11 +191,13 @@ def _ahead(
     prepare: Callable[[ImageInput], npt.NDArray[np.float32]],
     images: Iterator[ImageInput],
     depth: int,
-) -> Iterator[npt.NDArray[np.float32]]:
+) -> Generator[npt.NDArray[np.float32]]:
     """Yield prepared pictures in order, at most ``depth`` of them in hand."""
     waiting: deque[Future[npt.NDArray[np.float32]]] = deque()
     try:
         for image in images:
+            if isinstance(image, Image.Image):
+                image = read_image(image)  # opened lazily, it must be decoded by one thread
             waiting.append(pool.submit(prepare, image))
             if len(waiting) >= depth:
                 yield waiting.popleft().result()

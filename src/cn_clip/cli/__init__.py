@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted. Errors are one sente
 
 from __future__ import annotations
 
+import io
 import sys
 import warnings
 from collections.abc import Sequence
@@ -30,6 +31,9 @@ app.command(doctor)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # labels are Chinese, consoles may not be
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
@@ -54,8 +58,10 @@ def _run(arguments: Sequence[str]) -> int:
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         sys.stderr.close()
         return 1
-    except MemoryError:
-        return _fail("out of memory; give fewer or smaller pictures, or a smaller model", 1)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        return _fail("out of memory; give smaller pictures, a smaller model or another device", 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     return code if isinstance(code, int) else 0

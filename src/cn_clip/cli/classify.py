@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cn_clip.cli.show import BAR_WIDTH, Flag, bar, console, print_json, progress
+from cn_clip.config import Precision
 from cn_clip.errors import UsageError
 
 _CHUNK = 32
@@ -28,7 +29,7 @@ def classify(
     top: int = 5,
     model: str = "mini",
     device: str = "auto",
-    precision: str = "auto",
+    precision: Precision = "auto",
     fast_decode: Flag = False,
     download_root: str | None = None,
     json: Flag = False,
@@ -76,7 +77,7 @@ def classify(
     embedder = load(
         model,
         device=device,
-        precision=precision,  # type: ignore[arg-type]  # load() says which there are
+        precision=precision,
         fast_decode=fast_decode,
         download_root=download_root,
     )

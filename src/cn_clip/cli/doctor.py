@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Literal
 
+from packaging.requirements import Requirement
 from rich.markup import escape
 
 from cn_clip import __version__, hub
 from cn_clip.cli.show import Flag, console, print_json
 
 _TIMEOUT_S = 3.0
-_REQUIRED = ("torch", "numpy", "Pillow", "tokenizers", "safetensors", "huggingface-hub")
 _OPTIONAL = {"modelscope": ("downloads from ModelScope", "pip install 'cn-clip[modelscope]'")}
 _COLOURS = {"ok": "green", "note": "yellow", "fail": "red"}
 
@@ -67,16 +67,14 @@ def doctor(
 
 def _look(offline: bool) -> Iterator[Finding]:
     yield Finding("cn-clip", "ok", f"{__version__}, Python {platform.python_version()}")
-    missing = [name for name in _REQUIRED if not _version(name)]
-    for name in _REQUIRED:
-        state: Literal["ok", "fail"] = "fail" if name in missing else "ok"
-        yield Finding(name, state, _version(name) or f"missing; add it: pip install {name}")
+    required = [_check(requirement) for requirement in _requirements()]
+    yield from required
     for name, (purpose, command) in _OPTIONAL.items():
         if importlib.util.find_spec(name):
             yield Finding(name, "ok", _version(name) or "installed")
         else:
             yield Finding(name, "note", f"not installed; for {purpose}: {command}")
-    if missing:
+    if any(finding.state == "fail" for finding in required):
         return
     yield from _devices()
     yield _embedded_model()
@@ -86,6 +84,23 @@ def _look(offline: bool) -> Iterator[Finding]:
         yield Finding(name, "ok" if path else "note", str(path or absent))
     if not offline:
         yield from _hubs()
+
+
+def _requirements() -> list[Requirement]:
+    """Return what the installed distribution needs, extras aside."""
+    every = map(Requirement, metadata.requires("cn-clip") or [])
+    return [each for each in every if each.marker is None or each.marker.evaluate({"extra": ""})]
+
+
+def _check(requirement: Requirement) -> Finding:
+    version = _version(requirement.name)
+    if version and requirement.specifier.contains(version, prereleases=True):
+        return Finding(requirement.name, "ok", version)
+    found = f"{version} is too old" if version else "missing"
+    remedy = f"pip install '{requirement}'"
+    if requirement.name == "torch":
+        remedy += ", or a smaller build for the CPU: see constraints.txt"
+    return Finding(requirement.name, "fail", f"{found}; add it: {remedy}")
 
 
 def _version(distribution: str) -> str | None:

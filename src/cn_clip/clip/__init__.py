@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cn_clip import hub, weights
-from cn_clip.config import CLIP_MEAN, CLIP_STD, PUBLISHED, VISION_TOWERS, ModelConfig, model_config
+from cn_clip.config import CLIP_MEAN, CLIP_STD, PUBLISHED, ModelConfig, model_config
 from cn_clip.errors import CheckpointError, UnknownModelError, UsageError
 from cn_clip.image import normalize, to_pixels
 from cn_clip.model.clip import CLIP, initialize
@@ -119,7 +118,7 @@ def load_from_name(
         raise UnknownModelError("model", name, available_models())
     checkpoint = weights.read(path)
     if wanted is not None:
-        _same_towers(checkpoint.config, wanted, path)
+        weights.check_model(checkpoint.config, wanted, path)
     if input_resolution not in (None, checkpoint.config.vision.resolution):
         raise CheckpointError(
             f"{path} takes {checkpoint.config.vision.resolution} pixels, "
@@ -150,7 +149,7 @@ def create_model(model_name: str, checkpoint: Mapping[str, Any] | None = None) -
         initialize(model)
         return model.eval()
     tensors, dropped = weights.official_names(checkpoint["state_dict"])
-    _same_towers(weights.infer_config(tensors, "the checkpoint"), config, "the checkpoint")
+    weights.check_model(weights.infer_config(tensors, "the checkpoint"), config, "the checkpoint")
     own = {name: tensor.clone() for name, tensor in tensors.items()}
     return _round_as_official(weights.build(weights.Checkpoint(config, own, dropped)))
 
@@ -227,12 +226,3 @@ def _transform_of(config: ModelConfig) -> ImageTransform:
     transform = image_transform(config.vision.resolution)
     transform.mean, transform.std = config.image_mean, config.image_std
     return transform
-
-
-def _same_towers(found: ModelConfig, wanted: ModelConfig, path: str | os.PathLike[str]) -> None:
-    if replace(found, name="") == replace(wanted, name=""):
-        return
-    struct = PUBLISHED[found.name].struct if found.name in PUBLISHED else found.name
-    if found.name in VISION_TOWERS and found.vision.resolution != wanted.vision.resolution:
-        struct += f" at {found.vision.resolution} pixels"
-    raise CheckpointError(f"{path} holds {struct}, not {wanted.name}; use that name")
