@@ -74,6 +74,14 @@ def test_exif_orientation_is_applied():
     assert turned.size == (20, 40)
 
 
+def test_a_callers_image_is_not_turned_in_place():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.open(io.BytesIO(encoded(make_picture(size=(40, 20)), "JPEG", exif=exif)))
+    assert read_image(image).size == (20, 40)
+    assert image.size == (40, 20)
+
+
 def test_a_jpeg_cut_in_half_is_damaged():
     raw = encoded(make_picture(size=(200, 200)), "JPEG")
     with pytest.raises(ImageError, match="is damaged"):

@@ -290,6 +290,7 @@ def test_what_an_official_file_cannot_tell_is_not_written_as_one(config, tmp_pat
     ("part", "key", "value"),
     [
         ("vision", "layers", 3),
+        ("vision", "layers", []),
         ("vision", "kind", "mamba"),
         ("vision", "resolution", "224"),
         ("text", "heads", 3),

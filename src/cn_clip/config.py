@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from cn_clip.errors import CheckpointError, UnknownModelError, UsageError
 
 Backend = Literal["auto", "torch"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
+VisionKind = Literal["vit", "resnet", "efficientnet_lite"]
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -23,7 +24,7 @@ class VisionConfig:
     an EfficientNet-Lite0 has a fixed plan and ignores it, together with ``width``.
     """
 
-    kind: Literal["vit", "resnet", "efficientnet_lite"]
+    kind: VisionKind
     resolution: int = 224
     width: int = 768
     layers: tuple[int, ...] = (12,)
@@ -97,9 +98,10 @@ def check_config(config: ModelConfig, where: str) -> None:
         **{f"text.{key}": getattr(text, key) for key in _TEXT_COUNTS},
     }
     bad = [f"{key} = {n!r}" for key, n in counts.items() if not _is_count(n, 1_000_000)]
-    if not isinstance(vision.layers, tuple) or not all(_is_count(n, 1000) for n in vision.layers):
+    layers = vision.layers
+    if not layers or not isinstance(layers, tuple) or not all(_is_count(n, 1000) for n in layers):
         bad.append(f"vision.layers = {vision.layers!r}")
-    if vision.kind not in ("vit", "resnet", "efficientnet_lite"):
+    if vision.kind not in get_args(VisionKind):
         bad.append(f"vision.kind = {vision.kind!r}")
     for key, numbers in (("image_mean", config.image_mean), ("image_std", config.image_std)):
         three = isinstance(numbers, tuple) and len(numbers) == 3

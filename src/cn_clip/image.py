@@ -65,10 +65,13 @@ def read_image(
         image.draft("RGB", (2 * fast_decode, 2 * fast_decode))
     try:
         image.load()
-        upright = ImageOps.exif_transpose(image)
+        if image is source:
+            image = ImageOps.exif_transpose(image)  # a copy: the caller's stays as it is
+        else:
+            ImageOps.exif_transpose(image, in_place=True)
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
         raise ImageError(f"{name} is damaged ({error}); replace the file") from error
-    return upright if background is None else _flatten(upright, background)
+    return image if background is None else _flatten(image, background)
 
 
 def to_pixels(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:
