@@ -228,7 +228,8 @@ def test_a_missing_file_is_not_a_damaged_one(tmp_path):
         ("[]", "expected an object"),
         ('{"name": "x"}', "incomplete"),
         ('{"name": "x", "colour": 1}', "unknown key 'colour'"),
-        ('{"model_type": "chinese_clip"}', "Hugging Face folder"),
+        ('{"model_type": "blip"}', "type 'blip', not 'chinese_clip'"),
+        ('{"model_type": "chinese_clip", "vision_config": {"hidden_act": "gelu"}}', "hidden_act"),
     ],
 )
 def test_a_bad_config_is_refused(tmp_path, config, message):

@@ -166,9 +166,11 @@ def load(
     Args:
         model: from ``create_model``.
         device: by default CUDA if there is one, else the CPU.
-        clip_path: a file with ``visual.*`` and perhaps ``logit_scale``; position embeddings are
-            resized to the model's resolution.
-        bert_path: a file with ``bert.*``; its pooler is left out.
+        clip_path: a file, or the folder that holds it, of OpenAI's CLIP (a TorchScript archive
+            too), Hugging Face's ``CLIPModel``, open_clip or Chinese-CLIP. Position embeddings are
+            resized to the model's resolution; ``logit_scale`` is taken where there is one.
+        bert_path: a file, or the folder that holds it, of a ``BertModel`` such as RoBERTa-wwm-ext
+            or RBT3. The pooler and the heads of pre-training are left out.
         use_flash_attention: accepted and ignored; attention picks the fastest kernel by itself.
 
     Raises:
@@ -176,20 +178,20 @@ def load(
     """
     state = model.state_dict()
     given: dict[str, Tensor] = {}
-    for path, prefix in ((clip_path, "visual."), (bert_path, "bert.")):
+    for path, prefix, read in (
+        (clip_path, "visual.", weights.image_tower),
+        (bert_path, "bert.", weights.text_tower),
+    ):
         if path is None:
             continue
-        tensors, _ = weights.official_names(weights.read_tensors(path))
-        tower = {name: t for name, t in tensors.items() if name.startswith(prefix)}
+        tower = read(path).tensors
         positions = "visual.positional_embedding"
         if positions in tower and positions in state:
             length = state[positions].shape[0]
             tower[positions] = weights.resize_positions(tower[positions], length)
-        wanted = {name: t for name, t in state.items() if name.startswith(prefix)}
+        wanted = {n: t for n, t in state.items() if n.startswith(prefix) or n in tower}
         weights.check_fit(tower, wanted, f"the {prefix}* tower from {path}")
         given |= tower
-        if prefix == "visual." and "logit_scale" in tensors:
-            given["logit_scale"] = tensors["logit_scale"]
     model.load_state_dict(state | given)
     return model.to(device if device is not None else _default_device()).eval()
 

@@ -1,0 +1,272 @@
+"""Weights in and out, to and from the model: official ``.pt`` files, Hugging Face folders, ours.
+
+A file is data, never a program. What it holds is read off its tensors' names and shapes, or its
+config, so no caller needs to say which model it is. ``tensorfile`` reads any file's tensors,
+``official`` and ``huggingface`` know the names and configs of a format, ``towers`` finds the
+initial weights of one tower in files of CLIP or BERT.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cn_clip.config import PUBLISHED, ModelConfig
+from cn_clip.errors import CheckpointError, MissingWeightsError
+from cn_clip.model.clip import CLIP
+from cn_clip.publish import published, published_folder
+from cn_clip.weights.huggingface import config_from, config_to, from_hugging_face, to_hugging_face
+from cn_clip.weights.official import (
+    infer_config,
+    named,
+    official_names,
+    resize_positions,
+    told_by_shapes,
+    unfuse_attention,
+)
+from cn_clip.weights.tensorfile import read_tensors
+from cn_clip.weights.towers import FILES, Tower, image_tower, text_tower, weights_file
+
+__all__ = [
+    "Checkpoint",
+    "Tower",
+    "build",
+    "check_fit",
+    "check_model",
+    "image_tower",
+    "infer_config",
+    "official_names",
+    "read",
+    "read_config",
+    "read_tensors",
+    "resize_positions",
+    "save_folder",
+    "save_hugging_face",
+    "save_official",
+    "text_tower",
+    "unfuse_attention",
+]
+
+_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_HUGGING_FACE_FILES = {"preprocessor_config.json", "tokenizer_config.json", "vocab.txt"}
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Weights under their official names, the model they make, what was left out, and its format
+    in words."""
+
+    config: ModelConfig
+    tensors: dict[str, Tensor]
+    dropped: tuple[str, ...] = ()
+    format: str = "weights"
+
+
+def read(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read an official ``.pt`` file, our folder, a ``ChineseCLIPModel`` folder of Hugging Face, or
+    a file of weights out of one of them.
+
+    Raises:
+        MissingWeightsError: there is nothing at ``path``, or a shard is missing.
+        CheckpointError: it is damaged, not a Chinese-CLIP, or holds more than tensors.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _read_folder(path)
+    tensors = read_tensors(path)
+    if any(name.startswith("vision_model.") for name in tensors):
+        tensors, dropped = from_hugging_face(tensors)
+        return Checkpoint(infer_config(tensors, path), tensors, dropped, "Hugging Face weights")
+    kept, dropped = official_names(tensors)
+    return Checkpoint(infer_config(kept, path), kept, dropped, "official weights")
+
+
+def build(checkpoint: Checkpoint, *, dtype: torch.dtype | None = torch.float32) -> CLIP:
+    """Make the model of a checkpoint, in eval mode; ``dtype`` None keeps the file's precision.
+
+    The model is laid out on the meta device, so no weight is drawn that the file replaces.
+    ``checkpoint.tensors`` is emptied on the way, so that memory holds the weights once.
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected or of another shape; all are counted and
+            the first ones named.
+    """
+    with torch.device("meta"):
+        model = CLIP(checkpoint.config)
+    check_fit(checkpoint.tensors, model.state_dict(), checkpoint.config.name)
+    state = {}
+    for name in list(checkpoint.tensors):
+        tensor = checkpoint.tensors.pop(name)
+        state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def check_fit(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: str) -> None:
+    """Raise a ``CheckpointError`` that lists every way in which ``given`` is not ``wanted``."""
+    problems = [
+        *_listed("missing", [name for name in wanted if name not in given]),
+        *_listed("unexpected", [name for name in given if name not in wanted]),
+        *_listed(
+            "wrongly shaped",
+            [
+                f"{name} {list(given[name].shape)} instead of {list(wanted[name].shape)}"
+                for name in wanted
+                if name in given and given[name].shape != wanted[name].shape
+            ],
+        ),
+        *_listed(
+            "not of floating point",
+            [
+                f"{name} {given[name].dtype}"
+                for name in wanted
+                if name in given and wanted[name].is_floating_point() and not _is_float(given[name])
+            ],
+        ),
+    ]
+    if problems:
+        raise CheckpointError(f"the weights do not fit {model}: {'; '.join(problems)}")
+
+
+def check_model(found: ModelConfig, wanted: ModelConfig, path: str | os.PathLike[str]) -> None:
+    """Raise a ``CheckpointError`` unless ``found``, which is in ``path``, is ``wanted``."""
+    if replace(found, name="") != replace(wanted, name=""):
+        struct = PUBLISHED[found.name].struct if found.name in PUBLISHED else found.name
+        raise CheckpointError(
+            f"{path} holds {struct} for {found.vision.resolution} pixels, not {wanted.name} for "
+            f"{wanted.vision.resolution}; load it by its path, or put the right file there"
+        )
+
+
+def save_folder(model: CLIP, path: str | os.PathLike[str]) -> None:
+    """Write ``config.json`` and ``model.safetensors`` into the folder ``path``, all or nothing.
+
+    Raises:
+        CheckpointError: the disk is full or the place not writable; ``path`` is as it was before.
+    """
+    path = Path(path)
+    _check_own(path, {_CONFIG, _WEIGHTS, *_HUGGING_FACE_FILES})
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    with _explained(path), published_folder(path) as folder:
+        save_file(state, folder / _WEIGHTS, metadata={"format": "pt"})
+        config = json.dumps(model.config.to_dict(), indent=2, ensure_ascii=False)
+        (folder / _CONFIG).write_text(config + "\n", encoding="utf-8")
+
+
+def save_official(model: CLIP, path: str | os.PathLike[str]) -> None:
+    """Write a ``.pt`` file that the official package loads, all or nothing.
+
+    Raises:
+        CheckpointError: the model has something that such a file cannot tell, as ``mini`` has; or
+            the disk is full or the place not writable. ``path`` is as it was before.
+    """
+    if not told_by_shapes(model.config, model.state_dict()):
+        raise CheckpointError(
+            f"{model.config.name} cannot be written as an official .pt file: its tensors' shapes "
+            "do not tell all of its config; use save_folder"
+        )
+    state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+    with _explained(path), published(path) as temporary:
+        torch.save({"epoch": 0, "name": model.config.name, "state_dict": state}, temporary)
+
+
+def save_hugging_face(model: CLIP, path: str | os.PathLike[str]) -> None:
+    """Write a folder that ``transformers.ChineseCLIPModel`` loads, all or nothing.
+
+    It holds ``config.json``, ``model.safetensors``, ``preprocessor_config.json`` and the
+    tokenizer's files.
+
+    Raises:
+        CheckpointError: the image tower is no ViT, for which alone the format has a place; or the
+            disk is full or the place not writable. ``path`` is as it was before.
+    """
+    path = Path(path)
+    texts = config_to(model.config, model.dtype)
+    _check_own(path, {_CONFIG, _WEIGHTS, *_HUGGING_FACE_FILES})
+    with _explained(path), published_folder(path) as folder:
+        save_file(to_hugging_face(model.state_dict()), folder / _WEIGHTS, metadata={"format": "pt"})
+        for name, values in texts.items():
+            text = json.dumps(values, indent=2, ensure_ascii=False)
+            (folder / name).write_text(text + "\n", encoding="utf-8")
+        vocab = files("cn_clip").joinpath("assets", "vocab.txt").read_bytes()
+        (folder / "vocab.txt").write_bytes(vocab)
+
+
+def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
+    """Read the ``config.json`` of our folder, or of a ``ChineseCLIPModel``.
+
+    Raises:
+        MissingWeightsError: there is none.
+        CheckpointError: it is damaged, or of another architecture.
+    """
+    path = Path(folder)
+    if not (path / _CONFIG).is_file():
+        raise MissingWeightsError(
+            f"the folder {folder} has no {_CONFIG}; a model folder holds {_CONFIG} and {_WEIGHTS}"
+        )
+    values = _read_json(path / _CONFIG)
+    if not _of_hugging_face(values):
+        return ModelConfig.from_dict(values)
+    preparation = path / "preprocessor_config.json"
+    prepared = _read_json(preparation) if preparation.is_file() else None
+    return named(config_from(values, prepared, str(folder)))
+
+
+def _read_folder(path: Path) -> Checkpoint:
+    config = read_config(path)
+    if not any((path / name).is_file() for name in FILES):
+        raise MissingWeightsError(f"the folder {path} has a {_CONFIG} but no {_WEIGHTS}")
+    tensors = read_tensors(weights_file(path))
+    if _of_hugging_face(_read_json(path / _CONFIG)):
+        return Checkpoint(config, *from_hugging_face(tensors), "Hugging Face folder")
+    return Checkpoint(config, *official_names(tensors), "safetensors folder")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+
+
+def _of_hugging_face(values: Any) -> bool:
+    return isinstance(values, dict) and "model_type" in values
+
+
+def _check_own(path: Path, names: set[str]) -> None:
+    if path.is_dir() and {file.name for file in path.iterdir()} - names:
+        raise CheckpointError(f"the folder {path} holds other files too; give a new folder")
+
+
+def _is_float(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype.itemsize > 1  # 8 bits need scales beside
+
+
+def _listed(what: str, names: list[str], shown: int = 5) -> Iterator[str]:
+    if names:
+        more = f" and {len(names) - shown} more" if len(names) > shown else ""
+        yield f"{len(names)} {what} ({', '.join(names[:shown])}{more})"
+
+
+@contextmanager
+def _explained(path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"could not write {path}: {error}; nothing was changed. Free some space or choose "
+            "another place"
+        ) from error
