@@ -16,13 +16,14 @@ BANDS = {
     "errors": 0, "config": 0, "publish": 0, "tokenizer": 0, "image": 0,
     "model": 1,
     "weights": 2, "hub": 2,
-    "embedder": 3, "backends": 3, "clip": 3, "zeroshot": 3,
+    "embedder": 3, "backends": 3, "clip": 3, "zeroshot": 3, "convert": 3,
     "cli": 6, "__main__": 6,
 }  # fmt: skip
 # The one road between siblings of different files in a band.
 SAME_BAND = {
     ("config", "errors"), ("image", "config"), ("image", "errors"), ("tokenizer", "errors"),
-    ("embedder", "backends"), ("zeroshot", "embedder"), ("__main__", "cli"),
+    ("embedder", "backends"), ("zeroshot", "embedder"), ("convert", "backends"),
+    ("__main__", "cli"),
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from cyclopts import App, CycloptsError
 
 from cn_clip import __version__
 from cn_clip.cli.classify import classify
+from cn_clip.cli.convert import convert
 from cn_clip.cli.doctor import doctor
 from cn_clip.cli.models import models
 from cn_clip.errors import CNClipError, UsageError
@@ -26,6 +27,7 @@ app = App(
 )
 app.command(models)
 app.command(classify)
+app.command(convert)
 app.command(doctor)
 
 

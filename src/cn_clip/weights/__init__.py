@@ -35,7 +35,7 @@ from cn_clip.weights.official import (
     told_by_shapes,
     unfuse_attention,
 )
-from cn_clip.weights.tensorfile import read_tensors
+from cn_clip.weights.tensorfile import other_parts, read_tensors
 from cn_clip.weights.towers import FILES, Tower, image_tower, text_tower, weights_file
 
 __all__ = [
@@ -44,9 +44,11 @@ __all__ = [
     "build",
     "check_fit",
     "check_model",
+    "check_own",
     "image_tower",
     "infer_config",
     "official_names",
+    "other_parts",
     "read",
     "read_config",
     "read_tensors",
@@ -59,7 +61,7 @@ __all__ = [
 ]
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
-_HUGGING_FACE_FILES = {"preprocessor_config.json", "tokenizer_config.json", "vocab.txt"}
+_SIDE_FILES = {"preprocessor_config.json", "tokenizer_config.json", "vocab.txt"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +158,7 @@ def save_folder(model: CLIP, path: str | os.PathLike[str]) -> None:
         CheckpointError: the disk is full or the place not writable; ``path`` is as it was before.
     """
     path = Path(path)
-    _check_own(path, {_CONFIG, _WEIGHTS, *_HUGGING_FACE_FILES})
+    check_own(path)
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     with _explained(path), published_folder(path) as folder:
         save_file(state, folder / _WEIGHTS, metadata={"format": "pt"})
@@ -193,7 +195,7 @@ def save_hugging_face(model: CLIP, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     texts = config_to(model.config, model.dtype)
-    _check_own(path, {_CONFIG, _WEIGHTS, *_HUGGING_FACE_FILES})
+    check_own(path)
     with _explained(path), published_folder(path) as folder:
         save_file(to_hugging_face(model.state_dict()), folder / _WEIGHTS, metadata={"format": "pt"})
         for name, values in texts.items():
@@ -244,8 +246,9 @@ def _of_hugging_face(values: Any) -> bool:
     return isinstance(values, dict) and "model_type" in values
 
 
-def _check_own(path: Path, names: set[str]) -> None:
-    if path.is_dir() and {file.name for file in path.iterdir()} - names:
+def check_own(path: Path) -> None:
+    """Raise a ``CheckpointError`` for a folder that holds anything but a model written here."""
+    if path.is_dir() and {f.name for f in path.iterdir()} - {_CONFIG, _WEIGHTS, *_SIDE_FILES}:
         raise CheckpointError(f"the folder {path} holds other files too; give a new folder")
 
 

@@ -41,6 +41,17 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pt(path)
 
 
+def other_parts(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Name what a training checkpoint holds beside its state dict, such as ``optimizer``."""
+    path = Path(path)
+    if path.is_dir() or path.suffix not in (".pt", ".pth", ".bin") or _is_torchscript(path):
+        return ()
+    blob = _load_pickle(path)
+    if not isinstance(blob, dict) or "state_dict" not in blob:
+        return ()
+    return tuple(str(key) for key in blob if key not in ("state_dict", "epoch", "name"))
+
+
 def _read_shards(index: Path) -> dict[str, Tensor]:
     try:
         names = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
@@ -170,6 +181,8 @@ def _state_dict(blob: Any, path: Path) -> dict[str, Tensor]:
 
 
 def _load_pickle(path: Path) -> Any:
+    if not path.is_file():
+        raise MissingWeightsError(f"no such file or folder: {path}")
     with path.open("rb") as stream:
         zipped = zipfile.is_zipfile(stream)  # the format of torch before 1.6 cannot be mapped
     try:

@@ -1,0 +1,135 @@
+"""One checkpoint format to another, proven by running both on a photo and a few sentences."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+
+from cn_clip import weights
+from cn_clip.backends.torch import TorchEmbedder, pick_precision
+from cn_clip.errors import CheckpointError, UsageError
+from cn_clip.model.clip import CLIP
+from cn_clip.publish import published, published_folder
+
+Format = Literal["official", "hf", "safetensors"]
+
+_SAVERS: dict[str, Callable[[CLIP, Path], None]] = {
+    "official": weights.save_official,
+    "hf": weights.save_hugging_face,
+    "safetensors": weights.save_folder,
+}
+_TEXTS = ["一只坐着的猫", "a photo of 火箭发射"]
+# How far unit vectors may move by rounding the weights; the same weights give the same vectors.
+_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What a conversion did; sizes in bytes."""
+
+    source: str
+    source_format: str
+    out: str
+    to: Format
+    model: str
+    dtype: str
+    kept: int
+    dropped: tuple[str, ...]
+    size_before: int
+    size_after: int
+    largest_difference: float
+    """Largest difference of any number in the unit vectors that both gave."""
+
+
+def convert(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    to: Format,
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> Conversion:
+    """Read any known checkpoint and write it in another format, whole or not at all.
+
+    Both are run on a photo and two sentences; ``out`` appears only if they agree. Optimizer
+    state and whatever else is not the model is left out.
+
+    Args:
+        source: an official ``.pt``, a Hugging Face ``ChineseCLIPModel`` folder, our folder.
+        out: a ``.pt`` file for ``"official"``, a folder for ``"hf"`` and ``"safetensors"``.
+        to: the format to write.
+        dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``; by default that of ``source``.
+        overwrite: replace what is at ``out``.
+
+    Raises:
+        UsageError: ``out`` exists, or is where ``source`` is.
+        CheckpointError: ``source`` is no Chinese-CLIP, the format has no place for it, or the two
+            disagree. ``out`` is as it was before.
+    """
+    if to not in get_args(Format):
+        raise UsageError(f"unknown format {to!r}; available: {', '.join(get_args(Format))}")
+    wanted = None if dtype is None else pick_precision(dtype, torch.device("cpu"))
+    source, out = Path(source), Path(out)
+    _check_target(source, out, overwrite)
+    parts = weights.other_parts(source)
+    checkpoint = weights.read(source)
+    before = _size(source)
+    kept = len(checkpoint.tensors)
+    model = weights.build(checkpoint, dtype=None)
+    if len({parameter.dtype for parameter in model.parameters()}) > 1:
+        model.float()  # such as the official package has on a GPU; nothing runs them as they are
+    reference = _run(model)
+    if wanted is not None:
+        model.to(wanted)
+    name, written = model.config.name, model.dtype
+    with (published if to == "official" else published_folder)(out) as target:
+        _SAVERS[to](model, target)
+        del model
+        again = _run(weights.build(weights.read(target), dtype=None))
+        difference = max(float(np.abs(a - b).max()) for a, b in zip(reference, again, strict=True))
+        if not difference <= _TOLERANCE[written]:
+            raise CheckpointError(
+                f"{out} was not written: it would give vectors that differ by {difference:.1e} "
+                f"from those of {source}, above {_TOLERANCE[written]:.0e}"
+            )
+        after = _size(target)
+    return Conversion(
+        source=str(source),
+        source_format=checkpoint.format,
+        out=str(out),
+        to=to,
+        model=name,
+        dtype=str(written).removeprefix("torch."),
+        kept=kept,
+        dropped=(*parts, *checkpoint.dropped),
+        size_before=before,
+        size_after=after,
+        largest_difference=difference,
+    )
+
+
+def _check_target(source: Path, out: Path, overwrite: bool) -> None:
+    if source.exists() and out.exists() and source.samefile(out):
+        raise UsageError(f"{out} is both input and output; give another place for the output")
+    if out.exists() and not overwrite:
+        raise UsageError(f"{out} exists; give another place, or --overwrite to replace it")
+    if out.is_dir():
+        weights.check_own(out)
+
+
+def _run(model: CLIP) -> tuple[np.ndarray, np.ndarray]:
+    embedder = TorchEmbedder(model)
+    photo = files("cn_clip").joinpath("assets", "probe.jpg").read_bytes()
+    return embedder.embed_images([photo]), embedder.embed_texts(_TEXTS)
+
+
+def _size(path: Path) -> int:
+    every = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in every if file.is_file())

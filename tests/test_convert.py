@@ -1,0 +1,115 @@
+"""``convert``: every format into every other, what it refuses, and what it never loses."""
+
+import json
+
+import pytest
+import torch
+from conftest import GOLDEN, TINY, make_model
+
+from cn_clip import convert as module
+from cn_clip import weights
+from cn_clip.cli import run
+from cn_clip.convert import convert
+from cn_clip.errors import CheckpointError, UsageError
+
+SAVERS = {
+    "official": weights.save_official,
+    "hf": weights.save_hugging_face,
+    "safetensors": weights.save_folder,
+}
+
+
+def place(folder, kind, name):
+    return folder / (f"{name}.pt" if kind == "official" else name)
+
+
+@pytest.mark.parametrize("to", SAVERS)
+@pytest.mark.parametrize("source", SAVERS)
+def test_every_format_goes_into_every_other(tiny_model, tmp_path, source, to):
+    given, out = place(tmp_path, source, "given"), place(tmp_path, to, "out")
+    SAVERS[source](tiny_model, given)
+    done = convert(given, out, to)
+    assert done.largest_difference == 0
+    assert (done.kept, done.dropped, done.dtype) == (len(tiny_model.state_dict()), (), "float32")
+    again = weights.build(weights.read(out)).state_dict()
+    assert all(torch.equal(again[name], t) for name, t in tiny_model.state_dict().items())
+
+
+def test_a_training_checkpoint_loses_its_optimizer_and_says_so(tiny_model, tmp_path):
+    state = {f"module.{name}": t for name, t in tiny_model.state_dict().items()}
+    state["module.bert.pooler.dense.bias"] = torch.zeros(64)
+    moments = {"state": {0: {"exp_avg": torch.zeros(3_000_000)}}}
+    torch.save({"epoch": 3, "state_dict": state, "optimizer": moments}, tmp_path / "epoch3.pt")
+    done = convert(tmp_path / "epoch3.pt", tmp_path / "out", "safetensors")
+    assert done.dropped == ("optimizer", "bert.pooler.dense.bias")
+    assert done.size_after < done.size_before - 11_000_000
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("float16", 1e-2), ("bfloat16", 5e-2)])
+def test_half_precision_is_half_the_size_and_close(tiny_model, tmp_path, dtype, most):
+    weights.save_folder(tiny_model, tmp_path / "in")
+    done = convert(tmp_path / "in", tmp_path / "out", "hf", dtype=dtype)
+    assert 0 < done.largest_difference < most
+    assert done.size_after < 0.6 * done.size_before
+    kept = convert(tmp_path / "out", tmp_path / "back.pt", "official")
+    assert (kept.dtype, kept.largest_difference) == (dtype, 0)
+
+
+def test_weights_in_mixed_precision_become_float32(tiny_model, tmp_path):
+    tiny_model.bert.half()
+    weights.save_folder(tiny_model, tmp_path / "in")
+    assert convert(tmp_path / "in", tmp_path / "out", "safetensors").dtype == "float32"
+
+
+def test_what_disagrees_is_not_written(tiny_model, tmp_path, monkeypatch):
+    weights.save_folder(tiny_model, tmp_path / "in")
+    other = make_model(TINY["vit"], seed=9)
+    monkeypatch.setitem(
+        module._SAVERS, "official", lambda _, path: weights.save_official(other, path)
+    )
+    with pytest.raises(CheckpointError, match="was not written: it would give vectors that differ"):
+        convert(tmp_path / "in", tmp_path / "out.pt", "official")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_an_existing_output_stays_unless_overwrite(tiny_model, tmp_path):
+    weights.save_folder(tiny_model, tmp_path / "in")
+    (tmp_path / "out.pt").write_text("mine")
+    with pytest.raises(UsageError, match="exists; give another place, or --overwrite"):
+        convert(tmp_path / "in", tmp_path / "out.pt", "official")
+    assert (tmp_path / "out.pt").read_text() == "mine"
+    convert(tmp_path / "in", tmp_path / "out.pt", "official", overwrite=True)
+    with pytest.raises(UsageError, match="both input and output"):
+        convert(tmp_path / "in", tmp_path / "in", "hf", overwrite=True)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.doc").write_text("mine")
+    with pytest.raises(CheckpointError, match="holds other files too"):
+        convert(tmp_path / "in", tmp_path / "folder", "hf", overwrite=True)
+    assert (tmp_path / "folder" / "thesis.doc").read_text() == "mine"
+
+
+def test_a_format_without_a_place_for_the_model_says_so(tmp_path, capsys):
+    weights.save_folder(make_model(TINY["resnet"]), tmp_path / "in")
+    assert run(["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--to", "hf"]) == 1
+    assert "ViT image towers only, not for resnet" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_line_tells_what_was_done(tiny_model, tmp_path, capsys):
+    weights.save_folder(tiny_model, tmp_path / "in")
+    given, out = str(tmp_path / "in"), str(tmp_path / "out.pt")
+    assert run(["convert", given, out, "--to", "official"]) == 0
+    assert "verified" in capsys.readouterr().out
+    assert run(["convert", given, out, "--to", "official", "--overwrite", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["source_format"] == "safetensors folder"
+    assert told["largest_difference"] == 0
+    assert run(["convert", given, out, "--to", "official"]) == 2
+    assert run(["convert", str(tmp_path / "no.pt"), str(tmp_path / "x"), "--to", "hf"]) == 1
+    assert "no such file or folder" in capsys.readouterr().err
+
+
+def test_a_clip_of_openai_is_no_chinese_clip(tmp_path, capsys):
+    given = str(GOLDEN / "towers" / "openai_vit.pt")
+    assert run(["convert", given, str(tmp_path / "out"), "--to", "hf"]) == 1
+    assert "is not a Chinese-CLIP checkpoint" in capsys.readouterr().err
