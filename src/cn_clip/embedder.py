@@ -66,8 +66,9 @@ def load(
 
     Args:
         name_or_path: ``"mini"`` (in the package, no download), an official name such as
-            ``"ViT-B-16"``, the path of an official ``.pt`` file, or of a folder that this package
-            wrote. Files say themselves which model they hold.
+            ``"ViT-B-16"``, the path of an official ``.pt`` file, of a folder that this package
+            wrote or of a Hugging Face ``ChineseCLIPModel``, or ``"org/name"`` of a repository that
+            holds one. Files say themselves which model they hold.
         backend: what runs the model.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; ``"auto"`` takes a GPU if there is
             one.
@@ -87,6 +88,8 @@ def load(
     name = given.replace("/", "-")  # OpenAI writes ViT-B/16
     if name in hub.names():
         path = hub.locate(name, download_root=download_root)
+    elif hub.is_repository(given) and not os.path.exists(given):
+        path = hub.locate(given, download_root=download_root)
     else:
         path = _existing(given)
     from cn_clip.backends.torch import TorchEmbedder  # torch takes a second to import

@@ -88,14 +88,15 @@ def load_from_name(
     """Return ``(model, preprocess)`` of a published model or of a checkpoint file.
 
     Args:
-        name: one of ``available_models()``, or a path; a file needs no further names, but those
-            given are checked against it.
+        name: one of ``available_models()``, a path, or ``org/name`` of a repository; a file needs
+            no further names, but those given are checked against it.
         device: by default CUDA if there is one, else the CPU.
         download_root: where the file is looked for and downloaded to; ``~/.cache/clip`` by default.
         vision_model_name: such as ``"ViT-B-16"``.
         text_model_name: such as ``"RoBERTa-wwm-ext-base-chinese"``.
         input_resolution: side of the square input in pixels.
-        use_modelscope: download from ModelScope instead of Hugging Face.
+        use_modelscope: download from ModelScope instead of Hugging Face; by default the
+            environment's ``CN_CLIP_HUB`` decides.
 
     Raises:
         UnknownModelError: neither a name nor a path.
@@ -104,10 +105,14 @@ def load_from_name(
     """
     wanted: ModelConfig | None = None
     if name in PUBLISHED:
-        path = hub.locate(name, download_root=download_root, use_modelscope=use_modelscope)
+        path = hub.locate(name, download_root=download_root, use_modelscope=use_modelscope or None)
         wanted = model_config(PUBLISHED[name].struct)
-    elif os.path.exists(name):
+    elif os.path.exists(name) or hub.is_repository(name):
         path = Path(name)
+        if not path.exists():
+            path = hub.locate(
+                name, download_root=download_root, use_modelscope=use_modelscope or None
+            )
         if vision_model_name and text_model_name:
             wanted = model_config(
                 f"{vision_model_name}@{text_model_name}", resolution=input_resolution

@@ -1,0 +1,249 @@
+"""Fetching from a hub served on loopback, which breaks off, lies, stalls and refuses."""
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from conftest import TINY, make_model
+
+from cn_clip import weights
+from cn_clip.config import PUBLISHED
+
+REPOSITORY = "OFA-Sys/chinese-clip-rn50"
+FILE = "clip_cn_rn50.pt"
+
+
+class Hub(ThreadingHTTPServer):
+    """Speaks as much of the hub's protocol as downloads need; ``troubles`` come first."""
+
+    def __init__(self, repositories):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.repositories = repositories
+        self.troubles = []
+        self.requests = []
+
+    @property
+    def address(self):
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, body):
+        self.server.requests.append((self.command, self.path, self.headers.get("Range")))
+        trouble = None
+        troubles = self.server.troubles if "/resolve/" in self.path else []
+        if troubles and troubles[0][0] == self.command:
+            trouble = troubles.pop(0)[1]
+        if listed := re.fullmatch(r"/api/models/([^/]+/[^/?]+)", self.path):
+            return self.send_listing(listed[1])
+        found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/main/(.+)", self.path)
+        content = self.server.repositories.get(found[1], {}).get(found[2]) if found else None
+        if content is None:
+            return self.send(404, b"", {"X-Error-Code": "EntryNotFound"})
+        if trouble == "429":
+            return self.send(429, b"", {"Retry-After": "0"})
+        etag = hashlib.sha256(content).hexdigest()
+        start = 0
+        if asked := re.match(r"bytes=(\d+)-", self.headers.get("Range") or ""):
+            start = int(asked[1])
+        sent = content[start:]
+        if trouble == "wrong bytes":
+            sent = bytes(len(sent))
+        if trouble == "wrong size":
+            sent = sent[:-1000]
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": "c" * 40, "Accept-Ranges": "bytes"}
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        length = len(sent)
+        if trouble == "break off":
+            sent = sent[: length // 2]
+            self.close_connection = True
+        self.send(206 if start else 200, sent if body else b"", headers, length)
+
+    def send_listing(self, repository):
+        import json
+
+        files = self.server.repositories.get(repository)
+        if files is None:
+            return self.send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+        told = {"id": repository, "siblings": [{"rfilename": name} for name in files]}
+        self.send(200, json.dumps(told).encode(), {"Content-Type": "application/json"})
+
+    def send(self, code, content, headers, length=None):
+        self.send_response(code)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content) if length is None else length))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A Hugging Face folder and an official file, as bytes by name."""
+    path = tmp_path_factory.mktemp("models")
+    weights.save_hugging_face(make_model(TINY["vit"]), path / "hf")
+    weights.save_official(make_model(TINY["resnet"]), path / "model.pt")
+    inside = {file.name: file.read_bytes() for file in (path / "hf").iterdir()}
+    return inside, (path / "model.pt").read_bytes()
+
+
+@pytest.fixture
+def server(folder):
+    hf, official = folder
+    other = {"config.json": b'{"model_type": "blip"}', "model.safetensors": b"x" * 1000}
+    hub = Hub(
+        {
+            REPOSITORY: {FILE: official},
+            "someone/QA-CLIP": hf,
+            "someone/one-file": {"README.md": b"hello", "epoch_9.pt": official},
+            "someone/blip": other,
+            "someone/data": {"train.tsv": b""},
+        }
+    )
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    yield hub
+    hub.shutdown()
+    hub.server_close()
+
+
+def start(tmp_path, address, name, **environment):
+    """Locate a model in a process of its own: the hub's address is read once, at import."""
+    code = (
+        "import sys; from cn_clip import hub; "
+        "print(hub.locate(sys.argv[1], download_root=sys.argv[2]))"
+    )
+    env = os.environ | {"HF_ENDPOINT": address, "HOME": str(tmp_path / "home")} | environment
+    env["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, name, str(tmp_path / "root")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+    )
+
+
+def locate(*arguments, **environment):
+    process = start(*arguments, **environment)
+    out, error = process.communicate(timeout=120)
+    return out.strip(), error.strip().splitlines()[-1] if error.strip() else ""
+
+
+def downloads(server):
+    return [r for r in server.requests if r[0] == "GET" and "/resolve/" in r[1]]
+
+
+def test_a_published_model_is_fetched_once_to_its_place(tmp_path, server, folder):
+    path, error = locate(tmp_path, server.address, "RN50")
+    assert (path, error) == (str(tmp_path / "root" / FILE), "")
+    assert (tmp_path / "root" / FILE).read_bytes() == folder[1]
+    count = len(server.requests)
+    assert locate(tmp_path, server.address, "RN50")[0] == path
+    assert len(server.requests) == count
+
+
+def test_a_break_in_the_middle_is_resumed_not_begun_anew(tmp_path, server):
+    content = os.urandom(30_000_000)  # the hub's library keeps what came in pieces of 10 MB
+    server.repositories[REPOSITORY] = {FILE: content}
+    server.troubles = [("GET", "break off")]
+    path, error = locate(tmp_path, server.address, "RN50")
+    assert path, error
+    assert (tmp_path / "root" / FILE).read_bytes() == content
+    first, second = downloads(server)
+    assert first[2] is None or first[2].startswith("bytes=0-")
+    assert int(second[2].removeprefix("bytes=").split("-")[0]) > 0
+
+
+@pytest.mark.parametrize("trouble", ["wrong bytes", "wrong size"])
+def test_what_the_hub_did_not_promise_never_takes_its_place(tmp_path, server, trouble):
+    server.troubles = [("GET", trouble)]
+    path, error = locate(tmp_path, server.address, "RN50")
+    assert not path
+    assert re.search(r"SHA-256 0?\w+\.\.\. instead of|consistency|instead of|size", error), error
+    assert not (tmp_path / "root" / FILE).exists()
+    assert locate(tmp_path, server.address, "RN50")[0]  # and the next try is not spoilt by it
+
+
+def test_429_is_waited_for(tmp_path, server):
+    server.troubles = [("HEAD", "429")]
+    assert locate(tmp_path, server.address, "RN50")[0]
+
+
+def test_404_says_which_file_from_where_to_where(tmp_path, server):
+    path, error = locate(tmp_path, server.address, "ViT-H-14")
+    published = PUBLISHED["ViT-H-14"]
+    assert not path
+    for words in (published.filename, f"OFA-Sys/{published.repository} on Hugging Face", "404"):
+        assert words in error
+    assert f"put it into {tmp_path / 'root'}" in error
+
+
+def test_offline_is_said_at_once(tmp_path, server):
+    import time
+
+    begin = time.monotonic()
+    _, error = locate(tmp_path, "http://127.0.0.1:9", "RN50")
+    assert FILE in error
+    assert "put it into" in error
+    _, error = locate(tmp_path, server.address, "RN50", HF_HUB_OFFLINE="1")
+    assert "offline" in error.lower()
+    assert server.requests == []
+    assert time.monotonic() - begin < 20  # two processes; retries alone would take 23 s
+
+
+def test_two_processes_at_once_download_once(tmp_path, server):
+    processes = [start(tmp_path, server.address, "RN50") for _ in range(2)]
+    answers = [process.communicate(timeout=120)[0].strip() for process in processes]
+    assert answers == [str(tmp_path / "root" / FILE)] * 2
+    assert len(downloads(server)) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "file"), [("QA-CLIP", "vit", ""), ("one-file", "resnet", "epoch_9.pt")]
+)
+def test_any_repository_with_a_chinese_clip_loads_by_its_name(tmp_path, server, name, kind, file):
+    path, error = locate(tmp_path, server.address, f"someone/{name}")
+    assert path.endswith(f"someone--{name}/{file}".rstrip("/")), error
+    assert weights.build(weights.read(path)).config.vision.kind == kind
+    count = len(server.requests)
+    assert locate(tmp_path, server.address, f"someone/{name}")[0] == path
+    assert len(server.requests) == count
+
+
+def test_another_architecture_is_named_before_its_weights_are_fetched(tmp_path, server):
+    _, error = locate(tmp_path, server.address, "someone/blip")
+    assert "someone/blip is a model of type 'blip', not a Chinese-CLIP" in error
+    assert not any("safetensors" in path for _, path, _ in server.requests)
+
+
+def test_a_repository_without_weights_says_what_it_has(tmp_path, server):
+    _, error = locate(tmp_path, server.address, "someone/data")
+    assert "no Chinese-CLIP in a known format" in error
+    assert "it has train.tsv" in error
+
+
+def test_a_repository_that_is_not_there(tmp_path, server):
+    _, error = locate(tmp_path, server.address, "someone/nothing")
+    assert "neither a file or folder here nor could it be fetched from Hugging Face" in error
+
+
+def test_a_hub_that_is_none(tmp_path, server):
+    _, error = locate(tmp_path, server.address, "RN50", CN_CLIP_HUB="github")
+    assert "CN_CLIP_HUB='github' is no hub known here; give huggingface or modelscope" in error
