@@ -35,14 +35,20 @@ class Embedder(Protocol):
     def fingerprint(self) -> str:
         """Changes whenever embeddings may: made of weights, precision and preprocessing."""
 
-    def embed_images(self, images: ImageInput | Iterable[ImageInput]) -> npt.NDArray[np.float32]:
+    def embed_images(
+        self,
+        images: ImageInput | Iterable[ImageInput],
+        *,
+        errors: dict[int, ImageError] | None = None,
+    ) -> npt.NDArray[np.float32]:
         """Return unit vectors, float32 (N, D), of paths, bytes, PIL images or uint8 arrays.
 
         Any number: they are decoded beside the model and run in batches. EXIF orientation is
-        applied.
+        applied. With ``errors``, pictures that cannot be used are left out of the rows, and
+        collected there by their index.
 
         Raises:
-            ImageError: one of them cannot be used; it is named.
+            ImageError: one of them cannot be used, and there is no ``errors``; it is named.
         """
 
     def embed_texts(self, texts: str | Iterable[str]) -> npt.NDArray[np.float32]:
@@ -110,18 +116,8 @@ def embed_readable(
 
     Rows are in the order of ``images``, without those whose index is among the errors.
     """
-    try:
-        return embedder.embed_images(images), {}
-    except ImageError:
-        pass  # one of them is bad: find out which, one at a time
-    rows = [np.empty((0, embedder.dim), dtype=np.float32)]
     errors: dict[int, ImageError] = {}
-    for index, image in enumerate(images):
-        try:
-            rows.append(embedder.embed_images([image]))
-        except ImageError as error:
-            errors[index] = error
-    return np.concatenate(rows), errors
+    return embedder.embed_images(images, errors=errors), errors
 
 
 def _existing(given: str) -> Path:

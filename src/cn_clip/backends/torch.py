@@ -8,7 +8,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -86,13 +86,19 @@ class TorchEmbedder:
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return digest.hexdigest()[:32]
 
-    def embed_images(self, images: ImageInput | Iterable[ImageInput]) -> npt.NDArray[np.float32]:
+    def embed_images(
+        self,
+        images: ImageInput | Iterable[ImageInput],
+        *,
+        errors: dict[int, ImageError] | None = None,
+    ) -> npt.NDArray[np.float32]:
         rows = [np.empty((0, self.dim), dtype=np.float32)]
         workers = min(4, os.cpu_count() or 1)
         with ThreadPoolExecutor(workers, thread_name_prefix="cn_clip-decode") as pool:
             ahead = _ahead(pool, self._prepare, _each_image(images), 2 * _IMAGES_PER_BATCH)
             with closing(ahead) as prepared:
-                while batch := list(islice(prepared, _IMAGES_PER_BATCH)):
+                readable = _readable(prepared, errors)
+                while batch := list(islice(readable, _IMAGES_PER_BATCH)):
                     rows.append(self._run_images(np.stack(batch)))
         return np.concatenate(rows)
 
@@ -191,14 +197,23 @@ def _ahead(
     prepare: Callable[[ImageInput], npt.NDArray[np.float32]],
     images: Iterator[ImageInput],
     depth: int,
-) -> Generator[npt.NDArray[np.float32]]:
-    """Yield prepared pictures in order, at most ``depth`` of them in hand."""
-    waiting: deque[Future[npt.NDArray[np.float32]]] = deque()
+) -> Generator[npt.NDArray[np.float32] | ImageError]:
+    """Yield prepared pictures, or why they are not, in order; at most ``depth`` in hand."""
+
+    def attempt(image: ImageInput) -> npt.NDArray[np.float32] | ImageError:
+        try:
+            return prepare(image)
+        except ImageError as error:
+            return error
+
+    waiting: deque[Future[npt.NDArray[np.float32] | ImageError]] = deque()
     try:
         for image in images:
             if isinstance(image, Image.Image):
-                image = read_image(image)  # opened lazily, it must be decoded by one thread
-            waiting.append(pool.submit(prepare, image))
+                # Opened lazily, it must be decoded by one thread; a bad one fails below again.
+                with suppress(ImageError):
+                    image = read_image(image)
+            waiting.append(pool.submit(attempt, image))
             if len(waiting) >= depth:
                 yield waiting.popleft().result()
         while waiting:
@@ -206,6 +221,19 @@ def _ahead(
     finally:  # on an error or Ctrl-C, do not decode what nobody waits for
         for future in waiting:
             future.cancel()
+
+
+def _readable(
+    prepared: Iterable[npt.NDArray[np.float32] | ImageError], errors: dict[int, ImageError] | None
+) -> Iterator[npt.NDArray[np.float32]]:
+    """Yield what could be prepared; collect errors by index, or raise the first."""
+    for index, result in enumerate(prepared):
+        if not isinstance(result, ImageError):
+            yield result
+        elif errors is None:
+            raise result
+        else:
+            errors[index] = result
 
 
 def _unit(features: torch.Tensor) -> npt.NDArray[np.float32]:
