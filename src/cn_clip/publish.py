@@ -50,8 +50,9 @@ def published_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         new.mkdir()
         yield new
-        for file in new.iterdir():
-            _finish(file)
+        for file in new.rglob("*"):
+            if file.is_file():
+                _finish(file)
         try:
             if target.exists():
                 target.rename(old)

@@ -16,6 +16,7 @@ from cn_clip import __version__
 from cn_clip.cli.classify import classify
 from cn_clip.cli.convert import convert
 from cn_clip.cli.doctor import doctor
+from cn_clip.cli.embed import embed
 from cn_clip.cli.models import models
 from cn_clip.errors import CNClipError, UsageError
 
@@ -27,6 +28,7 @@ app = App(
 )
 app.command(models)
 app.command(classify)
+app.command(embed)
 app.command(convert)
 app.command(doctor)
 

@@ -1,0 +1,70 @@
+"""``embed images`` beside the bare model: 2,000 photos, read and decoded, against tensors at hand.
+
+    python benchmarks/embed.py [--photos 2000] [--model mini]
+
+The photos are the four of examples/, cut and compressed anew each time, so that no two are alike.
+Both are timed in turns, in one process; the ratio is of the best of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from cn_clip import load
+from cn_clip.extract import extract
+from cn_clip.image import normalize, read_image, to_pixels
+from cn_clip.inputs import read_images
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+BATCH = 32
+
+
+def make_photos(folder: Path, count: int) -> None:
+    originals = [Image.open(path).convert("RGB") for path in sorted(EXAMPLES.glob("*.jpg"))]
+    random = np.random.default_rng(0)
+    for index in range(count):
+        image = originals[index % len(originals)]
+        left, top = (int(random.integers(0, side // 8)) for side in image.size)
+        cut = image.crop((left, top, image.width, image.height))
+        cut.save(folder / f"{index:05}.jpg", quality=int(random.integers(80, 95)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--photos", type=int, default=2000)
+    parser.add_argument("--model", default="mini")
+    parser.add_argument("--rounds", type=int, default=2)
+    options = parser.parse_args()
+
+    embedder = load(options.model)
+    with tempfile.TemporaryDirectory() as work:
+        photos = Path(work) / "photos"
+        photos.mkdir()
+        make_photos(photos, options.photos)
+        size = embedder.model.config.vision.resolution
+        paths = sorted(photos.iterdir())[:BATCH]
+        batch = np.stack([normalize(to_pixels(read_image(path), size)) for path in paths])
+        embedder._run_images(batch)
+        bare, ours = [], []
+        for number in range(options.rounds):
+            begin = time.perf_counter()
+            for _ in range(options.photos // BATCH):
+                embedder._run_images(batch)
+            bare.append(options.photos // BATCH * BATCH / (time.perf_counter() - begin))
+            begin = time.perf_counter()
+            out = Path(work) / f"{number}.npz"
+            extract(embedder, "images", read_images([str(photos)]), out)
+            ours.append(options.photos / (time.perf_counter() - begin))
+            print(f"round {number + 1}: bare {bare[-1]:.1f}, embed {ours[-1]:.1f} photos a second")
+    print(f"embed images: {max(ours):.1f} a second, {max(ours) / max(bare):.0%} of the bare model")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,236 @@
+"""Many pictures or texts to a file of embeddings, in parts, so that a break loses little."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from filelock import FileLock, Timeout
+
+from cn_clip.embedder import Embedder
+from cn_clip.errors import CNClipError, ImageError, UsageError
+from cn_clip.features import Features, writer_of
+from cn_clip.inputs import Item, Kind
+from cn_clip.publish import published
+
+_PER_PART = {"images": 512, "texts": 16_384}
+_ABOUT = "about.json"
+
+
+@dataclass(slots=True)
+class Extraction:
+    """What was done; ``failed`` holds (id, why) of the pictures left out."""
+
+    out: str
+    written: int = 0
+    embedded: int = 0
+    resumed: int = 0
+    seconds: float = 0.0
+    failed: list[tuple[str | int, str]] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float:
+        """Items embedded a second, reading and decoding included."""
+        return self.embedded / self.seconds if self.seconds else 0.0
+
+
+def extract(
+    embedder: Embedder,
+    kind: Kind,
+    items: Iterable[Item],
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    tick: Callable[[int], None] = lambda _: None,
+) -> Extraction:
+    """Embed every item and write unit vectors to ``out``, in the order of the items.
+
+    Finished parts lie in ``OUT.parts`` until ``out`` is written; a second run with the same model
+    takes them up, and embeds what is new or changed.
+
+    Args:
+        embedder: turns them into vectors.
+        kind: what the items are.
+        items: from ``cn_clip.inputs``.
+        out: ``.npz``, ``.jsonl``, or a folder in clip-retrieval's layout.
+        overwrite: replace ``out``, and begin anew.
+        tick: called with the number of items just done, for a progress bar.
+
+    Raises:
+        UsageError: ``out`` exists or is of no known format, an id is repeated, or the parts were
+            begun with another model.
+        CNClipError: another process is at it, or the disk is full; finished parts stay.
+    """
+    out = Path(out)
+    write = writer_of(out)
+    if out.exists() and not overwrite:
+        raise UsageError(f"{out} exists; give another place, or --overwrite to replace it")
+    parts = out.with_name(f"{out.name}.parts")
+    about = {
+        "model": embedder.name,
+        "fingerprint": embedder.fingerprint,
+        "kind": kind,
+        "dim": embedder.dim,
+        "normalized": True,
+        "logit_scale": embedder.logit_scale,
+    }
+    try:
+        parts.mkdir(parents=True, exist_ok=True)
+        with FileLock(parts / ".lock", timeout=0):
+            store = _Parts(parts, about, anew=overwrite)
+            done = _embed_all(embedder, kind, items, store, Extraction(str(out)), tick)
+            rows = [(item, place) for item in done.items if (place := store.place(item.key))]
+            features = Features(
+                kind,
+                [item.id for item, _ in rows],
+                [item.label for item, _ in rows],
+                embedder.dim,
+                lambda start, end: store.rows([place for _, place in rows[start:end]]),
+                about,
+            )
+            write(features, out)
+            done.report.written = len(rows)
+        shutil.rmtree(parts)
+    except Timeout:
+        raise CNClipError(f"another process is writing {out}; wait for it to end") from None
+    except OSError as error:
+        raise CNClipError(
+            f"could not write {out}: {error}; finished parts stay in {parts}. Free some space and "
+            "run the same command again"
+        ) from error
+    return done.report
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """What is remembered of an item once it is embedded."""
+
+    id: str | int
+    key: str
+    label: str
+
+
+@dataclass(slots=True)
+class _Done:
+    report: Extraction
+    items: list[_Row]
+
+
+def _embed_all(
+    embedder: Embedder,
+    kind: Kind,
+    items: Iterable[Item],
+    store: _Parts,
+    report: Extraction,
+    tick: Callable[[int], None],
+) -> _Done:
+    rows: list[_Row] = []
+    pending: list[tuple[Item, str]] = []
+    begin = time.perf_counter()
+
+    def flush() -> None:
+        chunk = [item for item, _ in pending]
+        if kind == "images":
+            errors: dict[int, ImageError] = {}
+            contents = (item.content for item in _ticking(chunk, tick))
+            vectors = embedder.embed_images(contents, errors=errors)
+            report.failed += [(chunk[i].id, _reason(chunk[i], e)) for i, e in errors.items()]
+        else:
+            errors = {}
+            vectors = embedder.embed_texts([str(item.content) for item in chunk])
+            tick(len(chunk))
+        keys = [key for index, (_, key) in enumerate(pending) if index not in errors]
+        store.add(keys, vectors)
+        report.embedded += len(chunk)
+        report.seconds = time.perf_counter() - begin
+        pending.clear()
+
+    seen: dict[str | int, str] = {}
+    for item in items:
+        if item.id in seen:
+            raise UsageError(f"{item.where}: the id {item.id!r} was used before, {seen[item.id]}")
+        seen[item.id] = item.where
+        key = f"{item.id}\t{item.stamp}"
+        label = str(item.id) if isinstance(item.content, bytes) else str(item.content)
+        rows.append(_Row(item.id, key, label))
+        if store.place(key):
+            report.resumed += 1
+            tick(1)
+            continue
+        pending.append((item, key))
+        if len(pending) == _PER_PART[kind]:
+            flush()
+    if pending:
+        flush()
+    if not rows:
+        raise UsageError(f"the inputs hold no {kind}")
+    return _Done(report, rows)
+
+
+def _ticking(items: list[Item], tick: Callable[[int], None]) -> Iterator[Item]:
+    for item in items:
+        yield item
+        tick(1)
+
+
+def _reason(item: Item, error: ImageError) -> str:
+    return f"{item.where}: {error}" if isinstance(item.content, bytes) else str(error)
+
+
+class _Parts:
+    """Finished parts in a folder: each a file of keys and rows, written whole."""
+
+    def __init__(self, folder: Path, about: dict[str, Any], *, anew: bool) -> None:
+        self._folder = folder
+        self._places: dict[str, tuple[int, int]] = {}
+        self._dim = int(about["dim"])
+        self._read = lru_cache(maxsize=64)(self._load)  # new rows may lie between old ones
+        old = folder / _ABOUT
+        if anew:
+            for file in folder.glob("*.npz"):
+                file.unlink()
+        elif old.is_file() and json.loads(old.read_text(encoding="utf-8")) != about:
+            raise UsageError(
+                f"{folder} was begun with another model, precision or kind; use the same again, "
+                "or --overwrite to begin anew"
+            )
+        with published(old) as path:
+            path.write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
+        self._next = 0
+        for file in sorted(folder.glob("*.npz")):
+            with np.load(file) as part:
+                keys = json.loads(bytes(part["keys"]))
+            self._places |= {key: (int(file.stem), row) for row, key in enumerate(keys)}
+            self._next = int(file.stem) + 1
+
+    def place(self, key: str) -> tuple[int, int] | None:
+        return self._places.get(key)
+
+    def add(self, keys: list[str], rows: npt.NDArray[np.float32]) -> None:
+        raw = np.frombuffer(json.dumps(keys).encode(), dtype=np.uint8)
+        with published(self._file(self._next)) as path, path.open("wb") as stream:
+            np.savez(stream, keys=raw, rows=rows)
+        self._places |= {key: (self._next, row) for row, key in enumerate(keys)}
+        self._next += 1
+
+    def rows(self, places: list[tuple[int, int]]) -> npt.NDArray[np.float32]:
+        out = np.empty((len(places), self._dim), dtype=np.float32)
+        for index, (part, row) in enumerate(places):
+            out[index] = self._read(part)[row]
+        return out
+
+    def _load(self, part: int) -> npt.NDArray[np.float32]:
+        with np.load(self._file(part)) as stored:
+            rows: npt.NDArray[np.float32] = stored["rows"]
+        return rows
+
+    def _file(self, number: int) -> Path:
+        return self._folder / f"{number:06}.npz"
