@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -85,14 +86,19 @@ def convert(
     model = weights.build(checkpoint, dtype=None)
     if len({parameter.dtype for parameter in model.parameters()}) > 1:
         model.float()  # such as the official package has on a GPU; nothing runs them as they are
-    reference = _run(model)
-    if wanted is not None:
-        model.to(wanted)
-    name, written = model.config.name, model.dtype
-    with (published if to == "official" else published_folder)(out) as target:
+    with (
+        ThreadPoolExecutor(1) as beside,  # runs the model while the disk is at work
+        (published if to == "official" else published_folder)(out) as target,
+    ):
+        running = beside.submit(_run, model)
+        if wanted is not None:  # rounds the weights, so the run comes first
+            running.result()
+            model.to(wanted)
+        name, written = model.config.name, model.dtype
         _SAVERS[to](model, target)
-        del model
-        again = _run(weights.build(weights.read(target), dtype=None))
+        reference = running.result()
+        del model, running
+        again = _run(weights.build(weights.read(target, mapped=True), dtype=None))
         difference = max(float(np.abs(a - b).max()) for a, b in zip(reference, again, strict=True))
         if not difference <= _TOLERANCE[written]:
             raise CheckpointError(

@@ -75,9 +75,9 @@ class Checkpoint:
     format: str = "weights"
 
 
-def read(path: str | os.PathLike[str]) -> Checkpoint:
+def read(path: str | os.PathLike[str], *, mapped: bool = False) -> Checkpoint:
     """Read an official ``.pt`` file, our folder, a ``ChineseCLIPModel`` folder of Hugging Face, or
-    a file of weights out of one of them.
+    a file of weights out of one of them. ``mapped`` is as for ``read_tensors``.
 
     Raises:
         MissingWeightsError: there is nothing at ``path``, or a shard is missing.
@@ -85,8 +85,8 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
     """
     path = Path(path)
     if path.is_dir():
-        return _read_folder(path)
-    tensors = read_tensors(path)
+        return _read_folder(path, mapped)
+    tensors = read_tensors(path, mapped=mapped)
     if any(name.startswith("vision_model.") for name in tensors):
         tensors, dropped = from_hugging_face(tensors)
         return Checkpoint(infer_config(tensors, path), tensors, dropped, "Hugging Face weights")
@@ -225,11 +225,11 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
     return named(config_from(values, prepared, str(folder)))
 
 
-def _read_folder(path: Path) -> Checkpoint:
+def _read_folder(path: Path, mapped: bool) -> Checkpoint:
     config = read_config(path)
     if not any((path / name).is_file() for name in FILES):
         raise MissingWeightsError(f"the folder {path} has a {_CONFIG} but no {_WEIGHTS}")
-    tensors = read_tensors(weights_file(path))
+    tensors = read_tensors(weights_file(path), mapped=mapped)
     if _of_hugging_face(_read_json(path / _CONFIG)):
         return Checkpoint(config, *from_hugging_face(tensors), "Hugging Face folder")
     return Checkpoint(config, *official_names(tensors), "safetensors folder")

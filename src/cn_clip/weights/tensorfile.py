@@ -25,9 +25,12 @@ _CHUNK = 16 << 20
 _READERS = 2  # memory is touched for the first time while it fills, which is worth sharing
 
 
-def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def read_tensors(path: str | os.PathLike[str], *, mapped: bool = False) -> dict[str, Tensor]:
     """Read all tensors of a file: ``.safetensors``, a ``.pt`` or ``.bin`` state dict (alone or in
     a training checkpoint), a TorchScript archive, or the ``.index.json`` of a file in shards.
+
+    With ``mapped``, they may lie in the file itself: quicker, but whoever saves over the file while
+    they are used ends the process.
 
     Raises:
         MissingWeightsError: there is no such file, or a shard is missing.
@@ -37,8 +40,9 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if not path.is_file():
         raise MissingWeightsError(f"no such file or folder: {path}")
     if path.name.endswith(".index.json"):
-        return _read_shards(path)
-    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pt(path)
+        return _read_shards(path, mapped)
+    read = _read_safetensors if path.suffix == ".safetensors" else _read_pt
+    return read(path, mapped)
 
 
 def other_parts(path: str | os.PathLike[str]) -> tuple[str, ...]:
@@ -52,7 +56,7 @@ def other_parts(path: str | os.PathLike[str]) -> tuple[str, ...]:
     return tuple(str(key) for key in blob if key not in ("state_dict", "epoch", "name"))
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
+def _read_shards(index: Path, mapped: bool) -> dict[str, Tensor]:
     try:
         names = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (ValueError, KeyError, TypeError):
@@ -69,54 +73,58 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         )
     tensors: dict[str, Tensor] = {}
     for shard in shards:
-        tensors |= read_tensors(index.parent / shard)
+        tensors |= read_tensors(index.parent / shard, mapped=mapped)
     lost = [name for name in names if name not in tensors]
     if lost:
         raise CheckpointError(f"{index} promises {lost[0]}, which no shard holds")
     return tensors
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path, mapped: bool) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:  # checks the header against the file
-            mapped = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            views = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if mapped:
+                return views
             with path.open("rb") as stream:
                 start = 8 + int.from_bytes(stream.read(8), "little")
                 stream.seek(8)
                 header = json.loads(stream.read(start - 8))
-                places = {name: start + header[name]["data_offsets"][0] for name in mapped}
-                return _read_at(stream, mapped, places)
+                places = {name: start + header[name]["data_offsets"][0] for name in views}
+                return _read_at(stream, views, places)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from None
 
 
-def _read_pt(path: Path) -> dict[str, Tensor]:
+def _read_pt(path: Path, mapped: bool) -> dict[str, Tensor]:
     if _is_torchscript(path):
         return _read_torchscript(path)
     # Mapped, so that of a training checkpoint, three times the weights, the optimizer's part is
     # never read. What is kept is copied: a mapping would die with the file, should someone save
     # over it.
-    mapped = _state_dict(_load_pickle(path), path)
-    places = _places(path, mapped)
+    views = _state_dict(_load_pickle(path), path)
+    if mapped:
+        return views
+    places = _places(path, views)
     if places is None:
-        return {name: tensor.clone() for name, tensor in mapped.items()}
+        return {name: tensor.clone() for name, tensor in views.items()}
     try:
         with path.open("rb") as stream:
-            return _read_at(stream, mapped, places)
+            return _read_at(stream, views, places)
     except OSError as error:
         raise CheckpointError(f"{path} is not a whole .pt file: {error}") from None
 
 
 def _read_at(
-    stream: BinaryIO, mapped: Mapping[str, Tensor], places: Mapping[str, int]
+    stream: BinaryIO, views: Mapping[str, Tensor], places: Mapping[str, int]
 ) -> dict[str, Tensor]:
-    """Read the tensors that start at ``places`` in a file; the mapped ones tell their layout.
+    """Read the tensors that start at ``places`` in a file; the views tell their layout.
 
     Several times faster than copying a mapping page by page, and memory holds the file once.
     """
-    ends = [places[name] + t.untyped_storage().nbytes() for name, t in mapped.items() if t.numel()]
+    ends = [places[name] + t.untyped_storage().nbytes() for name, t in views.items() if t.numel()]
     if not ends or not hasattr(os, "preadv"):  # nothing to read, or Windows
-        return {name: tensor.clone() for name, tensor in mapped.items()}
+        return {name: tensor.clone() for name, tensor in views.items()}
     first, last = min(places.values()), max(ends)
     block = mmap.mmap(-1, last - first)
     view = memoryview(block)
@@ -132,7 +140,7 @@ def _read_at(
     with ThreadPoolExecutor(_READERS) as pool:
         list(pool.map(fill, range(0, last - first, _CHUNK)))
     tensors = {}
-    for name, tensor in mapped.items():
+    for name, tensor in views.items():
         if not tensor.numel():
             tensors[name] = tensor.clone()
             continue
@@ -142,10 +150,10 @@ def _read_at(
     return tensors
 
 
-def _places(path: Path, mapped: Mapping[str, Tensor]) -> dict[str, int] | None:
+def _places(path: Path, views: Mapping[str, Tensor]) -> dict[str, int] | None:
     """Tell where in a ``.pt`` archive the tensors' storages lie, if they are all that it holds."""
     storages = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in mapped.values()
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in views.values()
     }
     with path.open("rb") as stream:
         if not zipfile.is_zipfile(stream):
@@ -157,7 +165,7 @@ def _places(path: Path, mapped: Mapping[str, Tensor]) -> dict[str, int] | None:
     start = {p: offset for p, (offset, _) in zip(pointers, records, strict=True)}
     if len({pointer - offset for pointer, offset in start.items()}) != 1:
         return None
-    return {name: start[t.untyped_storage().data_ptr()] for name, t in mapped.items()}
+    return {name: start[t.untyped_storage().data_ptr()] for name, t in views.items()}
 
 
 def _records(stream: BinaryIO) -> Iterator[tuple[int, int]]:
