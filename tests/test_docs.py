@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 READMES = (ROOT / "README.md", ROOT / "README.zh.md")
 GUIDES = (DOCS / "guide.md", DOCS / "zh" / "guide.md")
+COMING = (DOCS / "coming-from.md", DOCS / "zh" / "coming-from.md")
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -69,7 +70,9 @@ def test_the_readme_has_one_command_to_try_and_one_to_test(readme):
     assert [name for name, _ in MARKED.findall(read(readme))] == ["demo", "test"]
 
 
-@pytest.mark.parametrize(("english", "chinese"), [READMES, GUIDES], ids=["README", "guide"])
+@pytest.mark.parametrize(
+    ("english", "chinese"), [READMES, GUIDES, COMING], ids=["README", "guide", "coming from"]
+)
 def test_both_languages_hold_the_same_code(english, chinese):
     assert code_in(english) == code_in(chinese)
 
