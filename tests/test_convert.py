@@ -53,6 +53,10 @@ def test_half_precision_is_half_the_size_and_close(tiny_model, tmp_path, dtype, 
     assert done.size_after < 0.6 * done.size_before
     kept = convert(tmp_path / "out", tmp_path / "back.pt", "official")
     assert (kept.dtype, kept.largest_difference) == (dtype, 0)
+    wider = convert(tmp_path / "out", tmp_path / "wide.pt", "official", dtype="float32")
+    assert (wider.dtype, wider.largest_difference) == ("float32", 0)
+    other = "bfloat16" if dtype == "float16" else "float16"
+    assert convert(tmp_path / "out", tmp_path / "other", "hf", dtype=other).dtype == other
 
 
 def test_weights_in_mixed_precision_become_float32(tiny_model, tmp_path):
@@ -86,6 +90,13 @@ def test_an_existing_output_stays_unless_overwrite(tiny_model, tmp_path):
     with pytest.raises(CheckpointError, match="holds other files too"):
         convert(tmp_path / "in", tmp_path / "folder", "hf", overwrite=True)
     assert (tmp_path / "folder" / "thesis.doc").read_text() == "mine"
+
+
+def test_a_place_that_cannot_be_written_is_said(tiny_model, tmp_path):
+    weights.save_folder(tiny_model, tmp_path / "in")
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"could not write .*nothing was changed"):
+        convert(tmp_path / "in", tmp_path / "file" / "out.pt", "official")
 
 
 def test_a_format_without_a_place_for_the_model_says_so(tmp_path, capsys):

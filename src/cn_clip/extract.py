@@ -21,7 +21,7 @@ from cn_clip.features import Features, writer_of
 from cn_clip.inputs import Item, Kind
 from cn_clip.publish import published
 
-_PER_PART = {"images": 512, "texts": 16_384}
+_PER_PART = {"images": 128, "texts": 16_384}
 _ABOUT = "about.json"
 
 

@@ -221,7 +221,9 @@ def _round_as_official(model: CLIP) -> CLIP:
         elif isinstance(module, VisionTransformer):
             halved.append(module.proj)
     for parameter in halved:
-        for piece in parameter.view(-1).split(1 << 18):  # what fits the cache needs no new memory
+        for piece in torch.split(
+            parameter.view(-1), 1 << 18
+        ):  # what fits the cache needs no new memory
             piece.copy_(piece.half())
     return model
 

@@ -45,6 +45,7 @@ __all__ = [
     "check_fit",
     "check_model",
     "check_own",
+    "explained",
     "image_tower",
     "infer_config",
     "official_names",
@@ -160,7 +161,7 @@ def save_folder(model: CLIP, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     check_own(path)
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    with _explained(path), published_folder(path) as folder:
+    with explained(path), published_folder(path) as folder:
         save_file(state, folder / _WEIGHTS, metadata={"format": "pt"})
         config = json.dumps(model.config.to_dict(), indent=2, ensure_ascii=False)
         (folder / _CONFIG).write_text(config + "\n", encoding="utf-8")
@@ -179,7 +180,7 @@ def save_official(model: CLIP, path: str | os.PathLike[str]) -> None:
             "do not tell all of its config; use save_folder"
         )
     state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
-    with _explained(path), published(path) as temporary:
+    with explained(path), published(path) as temporary:
         torch.save({"epoch": 0, "name": model.config.name, "state_dict": state}, temporary)
 
 
@@ -196,7 +197,7 @@ def save_hugging_face(model: CLIP, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     texts = config_to(model.config, model.dtype)
     check_own(path)
-    with _explained(path), published_folder(path) as folder:
+    with explained(path), published_folder(path) as folder:
         save_file(to_hugging_face(model.state_dict()), folder / _WEIGHTS, metadata={"format": "pt"})
         for name, values in texts.items():
             text = json.dumps(values, indent=2, ensure_ascii=False)
@@ -263,7 +264,8 @@ def _listed(what: str, names: list[str], shown: int = 5) -> Iterator[str]:
 
 
 @contextmanager
-def _explained(path: str | os.PathLike[str]) -> Iterator[None]:
+def explained(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what fails while ``path`` is written into a ``CheckpointError`` of one sentence."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
