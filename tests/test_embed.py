@@ -130,8 +130,13 @@ def test_a_broken_off_run_is_taken_up_where_it_stopped(embedder, pictures, tmp_p
 
 
 def test_parts_of_another_model_are_not_mixed_in(embedder, pictures, tmp_path):
+    count = 0
+
     def stop(_):
-        raise KeyboardInterrupt
+        nonlocal count
+        count += 1
+        if count == 7:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         extract(embedder, "images", read_images([str(pictures)]), tmp_path / "x.npz", tick=stop)

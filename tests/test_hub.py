@@ -32,6 +32,12 @@ def test_a_missing_modelscope_package_is_named_with_its_command(tmp_path, monkey
         hub.locate("RN50", download_root=tmp_path, use_modelscope=True)
 
 
+def test_what_is_written_like_a_repository():
+    assert hub.is_repository("TencentARC/QA-CLIP-ViT-B-16")
+    for name in ("ViT-B/16", "RN50", "models/fine.pt", "./models/mine", "a/b/c", "/tmp/x", "~/x"):
+        assert not hub.is_repository(name), name
+
+
 def test_an_unknown_name_is_refused():
     with pytest.raises(UnknownModelError, match="did you mean RN50"):
         hub.find("RN5O")

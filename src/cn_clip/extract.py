@@ -197,7 +197,7 @@ class _Parts:
         if anew:
             for file in folder.glob("*.npz"):
                 file.unlink()
-        elif old.is_file() and json.loads(old.read_text(encoding="utf-8")) != about:
+        elif any(folder.glob("*.npz")) and json.loads(old.read_text(encoding="utf-8")) != about:
             raise UsageError(
                 f"{folder} was begun with another model, precision or kind; use the same again, "
                 "or --overwrite to begin anew"

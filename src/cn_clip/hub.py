@@ -40,6 +40,8 @@ def names() -> list[str]:
 def is_repository(name: str) -> bool:
     """Whether a name is written like a hub's repository, ``org/name``, rather than like a file."""
     spelled = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name)
+    if name.replace("/", "-") in names():  # OpenAI writes ViT-B/16
+        return False
     return spelled is not None and not re.search(r"\.(pth?|bin|safetensors|onnx)$", name)
 
 

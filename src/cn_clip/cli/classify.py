@@ -54,7 +54,7 @@ def classify(
     top
         How many labels to print for each picture.
     model
-        A name from `cn-clip models`, or the path of a checkpoint.
+        A name from `cn-clip models`, org/name on a hub, or the path of a checkpoint.
     device
         cpu, cuda, mps, or auto.
     precision
