@@ -39,6 +39,8 @@ class TorchEmbedder:
     def __init__(
         self, model: CLIP, *, tokenizer: Tokenizer | None = None, fast_decode: bool = False
     ) -> None:
+        if model.config.vision.kind != "vit":  # convolutions are faster with channels last
+            model.visual.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model = model
         self.tokenizer = tokenizer or default_tokenizer()
         self.fast_decode = fast_decode
