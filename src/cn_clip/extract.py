@@ -74,6 +74,7 @@ def extract(
     if out.exists() and not overwrite:
         raise UsageError(f"{out} exists; give another place, or --overwrite to replace it")
     parts = out.with_name(f"{out.name}.parts")
+    report = Extraction(str(out))
     about = {
         "model": embedder.name,
         "fingerprint": embedder.fingerprint,
@@ -86,8 +87,8 @@ def extract(
         parts.mkdir(parents=True, exist_ok=True)
         with FileLock(parts / ".lock", timeout=0):
             store = _Parts(parts, about, anew=overwrite)
-            done = _embed_all(embedder, kind, items, store, Extraction(str(out)), tick)
-            rows = [(item, place) for item in done.items if (place := store.place(item.key))]
+            embedded = _embed_all(embedder, kind, items, store, report, tick)
+            rows = [(item, place) for item in embedded if (place := store.place(item.key))]
             features = Features(
                 kind,
                 [item.id for item, _ in rows],
@@ -97,7 +98,7 @@ def extract(
                 about,
             )
             write(features, out)
-            done.report.written = len(rows)
+            report.written = len(rows)
         shutil.rmtree(parts)
     except Timeout:
         raise CNClipError(f"another process is writing {out}; wait for it to end") from None
@@ -106,7 +107,7 @@ def extract(
             f"could not write {out}: {error}; finished parts stay in {parts}. Free some space and "
             "run the same command again"
         ) from error
-    return done.report
+    return report
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +119,6 @@ class _Row:
     label: str
 
 
-@dataclass(slots=True)
-class _Done:
-    report: Extraction
-    items: list[_Row]
-
-
 def _embed_all(
     embedder: Embedder,
     kind: Kind,
@@ -131,7 +126,8 @@ def _embed_all(
     store: _Parts,
     report: Extraction,
     tick: Callable[[int], None],
-) -> _Done:
+) -> list[_Row]:
+    """Embed what the store does not hold; count it in ``report``, return all items in order."""
     rows: list[_Row] = []
     pending: list[tuple[Item, str]] = []
     begin = time.perf_counter()
@@ -172,7 +168,7 @@ def _embed_all(
         flush()
     if not rows:
         raise UsageError(f"the inputs hold no {kind}")
-    return _Done(report, rows)
+    return rows
 
 
 def _ticking(items: list[Item], tick: Callable[[int], None]) -> Iterator[Item]:

@@ -27,8 +27,13 @@ HUBS = ("huggingface", "modelscope")
 _OWNERS = {"huggingface": "OFA-Sys", "modelscope": "AI-ModelScope"}
 _TITLES = {"huggingface": "Hugging Face", "modelscope": "ModelScope"}
 _FETCHING = ".fetching"  # in the folder that files are fetched to: what is not whole yet
-_WHOLE = ("model.safetensors", "pytorch_model.bin")
-_SHARDED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_INDEX = ".index.json"  # names the shards of a file
+_WEIGHTS = (
+    "model.safetensors",
+    f"model.safetensors{_INDEX}",
+    "pytorch_model.bin",
+    f"pytorch_model.bin{_INDEX}",
+)
 _BESIDE = ("config.json", "preprocessor_config.json")
 
 
@@ -130,7 +135,7 @@ def _model_in(folder: Path) -> Path | None:
 def _choose(names: list[str]) -> list[str] | None:
     """Choose what to load out of a repository's files; the weights, or their index, come last."""
     if "config.json" in names:
-        for weights in (*_WHOLE[:1], _SHARDED[0], *_WHOLE[1:], _SHARDED[1]):
+        for weights in _WEIGHTS:
             if weights in names:
                 return [*(name for name in _BESIDE if name in names), weights]
     alone = [name for name in names if name.endswith((".pt", ".pth"))]
@@ -162,7 +167,7 @@ def _fetch(name: str, hub: str, root: Path, work: Path) -> Path:
         file = get(name, file_name, work)
         if file_name == "config.json":
             _check_kind(name, file)
-        if file_name in _SHARDED:
+        if file_name.endswith(_INDEX):
             for shard in sorted(set(json.loads(file.read_bytes())["weight_map"].values())):
                 get(name, shard, work)
     target = root / name.replace("/", "--")

@@ -30,11 +30,14 @@ FILES = (
     "open_clip_pytorch_model.bin",
 )
 
-_OTHER_TOWER = re.compile(  # of a CLIP: its text side, and scalars that describe it
+_NO_IMAGE_TOWER = re.compile(  # of a CLIP: its text side, and scalars that describe it
     r"(transformer|text|text_model|text_projection|token_embedding|ln_final|bert)\b"
     r"|positional_embedding$|attn_mask$|logit_bias$|input_resolution$|context_length$|vocab_size$"
 )
-_HEADS = re.compile(r"(pooler|cls)\.|embeddings\.position_ids$")  # of a BERT: for pre-training
+_NO_TEXT_TOWER = re.compile(  # heads of a BERT for pre-training, and a CLIP's image side
+    r"(bert\.)?((pooler|cls)\.|embeddings\.position_ids$)"
+    r"|visual\b|text_projection$|logit_scale$"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,7 @@ def image_tower(path: str | os.PathLike[str]) -> Tower:
     dropped: tuple[str, ...] = ()
     if any(name.startswith("vision_model.") for name in tensors):
         tensors, dropped = from_hugging_face(tensors)
-    return _tower(tensors, "visual.", _OTHER_TOWER, dropped, file, extra="logit_scale")
+    return _tower(tensors, "visual.", _NO_IMAGE_TOWER, dropped, file, extra="logit_scale")
 
 
 def text_tower(path: str | os.PathLike[str]) -> Tower:
@@ -80,8 +83,7 @@ def text_tower(path: str | os.PathLike[str]) -> Tower:
         plain = plain.removeprefix("bert.")
         ours = plain.startswith(("embeddings.", "encoder.", "pooler."))
         tensors[f"bert.{plain}" if ours else plain] = tensor
-    left_out = re.compile(rf"(bert\.)?({_HEADS.pattern})|visual\b|text_projection$|logit_scale$")
-    return _tower(tensors, "bert.", left_out, dropped, file)
+    return _tower(tensors, "bert.", _NO_TEXT_TOWER, dropped, file)
 
 
 def weights_file(path: str | os.PathLike[str]) -> Path:
