@@ -69,7 +69,7 @@ def test_what_disagrees_is_not_written(tiny_model, tmp_path, monkeypatch):
     weights.save_folder(tiny_model, tmp_path / "in")
     other = make_model(TINY["vit"], seed=9)
     monkeypatch.setitem(
-        module._SAVERS, "official", lambda _, path: weights.save_official(other, path)
+        module._WRITERS, "official", lambda _, path: weights.save_official(other, path)
     )
     with pytest.raises(CheckpointError, match="was not written: it would give vectors that differ"):
         convert(tmp_path / "in", tmp_path / "out.pt", "official")

@@ -17,14 +17,14 @@ from cn_clip import weights
 from cn_clip.backends.torch import TorchEmbedder, pick_precision
 from cn_clip.errors import CheckpointError, UsageError
 from cn_clip.model.clip import CLIP
-from cn_clip.publish import published, published_folder
+from cn_clip.publish import flush, published, published_folder
 
 Format = Literal["official", "hf", "safetensors"]
 
-_SAVERS: dict[str, Callable[[CLIP, Path], None]] = {
-    "official": weights.save_official,
-    "hf": weights.save_hugging_face,
-    "safetensors": weights.save_folder,
+_WRITERS: dict[str, Callable[[CLIP, Path], None]] = {
+    "official": weights.write_official,
+    "hf": weights.write_hugging_face,
+    "safetensors": weights.write_folder,
 }
 _TEXTS = ["一只坐着的猫", "a photo of 火箭发射"]
 # How far unit vectors may move by rounding the weights; the same weights give the same vectors.
@@ -80,7 +80,7 @@ def convert(
     source, out = Path(source), Path(out)
     _check_target(source, out, overwrite)
     parts = weights.other_parts(source)
-    checkpoint = weights.read(source)
+    checkpoint = weights.read(source, mapped=True)
     before = _size(source)
     kept = len(checkpoint.tensors)
     model = weights.build(checkpoint, dtype=None)
@@ -91,7 +91,7 @@ def convert(
     given = model.dtype
     with (
         weights.explained(out),
-        ThreadPoolExecutor(1) as beside,  # runs the model while the disk is at work
+        ThreadPoolExecutor(1) as beside,  # the disk works while the model runs
         (published if to == "official" else published_folder)(out) as target,
     ):
         running = beside.submit(_run, model)
@@ -99,9 +99,10 @@ def convert(
             running.result()
             model.to(wanted)
         name, written = model.config.name, model.dtype
-        _SAVERS[to](model, target)
+        _WRITERS[to](model, target)
         reference = running.result()
         del model, running
+        flushing = beside.submit(flush, target)
         again = _run(weights.build(weights.read(target, mapped=True), dtype=None))
         difference = max(float(np.abs(a - b).max()) for a, b in zip(reference, again, strict=True))
         tolerance = max(_TOLERANCE[given], _TOLERANCE[written])
@@ -110,6 +111,7 @@ def convert(
                 f"{out} was not written: it would give vectors that differ by {difference:.1e} "
                 f"from those of {source}, above {tolerance:.0e}"
             )
+        flushing.result()
         after = _size(target)
     return Conversion(
         source=str(source),

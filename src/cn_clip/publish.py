@@ -26,7 +26,7 @@ def published(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         temporary = folder / target.name
         yield temporary
-        _finish(temporary)
+        flush(temporary)
         os.replace(temporary, target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -50,9 +50,7 @@ def published_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         new.mkdir()
         yield new
-        for file in new.rglob("*"):
-            if file.is_file():
-                _finish(file)
+        flush(new)
         try:
             if target.exists():
                 target.rename(old)
@@ -66,8 +64,13 @@ def published_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _finish(file: Path) -> None:
-    """Flush to disk, with the permissions any new file gets here; some writers leave 0600."""
-    file.chmod(0o666 & ~_UMASK)
-    with file.open("r+b") as stream:
-        os.fsync(stream.fileno())
+def flush(path: Path) -> None:
+    """Bring a file, or all in a folder, to the disk, with the permissions new files get here.
+
+    Whoever publishes does this last; done earlier, beside other work, it is quick then.
+    """
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            file.chmod(0o666 & ~_UMASK)  # some writers leave 0600
+            with file.open("r+b") as stream:
+                os.fsync(stream.fileno())

@@ -59,6 +59,9 @@ __all__ = [
     "save_official",
     "text_tower",
     "unfuse_attention",
+    "write_folder",
+    "write_hugging_face",
+    "write_official",
 ]
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
@@ -160,11 +163,8 @@ def save_folder(model: CLIP, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     check_own(path)
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     with explained(path), published_folder(path) as folder:
-        save_file(state, folder / _WEIGHTS, metadata={"format": "pt"})
-        config = json.dumps(model.config.to_dict(), indent=2, ensure_ascii=False)
-        (folder / _CONFIG).write_text(config + "\n", encoding="utf-8")
+        write_folder(model, folder)
 
 
 def save_official(model: CLIP, path: str | os.PathLike[str]) -> None:
@@ -174,14 +174,8 @@ def save_official(model: CLIP, path: str | os.PathLike[str]) -> None:
         CheckpointError: the model has something that such a file cannot tell, as ``mini`` has; or
             the disk is full or the place not writable. ``path`` is as it was before.
     """
-    if not told_by_shapes(model.config, model.state_dict()):
-        raise CheckpointError(
-            f"{model.config.name} cannot be written as an official .pt file: its tensors' shapes "
-            "do not tell all of its config; use save_folder"
-        )
-    state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
     with explained(path), published(path) as temporary:
-        torch.save({"epoch": 0, "name": model.config.name, "state_dict": state}, temporary)
+        write_official(model, temporary)
 
 
 def save_hugging_face(model: CLIP, path: str | os.PathLike[str]) -> None:
@@ -195,15 +189,37 @@ def save_hugging_face(model: CLIP, path: str | os.PathLike[str]) -> None:
             disk is full or the place not writable. ``path`` is as it was before.
     """
     path = Path(path)
-    texts = config_to(model.config, model.dtype)
     check_own(path)
     with explained(path), published_folder(path) as folder:
-        save_file(to_hugging_face(model.state_dict()), folder / _WEIGHTS, metadata={"format": "pt"})
-        for name, values in texts.items():
-            text = json.dumps(values, indent=2, ensure_ascii=False)
-            (folder / name).write_text(text + "\n", encoding="utf-8")
-        vocab = files("cn_clip").joinpath("assets", "vocab.txt").read_bytes()
-        (folder / "vocab.txt").write_bytes(vocab)
+        write_hugging_face(model, folder)
+
+
+# The three formats themselves, into a place that somebody else publishes.
+
+
+def write_folder(model: CLIP, folder: Path) -> None:
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, folder / _WEIGHTS, metadata={"format": "pt"})
+    _write_json(folder / _CONFIG, model.config.to_dict())
+
+
+def write_official(model: CLIP, path: Path) -> None:
+    if not told_by_shapes(model.config, model.state_dict()):
+        raise CheckpointError(
+            f"{model.config.name} cannot be written as an official .pt file: its tensors' shapes "
+            "do not tell all of its config; use save_folder"
+        )
+    state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"epoch": 0, "name": model.config.name, "state_dict": state}, path)
+
+
+def write_hugging_face(model: CLIP, folder: Path) -> None:
+    texts = config_to(model.config, model.dtype)
+    save_file(to_hugging_face(model.state_dict()), folder / _WEIGHTS, metadata={"format": "pt"})
+    for name, values in texts.items():
+        _write_json(folder / name, values)
+    vocab = files("cn_clip").joinpath("assets", "vocab.txt").read_bytes()
+    (folder / "vocab.txt").write_bytes(vocab)
 
 
 def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
@@ -234,6 +250,10 @@ def _read_folder(path: Path, mapped: bool) -> Checkpoint:
     if _of_hugging_face(_read_json(path / _CONFIG)):
         return Checkpoint(config, *from_hugging_face(tensors), "Hugging Face folder")
     return Checkpoint(config, *official_names(tensors), "safetensors folder")
+
+
+def _write_json(path: Path, values: Any) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _read_json(path: Path) -> Any:
