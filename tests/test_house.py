@@ -15,7 +15,7 @@ SOURCE = Path(cn_clip.__file__).parent
 BANDS = {
     "errors": 0, "config": 0, "publish": 0, "tokenizer": 0, "image": 0,
     "model": 1,
-    "weights": 2, "hub": 2, "inputs": 2,
+    "weights": 2, "hub": 2, "inputs": 2, "data": 2,
     "embedder": 3, "backends": 3, "clip": 3, "zeroshot": 3, "convert": 3, "features": 3,
     "extract": 4,
     "cli": 6, "__main__": 6,

@@ -32,6 +32,10 @@ class ImageError(CNClipError, ValueError):
     """A picture cannot be decoded, or is refused before it is decoded."""
 
 
+class DataError(CNClipError, ValueError):
+    """Training data cannot be read, or a row of it cannot be used."""
+
+
 class CheckpointError(CNClipError, RuntimeError):
     """Weights cannot be read, or do not fit the model."""
 

@@ -1,0 +1,60 @@
+"""A pair, the contract of every source of pairs, and how to read one without opening its picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What a pair says of itself; ids are strings, so that ``007`` stays what it is."""
+
+    text: str
+    image_id: str
+    text_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One picture, as the bytes of its file, with one text."""
+
+    image: bytes
+    text: str
+    image_id: str
+    text_id: str
+
+
+class Source(Protocol):
+    """Pairs that can be read in any order, from any process; opening one reads no picture."""
+
+    name: str
+    """The URI that names it."""
+
+    def __len__(self) -> int: ...
+
+    def row(self, index: int) -> Row:
+        """Read a pair without its picture.
+
+        Raises:
+            DataError: the row cannot be used; it is named with its file and line.
+        """
+        ...
+
+    def image(self, index: int) -> bytes:
+        """Read the bytes of a pair's picture, undecoded.
+
+        Raises:
+            DataError: they are not there; the row and the missing file are named.
+        """
+        ...
+
+    def where(self, index: int) -> str:
+        """Name a pair for people: its file, and its line or member."""
+        ...
+
+
+def read_pair(source: Source, index: int) -> Pair:
+    """Read a whole pair. Raises what ``row`` and ``image`` raise."""
+    row = source.row(index)
+    return Pair(source.image(index), row.text, row.image_id, row.text_id)
