@@ -14,11 +14,8 @@ class UsageError(CNClipError, ValueError):
     """An argument has a value that cannot be used."""
 
 
-class UnknownModelError(UsageError, RuntimeError):
-    """A name is not known; the nearest known names are offered.
-
-    Also a ``RuntimeError``, which is what the official package raises here.
-    """
+class UnknownNameError(UsageError):
+    """A name is not known; the nearest known names are offered."""
 
     def __init__(self, what: str, name: str, known: Iterable[str]) -> None:
         known = list(known)
@@ -26,6 +23,10 @@ class UnknownModelError(UsageError, RuntimeError):
         near = difflib.get_close_matches(name.lower(), lowered, n=2, cutoff=0.6)
         hint = f"did you mean {' or '.join(lowered[each] for each in near)}? " if near else ""
         super().__init__(f"unknown {what} {name!r}; {hint}available: {', '.join(known)}")
+
+
+class UnknownModelError(UnknownNameError, RuntimeError):
+    """The name of a model is not known. The official package raises a ``RuntimeError`` here."""
 
 
 class ImageError(CNClipError, ValueError):

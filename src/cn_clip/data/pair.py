@@ -1,4 +1,4 @@
-"""A pair, the contract of every source of pairs, and how to read one without opening its picture."""
+"""A pair, and the contract of every source of pairs."""
 
 from __future__ import annotations
 
@@ -51,6 +51,10 @@ class Source(Protocol):
 
     def where(self, index: int) -> str:
         """Name a pair for people: its file, and its line or member."""
+        ...
+
+    def unmatched(self) -> list[str]:
+        """Say, a sentence each, what is there but makes no pair: a picture without a text, say."""
         ...
 
 

@@ -1,0 +1,197 @@
+"""Any source of pairs by one string, such as ``tar:shards/{000..099}.tar``, and mixes of them."""
+
+from __future__ import annotations
+
+import bisect
+import glob
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import parse_qsl
+
+from cn_clip.data.archive import Tar
+from cn_clip.data.cache import index_path
+from cn_clip.data.folder import Folder
+from cn_clip.data.manifest import Csv, JsonLines, Manifest, Parquet, Table
+from cn_clip.data.official import Lmdb, Tsv
+from cn_clip.data.pair import Row, Source
+from cn_clip.errors import DataError, UnknownNameError, UsageError
+
+_COLUMNS = ("image", "text", "image_id", "text_id")
+_TABLE_OPTIONS = (*_COLUMNS, "root", "encoding")
+# kind -> the options that may follow its path
+KINDS = {
+    "folder": ("encoding",),
+    "csv": _TABLE_OPTIONS,
+    "jsonl": _TABLE_OPTIONS,
+    "parquet": (*_COLUMNS, "root"),
+    "tsv": ("texts", "encoding"),
+    "lmdb": (),
+    "tar": (),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Weighted:
+    """A source of a mix; each of its pairs comes ``weight`` times an epoch on average."""
+
+    source: Source
+    weight: float = 1.0
+
+
+def open_source(uri: str) -> Source:
+    """Open ``KIND:PATH?OPTION=VALUE&...``; the kind may be left out where the path tells it.
+
+    Args:
+        uri: KIND is folder, csv, jsonl, parquet, tsv, lmdb or tar. PATH may hold globs and braces,
+            ``{000..099}`` or ``{a,b}``; the files are then read one after another. Options: the
+            columns ``image``, ``text``, ``image_id``, ``text_id`` of a manifest, its ``root`` for
+            relative paths, the ``encoding`` of texts, the ``texts`` file of a tsv.
+
+    Raises:
+        UsageError: the string cannot be understood.
+        DataError: nothing is there, or it is damaged.
+    """
+    kind, path, options = _parsed(uri)
+    paths = _expanded(path)
+    if not paths:
+        raise DataError(f"{uri}: nothing is at {path}")
+    parts = [_open_one(kind, each, options) for each in paths]
+    return parts[0] if len(parts) == 1 else Chain(uri, parts)
+
+
+def open_mix(uris: Sequence[str]) -> list[Weighted]:
+    """Open several sources; ``0.5@tar:a.tar`` takes half of that one's pairs an epoch.
+
+    Raises:
+        UsageError, DataError: as ``open_source``, or a weight is not above zero.
+    """
+    if not uris:
+        raise UsageError("no source of pairs; name one, such as folder:photos or tar:shards/*.tar")
+    mix = []
+    for uri in uris:
+        weight = re.match(r"([\d.]+)@(.+)", uri, re.DOTALL)
+        if weight is None:
+            mix.append(Weighted(open_source(uri)))
+            continue
+        try:
+            factor = float(weight[1])
+        except ValueError:
+            factor = 0.0
+        if factor <= 0:
+            raise UsageError(f"{uri}: the weight {weight[1]} is not a number above zero")
+        mix.append(Weighted(open_source(weight[2]), factor))
+    return mix
+
+
+class Chain:
+    """Sources one after another, as one."""
+
+    def __init__(self, name: str, parts: Sequence[Source]) -> None:
+        self.name = name
+        self._parts = parts
+        self._starts = list(itertools.accumulate((len(part) for part in parts), initial=0))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def row(self, index: int) -> Row:
+        part, within = self._place(index)
+        return part.row(within)
+
+    def image(self, index: int) -> bytes:
+        part, within = self._place(index)
+        return part.image(within)
+
+    def where(self, index: int) -> str:
+        part, within = self._place(index)
+        return part.where(within)
+
+    def unmatched(self) -> list[str]:
+        return [each for part in self._parts for each in part.unmatched()]
+
+    def _place(self, index: int) -> tuple[Source, int]:
+        number = bisect.bisect_right(self._starts, index) - 1
+        return self._parts[number], index - self._starts[number]
+
+
+def _open_one(kind: str, path: Path, options: dict[str, str]) -> Source:
+    name, encoding = f"{kind}:{path}", options.get("encoding")
+    if kind in ("csv", "jsonl", "parquet"):
+        if not path.is_file():
+            raise DataError(f"{name}: no such file: {path}")
+        open_table: dict[str, Callable[[], Table]] = {
+            "csv": lambda: Csv(path, encoding),
+            "jsonl": lambda: JsonLines(path, encoding),
+            "parquet": lambda: Parquet(path, index_path(path, ".arrow")),
+        }
+        root = Path(options["root"]).expanduser() if "root" in options else path.parent
+        columns = {column: options.get(column) for column in _COLUMNS}
+        return Manifest(name, open_table[kind](), root, **columns)
+    if kind == "folder":
+        return Folder(name, path, encoding)
+    if kind == "tsv":
+        texts = Path(options["texts"]).expanduser() if "texts" in options else None
+        return Tsv(name, path, texts, encoding)
+    return Lmdb(name, path) if kind == "lmdb" else Tar(path, name)
+
+
+def _parsed(uri: str) -> tuple[str, str, dict[str, str]]:
+    kind, colon, path = uri.partition(":")
+    if not colon or (len(kind) == 1 and not kind.islower()):  # C:\photos is no kind
+        kind, path = "", uri
+    path, _, query = path.partition("?")
+    if "=" not in query and query:  # a question mark of a glob
+        path, query = f"{path}?{query}", ""
+    kind = kind or _told(path, uri)
+    if kind not in KINDS:
+        raise UnknownNameError("kind of source", kind, KINDS)
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    for option in options:
+        if option not in KINDS[kind]:
+            raise UnknownNameError(f"option of {kind}:", option, KINDS[kind] or ["none"])
+    return kind, path, options
+
+
+def _told(path: str, uri: str) -> str:
+    """Tell the kind from the path."""
+    suffix = Path(path).suffix.lower()
+    if path.endswith("_imgs.tsv"):
+        return "tsv"
+    known = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".parquet": "parquet", ".tar": "tar"}
+    if suffix in known:
+        return known[suffix]
+    place = Path(path).expanduser()
+    if (place / "pairs").is_dir() and (place / "imgs").is_dir():
+        return "lmdb"
+    if place.is_dir():
+        return "folder"
+    raise UsageError(
+        f"{uri}: which kind of source is it? Write KIND:PATH; KIND: {', '.join(KINDS)}"
+    )
+
+
+def _expanded(pattern: str) -> list[Path]:
+    """Expand braces, then globs; what braces name must exist, what globs find is sorted."""
+    found: list[Path] = []
+    for path in _braces(str(Path(pattern).expanduser())):
+        if Path(path).exists() or not glob.has_magic(path):
+            found.append(Path(path))
+        else:
+            found += [Path(each) for each in sorted(glob.glob(path, recursive=True))]
+    return found
+
+
+def _braces(pattern: str) -> list[str]:
+    match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
+    if match is None:
+        return [pattern]
+    if match[3] is not None:
+        parts = match[3].split(",")
+    else:
+        width = len(match[1]) if match[1].startswith("0") or len(match[1]) == len(match[2]) else 0
+        parts = [f"{n:0{width}}" for n in range(int(match[1]), int(match[2]) + 1)]
+    before, after = pattern[: match.start()], pattern[match.end() :]
+    return [path for part in parts for path in _braces(before + part + after)]
