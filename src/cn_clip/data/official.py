@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 from collections import Counter
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -109,14 +110,10 @@ class Lmdb:
     def __init__(self, name: str, root: Path) -> None:
         self.name = name
         self._root = root
-        self._opened: tuple[int, Any, Any] | None = None
         for part in ("imgs", "pairs"):
             if not (root / part / "data.mdb").is_file():
                 raise DataError(f"{name}: no LMDB at {root / part}; a source holds imgs and pairs")
         self._size = int(self._get("pairs", "num_samples", "its count of pairs"))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_opened": None}
 
     def __len__(self) -> int:
         return self._size
@@ -139,35 +136,29 @@ class Lmdb:
         return f"{self._root / 'pairs'}, key {index}"
 
     def unmatched(self) -> list[str]:
-        _, images, _ = self._environments()
         told = int(self._get("imgs", "num_images", "its count of pictures"))
-        held = images.stat()["entries"] - 1
+        held = _environment(self._root / "imgs", os.getpid()).stat()["entries"] - 1
         return [] if told == held else [f"{self._root}: {told} pictures promised, {held} there"]
 
     def _get(self, part: str, key: str, what: str) -> bytes:
-        _, images, pairs = self._environments()
-        with (images if part == "imgs" else pairs).begin() as transaction:
+        with _environment(self._root / part, os.getpid()).begin() as transaction:
             found = transaction.get(key.encode())
         if found is None:
             raise DataError(f"{what}: no key {key!r} in {self._root / part}")
         return bytes(found)
 
-    def _environments(self) -> tuple[int, Any, Any]:
-        # An open LMDB must not be used across a fork.
-        if self._opened is None or self._opened[0] != os.getpid():
-            try:
-                lmdb = import_module("lmdb")
-            except ImportError:
-                raise UsageError("LMDB needs lmdb: pip install 'cn-clip[data]'") from None
-            try:
-                images, pairs = (
-                    lmdb.open(str(self._root / part), readonly=True, lock=False, readahead=False)
-                    for part in ("imgs", "pairs")
-                )
-            except lmdb.Error as error:
-                raise DataError(f"{self.name} is not a whole LMDB: {error}") from None
-            self._opened = os.getpid(), images, pairs
-        return self._opened
+
+@cache
+def _environment(folder: Path, _process: int) -> Any:
+    """Open an LMDB once in a process, as it must be; not across a fork, which it does not bear."""
+    try:
+        lmdb = import_module("lmdb")
+    except ImportError:
+        raise UsageError("LMDB needs lmdb: pip install 'cn-clip[data]'") from None
+    try:
+        return lmdb.open(str(folder), readonly=True, lock=False, readahead=False)
+    except lmdb.Error as error:
+        raise DataError(f"{folder} is not a whole LMDB: {error}") from None
 
 
 class _Plain(pickle.Unpickler):

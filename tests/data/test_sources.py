@@ -1,0 +1,287 @@
+import csv
+import io
+import json
+import os
+import pickle
+import tarfile
+
+import pytest
+from data.conftest import IMAGES, PAIRS, WRITERS, jpeg, put, records, write_tsv
+from PIL import Image
+
+from cn_clip.data.pair import read_pair
+from cn_clip.data.sources import open_mix, open_source
+from cn_clip.errors import CNClipError, DataError, UsageError
+
+
+def pairs_of(source):
+    read = [read_pair(source, index) for index in range(len(source))]
+    return [(pair.image, pair.image_id, pair.text_id, pair.text) for pair in read]
+
+
+EXPECTED = [(IMAGES[image_id], image_id, text_id, text) for image_id, text_id, text in PAIRS]
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_every_format_gives_the_same_pairs(kind, pictures):
+    source = open_source(WRITERS[kind](pictures))
+    assert pairs_of(source) == EXPECTED
+    assert source.unmatched() == []
+    assert str(pictures) in source.where(1)
+    # The second opening uses the index that the first one kept; a worker gets a pickled copy.
+    assert pairs_of(pickle.loads(pickle.dumps(source))) == EXPECTED
+    assert pairs_of(open_source(source.name)) == EXPECTED
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_the_kind_is_told_by_the_path(kind, pictures):
+    uri = WRITERS[kind](pictures)
+    assert pairs_of(open_source(uri.partition(":")[2])) == EXPECTED
+
+
+def test_a_folder_pairs_each_line_beside_a_picture(pictures):
+    (pictures / "007.txt").write_text("一只坐着的猫\r\n\r\n窗边的猫\n", encoding="utf-8-sig")
+    (pictures / "008.txt").write_text("火箭发射", encoding="utf-8")
+    (pictures / "alone.txt").write_text("没有图", encoding="utf-8")
+    source = open_source(str(pictures))
+    assert pairs_of(source) == [
+        (IMAGES["007"], "007", "007", "一只坐着的猫"),
+        (IMAGES["007"], "007", "007#2", "窗边的猫"),
+        (IMAGES["008"], "008", "008", "火箭发射"),
+    ]
+    assert source.where(1).endswith("007.txt, line 3")
+    assert [told.rpartition("/")[2] for told in source.unmatched()] == [
+        "猫.jpg has no 猫.txt beside it",
+        "alone.txt has no picture beside it",
+    ]
+
+
+def test_several_files_are_one_source_and_sources_mix(pictures):
+    write_tsv(pictures)
+    for name in ("001", "002"):
+        (pictures / f"{name}.tar").write_bytes(
+            tar_bytes([(f"{name}.jpg", jpeg(1)), (f"{name}.txt", b"a")])
+        )
+    chain = open_source(f"tar:{pictures}/{{001..002}}.tar")
+    assert [chain.row(i).image_id for i in range(len(chain))] == ["001", "002"]
+    assert len(open_source(f"tar:{pictures}/00?.tar")) == 2
+    mix = open_mix([f"0.5@tar:{pictures}/001.tar", f"{pictures}/train_imgs.tsv"])
+    assert [(part.weight, len(part.source)) for part in mix] == [(0.5, 1), (1.0, 4)]
+    with pytest.raises(UsageError, match=r"weight 0 is not a number above zero"):
+        open_mix([f"0@tar:{pictures}/001.tar"])
+
+
+@pytest.mark.parametrize(
+    ("uri", "sentence"),
+    [
+        ("tars:x", "unknown kind of source 'tars'; did you mean tar"),
+        ("nothing/here", "which kind of source is it"),
+        ("csv:none.csv", "no such file"),
+        ("tar:none-*.tar", "nothing is at none-"),
+        ("tar:none.tar", "cannot be read"),
+        ("folder:none", "no such folder"),
+        ("lmdb:none", "no LMDB at"),
+        ("csv:none.csv?txt=a", "unknown option of csv: 'txt'; did you mean text"),
+    ],
+)
+def test_what_cannot_be_opened_is_said_in_a_sentence(uri, sentence):
+    with pytest.raises(CNClipError, match=sentence):
+        open_source(uri)
+
+
+# Manifests
+
+
+def manifest(pictures, content, name="pairs.csv", options=""):
+    (pictures / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return open_source(f"{pictures}/{name}{options}")
+
+
+def test_a_byte_order_mark_and_crlf_change_nothing(pictures):
+    text = "image,caption\r\n007.jpg,猫\r\n\r\n008.jpg,火箭\r\n"
+    source = manifest(pictures, b"\xef\xbb\xbf" + text.encode())
+    assert [source.row(i).text for i in range(len(source))] == ["猫", "火箭"]
+    assert source.where(1).endswith("line 4")
+
+
+def test_quoted_fields_span_lines_and_lone_quotes_are_text(pictures):
+    rows = [["007.jpg", 'a "b"\n二行,逗号'], ["008.jpg", "plain"]]
+    stream = io.StringIO(newline="")
+    csv.writer(stream).writerows([["image", "text"], *rows])
+    source = manifest(pictures, stream.getvalue() + '008.jpg,5" nail\n')
+    assert [source.row(i).text for i in range(3)] == ['a "b"\n二行,逗号', "plain", '5" nail']
+    assert [source.where(i).rpartition(" ")[2] for i in range(3)] == ["2", "4", "5"]
+
+
+def test_gbk_is_detected_named_and_converted_on_request(pictures):
+    content = "image,text\n007.jpg,一只坐着的猫\n".encode("gbk")
+    with pytest.raises(
+        DataError, match=r"line 2 is not UTF-8; as GBK it reads '007.jpg,一只坐着的猫'"
+    ):
+        manifest(pictures, content).row(0)
+    assert manifest(pictures, content, options="?encoding=gbk").row(0).text == "一只坐着的猫"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("p.csv", "image,text\n007.jpg,a,b\n", "line 2 has 3 fields, its header 2"),
+        ("p.jsonl", '{"image": "007.jpg", "text": "a"}\n{"image"\n', "line 2 is not JSON"),
+        ("p.jsonl", '{"image": "007.jpg", "text": ["a", "b"]}\n', "text is a list of 2; give each"),
+        ("p.jsonl", '{"image": "007.jpg", "text": 3}\n', "text is 3; expected a string"),
+        ("p.jsonl", '{"image": "none.jpg", "text": "a"}\n', "no picture .*none.jpg"),
+        ("p.jsonl", '{"url": "http://a/b/x.jpg", "text": "a"}\n', "download it first"),
+        ("p.csv", "image,words\n007.jpg,a\n", "no column for the text"),
+        ("p.csv", "", "is empty; its first line names the columns"),
+        ("p.csv", 'image,text\n007.jpg,"a\n' + "b\n" * 100_000, "a quote is opened here"),
+        ("p.csv", "image,text\n".encode("utf-16"), "is UTF-16; save it as UTF-8"),
+    ],
+)
+def test_a_bad_manifest_names_the_line(pictures, name, content, sentence):
+    with pytest.raises(DataError, match=sentence):
+        source = manifest(pictures, content, name)
+        for index in range(len(source)):
+            read_pair(source, index)
+
+
+def test_columns_root_and_addresses_can_be_named(pictures, tmp_path):
+    text = "bild,satz\nhttp://a.b/c/007.jpg?size=1,猫\n"
+    (tmp_path / "list.csv").write_text(text, encoding="utf-8")
+    source = open_source(f"{tmp_path}/list.csv?image=bild&text=satz&root={pictures}")
+    assert read_pair(source, 0).image == IMAGES["007"]
+    with pytest.raises(DataError, match="no column 'wort'; it has bild, satz"):
+        open_source(f"{tmp_path}/list.csv?image=bild&text=wort")
+
+
+# The official formats
+
+
+def test_ids_unmatched_or_repeated_in_a_tsv_are_named(pictures):
+    write_tsv(pictures)
+    with (pictures / "train_imgs.tsv").open("a", encoding="utf-8") as stream:
+        stream.write("008\tAAAA\nalone\tAAAA\n")
+    with (pictures / "train_texts.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write('\n{"text_id": 9, "text": "x", "image_ids": [99]}\n{"text": "y"}\nnot json\n')
+    source = open_source(f"{pictures}/train_imgs.tsv")
+    assert read_pair(source, 0).image == IMAGES["007"]
+    for index, sentence in (
+        (2, "the picture id '008' stands twice, in .*line 2 and .*line 4"),
+        (4, "no picture has the id '99'"),
+        (5, 'expected {"text_id"'),
+        (6, "line 7 is not JSON"),
+    ):
+        with pytest.raises(DataError, match=sentence):
+            read_pair(source, index)
+    assert source.unmatched() == [f"the picture 'alone' of {pictures}/train_imgs.tsv has no text"]
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("harmed",)
+
+
+def test_a_pickle_in_an_lmdb_is_never_run(pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    uri = WRITERS["lmdb"](pictures)
+    put(pictures / "lmdb" / "pairs", [("0", pickle.dumps(Harmful())), ("1", b"\x80junk")])
+    source = open_source(uri)
+    with pytest.raises(DataError, match=r"key 0 is refused: its pickle names (posix|nt)\.mkdir"):
+        source.row(0)
+    with pytest.raises(DataError, match="key 1 is refused"):
+        source.row(1)
+    assert not (tmp_path / "harmed").exists()
+
+
+def test_an_lmdb_that_promises_more_than_it_holds_says_so(pictures):
+    uri = WRITERS["lmdb"](pictures)
+    put(pictures / "lmdb" / "pairs", [("num_samples", b"9")])
+    put(pictures / "lmdb" / "imgs", [("num_images", b"70")])
+    source = open_source(uri)
+    with pytest.raises(DataError, match="no key '8'"):
+        source.row(8)
+    assert source.unmatched() == [f"{pictures}/lmdb: 70 pictures promised, 3 there"]
+
+
+# Tar shards
+
+
+def tar_bytes(members):
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for name, content in members:
+            info = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def link(name, target):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = tarfile.SYMTYPE, target
+    return info
+
+
+def test_img2dataset_shards_are_read_as_they_are(pictures):
+    """Members as img2dataset 1.45 writes them: key.jpg, key.txt, key.json with these fields."""
+    told = {"url": "http://a/b.jpg", "caption": "一只猫", "key": "000000001", "status": "success"}
+    members = [("000000001.jpg", jpeg(1)), ("000000001.txt", "一只猫".encode())]
+    members += [("000000001.json", json.dumps(told).encode()), ("000000002.jpg", jpeg(2))]
+    source = manifest(pictures, tar_bytes(members), "00000.tar")
+    assert pairs_of(source) == [(jpeg(1), "000000001", "000000001", "一只猫")]
+    assert source.unmatched() == [
+        f"{pictures}/00000.tar, member 000000002 has neither text nor JSON"
+    ]
+
+
+def test_a_member_may_have_its_caption_in_the_json_alone(pictures):
+    members = [
+        ("a/x.y.png", jpeg(1)),
+        ("a/x.json", '{"caption": "猫"}'.encode()),
+        ("a/x.png", jpeg(2)),
+    ]
+    source = manifest(pictures, tar_bytes(members), "s.tar")
+    assert pairs_of(source) == [(jpeg(2), "a/x", "a/x", "猫")]
+
+
+def test_members_that_lead_out_or_are_no_files_are_left_out(pictures):
+    good = [("ok.jpg", jpeg(1)), ("ok.txt", b"fine")]
+    bad = [("/etc/x.jpg", b"1"), ("../x.jpg", b"1"), (link("l.jpg", "/etc/passwd"), b"")]
+    source = manifest(pictures, tar_bytes([*bad, *good]), "s.tar")
+    assert [row[1] for row in pairs_of(source)] == ["ok"]
+    assert [told.rpartition(": ")[2] for told in source.unmatched()] == [
+        "its name leads out of the archive",
+        "its name leads out of the archive",
+        "it is a link, a device or sparse, not a plain file",
+    ]
+
+
+def test_a_tar_still_being_written_is_refused(pictures):
+    whole = tar_bytes([("a.jpg", jpeg(1)), ("a.txt", b"fine"), ("b.jpg", bytes(100_000))])
+    data = whole.index(bytes(100_000))
+    for length in (data + 5_000, data - 512, data + 100_352):
+        with pytest.raises(DataError, match=r"it is still being written|is not a whole tar"):
+            manifest(pictures, whole[:length], "s.tar")
+    with pytest.raises(DataError, match="not a whole tar"):
+        manifest(pictures, b"no tar at all" * 100, "s.tar")
+
+
+def test_a_size_below_zero_does_not_send_the_reader_backwards(pictures):
+    whole = bytearray(tar_bytes([("a.jpg", jpeg(1)), ("a.txt", b"fine")]))
+    whole[124:136] = b"\xff" * 10 + b"\xfc\x00"  # base-256, -1024
+    whole[148:156] = b" " * 8
+    whole[148:156] = b"%06o\0 " % sum(whole[:512])
+    with pytest.raises(DataError, match=r"claims -1024 bytes|not a whole tar"):
+        manifest(pictures, bytes(whole), "s.tar")
+
+
+def test_an_index_is_made_anew_when_the_tar_changes(pictures):
+    first = manifest(pictures, tar_bytes([("a.jpg", jpeg(1)), ("a.txt", b"one")]), "s.tar")
+    second = manifest(pictures, tar_bytes([("b.jpg", jpeg(1)), ("b.txt", b"other")]), "s.tar")
+    assert first.row(0).image_id == "a"
+    assert (second.row(0).text, second.row(0).image_id) == ("other", "b")
+
+
+def test_a_picture_is_what_was_packed(pictures):
+    source = open_source(WRITERS["tar"](pictures))
+    assert Image.open(io.BytesIO(source.image(3))).size == (48, 40)
+    assert [source.row(i).text for i in range(4)] == [record["text"] for record in records()]
