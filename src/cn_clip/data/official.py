@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 from collections import Counter
+from collections.abc import Iterable
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from cn_clip.data.archive import Sample
 from cn_clip.data.lines import Lines
 from cn_clip.data.pair import Row
 from cn_clip.errors import DataError, UsageError
@@ -151,14 +153,18 @@ class Lmdb:
 @cache
 def _environment(folder: Path, _process: int) -> Any:
     """Open an LMDB once in a process, as it must be; not across a fork, which it does not bear."""
-    try:
-        lmdb = import_module("lmdb")
-    except ImportError:
-        raise UsageError("LMDB needs lmdb: pip install 'cn-clip[data]'") from None
+    lmdb = _library()
     try:
         return lmdb.open(str(folder), readonly=True, lock=False, readahead=False)
     except lmdb.Error as error:
         raise DataError(f"{folder} is not a whole LMDB: {error}") from None
+
+
+def _library() -> Any:
+    try:
+        return import_module("lmdb")
+    except ImportError:
+        raise UsageError("LMDB needs lmdb: pip install 'cn-clip[data]'") from None
 
 
 class _Plain(pickle.Unpickler):
@@ -186,3 +192,79 @@ def _decoded(encoded: bytes, where: str) -> bytes:
         return base64.b64decode(encoded.strip().translate(bytes.maketrans(b"-_", b"+/")))
     except (binascii.Error, ValueError) as error:
         raise DataError(f"{where}: its picture is not base64: {error}") from None
+
+
+def write_tsv(folder: Path, samples: Iterable[Sample], *, split: str) -> None:
+    """Write ``SPLIT_imgs.tsv`` and ``SPLIT_texts.jsonl`` into a folder."""
+    with (
+        (folder / f"{split}_imgs.tsv").open("wb") as images,
+        (folder / f"{split}_texts.jsonl").open("w", encoding="utf-8") as texts,
+    ):
+        for sample in samples:
+            images.write(sample.image_id.encode() + b"\t" + base64.b64encode(sample.image) + b"\n")
+            for text_id, text in sample.texts:
+                image_ids = [_plain_id(sample.image_id)]
+                line = {"text_id": _plain_id(text_id), "text": text, "image_ids": image_ids}
+                texts.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def write_lmdb(folder: Path, samples: Iterable[Sample]) -> None:
+    """Write the LMDBs ``imgs`` and ``pairs`` into a folder; they grow with what they hold."""
+    images, pairs = (_Growing(folder / part) for part in ("imgs", "pairs"))
+    count = total = 0
+    with images, pairs:
+        for sample in samples:
+            images.put(sample.image_id.encode(), base64.b64encode(sample.image))
+            total += 1
+            for text_id, text in sample.texts:
+                pair = (_plain_id(sample.image_id), _plain_id(text_id), text)
+                pairs.put(str(count).encode(), pickle.dumps(pair))
+                count += 1
+        images.put(b"num_images", str(total).encode())
+        pairs.put(b"num_samples", str(count).encode())
+
+
+class _Growing:
+    """An LMDB that is written once, in order, and doubles its space when that is used up."""
+
+    def __init__(self, folder: Path) -> None:
+        self._lmdb = _library()
+        self._size = 1 << 24
+        folder.mkdir()
+        self._environment = self._lmdb.open(str(folder), map_size=self._size, lock=False)
+        self._waiting: list[tuple[bytes, bytes]] = []
+        self._bytes = 0
+
+    def __enter__(self) -> _Growing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._write()
+        self._environment.close()
+
+    def put(self, key: bytes, value: bytes) -> None:
+        self._waiting.append((key, value))
+        self._bytes += len(value)
+        if self._bytes > 1 << 23:
+            self._write()
+
+    def _write(self) -> None:
+        while True:
+            try:
+                with self._environment.begin(write=True) as transaction:
+                    for key, value in self._waiting:
+                        transaction.put(key, value)
+                break
+            except self._lmdb.MapFullError:
+                self._size *= 2
+                self._environment.set_mapsize(self._size)
+            except self._lmdb.Error as error:
+                raise OSError(str(error)) from error
+        self._waiting.clear()
+        self._bytes = 0
+
+
+def _plain_id(given: str) -> int | str:
+    """Official ids are numbers; ``007`` is a string, so that it comes out as it went in."""
+    canonical = given.isascii() and given.isdigit() and str(int(given)) == given
+    return int(given) if canonical else given

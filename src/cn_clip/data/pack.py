@@ -1,0 +1,384 @@
+"""Any source to tar shards, or to the official TSV and LMDB: each picture once, with all its texts.
+
+Shards are written whole, by several processes, and a run that was stopped goes on after the last
+finished one. ``manifest.json`` is written last: a folder that has it is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from filelock import FileLock, Timeout
+from PIL import Image
+
+from cn_clip.data.archive import Sample, write_shard
+from cn_clip.data.official import write_lmdb, write_tsv
+from cn_clip.data.pair import Row, Source
+from cn_clip.errors import CNClipError, DataError, UsageError
+from cn_clip.image import FORMATS, read_image
+from cn_clip.publish import published, published_folder
+
+Target = Literal["tar", "tsv", "lmdb"]
+_MANIFEST, _PLAN = "manifest.json", ".plan.json"
+_SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp"} | {
+    "TIFF": ".tif"
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """How pictures are kept: as they are, or with ``max_side`` or ``format``, encoded anew.
+
+    ``max_side`` is the longer side in pixels; smaller pictures stay as they are. ``quality`` is
+    that of JPEG and WebP.
+    """
+
+    max_side: int | None = None
+    format: Literal["JPEG", "WEBP"] | None = None
+    quality: int = 92
+
+
+@dataclass(slots=True)
+class Packed:
+    """What was written; ``skipped`` says of each pair left out why."""
+
+    out: str
+    shards: int = 0
+    images: int = 0
+    pairs: int = 0
+    bytes: int = 0
+    skipped: list[str] = field(default_factory=list)
+
+
+def pack(
+    source: Source,
+    out: str | os.PathLike[str],
+    *,
+    to: Target = "tar",
+    encoding: Encoding = Encoding(),  # frozen
+    without: npt.NDArray[np.int64] | None = None,
+    images_per_shard: int = 5000,
+    split: str = "train",
+    workers: int = 0,
+    overwrite: bool = False,
+    tick: Callable[[int, int], None] = lambda done, total: None,
+) -> Packed:
+    """Write a source's pairs to the folder ``out``.
+
+    Args:
+        source: from ``open_source``.
+        out: gets ``00000.tar``, ... and ``manifest.json``; or ``SPLIT_imgs.tsv`` and
+            ``SPLIT_texts.jsonl``; or ``imgs`` and ``pairs`` of an LMDB.
+        to: which of these.
+        encoding: of the pictures.
+        without: indexes of pairs to leave out, as ``data decontaminate`` finds them.
+        images_per_shard: pictures in a tar.
+        split: the name in the files of a TSV.
+        workers: processes beside this one; 0 does it here.
+        overwrite: replace what is in ``out``.
+        tick: called with the pictures done and the pictures in all.
+
+    Raises:
+        UsageError: ``out`` exists, or was begun from other data or with other options.
+        DataError: no pair can be used, or a worker died.
+        CNClipError: another process is at it, or the disk is full; finished shards stay.
+    """
+    out = Path(out)
+    report = Packed(str(out))
+    groups, digest = _grouped(source, without, report)
+    if not groups:
+        raise DataError(
+            f"{source.name} holds no pair that can be used; the first: {_first(report)}"
+        )
+    jobs = [groups[at : at + images_per_shard] for at in range(0, len(groups), images_per_shard)]
+    plan = {"source": source.name, "digest": digest, "to": to, "per_shard": images_per_shard}
+    plan |= asdict(encoding)
+    work = _Work(source, encoding)
+    try:
+        if to == "tar":
+            _pack_tars(work, jobs, out, plan, report, workers, overwrite, tick)
+        else:
+            _pack_official(work, jobs, out, to, split, report, workers, overwrite, tick)
+    except Timeout:
+        raise CNClipError(f"another process is writing {out}; wait for it to end") from None
+    except BrokenProcessPool:
+        raise DataError("a worker died, out of memory perhaps; take fewer with --workers") from None
+    except OSError as error:
+        raise CNClipError(
+            f"could not write {out}: {error}; finished shards stay. Free some space and run the "
+            "same command again"
+        ) from error
+    return report
+
+
+def _grouped(
+    source: Source, without: npt.NDArray[np.int64] | None, report: Packed
+) -> tuple[list[npt.NDArray[np.int64]], str]:
+    """Return the indexes of each picture's pairs, in the order of their first, and a digest of
+    all ids and texts."""
+    names = np.zeros(len(source), dtype=np.uint64)
+    usable = np.ones(len(source), dtype=bool)
+    digest = hashlib.blake2b(digest_size=16)
+    if without is not None:
+        usable[without] = False
+    for index in np.flatnonzero(usable).tolist():
+        try:
+            row = _usable(source, index)
+        except DataError as error:
+            usable[index] = False
+            report.skipped.append(str(error))
+            continue
+        name = hashlib.blake2b(row.image_id.encode("utf-8", "replace"), digest_size=8).digest()
+        names[index] = int.from_bytes(name, "little")
+        digest.update(json.dumps([row.image_id, row.text_id, row.text]).encode())
+    rows = np.flatnonzero(usable)
+    _, first, inverse = np.unique(names[rows], return_index=True, return_inverse=True)
+    rank = np.empty(len(first), dtype=np.int64)
+    rank[np.argsort(first)] = np.arange(len(first))
+    order = np.argsort(rank[inverse], kind="stable")
+    ends = np.cumsum(np.bincount(rank[inverse], minlength=len(first)))
+    return np.split(rows[order], ends[:-1]) if len(rows) else [], digest.hexdigest()
+
+
+def _usable(source: Source, index: int) -> Row:
+    row = source.row(index)
+    if not row.text.strip():
+        raise DataError(f"{source.where(index)}: its text is empty")
+    return row
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What a worker needs; sent to it once."""
+
+    source: Source
+    encoding: Encoding
+
+    def sample(self, group: npt.NDArray[np.int64]) -> Sample | str:
+        """Return a picture with its texts, or why it cannot be had."""
+        rows = [self.source.row(index) for index in group.tolist()]
+        first = int(group[0])
+        try:
+            image, suffix = _encoded(self.source.image(first), self.encoding)
+        except CNClipError as error:
+            said, where = str(error), self.source.where(first)
+            more = f" (and {len(rows) - 1} more texts of this picture)" if len(rows) > 1 else ""
+            return (said if where in said else f"{where}: {said}") + more
+        return Sample(image, suffix, rows[0].image_id, [(row.text_id, row.text) for row in rows])
+
+    def shard(self, job: tuple[Path, list[npt.NDArray[np.int64]]]) -> dict[str, Any]:
+        """Write a shard and, once it stands, what is in it."""
+        path, groups = job
+        skipped: list[str] = []
+        counts = {"images": 0, "pairs": 0}
+
+        def samples() -> Iterator[Sample]:
+            for group in groups:
+                sample = self.sample(group)
+                if isinstance(sample, str):
+                    skipped.append(sample)
+                    continue
+                counts["images"] += 1
+                counts["pairs"] += len(sample.texts)
+                yield sample
+
+        with published(path) as temporary:
+            write_shard(temporary, samples())
+            with temporary.open("rb") as stream:
+                checksum = hashlib.file_digest(stream, "sha256").hexdigest()
+        told = {"name": path.name, "bytes": path.stat().st_size, "sha256": checksum}
+        told |= {**counts, "skipped": skipped}
+        _write_json(path.with_suffix(".json"), told)
+        return told
+
+
+def _pack_tars(
+    work: _Work,
+    jobs: list[list[npt.NDArray[np.int64]]],
+    out: Path,
+    plan: dict[str, Any],
+    report: Packed,
+    workers: int,
+    overwrite: bool,
+    tick: Callable[[int, int], None],
+) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    with FileLock(out / ".lock", timeout=0):
+        _begin(out, plan, overwrite)
+        paths = [out / f"{number:05}.tar" for number in range(len(jobs))]
+        total = sum(map(len, jobs))
+        told = {
+            path: json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+            for path in paths
+            if path.is_file() and path.with_suffix(".json").is_file()
+        }
+        left = [(path, job) for path, job in zip(paths, jobs, strict=True) if path not in told]
+        done = total - sum(len(job) for _, job in left)
+        tick(done, total)
+        with _mapped(work, workers) as run:
+            for (path, job), result in zip(left, run("shard", left), strict=True):
+                told[path] = result
+                done += len(job)
+                tick(done, total)
+        shards = [told[path] for path in paths]
+        report.shards = len(shards)
+        for shard in shards:
+            report.images += shard["images"]
+            report.pairs += shard["pairs"]
+            report.bytes += shard["bytes"]
+            report.skipped += shard["skipped"]
+        summary = asdict(report) | {"out": None, "source": plan["source"], "shards": shards}
+        _write_json(out / _MANIFEST, {key: v for key, v in summary.items() if v is not None})
+        for path in [out / _PLAN, *(path.with_suffix(".json") for path in paths)]:
+            path.unlink()
+    (out / ".lock").unlink(missing_ok=True)
+
+
+def _begin(out: Path, plan: dict[str, Any], overwrite: bool) -> None:
+    """Take up what the same plan began, or start in an empty folder."""
+    held = {path.name for path in out.iterdir()} - {".lock"}
+    begun = _read_json(out / _PLAN) if _PLAN in held else None
+    if begun != plan:
+        if held and not overwrite:
+            told = "was begun from other data or with other options" if begun else "is not empty"
+            raise UsageError(f"{out} {told}; give another place, or --overwrite to begin anew")
+        for name in held:
+            if not name.endswith((".tar", ".json")):
+                raise UsageError(f"{out} holds {name}, which no pack wrote; give another place")
+        for name in held:
+            (out / name).unlink()
+        _write_json(out / _PLAN, plan)
+
+
+def _pack_official(
+    work: _Work,
+    jobs: list[list[npt.NDArray[np.int64]]],
+    out: Path,
+    to: Target,
+    split: str,
+    report: Packed,
+    workers: int,
+    overwrite: bool,
+    tick: Callable[[int, int], None],
+) -> None:
+    if out.exists() and any(out.iterdir()) and not overwrite:
+        raise UsageError(f"{out} is not empty; give another place, or --overwrite to replace it")
+    groups = [group for job in jobs for group in job]
+
+    def samples(results: Iterator[Sample | str]) -> Iterator[Sample]:
+        for number, sample in enumerate(results, 1):
+            if isinstance(sample, str):
+                report.skipped.append(sample)
+            else:
+                report.images += 1
+                report.pairs += len(sample.texts)
+                yield sample
+            tick(number, len(groups))
+
+    write = partial(write_tsv, split=split) if to == "tsv" else write_lmdb
+    with published_folder(out) as folder, _mapped(work, workers) as run:
+        write(folder, samples(run("sample", groups)))
+        report.shards = 1
+        report.bytes = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+
+
+# A worker is given the source once, when it starts: for millions of rows it is large.
+
+_work: _Work
+
+
+def _start(work: _Work) -> None:
+    global _work
+    _work = work
+
+
+def _do(what: str, job: Any) -> Any:
+    return getattr(_work, what)(job)
+
+
+@contextmanager
+def _mapped(work: _Work, workers: int) -> Iterator[Callable[[str, Sequence[Any]], Iterator[Any]]]:
+    """Yield a map over jobs, by so many processes, in order; few jobs wait at a time."""
+    if workers <= 0:
+        yield lambda what, jobs: map(getattr(work, what), jobs)
+        return
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, (work,))
+
+    def run(what: str, jobs: Sequence[Any]) -> Iterator[Any]:
+        ahead = 8 * workers
+        waiting = [pool.submit(_do, what, job) for job in jobs[:ahead]]
+        for number in range(len(jobs)):
+            result = waiting.pop(0).result()
+            if number + ahead < len(jobs):
+                waiting.append(pool.submit(_do, what, jobs[number + ahead]))
+            yield result
+
+    try:
+        yield run
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _encoded(content: bytes, encoding: Encoding) -> tuple[bytes, str]:
+    """Return a picture's bytes as they are to be kept, and the suffix that fits them."""
+    if encoding.max_side is None and encoding.format is None:
+        return content, _suffix(content)
+    image = read_image(content)
+    small = encoding.max_side is None or max(image.size) <= encoding.max_side
+    if small and encoding.format is None:
+        return content, _suffix(content)
+    if encoding.max_side is not None and not small:
+        side = encoding.max_side
+        if image.mode in ("P", "1"):  # a palette cannot be filtered
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        image.thumbnail((side, side), Image.Resampling.BICUBIC)
+    name: str = encoding.format or "JPEG"
+    if image.has_transparency_data and name == "JPEG":
+        name = "PNG"  # which keeps it
+    elif name != "PNG":
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    stream = io.BytesIO()
+    image.save(stream, name, quality=encoding.quality)
+    return stream.getvalue(), _SUFFIXES[name]
+
+
+def _suffix(content: bytes) -> str:
+    """Tell the format from the header."""
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            return _SUFFIXES[str(image.format)]
+    except Exception:
+        raise DataError(
+            f"its {len(content):,} bytes are no picture in a known format ({', '.join(FORMATS)})"
+        ) from None
+
+
+def _first(report: Packed) -> str:
+    return report.skipped[0] if report.skipped else "all are left out"
+
+
+def _write_json(path: Path, value: Any) -> None:
+    with published(path) as temporary:
+        text = json.dumps(value, ensure_ascii=False, indent=1)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None

@@ -1,0 +1,218 @@
+import errno
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data.conftest import IMAGES, PAIRS, WRITERS, jpeg, write_csv, write_tsv
+from filelock import FileLock
+from PIL import Image
+
+from cn_clip.data import pack as module
+from cn_clip.data.pack import Encoding, pack
+from cn_clip.data.pair import read_pair
+from cn_clip.data.sources import open_source
+from cn_clip.errors import CNClipError, DataError, UsageError
+
+
+def pairs_of(uri):
+    source = open_source(uri)
+    read = [read_pair(source, index) for index in range(len(source))]
+    return [(pair.image_id, pair.text_id, pair.text, pair.image) for pair in read]
+
+
+EXPECTED = [(image_id, text_id, text, IMAGES[image_id]) for image_id, text_id, text in PAIRS]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("to", ["tar", "tsv", "lmdb"])
+def test_every_target_gives_the_pairs_back(pictures, tmp_path, to, workers):
+    done = pack(
+        open_source(write_csv(pictures)),
+        tmp_path / "out",
+        to=to,
+        images_per_shard=2,
+        workers=workers,
+    )
+    assert (done.images, done.pairs, done.skipped) == (3, 4, [])
+    place = {"tar": "tar:{}/*.tar", "tsv": "tsv:{}/train_imgs.tsv", "lmdb": "lmdb:{}"}[to]
+    assert pairs_of(place.format(tmp_path / "out")) == EXPECTED
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_every_source_is_packed_alike(pictures, tmp_path, kind):
+    pack(open_source(WRITERS[kind](pictures)), tmp_path / "out")
+    held = hashlib.sha256((tmp_path / "out" / "00000.tar").read_bytes()).hexdigest()
+    pack(open_source(write_csv(pictures)), tmp_path / "again")
+    assert hashlib.sha256((tmp_path / "again" / "00000.tar").read_bytes()).hexdigest() == held
+
+
+def test_the_manifest_counts_and_checks(pictures, tmp_path):
+    pack(open_source(write_csv(pictures)), tmp_path / "out", images_per_shard=2)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))
+    assert (manifest["images"], manifest["pairs"]) == (3, 4)
+    assert [(shard["images"], shard["pairs"]) for shard in manifest["shards"]] == [(2, 3), (1, 1)]
+    for shard in manifest["shards"]:
+        content = (tmp_path / "out" / shard["name"]).read_bytes()
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (
+            shard["bytes"],
+            shard["sha256"],
+        )
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "00000.tar", "00001.tar", "manifest.json"
+    }  # fmt: skip
+
+
+def test_a_shard_is_what_webdataset_expects(pictures, tmp_path):
+    pack(open_source(write_csv(pictures)), tmp_path / "out")
+    with tarfile.open(tmp_path / "out" / "00000.tar") as archive:
+        names = archive.getnames()
+        assert names[:3] == ["00000000.jpg", "00000000.txt", "00000000.json"]
+        assert archive.extractfile("00000000.txt").read().decode() == PAIRS[0][2]
+        assert archive.extractfile("00000000.jpg").read() == IMAGES["007"]
+
+
+def test_large_pictures_are_made_smaller_and_small_ones_kept(pictures, tmp_path):
+    (pictures / "008.jpg").write_bytes(jpeg(8, (400, 200)))
+    Image.new("RGBA", (300, 300), (9, 9, 9, 90)).save(pictures / "猫.jpg", "PNG")
+    pack(open_source(write_csv(pictures)), tmp_path / "out", encoding=Encoding(max_side=100))
+    images = {pair[0]: pair[3] for pair in pairs_of(f"{tmp_path}/out/00000.tar")}
+    assert images["007"] == IMAGES["007"]
+    opened = {name: Image.open(io.BytesIO(content)) for name, content in images.items()}
+    assert (opened["008"].size, opened["008"].format) == ((100, 50), "JPEG")
+    assert (opened["猫"].size, opened["猫"].format, opened["猫"].mode) == (
+        (100, 100),
+        "PNG",
+        "RGBA",
+    )
+
+
+def test_pictures_can_all_be_encoded_anew(pictures, tmp_path):
+    pack(open_source(write_csv(pictures)), tmp_path / "out", encoding=Encoding(format="WEBP"))
+    with tarfile.open(tmp_path / "out" / "00000.tar") as archive:
+        assert [name for name in archive.getnames() if name.endswith(".webp")] == [
+            "00000000.webp", "00000001.webp", "00000002.webp"
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_cannot_be_read_is_left_out_and_named(pictures, tmp_path, workers):
+    uri = write_csv(pictures)
+    (pictures / "007.jpg").write_bytes(b"no picture")
+    with (pictures / "pairs.csv").open("a", encoding="utf-8") as stream:
+        stream.write("none.jpg,文,010,010\n008.jpg,  ,008,011\n008.jpg,a,b,c,d\n")
+    done = pack(open_source(uri), tmp_path / "out", workers=workers)
+    assert (done.images, done.pairs) == (2, 2)
+    told = "\n".join(done.skipped)
+    for sentence in (
+        "line 2: its 10 bytes are no picture in a known format",
+        "(and 1 more texts of this picture)",
+        "line 6: no picture",
+        "line 7: its text is empty",
+        "line 8 has 5 fields, its header 4",
+    ):
+        assert sentence in told
+    assert len(done.skipped) == 4
+    assert [pair[:3] for pair in pairs_of(f"{tmp_path}/out/00000.tar")] == PAIRS[2:]
+
+
+def test_pairs_named_for_removal_are_left_out(pictures, tmp_path):
+    pack(open_source(write_csv(pictures)), tmp_path / "out", without=np.array([0, 3]))
+    assert pairs_of(f"{tmp_path}/out/00000.tar") == EXPECTED[1:3]
+
+
+def test_a_stopped_run_goes_on_after_the_last_shard(pictures, tmp_path, monkeypatch):
+    source, out = open_source(write_csv(pictures)), tmp_path / "out"
+    written = []
+    real = module.write_shard
+
+    def failing(path, samples):
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(path.name)
+        real(path, samples)
+
+    monkeypatch.setattr(module, "write_shard", failing)
+    with pytest.raises(CNClipError, match=r"No space left on device; finished shards stay"):
+        pack(source, out, images_per_shard=1)
+    assert sorted(p.name for p in out.glob("*.tar")) == ["00000.tar", "00001.tar"]
+    with pytest.raises(UsageError, match="was begun from other data or with other options"):
+        pack(source, out, images_per_shard=2)
+    monkeypatch.setattr(module, "write_shard", real)
+    ticks = []
+    done = pack(source, out, images_per_shard=1, tick=lambda *told: ticks.append(told))
+    assert ticks == [(2, 3), (3, 3)]
+    assert (done.shards, done.pairs) == (3, 4)
+    assert pairs_of(f"tar:{out}/*.tar") == EXPECTED
+
+
+def test_what_is_there_is_kept_unless_overwrite(pictures, tmp_path):
+    source, out = open_source(write_csv(pictures)), tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    with pytest.raises(UsageError, match="is not empty"):
+        pack(source, out)
+    with pytest.raises(UsageError, match=r"holds mine.txt, which no pack wrote"):
+        pack(source, out, overwrite=True)
+    assert (out / "mine.txt").read_text() == "mine"
+    (out / "mine.txt").unlink()
+    pack(source, out, images_per_shard=1)
+    with pytest.raises(UsageError, match="is not empty"):
+        pack(source, out, images_per_shard=1)
+    pack(source, out, overwrite=True)
+    assert sorted(p.name for p in out.iterdir()) == ["00000.tar", "manifest.json"]
+
+
+def test_a_second_process_is_told_so(pictures, tmp_path):
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / ".lock"), pytest.raises(CNClipError, match="another process"):
+        pack(open_source(write_csv(pictures)), tmp_path / "out")
+
+
+def test_a_source_of_nothing_usable_is_refused(pictures, tmp_path):
+    (pictures / "p.csv").write_text("image,text\n007.jpg,\n")
+    with pytest.raises(DataError, match=r"holds no pair that can be used; the first: .*line 2"):
+        pack(open_source(f"{pictures}/p.csv"), tmp_path / "out")
+
+
+def test_an_lmdb_grows_with_what_it_holds(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(40):
+        Image.effect_noise((800, 800), 90).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text("噪声", encoding="utf-8")
+    assert pack(open_source(str(folder)), tmp_path / "out", to="lmdb").bytes > 1 << 24
+    assert len(pairs_of(f"lmdb:{tmp_path}/out")) == 40
+
+
+def test_a_killed_worker_is_reported(pictures, tmp_path):
+    """In a process of its own: its workers import its main module."""
+    script = tmp_path / "kill.py"
+    script.write_text(
+        "import os, signal\n"
+        "from cn_clip.data.folder import Folder\n"
+        "from cn_clip.data.pack import pack\n"
+        "from pathlib import Path\n"
+        "class Deadly(Folder):\n"
+        "    def image(self, index):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "if __name__ == '__main__':\n"
+        f"    pack(Deadly('x', Path({str(pictures)!r})), {str(tmp_path / 'out')!r}, workers=1)\n"
+    )
+    for image_id in IMAGES:
+        (pictures / f"{image_id}.txt").write_text("文", encoding="utf-8")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    assert "DataError: a worker died, out of memory perhaps" in done.stderr
+
+
+def test_a_folder_is_no_longer_locked_when_it_is_done(pictures, tmp_path):
+    write_tsv(pictures)
+    pack(open_source(f"{pictures}/train_imgs.tsv"), tmp_path / "out")
+    assert not Path(tmp_path, "out", ".lock").exists()
+    assert os.listdir(tmp_path / "out")
