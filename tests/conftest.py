@@ -74,3 +74,20 @@ def golden_strings() -> list[str]:
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     a, b = np.float64(a), np.float64(b)
     return (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CN_CLIP_CACHE", str(tmp_path / ".cache"))
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder with the pictures of ``data.formats``."""
+    from data.formats import IMAGES
+
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for image_id, content in IMAGES.items():
+        (folder / f"{image_id}.jpg").write_bytes(content)
+    return folder

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data.conftest import IMAGES, PAIRS, WRITERS, jpeg, write_csv, write_tsv
+from data.formats import IMAGES, PAIRS, WRITERS, jpeg, write_csv, write_tsv
 from filelock import FileLock
 from PIL import Image
 

@@ -6,7 +6,7 @@ import pickle
 import tarfile
 
 import pytest
-from data.conftest import IMAGES, PAIRS, WRITERS, jpeg, put, records, write_tsv
+from data.formats import IMAGES, PAIRS, WRITERS, jpeg, put, records, write_tsv
 from PIL import Image
 
 from cn_clip.data.pair import read_pair

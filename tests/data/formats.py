@@ -10,7 +10,6 @@ import lmdb
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-import pytest
 from PIL import Image
 
 from cn_clip.data.archive import Sample, write_shard
@@ -33,20 +32,6 @@ def jpeg(seed, size=(48, 40)):
 
 
 IMAGES = {"007": jpeg(7), "008": jpeg(8), "猫": jpeg(9)}
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("CN_CLIP_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for image_id, content in IMAGES.items():
-        (folder / f"{image_id}.jpg").write_bytes(content)
-    return folder
 
 
 def records():

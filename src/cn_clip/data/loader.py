@@ -1,0 +1,249 @@
+"""Batches for training: pictures decoded and texts tokenised in workers, in the planned order.
+
+What cannot be read is left out, counted and named; a batch is then smaller, and no pair moves to
+another place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from cn_clip.data.augment import augment, generator_for
+from cn_clip.data.pair import Row, Source
+from cn_clip.data.sampler import BatchPart, Plan, batch_count, batches, plan_of
+from cn_clip.data.sources import Weighted
+from cn_clip.errors import CNClipError, DataError
+from cn_clip.image import read_image, to_pixels
+from cn_clip.tokenizer import CONTEXT_LENGTH, default_tokenizer
+
+# Texts are padded to one of few lengths, so that a compiled model sees few shapes.
+_LENGTHS = (8, 12, 16, 24, 32, 40, 52, 64, 96, 128, 256, 512)
+_LISTED = 1000  # names of skipped pairs that are kept
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """How a pair becomes numbers.
+
+    ``resolution`` is in pixels. With ``augmented``, pictures are cropped at random and distorted
+    (``cn_clip.data.augment``), which depends on (``seed``, epoch, image id) alone; else they are
+    squashed, exactly as for embedding.
+    """
+
+    resolution: int = 224
+    context_length: int = CONTEXT_LENGTH
+    augmented: bool = False
+    flip: bool = False
+    fast_decode: bool = False
+    seed: int = 0
+
+
+@dataclass(slots=True)
+class Batch:
+    """One process's share of a batch.
+
+    Attributes:
+        pixels: uint8 (B, 3, S, S); ``(pixels / 255 - mean) / std`` is what the model takes.
+        ids: int64 (B, L), L the length of the longest text, rounded up.
+        rows: texts and ids of the B pairs.
+        epoch, batch: where in the plan this is.
+        skipped: a sentence for each pair that could not be read.
+    """
+
+    pixels: Tensor
+    ids: Tensor
+    rows: list[Row]
+    epoch: int
+    batch: int
+    skipped: list[str] = field(default_factory=list)
+
+    def pin_memory(self) -> Batch:
+        self.pixels, self.ids = self.pixels.pin_memory(), self.ids.pin_memory()
+        return self
+
+
+class Loader:
+    """Yields the batches of an epoch, and counts what was left out.
+
+    Attributes:
+        seen: how many pairs were asked for so far.
+        skipped: how many of them could not be read.
+        reasons: a sentence for each of the first thousand of those.
+    """
+
+    def __init__(
+        self,
+        mix: Sequence[Weighted],
+        preparation: Preparation,
+        global_batch_size: int,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 2,
+        prefetch_bytes: int = 1 << 30,
+        most_skipped: float = 0.1,
+        drop_last: bool = False,
+        pin_memory: bool = False,
+    ) -> None:
+        """Plan the epochs of a mix.
+
+        Args:
+            mix: sources and their weights, from ``open_mix``.
+            preparation: how pairs become numbers.
+            global_batch_size: pairs in a batch, over all processes.
+            seed: of the order.
+            rank: which of ``world_size`` processes this is.
+            workers: processes that read and decode; 0 does it in this one.
+            prefetch_bytes: how much prepared data may wait; one batch a worker always may.
+            most_skipped: the share of unreadable pairs above which the run ends.
+            drop_last: leave out the last batch of an epoch if it is not full.
+            pin_memory: put batches where a GPU fetches them faster.
+        """
+        self.plan: Plan = plan_of(mix, seed)
+        self.seen, self.skipped = 0, 0
+        self.reasons: list[str] = []
+        self._mix, self._preparation = mix, preparation
+        self._size, self._rank, self._world_size = global_batch_size, rank, world_size
+        self._workers, self._most_skipped = workers, most_skipped
+        self._drop_last, self._pin = drop_last, pin_memory
+        each = math.ceil(global_batch_size / world_size) * 3 * preparation.resolution**2
+        self._prefetch = max(1, prefetch_bytes // (each * max(1, workers)))
+
+    def __len__(self) -> int:
+        """Return the number of batches in an epoch."""
+        return batch_count(self.plan, self._size, self._world_size, self._drop_last)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yield an epoch's batches from number ``start`` on; what came before is not read.
+
+        Raises:
+            DataError: more pairs than the stated share cannot be read, or a worker died.
+        """
+        parts = batches(
+            self.plan,
+            epoch,
+            self._size,
+            rank=self._rank,
+            world_size=self._world_size,
+            start=start,
+            drop_last=self._drop_last,
+        )
+        prepared = DataLoader(
+            _Prepared([part.source for part in self._mix], self._preparation),
+            sampler=_Parts(parts),
+            batch_size=None,
+            num_workers=self._workers,
+            prefetch_factor=self._prefetch if self._workers else None,
+            pin_memory=self._pin,
+            worker_init_fn=_alone,
+        )
+        stream = iter(prepared)
+        while True:
+            try:
+                batch = next(stream, None)
+            except RuntimeError as error:
+                if isinstance(error, CNClipError) or "DataLoader worker" not in str(error):
+                    raise
+                raise DataError(
+                    f"a worker that reads data died ({_reason(error)}); if memory ran out, take "
+                    "fewer workers or a smaller prefetch"
+                ) from error
+            if batch is None:
+                return
+            self._count(batch)
+            yield batch
+
+    def _count(self, batch: Batch) -> None:
+        self.seen += len(batch.rows) + len(batch.skipped)
+        self.skipped += len(batch.skipped)
+        self.reasons += batch.skipped[: _LISTED - len(self.reasons)]
+        # A share is told from a few hundred pairs, or from all there are.
+        enough = self.seen >= min(500, len(self.plan) // self._world_size)
+        if enough and self.skipped > self._most_skipped * self.seen:
+            raise DataError(
+                f"{self.skipped:,} of {self.seen:,} pairs cannot be read, above the limit of "
+                f"{self._most_skipped:.0%}; the first: {self.reasons[0]}. See: cn-clip data check"
+            )
+
+
+def prepare(sources: Sequence[Source], part: BatchPart, preparation: Preparation) -> Batch:
+    """Read, decode and tokenise one process's share of a batch."""
+    rows: list[Row] = []
+    pixels: list[npt.NDArray[np.uint8]] = []
+    skipped: list[str] = []
+    for number, index in zip(part.sources.tolist(), part.indexes.tolist(), strict=True):
+        source = sources[number]
+        try:
+            row = source.row(index)
+            if not row.text.strip():
+                raise DataError("its text is empty")
+            pixels.append(_pixels(source.image(index), row, part.epoch, preparation))
+        except CNClipError as error:
+            said = str(error)
+            where = source.where(index)
+            skipped.append(said if said.startswith(where) else f"{where}: {said}")
+            continue
+        rows.append(row)
+    tokenizer = default_tokenizer()
+    encoded = tokenizer.encode([row.text for row in rows], preparation.context_length)
+    longest = max(map(len, encoded), default=2)
+    length = next((each for each in _LENGTHS if each >= longest), longest)
+    ids = tokenizer.pad(encoded, min(length, preparation.context_length))
+    size = preparation.resolution
+    stacked = np.stack(pixels) if pixels else np.empty((0, size, size, 3), np.uint8)
+    channels_first = np.ascontiguousarray(np.moveaxis(stacked, -1, 1))
+    return Batch(
+        torch.from_numpy(channels_first),
+        torch.from_numpy(ids),
+        rows,
+        part.epoch,
+        part.batch,
+        skipped,
+    )
+
+
+def _pixels(
+    content: bytes, row: Row, epoch: int, preparation: Preparation
+) -> npt.NDArray[np.uint8]:
+    size = preparation.resolution
+    image = read_image(content, fast_decode=size if preparation.fast_decode else None)
+    if not preparation.augmented:
+        return to_pixels(image, size)
+    rng = generator_for(preparation.seed, epoch, row.image_id)
+    return augment(image, size, rng, flip=preparation.flip)
+
+
+class _Prepared(Dataset[Batch]):
+    """Batches by what they hold: the dataset of a ``DataLoader`` whose indexes are shares."""
+
+    def __init__(self, sources: Sequence[Source], preparation: Preparation) -> None:
+        self._sources, self._preparation = sources, preparation
+
+    def __getitem__(self, part: BatchPart) -> Batch:
+        return prepare(self._sources, part, self._preparation)
+
+
+class _Parts(torch.utils.data.Sampler[BatchPart]):
+    def __init__(self, parts: Iterator[BatchPart]) -> None:
+        self._parts = parts
+
+    def __iter__(self) -> Iterator[BatchPart]:
+        return self._parts
+
+
+def _alone(_: int) -> None:
+    """Let a worker keep to one thread: there are as many workers as there is to do."""
+    torch.set_num_threads(1)
+
+
+def _reason(error: RuntimeError) -> str:
+    return str(error).splitlines()[0]
