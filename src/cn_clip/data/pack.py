@@ -10,13 +10,9 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +24,7 @@ from PIL import Image
 from cn_clip.data.archive import Sample, write_shard
 from cn_clip.data.official import write_lmdb, write_tsv
 from cn_clip.data.pair import Row, Source
+from cn_clip.data.workers import mapped
 from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.image import FORMATS, read_image
 from cn_clip.publish import published, published_folder
@@ -115,8 +112,6 @@ def pack(
             _pack_official(work, jobs, out, to, split, report, workers, overwrite, tick)
     except Timeout:
         raise CNClipError(f"another process is writing {out}; wait for it to end") from None
-    except BrokenProcessPool:
-        raise DataError("a worker died, out of memory perhaps; take fewer with --workers") from None
     except OSError as error:
         raise CNClipError(
             f"could not write {out}: {error}; finished shards stay. Free some space and run the "
@@ -163,7 +158,7 @@ def _usable(source: Source, index: int) -> Row:
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """What a worker needs; sent to it once."""
+    """What a worker needs."""
 
     source: Source
     encoding: Encoding
@@ -229,8 +224,8 @@ def _pack_tars(
         left = [(path, job) for path, job in zip(paths, jobs, strict=True) if path not in told]
         done = total - sum(len(job) for _, job in left)
         tick(done, total)
-        with _mapped(work, workers) as run:
-            for (path, job), result in zip(left, run("shard", left), strict=True):
+        with mapped(work.shard, workers) as run:
+            for (path, job), result in zip(left, run(left), strict=True):
                 told[path] = result
                 done += len(job)
                 tick(done, total)
@@ -290,47 +285,10 @@ def _pack_official(
             tick(number, len(groups))
 
     write = partial(write_tsv, split=split) if to == "tsv" else write_lmdb
-    with published_folder(out) as folder, _mapped(work, workers) as run:
-        write(folder, samples(run("sample", groups)))
+    with published_folder(out) as folder, mapped(work.sample, workers) as run:
+        write(folder, samples(run(groups)))
         report.shards = 1
         report.bytes = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
-
-
-# A worker is given the source once, when it starts: for millions of rows it is large.
-
-_work: _Work
-
-
-def _start(work: _Work) -> None:
-    global _work
-    _work = work
-
-
-def _do(what: str, job: Any) -> Any:
-    return getattr(_work, what)(job)
-
-
-@contextmanager
-def _mapped(work: _Work, workers: int) -> Iterator[Callable[[str, Sequence[Any]], Iterator[Any]]]:
-    """Yield a map over jobs, by so many processes, in order; few jobs wait at a time."""
-    if workers <= 0:
-        yield lambda what, jobs: map(getattr(work, what), jobs)
-        return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, (work,))
-
-    def run(what: str, jobs: Sequence[Any]) -> Iterator[Any]:
-        ahead = 8 * workers
-        waiting = [pool.submit(_do, what, job) for job in jobs[:ahead]]
-        for number in range(len(jobs)):
-            result = waiting.pop(0).result()
-            if number + ahead < len(jobs):
-                waiting.append(pool.submit(_do, what, jobs[number + ahead]))
-            yield result
-
-    try:
-        yield run
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _encoded(content: bytes, encoding: Encoding) -> tuple[bytes, str]:
