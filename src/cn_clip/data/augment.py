@@ -85,7 +85,8 @@ def augment(
         flip: mirror half of the pictures. The official training did. Off here, because mirrored
             Chinese characters are no characters, and no 左 is a 右.
         auto_augment: apply one of the pairs of ``POLICY``.
-        scale: least and greatest share of the area that is kept; crop_box tells when it is not.
+        scale: least and greatest share of the area to keep; oblong pictures can lose more, see
+            ``crop_box``.
 
     Raises:
         UsageError: ``size`` or ``scale`` cannot be used.
