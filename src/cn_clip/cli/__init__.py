@@ -15,6 +15,7 @@ from cyclopts import App, CycloptsError
 from cn_clip import __version__
 from cn_clip.cli.classify import classify
 from cn_clip.cli.convert import convert
+from cn_clip.cli.data import data
 from cn_clip.cli.doctor import doctor
 from cn_clip.cli.embed import embed
 from cn_clip.cli.models import models
@@ -30,6 +31,7 @@ app.command(models)
 app.command(classify)
 app.command(embed)
 app.command(convert)
+app.command(data)
 app.command(doctor)
 
 

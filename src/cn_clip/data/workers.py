@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 from cn_clip.errors import DataError
 
-_Job, _Result = TypeVar("_Job"), TypeVar("_Result")
+_Job = TypeVar("_Job")
+_Result = TypeVar("_Result")
 _AHEAD = 4  # jobs a worker, so that none waits and few results do
 
 

@@ -1,0 +1,273 @@
+"""Training pairs that a test set holds too: the same picture, little changed, or the same text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from cn_clip.data.check import data_uri, plain, thumbnail
+from cn_clip.data.pair import Row, Source
+from cn_clip.data.report import page
+from cn_clip.data.similar import THRESHOLD, Hashes, build, hash_image, search, variants
+from cn_clip.data.workers import mapped
+from cn_clip.errors import CNClipError, DataError, UsageError
+from cn_clip.image import read_image
+from cn_clip.publish import published
+
+_CHUNK = 128
+_SHOWN = 200  # removed pairs on the page
+_DECODED = 256  # pixels that a JPEG is decoded to at least: a hash sees 64
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """A training pair, and what it was found in."""
+
+    index: int
+    reason: Literal["picture", "caption"]
+    against: int
+    """Number of the pair in the test set."""
+    distance: int = 0
+    """Bits of 256 in which the pictures' hashes differ."""
+
+
+@dataclass(slots=True)
+class Decontaminated:
+    """What was found; ``unreadable`` has a sentence for each picture that could not be compared."""
+
+    train: str
+    against: str
+    pairs: int
+    test_images: int = 0
+    threshold: int = THRESHOLD
+    min_caption: int = 0
+    removed: list[Removed] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+
+
+def decontaminate(
+    train: Source,
+    against: Source,
+    *,
+    threshold: int = THRESHOLD,
+    min_caption: int = 5,
+    workers: int = 0,
+    tick: Callable[[int, int], None] = lambda done, total: None,
+) -> Decontaminated:
+    """Find the pairs of ``train`` that must not be trained on if ``against`` is to test anything.
+
+    Every text of a picture goes with it. Test pictures are hashed with their mirror images and
+    without 5 % at their sides and corners, so that such copies are found too.
+
+    Args:
+        train: what is to be trained on.
+        against: the test set.
+        threshold: the most bits of 256 in which the hashes of one picture differ; 0 compares no
+            pictures.
+        min_caption: captions with fewer characters, punctuation aside, are not compared: anybody
+            calls a picture of a cat 一只猫. 0 compares no captions.
+        workers: processes beside this one; 0 does it here.
+        tick: called with the training pictures done, and all.
+
+    Raises:
+        UsageError: a limit is out of its range.
+        DataError: a test picture cannot be read, so that nothing could be proven; or a worker died.
+    """
+    if not 0 <= threshold <= 128:
+        raise UsageError(f"the threshold is {threshold} bits of 256; give 0 to 128")
+    found = Decontaminated(train.name, against.name, len(train), 0, threshold, min_caption)
+    tests, captions = _test_rows(against, min_caption)
+    found.test_images = len(tests)
+    hashes: list[Hashes] = []
+    owners: list[int] = []
+    with mapped(_Hashed(against, all_variants=True), workers) as run:
+        for told in run(_chunked(tests) if threshold else []):
+            for number, several in told:
+                if isinstance(several, str):
+                    raise DataError(f"the test set has a picture that cannot be read: {several}")
+                hashes += list(several)
+                owners += [number] * len(several)
+    firsts, groups = _train_rows(train, captions, found)
+    done = 0
+    if threshold:
+        index = build(np.stack(hashes))
+        with mapped(_Hashed(train, all_variants=False), workers) as run:
+            for told in run(_chunked(firsts)):
+                whole = [(number, got[0]) for number, got in told if not isinstance(got, str)]
+                found.unreadable += [got for _, got in told if isinstance(got, str)]
+                if whole:
+                    asked, held, distances = search(
+                        index, np.stack([hashed for _, hashed in whole]), threshold
+                    )
+                    for query, best in _nearest(asked, distances).items():
+                        first = whole[query][0]
+                        against_row, distance = owners[held[best]], int(distances[best])
+                        found.removed += [
+                            Removed(number, "picture", against_row, distance)
+                            for number in groups[first]
+                        ]
+                done += len(told)
+                tick(done, len(firsts))
+    # Both caption and picture may give a pair away: the picture, which comes last, is told.
+    found.removed = [each for _, each in sorted({r.index: r for r in found.removed}.items())]
+    return found
+
+
+def write_removed(found: Decontaminated, train: Source, against: Source, out: Path) -> None:
+    """Write a JSON object for each pair to leave out; ``data pack --without`` takes the file.
+
+    Raises:
+        CNClipError: it cannot be written; what was there stays.
+    """
+    try:
+        with published(out) as path, path.open("w", encoding="utf-8") as stream:
+            head = {"train": found.train, "pairs": found.pairs, "against": found.against}
+            head |= {"threshold": found.threshold, "min_caption": found.min_caption}
+            stream.write(json.dumps(head, ensure_ascii=False) + "\n")
+            for each in found.removed:
+                told = asdict(each) | {
+                    "train": _told(train, each.index),
+                    "against": _told(against, each.against),
+                }
+                stream.write(json.dumps(told, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise CNClipError(f"could not write {out}: {error}; choose another place") from error
+
+
+def read_removed(path: Path, source: Source) -> npt.NDArray[np.int64]:
+    """Return the numbers of the pairs that ``write_removed`` listed, in order.
+
+    Raises:
+        DataError: the file is another one, or was made for other data than ``source``.
+    """
+    try:
+        with path.open(encoding="utf-8") as stream:
+            head = json.loads(next(stream))
+            pairs = int(head["pairs"])
+            indexes = np.array([json.loads(line)["index"] for line in stream], dtype=np.int64)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, StopIteration):
+        raise DataError(f"{path} was not written by `cn-clip data decontaminate`") from None
+    if pairs != len(source):
+        raise DataError(
+            f"{path} was made for {pairs:,} pairs of {head.get('train')}, and {source.name} holds "
+            f"{len(source):,}; decontaminate this source"
+        )
+    return indexes
+
+
+def write_page(found: Decontaminated, train: Source, against: Source, path: Path) -> None:
+    """Write a page that shows removed pairs beside what they were found in."""
+    counts = {
+        reason: sum(each.reason == reason for each in found.removed)
+        for reason in ("picture", "caption")
+    }
+    rows = []
+    for each in [*found.removed][:_SHOWN]:
+        what = f"{each.distance} of 256 bits differ" if each.reason == "picture" else "same caption"
+        cells = "".join(
+            f"<td>{_figure(source, number)}</td>"
+            for source, number in ((train, each.index), (against, each.against))
+        )
+        rows.append(f"<tr><td>{what}</td>{cells}</tr>")
+    unreadable = "".join(f"<li>{escape(each)}</li>" for each in found.unreadable[:_SHOWN])
+    parts = [
+        f"<h1>{escape(found.train)} against {escape(found.against)}</h1>",
+        f"<p>{len(found.removed):,} of {found.pairs:,} pairs are removed: {counts['picture']:,} "
+        f"for their picture, {counts['caption']:,} for their caption alone. "
+        f"{len(found.unreadable):,} pictures could not be compared. {found.test_images:,} test "
+        f"pictures; at most {found.threshold} of 256 bits may differ; captions of "
+        f"{found.min_caption} characters and more were compared.</p>",
+        f"<table><tr><th></th><th>training</th><th>test</th></tr>{''.join(rows)}</table>",
+        f"<h2>Could not be compared</h2><ul>{unreadable}</ul>" if unreadable else "",
+    ]
+    with published(path) as temporary:
+        temporary.write_text(page("Removed from training", parts), encoding="utf-8")
+
+
+@dataclass(frozen=True, slots=True)
+class _Hashed:
+    """Hashes pictures by the numbers of their pairs; a sentence stands for what cannot be read."""
+
+    source: Source
+    all_variants: bool
+
+    def __call__(self, indexes: Sequence[int]) -> list[tuple[int, Hashes | str]]:
+        return [(index, self._hash(index)) for index in indexes]
+
+    def _hash(self, index: int) -> Hashes | str:
+        try:
+            content = self.source.image(index)
+            image = read_image(content, fast_decode=_DECODED, background="white")
+        except CNClipError as error:
+            said, where = str(error), self.source.where(index)
+            return said if where in said else f"{where}: {said}"
+        pictures = variants(image) if self.all_variants else [image]
+        return np.stack([hash_image(each) for each in pictures])
+
+
+def _test_rows(against: Source, min_caption: int) -> tuple[list[int], dict[str, int]]:
+    """Return the first pair of each test picture, and the test captions with a pair of each."""
+    images: dict[str, int] = {}
+    captions: dict[str, int] = {}
+    for index in range(len(against)):
+        row = against.row(index)
+        images.setdefault(row.image_id, index)
+        text = plain(row.text)
+        if min_caption and len(text) >= min_caption:
+            captions.setdefault(text, index)
+    return list(images.values()), captions
+
+
+def _train_rows(
+    train: Source, captions: dict[str, int], found: Decontaminated
+) -> tuple[list[int], dict[int, list[int]]]:
+    """Return the first pair of each training picture, and all of its pairs; note captions that the
+    test set has."""
+    firsts: dict[str, int] = {}
+    groups: dict[int, list[int]] = {}
+    for index in range(len(train)):
+        try:
+            row: Row = train.row(index)
+        except DataError as error:
+            found.unreadable.append(str(error))
+            continue
+        groups.setdefault(firsts.setdefault(row.image_id, index), []).append(index)
+        text = plain(row.text)
+        if text in captions:
+            found.removed.append(Removed(index, "caption", captions[text]))
+    return list(groups), groups
+
+
+def _nearest(asked: npt.NDArray[np.int64], distances: npt.NDArray[np.int64]) -> dict[int, int]:
+    """Return for each query the number of its nearest match."""
+    order = np.lexsort((-distances, asked))
+    return dict(zip(asked[order].tolist(), order.tolist(), strict=True))  # the last one stays
+
+
+def _chunked(indexes: Sequence[int]) -> list[Sequence[int]]:
+    return [indexes[at : at + _CHUNK] for at in range(0, len(indexes), _CHUNK)]
+
+
+def _told(source: Source, index: int) -> dict[str, str]:
+    row = source.row(index)
+    told = {"image_id": row.image_id, "text_id": row.text_id, "text": row.text}
+    return told | {"where": source.where(index)}
+
+
+def _figure(source: Source, index: int) -> str:
+    row = source.row(index)
+    try:
+        picture = f'<img src="{data_uri(thumbnail(source.image(index)))}" alt="">'
+    except CNClipError:
+        picture = "(not readable)"
+    caption = f"{escape(row.text)}<br><small>{escape(source.where(index))}</small>"
+    return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"

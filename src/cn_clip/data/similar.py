@@ -1,0 +1,155 @@
+"""Near-duplicate pictures: perceptual hashes, and a lookup that compares few of them.
+
+The hash is the sign pattern of a picture's low frequencies (Zauner, "Implementation and
+Benchmarking of Perceptual Image Hash Functions", 2010): resizing, recompression and shifts of
+colour change few bits. Mirrored and cropped pictures are found by hashing the smaller side of a
+comparison mirrored and cropped too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+Hashes = npt.NDArray[np.uint64]
+
+WORDS = 4  # of 64 bits each; the first has the lowest frequencies
+THRESHOLD = 56  # of the 256 bits: finds crops too, where the crops of one side are hashed
+SAME = 19  # what resizing and recompression change
+_SIDE, _FREQUENCIES = 64, 16
+_CHUNKS = 4  # of 16 bits, by which the first word is looked up
+_BLOCK = 1 << 12  # queries that are looked up together, which bounds the memory
+_CROP = 0.05
+
+
+def hash_image(image: Image.Image) -> Hashes:
+    """Return the hash of a picture, uint64 (4,); lay transparent pixels on white before."""
+    small = image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BILINEAR)
+    pixels = np.asarray(small, dtype=np.float32)
+    basis = _cosines()
+    coefficients = basis @ pixels @ basis.T  # (16, 16)
+    low = coefficients[:8, :8].ravel()
+    rest = np.concatenate([coefficients[:8, 8:].ravel(), coefficients[8:].ravel()])
+    bits = np.concatenate([low, rest]) > np.median(np.concatenate([low[1:], rest]))
+    return np.packbits(bits).view(np.uint64)
+
+
+def variants(image: Image.Image) -> list[Image.Image]:
+    """Return a picture, its mirror image, and it without 5 % at its sides and corners."""
+    width, height = image.size
+    across, down = round(width * _CROP), round(height * _CROP)
+    if not across or not down:
+        return [image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
+    boxes = [
+        (
+            x * across // 2,
+            y * down // 2,
+            width - (2 - x) * across // 2,
+            height - (2 - y) * down // 2,
+        )
+        for x in range(3)
+        for y in range(3)
+    ]
+    sides = [(across, 0, width, height), (0, 0, width - across, height)]
+    sides += [(0, down, width, height), (0, 0, width, height - down)]
+    crops = [image.crop(box) for box in [*boxes, *sides]]
+    return [image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), *crops]
+
+
+@cache
+def _cosines() -> npt.NDArray[np.float32]:
+    """Return the first rows of the discrete cosine transform, (16, 64)."""
+    rows = np.arange(_FREQUENCIES)[:, None]
+    columns = np.arange(_SIDE)[None] + 0.5
+    return np.cos(np.pi / _SIDE * rows * columns).astype(np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class HashIndex:
+    """Hashes (N, 4), sorted by each 16 bits of their first word (multi-index hashing; Norouzi,
+    Punjani and Fleet, "Fast Search in Hamming Space with Multi-Index Hashing", 2012)."""
+
+    hashes: Hashes
+    orders: tuple[npt.NDArray[np.int64], ...]
+    starts: tuple[npt.NDArray[np.int64], ...]
+
+
+def build(hashes: Hashes) -> HashIndex:
+    """Index hashes (N, 4)."""
+    orders, starts = [], []
+    for chunk in range(_CHUNKS):
+        values = _chunk(hashes[:, 0], chunk)
+        orders.append(np.argsort(values, kind="stable"))
+        starts.append(np.searchsorted(values[orders[-1]], np.arange((1 << 16) + 1)))
+    return HashIndex(hashes, tuple(orders), tuple(starts))
+
+
+def search(
+    index: HashIndex, queries: Hashes, threshold: int = THRESHOLD
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Find all pairs within a distance.
+
+    Args:
+        index: of N hashes.
+        queries: hashes (M, 4).
+        threshold: the most bits of the 256 in which two may differ. Of the first 64, which hold
+            the coarse picture, a fifth of that at most; so a pair is found by one of four 16-bit
+            pieces that differ in a twentieth of it, which is what makes the lookup quick.
+
+    Returns:
+        Numbers of the queries, numbers in the index, and distances, of equal lengths, sorted.
+    """
+    found = [_search_block(index, queries, at, threshold) for at in range(0, len(queries), _BLOCK)]
+    rows = np.concatenate(found) if found else np.empty((0, 3), np.int64)
+    return rows[:, 0], rows[:, 1], rows[:, 2]
+
+
+def near_pairs(
+    hashes: Hashes, threshold: int = SAME
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the pairs of near-duplicates among hashes (N, 4): the later ones, the earlier ones."""
+    later, earlier, _ = search(build(hashes), hashes, threshold)
+    once = earlier < later
+    return later[once], earlier[once]
+
+
+def _search_block(
+    index: HashIndex, queries: Hashes, at: int, threshold: int
+) -> npt.NDArray[np.int64]:
+    block = queries[at : at + _BLOCK]
+    coarse = threshold // 5
+    kept = []
+    for chunk in range(_CHUNKS):
+        pieces = _chunk(block[:, 0], chunk)
+        for mask in _masks(coarse // _CHUNKS):
+            keys = pieces ^ mask
+            first = index.starts[chunk][keys]
+            counts = index.starts[chunk][keys + 1] - first
+            asked = np.repeat(np.arange(len(block)), counts)
+            if not len(asked):
+                continue
+            # The places first, first + 1, ... of each query, one after another.
+            within = np.arange(len(asked)) - np.repeat(np.cumsum(counts) - counts, counts)
+            held = index.orders[chunk][np.repeat(first, counts) + within]
+            near = np.bitwise_count(block[asked, 0] ^ index.hashes[held, 0]) <= coarse
+            kept.append(np.stack([asked[near], held[near]], axis=1))
+    pairs = np.unique(np.concatenate(kept), axis=0) if kept else np.empty((0, 2), np.int64)
+    differing = np.bitwise_count(block[pairs[:, 0]] ^ index.hashes[pairs[:, 1]])
+    distances = differing.sum(axis=1, dtype=np.int64)
+    rows = np.column_stack([pairs[:, 0] + at, pairs[:, 1], distances])
+    matches: npt.NDArray[np.int64] = rows[distances <= threshold]
+    return matches
+
+
+def _chunk(words: Hashes, chunk: int) -> npt.NDArray[np.int64]:
+    return ((words >> np.uint64(16 * chunk)) & np.uint64(0xFFFF)).astype(np.int64)
+
+
+@cache
+def _masks(flips: int) -> tuple[int, ...]:
+    """Return the 16-bit numbers with at most so many bits set."""
+    return tuple(each for each in range(1 << 16) if each.bit_count() <= flips)

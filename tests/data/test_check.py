@@ -1,0 +1,96 @@
+import json
+
+import pytest
+from conftest import make_picture
+from data.formats import jpeg, write_csv, write_tsv
+
+from cn_clip.cli import run
+from cn_clip.data.check import KINDS, check, language_of
+from cn_clip.data.sources import open_source
+
+
+def bad(pictures):
+    """Every kind of problem, in a TSV and its texts."""
+    write_tsv(pictures)
+    import base64
+
+    def coded(content):
+        return base64.b64encode(content).decode()
+
+    like, big = make_picture(3, (200, 150)), make_picture(3, (400, 300))
+    like.save(pictures / "like.png")
+    big.save(pictures / "big.png")
+    with (pictures / "train_imgs.tsv").open("a", encoding="utf-8") as stream:
+        for name in ("like", "big"):
+            stream.write(f"{name}\t{coded((pictures / f'{name}.png').read_bytes())}\n")
+        stream.write(f"broken\t{coded(jpeg(1)[:200])}\nalone\t{coded(jpeg(1))}\n")
+    rows = [
+        {"text_id": "001", "text": "同一个编号", "image_ids": ["like"]},
+        {"text_id": "a", "text": "一只坐着的猫！", "image_ids": ["big"]},
+        {"text_id": "b", "text": "一只坐着的猫", "image_ids": ["007"]},
+        {"text_id": "c", "text": " ", "image_ids": ["008"]},
+        {"text_id": "d", "text": "长" * 60, "image_ids": ["008"]},
+        {"text_id": "e", "text": "坏图", "image_ids": ["broken", "none"]},
+        {"text_id": "f", "image_ids": ["008"]},
+    ]
+    with (pictures / "train_texts.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write("".join("\n" + json.dumps(row, ensure_ascii=False) for row in rows))
+    return open_source(f"{pictures}/train_imgs.tsv")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_kind_of_problem_is_counted_and_named(pictures, workers):
+    found = check(bad(pictures), workers=workers)
+    assert dict(found.counts) == {
+        "row": 1,
+        "picture": 2,
+        "empty": 1,
+        "text id": 1,
+        "unmatched": 1,
+        "long": 1,
+        "pair": 1,
+        "same caption": 2,
+        "same picture": 1,
+        "small": 3,
+    }
+    assert set(found.counts) == set(KINDS)
+    assert not found.fit
+    told = {problem.kind: problem.text for problem in found.problems}
+    texts = f"{pictures}/train_texts.jsonl, line"
+    assert told["row"].startswith(f"{texts} 11: expected")
+    assert told["empty"] == f"{texts} 8: its text holds no word"
+    assert told["long"] == f"{texts} 9: 62 tokens, 10 are cut"
+    assert told["text id"] == f"{texts} 5: its text id is that of {texts} 1"
+    assert told["pair"] == f"{texts} 7: this picture had this text before"
+    assert told["same picture"].startswith((f"{texts} 6: looks like", f"{texts} 5: looks like"))
+    assert sum(found.languages.values()) == sum(found.lengths.values()) == 11
+
+
+def test_a_clean_source_is_fit(pictures, tmp_path):
+    found = check(open_source(write_csv(pictures)), threshold=0)
+    assert found.fit
+    assert (found.pairs, found.images, found.captions) == (4, 3, 4)
+    assert len(found.sheet) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [("一只猫", "Chinese"), ("a cat", "English"), ("iPhone 手机", "mixed"), ("123 😀", "other")],
+)
+def test_languages_are_told_by_letters(text, language):
+    assert language_of(text) == language
+
+
+def test_the_command_tells_and_exits_for_pipelines(pictures, tmp_path, capsys):
+    bad(pictures)
+    page = tmp_path / "page.html"
+    source = f"{pictures}/train_imgs.tsv"
+    assert run(["data", "check", source, "--report", str(page), "--workers", "0"]) == 1
+    assert "pictures missing or damaged" in capsys.readouterr().out
+    text = page.read_text(encoding="utf-8")
+    assert "<svg" in text and "data:image/jpeg;base64," in text and 'src="http' not in text
+    assert run(["data", "check", source, "--json", "--workers", "0"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert (told["fit"], told["problems"]["picture"]) == (False, 2)
+    assert run(["data", "check", write_csv(pictures), "--workers", "0"]) == 0
+    assert run(["data", "check", "nothing/here"]) == 2

@@ -1,0 +1,95 @@
+import io
+
+import numpy as np
+import pytest
+from conftest import make_picture
+from PIL import Image
+
+from cn_clip.data.similar import THRESHOLD, build, hash_image, near_pairs, search, variants
+
+
+def distance(a, b):
+    return int(np.bitwise_count(a ^ b).sum())
+
+
+def random_hashes(count, seed):
+    return np.random.default_rng(seed).integers(0, 2**64, (count, 4), dtype=np.uint64)
+
+
+def flipped(hashes, bits, seed):
+    """Hashes with so many bits turned, evenly over their words."""
+    out = hashes.copy()
+    rng = np.random.default_rng(seed)
+    for row in out:
+        for bit in rng.permutation(256)[:bits].tolist():
+            row[bit // 64] ^= np.uint64(1 << (bit % 64))
+    return out
+
+
+@pytest.mark.parametrize("threshold", [0, 7, 19, 40, 56])
+def test_the_lookup_finds_what_brute_force_finds(threshold):
+    held = random_hashes(300, 1)
+    held[100:110] = held[0]  # ties
+    queries = np.concatenate([flipped(held, bits, bits) for bits in (0, 3, 15, 30, 50, 60)])
+    expected = [
+        (q, h, distance(query, hashed))
+        for q, query in enumerate(queries)
+        for h, hashed in enumerate(held)
+        if distance(query, hashed) <= threshold
+        and int(np.bitwise_count(query[0] ^ hashed[0])) <= threshold // 5
+    ]
+    found = search(build(held), queries, threshold)
+    assert list(zip(*(each.tolist() for each in found), strict=True)) == expected
+    assert len(expected) >= 300
+
+
+def test_nothing_is_found_in_nothing():
+    empty = np.empty((0, 4), np.uint64)
+    assert [len(each) for each in search(build(random_hashes(3, 0)), empty)] == [0, 0, 0]
+    assert [len(each) for each in search(build(empty), random_hashes(3, 0))] == [0, 0, 0]
+
+
+def test_near_pairs_name_each_pair_once():
+    hashes = random_hashes(50, 3)
+    hashes[7], hashes[30] = hashes[2], flipped(hashes[2:3], 2, 0)[0]
+    later, earlier = near_pairs(hashes)
+    assert sorted(zip(earlier.tolist(), later.tolist(), strict=True)) == [(2, 7), (2, 30), (7, 30)]
+
+
+def recompressed(image):
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=40)
+    return Image.open(stream)
+
+
+def shifted(image):
+    return Image.fromarray(np.clip(np.asarray(image) * [1.1, 1, 0.9] + 8, 0, 255).astype(np.uint8))
+
+
+CHANGES = {
+    "resized": lambda image: image.resize((image.width * 2 // 3, image.height // 2)),
+    "recompressed": recompressed,
+    "mirrored": lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+    "cropped at the sides": lambda image: image.crop((7, 5, image.width - 6, image.height - 6)),
+    "cropped at a corner": lambda image: image.crop((12, 10, image.width, image.height)),
+    "shifted in colour": shifted,
+    "grey": lambda image: image.convert("L"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("seed", range(5))
+def test_a_changed_copy_stays_near_and_another_picture_is_far(change, seed):
+    image = make_picture(seed, (240, 200))
+    index = build(np.stack([hash_image(each) for each in variants(image)]))
+    copy = hash_image(CHANGES[change](image))
+    other = hash_image(make_picture(seed + 100, (240, 200)))
+    assert len(search(index, copy[None], THRESHOLD)[0])
+    assert not len(search(index, other[None], THRESHOLD)[0])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 500), (19, 19)])
+@pytest.mark.parametrize("mode", ["L", "RGB", "P", "I;16", "1"])
+def test_any_size_and_mode_has_a_hash(size, mode):
+    for image in variants(Image.new(mode, size)):
+        assert hash_image(image).shape == (4,)
