@@ -6,9 +6,10 @@ Run it after any change to a verb: ``make docs``, or ``python docs/generate_cli.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from cyclopts import App
 from rich.console import Console
 
 from cn_clip.cli import app
@@ -33,11 +34,20 @@ def help_text(words: Sequence[str]) -> str:
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()).strip("\n")
 
 
+def verbs(app: App, before: Sequence[str] = ()) -> Iterator[list[str]]:
+    """Yield the words of every verb, and of those below it."""
+    yield [*before]
+    for name in app:
+        if not name.startswith("-"):
+            yield from verbs(app[name], [*before, name])
+
+
 def render() -> str:
     """Return the whole page."""
-    verbs = [name for name in app if not name.startswith("-")]
-    sections = [("cn-clip", [])] + [(f"cn-clip {verb}", [verb]) for verb in verbs]
-    blocks = [f"## {title}\n\n```text\n{help_text(words)}\n```\n" for title, words in sections]
+    blocks = [
+        f"## {' '.join(['cn-clip', *words])}\n\n```text\n{help_text(words)}\n```\n"
+        for words in verbs(app)
+    ]
     return "\n".join([HEAD, *blocks])
 
 

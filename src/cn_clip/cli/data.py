@@ -194,7 +194,7 @@ def decontaminate(
     against: str,
     out: str,
     report: str | None = None,
-    threshold: int = 56,
+    threshold: int = 52,
     min_caption: int = 5,
     workers: int | None = None,
     overwrite: Flag = False,

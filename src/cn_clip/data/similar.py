@@ -2,7 +2,8 @@
 
 The hash is the sign pattern of a picture's low frequencies (Zauner, "Implementation and
 Benchmarking of Perceptual Image Hash Functions", 2010): resizing, recompression and shifts of
-colour change few bits. Mirrored and cropped pictures are found by hashing the smaller side of a
+colour change few bits. What it finds is confirmed by the frequencies themselves, because drawings
+on white share many signs. Mirrored and cropped pictures are found by hashing the smaller side of a
 comparison mirrored and cropped too.
 """
 
@@ -17,25 +18,38 @@ from PIL import Image
 
 Hashes = npt.NDArray[np.uint64]
 
-WORDS = 4  # of 64 bits each; the first has the lowest frequencies
-THRESHOLD = 56  # of the 256 bits: finds crops too, where the crops of one side are hashed
+THRESHOLD = 52  # of the 256 bits: finds crops too, where the crops of one side are hashed
 SAME = 19  # what resizing and recompression change
 _SIDE, _FREQUENCIES = 64, 16
+_SIGNS = 4  # words of 64 bits; the first has the lowest frequencies. The others hold 256 numbers
+_WORDS = _SIGNS + _FREQUENCIES**2 // 8
+_LIKENESS = 0.93  # cosine of the frequencies of two pictures, at least
 _CHUNKS = 4  # of 16 bits, by which the first word is looked up
 _BLOCK = 1 << 12  # queries that are looked up together, which bounds the memory
 _CROP = 0.05
+_NOISE = 0.3  # amplitude, in grey levels, that recompression may change
+_PLAIN = 6.0  # standard deviation, of 255 grey levels, below which noise decides the signs
 
 
 def hash_image(image: Image.Image) -> Hashes:
-    """Return the hash of a picture, uint64 (4,); lay transparent pixels on white before."""
+    """Return the hash of a picture, uint64 (36,); lay transparent pixels on white before.
+
+    Four words hold signs, the others the frequencies themselves. It is zero for a plain picture,
+    all white say, and a zero matches nothing.
+    """
     small = image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BILINEAR)
     pixels = np.asarray(small, dtype=np.float32)
+    if pixels.std() < _PLAIN:
+        return np.zeros(_WORDS, dtype=np.uint64)
     basis = _cosines()
-    coefficients = basis @ pixels @ basis.T  # (16, 16)
-    low = coefficients[:8, :8].ravel()
-    rest = np.concatenate([coefficients[:8, 8:].ravel(), coefficients[8:].ravel()])
-    bits = np.concatenate([low, rest]) > np.median(np.concatenate([low[1:], rest]))
-    return np.packbits(bits).view(np.uint64)
+    frequencies = basis @ pixels @ basis.T  # (16, 16), in grey levels
+    frequencies[0, 0] = 0  # brightness
+    low, rest = frequencies[:8, :8], (frequencies[:8, 8:], frequencies[8:])
+    ordered = np.concatenate([low.ravel(), *(each.ravel() for each in rest)])
+    # Above a little, not above zero: a symmetric picture has many that only noise tells from zero.
+    signs = np.packbits(ordered > _NOISE)
+    numbers = np.rint(ordered * (127 / np.abs(ordered).max())).astype(np.int8)
+    return np.concatenate([signs, numbers.view(np.uint8)]).view(np.uint64)
 
 
 def variants(image: Image.Image) -> list[Image.Image]:
@@ -62,15 +76,17 @@ def variants(image: Image.Image) -> list[Image.Image]:
 
 @cache
 def _cosines() -> npt.NDArray[np.float32]:
-    """Return the first rows of the discrete cosine transform, (16, 64)."""
+    """Return the first rows of the discrete cosine transform, (16, 64), for unit amplitudes."""
     rows = np.arange(_FREQUENCIES)[:, None]
     columns = np.arange(_SIDE)[None] + 0.5
-    return np.cos(np.pi / _SIDE * rows * columns).astype(np.float32)
+    basis = np.cos(np.pi / _SIDE * rows * columns) * (2 / _SIDE)
+    basis[0] /= np.sqrt(2)
+    return basis.astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)
 class HashIndex:
-    """Hashes (N, 4), sorted by each 16 bits of their first word (multi-index hashing; Norouzi,
+    """Hashes (N, 36), sorted by each 16 bits of their first word (multi-index hashing; Norouzi,
     Punjani and Fleet, "Fast Search in Hamming Space with Multi-Index Hashing", 2012)."""
 
     hashes: Hashes
@@ -79,7 +95,7 @@ class HashIndex:
 
 
 def build(hashes: Hashes) -> HashIndex:
-    """Index hashes (N, 4)."""
+    """Index hashes (N, 36)."""
     orders, starts = [], []
     for chunk in range(_CHUNKS):
         values = _chunk(hashes[:, 0], chunk)
@@ -95,8 +111,8 @@ def search(
 
     Args:
         index: of N hashes.
-        queries: hashes (M, 4).
-        threshold: the most bits of the 256 in which two may differ. Of the first 64, which hold
+        queries: hashes (M, 36).
+        threshold: the most of the 256 signs in which two may differ. Of the first 64, which hold
             the coarse picture, a fifth of that at most; so a pair is found by one of four 16-bit
             pieces that differ in a twentieth of it, which is what makes the lookup quick.
 
@@ -111,7 +127,7 @@ def search(
 def near_pairs(
     hashes: Hashes, threshold: int = SAME
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return the pairs of near-duplicates among hashes (N, 4): the later ones, the earlier ones."""
+    """Return the near-duplicates among hashes (N, 36): the later ones, the earlier ones."""
     later, earlier, _ = search(build(hashes), hashes, threshold)
     once = earlier < later
     return later[once], earlier[once]
@@ -138,11 +154,23 @@ def _search_block(
             near = np.bitwise_count(block[asked, 0] ^ index.hashes[held, 0]) <= coarse
             kept.append(np.stack([asked[near], held[near]], axis=1))
     pairs = np.unique(np.concatenate(kept), axis=0) if kept else np.empty((0, 2), np.int64)
-    differing = np.bitwise_count(block[pairs[:, 0]] ^ index.hashes[pairs[:, 1]])
+    asked, held = pairs[:, 0], pairs[:, 1]
+    differing = np.bitwise_count(block[asked, :_SIGNS] ^ index.hashes[held, :_SIGNS])
     distances = differing.sum(axis=1, dtype=np.int64)
-    rows = np.column_stack([pairs[:, 0] + at, pairs[:, 1], distances])
-    matches: npt.NDArray[np.int64] = rows[distances <= threshold]
+    near = distances <= threshold
+    near[near] = _likeness(block[asked[near]], index.hashes[held[near]]) >= _LIKENESS
+    matches: npt.NDArray[np.int64] = np.column_stack([asked + at, held, distances])[near]
     return matches
+
+
+def _likeness(some: Hashes, others: Hashes) -> npt.NDArray[np.float32]:
+    """Return the cosines of the frequencies in hashes (K, 36) and (K, 36); 0 for plain ones."""
+    a, b = (
+        np.ascontiguousarray(h[:, _SIGNS:]).view(np.int8).astype(np.float32) for h in (some, others)
+    )
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    cosines: npt.NDArray[np.float32] = (a * b).sum(axis=1) / np.maximum(lengths, 1e-6)
+    return cosines
 
 
 def _chunk(words: Hashes, chunk: int) -> npt.NDArray[np.int64]:
