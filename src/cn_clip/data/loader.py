@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cn_clip.data.augment import augment, generator_for
-from cn_clip.data.pair import Row, Source
+from cn_clip.data.pair import Row, Source, located
 from cn_clip.data.sampler import BatchPart, Plan, batch_count, batches, plan_of
 from cn_clip.data.sources import Weighted
 from cn_clip.errors import CNClipError, DataError
@@ -146,21 +146,17 @@ class Loader:
             pin_memory=self._pin,
             worker_init_fn=_alone,
         )
-        stream = iter(prepared)
-        while True:
-            try:
-                batch = next(stream, None)
-            except RuntimeError as error:
-                if isinstance(error, CNClipError) or "DataLoader worker" not in str(error):
-                    raise
-                raise DataError(
-                    f"a worker that reads data died ({_reason(error)}); if memory ran out, take "
-                    "fewer workers or a smaller prefetch"
-                ) from error
-            if batch is None:
-                return
-            self._count(batch)
-            yield batch
+        try:
+            for batch in prepared:  # its workers may die while they start, too
+                self._count(batch)
+                yield batch
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                f"a worker that reads data died ({str(error).splitlines()[0]}); if memory ran out, "
+                "take fewer workers or a smaller prefetch"
+            ) from error
 
     def _count(self, batch: Batch) -> None:
         self.seen += len(batch.rows) + len(batch.skipped)
@@ -188,9 +184,7 @@ def prepare(sources: Sequence[Source], part: BatchPart, preparation: Preparation
                 raise DataError("its text is empty")
             pixels.append(_pixels(source.image(index), row, part.epoch, preparation))
         except CNClipError as error:
-            said = str(error)
-            where = source.where(index)
-            skipped.append(said if said.startswith(where) else f"{where}: {said}")
+            skipped.append(located(source, index, error))
             continue
         rows.append(row)
     tokenizer = default_tokenizer()
@@ -243,7 +237,3 @@ class _Parts(torch.utils.data.Sampler[BatchPart]):
 def _alone(_: int) -> None:
     """Let a worker keep to one thread: there are as many workers as there is to do."""
     torch.set_num_threads(1)
-
-
-def _reason(error: RuntimeError) -> str:
-    return str(error).splitlines()[0]
