@@ -1,3 +1,4 @@
+import base64
 import json
 
 import pytest
@@ -5,14 +6,14 @@ from conftest import make_picture
 from data.formats import jpeg, write_csv, write_tsv
 
 from cn_clip.cli import run
-from cn_clip.data.check import KINDS, check, language_of
+from cn_clip.data.captions import language_of
+from cn_clip.data.check import KINDS, check
 from cn_clip.data.sources import open_source
 
 
 def bad(pictures):
     """Every kind of problem, in a TSV and its texts."""
     write_tsv(pictures)
-    import base64
 
     def coded(content):
         return base64.b64encode(content).decode()

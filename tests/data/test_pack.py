@@ -15,7 +15,8 @@ from filelock import FileLock
 from PIL import Image
 
 from cn_clip.data import pack as module
-from cn_clip.data.pack import Encoding, pack
+from cn_clip.data.encode import Encoding
+from cn_clip.data.pack import pack
 from cn_clip.data.pair import read_pair
 from cn_clip.data.sources import open_source
 from cn_clip.errors import CNClipError, DataError, UsageError

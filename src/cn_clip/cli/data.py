@@ -73,7 +73,8 @@ def pack(
     from dataclasses import asdict
 
     from cn_clip.data.decontaminate import read_removed
-    from cn_clip.data.pack import Encoding, pack
+    from cn_clip.data.encode import Encoding
+    from cn_clip.data.pack import pack
     from cn_clip.data.sources import open_source
 
     encodings = {None: None, "jpeg": "JPEG", "webp": "WEBP"}
@@ -111,7 +112,7 @@ def check(
     *,
     report: str | None = None,
     context_length: int = 52,
-    threshold: int | None = None,
+    threshold: int = 19,
     workers: int | None = None,
     json: Flag = False,
 ) -> int:
@@ -245,22 +246,21 @@ def decontaminate(
     if report is not None:
         write_page(found, train, test, Path(report))
     _list(found.unreadable, report or "--report")
-    pictures = sum(each.reason == "picture" for each in found.removed)
     if json:
         print_json(
             {
                 "out": out,
                 "pairs": found.pairs,
                 "removed": len(found.removed),
-                "for_picture": pictures,
-                "for_caption": len(found.removed) - pictures,
+                "for_picture": found.by_picture,
+                "for_caption": found.by_caption,
                 "unreadable": found.unreadable,
             }
         )
     else:
         console().print(
             f"{len(found.removed):,} of {found.pairs:,} pairs are in {found.against} too: "
-            f"{pictures:,} by their picture, {len(found.removed) - pictures:,} by their caption "
+            f"{found.by_picture:,} by their picture, {found.by_caption:,} by their caption "
             f"alone; listed in {out}",
             markup=False,
         )

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cn_clip.data.cache import index_path
-from cn_clip.data.lines import read_at
+from cn_clip.data.lines import json_object, read_at
 from cn_clip.data.pair import Row
 from cn_clip.errors import DataError
 from cn_clip.image import SUFFIXES
@@ -64,7 +64,8 @@ class Tar:
         _, _, text_at, text_size, json_at, json_size = self._spans[sample].tolist()
         values: dict[str, Any] = {}
         if json_size:
-            values = _object(read_at(self._path, json_at, json_size), self.where(index))
+            content = read_at(self._path, json_at, json_size)
+            values = json_object(content, f"the JSON of {self.where(index)}")
         image_id = str(values.get("image_id", values.get("key", key)))
         if which >= 0:
             own = values["texts"][which]
@@ -167,7 +168,7 @@ def _members(stream: Any, path: Path) -> Iterator[tarfile.TarInfo]:
                 raise DataError(f"{path}, member {member.name!r} claims {member.size} bytes")
             if member.isdir():
                 continue
-            end = member.offset_data + max(0, member.size)
+            end = member.offset_data + member.size
             if member.isreg() and end > size:
                 break
             yield member
@@ -185,7 +186,7 @@ def _refused(member: tarfile.TarInfo) -> str | None:
         return "its name leads out of the archive"
     if "\n" in member.name:
         return "its name has a line break"
-    if not 0 <= member.size <= _LARGEST:
+    if member.size > _LARGEST:
         return f"it has {member.size:,} bytes, above the limit of {_LARGEST:,}"
     return None
 
@@ -236,13 +237,3 @@ def _write_index(index: _Index, path: Path) -> None:
             keys=np.frombuffer("\n".join(index.keys).encode(), np.uint8),
             unmatched=np.frombuffer(json.dumps(index.unmatched).encode(), np.uint8),
         )
-
-
-def _object(content: bytes, where: str) -> dict[str, Any]:
-    try:
-        values = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: its JSON is damaged: {error}") from None
-    if not isinstance(values, dict):
-        raise DataError(f"{where}: its JSON is {values!r:.40}; expected an object")
-    return values

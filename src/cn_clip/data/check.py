@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import io
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from cn_clip.data.pair import Source
-from cn_clip.data.similar import hash_image, near_pairs
-from cn_clip.data.workers import mapped
+from cn_clip.data.captions import digest, language_of, plain
+from cn_clip.data.page import thumbnail
+from cn_clip.data.pair import Source, located
+from cn_clip.data.similar import SAME, hash_image, near_pairs
+from cn_clip.data.workers import chunked, mapped
 from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.image import read_image
 from cn_clip.tokenizer import CONTEXT_LENGTH, default_tokenizer
@@ -36,7 +33,6 @@ KINDS = {
 }
 _CHUNK = 128
 _SMALL = 64  # pixels of the shorter side
-_THUMBNAIL = 128
 _SHEET = 24  # pictures on the sheet
 _PER_KIND = 1000  # problems of a kind that are listed; all are counted
 
@@ -90,7 +86,7 @@ def check(
     source: Source,
     *,
     context_length: int = CONTEXT_LENGTH,
-    threshold: int | None = None,
+    threshold: int = SAME,
     workers: int = 0,
     tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> Checked:
@@ -100,7 +96,7 @@ def check(
         source: from ``open_source``.
         context_length: captions with more tokens than that are named.
         threshold: bits of a perceptual hash in which near-duplicates may differ; 0 turns the
-            search off; by default as ``near_pairs`` has it.
+            search off.
         workers: processes beside this one; 0 does it here.
         tick: called with what is done, rows and then pictures, and how much there is.
 
@@ -113,19 +109,17 @@ def check(
     found = Checked(source.name, pairs=len(source), context_length=context_length)
     for sentence in source.unmatched():
         found.add("unmatched", None, sentence)
-    chunks = [range(at, min(at + _CHUNK, len(source))) for at in range(0, len(source), _CHUNK)]
     rows: list[_Row] = []
     with mapped(_Rows(source, context_length), workers) as run:
-        for told in run(chunks):
+        for told in run(chunked(range(len(source)), _CHUNK)):
             rows += told
             tick(len(rows), 2 * len(source))
     _judge_rows(source, rows, found)
     firsts = _first_of_each_picture(rows)
     found.images = len(firsts)
     pictures: list[_Picture] = []
-    jobs = [firsts[at : at + _CHUNK] for at in range(0, len(firsts), _CHUNK)]
     with mapped(_Pictures(source), workers) as run_pictures:
-        for seen in run_pictures(jobs):
+        for seen in run_pictures(chunked(firsts, _CHUNK)):
             pictures += seen
             share = len(pictures) / max(1, len(firsts))
             tick(len(source) + round(len(source) * share), 2 * len(source))
@@ -161,8 +155,8 @@ class _Rows:
             except DataError as error:
                 rows.append(_Row(index, error=str(error)))
                 continue
-            image_id, text_id = _digest(row.image_id), _digest(row.text_id)
-            text, language = _digest(plain(row.text)), language_of(row.text)
+            image_id, text_id = digest(row.image_id), digest(row.text_id)
+            text, language = digest(plain(row.text)), language_of(row.text)
             rows.append(_Row(index, None, image_id, text_id, text, language=language))
             texts.append(row.text)
         # A large length, because what is over the limit is to be told with its true length.
@@ -177,34 +171,31 @@ def _judge_rows(source: Source, rows: Sequence[_Row], found: Checked) -> None:
     images_of: dict[int, int] = {}
     told: set[int] = set()
     pairs: set[tuple[int, int]] = set()
+
+    def add(kind: str, row: _Row, said: str) -> None:
+        found.add(kind, row.index, f"{source.where(row.index)}: {said}")
+
     for row in rows:
         if row.error:
             found.add("row", row.index, row.error)
             continue
         found.lengths[row.tokens] += 1
         found.languages[row.language] += 1
-        where = source.where(row.index)
         if row.tokens == 2:  # [CLS] and [SEP]
-            found.add("empty", row.index, f"{where}: its text holds no word")
+            add("empty", row, "its text holds no word")
             continue
         if row.tokens > found.context_length:
-            found.add(
-                "long",
-                row.index,
-                f"{where}: {row.tokens} tokens, {row.tokens - found.context_length} are cut",
-            )
+            cut = row.tokens - found.context_length
+            add("long", row, f"{row.tokens} tokens, {cut} are cut")
         first, text = texts_of.setdefault(row.text_id, (row.index, row.text))
         if text != row.text:
-            found.add(
-                "text id", row.index, f"{where}: its text id is that of {source.where(first)}"
-            )
+            add("text id", row, f"its text id is that of {source.where(first)}")
         if (row.image_id, row.text) in pairs:
-            found.add("pair", row.index, f"{where}: this picture had this text before")
+            add("pair", row, "this picture had this text before")
         pairs.add((row.image_id, row.text))
         if images_of.setdefault(row.text, row.image_id) != row.image_id and row.text not in told:
             told.add(row.text)
-            text_here = source.row(row.index).text
-            found.add("same caption", row.index, f"{where}: {text_here[:40]!r} is used before too")
+            add("same caption", row, f"{source.row(row.index).text[:40]!r} is used before too")
     found.captions = len(images_of)
 
 
@@ -235,13 +226,12 @@ class _Pictures:
         try:
             image = read_image(self.source.image(index), background="white")
         except CNClipError as error:
-            said, where = str(error), self.source.where(index)
-            return _Picture(index, error=said if where in said else f"{where}: {said}")
+            return _Picture(index, error=located(self.source, index, error))
         return _Picture(index, side=min(image.size), hash=hash_image(image))
 
 
 def _judge_pictures(
-    source: Source, pictures: Sequence[_Picture], found: Checked, threshold: int | None
+    source: Source, pictures: Sequence[_Picture], found: Checked, threshold: int
 ) -> None:
     for picture in pictures:
         if picture.error:
@@ -257,8 +247,7 @@ def _judge_pictures(
     if threshold == 0 or len(whole) < 2:
         return
     hashes = np.stack([hashed for _, hashed in whole])
-    options = {} if threshold is None else {"threshold": threshold}
-    later, earlier = near_pairs(hashes, **options)
+    later, earlier = near_pairs(hashes, threshold)
     before: dict[int, int] = {}
     for at, first in sorted(zip(later.tolist(), earlier.tolist(), strict=True)):
         before.setdefault(at, first)
@@ -275,38 +264,3 @@ def _draw_sheet(source: Source, firsts: Sequence[int], found: Checked) -> None:
             found.sheet.append((source.row(index).text, thumbnail(source.image(index))))
         except CNClipError:
             continue  # among the broken ones beyond those that are listed
-
-
-def thumbnail(content: bytes) -> bytes:
-    """Return a picture as a small JPEG, transparent pixels white."""
-    image = read_image(content, background="white").convert("RGB")
-    image.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BICUBIC)
-    stream = io.BytesIO()
-    image.save(stream, "JPEG", quality=80)
-    return stream.getvalue()
-
-
-def data_uri(jpeg: bytes) -> str:
-    """Return a JPEG as an address that a page can hold in itself."""
-    return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
-
-
-def plain(text: str) -> str:
-    """Return a caption without what makes no other caption: width, case, space, punctuation."""
-    folded = unicodedata.normalize("NFKC", text).lower()
-    return "".join(c for c in folded if unicodedata.category(c)[0] not in "ZPC")
-
-
-def language_of(text: str) -> str:
-    """Tell by its letters whether a text is Chinese, English (any Latin), mixed or other."""
-    chinese = sum("\u3400" <= c <= "\u9fff" or c >= "\U00020000" for c in text)
-    latin = sum(c.isascii() and c.isalpha() for c in text)
-    if not chinese and not latin:
-        return "other"
-    share = chinese / (chinese + latin / 4)  # a Chinese character says what four letters say
-    return "Chinese" if share > 0.8 else "English" if share < 0.2 else "mixed"
-
-
-def _digest(text: str) -> int:
-    raw = text.encode("utf-8", "replace")
-    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")

@@ -12,11 +12,11 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from cn_clip.data.check import data_uri, plain, thumbnail
-from cn_clip.data.pair import Row, Source
-from cn_clip.data.report import page
+from cn_clip.data.captions import plain
+from cn_clip.data.page import data_uri, page, thumbnail
+from cn_clip.data.pair import Row, Source, located
 from cn_clip.data.similar import THRESHOLD, Hashes, build, hash_image, search, variants
-from cn_clip.data.workers import mapped
+from cn_clip.data.workers import chunked, mapped
 from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.image import read_image
 from cn_clip.publish import published
@@ -50,6 +50,16 @@ class Decontaminated:
     min_caption: int = 0
     removed: list[Removed] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
+
+    @property
+    def by_picture(self) -> int:
+        """How many pairs their picture gave away."""
+        return sum(each.reason == "picture" for each in self.removed)
+
+    @property
+    def by_caption(self) -> int:
+        """How many pairs only their caption gave away."""
+        return len(self.removed) - self.by_picture
 
 
 def decontaminate(
@@ -88,18 +98,18 @@ def decontaminate(
     hashes: list[Hashes] = []
     owners: list[int] = []
     with mapped(_Hashed(against, all_variants=True), workers) as run:
-        for told in run(_chunked(tests) if threshold else []):
+        for told in run(chunked(tests, _CHUNK) if threshold else []):
             for number, several in told:
                 if isinstance(several, str):
                     raise DataError(f"the test set has a picture that cannot be read: {several}")
                 hashes += list(several)
                 owners += [number] * len(several)
-    firsts, groups = _train_rows(train, captions, found)
+    groups = _train_rows(train, captions, found)
     done = 0
     if threshold:
         index = build(np.stack(hashes))
         with mapped(_Hashed(train, all_variants=False), workers) as run:
-            for told in run(_chunked(firsts)):
+            for told in run(chunked(list(groups), _CHUNK)):
                 whole = [(number, got[0]) for number, got in told if not isinstance(got, str)]
                 found.unreadable += [got for _, got in told if isinstance(got, str)]
                 if whole:
@@ -114,7 +124,7 @@ def decontaminate(
                             for number in groups[first]
                         ]
                 done += len(told)
-                tick(done, len(firsts))
+                tick(done, len(groups))
     # Both caption and picture may give a pair away: the picture, which comes last, is told.
     found.removed = [each for _, each in sorted({r.index: r for r in found.removed}.items())]
     return found
@@ -166,12 +176,8 @@ def read_removed(path: Path, source: Source) -> npt.NDArray[np.int64]:
 
 def write_page(found: Decontaminated, train: Source, against: Source, path: Path) -> None:
     """Write a page that shows removed pairs beside what they were found in."""
-    counts = {
-        reason: sum(each.reason == reason for each in found.removed)
-        for reason in ("picture", "caption")
-    }
     rows = []
-    for each in [*found.removed][:_SHOWN]:
+    for each in found.removed[:_SHOWN]:
         what = f"{each.distance} of 256 bits differ" if each.reason == "picture" else "same caption"
         cells = "".join(
             f"<td>{_figure(source, number)}</td>"
@@ -181,8 +187,8 @@ def write_page(found: Decontaminated, train: Source, against: Source, path: Path
     unreadable = "".join(f"<li>{escape(each)}</li>" for each in found.unreadable[:_SHOWN])
     parts = [
         f"<h1>{escape(found.train)} against {escape(found.against)}</h1>",
-        f"<p>{len(found.removed):,} of {found.pairs:,} pairs are removed: {counts['picture']:,} "
-        f"for their picture, {counts['caption']:,} for their caption alone. "
+        f"<p>{len(found.removed):,} of {found.pairs:,} pairs are removed: {found.by_picture:,} "
+        f"for their picture, {found.by_caption:,} for their caption alone. "
         f"{len(found.unreadable):,} pictures could not be compared. {found.test_images:,} test "
         f"pictures; at most {found.threshold} of 256 bits may differ; captions of "
         f"{found.min_caption} characters and more were compared.</p>",
@@ -208,8 +214,7 @@ class _Hashed:
             content = self.source.image(index)
             image = read_image(content, fast_decode=_DECODED, background="white")
         except CNClipError as error:
-            said, where = str(error), self.source.where(index)
-            return said if where in said else f"{where}: {said}"
+            return located(self.source, index, error)
         pictures = variants(image) if self.all_variants else [image]
         return np.stack([hash_image(each) for each in pictures])
 
@@ -229,9 +234,9 @@ def _test_rows(against: Source, min_caption: int) -> tuple[list[int], dict[str, 
 
 def _train_rows(
     train: Source, captions: dict[str, int], found: Decontaminated
-) -> tuple[list[int], dict[int, list[int]]]:
-    """Return the first pair of each training picture, and all of its pairs; note captions that the
-    test set has."""
+) -> dict[int, list[int]]:
+    """Return all pairs of each training picture by its first; note captions that the test set
+    has."""
     firsts: dict[str, int] = {}
     groups: dict[int, list[int]] = {}
     for index in range(len(train)):
@@ -244,17 +249,13 @@ def _train_rows(
         text = plain(row.text)
         if text in captions:
             found.removed.append(Removed(index, "caption", captions[text]))
-    return list(groups), groups
+    return groups
 
 
 def _nearest(asked: npt.NDArray[np.int64], distances: npt.NDArray[np.int64]) -> dict[int, int]:
     """Return for each query the number of its nearest match."""
     order = np.lexsort((-distances, asked))
     return dict(zip(asked[order].tolist(), order.tolist(), strict=True))  # the last one stays
-
-
-def _chunked(indexes: Sequence[int]) -> list[Sequence[int]]:
-    return [indexes[at : at + _CHUNK] for at in range(0, len(indexes), _CHUNK)]
 
 
 def _told(source: Source, index: int) -> dict[str, str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -140,6 +142,21 @@ def read_at(path: Path, offset: int, length: int) -> bytes:
     with path.open("rb", buffering=0) as stream:
         stream.seek(offset)
         return stream.read(length)
+
+
+def json_object(text: str | bytes, where: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        DataError: it is none; ``where`` is named.
+    """
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise DataError(f"{where} is not a JSON object: {text[:40]!r}")
+    return values
 
 
 def _named(encoding: str, raw: bytes) -> str:

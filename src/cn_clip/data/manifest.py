@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
-from cn_clip.data.lines import Lines
+from cn_clip.data.lines import Lines, json_object
 from cn_clip.data.pair import Row
 from cn_clip.errors import DataError, UsageError
 from cn_clip.publish import published
@@ -119,14 +118,7 @@ class JsonLines:
         return len(self._lines)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        line = self._lines[index]
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{self.where(index)} is not JSON: {error}") from None
-        if not isinstance(record, dict):
-            raise DataError(f"{self.where(index)} is not a JSON object: {line[:40]!r}")
-        return record
+        return json_object(self._lines[index], self.where(index))
 
     def where(self, index: int) -> str:
         return self._lines.where(index)

@@ -7,10 +7,9 @@ finished one. ``manifest.json`` is written last: a folder that has it is complet
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,34 +18,18 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
-from PIL import Image
 
 from cn_clip.data.archive import Sample, write_shard
+from cn_clip.data.captions import digest as digest_of
+from cn_clip.data.encode import AS_THEY_ARE, Encoding, encoded
 from cn_clip.data.official import write_lmdb, write_tsv
-from cn_clip.data.pair import Row, Source
-from cn_clip.data.workers import mapped
+from cn_clip.data.pair import Row, Source, located
+from cn_clip.data.workers import chunked, mapped
 from cn_clip.errors import CNClipError, DataError, UsageError
-from cn_clip.image import FORMATS, read_image
 from cn_clip.publish import published, published_folder
 
 Target = Literal["tar", "tsv", "lmdb"]
 _MANIFEST, _PLAN = "manifest.json", ".plan.json"
-_SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp"} | {
-    "TIFF": ".tif"
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Encoding:
-    """How pictures are kept: as they are, or with ``max_side`` or ``format``, encoded anew.
-
-    ``max_side`` is the longer side in pixels; smaller pictures stay as they are. ``quality`` is
-    that of JPEG and WebP.
-    """
-
-    max_side: int | None = None
-    format: Literal["JPEG", "WEBP"] | None = None
-    quality: int = 92
 
 
 @dataclass(slots=True)
@@ -66,7 +49,7 @@ def pack(
     out: str | os.PathLike[str],
     *,
     to: Target = "tar",
-    encoding: Encoding = Encoding(),  # frozen
+    encoding: Encoding = AS_THEY_ARE,
     without: npt.NDArray[np.int64] | None = None,
     images_per_shard: int = 5000,
     split: str = "train",
@@ -101,15 +84,14 @@ def pack(
         raise DataError(
             f"{source.name} holds no pair that can be used; the first: {_first(report)}"
         )
-    jobs = [groups[at : at + images_per_shard] for at in range(0, len(groups), images_per_shard)]
-    plan = {"source": source.name, "digest": digest, "to": to, "per_shard": images_per_shard}
-    plan |= asdict(encoding)
     work = _Work(source, encoding)
     try:
         if to == "tar":
-            _pack_tars(work, jobs, out, plan, report, workers, overwrite, tick)
+            plan = {"source": source.name, "digest": digest, "per_shard": images_per_shard}
+            plan |= asdict(encoding)
+            _pack_tars(work, groups, out, plan, report, workers, overwrite, tick)
         else:
-            _pack_official(work, jobs, out, to, split, report, workers, overwrite, tick)
+            _pack_official(work, groups, out, to, split, report, workers, overwrite, tick)
     except Timeout:
         raise CNClipError(f"another process is writing {out}; wait for it to end") from None
     except OSError as error:
@@ -137,8 +119,7 @@ def _grouped(
             usable[index] = False
             report.skipped.append(str(error))
             continue
-        name = hashlib.blake2b(row.image_id.encode("utf-8", "replace"), digest_size=8).digest()
-        names[index] = int.from_bytes(name, "little")
+        names[index] = digest_of(row.image_id)
         digest.update(json.dumps([row.image_id, row.text_id, row.text]).encode())
     rows = np.flatnonzero(usable)
     _, first, inverse = np.unique(names[rows], return_index=True, return_inverse=True)
@@ -168,14 +149,13 @@ class _Work:
         rows = [self.source.row(index) for index in group.tolist()]
         first = int(group[0])
         try:
-            image, suffix = _encoded(self.source.image(first), self.encoding)
+            image, suffix = encoded(self.source.image(first), self.encoding)
         except CNClipError as error:
-            said, where = str(error), self.source.where(first)
             more = f" (and {len(rows) - 1} more texts of this picture)" if len(rows) > 1 else ""
-            return (said if where in said else f"{where}: {said}") + more
+            return located(self.source, first, error) + more
         return Sample(image, suffix, rows[0].image_id, [(row.text_id, row.text) for row in rows])
 
-    def shard(self, job: tuple[Path, list[npt.NDArray[np.int64]]]) -> dict[str, Any]:
+    def shard(self, job: tuple[Path, Sequence[npt.NDArray[np.int64]]]) -> dict[str, Any]:
         """Write a shard and, once it stands, what is in it."""
         path, groups = job
         skipped: list[str] = []
@@ -203,7 +183,7 @@ class _Work:
 
 def _pack_tars(
     work: _Work,
-    jobs: list[list[npt.NDArray[np.int64]]],
+    groups: list[npt.NDArray[np.int64]],
     out: Path,
     plan: dict[str, Any],
     report: Packed,
@@ -214,21 +194,21 @@ def _pack_tars(
     out.mkdir(parents=True, exist_ok=True)
     with FileLock(out / ".lock", timeout=0):
         _begin(out, plan, overwrite)
+        jobs = chunked(groups, plan["per_shard"])
         paths = [out / f"{number:05}.tar" for number in range(len(jobs))]
-        total = sum(map(len, jobs))
         told = {
             path: json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
             for path in paths
             if path.is_file() and path.with_suffix(".json").is_file()
         }
         left = [(path, job) for path, job in zip(paths, jobs, strict=True) if path not in told]
-        done = total - sum(len(job) for _, job in left)
-        tick(done, total)
+        done = len(groups) - sum(len(job) for _, job in left)
+        tick(done, len(groups))
         with mapped(work.shard, workers) as run:
             for (path, job), result in zip(left, run(left), strict=True):
                 told[path] = result
                 done += len(job)
-                tick(done, total)
+                tick(done, len(groups))
         shards = [told[path] for path in paths]
         report.shards = len(shards)
         for shard in shards:
@@ -236,8 +216,9 @@ def _pack_tars(
             report.pairs += shard["pairs"]
             report.bytes += shard["bytes"]
             report.skipped += shard["skipped"]
-        summary = asdict(report) | {"out": None, "source": plan["source"], "shards": shards}
-        _write_json(out / _MANIFEST, {key: v for key, v in summary.items() if v is not None})
+        summary = {"source": plan["source"], "images": report.images, "pairs": report.pairs}
+        summary |= {"bytes": report.bytes, "skipped": report.skipped, "shards": shards}
+        _write_json(out / _MANIFEST, summary)
         for path in [out / _PLAN, *(path.with_suffix(".json") for path in paths)]:
             path.unlink()
     (out / ".lock").unlink(missing_ok=True)
@@ -261,7 +242,7 @@ def _begin(out: Path, plan: dict[str, Any], overwrite: bool) -> None:
 
 def _pack_official(
     work: _Work,
-    jobs: list[list[npt.NDArray[np.int64]]],
+    groups: list[npt.NDArray[np.int64]],
     out: Path,
     to: Target,
     split: str,
@@ -272,7 +253,6 @@ def _pack_official(
 ) -> None:
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise UsageError(f"{out} is not empty; give another place, or --overwrite to replace it")
-    groups = [group for job in jobs for group in job]
 
     def samples(results: Iterator[Sample | str]) -> Iterator[Sample]:
         for number, sample in enumerate(results, 1):
@@ -289,40 +269,6 @@ def _pack_official(
         write(folder, samples(run(groups)))
         report.shards = 1
         report.bytes = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
-
-
-def _encoded(content: bytes, encoding: Encoding) -> tuple[bytes, str]:
-    """Return a picture's bytes as they are to be kept, and the suffix that fits them."""
-    if encoding.max_side is None and encoding.format is None:
-        return content, _suffix(content)
-    image = read_image(content)
-    small = encoding.max_side is None or max(image.size) <= encoding.max_side
-    if small and encoding.format is None:
-        return content, _suffix(content)
-    if encoding.max_side is not None and not small:
-        side = encoding.max_side
-        if image.mode in ("P", "1"):  # a palette cannot be filtered
-            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-        image.thumbnail((side, side), Image.Resampling.BICUBIC)
-    name: str = encoding.format or "JPEG"
-    if image.has_transparency_data and name == "JPEG":
-        name = "PNG"  # which keeps it
-    elif name != "PNG":
-        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    stream = io.BytesIO()
-    image.save(stream, name, quality=encoding.quality)
-    return stream.getvalue(), _SUFFIXES[name]
-
-
-def _suffix(content: bytes) -> str:
-    """Tell the format from the header."""
-    try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            return _SUFFIXES[str(image.format)]
-    except Exception:
-        raise DataError(
-            f"its {len(content):,} bytes are no picture in a known format ({', '.join(FORMATS)})"
-        ) from None
 
 
 def _first(report: Packed) -> str:

@@ -58,6 +58,12 @@ class Source(Protocol):
         ...
 
 
+def located(source: Source, index: int, error: Exception) -> str:
+    """Say what is wrong with a pair, and where it is, unless the error says so itself."""
+    said, where = str(error), source.where(index)
+    return said if where in said else f"{where}: {said}"
+
+
 def read_pair(source: Source, index: int) -> Pair:
     """Read a whole pair. Raises what ``row`` and ``image`` raise."""
     row = source.row(index)

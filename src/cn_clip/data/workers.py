@@ -17,6 +17,11 @@ _Result = TypeVar("_Result")
 _AHEAD = 4  # jobs a worker, so that none waits and few results do
 
 
+def chunked(items: Sequence[_Job], size: int) -> list[Sequence[_Job]]:
+    """Return runs of so many items; the last one may be shorter."""
+    return [items[at : at + size] for at in range(0, len(items), size)]
+
+
 @contextmanager
 def mapped(
     function: Callable[[_Job], _Result], workers: int

@@ -198,12 +198,14 @@ def save_hugging_face(model: CLIP, path: str | os.PathLike[str]) -> None:
 
 
 def write_folder(model: CLIP, folder: Path) -> None:
+    """Write what ``save_folder`` publishes into an empty folder."""
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, folder / _WEIGHTS, metadata={"format": "pt"})
     _write_json(folder / _CONFIG, model.config.to_dict())
 
 
 def write_official(model: CLIP, path: Path) -> None:
+    """Write what ``save_official`` publishes; raises as it does."""
     if not told_by_shapes(model.config, model.state_dict()):
         raise CheckpointError(
             f"{model.config.name} cannot be written as an official .pt file: its tensors' shapes "
@@ -214,6 +216,7 @@ def write_official(model: CLIP, path: Path) -> None:
 
 
 def write_hugging_face(model: CLIP, folder: Path) -> None:
+    """Write what ``save_hugging_face`` publishes into an empty folder; raises as it does."""
     texts = config_to(model.config, model.dtype)
     save_file(to_hugging_face(model.state_dict()), folder / _WEIGHTS, metadata={"format": "pt"})
     for name, values in texts.items():
