@@ -1,0 +1,1 @@
+"""Training: recipes, stages, losses and the loop that runs them."""

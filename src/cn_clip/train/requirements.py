@@ -1,0 +1,91 @@
+"""What a recipe must satisfy: what could only fail later is refused before anything is done."""
+
+from __future__ import annotations
+
+from cn_clip.errors import UsageError
+from cn_clip.train.recipe import Recipe, Stage
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raise a ``UsageError`` that names the first option that cannot be, and what it can."""
+    ranges: dict[str, tuple[float | None, float, float]] = {
+        "data.workers": (recipe.data.workers, 0, 1024),
+        "data.prefetch_mb": (recipe.data.prefetch_mb, 1, 1 << 30),
+        "data.most_skipped": (recipe.data.most_skipped, 0, 1),
+        "output.keep": (recipe.output.keep, 1, 1000),
+        "output.log_every": (recipe.output.log_every, 1, 1 << 30),
+        "output.save_every": (recipe.output.save_every, 1, 1 << 30),
+        "output.interpolate": (recipe.output.interpolate, 0, 1),
+        "output.stop_at_chance": (recipe.output.stop_at_chance, 0, 1 << 30),
+        "evaluation.every_epochs": (recipe.evaluation.every_epochs, 1, 1 << 30),
+        "evaluation.every_steps": (recipe.evaluation.every_steps, 1, 1 << 30),
+        "evaluation.batch": (recipe.evaluation.batch, 1, 1 << 20),
+        "start.resolution": (recipe.start.resolution, 1, 4096),
+        "start.context_length": (recipe.start.context_length, 2, 512),
+    }
+    for stage in recipe.stages:
+        at, optimizer = f"stages.{stage.name}", stage.optimizer
+        ranges |= {
+            f"{at}.epochs": (stage.epochs, 1, 1 << 30),
+            f"{at}.steps": (stage.steps, 1, 1 << 40),
+            # A single pair has nothing to be told from: its loss is zero.
+            f"{at}.global_batch_size": (stage.global_batch_size, 2, 1 << 30),
+            f"{at}.micro_batch_size": (stage.micro_batch_size, 1, 1 << 30),
+            f"{at}.mask_ratio": (stage.mask_ratio, 0, 0.99),
+            f"{at}.dropout": (stage.dropout, 0, 0.99),
+            f"{at}.views": (stage.views, 1, 1000),
+            f"{at}.optimizer.learning_rate": (optimizer.learning_rate, 0, 10),
+            f"{at}.optimizer.for_batch": (optimizer.for_batch, 1, 1 << 30),
+            f"{at}.optimizer.warmup": (optimizer.warmup, 0, 1 << 40),
+            f"{at}.optimizer.weight_decay": (optimizer.weight_decay, 0, 10),
+            f"{at}.optimizer.beta1": (optimizer.beta1, 0, 0.99999),
+            f"{at}.optimizer.beta2": (optimizer.beta2, 0, 0.9999999),
+            f"{at}.optimizer.layer_decay": (optimizer.layer_decay, 0.01, 1),
+            f"{at}.optimizer.ema": (optimizer.ema, 0, 0.9999999),
+            f"{at}.loss.teacher_weight": (stage.loss.teacher_weight, 0, 1),
+        }
+    for name, (value, least, most) in ranges.items():
+        if value is not None and not least <= value <= most:
+            raise UsageError(f"{name} is {value}; give {least} to {most}")
+    names = [stage.name for stage in recipe.stages]
+    if not names:
+        raise UsageError("the recipe has no stage; give it a table [[stages]]")
+    if len(set(names)) < len(names) or not all(n.replace("-", "").isalnum() for n in names):
+        raise UsageError(
+            f"the stages are named {', '.join(names)}; give each a name of its own, of letters, "
+            "digits and hyphens"
+        )
+    for stage in recipe.stages:
+        _check_stage(stage, recipe)
+
+
+def _check_stage(stage: Stage, recipe: Recipe) -> None:
+    at = f"stages.{stage.name}"
+    if (stage.epochs is None) == (stage.steps is None):
+        raise UsageError(f"{at} must have either epochs or steps, which a plateau may cut short")
+    if stage.plateau is not None and not recipe.data.val:
+        raise UsageError(
+            f"{at} ends by a plateau of the score, but there are no validation pairs; give "
+            "--val-data, or remove the plateau with --plateau off"
+        )
+    if stage.plateau is not None and not (
+        recipe.evaluation.every_epochs or recipe.evaluation.every_steps
+    ):
+        raise UsageError(
+            f"{at} ends by a plateau, but evaluation.every_epochs and every_steps are off"
+        )
+    if stage.cached and "visual.*" not in stage.freeze:
+        raise UsageError(
+            f"{at}.cached keeps the image tower's features, so its freeze must hold 'visual.*'"
+        )
+    if stage.cached and stage.mask_ratio:
+        raise UsageError(f"{at} has cached features, of which no patches can be masked: mask_ratio")
+    if stage.cached and stage.loss.teacher is not None:
+        raise UsageError(
+            f"{at} has cached features, and a teacher needs the pictures; set cached to false"
+        )
+    if stage.loss.kind == "sigmoid" and stage.loss.teacher and not stage.loss.teacher_features:
+        raise UsageError(
+            f"{at}: the teacher's similarities mix with the clip loss; with the sigmoid loss set "
+            "loss.teacher_features"
+        )
