@@ -37,6 +37,10 @@ class DataError(CNClipError, ValueError):
     """Training data cannot be read, or a row of it cannot be used."""
 
 
+class TrainingError(CNClipError, RuntimeError):
+    """A training run cannot go on: its loss is no number, or the model learns nothing."""
+
+
 class CheckpointError(CNClipError, RuntimeError):
     """Weights cannot be read, or do not fit the model."""
 

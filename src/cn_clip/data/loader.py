@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +27,7 @@ from cn_clip.tokenizer import CONTEXT_LENGTH, default_tokenizer
 
 # Texts are padded to one of few lengths, so that a compiled model sees few shapes.
 _LENGTHS = (8, 12, 16, 24, 32, 40, 52, 64, 96, 128, 256, 512)
-_LISTED = 1000  # names of skipped pairs that are kept
+LISTED = 1000  # names of skipped pairs that are kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class Preparation:
 
     ``resolution`` is in pixels. With ``augmented``, pictures are cropped at random and distorted
     (``cn_clip.data.augment``), which depends on (``seed``, epoch, image id) alone; else they are
-    squashed, exactly as for embedding.
+    squashed, exactly as for embedding. Transparent pixels are laid on ``background``, if given.
     """
 
     resolution: int = 224
@@ -43,6 +44,7 @@ class Preparation:
     augmented: bool = False
     flip: bool = False
     fast_decode: bool = False
+    background: str | None = None
     seed: int = 0
 
 
@@ -161,14 +163,27 @@ class Loader:
     def _count(self, batch: Batch) -> None:
         self.seen += len(batch.rows) + len(batch.skipped)
         self.skipped += len(batch.skipped)
-        self.reasons += batch.skipped[: _LISTED - len(self.reasons)]
-        # A share is told from a few hundred pairs, or from all there are.
-        enough = self.seen >= min(500, len(self.plan) // self._world_size)
-        if enough and self.skipped > self._most_skipped * self.seen:
-            raise DataError(
-                f"{self.skipped:,} of {self.seen:,} pairs cannot be read, above the limit of "
-                f"{self._most_skipped:.0%}; the first: {self.reasons[0]}. See: cn-clip data check"
-            )
+        self.reasons += batch.skipped[: LISTED - len(self.reasons)]
+        check_skipped(self, len(self.plan) // self._world_size, self._most_skipped)
+
+
+class Counted(Protocol):
+    """What a loader counts."""
+
+    seen: int
+    skipped: int
+    reasons: list[str]
+
+
+def check_skipped(loader: Counted, planned: int, most: float) -> None:
+    """Raise a ``DataError`` if more than the share ``most`` of the pairs cannot be read."""
+    # A share is told from a few hundred pairs, or from all there are.
+    enough = loader.seen >= min(500, planned)
+    if enough and loader.skipped > most * loader.seen:
+        raise DataError(
+            f"{loader.skipped:,} of {loader.seen:,} pairs cannot be read, above the limit of "
+            f"{most:.0%}; the first: {loader.reasons[0]}. See: cn-clip data check"
+        )
 
 
 def prepare(sources: Sequence[Source], part: BatchPart, preparation: Preparation) -> Batch:
@@ -182,22 +197,14 @@ def prepare(sources: Sequence[Source], part: BatchPart, preparation: Preparation
             row = source.row(index)
             if not row.text.strip():
                 raise DataError("its text is empty")
-            pixels.append(_pixels(source.image(index), row, part.epoch, preparation))
+            pixels.append(pixels_of(source.image(index), row.image_id, part.epoch, preparation))
         except CNClipError as error:
             skipped.append(located(source, index, error))
             continue
         rows.append(row)
-    tokenizer = default_tokenizer()
-    encoded = tokenizer.encode([row.text for row in rows], preparation.context_length)
-    longest = max(map(len, encoded), default=2)
-    length = next((each for each in _LENGTHS if each >= longest), longest)
-    ids = tokenizer.pad(encoded, min(length, preparation.context_length))
-    size = preparation.resolution
-    stacked = np.stack(pixels) if pixels else np.empty((0, size, size, 3), np.uint8)
-    channels_first = np.ascontiguousarray(np.moveaxis(stacked, -1, 1))
     return Batch(
-        torch.from_numpy(channels_first),
-        torch.from_numpy(ids),
+        stacked_pixels(pixels, preparation.resolution),
+        token_ids([row.text for row in rows], preparation.context_length),
         rows,
         part.epoch,
         part.batch,
@@ -205,15 +212,39 @@ def prepare(sources: Sequence[Source], part: BatchPart, preparation: Preparation
     )
 
 
-def _pixels(
-    content: bytes, row: Row, epoch: int, preparation: Preparation
+def token_ids(texts: Sequence[str], context_length: int) -> Tensor:
+    """Return ids int64 (B, L) of texts, L the length of the longest, rounded up."""
+    tokenizer = default_tokenizer()
+    encoded = tokenizer.encode(texts, context_length)
+    longest = max(map(len, encoded), default=2)
+    length = next((each for each in _LENGTHS if each >= longest), longest)
+    return torch.from_numpy(tokenizer.pad(encoded, min(length, context_length)))
+
+
+def pixels_of(
+    content: bytes, image_id: str, epoch: int, preparation: Preparation
 ) -> npt.NDArray[np.uint8]:
+    """Decode and prepare the bytes of one picture: uint8 (S, S, 3).
+
+    Raises:
+        ImageError: it cannot be decoded.
+    """
     size = preparation.resolution
-    image = read_image(content, fast_decode=size if preparation.fast_decode else None)
+    image = read_image(
+        content,
+        fast_decode=size if preparation.fast_decode else None,
+        background=preparation.background,
+    )
     if not preparation.augmented:
         return to_pixels(image, size)
-    rng = generator_for(preparation.seed, epoch, row.image_id)
+    rng = generator_for(preparation.seed, epoch, image_id)
     return augment(image, size, rng, flip=preparation.flip)
+
+
+def stacked_pixels(pixels: Sequence[npt.NDArray[np.uint8]], size: int) -> Tensor:
+    """Return pictures (S, S, 3) as one uint8 (B, 3, S, S); there may be none."""
+    stacked = np.stack(pixels) if pixels else np.empty((0, size, size, 3), np.uint8)
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(stacked, -1, 1)))
 
 
 class _Prepared(Dataset[Batch]):

@@ -57,6 +57,7 @@ __all__ = [
     "save_folder",
     "save_hugging_face",
     "save_official",
+    "save_state",
     "text_tower",
     "unfuse_attention",
     "write_folder",
@@ -161,10 +162,17 @@ def save_folder(model: CLIP, path: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: the disk is full or the place not writable; ``path`` is as it was before.
     """
+    check_own(Path(path))
+    save_state(model.config, model.state_dict(), path)
+
+
+def save_state(
+    config: ModelConfig, state: Mapping[str, Tensor], path: str | os.PathLike[str]
+) -> None:
+    """Write what ``save_folder`` does, from a config and a state dict under official names."""
     path = Path(path)
-    check_own(path)
     with explained(path), published_folder(path) as folder:
-        write_folder(model, folder)
+        _write_state(config, state, folder)
 
 
 def save_official(model: CLIP, path: str | os.PathLike[str]) -> None:
@@ -199,9 +207,13 @@ def save_hugging_face(model: CLIP, path: str | os.PathLike[str]) -> None:
 
 def write_folder(model: CLIP, folder: Path) -> None:
     """Write what ``save_folder`` publishes into an empty folder."""
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, folder / _WEIGHTS, metadata={"format": "pt"})
-    _write_json(folder / _CONFIG, model.config.to_dict())
+    _write_state(model.config, model.state_dict(), folder)
+
+
+def _write_state(config: ModelConfig, state: Mapping[str, Tensor], folder: Path) -> None:
+    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    _write_json(folder / _CONFIG, config.to_dict())
 
 
 def write_official(model: CLIP, path: Path) -> None:

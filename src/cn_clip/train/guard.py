@@ -1,0 +1,106 @@
+"""What stops a run that cannot come to anything, with its likely cause."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+
+import torch
+
+from cn_clip import distributed
+from cn_clip.errors import CNClipError, TrainingError
+from cn_clip.train.recipe import Machine, Stage
+
+_WINDOW = 50  # losses that are averaged
+_AT_CHANCE = 0.98  # of ln(batch)
+
+
+@dataclass(slots=True)
+class Guard:
+    """Watches the losses of a stage."""
+
+    stage: Stage
+    machine: Machine
+    rate: float
+    stop_at_chance: int
+    _recent: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
+
+    def check(self, loss: float, step: int) -> None:
+        """Take up the loss of a step (from 0).
+
+        Raises:
+            TrainingError: it is no number, or stands where telling nothing apart would leave it.
+        """
+        batch = self.stage.global_batch_size
+        what = f"the learning rate ({self.rate:.1e} for a batch of {batch})"
+        if not math.isfinite(loss):
+            cause = (
+                "float16 has overflowed, most likely; take --precision bf16"
+                if self.machine.precision == "fp16"
+                else f"{what} is too high, most likely; take a tenth of it, and --clip-norm 1"
+            )
+            raise TrainingError(
+                f"the loss is {loss} at step {step + 1} of stage {self.stage.name}: {cause}. The "
+                "best weights and the last state are kept"
+            )
+        self._recent.append(loss)
+        chance = math.log(batch)
+        full = len(self._recent) == _WINDOW
+        if self.stop_at_chance and step + 1 >= self.stop_at_chance and full:
+            mean = sum(self._recent) / _WINDOW
+            if self.stage.loss.kind == "clip" and mean >= _AT_CHANCE * chance:
+                raise TrainingError(
+                    f"after {step + 1} steps the loss stands at {mean:.3f}, and ln({batch}) = "
+                    f"{chance:.3f} is what a model has that tells nothing apart. Either {what} has "
+                    "destroyed the weights: begin again from them with a tenth of it; or pictures "
+                    "and texts do not belong together: cn-clip data check; or all of a batch are "
+                    "alike. --stop-at-chance 0 lets it go on"
+                )
+
+
+class InterruptedRun(CNClipError):
+    """The run was told to stop, has saved its state, and can go on; ``code`` is its exit code."""
+
+    def __init__(self, said: str, code: int) -> None:
+        super().__init__(said)
+        self.code = code
+
+
+@dataclass(slots=True)
+class Stop:
+    """Whether a signal has asked the run to stop, and which."""
+
+    signal: int = 0
+
+    def agreed(self, device: torch.device) -> int:
+        """Return the signal that any process was sent; all return the same."""
+        if distributed.world_size() == 1:
+            return self.signal
+        return int(distributed.all_reduce_max(torch.tensor(self.signal, device=device)))
+
+
+@contextmanager
+def signals() -> Iterator[Stop]:
+    """Note SIGTERM and Ctrl-C instead of dying of them; a second Ctrl-C ends at once."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread hears them
+        return
+
+    def heard(number: int, frame: FrameType | None) -> None:
+        if stop.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.signal = number
+
+    before = {number: signal.signal(number, heard) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

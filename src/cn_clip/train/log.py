@@ -1,0 +1,115 @@
+"""What a run tells: JSON lines in its folder, and other places that are asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from cn_clip.errors import UsageError
+from cn_clip.train.recipe import Recipe
+
+Event = dict[str, Any]
+_FILE = "log.jsonl"
+
+
+class Log:
+    """Writes events to all places; each is a mapping with its ``kind``, ``total`` and ``time``.
+
+    Only the main process has one that writes.
+    """
+
+    def __init__(
+        self, folder: Path, recipe: Recipe, *, tell: Callable[[Event], None], writes: bool
+    ) -> None:
+        """Open the places that a recipe asks for.
+
+        Raises:
+            UsageError: a library for one of them is missing.
+        """
+        self._tell, self._writes = tell, writes
+        self._places: list[Callable[[str, float, int], None]] = []
+        self._stream = None
+        if not writes:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self._stream = (folder / _FILE).open("a", encoding="utf-8")
+        output = recipe.output
+        if output.tensorboard:
+            module = _library("torch.utils.tensorboard", "tensorboard")
+            board = module.SummaryWriter(str(folder / "tensorboard"))
+            self._places.append(board.add_scalar)
+        if output.swanlab:
+            swanlab = _library("swanlab", "swanlab")
+            swanlab.init(project="cn-clip", experiment_name=folder.name, logdir=str(folder))
+            self._places.append(lambda name, value, step: swanlab.log({name: value}, step=step))
+        if output.wandb:
+            wandb = _library("wandb", "wandb")
+            wandb.init(project="cn-clip", name=folder.name, dir=str(folder), resume="allow")
+            self._places.append(lambda name, value, step: wandb.log({name: value}, step=step))
+
+    def write(self, kind: str, total: int, **values: Any) -> None:
+        """Write one event."""
+        event = {"kind": kind, "total": total, "time": round(time.time(), 3), **values}
+        if not self._writes:
+            return
+        if self._stream is not None:
+            self._stream.write(json.dumps(_finite(event), ensure_ascii=False) + "\n")
+            self._stream.flush()
+        for place in self._places:
+            for name, value in values.items():
+                if isinstance(value, int | float) and not isinstance(value, bool):
+                    place(f"{kind}/{name}", value, total)
+        self._tell(event)
+
+    def tick(self, what: str, done: int, of: int) -> None:
+        """Tell how far something long is; this is not kept."""
+        if self._writes:
+            self._tell({"kind": "tick", "what": what, "done": done, "of": of})
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+
+
+def read_log(folder: Path) -> list[Event]:
+    """Read a run's events; where it was resumed, the later of two that stand for one step."""
+    events: dict[tuple[str, int, str], Event] = {}
+    for event in _lines(folder / _FILE):
+        with suppress(KeyError):
+            events[event["kind"], event["total"], event.get("stage", "")] = event
+    return list(events.values())
+
+
+def _lines(path: Path) -> Iterator[Event]:
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8") as stream:
+        for line in stream:
+            with suppress(ValueError):  # the last line of a run that was killed
+                event = json.loads(line)
+                if isinstance(event, dict):
+                    yield event
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def _library(module: str, package: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError:
+        raise UsageError(
+            f"output.{package} needs {package}: pip install {package}, or leave it off"
+        ) from None

@@ -1,0 +1,113 @@
+"""What a stage holds still, and when it ends."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from cn_clip.errors import UsageError
+from cn_clip.model.clip import CLIP
+from cn_clip.model.text import SelfAttention
+from cn_clip.train.recipe import Plateau
+
+_TOWERS = ("visual", "bert")
+
+
+def matched(patterns: Sequence[str], names: Iterable[str], option: str) -> set[str]:
+    """Return the names that patterns with ``*`` and ``?`` match.
+
+    Raises:
+        UsageError: a pattern matches none; near matches are listed.
+    """
+    names = list(names)
+    found: set[str] = set()
+    for pattern in patterns:
+        mine = {name for name in names if fnmatchcase(name, pattern)}
+        if not mine:
+            raise UsageError(
+                f"{option}: the pattern {pattern!r} matches no parameter{_near(pattern, names)}"
+            )
+        found |= mine
+    return found
+
+
+def _near(pattern: str, names: list[str]) -> str:
+    parts = {
+        ".".join(name.split(".")[: n + 1]) for name in names for n in range(name.count(".") + 1)
+    }
+    plain = pattern.replace("*", "").replace("?", "").strip(".")
+    near = difflib.get_close_matches(plain, sorted(parts), n=3, cutoff=0.5)
+    shown = ", ".join(f"{each}.*" if each not in names else each for each in near)
+    return (
+        f"; near it: {shown}" if near else "; see: cn-clip train --recipe RECIPE --show parameters"
+    )
+
+
+def freeze(model: CLIP, patterns: Sequence[str]) -> set[str]:
+    """Freeze the parameters that patterns match, let all others learn; return the frozen names.
+
+    Raises:
+        UsageError: a pattern matches nothing.
+    """
+    frozen = matched(patterns, (name for name, _ in model.named_parameters()), "freeze")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    return frozen
+
+
+def set_modes(model: CLIP, dropout: float | None = None) -> None:
+    """Put in training mode what learns, and in eval mode what is frozen.
+
+    A tower without a learning parameter is deterministic, as at inference; a frozen BatchNorm keeps
+    its statistics, also in a tower that learns elsewhere.
+    """
+    model.train()
+    for name in _TOWERS:
+        tower = model.get_submodule(name)
+        if not _learns(tower):
+            tower.eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and not _learns(module):
+            module.eval()
+        if dropout is not None and isinstance(module, nn.Dropout):
+            module.p = dropout
+        if dropout is not None and isinstance(module, SelfAttention):
+            module.dropout = dropout
+
+
+def _learns(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+@dataclass(slots=True)
+class Course:
+    """How a stage has gone so far, as its end is judged by it.
+
+    ``best`` is the highest score and ``best_step`` when it was; ``waited`` counts the evaluations
+    since it last rose by the least gain that counts, which was to ``mark``.
+    """
+
+    best: float | None = None
+    best_step: int = 0
+    mark: float | None = None
+    waited: int = 0
+
+    def add(self, score: float, step: int, plateau: Plateau | None) -> bool:
+        """Take up a score; return whether it is the best so far."""
+        min_gain = 0.0 if plateau is None else plateau.min_gain
+        if self.mark is None or score >= self.mark + max(min_gain, 1e-12):
+            self.mark, self.waited = score, 0
+        else:
+            self.waited += 1
+        if self.best is not None and score <= self.best:
+            return False
+        self.best, self.best_step = score, step
+        return True
+
+    def ended(self, plateau: Plateau | None) -> bool:
+        """Tell whether the score has stopped to rise."""
+        return plateau is not None and self.waited >= plateau.patience
