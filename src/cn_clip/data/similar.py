@@ -9,6 +9,7 @@ comparison mirrored and cropped too.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import cache
 
@@ -22,7 +23,7 @@ THRESHOLD = 52  # of the 256 bits: finds crops too, where the crops of one side 
 SAME = 19  # what resizing and recompression change
 _SIDE, _FREQUENCIES = 64, 16
 _SIGNS = 4  # words of 64 bits; the first has the lowest frequencies. The others hold 256 numbers
-_WORDS = _SIGNS + _FREQUENCIES**2 // 8
+WORDS = _SIGNS + _FREQUENCIES**2 // 8
 _LIKENESS = 0.93  # cosine of the frequencies of two pictures, at least
 _CHUNKS = 4  # of 16 bits, by which the first word is looked up
 _BLOCK = 1 << 12  # queries that are looked up together, which bounds the memory
@@ -34,13 +35,14 @@ _PLAIN = 6.0  # standard deviation, of 255 grey levels, below which noise decide
 def hash_image(image: Image.Image) -> Hashes:
     """Return the hash of a picture, uint64 (36,); lay transparent pixels on white before.
 
-    Four words hold signs, the others the frequencies themselves. It is zero for a plain picture,
-    all white say, and a zero matches nothing.
+    Four words hold signs, the others the frequencies themselves. A plain picture, all white say,
+    has none that mean anything: a digest of its size and pixels stands for the signs, so that it
+    matches itself alone, and its frequencies are zero.
     """
     small = image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BILINEAR)
     pixels = np.asarray(small, dtype=np.float32)
     if pixels.std() < _PLAIN:
-        return np.zeros(_WORDS, dtype=np.uint64)
+        return _plain_hash(image)
     basis = _cosines()
     frequencies = basis @ pixels @ basis.T  # (16, 16), in grey levels
     frequencies[0, 0] = 0  # brightness
@@ -50,6 +52,15 @@ def hash_image(image: Image.Image) -> Hashes:
     signs = np.packbits(ordered > _NOISE)
     numbers = np.rint(ordered * (127 / np.abs(ordered).max())).astype(np.int8)
     return np.concatenate([signs, numbers.view(np.uint8)]).view(np.uint64)
+
+
+def _plain_hash(image: Image.Image) -> Hashes:
+    content = image.convert("RGB")
+    digest = hashlib.blake2b(repr(content.size).encode(), digest_size=8 * _SIGNS)
+    digest.update(content.tobytes())
+    hashed = np.zeros(WORDS, dtype=np.uint64)
+    hashed[:_SIGNS] = np.frombuffer(digest.digest(), dtype=np.uint64)
+    return hashed
 
 
 def variants(image: Image.Image) -> list[Image.Image]:
@@ -164,13 +175,18 @@ def _search_block(
 
 
 def _likeness(some: Hashes, others: Hashes) -> npt.NDArray[np.float32]:
-    """Return the cosines of the frequencies in hashes (K, 36) and (K, 36); 0 for plain ones."""
+    """Return the cosines of the frequencies in hashes (K, 36) and (K, 36).
+
+    That of two plain pictures, which have none, is 1; that of a plain one and another is 0.
+    """
     a, b = (
         np.ascontiguousarray(h[:, _SIGNS:]).view(np.int8).astype(np.float32) for h in (some, others)
     )
-    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    cosines: npt.NDArray[np.float32] = (a * b).sum(axis=1) / np.maximum(lengths, 1e-6)
-    return cosines
+    lengths = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
+    cosines = (a * b).sum(axis=1) / np.maximum(lengths[0] * lengths[1], 1e-6)
+    cosines[(lengths[0] == 0) & (lengths[1] == 0)] = 1
+    likeness: npt.NDArray[np.float32] = cosines
+    return likeness
 
 
 def _chunk(words: Hashes, chunk: int) -> npt.NDArray[np.int64]:
