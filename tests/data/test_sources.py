@@ -56,6 +56,30 @@ def test_a_folder_pairs_each_line_beside_a_picture(pictures):
     ]
 
 
+def test_a_test_set_without_pairs_can_be_compared_with_and_not_trained_on(pictures):
+    """MUGE's test set says of no text which picture it belongs to."""
+    write_tsv(pictures)
+    lines = [{"text_id": 1, "text": "火箭", "image_ids": []}, {"text_id": 2, "text": "猫"}]
+    text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    (pictures / "train_texts.jsonl").write_text(text, encoding="utf-8")
+    uri = f"tsv:{pictures}/train_imgs.tsv"
+    with pytest.raises(DataError, match=r"line 1: .* no image ids; .* add \?unpaired=yes"):
+        open_source(uri).row(0)
+    source = open_source(f"{uri}?unpaired=yes")
+    told = [source.row(index) for index in (0, 2, 3, 4)]
+    assert [(row.text, row.image_id) for row in told] == [
+        ("火箭", ""), ("", "007"), ("", "008"), ("", "猫")
+    ]  # fmt: skip
+    assert [source.image(index) for index in (2, 3, 4)] == list(IMAGES.values())
+    assert source.where(3).endswith("train_imgs.tsv, line 2") and source.unmatched() == []
+    with pytest.raises(DataError, match=r"line 1: its text belongs to no picture"):
+        source.image(0)
+    with pytest.raises(DataError, match=r"line 2: expected .* \[1\]}$"):
+        source.row(1)
+    with pytest.raises(UsageError, match="unpaired=1 is not known; give yes or no"):
+        open_source(f"{uri}?unpaired=1")
+
+
 def test_several_files_are_one_source_and_sources_mix(pictures):
     write_tsv(pictures)
     for name in ("001", "002"):

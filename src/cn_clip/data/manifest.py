@@ -15,7 +15,18 @@ from cn_clip.errors import DataError, UsageError
 from cn_clip.publish import published
 
 # The names that columns go by, the first one found is taken.
-IMAGE = ("image", "image_path", "filepath", "file_name", "filename", "file", "path", "img", "url")
+IMAGE = (
+    "image",
+    "image_path",
+    "filepath",
+    "file_name",
+    "filename",
+    "file",
+    "path",
+    "img",
+    "url",
+    "URL",
+)
 TEXT = ("text", "caption", "title", "TEXT", "sentence", "query_text")
 IMAGE_ID, TEXT_ID = ("image_id", "img_id", "photo_id"), ("text_id", "caption_id", "query_id")
 

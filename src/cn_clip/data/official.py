@@ -27,12 +27,23 @@ _ID_BYTES = 256  # an id longer than this is none
 
 class Tsv:
     """``X_imgs.tsv`` (id, tab, base64) and ``X_texts.jsonl`` (``{"text_id", "text",
-    "image_ids"}``); each of a text's images makes a pair."""
+    "image_ids"}``); each of a text's images makes a pair.
+
+    With ``unpaired``, pictures and texts without the other are rows too, of an empty text or an
+    empty image id: enough to compare with, never to train on.
+    """
 
     def __init__(
-        self, name: str, images: Path, texts: Path | None = None, encoding: str | None = None
+        self,
+        name: str,
+        images: Path,
+        texts: Path | None = None,
+        encoding: str | None = None,
+        *,
+        unpaired: bool = False,
     ) -> None:
         self.name = name
+        self._unpaired = unpaired
         texts = texts or images.with_name(f"{images.name.removesuffix('_imgs.tsv')}_texts.jsonl")
         if not texts.is_file():
             raise DataError(f"{name}: no texts at {texts}; name them with ?texts=FILE.jsonl")
@@ -50,25 +61,36 @@ class Tsv:
             ids = self._ids(line)
             wanted.update(ids)
             pairs += [(line, at) for at in range(len(ids))] or [(line, -1)]
-        self._pairs = np.array(pairs, dtype=np.int32).reshape(-1, 2)
         if not pairs:
             raise DataError(f"{name}: {texts} holds no text")
         self._unused = [each for each in places if each not in wanted]
+        if unpaired:
+            pairs += [(-1, places[each]) for each in self._unused]
+            self._unused = []
+        self._pairs = np.array(pairs, dtype=np.int32).reshape(-1, 2)
 
     def __len__(self) -> int:
         return len(self._pairs)
 
     def row(self, index: int) -> Row:
         line, at = self._pairs[index].tolist()
+        if line < 0:
+            return Row("", _image_id(self._images, at), "")
         values = self._values(line)
-        if at < 0 or not isinstance(values.get("text"), str):
+        alone = values.get("image_ids") == []
+        if not isinstance(values.get("text"), str) or (at < 0 and not (alone and self._unpaired)):
+            remedy = "; a test set to compare with may lack them: add ?unpaired=yes"
             raise DataError(
                 f'{self.where(index)}: expected {{"text_id": 1, "text": "...", "image_ids": [1]}}'
+                + (f", found no image ids{remedy}" if alone else "")
             )
-        return Row(values["text"], str(values["image_ids"][at]), str(values.get("text_id", line)))
+        image_id = "" if at < 0 else str(values["image_ids"][at])
+        return Row(values["text"], image_id, str(values.get("text_id", line)))
 
     def image(self, index: int) -> bytes:
         image_id = self.row(index).image_id
+        if not image_id:
+            raise DataError(f"{self.where(index)}: its text belongs to no picture")
         if image_id not in self._places:
             raise DataError(
                 f"{self.where(index)}: no picture has the id {image_id!r} in {self._images.path}"
@@ -83,7 +105,8 @@ class Tsv:
         return _decoded(encoded, self._images.where(line))
 
     def where(self, index: int) -> str:
-        return self._texts.where(int(self._pairs[index, 0]))
+        line, at = self._pairs[index].tolist()
+        return self._images.where(at) if line < 0 else self._texts.where(line)
 
     def unmatched(self) -> list[str]:
         return [f"the picture {i!r} of {self._images.path} has no text" for i in self._unused]

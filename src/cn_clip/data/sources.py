@@ -13,6 +13,7 @@ from urllib.parse import parse_qsl
 
 from cn_clip.data.archive import Tar
 from cn_clip.data.cache import index_path
+from cn_clip.data.captions import digest
 from cn_clip.data.folder import Folder
 from cn_clip.data.manifest import Csv, JsonLines, Manifest, Parquet, Table
 from cn_clip.data.official import Lmdb, Tsv
@@ -27,7 +28,7 @@ KINDS = {
     "csv": _TABLE_OPTIONS,
     "jsonl": _TABLE_OPTIONS,
     "parquet": (*_COLUMNS, "root"),
-    "tsv": ("texts", "encoding"),
+    "tsv": ("texts", "encoding", "unpaired"),
     "lmdb": (),
     "tar": (),
 }
@@ -48,7 +49,8 @@ def open_source(uri: str) -> Source:
         uri: KIND is folder, csv, jsonl, parquet, tsv, lmdb or tar. PATH may hold globs and braces,
             ``{000..099}`` or ``{a,b}``; the files are then read one after another. Options: the
             columns ``image``, ``text``, ``image_id``, ``text_id`` of a manifest, its ``root`` for
-            relative paths, the ``encoding`` of texts, the ``texts`` file of a tsv.
+            relative paths, the ``encoding`` of texts, the ``texts`` file of a tsv, and its
+            ``unpaired=yes``, which takes pictures and texts without the other, to compare with.
 
     Raises:
         UsageError: the string cannot be understood.
@@ -112,9 +114,23 @@ class Chain:
     def unmatched(self) -> list[str]:
         return [each for part in self._parts for each in part.unmatched()]
 
+    def part(self, index: int) -> int:
+        """Return which of the sources a pair is in."""
+        return bisect.bisect_right(self._starts, index) - 1
+
     def _place(self, index: int) -> tuple[Source, int]:
-        number = bisect.bisect_right(self._starts, index) - 1
+        number = self.part(index)
         return self._parts[number], index - self._starts[number]
+
+
+def picture_digest(source: Source, index: int, row: Row) -> int:
+    """Return 64 bits that stand for a pair's picture.
+
+    An image id stands for one picture within a file only: img2dataset counts from 0 in every
+    folder, and other datasets number their pictures alike.
+    """
+    part = source.part(index) if isinstance(source, Chain) else 0
+    return digest(f"{part}\0{row.image_id}")
 
 
 def _open_one(kind: str, path: Path, options: dict[str, str]) -> Source:
@@ -134,7 +150,10 @@ def _open_one(kind: str, path: Path, options: dict[str, str]) -> Source:
         return Folder(name, path, encoding)
     if kind == "tsv":
         texts = Path(options["texts"]).expanduser() if "texts" in options else None
-        return Tsv(name, path, texts, encoding)
+        unpaired = options.get("unpaired", "no")
+        if unpaired not in ("yes", "no"):
+            raise UsageError(f"{name}: unpaired={unpaired} is not known; give yes or no")
+        return Tsv(name, path, texts, encoding, unpaired=unpaired == "yes")
     return Lmdb(name, path) if kind == "lmdb" else Tar(path, name)
 
 
