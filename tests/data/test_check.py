@@ -4,6 +4,7 @@ import json
 import pytest
 from conftest import make_picture
 from data.formats import jpeg, write_csv, write_tsv
+from PIL import Image
 
 from cn_clip.cli import run
 from cn_clip.data.captions import language_of
@@ -72,6 +73,21 @@ def test_a_clean_source_is_fit(pictures, tmp_path):
     assert found.fit
     assert (found.pairs, found.images, found.captions) == (4, 3, 4)
     assert len(found.sheet) == 3
+
+
+def test_a_picture_that_is_there_often_is_told_of_each_time(tmp_path):
+    """Under ids of their own; plain ones too, by their pixels, and none is compared twice."""
+    photo, white = make_picture(5, (200, 150)), Image.new("RGB", (90, 90), "white")
+    for number in range(6):
+        (photo if number % 2 else white).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(f"第{number}个", encoding="utf-8")
+    photo.resize((100, 75)).save(tmp_path / "6.png")
+    (tmp_path / "6.txt").write_text("缩小的", encoding="utf-8")
+    found = check(open_source(str(tmp_path)))
+    told = [p.text for p in found.problems if p.kind == "same picture"]
+    like = [text.replace(f"{tmp_path}/", "").replace(".txt, line 1", "") for text in told]
+    assert like == [f"{n}: looks like {n % 2}" for n in range(2, 6)] + ["6: looks like 1"]
+    assert found.counts["same picture"] == 5 and found.fit
 
 
 @pytest.mark.parametrize(

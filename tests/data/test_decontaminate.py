@@ -69,6 +69,26 @@ def test_copies_and_captions_of_the_test_set_are_found(train_set, test_set, tmp_
     assert {r.reason for r in only.removed} == {"picture"}
 
 
+def test_a_plain_picture_is_found_by_its_pixels(tmp_path):
+    white, black = Image.new("RGB", (90, 90), "white"), Image.new("RGB", (90, 90), "black")
+    test = folder(tmp_path / "test", [("t", white, ["白色的一张图"])])
+    train = folder(tmp_path / "train", [("a", black, ["黑"]), ("b", white.copy(), ["白"])])
+    found = decontaminate(train, test)
+    assert [(r.index, r.reason, r.distance) for r in found.removed] == [(1, "picture", 0)]
+
+
+def test_two_files_may_number_their_pictures_alike(tmp_path):
+    """The second test set's picture 1 is compared too, and stays another one in training."""
+    for seed, name in enumerate(["a", "b", "c", "d"]):
+        folder(tmp_path / name, [("1", make_picture(seed, (240, 200)), [f"第{name}个图片的描述"])])
+    copy = make_picture(1, (240, 200)).resize((100, 90))
+    folder(tmp_path / "e", [("1", copy, ["缩小的"])])
+    train = open_source(f"folder:{tmp_path}/{{c,e}}")
+    found = decontaminate(train, open_source(f"folder:{tmp_path}/{{a,b}}"))
+    assert [(r.index, r.reason, r.against) for r in found.removed] == [(1, "picture", 1)]
+    assert found.test_images == 2
+
+
 def test_the_list_is_read_back_for_the_same_source_only(train_set, test_set, tmp_path):
     found = decontaminate(train_set, test_set)
     out = tmp_path / "removed.jsonl"

@@ -217,3 +217,19 @@ def test_a_folder_is_no_longer_locked_when_it_is_done(pictures, tmp_path):
     pack(open_source(f"{pictures}/train_imgs.tsv"), tmp_path / "out")
     assert not Path(tmp_path, "out", ".lock").exists()
     assert os.listdir(tmp_path / "out")
+
+
+def test_two_files_may_number_their_pictures_alike(pictures, tmp_path):
+    """As img2dataset does in every folder: a text must not come to another folder's picture."""
+    for name, content in (("a", jpeg(1)), ("b", jpeg(2))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.jpg").write_bytes(content)
+        (tmp_path / name / "0.txt").write_text(f"图片{name}", encoding="utf-8")
+    source = open_source(f"folder:{tmp_path}/{{a,b}}")
+    done = pack(source, tmp_path / "out")
+    assert (done.images, done.pairs) == (2, 2)
+    told = [(text, image) for _, _, text, image in pairs_of(f"tar:{tmp_path}/out/*.tar")]
+    assert told == [("图片a", jpeg(1)), ("图片b", jpeg(2))]
+    for to in ("tsv", "lmdb"):
+        with pytest.raises(DataError, match=r"'0' stands for a picture in .*a/0.txt.* and for one"):
+            pack(source, tmp_path / to, to=to)

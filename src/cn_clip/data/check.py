@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import islice
+from tempfile import TemporaryFile
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
 
 from cn_clip.data.captions import digest, language_of, plain
+from cn_clip.data.groups import first_equal, grouped
 from cn_clip.data.page import thumbnail
 from cn_clip.data.pair import Source, located
-from cn_clip.data.similar import SAME, hash_image, near_pairs
+from cn_clip.data.similar import SAME, WORDS, Hashes, hash_image, near_pairs
+from cn_clip.data.sources import picture_digest
 from cn_clip.data.workers import chunked, mapped
 from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.image import read_image
@@ -32,9 +38,12 @@ KINDS = {
     "small": (False, "pictures smaller than 64 pixels"),
 }
 _CHUNK = 128
+_BLOCK = 1 << 14  # hashes that are in memory at once
 _SMALL = 64  # pixels of the shorter side
 _SHEET = 24  # pictures on the sheet
 _PER_KIND = 1000  # problems of a kind that are listed; all are counted
+_NO_WORD = 2  # tokens of an empty text: [CLS] and [SEP]
+_NONE = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +90,12 @@ class Checked:
         if self.counts[kind] <= _PER_KIND:
             self.problems.append(Problem(kind, index, text))
 
+    def add_all(self, kind: str, indexes: npt.NDArray[np.int64], say: Callable[[int], str]) -> None:
+        """Add a problem of many rows; ``say`` is asked about those that are listed."""
+        for index in indexes[: max(0, _PER_KIND - self.counts[kind])].tolist():
+            self.problems.append(Problem(kind, index, say(index)))
+        self.counts[kind] += len(indexes)
+
 
 def check(
     source: Source,
@@ -109,157 +124,246 @@ def check(
     found = Checked(source.name, pairs=len(source), context_length=context_length)
     for sentence in source.unmatched():
         found.add("unmatched", None, sentence)
-    rows: list[_Row] = []
-    with mapped(_Rows(source, context_length), workers) as run:
+    digests = np.zeros((3, len(source)), dtype=np.uint64)
+    worded = np.zeros(len(source), dtype=bool)
+    readable = np.zeros(len(source), dtype=bool)
+    done = 0
+    with mapped(_Rows(source), workers) as run:
         for told in run(chunked(range(len(source)), _CHUNK)):
-            rows += told
-            tick(len(rows), 2 * len(source))
-    _judge_rows(source, rows, found)
-    firsts = _first_of_each_picture(rows)
+            _judge_rows(source, told, found)
+            held = slice(done, done + len(told.tokens))
+            digests[:, held] = told.digests
+            worded[held] = told.tokens > _NO_WORD
+            readable[held] = told.tokens > 0
+            done += len(told.tokens)
+            tick(done, 2 * len(source))
+    _compare_rows(source, np.flatnonzero(worded), digests, found)
+    rows = np.flatnonzero(readable)
+    firsts = grouped(rows, digests[0][rows]).firsts
+    del digests, worded, readable, rows
     found.images = len(firsts)
-    pictures: list[_Picture] = []
-    with mapped(_Pictures(source), workers) as run_pictures:
+    done = 0
+    whole: list[npt.NDArray[np.int64]] = []
+    # Some 300 bytes a picture: too much for memory where there are millions.
+    with mapped(_Pictures(source), workers) as run_pictures, TemporaryFile() as hashes:
         for seen in run_pictures(chunked(firsts, _CHUNK)):
-            pictures += seen
-            share = len(pictures) / max(1, len(firsts))
-            tick(len(source) + round(len(source) * share), 2 * len(source))
-    _judge_pictures(source, pictures, found, threshold)
+            _judge_pictures(source, seen, found)
+            whole.append(seen.indexes)
+            hashes.write(seen.hashes.tobytes())
+            done += len(seen.indexes) + len(seen.errors)
+            tick(len(source) + round(len(source) * done / len(firsts)), 2 * len(source))
+        if threshold:
+            _compare_pictures(source, np.concatenate([_NONE, *whole]), hashes, found, threshold)
     _draw_sheet(source, firsts, found)
     found.problems.sort(key=lambda problem: (list(KINDS).index(problem.kind), problem.index or 0))
     return found
 
 
-@dataclass(slots=True)
-class _Row:
-    """What is kept of a row: 64-bit digests, so that millions fit."""
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What is kept of N rows.
 
-    index: int
-    error: str | None = None
-    image_id: int = 0
-    text_id: int = 0
-    text: int = 0
-    tokens: int = 0
-    language: str = ""
+    Attributes:
+        digests: uint64 (3, N), of the picture, the text id and the text.
+        tokens: how many the texts have; 0 where the row cannot be read.
+        languages: how many texts there are in each.
+        errors: why the rows with 0 tokens cannot be read.
+    """
+
+    start: int
+    digests: npt.NDArray[np.uint64]
+    tokens: npt.NDArray[np.int64]
+    languages: Counter[str]
+    errors: list[str]
 
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
     source: Source
-    context_length: int
 
-    def __call__(self, indexes: Sequence[int]) -> list[_Row]:
-        rows, texts = [], []
-        for index in indexes:
+    def __call__(self, indexes: range) -> _Told:
+        told = _Told(
+            indexes.start,
+            np.zeros((3, len(indexes)), dtype=np.uint64),
+            np.zeros(len(indexes), dtype=np.int64),
+            Counter(),
+            [],
+        )
+        readable, texts = [], []
+        for at, index in enumerate(indexes):
             try:
                 row = self.source.row(index)
             except DataError as error:
-                rows.append(_Row(index, error=str(error)))
+                told.errors.append(str(error))
                 continue
-            image_id, text_id = digest(row.image_id), digest(row.text_id)
-            text, language = digest(plain(row.text)), language_of(row.text)
-            rows.append(_Row(index, None, image_id, text_id, text, language=language))
+            picture = picture_digest(self.source, index, row)
+            told.digests[:, at] = picture, digest(row.text_id), digest(plain(row.text))
+            told.languages[language_of(row.text)] += 1
+            readable.append(at)
             texts.append(row.text)
         # A large length, because what is over the limit is to be told with its true length.
-        lengths = iter(map(len, default_tokenizer().encode(texts, 1 << 20)))
-        for each in rows:
-            each.tokens = 0 if each.error else next(lengths)
-        return rows
+        told.tokens[readable] = [len(ids) for ids in default_tokenizer().encode(texts, 1 << 20)]
+        return told
 
 
-def _judge_rows(source: Source, rows: Sequence[_Row], found: Checked) -> None:
-    texts_of: dict[int, tuple[int, int]] = {}
-    images_of: dict[int, int] = {}
-    told: set[int] = set()
-    pairs: set[tuple[int, int]] = set()
+def _judge_rows(source: Source, told: _Told, found: Checked) -> None:
+    """Add what is wrong with rows by themselves."""
+    found.languages += told.languages
+    found.lengths.update(told.tokens[told.tokens > 0].tolist())
+    for at, error in zip(np.flatnonzero(told.tokens == 0).tolist(), told.errors, strict=True):
+        found.add("row", told.start + at, error)
 
-    def add(kind: str, row: _Row, said: str) -> None:
-        found.add(kind, row.index, f"{source.where(row.index)}: {said}")
+    def cut(index: int) -> str:
+        tokens = int(told.tokens[index - told.start])
+        return f"{source.where(index)}: {tokens} tokens, {tokens - found.context_length} are cut"
 
-    for row in rows:
-        if row.error:
-            found.add("row", row.index, row.error)
-            continue
-        found.lengths[row.tokens] += 1
-        found.languages[row.language] += 1
-        if row.tokens == 2:  # [CLS] and [SEP]
-            add("empty", row, "its text holds no word")
-            continue
-        if row.tokens > found.context_length:
-            cut = row.tokens - found.context_length
-            add("long", row, f"{row.tokens} tokens, {cut} are cut")
-        first, text = texts_of.setdefault(row.text_id, (row.index, row.text))
-        if text != row.text:
-            add("text id", row, f"its text id is that of {source.where(first)}")
-        if (row.image_id, row.text) in pairs:
-            add("pair", row, "this picture had this text before")
-        pairs.add((row.image_id, row.text))
-        if images_of.setdefault(row.text, row.image_id) != row.image_id and row.text not in told:
-            told.add(row.text)
-            add("same caption", row, f"{source.row(row.index).text[:40]!r} is used before too")
-    found.captions = len(images_of)
+    def empty(index: int) -> str:
+        return f"{source.where(index)}: its text holds no word"
+
+    long = (told.tokens > found.context_length) & (told.tokens > _NO_WORD)
+    found.add_all("empty", told.start + np.flatnonzero(told.tokens == _NO_WORD), empty)
+    found.add_all("long", told.start + np.flatnonzero(long), cut)
 
 
-def _first_of_each_picture(rows: Sequence[_Row]) -> list[int]:
-    firsts: dict[int, int] = {}
-    for row in rows:
-        if not row.error:
-            firsts.setdefault(row.image_id, row.index)
-    return list(firsts.values())
+def _compare_rows(
+    source: Source,
+    rows: npt.NDArray[np.int64],
+    digests: npt.NDArray[np.uint64],
+    found: Checked,
+) -> None:
+    """Add what is wrong with rows beside others; ``rows`` are those with a word."""
+    texts = digests[2][rows]
+    before = first_equal(digests[1][rows])
+    other = np.flatnonzero(texts != texts[before])
+    named = dict(
+        zip(rows[other[:_PER_KIND]].tolist(), rows[before[other[:_PER_KIND]]].tolist(), strict=True)
+    )
+
+    def text_id(index: int) -> str:
+        return f"{source.where(index)}: its text id is that of {source.where(named[index])}"
+
+    def pair(index: int) -> str:
+        return f"{source.where(index)}: this picture had this text before"
+
+    def caption(index: int) -> str:
+        text = source.row(index).text[:40]
+        return f"{source.where(index)}: {text!r} is used before too"
+
+    found.add_all("text id", rows[other], text_id)
+    del before
+    pictures = digests[0][rows]
+    both = pictures * np.uint64(0x9E3779B97F4A7C15) + texts  # of digests, so it is one too
+    found.add_all("pair", rows[_repeated(both)], pair)
+    del both
+    before = first_equal(texts)
+    other = np.flatnonzero(pictures != pictures[before])
+    once = ~_repeated(texts[other])  # each caption is told once
+    found.add_all("same caption", rows[other[once]], caption)
+    found.captions = int(np.count_nonzero(before == np.arange(len(rows))))
 
 
-@dataclass(slots=True)
-class _Picture:
-    index: int
-    error: str | None = None
-    side: int = 0
-    hash: npt.NDArray[np.uint64] | None = None
+def _repeated(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+    """Tell of each of N keys whether it was there before."""
+    repeated: npt.NDArray[np.bool_] = first_equal(keys) != np.arange(len(keys))
+    return repeated
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """Numbers of N pairs, the shorter sides of their pictures and their hashes (N, 36), and for
+    those that cannot be read the reasons."""
+
+    indexes: npt.NDArray[np.int64]
+    sides: npt.NDArray[np.int64]
+    hashes: Hashes
+    errors: list[tuple[int, str]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Pictures:
     source: Source
 
-    def __call__(self, indexes: Sequence[int]) -> list[_Picture]:
-        return [self._examine(index) for index in indexes]
+    def __call__(self, indexes: npt.NDArray[np.int64]) -> _Seen:
+        whole, sides, hashes, errors = [], [], [], []
+        for index in indexes.tolist():
+            try:
+                image = read_image(self.source.image(index), background="white")
+            except CNClipError as error:
+                errors.append((index, located(self.source, index, error)))
+                continue
+            whole.append(index)
+            sides.append(min(image.size))
+            hashes.append(hash_image(image))
+        stacked = np.stack(hashes) if hashes else np.empty((0, WORDS), dtype=np.uint64)
+        return _Seen(
+            np.array(whole, dtype=np.int64), np.array(sides, dtype=np.int64), stacked, errors
+        )
 
-    def _examine(self, index: int) -> _Picture:
-        try:
-            image = read_image(self.source.image(index), background="white")
-        except CNClipError as error:
-            return _Picture(index, error=located(self.source, index, error))
-        return _Picture(index, side=min(image.size), hash=hash_image(image))
+
+def _judge_pictures(source: Source, seen: _Seen, found: Checked) -> None:
+    """Add what is wrong with pictures by themselves."""
+    for index, error in seen.errors:
+        found.add("picture", index, error)
+    found.sides.update(seen.sides.tolist())
+    sides = dict(zip(seen.indexes.tolist(), seen.sides.tolist(), strict=True))
+
+    def small(index: int) -> str:
+        return f"{source.where(index)}: its shorter side has {sides[index]} pixels"
+
+    found.add_all("small", seen.indexes[seen.sides < _SMALL], small)
 
 
-def _judge_pictures(
-    source: Source, pictures: Sequence[_Picture], found: Checked, threshold: int
+def _compare_pictures(
+    source: Source,
+    indexes: npt.NDArray[np.int64],
+    written: IO[bytes],
+    found: Checked,
+    threshold: int,
 ) -> None:
-    for picture in pictures:
-        if picture.error:
-            found.add("picture", picture.index, picture.error)
-            continue
-        found.sides[picture.side] += 1
-        if picture.side < _SMALL:
-            where = source.where(picture.index)
-            found.add(
-                "small", picture.index, f"{where}: its shorter side has {picture.side} pixels"
-            )
-    whole = [(p.index, p.hash) for p in pictures if p.hash is not None]
-    if threshold == 0 or len(whole) < 2:
+    """Add near-duplicates; ``written`` holds the hashes of the pairs ``indexes``."""
+    if len(indexes) < 2:
         return
-    hashes = np.stack([hashed for _, hashed in whole])
-    later, earlier = near_pairs(hashes, threshold)
-    before: dict[int, int] = {}
-    for at, first in sorted(zip(later.tolist(), earlier.tolist(), strict=True)):
-        before.setdefault(at, first)
-    for at, first in before.items():
-        index, like = whole[at][0], whole[first][0]
-        found.add("same picture", index, f"{source.where(index)}: looks like {source.where(like)}")
+    hashes = _mapped(written, len(indexes))
+    # A picture that is there a thousand times would make a million pairs with itself.
+    before = first_equal(np.concatenate([_mixed(hashes[at]) for at in _blocks(len(indexes))]))
+    places = np.arange(len(indexes))
+    different = np.flatnonzero(before == places)
+    with TemporaryFile() as kept:
+        for at in _blocks(len(different)):
+            kept.write(hashes[different[at]].tobytes())
+        later, earlier = (
+            different[each] for each in near_pairs(_mapped(kept, len(different)), threshold)
+        )
+    np.minimum.at(before, later, earlier)
+    again = np.flatnonzero(before != places)
+
+    def same(index: int) -> str:
+        first = indexes[before[np.searchsorted(indexes, index)]]
+        return f"{source.where(index)}: looks like {source.where(int(first))}"
+
+    found.add_all("same picture", indexes[again], same)
 
 
-def _draw_sheet(source: Source, firsts: Sequence[int], found: Checked) -> None:
+def _mapped(written: IO[bytes], count: int) -> Hashes:
+    """Return hashes that were written to a file, without reading them."""
+    written.flush()
+    return np.memmap(written, np.uint64, "r", shape=(count, WORDS))
+
+
+def _blocks(count: int) -> list[slice]:
+    return [slice(at, min(at + _BLOCK, count)) for at in range(0, count, _BLOCK)]
+
+
+def _mixed(hashes: Hashes) -> npt.NDArray[np.uint64]:
+    """Return 64 bits for each of N hashes (N, 36), the same for the same ones."""
+    short = b"".join(blake2b(each.tobytes(), digest_size=8).digest() for each in hashes)
+    return np.frombuffer(short, dtype=np.uint64)
+
+
+def _draw_sheet(source: Source, firsts: npt.NDArray[np.int64], found: Checked) -> None:
     broken = {problem.index for problem in found.problems if problem.kind == "picture"}
-    drawn = np.random.default_rng(0).permutation(np.array(firsts, dtype=np.int64)).tolist()
-    for index in [each for each in drawn if each not in broken][:_SHEET]:
+    drawn = map(int, np.random.default_rng(0).permutation(firsts))
+    for index in islice((each for each in drawn if each not in broken), _SHEET):
         try:
             found.sheet.append((source.row(index).text, thumbnail(source.image(index))))
         except CNClipError:

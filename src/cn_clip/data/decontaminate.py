@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
@@ -12,10 +12,12 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from cn_clip.data.captions import plain
+from cn_clip.data.captions import digest, plain
+from cn_clip.data.groups import Groups, grouped
 from cn_clip.data.page import data_uri, page, thumbnail
-from cn_clip.data.pair import Row, Source, located
+from cn_clip.data.pair import Source, located
 from cn_clip.data.similar import THRESHOLD, Hashes, build, hash_image, search, variants
+from cn_clip.data.sources import picture_digest
 from cn_clip.data.workers import chunked, mapped
 from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.image import read_image
@@ -106,22 +108,23 @@ def decontaminate(
                 owners += [number] * len(several)
     groups = _train_rows(train, captions, found)
     done = 0
-    if threshold:
+    if hashes:
         index = build(np.stack(hashes))
         with mapped(_Hashed(train, all_variants=False), workers) as run:
-            for told in run(chunked(list(groups), _CHUNK)):
-                whole = [(number, got[0]) for number, got in told if not isinstance(got, str)]
+            for told in run(chunked(groups.firsts, _CHUNK)):
+                whole = [
+                    (at, got[0]) for at, (_, got) in enumerate(told) if not isinstance(got, str)
+                ]
                 found.unreadable += [got for _, got in told if isinstance(got, str)]
                 if whole:
                     asked, held, distances = search(
                         index, np.stack([hashed for _, hashed in whole]), threshold
                     )
                     for query, best in _nearest(asked, distances).items():
-                        first = whole[query][0]
                         against_row, distance = owners[held[best]], int(distances[best])
                         found.removed += [
                             Removed(number, "picture", against_row, distance)
-                            for number in groups[first]
+                            for number in groups[done + whole[query][0]].tolist()
                         ]
                 done += len(told)
                 tick(done, len(groups))
@@ -206,8 +209,8 @@ class _Hashed:
     source: Source
     all_variants: bool
 
-    def __call__(self, indexes: Sequence[int]) -> list[tuple[int, Hashes | str]]:
-        return [(index, self._hash(index)) for index in indexes]
+    def __call__(self, indexes: npt.NDArray[np.int64]) -> list[tuple[int, Hashes | str]]:
+        return [(index, self._hash(index)) for index in indexes.tolist()]
 
     def _hash(self, index: int) -> Hashes | str:
         try:
@@ -219,37 +222,37 @@ class _Hashed:
         return np.stack([hash_image(each) for each in pictures])
 
 
-def _test_rows(against: Source, min_caption: int) -> tuple[list[int], dict[str, int]]:
-    """Return the first pair of each test picture, and the test captions with a pair of each."""
-    images: dict[str, int] = {}
-    captions: dict[str, int] = {}
+def _test_rows(against: Source, min_caption: int) -> tuple[npt.NDArray[np.int64], dict[int, int]]:
+    """Return the first pair of each test picture, and a pair of each test caption by its digest."""
+    images: dict[int, int] = {}
+    captions: dict[int, int] = {}
     for index in range(len(against)):
         row = against.row(index)
-        images.setdefault(row.image_id, index)
+        if row.image_id:  # a text may stand alone, and a picture too
+            images.setdefault(picture_digest(against, index, row), index)
         text = plain(row.text)
         if min_caption and len(text) >= min_caption:
-            captions.setdefault(text, index)
-    return list(images.values()), captions
+            captions.setdefault(digest(text), index)
+    return np.array(list(images.values()), dtype=np.int64), captions
 
 
-def _train_rows(
-    train: Source, captions: dict[str, int], found: Decontaminated
-) -> dict[int, list[int]]:
-    """Return all pairs of each training picture by its first; note captions that the test set
-    has."""
-    firsts: dict[str, int] = {}
-    groups: dict[int, list[int]] = {}
+def _train_rows(train: Source, captions: dict[int, int], found: Decontaminated) -> Groups:
+    """Return the pairs of each training picture; note captions that the test set has."""
+    pictures = np.zeros(len(train), dtype=np.uint64)
+    readable = np.ones(len(train), dtype=bool)
     for index in range(len(train)):
         try:
-            row: Row = train.row(index)
+            row = train.row(index)
         except DataError as error:
+            readable[index] = False
             found.unreadable.append(str(error))
             continue
-        groups.setdefault(firsts.setdefault(row.image_id, index), []).append(index)
-        text = plain(row.text)
-        if text in captions:
-            found.removed.append(Removed(index, "caption", captions[text]))
-    return groups
+        pictures[index] = picture_digest(train, index, row)
+        same = captions.get(digest(plain(row.text))) if captions else None
+        if same is not None:
+            found.removed.append(Removed(index, "caption", same))
+    rows = np.flatnonzero(readable)
+    return grouped(rows, pictures[rows])
 
 
 def _nearest(asked: npt.NDArray[np.int64], distances: npt.NDArray[np.int64]) -> dict[int, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,10 @@ from filelock import FileLock, Timeout
 from cn_clip.data.archive import Sample, write_shard
 from cn_clip.data.captions import digest as digest_of
 from cn_clip.data.encode import AS_THEY_ARE, Encoding, encoded
+from cn_clip.data.groups import Groups, first_equal, grouped
 from cn_clip.data.official import write_lmdb, write_tsv
 from cn_clip.data.pair import Row, Source, located
+from cn_clip.data.sources import picture_digest
 from cn_clip.data.workers import chunked, mapped
 from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.publish import published, published_folder
@@ -79,8 +81,8 @@ def pack(
     """
     out = Path(out)
     report = Packed(str(out))
-    groups, digest = _grouped(source, without, report)
-    if not groups:
+    groups, digest = _grouped(source, without, report, unique_ids=to != "tar")
+    if not len(groups):
         raise DataError(
             f"{source.name} holds no pair that can be used; the first: {_first(report)}"
         )
@@ -103,11 +105,10 @@ def pack(
 
 
 def _grouped(
-    source: Source, without: npt.NDArray[np.int64] | None, report: Packed
-) -> tuple[list[npt.NDArray[np.int64]], str]:
-    """Return the indexes of each picture's pairs, in the order of their first, and a digest of
-    all ids and texts."""
-    names = np.zeros(len(source), dtype=np.uint64)
+    source: Source, without: npt.NDArray[np.int64] | None, report: Packed, *, unique_ids: bool
+) -> tuple[Groups, str]:
+    """Return the pairs of each picture, and a digest of all ids and texts."""
+    pictures, ids = (np.zeros(len(source), dtype=np.uint64) for _ in range(2))
     usable = np.ones(len(source), dtype=bool)
     digest = hashlib.blake2b(digest_size=16)
     if without is not None:
@@ -119,15 +120,22 @@ def _grouped(
             usable[index] = False
             report.skipped.append(str(error))
             continue
-        names[index] = digest_of(row.image_id)
+        pictures[index] = picture_digest(source, index, row)
+        ids[index] = digest_of(row.image_id)
         digest.update(json.dumps([row.image_id, row.text_id, row.text]).encode())
     rows = np.flatnonzero(usable)
-    _, first, inverse = np.unique(names[rows], return_index=True, return_inverse=True)
-    rank = np.empty(len(first), dtype=np.int64)
-    rank[np.argsort(first)] = np.arange(len(first))
-    order = np.argsort(rank[inverse], kind="stable")
-    ends = np.cumsum(np.bincount(rank[inverse], minlength=len(first)))
-    return np.split(rows[order], ends[:-1]) if len(rows) else [], digest.hexdigest()
+    groups = grouped(rows, pictures[rows])
+    if unique_ids:
+        firsts = groups.firsts
+        before = first_equal(ids[firsts])
+        for again in np.flatnonzero(before != np.arange(len(firsts)))[:1].tolist():
+            one, other = int(firsts[before[again]]), int(firsts[again])
+            raise DataError(
+                f"the image id {source.row(other).image_id!r} stands for a picture in "
+                f"{source.where(one)} and for one in {source.where(other)}; pack each file by "
+                "itself, or to tar"
+            )
+    return groups, digest.hexdigest()
 
 
 def _usable(source: Source, index: int) -> Row:
@@ -155,7 +163,7 @@ class _Work:
             return located(self.source, first, error) + more
         return Sample(image, suffix, rows[0].image_id, [(row.text_id, row.text) for row in rows])
 
-    def shard(self, job: tuple[Path, Sequence[npt.NDArray[np.int64]]]) -> dict[str, Any]:
+    def shard(self, job: tuple[Path, Groups]) -> dict[str, Any]:
         """Write a shard and, once it stands, what is in it."""
         path, groups = job
         skipped: list[str] = []
@@ -183,7 +191,7 @@ class _Work:
 
 def _pack_tars(
     work: _Work,
-    groups: list[npt.NDArray[np.int64]],
+    groups: Groups,
     out: Path,
     plan: dict[str, Any],
     report: Packed,
@@ -242,7 +250,7 @@ def _begin(out: Path, plan: dict[str, Any], overwrite: bool) -> None:
 
 def _pack_official(
     work: _Work,
-    groups: list[npt.NDArray[np.int64]],
+    groups: Groups,
     out: Path,
     to: Target,
     split: str,

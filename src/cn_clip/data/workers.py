@@ -8,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from cn_clip.errors import DataError
 
@@ -17,7 +17,18 @@ _Result = TypeVar("_Result")
 _AHEAD = 4  # jobs a worker, so that none waits and few results do
 
 
-def chunked(items: Sequence[_Job], size: int) -> list[Sequence[_Job]]:
+class Sliceable(Protocol):
+    """A sequence or an array."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, at: slice, /) -> Any: ...
+
+
+_Items = TypeVar("_Items", bound=Sliceable)
+
+
+def chunked(items: _Items, size: int) -> list[_Items]:
     """Return runs of so many items; the last one may be shorter."""
     return [items[at : at + size] for at in range(0, len(items), size)]
 
