@@ -90,6 +90,15 @@ def test_a_picture_that_is_there_often_is_told_of_each_time(tmp_path):
     assert found.counts["same picture"] == 5 and found.fit
 
 
+def test_two_files_may_number_their_texts_alike(pictures, tmp_path):
+    """Rows without a text id go by their number, which starts anew in each file."""
+    for name in ("a", "b"):
+        row = f"007.jpg,文件{name}里的一句话"
+        (pictures / f"{name}.csv").write_text(f"image,text\n{row}\n", encoding="utf-8")
+    found = check(open_source(f"csv:{pictures}/{{a,b}}.csv"))
+    assert (found.counts["text id"], found.images, found.fit) == (0, 2, True)
+
+
 @pytest.mark.parametrize(
     ("text", "language"),
     [("一只猫", "Chinese"), ("a cat", "English"), ("iPhone 手机", "mixed"), ("123 😀", "other")],

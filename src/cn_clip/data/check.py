@@ -18,7 +18,7 @@ from cn_clip.data.groups import first_equal, grouped
 from cn_clip.data.page import thumbnail
 from cn_clip.data.pair import Source, located
 from cn_clip.data.similar import SAME, WORDS, Hashes, hash_image, near_pairs
-from cn_clip.data.sources import picture_digest
+from cn_clip.data.sources import id_digest
 from cn_clip.data.workers import chunked, mapped
 from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.image import read_image
@@ -196,8 +196,9 @@ class _Rows:
             except DataError as error:
                 told.errors.append(str(error))
                 continue
-            picture = picture_digest(self.source, index, row)
-            told.digests[:, at] = picture, digest(row.text_id), digest(plain(row.text))
+            picture = id_digest(self.source, index, row.image_id)
+            text_id = id_digest(self.source, index, row.text_id)
+            told.digests[:, at] = picture, text_id, digest(plain(row.text))
             told.languages[language_of(row.text)] += 1
             readable.append(at)
             texts.append(row.text)

@@ -17,7 +17,7 @@ from cn_clip.data.groups import Groups, grouped
 from cn_clip.data.page import data_uri, page, thumbnail
 from cn_clip.data.pair import Source, located
 from cn_clip.data.similar import THRESHOLD, Hashes, build, hash_image, search, variants
-from cn_clip.data.sources import picture_digest
+from cn_clip.data.sources import id_digest
 from cn_clip.data.workers import chunked, mapped
 from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.image import read_image
@@ -229,7 +229,7 @@ def _test_rows(against: Source, min_caption: int) -> tuple[npt.NDArray[np.int64]
     for index in range(len(against)):
         row = against.row(index)
         if row.image_id:  # a text may stand alone, and a picture too
-            images.setdefault(picture_digest(against, index, row), index)
+            images.setdefault(id_digest(against, index, row.image_id), index)
         text = plain(row.text)
         if min_caption and len(text) >= min_caption:
             captions.setdefault(digest(text), index)
@@ -247,7 +247,7 @@ def _train_rows(train: Source, captions: dict[int, int], found: Decontaminated) 
             readable[index] = False
             found.unreadable.append(str(error))
             continue
-        pictures[index] = picture_digest(train, index, row)
+        pictures[index] = id_digest(train, index, row.image_id)
         same = captions.get(digest(plain(row.text))) if captions else None
         if same is not None:
             found.removed.append(Removed(index, "caption", same))

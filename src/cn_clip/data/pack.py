@@ -25,7 +25,7 @@ from cn_clip.data.encode import AS_THEY_ARE, Encoding, encoded
 from cn_clip.data.groups import Groups, first_equal, grouped
 from cn_clip.data.official import write_lmdb, write_tsv
 from cn_clip.data.pair import Row, Source, located
-from cn_clip.data.sources import picture_digest
+from cn_clip.data.sources import id_digest
 from cn_clip.data.workers import chunked, mapped
 from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.publish import published, published_folder
@@ -120,7 +120,7 @@ def _grouped(
             usable[index] = False
             report.skipped.append(str(error))
             continue
-        pictures[index] = picture_digest(source, index, row)
+        pictures[index] = id_digest(source, index, row.image_id)
         ids[index] = digest_of(row.image_id)
         digest.update(json.dumps([row.image_id, row.text_id, row.text]).encode())
     rows = np.flatnonzero(usable)

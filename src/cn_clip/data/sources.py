@@ -123,14 +123,14 @@ class Chain:
         return self._parts[number], index - self._starts[number]
 
 
-def picture_digest(source: Source, index: int, row: Row) -> int:
-    """Return 64 bits that stand for a pair's picture.
+def id_digest(source: Source, index: int, id: str) -> int:
+    """Return 64 bits that stand for an id of a pair, of its picture or its text.
 
-    An image id stands for one picture within a file only: img2dataset counts from 0 in every
-    folder, and other datasets number their pictures alike.
+    An id stands for one thing within a file only: img2dataset counts from 0 in every folder, and
+    rows without an id go by their number.
     """
     part = source.part(index) if isinstance(source, Chain) else 0
-    return digest(f"{part}\0{row.image_id}")
+    return digest(f"{part}\0{id}")
 
 
 def _open_one(kind: str, path: Path, options: dict[str, str]) -> Source:
