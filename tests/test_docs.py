@@ -18,6 +18,7 @@ DOCS = ROOT / "docs"
 READMES = (ROOT / "README.md", ROOT / "README.zh.md")
 GUIDES = (DOCS / "guide.md", DOCS / "zh" / "guide.md")
 COMING = (DOCS / "coming-from.md", DOCS / "zh" / "coming-from.md")
+DATA = (DOCS / "data.md", DOCS / "zh" / "data.md")
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -71,7 +72,9 @@ def test_the_readme_has_one_command_to_try_and_one_to_test(readme):
 
 
 @pytest.mark.parametrize(
-    ("english", "chinese"), [READMES, GUIDES, COMING], ids=["README", "guide", "coming from"]
+    ("english", "chinese"),
+    [READMES, GUIDES, COMING, DATA],
+    ids=["README", "guide", "coming from", "data"],
 )
 def test_both_languages_hold_the_same_code(english, chinese):
     assert code_in(english) == code_in(chinese)
