@@ -1,4 +1,5 @@
 import base64
+import errno
 import json
 
 import pytest
@@ -7,9 +8,11 @@ from data.formats import jpeg, write_csv, write_tsv
 from PIL import Image
 
 from cn_clip.cli import run
+from cn_clip.data import check as module
 from cn_clip.data.captions import language_of
 from cn_clip.data.check import KINDS, check
 from cn_clip.data.sources import open_source
+from cn_clip.errors import CNClipError
 
 
 def bad(pictures):
@@ -88,6 +91,15 @@ def test_a_picture_that_is_there_often_is_told_of_each_time(tmp_path):
     like = [text.replace(f"{tmp_path}/", "").replace(".txt, line 1", "") for text in told]
     assert like == [f"{n}: looks like {n % 2}" for n in range(2, 6)] + ["6: looks like 1"]
     assert found.counts["same picture"] == 5 and found.fit
+
+
+def test_a_full_disk_names_what_to_do(pictures, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "TemporaryFile", full)
+    with pytest.raises(CNClipError, match=r"hashes of 3 pictures in .*: --threshold 0$"):
+        check(open_source(write_csv(pictures)))
 
 
 def test_two_files_may_number_their_texts_alike(pictures, tmp_path):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import islice
-from tempfile import TemporaryFile
+from tempfile import TemporaryFile, gettempdir
 from typing import IO
 
 import numpy as np
@@ -118,6 +119,7 @@ def check(
     Raises:
         UsageError: the source is empty.
         DataError: a worker died.
+        CNClipError: there is no space for a temporary file of 288 bytes a picture.
     """
     if not len(source):
         raise UsageError(f"{source.name} holds no pair")
@@ -145,15 +147,25 @@ def check(
     done = 0
     whole: list[npt.NDArray[np.int64]] = []
     # Some 300 bytes a picture: too much for memory where there are millions.
-    with mapped(_Pictures(source), workers) as run_pictures, TemporaryFile() as hashes:
-        for seen in run_pictures(chunked(firsts, _CHUNK)):
-            _judge_pictures(source, seen, found)
-            whole.append(seen.indexes)
-            hashes.write(seen.hashes.tobytes())
-            done += len(seen.indexes) + len(seen.errors)
-            tick(len(source) + round(len(source) * done / len(firsts)), 2 * len(source))
-        if threshold:
-            _compare_pictures(source, np.concatenate([_NONE, *whole]), hashes, found, threshold)
+    hashing = _Pictures(source, hashed=threshold > 0)
+    try:
+        with mapped(hashing, workers) as run_pictures, TemporaryFile() as hashes:
+            for seen in run_pictures(chunked(firsts, _CHUNK)):
+                _judge_pictures(source, seen, found)
+                whole.append(seen.indexes)
+                hashes.write(seen.hashes.tobytes())
+                done += len(seen.indexes) + len(seen.errors)
+                tick(len(source) + round(len(source) * done / len(firsts)), 2 * len(source))
+            if threshold:
+                indexes = np.concatenate([_NONE, *whole])
+                _compare_pictures(source, indexes, hashes, found, threshold)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise CNClipError(
+            f"could not keep the hashes of {len(firsts):,} pictures in {gettempdir()}: {error}; "
+            "name a larger place with TMPDIR, or do without near-duplicates: --threshold 0"
+        ) from error
     _draw_sheet(source, firsts, found)
     found.problems.sort(key=lambda problem: (list(KINDS).index(problem.kind), problem.index or 0))
     return found
@@ -271,8 +283,8 @@ def _repeated(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """Numbers of N pairs, the shorter sides of their pictures and their hashes (N, 36), and for
-    those that cannot be read the reasons."""
+    """Numbers of N pairs, the shorter sides of their pictures and their hashes (N, 36), if they are
+    to be compared; and for those that cannot be read the reasons."""
 
     indexes: npt.NDArray[np.int64]
     sides: npt.NDArray[np.int64]
@@ -283,6 +295,7 @@ class _Seen:
 @dataclass(frozen=True, slots=True)
 class _Pictures:
     source: Source
+    hashed: bool
 
     def __call__(self, indexes: npt.NDArray[np.int64]) -> _Seen:
         whole, sides, hashes, errors = [], [], [], []
@@ -294,7 +307,8 @@ class _Pictures:
                 continue
             whole.append(index)
             sides.append(min(image.size))
-            hashes.append(hash_image(image))
+            if self.hashed:
+                hashes.append(hash_image(image))
         stacked = np.stack(hashes) if hashes else np.empty((0, WORDS), dtype=np.uint64)
         return _Seen(
             np.array(whole, dtype=np.int64), np.array(sides, dtype=np.int64), stacked, errors

@@ -272,6 +272,6 @@ def _figure(source: Source, index: int) -> str:
     try:
         picture = f'<img src="{data_uri(thumbnail(source.image(index)))}" alt="">'
     except CNClipError:
-        picture = "(not readable)"
+        picture = "(not readable)" if row.image_id else "(a text without a picture)"
     caption = f"{escape(row.text)}<br><small>{escape(source.where(index))}</small>"
     return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
