@@ -15,6 +15,8 @@ from PIL import Image
 from cn_clip.config import ModelConfig, TextConfig, VisionConfig
 from cn_clip.model.clip import CLIP, initialize
 
+torch.set_num_threads(1)  # tiny models gain nothing by more, and would wait for each other
+
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))  # for fill.py
 
@@ -91,3 +93,20 @@ def pictures(tmp_path: Path) -> Path:
     for image_id, content in IMAGES.items():
         (folder / f"{image_id}.jpg").write_bytes(content)
     return folder
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """URIs of 48 training and 16 validation pairs."""
+    from train.runs import write_pairs
+
+    folder = tmp_path_factory.mktemp("pairs")
+    return write_pairs(folder, "train", range(48)), write_pairs(folder, "val", range(100, 116))
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model's weights, without dropout."""
+    from train.runs import write_start
+
+    return write_start(tmp_path_factory.mktemp("start") / "tiny")

@@ -23,7 +23,11 @@ def attention(
 
     ``mask`` is boolean, of shape (B, 1, 1, L): True where a key may be looked at.
     """
-    q, k, v = (x.reshape(*x.shape[:2], heads, -1).transpose(1, 2) for x in (query, key, value))
+    # The width of a head spelled out: of an empty batch, -1 could not tell it.
+    q, k, v = (
+        x.reshape(*x.shape[:2], heads, x.shape[2] // heads).transpose(1, 2)
+        for x in (query, key, value)
+    )
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     return out.transpose(1, 2).flatten(2)  # (B, H, Lq, D/H) -> (B, Lq, D)
 

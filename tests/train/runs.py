@@ -1,0 +1,57 @@
+"""A few pairs and a tiny model, for runs that take a second."""
+
+import json
+from dataclasses import replace
+
+from conftest import TINY, make_model, make_picture
+
+from cn_clip import weights
+from cn_clip.train.reading import build_recipe
+
+CAPTIONS = [chr(0x4E00 + 37 * n) + chr(0x5000 + 91 * n) + chr(0x5200 + 53 * n) for n in range(200)]
+
+
+def write_pairs(folder, name, numbers, **changes):
+    """Write a manifest of pairs, each of its own picture and caption, and return its URI."""
+    rows = []
+    for n in numbers:
+        picture = folder / f"{n}.png"
+        if not picture.exists():
+            make_picture(n, (40, 40)).save(picture)
+        row = {"image": picture.name, "text": CAPTIONS[n], "image_id": str(n), "text_id": str(n)}
+        rows.append(row | changes)
+    path = folder / f"{name}.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n", encoding="utf-8")
+    return f"jsonl:{path}"
+
+
+def write_start(folder, kind="vit", dropout=0.0):
+    """Write the weights of a tiny model into a folder."""
+    config = TINY[kind]
+    model = make_model(replace(config, text=replace(config.text, dropout=dropout)))
+    weights.save_folder(model, folder)
+    return folder
+
+
+def recipe_values(pairs, start, out, *stages, **tables):
+    """Return the plain values of a recipe of two epochs, with changes to its stages and tables."""
+    stage = {
+        "epochs": 2,
+        "global_batch_size": 16,
+        "optimizer": {"learning_rate": 1e-3, "warmup": 2},
+    }
+    values = {
+        "data": {"train": [pairs[0]], "val": [pairs[1]], "workers": 0},
+        "start": {"checkpoint": str(start)},
+        "machine": {"precision": "fp32", "device": "cpu"},
+        "output": {"folder": str(out), "log_every": 1},
+        "stages": [stage | each for each in stages or ({},)],
+    }
+    for name, table in tables.items():
+        values[name] = values.get(name, {}) | table if isinstance(table, dict) else table
+    return values
+
+
+def make_recipe(*given, **tables):
+    """Build what ``recipe_values`` returns."""
+    return build_recipe(recipe_values(*given, **tables))
