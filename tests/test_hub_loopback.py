@@ -123,10 +123,13 @@ def server(folder):
     hub.server_close()
 
 
-def start(tmp_path, address, name, **environment):
-    """Locate a model in a process of its own: the hub's address is read once, at import."""
+def start(tmp_path, address, name, *, first="", **environment):
+    """Locate a model in a process of its own: the hub's address is read once, at import.
+
+    The process runs the code ``first`` before.
+    """
     code = (
-        "import sys; from cn_clip import hub; "
+        f"{first}\nimport sys; from cn_clip import hub; "
         "print(hub.locate(sys.argv[1], download_root=sys.argv[2]))"
     )
     env = os.environ | {"HF_ENDPOINT": address, "HOME": str(tmp_path / "home")} | environment
@@ -169,6 +172,22 @@ def test_a_break_in_the_middle_is_resumed_not_begun_anew(tmp_path, server):
     first, second = downloads(server)
     assert first[2] is None or first[2].startswith("bytes=0-")
     assert int(second[2].removeprefix("bytes=").split("-")[0]) > 0
+
+
+def test_no_room_is_said_and_the_next_try_is_not_spoilt_by_it(tmp_path, server):
+    pytest.importorskip("resource")
+    content = os.urandom(30_000_000)
+    server.repositories[REPOSITORY] = {FILE: content}
+    first = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (15_000_000, r.RLIM_INFINITY))"
+    path, error = locate(tmp_path, server.address, "RN50", first=first)
+    assert not path
+    root = tmp_path / "root"
+    assert f"no room in {root} to download RN50" in error
+    assert error.endswith("Free some space, or give another place: download_root")
+    left = [file for file in root.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in left) < 10_000  # the disk is not kept full
+    assert locate(tmp_path, server.address, "RN50")[0] == str(root / FILE)
+    assert (root / FILE).read_bytes() == content
 
 
 @pytest.mark.parametrize("trouble", ["wrong bytes", "wrong size"])

@@ -7,6 +7,7 @@ compared with the SHA-256 that the hub states before they take their place.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -35,6 +36,7 @@ _WEIGHTS = (
     f"pytorch_model.bin{_INDEX}",
 )
 _BESIDE = ("config.json", "preprocessor_config.json")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, one's share of it, a limit
 
 
 def names() -> list[str]:
@@ -104,6 +106,10 @@ def locate(
             return found if found is not None else _fetch(name, hub, root, work)
     except CheckpointError:
         raise
+    except OSError as error:
+        if error.errno in _FULL:
+            raise _no_room(name, root, error) from error
+        raise _missing(name, hub, root, error) from error
     except Exception as error:  # the hub libraries raise many kinds; all mean "not here"
         raise _missing(name, hub, root, error) from error
 
@@ -253,6 +259,13 @@ def _preferred() -> str:
     if hub not in HUBS:
         raise UsageError(f"CN_CLIP_HUB={hub!r} is no hub known here; give {' or '.join(HUBS)}")
     return hub
+
+
+def _no_room(name: str, root: Path, error: OSError) -> MissingWeightsError:
+    return MissingWeightsError(
+        f"no room in {root} to download {name} ({error.strerror}). Free some space, or give "
+        "another place: download_root"
+    )
 
 
 def _missing(name: str, hub: str, root: Path, error: Exception) -> MissingWeightsError:
