@@ -239,16 +239,6 @@ def test_a_bad_config_is_refused(tmp_path, config, message):
         weights.read(tmp_path)
 
 
-@pytest.fixture
-def no_room():
-    """Let this process write files of 100 kB at most, as a full disk would."""
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("save", [weights.save_folder, weights.save_official])
 def test_a_full_disk_loses_nothing(tiny_model, tmp_path, save, request):
     target = tmp_path / "model"

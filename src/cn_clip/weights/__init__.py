@@ -244,25 +244,29 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
         MissingWeightsError: there is none.
         CheckpointError: it is damaged, or of another architecture.
     """
-    path = Path(folder)
-    if not (path / _CONFIG).is_file():
+    return _read_config(Path(folder))[0]
+
+
+def _read_config(folder: Path) -> tuple[ModelConfig, bool]:
+    """Return a folder's config, and whether it is written as Hugging Face writes it."""
+    if not (folder / _CONFIG).is_file():
         raise MissingWeightsError(
             f"the folder {folder} has no {_CONFIG}; a model folder holds {_CONFIG} and {_WEIGHTS}"
         )
-    values = _read_json(path / _CONFIG)
-    if not _of_hugging_face(values):
-        return ModelConfig.from_dict(values)
-    preparation = path / "preprocessor_config.json"
+    values = _read_json(folder / _CONFIG)
+    if not isinstance(values, dict) or "model_type" not in values:
+        return ModelConfig.from_dict(values), False
+    preparation = folder / "preprocessor_config.json"
     prepared = _read_json(preparation) if preparation.is_file() else None
-    return named(config_from(values, prepared, str(folder)))
+    return named(config_from(values, prepared, str(folder))), True
 
 
 def _read_folder(path: Path, mapped: bool) -> Checkpoint:
-    config = read_config(path)
+    config, of_hugging_face = _read_config(path)
     if not any((path / name).is_file() for name in FILES):
         raise MissingWeightsError(f"the folder {path} has a {_CONFIG} but no {_WEIGHTS}")
     tensors = read_tensors(weights_file(path), mapped=mapped)
-    if _of_hugging_face(_read_json(path / _CONFIG)):
+    if of_hugging_face:
         return Checkpoint(config, *from_hugging_face(tensors), "Hugging Face folder")
     return Checkpoint(config, *official_names(tensors), "safetensors folder")
 
@@ -276,10 +280,6 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from None
-
-
-def _of_hugging_face(values: Any) -> bool:
-    return isinstance(values, dict) and "model_type" in values
 
 
 def check_own(path: Path) -> None:
@@ -306,7 +306,10 @@ def explained(path: str | os.PathLike[str]) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise
+        # torch's writer tells a line of its source and a position, whatever the cause.
+        torchs = "inline_container" in str(error)
+        reason = "not all of it could be written" if torchs else str(error)
         raise CheckpointError(
-            f"could not write {path}: {error}; nothing was changed. Free some space or choose "
+            f"could not write {path}: {reason}; nothing was changed. Free some space or choose "
             "another place"
         ) from error
