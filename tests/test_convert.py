@@ -1,6 +1,8 @@
 """``convert``: every format into every other, what it refuses, and what it never loses."""
 
+import errno
 import json
+import os
 
 import pytest
 import torch
@@ -99,11 +101,51 @@ def test_a_place_that_cannot_be_written_is_said(tiny_model, tmp_path):
         convert(tmp_path / "in", tmp_path / "file" / "out.pt", "official")
 
 
+def contents(path):
+    inside = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return {str(file): file.read_bytes() for file in inside}
+
+
+def fsync_without_room(_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+# A file may be refused while it is written, or, where room is given late, when it is flushed.
+@pytest.mark.parametrize("moment", ["written", "flushed"])
+@pytest.mark.parametrize("to", SAVERS)
+def test_a_full_disk_in_the_midst_keeps_the_old_output(
+    tiny_model, tmp_path, monkeypatch, capsys, request, to, moment
+):
+    given, out = tmp_path / "in", place(tmp_path, to, "out")
+    weights.save_folder(tiny_model, given)
+    SAVERS[to](make_model(TINY["vit"], seed=1), out)
+    before = contents(out)
+    if moment == "written":
+        request.getfixturevalue("no_room")
+    else:
+        monkeypatch.setattr(os, "fsync", fsync_without_room)
+    assert run(["convert", str(given), str(out), "--to", to, "--overwrite"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"cn-clip: could not write {out}: ")
+    assert error.endswith("nothing was changed. Free some space or choose another place\n")
+    assert error.count("\n") == 1
+    assert ".cc:" not in error
+    assert contents(out) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["in", out.name])
+
+
 def test_a_format_without_a_place_for_the_model_says_so(tmp_path, capsys):
     weights.save_folder(make_model(TINY["resnet"]), tmp_path / "in")
     assert run(["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--to", "hf"]) == 1
     assert "ViT image towers only, not for resnet" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_both_runs_leave_the_number_of_threads_as_it_was(tiny_model, tmp_path):
+    weights.save_folder(tiny_model, tmp_path / "in")
+    threads = torch.get_num_threads()
+    convert(tmp_path / "in", tmp_path / "out", "hf")
+    assert torch.get_num_threads() == threads
 
 
 def test_the_command_line_tells_what_was_done(tiny_model, tmp_path, capsys):
