@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -129,7 +130,7 @@ def test_a_full_disk_in_the_midst_keeps_the_old_output(
     assert error.startswith(f"cn-clip: could not write {out}: ")
     assert error.endswith("nothing was changed. Free some space or choose another place\n")
     assert error.count("\n") == 1
-    assert ".cc:" not in error
+    assert re.search("File too large|No space left on device", error)
     assert contents(out) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["in", out.name])
 

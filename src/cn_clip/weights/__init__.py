@@ -8,6 +8,7 @@ initial weights of one tower in files of CLIP or BERT.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -65,6 +66,7 @@ __all__ = [
     "write_official",
 ]
 
+_PIECE = 256 << 10
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _SIDE_FILES = {"preprocessor_config.json", "tokenizer_config.json", "vocab.txt"}
 
@@ -224,7 +226,8 @@ def write_official(model: CLIP, path: Path) -> None:
             "do not tell all of its config; use save_folder"
         )
     state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
-    torch.save({"epoch": 0, "name": model.config.name, "state_dict": state}, path)
+    with _InPieces(path, "wb") as stream:
+        torch.save({"epoch": 0, "name": model.config.name, "state_dict": state}, stream)
 
 
 def write_hugging_face(model: CLIP, folder: Path) -> None:
@@ -271,6 +274,22 @@ def _read_folder(path: Path, mapped: bool) -> Checkpoint:
     return Checkpoint(config, *official_names(tensors), "safetensors folder")
 
 
+class _InPieces(io.FileIO):
+    """A file that writes megabytes in small pieces, and all of them.
+
+    Linux keeps a large write in pages of 2 MB. Those are what a virtual machine's host takes back
+    while they are free, and then such a write takes up to seven times as long. And an error here
+    tells its cause, as torch's own writing to a path does not.
+    """
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        while rest:
+            rest = rest[super().write(rest[:_PIECE]) :]
+        return size
+
+
 def _write_json(path: Path, values: Any) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -306,9 +325,8 @@ def explained(path: str | os.PathLike[str]) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise
-        # torch's writer tells a line of its source and a position, whatever the cause.
-        torchs = "inline_container" in str(error)
-        reason = "not all of it could be written" if torchs else str(error)
+        # torch's writer fails once more when it is closed, by a line of its own source.
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
         raise CheckpointError(
             f"could not write {path}: {reason}; nothing was changed. Free some space or choose "
             "another place"
