@@ -10,9 +10,9 @@ import torch
 from conftest import encoded, make_picture
 from data.formats import IMAGES, PAIRS, jpeg, write_csv
 
-from cn_clip.data.loader import Loader, Preparation
+from cn_clip.data.loader import Loader, Preparation, keys_of, stacked_keys
 from cn_clip.data.pair import Row
-from cn_clip.data.sources import Weighted, open_source
+from cn_clip.data.sources import Chain, Weighted, open_source
 from cn_clip.errors import DataError
 from cn_clip.image import read_image, to_pixels
 from cn_clip.tokenizer import Tokenizer
@@ -198,3 +198,28 @@ def test_prefetch_is_bounded_by_bytes():
 def test_sources_reach_spawned_workers():
     made = pickle.loads(pickle.dumps(Made(3)))
     assert made.row(1) == Made(3).row(1)
+
+
+def test_pairs_share_a_key_if_they_share_picture_text_id_or_what_the_text_says():
+    rows = [
+        Row("A cat!", "1", "7"),
+        Row("a  CAT", "2", "8"),
+        Row("!", "1", "9"),
+        Row("?", "3", "7"),
+    ]
+    source = Made(4)
+    keys = stacked_keys([keys_of(row, source, 0, n) for n, row in enumerate(rows)])
+    assert keys.dtype == torch.int64 and keys.shape == (4, 3)
+    same = keys[:, None] == keys[None]
+    assert same.any(-1).int().tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1]]
+    assert stacked_keys([]).shape == (0, 3)
+
+
+def test_the_same_ids_in_two_sources_or_files_of_a_mix_are_not_the_same_pair(pictures):
+    row = Row("猫", "1", "1")
+    one = keys_of(row, Made(4), 0, 0)
+    other = keys_of(Row("狗", "1", "1"), Made(4), 1, 0)
+    assert not set(one) & set(other)
+    chain = Chain("two", [Made(4), Made(4)])
+    first, second = (keys_of(row, chain, 0, index) for index in (0, 4))
+    assert first[:2] != second[:2] and first[2] == second[2]

@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cn_clip.data.augment import augment, generator_for
+from cn_clip.data.captions import digest, plain
 from cn_clip.data.pair import Row, Source, located
 from cn_clip.data.sampler import BatchPart, Plan, batch_count, batches, plan_of
-from cn_clip.data.sources import Weighted
+from cn_clip.data.sources import Weighted, id_digest
 from cn_clip.errors import CNClipError, DataError
 from cn_clip.image import read_image, to_pixels
 from cn_clip.tokenizer import CONTEXT_LENGTH, default_tokenizer
@@ -56,6 +57,7 @@ class Batch:
         pixels: uint8 (B, 3, S, S); ``(pixels / 255 - mean) / std`` is what the model takes.
         ids: int64 (B, L), L the length of the longest text, rounded up.
         rows: texts and ids of the B pairs.
+        keys: int64 (B, 3), see ``keys_of``.
         epoch, batch: where in the plan this is.
         skipped: a sentence for each pair that could not be read.
     """
@@ -63,6 +65,7 @@ class Batch:
     pixels: Tensor
     ids: Tensor
     rows: list[Row]
+    keys: Tensor
     epoch: int
     batch: int
     skipped: list[str] = field(default_factory=list)
@@ -189,6 +192,7 @@ def check_skipped(loader: Counted, planned: int, most: float) -> None:
 def prepare(sources: Sequence[Source], part: BatchPart, preparation: Preparation) -> Batch:
     """Read, decode and tokenise one process's share of a batch."""
     rows: list[Row] = []
+    keys: list[list[int]] = []
     pixels: list[npt.NDArray[np.uint8]] = []
     skipped: list[str] = []
     for number, index in zip(part.sources.tolist(), part.indexes.tolist(), strict=True):
@@ -202,14 +206,33 @@ def prepare(sources: Sequence[Source], part: BatchPart, preparation: Preparation
             skipped.append(located(source, index, error))
             continue
         rows.append(row)
+        keys.append(keys_of(row, source, number, index))
     return Batch(
         stacked_pixels(pixels, preparation.resolution),
         token_ids([row.text for row in rows], preparation.context_length),
         rows,
+        stacked_keys(keys),
         part.epoch,
         part.batch,
         skipped,
     )
+
+
+def keys_of(row: Row, source: Source, number: int, index: int) -> list[int]:
+    """Return 64 bits each for a pair's picture, its text id and what its text says.
+
+    Two pairs of a mix that agree in any of the three are no negatives of each other. Ids stand for
+    one thing within a file of a source, so its ``number`` and the file go in. Texts are compared
+    without width, case, space and punctuation, unless nothing else is in them.
+    """
+    ids = row.image_id, row.text_id
+    picture, text = (digest(f"{number}\0{id_digest(source, index, each)}") for each in ids)
+    return [picture, text, digest(plain(row.text) or row.text)]
+
+
+def stacked_keys(keys: Sequence[Sequence[int]]) -> Tensor:
+    """Return the keys of pairs as one int64 (B, 3); there may be none."""
+    return torch.from_numpy(np.array(keys, np.uint64).reshape(-1, 3).view(np.int64))
 
 
 def token_ids(texts: Sequence[str], context_length: int) -> Tensor:
