@@ -126,7 +126,8 @@ class TorchEmbedder:
         except (OSError, ValueError) as error:
             raise ImageError(f"{describe(source)} cannot be prepared: {error}") from error
 
-    @torch.inference_mode()
+    # Not inference_mode: weights that training has shared out (FSDP2) could not be gathered in it.
+    @torch.no_grad()
     def _run_images(self, pixels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         features = self.model.encode_image(torch.from_numpy(pixels).to(self._device))
         return _unit(features)
@@ -142,7 +143,7 @@ class TorchEmbedder:
             out[batch] = self._run_texts(self.tokenizer.pad([ids[i] for i in batch], longest))
         return out
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _run_texts(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         return _unit(self.model.encode_text(torch.from_numpy(ids).to(self._device)))
 

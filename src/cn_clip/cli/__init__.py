@@ -19,6 +19,7 @@ from cn_clip.cli.data import data
 from cn_clip.cli.doctor import doctor
 from cn_clip.cli.embed import embed
 from cn_clip.cli.models import models
+from cn_clip.cli.train import train
 from cn_clip.errors import CNClipError, UsageError
 
 app = App(
@@ -32,6 +33,7 @@ app.command(classify)
 app.command(embed)
 app.command(convert)
 app.command(data)
+app.command(train)
 app.command(doctor)
 
 

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from cn_clip.data.loader import LISTED, Loader, check_skipped, token_ids
+from cn_clip.data.loader import (
+    LISTED,
+    Loader,
+    check_skipped,
+    keys_of,
+    stacked_keys,
+    token_ids,
+)
 from cn_clip.data.pair import Row, located
 from cn_clip.data.sampler import BatchPart, batch_count, batches, plan_of
 from cn_clip.data.sources import Weighted
@@ -24,12 +31,14 @@ class Share:
         features: float32 (B, D) of the image tower, or None.
         ids: int64 (B, L).
         rows: texts and ids of the B pairs.
+        keys: int64 (B, 3): pairs that agree in any of them are no negatives of each other.
     """
 
     pixels: Tensor | None
     features: Tensor | None
     ids: Tensor
     rows: list[Row]
+    keys: Tensor
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -41,7 +50,7 @@ def shares(loader: Loader | CachedLoader, epoch: int, start: int = 0) -> Iterato
         yield from loader.shares(epoch, start)
         return
     for batch in loader.batches(epoch, start):
-        yield Share(batch.pixels, None, batch.ids, batch.rows)
+        yield Share(batch.pixels, None, batch.ids, batch.rows, batch.keys)
 
 
 class CachedLoader:
@@ -83,7 +92,7 @@ class CachedLoader:
             yield self._share(part)
 
     def _share(self, part: BatchPart) -> Share:
-        rows, kept = [], []
+        rows, keys, kept = [], [], []
         readable = self._cached.readable(part)
         for place, (number, index) in enumerate(
             zip(part.sources.tolist(), part.indexes.tolist(), strict=True)
@@ -101,8 +110,10 @@ class CachedLoader:
                     self.reasons.append(located(source, index, error))
                 continue
             rows.append(row)
+            keys.append(keys_of(row, source, number, index))
             kept.append(place)
         self.seen += len(part.indexes)
         check_skipped(self, len(self.plan) // self._world_size, self._most_skipped)
         features = self._cached.features(part)[kept]
-        return Share(None, features, token_ids([r.text for r in rows], self._context_length), rows)
+        ids = token_ids([row.text for row in rows], self._context_length)
+        return Share(None, features, ids, rows, stacked_keys(keys))

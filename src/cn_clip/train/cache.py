@@ -24,7 +24,7 @@ from cn_clip import distributed
 from cn_clip.data.captions import digest
 from cn_clip.data.loader import Preparation, pixels_of, stacked_pixels
 from cn_clip.data.sampler import BatchPart
-from cn_clip.data.sources import Weighted
+from cn_clip.data.sources import Weighted, id_digest
 from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.model.clip import CLIP
 from cn_clip.publish import published
@@ -52,7 +52,8 @@ def pictures_of(mix: Sequence[Weighted]) -> Pictures:
         ids = np.empty(len(part.source), np.uint64)
         for index in range(len(ids)):
             try:
-                ids[index] = digest(part.source.row(index).image_id)
+                image_id = part.source.row(index).image_id
+                ids[index] = id_digest(part.source, index, image_id)
             except CNClipError:  # a row that cannot be read is a picture of its own, never used
                 ids[index] = digest(f"\0{index}")
         _, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
@@ -146,9 +147,7 @@ def cache_image_features(
         "pictures": pictures.fingerprint,
         "views": views,
     }
-    if distributed.is_main():
-        _check_stamp(folder, about)
-    distributed.barrier()
+    distributed.on_main(lambda: _check_stamp(folder, about))
     count = len(pictures.places)
     shards = range(-(-count // _PER_SHARD))
     mine = [
@@ -235,6 +234,8 @@ def _check_stamp(folder: Path, about: dict[str, Any]) -> None:
         return
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read ({error}); delete the folder {folder}") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"{path} is no object; delete the folder {folder}")
     other = sorted(k for k in found | about if found.get(k) != json.loads(text).get(k))
     if other:
         raise UsageError(

@@ -47,9 +47,9 @@ OFFICIAL: dict[str, Official] = {
     "logs": _same("output.folder"),
     "log-interval": _same("output.log_every"),
     "report-training-batch-acc": _ignored(),  # it is mistaken for recall, which is logged
-    "batch-size": Official(lambda value, world: [("batch", f"{_whole(value) * world}")]),
-    "accum-freq": _same("accumulate"),
-    "valid-batch-size": _same("evaluation.batch"),
+    "batch-size": Official(lambda value, world: [("*batch", f"{_whole(value) * world}")]),
+    "accum-freq": _same("*accumulate"),
+    "valid-batch-size": _ignored(takes_value=True),  # the embedder chooses it
     "max-steps": _same("steps"),
     "max-epochs": _same("epochs"),
     "valid-step-interval": _same("evaluation.every_steps"),
@@ -60,19 +60,21 @@ OFFICIAL: dict[str, Official] = {
     "wd": _same("weight_decay"),
     "save-step-frequency": _same("output.save_every"),
     "precision": Official(_precision),
-    "vision-model": _same("vision"),
-    "text-model": _same("text"),
+    "vision-model": _same("*vision"),
+    "text-model": _same("*text"),
     "clip-weight-path": _same("start.image"),
     "bert-weight-path": _same("start.text"),
     "grad-checkpointing": _switch("machine.grad_checkpointing"),
     "freeze-vision": _switch("freeze", "visual.*"),
-    "use-augment": _switch("augment"),
+    "use-augment": Official(
+        lambda _, __: [("augment", "true"), ("flip", "true")], takes_value=False
+    ),
     "skip-scheduler": _switch("schedule", "constant"),
     "use-flash-attention": _ignored(),  # the fastest attention is always taken
     "gather-with-grad": _ignored(),  # always
     "distllation": _ignored(),  # the official spelling; a teacher's name says so here
     "teacher-model-name": _same("teacher"),
-    "kd_loss_weight": _same("teacher_weight"),
+    "kd-loss-weight": _same("teacher_weight"),
 }
 
 
@@ -132,7 +134,7 @@ def _takes_value(name: str) -> bool:
 
 
 def _official(name: str) -> Official | None:
-    return OFFICIAL.get(name.replace("_", "-"), OFFICIAL.get(name))
+    return OFFICIAL.get(name.replace("_", "-"))
 
 
 def _is_list(name: str) -> bool:
@@ -155,15 +157,24 @@ def _meaning(name: str, value: str | None, world_size: int) -> list[tuple[str, s
         said = official.sets(value or "", world_size)
     else:
         said = [(name, value if value is not None else "true")]
-    return [(_full(option.replace("-", "_"), name), text) for option, text in said]
+    meant = [(_full(option.replace("-", "_"), name), text) for option, text in said]
+    if value is None and official is None and not _is_switch(meant[0][0]):
+        raise UsageError(f"--{name} needs a value")
+    return meant
+
+
+def _is_switch(full: str) -> bool:
+    """Whether an option can be named alone, which sets it to true; unknown ones are told later."""
+    parts = full.split(".")
+    if parts[0] == "stages":
+        parts[1:2] = ["NAME"]
+    return not any(n == ".".join(parts) and kind is not bool for n, kind, _, _ in options())
 
 
 def _full(name: str, flag: str) -> str:
     """Return the full name of an option, of its full name or its last part."""
-    if name in ("batch", "accumulate", "vision", "text_tower"):
+    if name.startswith("*"):  # no option yet, but a part of one: see _official_sums
         return name
-    if name == "text" and flag == "text-model":
-        return "text_tower"
     known = [each for each, _, _, _ in options()]
     if name.startswith("stages."):
         return name  # which stages there are, the recipe tells
@@ -184,14 +195,14 @@ def _full(name: str, flag: str) -> str:
 
 def _official_sums(asked: dict[str, list[str]], values: dict[str, Any]) -> None:
     """Turn the official batch per process, and the two towers' names, into options."""
-    batch, times = asked.pop("batch", None), asked.pop("accumulate", None)
+    batch, times = asked.pop("*batch", None), asked.pop("*accumulate", None)
     if batch is not None:
         asked["stages.NAME.global_batch_size"] = [
             f"{_whole(batch[-1]) * _whole((times or ['1'])[-1])}"
         ]
     elif times is not None:
         raise UsageError("--accum-freq multiplies --batch-size; give both, or --global-batch-size")
-    vision, text = asked.pop("vision", None), asked.pop("text_tower", None)
+    vision, text = asked.pop("*vision", None), asked.pop("*text", None)
     if vision or text:
         if not (vision and text):
             raise UsageError("give both --vision-model and --text-model, or --start.model")
@@ -209,12 +220,14 @@ def _set(values: dict[str, Any], name: str, texts: list[str]) -> None:
     names = [stage.get("name", Stage().name) for stage in stages]
     if which == "NAME":
         chosen = stages
-    elif which in names:
-        chosen = [stages[names.index(which)]]
+    elif which in (plain := [each.replace("-", "_") for each in names]):  # as flags are read
+        chosen = [stages[plain.index(which)]]
     elif which.isdigit() and int(which) < len(stages):
         chosen = [stages[int(which)]]
     else:
         raise UnknownNameError("stage", which, names)
+    if not rest:
+        raise UsageError(f"--{name} names a stage; its options are --{name}.NAME")
     for stage in chosen:
         _set_in(stage, Stage, rest, texts, name)
 

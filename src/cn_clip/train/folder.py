@@ -55,18 +55,10 @@ def locked(folder: Path) -> AbstractContextManager[object]:
 def prepared(folder: Path, recipe: Recipe, resume: bool, allow_changes: bool) -> Outcome | None:
     """Check what is in the folder, write the recipe there; return the outcome of a run that ended.
 
-    The main process looks, all raise alike.
+    Raises:
+        UsageError: it holds a run, and this is not to go on with it, or has another recipe.
     """
-    answer: Outcome | UsageError | None = None
-    if distributed.is_main():
-        try:
-            answer = _looked_into(folder, recipe, resume, allow_changes)
-        except UsageError as error:
-            answer = error
-    answer = distributed.broadcast_object(answer)
-    if isinstance(answer, UsageError):
-        raise answer
-    return answer
+    return distributed.on_main(lambda: _looked_into(folder, recipe, resume, allow_changes))
 
 
 def _looked_into(folder: Path, recipe: Recipe, resume: bool, allow_changes: bool) -> Outcome | None:
@@ -87,6 +79,7 @@ def _looked_into(folder: Path, recipe: Recipe, resume: bool, allow_changes: bool
             values = json.loads((folder / _OUTCOME).read_text(encoding="utf-8"))
             values["scores"] = [(name, value) for name, value in values["scores"]]
             return Outcome(**values)
+    (folder / _OUTCOME).unlink(missing_ok=True)  # of the recipe before
     with published(path) as new:
         new.write_text(recipe.to_toml(), encoding="utf-8")
     return None

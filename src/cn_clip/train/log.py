@@ -6,13 +6,13 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from cn_clip.errors import UsageError
-from cn_clip.train.recipe import Recipe
+from cn_clip.train.recipe import Output, Recipe
 
 Event = dict[str, Any]
 _FILE = "log.jsonl"
@@ -34,15 +34,23 @@ class Log:
         """
         self._tell, self._writes = tell, writes
         self._places: list[Callable[[str, float, int], None]] = []
+        self._open = ExitStack()
         self._stream = None
         if not writes:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._stream = (folder / _FILE).open("a", encoding="utf-8")
-        output = recipe.output
+        with ExitStack() as opening:
+            self._stream = opening.enter_context((folder / _FILE).open("a", encoding="utf-8"))
+            if _is_cut(folder / _FILE):
+                self._stream.write("\n")
+            self._add_places(folder, recipe.output, opening)
+            self._open = opening.pop_all()
+
+    def _add_places(self, folder: Path, output: Output, opening: ExitStack) -> None:
         if output.tensorboard:
             module = _library("torch.utils.tensorboard", "tensorboard")
             board = module.SummaryWriter(str(folder / "tensorboard"))
+            opening.callback(board.close)  # it writes every two minutes, and then
             self._places.append(board.add_scalar)
         if output.swanlab:
             swanlab = _library("swanlab", "swanlab")
@@ -73,8 +81,7 @@ class Log:
             self._tell({"kind": "tick", "what": what, "done": done, "of": of})
 
     def close(self) -> None:
-        if self._stream is not None:
-            self._stream.close()
+        self._open.close()
 
 
 def read_log(folder: Path) -> list[Event]:
@@ -82,19 +89,26 @@ def read_log(folder: Path) -> list[Event]:
     events: dict[tuple[str, int, str], Event] = {}
     for event in _lines(folder / _FILE):
         with suppress(KeyError):
-            events[event["kind"], event["total"], event.get("stage", "")] = event
+            events[event["kind"], event["total"], str(event.get("stage", event.get("text")))] = (
+                event
+            )
     return list(events.values())
 
 
 def _lines(path: Path) -> Iterator[Event]:
     if not path.is_file():
         return
-    with path.open(encoding="utf-8") as stream:
+    with path.open(encoding="utf-8", errors="replace") as stream:  # a character may be cut, too
         for line in stream:
             with suppress(ValueError):  # the last line of a run that was killed
                 event = json.loads(line)
                 if isinstance(event, dict):
                     yield event
+
+
+def _is_cut(path: Path) -> bool:
+    """Tell whether the last line has no end: the run was killed while it wrote."""
+    return path.read_bytes()[-1:] not in (b"", b"\n")
 
 
 def _finite(value: Any) -> Any:

@@ -58,10 +58,12 @@ def parameter_groups(
 
     ``scale`` in a group is the factor on the rate, ``layer_decay`` to the number of layers above.
     """
-    named = [(name, parameter) for name, parameter in named if parameter.requires_grad]
-    depths = _depths([name for name, _ in named])
+    named = list(named)
+    depths = _depths([name for name, _ in named])  # frozen layers are layers, too
     groups: dict[tuple[bool, float], dict[str, Any]] = {}
     for name, parameter in named:
+        if not parameter.requires_grad:
+            continue
         decayed = not any(each in name for each in _UNDECAYED)
         scale = optimizer.layer_decay ** depths[name]
         group = groups.setdefault(
@@ -86,14 +88,14 @@ def _depths(names: list[str]) -> dict[str, int]:
         if match is not None:
             tower, number = (each for each in match.groups() if each is not None)
             layers[name] = (tower, int(number))
-    most = {tower: max(n for t, n in layers.values() if t == tower) for tower, _ in layers.values()}
+    numbers = {tower: [n for t, n in layers.values() if t == tower] for tower, _ in layers.values()}
     depths = {}
     for name in names:
         tower = name.split(".")[0]
         if name in layers:
-            depths[name] = most[tower] + 1 - layers[name][1]
-        elif _BELOW.match(name):
-            depths[name] = most.get(tower, -1) + 2
+            depths[name] = max(numbers[tower]) + 1 - layers[name][1]
+        elif _BELOW.match(name):  # a ViT counts its layers from 0, a ResNet from 1
+            depths[name] = max(numbers[tower]) + 2 - min(numbers[tower])
         else:
             depths[name] = 0
     return depths

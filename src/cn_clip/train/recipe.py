@@ -70,7 +70,9 @@ class Optimizer:
         "cosine", "How the rate falls after the warm-up"
     )
     warmup: int = _option(100, "Steps in which the rate rises from zero")
-    weight_decay: float = _option(0.001, "Of matrices; not of biases, norms and the logit scale")
+    weight_decay: float = _option(
+        0.001, "Of all but biases, the logit scale and norms; of BERT's norms too, as officially"
+    )
     beta1: float = _option(0.9, "Of AdamW")
     beta2: float = _option(0.98, "Of AdamW")
     eps: float = _option(1e-6, "Of AdamW")
@@ -171,9 +173,8 @@ class Machine:
 class Evaluation:
     """When the score is measured: recall in both directions on the validation pairs."""
 
-    every_epochs: int | None = _option(1, "After so many epochs")
+    every_epochs: int = _option(1, "After so many epochs; 0: not, only at the end of a stage")
     every_steps: int | None = _option(None, "And after so many steps")
-    batch: int = _option(64, "Pictures embedded at once")
 
 
 @dataclass(frozen=True, slots=True)

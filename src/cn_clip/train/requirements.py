@@ -17,9 +17,8 @@ def check_recipe(recipe: Recipe) -> None:
         "output.save_every": (recipe.output.save_every, 1, 1 << 30),
         "output.interpolate": (recipe.output.interpolate, 0, 1),
         "output.stop_at_chance": (recipe.output.stop_at_chance, 0, 1 << 30),
-        "evaluation.every_epochs": (recipe.evaluation.every_epochs, 1, 1 << 30),
+        "evaluation.every_epochs": (recipe.evaluation.every_epochs, 0, 1 << 30),
         "evaluation.every_steps": (recipe.evaluation.every_steps, 1, 1 << 30),
-        "evaluation.batch": (recipe.evaluation.batch, 1, 1 << 20),
         "start.resolution": (recipe.start.resolution, 1, 4096),
         "start.context_length": (recipe.start.context_length, 2, 512),
     }
@@ -40,10 +39,19 @@ def check_recipe(recipe: Recipe) -> None:
             f"{at}.optimizer.weight_decay": (optimizer.weight_decay, 0, 10),
             f"{at}.optimizer.beta1": (optimizer.beta1, 0, 0.99999),
             f"{at}.optimizer.beta2": (optimizer.beta2, 0, 0.9999999),
+            f"{at}.optimizer.eps": (optimizer.eps, 0, 1),
+            f"{at}.optimizer.clip_norm": (optimizer.clip_norm, 1e-6, 1e6),
             f"{at}.optimizer.layer_decay": (optimizer.layer_decay, 0.01, 1),
             f"{at}.optimizer.ema": (optimizer.ema, 0, 0.9999999),
             f"{at}.loss.teacher_weight": (stage.loss.teacher_weight, 0, 1),
+            f"{at}.loss.teacher_features": (stage.loss.teacher_features, 0, 1e6),
         }
+        if stage.plateau is not None:
+            ranges[f"{at}.plateau.patience"] = (stage.plateau.patience, 1, 1 << 30)
+            ranges[f"{at}.plateau.min_gain"] = (stage.plateau.min_gain, 0, 1)
+        if stage.lora is not None:
+            ranges[f"{at}.lora.rank"] = (stage.lora.rank, 1, 1 << 16)
+            ranges[f"{at}.lora.alpha"] = (stage.lora.alpha, 0, 1e6)
     for name, (value, least, most) in ranges.items():
         if value is not None and not least <= value <= most:
             raise UsageError(f"{name} is {value}; give {least} to {most}")
@@ -72,7 +80,7 @@ def _check_stage(stage: Stage, recipe: Recipe) -> None:
         recipe.evaluation.every_epochs or recipe.evaluation.every_steps
     ):
         raise UsageError(
-            f"{at} ends by a plateau, but evaluation.every_epochs and every_steps are off"
+            f"{at} ends by a plateau, but evaluation.every_epochs is 0 and every_steps off"
         )
     if stage.cached and "visual.*" not in stage.freeze:
         raise UsageError(

@@ -75,7 +75,6 @@ def initial_model(start: Start, seed: int) -> tuple[CLIP, list[Origin]]:
         model = CLIP(config)
     model.to_empty(device="cpu")
     initialize(model, torch.Generator().manual_seed(seed))
-    _reset_counters(model)
     model.load_state_dict(model.state_dict() | {n: t.float() for n, t in given.items()})
     drawn = tuple(name for name, _ in model.named_parameters() if name not in given)
     if drawn:
@@ -140,13 +139,6 @@ def _resized(tensors: Mapping[str, Tensor], shapes: Mapping[str, Tensor]) -> dic
             resized[_POSITIONS], shapes[_POSITIONS].shape[0]
         )
     return resized
-
-
-def _reset_counters(model: CLIP) -> None:
-    """Zero what is neither drawn nor read: how many batches a BatchNorm has seen."""
-    for name, buffer in model.named_buffers():
-        if name.endswith("num_batches_tracked"):
-            buffer.zero_()
 
 
 def _listed(names: tuple[str, ...], shown: int = 3) -> str:

@@ -1,0 +1,184 @@
+"""The state of a run on disk: everything that the next step depends on.
+
+A state is a folder ``states/STEP`` that appears whole: written beside its place, flushed, renamed.
+It holds the tensors as ``torch.distributed.checkpoint`` writes them, each process its own, and
+``progress.json``. It is for going on with this run; what is shared with others is the folder of
+weights (safetensors).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from cn_clip import distributed
+from cn_clip.errors import CheckpointError
+from cn_clip.publish import published_folder
+from cn_clip.train.optim import Average
+from cn_clip.train.stages import Course
+
+_STATES = "states"
+_PROGRESS = "progress.json"
+_TENSORS = "tensors"
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a run is.
+
+    Attributes:
+        stage: number of the stage, from 0.
+        step: steps done in the stage.
+        total: steps done in all.
+        epoch, batch: the next batch, of the stage's passes over the data.
+        weights: the folder, within the run's, that the stage started from.
+        course: how its scores have gone.
+        scaler: of float16.
+        finished: whether the stage's last step is done.
+    """
+
+    stage: int = 0
+    step: int = 0
+    total: int = 0
+    epoch: int = 0
+    batch: int = 0
+    weights: str = "start"
+    course: Course = field(default_factory=Course)
+    scaler: dict[str, Any] = field(default_factory=dict)
+    finished: bool = False
+
+
+def save_state(folder: Path, progress: Progress, tensors: Mapping[str, Any], *, keep: int) -> Path:
+    """Write a state, then remove all but the newest ``keep``.
+
+    Every process calls this. A state of the same step is replaced.
+
+    Raises:
+        CheckpointError: it cannot be written; the states before it are as they were.
+    """
+    path = folder / _STATES / f"{progress.total:09d}"
+    try:
+        with ExitStack() as stack:
+            made = None
+            if distributed.is_main():
+                _sweep(folder)
+                made = stack.enter_context(published_folder(path))
+            place = distributed.broadcast_object(made)
+            assert place is not None
+            with warnings.catch_warnings():  # it says what it was told: one process
+                warnings.simplefilter("ignore")
+                save(
+                    dict(tensors),
+                    checkpoint_id=place / _TENSORS,
+                    no_dist=distributed.world_size() == 1,
+                )
+            if distributed.is_main():
+                text = json.dumps(asdict(progress), indent=2)
+                (place / _PROGRESS).write_text(text + "\n", encoding="utf-8")
+            distributed.barrier()
+    except (OSError, RuntimeError, CheckpointException) as error:
+        last = states(folder)
+        kept = (
+            f"the last state, {last[-1].name}, is whole" if last else "there is no state before it"
+        )
+        raise CheckpointError(
+            f"the state of step {progress.total} could not be saved ({_first(error)}); {kept}. "
+            "Free some space, then go on with: --resume auto"
+        ) from error
+    if distributed.is_main():
+        for old in states(folder)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    distributed.barrier()
+    return path
+
+
+def states(folder: Path) -> list[Path]:
+    """Return the whole states of a run, oldest first."""
+    found = (folder / _STATES).glob("[0-9]*")
+    return sorted(path for path in found if (path / _PROGRESS).is_file())
+
+
+def read_progress(state: Path) -> Progress:
+    """Read where a state is.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        values = json.loads((state / _PROGRESS).read_text(encoding="utf-8"))
+        return Progress(**values | {"course": Course(**values["course"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{state / _PROGRESS} is damaged: {error}; delete {state}") from None
+
+
+def load_tensors(state: Path, tensors: dict[str, Any]) -> None:
+    """Fill tensors in place with those of a state.
+
+    Raises:
+        CheckpointError: it is damaged, or of another model.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            load(tensors, checkpoint_id=state / _TENSORS, no_dist=distributed.world_size() == 1)
+    except (OSError, RuntimeError, ValueError, KeyError, CheckpointException) as error:
+        raise CheckpointError(
+            f"the state {state} cannot be read ({_first(error)}); delete that folder to go on from "
+            "the one before"
+        ) from error
+
+
+def tensors_of(
+    model: nn.Module,
+    heads: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: Average | None,
+) -> dict[str, Any]:
+    """Return all tensors of a run, sharing memory with it, so that loading fills it.
+
+    AdamW's moments are made if it has done no step yet.
+    """
+    moments: dict[str, Tensor] = {}
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            state = optimizer.state[parameter]
+            if not state:
+                state["step"] = torch.zeros(
+                    (), device=parameter.device if parameter.device.type == "cuda" else "cpu"
+                )
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+            moments |= {f"{name}.{key}": value for key, value in state.items()}
+    return {
+        "model": model.state_dict(),
+        "heads": heads.state_dict(),
+        "optimizer": moments,
+        "average": {} if average is None else average.state_dict(),
+    }
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a killed save left behind."""
+    for path in (folder / _STATES).glob(".*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _first(error: BaseException) -> str:
+    """Return the root of an error in one line."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        each = next(iter(failures.values()))
+        return _first(each[0] if isinstance(each, tuple) else each)
+    return (str(error) or type(error).__name__).strip().splitlines()[0]

@@ -1,0 +1,420 @@
+"""The run: stage by stage, step by step; it can stop anywhere and go on as if it had not."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cn_clip import distributed, weights
+from cn_clip.data.sources import open_mix
+from cn_clip.errors import UsageError
+from cn_clip.eval.metrics import Retrieval
+from cn_clip.model.clip import CLIP
+from cn_clip.publish import published
+from cn_clip.train.batches import Share, shares
+from cn_clip.train.checkpoint import Progress, load_tensors, read_progress, save_state, states
+from cn_clip.train.folder import Outcome, locked, prepared, write_outcome
+from cn_clip.train.guard import Guard, InterruptedRun, signals
+from cn_clip.train.log import Event, Log
+from cn_clip.train.optim import clamp_logit_scale, rate_at, set_rate
+from cn_clip.train.parallel import average_unshared, pick, whole_state
+from cn_clip.train.recipe import Recipe
+from cn_clip.train.report import write_report
+from cn_clip.train.setup import Run, Training, set_up
+from cn_clip.train.stages import Course, set_modes
+from cn_clip.train.start import initial_model
+from cn_clip.train.step import Numbers, backward
+from cn_clip.train.validate import Vectors, embed, score, shared_pairs, validation_of
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
+_LISTED = 5  # lines of a warning that are shown
+
+
+def train(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    allow_changes: bool = False,
+    tell: Callable[[Event], None] = lambda event: None,
+) -> Outcome:
+    """Carry out a recipe, or go on with the run in its folder.
+
+    The folder holds everything: the recipe, the log, the states, the best weights of each stage,
+    the final weights in ``final``, and ``report.html``. A run that is taken up again gives the same
+    losses, bit for bit on a CPU, as one that was never stopped. Under torchrun, each process calls
+    this.
+
+    Args:
+        recipe: what to do.
+        resume: go on with the run in the folder, if there is one.
+        allow_changes: go on even though the recipe has changed since.
+        tell: is given every event of the log as it happens.
+
+    Raises:
+        UsageError: the recipe cannot be carried out here, or the folder holds another run.
+        DataError: the data cannot be read.
+        CheckpointError: weights or a state cannot be read or written.
+        TrainingError: the loss is no number, or nothing is learned.
+        InterruptedRun: a signal asked it to stop; the state is saved.
+    """
+    if not recipe.data.train:
+        raise UsageError(
+            "the recipe names no training data; give --train-data, such as folder:photos"
+        )
+    device = pick(recipe.machine)
+    folder = Path(recipe.output.folder).expanduser()
+    with ExitStack() as stack:
+        stack.enter_context(distributed.start(device.type))
+        if distributed.is_main():
+            stack.enter_context(locked(folder))
+        finished = prepared(folder, recipe, resume, allow_changes)
+        if finished is not None:
+            return finished
+        log = Log(folder, recipe, tell=tell, writes=distributed.is_main())
+        stack.callback(log.close)
+        autocast = _AUTOCAST[recipe.machine.precision]
+        scaler = torch.amp.GradScaler(device.type, enabled=autocast is torch.float16)
+        run = Run(
+            recipe,
+            folder,
+            device,
+            Numbers(device, autocast, scaler),
+            log,
+            stack.enter_context(signals()),
+            open_mix(recipe.data.train),
+            validation_of(open_mix(recipe.data.val)) if recipe.data.val else None,
+        )
+        return _carried_out(run)
+
+
+def _carried_out(run: Run) -> Outcome:
+    begun = time.monotonic()
+    saved = states(run.folder)
+    progress = Progress()
+    if saved:
+        progress = read_progress(saved[-1])
+        run.log.write("resumed", progress.total, step=progress.step, state=saved[-1].name)
+    else:
+        _begin(run)
+    state = saved[-1] if saved else None
+    while progress.stage < len(run.recipe.stages):
+        if not progress.finished:
+            _stage(run, progress, state)
+        progress, state = _advanced(progress, run.recipe), None
+    return _end(run, progress, time.monotonic() - begun)
+
+
+def _begin(run: Run) -> None:
+    """Build the model that everything starts from, and keep it in the run's folder."""
+    recipe = run.recipe
+    model, origins = initial_model(recipe.start, recipe.seed)
+    run.log.write(
+        "start",
+        0,
+        recipe=recipe.name,
+        model=model.config.name,
+        parameters=sum(p.numel() for p in model.parameters()),
+        device=str(run.device),
+        processes=distributed.world_size(),
+        pairs=sum(len(part.source) for part in run.mix),
+        origins=[str(origin) for origin in origins],
+    )
+    if run.validation is not None and distributed.is_main():
+        shared = shared_pairs(run.validation, run.mix)
+        what = "validation pairs are in the training data, so scores will be too high"
+        _warn(run, what, shared, "shared.txt")
+    if distributed.is_main():
+        weights.save_state(model.config, model.state_dict(), run.folder / "start")
+    distributed.barrier()
+
+
+def _warn(run: Run, what: str, lines: list[str], file: str) -> None:
+    """Name the first of some lines in the log, and write all of them to a file of the run's."""
+    if not lines or not distributed.is_main():
+        return
+    with published(run.folder / file) as path:
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    more = f" and {len(lines) - _LISTED:,} more" if len(lines) > _LISTED else ""
+    text = f"{len(lines):,} {what}: {'; '.join(lines[:_LISTED])}{more}; see {file}"
+    run.log.write("warning", 0, text=text)
+
+
+def _stage(run: Run, progress: Progress, state: Path | None) -> None:
+    """Train one stage to its end, from its start or from a saved state."""
+    stage = run.recipe.stages[progress.stage]
+    training = set_up(run, progress)
+    if state is not None:
+        _restore(run, training, progress, state)
+    run.log.write(
+        "stage",
+        progress.total,
+        stage=stage.name,
+        number=progress.stage,
+        step=progress.step,
+        steps=training.steps,
+        rate=training.rate,
+        batch=stage.global_batch_size,
+        learns=sum(p.numel() for p in training.model.parameters() if p.requires_grad),
+    )
+    if progress.total == 0 and run.validation is not None:
+        found = _evaluate(run, training, progress)
+        what = "validation pairs or pictures cannot be read, and are left out"
+        _warn(run, what, run.validation.skipped, "unread.txt")
+        progress.course.add(found.mean_recall, 0, stage.plateau)
+        save_state(run.folder, progress, training.tensors(), keep=run.recipe.output.keep)
+    guard = Guard(stage, run.recipe.machine, training.rate, run.recipe.output.stop_at_chance)
+    window = _Window()
+    while not progress.finished:
+        for share in shares(training.loader, progress.epoch, progress.batch):
+            _step(run, training, progress, share, guard, window)
+            _after_step(run, training, progress)
+            if progress.finished:
+                return
+
+
+def _step(
+    run: Run,
+    training: Training,
+    progress: Progress,
+    share: Share,
+    guard: Guard,
+    window: _Window,
+) -> None:
+    """Do one step: gradients, the optimizer, the clamp, the average."""
+    progress.step += 1
+    progress.total += 1
+    if not int(distributed.all_reduce_sum(torch.tensor(len(share), device=run.device))):
+        return  # no pair of this batch could be read, by any process
+    step, stage, scaler = progress.step - 1, training.stage, run.numbers.scaler
+    rate = training.rate * rate_at(step, training.steps, stage.optimizer)
+    set_rate(training.optimizer, rate)
+    local = math.ceil(stage.global_batch_size / distributed.world_size())
+    result = backward(
+        training.wrapped,
+        share,
+        stage,
+        run.numbers,
+        chunks=math.ceil(local / (stage.micro_batch_size or local)),
+        seed=(run.recipe.seed, progress.stage, step),
+        teacher=training.teacher,
+    )
+    average_unshared(training.towers)
+    loss = float(result.loss)
+    guard.check(loss, step)
+    scaler.unscale_(training.optimizer)
+    norm = None
+    if stage.optimizer.clip_norm is not None:
+        learning = [p for group in training.optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(learning, stage.optimizer.clip_norm)
+    scaler.step(training.optimizer)
+    scaler.update()
+    training.optimizer.zero_grad(set_to_none=True)
+    clamp_logit_scale(training.model)
+    if training.average is not None:
+        training.average.update(training.model, step)
+    window.add(loss, len(share))
+    run.log.tick(f"stage {stage.name}", progress.step, training.steps)
+    if progress.step % run.recipe.output.log_every == 0 or progress.step in (1, training.steps):
+        run.log.write(
+            "step",
+            progress.total,
+            stage=stage.name,
+            step=progress.step,
+            loss=loss,
+            mean_loss=window.mean,
+            rate=rate,
+            logit_scale=float(training.model.logit_scale.detach().exp()),
+            pairs_per_second=round(window.rate * distributed.world_size(), 1),
+            skipped=training.loader.skipped,
+            **({} if norm is None else {"gradient_norm": float(norm)}),
+            **_memory(run.device),
+        )
+        window.clear()
+
+
+def _after_step(run: Run, training: Training, progress: Progress) -> None:
+    """Evaluate, save or stop, as is due."""
+    recipe, stage = run.recipe, training.stage
+    progress.batch += 1
+    epoch_ended = progress.batch >= len(training.loader)
+    if epoch_ended:
+        progress.epoch, progress.batch = progress.epoch + 1, 0
+    progress.finished = progress.step >= training.steps
+    evaluation = recipe.evaluation
+    every = evaluation.every_epochs
+    due = (
+        progress.finished
+        or (epoch_ended and every and progress.epoch % every == 0)
+        or (evaluation.every_steps is not None and progress.step % evaluation.every_steps == 0)
+    )
+    if due and run.validation is not None:
+        found = _evaluate(run, training, progress)
+        if progress.course.add(found.mean_recall, progress.step, stage.plateau):
+            _keep(run, training, progress)
+        progress.finished = progress.finished or progress.course.ended(stage.plateau)
+    elif progress.finished:  # nothing tells which weights are best: the last ones
+        progress.course.best_step = progress.step
+        _keep(run, training, progress)
+    stop = run.stop.agreed(run.device)
+    save_every = recipe.output.save_every
+    if (
+        stop
+        or progress.finished
+        or epoch_ended
+        or (save_every is not None and progress.step % save_every == 0)
+    ):
+        progress.scaler = run.numbers.scaler.state_dict()
+        save_state(run.folder, progress, training.tensors(), keep=recipe.output.keep)
+        run.log.write("saved", progress.total, stage=stage.name, step=progress.step)
+    if stop:
+        raise InterruptedRun(
+            f"stopped at step {progress.total}; the state is saved. Go on with: --resume auto",
+            128 + stop,
+        )
+
+
+def _evaluate(run: Run, training: Training, progress: Progress) -> Retrieval:
+    """Measure and log the score of the current weights, averaged ones if there are."""
+    assert run.validation is not None
+    model, average = training.model, training.average
+    if average is not None:
+        average.swap(model)
+    model.eval()
+    images, texts = embed(
+        model, run.validation, autocast=run.numbers.autocast, images=training.images
+    )
+    if average is not None:
+        average.swap(model)
+    set_modes(model, training.stage.dropout)
+    if not any(parameter.requires_grad for parameter in model.visual.parameters()):
+        training.images = images
+    found = score(images, texts, run.validation)
+    if progress.total == 0 and distributed.is_main():
+        _keep_embeddings(run.folder, "before", images, texts)
+    _log_score(run, training.stage.name, progress, found)
+    return found
+
+
+def _log_score(run: Run, stage: str, progress: Progress, found: Retrieval) -> None:
+    values = {"mean_recall": found.mean_recall}
+    for name, recall in (("t2i", found.text_to_image), ("i2t", found.image_to_text)):
+        values |= {f"{name}_r1": recall.r1, f"{name}_r5": recall.r5, f"{name}_r10": recall.r10}
+    before = progress.course.best if progress.total else None
+    run.log.write("score", progress.total, stage=stage, step=progress.step, best=before, **values)
+
+
+def _keep(run: Run, training: Training, progress: Progress) -> None:
+    """Write the current weights, averaged ones if there are, as the best of the stage."""
+    model, average = training.model, training.average
+    if average is not None:
+        average.swap(model)
+    state = whole_state(model)  # on a CPU, the model's own memory: swapped back when written
+    if distributed.is_main():
+        weights.save_state(model.config, state, run.folder / _best(progress, run.recipe))
+    if average is not None:
+        average.swap(model)
+    distributed.barrier()
+
+
+def _best(progress: Progress, recipe: Recipe) -> str:
+    return f"stages/{progress.stage + 1}-{recipe.stages[progress.stage].name}"
+
+
+def _advanced(progress: Progress, recipe: Recipe) -> Progress:
+    """Return the start of the next stage: the best weights so far, with their score to beat."""
+    improved = progress.course.best_step > 0
+    return Progress(
+        stage=progress.stage + 1,
+        total=progress.total,
+        weights=_best(progress, recipe) if improved else progress.weights,
+        course=Course(best=progress.course.best, mark=progress.course.best),
+    )
+
+
+def _restore(run: Run, training: Training, progress: Progress, state: Path) -> None:
+    tensors = training.tensors()
+    load_tensors(state, tensors)
+    for group in training.optimizer.param_groups:  # a step counter is replaced, not filled
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            moments = training.optimizer.state[parameter]
+            for key in moments:
+                moments[key] = tensors["optimizer"][f"{name}.{key}"]
+    if progress.scaler:
+        run.numbers.scaler.load_state_dict(progress.scaler)
+
+
+def _end(run: Run, progress: Progress, seconds: float) -> Outcome:
+    """Write the final weights, measure them, and tell the whole story in a page."""
+    recipe, final = run.recipe, run.folder / "final"
+    model = weights.build(weights.read(run.folder / progress.weights))
+    if recipe.output.interpolate is not None:
+        start = weights.build(weights.read(run.folder / "start"))
+        _interpolate(model, start.state_dict(), recipe.output.interpolate)
+    if distributed.is_main():
+        weights.save_state(model.config, model.state_dict(), final)
+    if run.validation is not None:
+        images, texts = embed(model.to(run.device), run.validation, autocast=run.numbers.autocast)
+        found = score(images, texts, run.validation)
+        _log_score(run, "final", progress, found)
+        if distributed.is_main():
+            _keep_embeddings(run.folder, "after", images, texts)
+    run.log.write("end", progress.total, seconds=round(seconds, 1), weights=str(final))
+    outcome = None
+    if distributed.is_main():
+        scores = write_report(run.folder, recipe, run.validation)
+        outcome = Outcome(str(run.folder), str(final), progress.total, round(seconds, 1), scores)
+        write_outcome(run.folder, outcome)
+    whole = distributed.broadcast_object(outcome)
+    assert whole is not None
+    return whole
+
+
+@torch.no_grad()
+def _interpolate(model: CLIP, start: Mapping[str, Tensor], share: float) -> None:
+    """Move weights back towards the start: 1 stays, 0 is the start (Wortsman et al., 2022)."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            tensor.lerp_(start[name].to(tensor), 1 - share)
+
+
+def _keep_embeddings(folder: Path, when: str, images: Vectors, texts: Vectors) -> None:
+    with published(folder / f"{when}.npz") as path, path.open("wb") as stream:
+        np.savez(stream, images=images.astype(np.float16), texts=texts.astype(np.float16))
+
+
+@dataclass(slots=True)
+class _Window:
+    """Losses and pairs since the last line of the log."""
+
+    losses: list[float] = field(default_factory=list)
+    pairs: int = 0
+    since: float = field(default_factory=time.monotonic)
+
+    def add(self, loss: float, pairs: int) -> None:
+        self.losses.append(loss)
+        self.pairs += pairs
+
+    @property
+    def mean(self) -> float:
+        return sum(self.losses) / max(1, len(self.losses))
+
+    @property
+    def rate(self) -> float:
+        return self.pairs / max(1e-9, time.monotonic() - self.since)
+
+    def clear(self) -> None:
+        self.losses, self.pairs, self.since = [], 0, time.monotonic()
+
+
+def _memory(device: torch.device) -> dict[str, int]:
+    if device.type != "cuda":
+        return {}
+    return {"memory_mb": torch.cuda.max_memory_allocated(device) >> 20}

@@ -1,0 +1,105 @@
+"""One model over several processes: whole copies (DDP), or weights in shares (FSDP2)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from cn_clip import distributed
+from cn_clip.errors import UsageError
+from cn_clip.model.clip import CLIP
+from cn_clip.train.lora import plain_state
+from cn_clip.train.recipe import Machine
+from cn_clip.train.step import Towers
+
+_BLOCKS = ("visual.transformer.resblocks", "bert.encoder.layer", "visual.backbone.blocks")
+
+
+def pick(machine: Machine) -> torch.device:
+    """Return this process's device: with several GPUs, the one of its ``LOCAL_RANK``.
+
+    Raises:
+        UsageError: there is no such device.
+    """
+    from cn_clip.backends.torch import pick_device
+
+    device = pick_device(machine.device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return device
+
+
+def shard(model: CLIP) -> None:
+    """Share the weights among the processes, block by block (FSDP2), in place.
+
+    Raises:
+        UsageError: there is one process only.
+    """
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    if distributed.world_size() == 1:
+        raise UsageError(
+            "machine.parallel = fsdp shares weights among processes; start several with torchrun"
+        )
+    for name in _BLOCKS:
+        try:
+            blocks = model.get_submodule(name)
+        except AttributeError:
+            continue
+        for block in blocks.children():
+            fully_shard(block)
+    # A scalar cannot be shared out: every process keeps its own, and its gradient is averaged.
+    fully_shard(model, ignored_params={model.logit_scale})
+    for method in ("encode_image", "encode_text"):
+        register_fsdp_forward_method(model, method)
+
+
+def wrap(towers: Towers, device: torch.device) -> nn.Module:
+    """Return the towers so that gradients are averaged over the processes."""
+    if distributed.world_size() == 1 or sharded(towers):
+        return towers
+    return nn.parallel.DistributedDataParallel(
+        towers,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+
+
+def sharded(module: nn.Module) -> bool:
+    """Tell whether weights are in shares."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+def average_unshared(towers: Towers) -> None:
+    """Average the gradients that neither DDP nor FSDP does: of the scalar and the heads."""
+    if distributed.world_size() == 1 or not sharded(towers):
+        return
+    for parameter in (towers.model.logit_scale, *towers.heads.parameters()):
+        if parameter.grad is not None:
+            summed = distributed.all_reduce_sum(parameter.grad)
+            parameter.grad.copy_(summed / distributed.world_size())
+
+
+@torch.no_grad()
+def whole_state(model: CLIP) -> dict[str, Tensor]:
+    """Return all weights under official names, on the CPU, on every process."""
+    state = {}
+    for name, tensor in plain_state(model).items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        state[name] = whole.detach().cpu()
+    return state
+
+
+@torch.no_grad()
+def load_whole(model: CLIP, state: Mapping[str, Tensor]) -> None:
+    """Fill a model, in shares or not, with whole weights."""
+    for name, tensor in model.state_dict().items():
+        given = state[name].to(tensor.device)
+        if isinstance(tensor, DTensor):
+            given = distribute_tensor(given, tensor.device_mesh, tensor.placements)
+        tensor.copy_(given)

@@ -1,0 +1,224 @@
+"""A run as one page that needs nothing beside it: scores, curves, retrievals as pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from cn_clip.data.page import data_uri, page, sheet, thumbnail
+from cn_clip.errors import CNClipError
+from cn_clip.publish import published
+from cn_clip.train.log import Event, read_log
+from cn_clip.train.recipe import Recipe
+from cn_clip.train.validate import Validation, Vectors
+
+_QUERIES, _SHOWN = 8, 5  # retrievals on the page, and pictures of each
+_MOST_POINTS = 600  # of a curve
+_WIDE, _HIGH, _EDGE = 860, 220, 46
+
+Point = tuple[float, float]
+
+
+def write_report(
+    folder: Path, recipe: Recipe, validation: Validation | None
+) -> list[tuple[str, float]]:
+    """Write ``report.html`` into a run's folder.
+
+    Returns:
+        The scores that it shows first: where measured, and the mean recall there.
+    """
+    events = read_log(folder)
+    scores = headline(events, recipe)
+    steps = [event for event in events if event["kind"] == "step"]
+    marks = [
+        (event["total"], event["stage"])
+        for event in events
+        if event["kind"] == "stage" and event["step"] == 0
+    ]
+    measured = [e for e in events if e["kind"] == "score" and e["stage"] != "final"]
+    parts = [
+        f"<h1>{escape(recipe.name)}</h1>",
+        _summary(events, recipe),
+        "<h2>Mean recall on the validation pairs</h2>",
+        _scores(events, recipe) if scores else "<p>There were no validation pairs.</p>",
+        curve(
+            [(e["total"], 100 * e["mean_recall"]) for e in measured],
+            marks,
+            "mean recall, %",
+            dots=True,
+        ),
+        "<h2>Loss</h2>",
+        curve([(e["total"], e["mean_loss"]) for e in steps], marks, "loss"),
+        "<h2>Learning rate</h2>",
+        curve([(e["total"], e["rate"]) for e in steps], marks, "rate"),
+        "<h2>Logit scale</h2>",
+        curve([(e["total"], e["logit_scale"]) for e in steps], marks, "factor on the cosine"),
+        *_retrievals(folder, validation),
+        "<h2>Where the weights came from</h2>",
+        _listed(line for e in events if e["kind"] == "start" for line in e["origins"]),
+        *(f'<p class="bad">{escape(e["text"])}</p>' for e in events if e["kind"] == "warning"),
+        "<h2>Recipe</h2>",
+        f"<pre>{escape(recipe.to_toml())}</pre>",
+    ]
+    with published(folder / "report.html") as path:
+        path.write_text(page(f"Training: {recipe.name}", parts), encoding="utf-8")
+    return scores
+
+
+def headline(events: Sequence[Event], recipe: Recipe) -> list[tuple[str, float]]:
+    """Return the score before training, the best after each stage, and the final one."""
+    return [(name, event["mean_recall"]) for name, event in _chosen(events, recipe)]
+
+
+def _chosen(events: Sequence[Event], recipe: Recipe) -> list[tuple[str, Event]]:
+    measured = [event for event in events if event["kind"] == "score"]
+    chosen = [("before", event) for event in measured if event["total"] == 0]
+    best = chosen[0][1] if chosen else None
+    for stage in recipe.stages:
+        mine = [e for e in measured if e["stage"] == stage.name and e["total"]]
+        for event in mine:
+            if best is None or event["mean_recall"] > best["mean_recall"]:
+                best = event
+        if mine and best is not None:
+            chosen.append((stage.name, best))
+    chosen += [("final", event) for event in measured if event["stage"] == "final"]
+    return chosen
+
+
+def curve(
+    points: Sequence[Point], marks: Sequence[tuple[int, str]], what: str, dots: bool = False
+) -> str:
+    """Return an SVG of a curve over steps; ``marks`` are where stages begin."""
+    points = [(x, y) for x, y in points if isinstance(y, int | float)]
+    if not points:
+        return "<p>none</p>"
+    points = points[:: max(1, len(points) // _MOST_POINTS)]
+    xs, ys = zip(*points, strict=True)
+    left, right = 0.0, max(1.0, max(xs))
+    low, high = min(ys), max(ys)
+    if high == low:
+        low, high = low - 0.5, high + 0.5
+
+    def place(x: float, y: float) -> Point:
+        return (
+            _EDGE + (x - left) / (right - left) * (_WIDE - _EDGE - 10),
+            10 + (high - y) / (high - low) * (_HIGH - 40),
+        )
+
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
+    shapes = [f'<polyline points="{line}" fill="none" stroke="var(--bar)" stroke-width="1.5"/>']
+    for value in (low, (low + high) / 2, high):
+        _, y = place(0, value)
+        shapes.append(
+            f'<line x1="{_EDGE}" x2="{_WIDE - 10}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--line)"/>'
+            f'<text x="{_EDGE - 4}" y="{y + 4:.1f}" text-anchor="end">{_short(value)}</text>'
+        )
+    for at, name in marks:
+        x, _ = place(at, low)
+        shapes.append(
+            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="6" y2="{_HIGH - 28}" stroke="currentColor" '
+            f'stroke-dasharray="3 3"/><text x="{x + 4:.1f}" y="{_HIGH - 16}">{escape(name)}</text>'
+        )
+    if dots:
+        for point in points:
+            x, y = place(*point)
+            shapes.append(
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="var(--bar)">'
+                f"<title>step {point[0]:,.0f}: {_short(point[1])}</title></circle>"
+            )
+    shapes.append(
+        f'<text x="{_WIDE - 10}" y="{_HIGH - 2}" text-anchor="end">step {right:,.0f}</text>'
+    )
+    return (
+        f'<svg viewBox="0 0 {_WIDE} {_HIGH}" width="{_WIDE}" role="img" '
+        f'aria-label="{escape(what)}">{"".join(shapes)}</svg>'
+    )
+
+
+def _summary(events: Sequence[Event], recipe: Recipe) -> str:
+    start = next((e for e in events if e["kind"] == "start"), None)
+    end = next((e for e in events if e["kind"] == "end"), None)
+    told = []
+    if start is not None:
+        told.append(
+            f"{escape(start['model'])}, {start['parameters'] / 1e6:,.1f} M parameters, "
+            f"{start['pairs']:,} training pairs, on {escape(start['device'])}, "
+            f"{start['processes']} process(es), {recipe.machine.precision}."
+        )
+    if end is not None:
+        told.append(
+            f"{end['total']:,} steps; since it was last started, the run took "
+            f"{end['seconds'] / 60:,.1f} minutes."
+        )
+    return f"<p>{' '.join(told)}</p>"
+
+
+def _scores(events: Sequence[Event], recipe: Recipe) -> str:
+    chosen = _chosen(events, recipe)
+    first = chosen[0][1]["mean_recall"]
+    columns = ("t2i_r1", "t2i_r5", "t2i_r10", "i2t_r1", "i2t_r5", "i2t_r10")
+    heads = (
+        "",
+        "mean recall",
+        "gain",
+        *(
+            c.replace("_r", " R@").replace("t2i", "text→image").replace("i2t", "image→text")
+            for c in columns
+        ),
+    )
+    rows = []
+    for name, event in chosen:
+        numbers = [event["mean_recall"], event["mean_recall"] - first, *(event[c] for c in columns)]
+        shown = [f"{100 * n:.1f}" for n in numbers]
+        shown[1] = "" if name == "before" else f"{100 * numbers[1]:+.1f}"
+        cells = "".join(f'<td class="number">{each}</td>' for each in shown)
+        rows.append(f"<tr><th>{escape(name)}</th>{cells}</tr>")
+    head = "".join(f"<th>{each}</th>" for each in heads)
+    return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+
+
+def _retrievals(folder: Path, validation: Validation | None) -> list[str]:
+    """Show what some validation texts find, before and after."""
+    try:
+        with np.load(folder / "before.npz") as held:
+            before = held["images"].astype(np.float32), held["texts"].astype(np.float32)
+        with np.load(folder / "after.npz") as held:
+            after = held["images"].astype(np.float32), held["texts"].astype(np.float32)
+    except OSError:
+        return []
+    if validation is None:
+        return []
+    count = len(validation.texts)
+    chosen = sorted({round(n * (count - 1) / max(1, _QUERIES - 1)) for n in range(_QUERIES)})
+    parts = ["<h2>What some texts find</h2>"]
+    for text in chosen:
+        parts.append(f"<h3>{escape(validation.texts[text])}</h3>")
+        right = set(validation.pairs[validation.pairs[:, 1] == text, 0].tolist())
+        for name, (images, texts) in (("before", before), ("after", after)):
+            parts.append(f"<p>{name}</p>")
+            parts.append(sheet(_found(images, texts[text], right, validation)))
+    return parts
+
+
+def _found(
+    images: Vectors, text: Vectors, right: set[int], validation: Validation
+) -> Iterable[tuple[str, str]]:
+    cosines = images @ text
+    for image in np.argsort(-cosines, kind="stable")[:_SHOWN].tolist():
+        try:
+            address = data_uri(thumbnail(validation.image_bytes(image)))
+        except CNClipError:
+            continue
+        mark = " ✓" if image in right else ""
+        yield address, f"{cosines[image]:.3f}{mark}"
+
+
+def _listed(lines: Iterable[str]) -> str:
+    return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"

@@ -1,0 +1,189 @@
+"""A stage as it is at its first step: its model, optimizer and loader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cn_clip import distributed, weights
+from cn_clip.data.loader import Loader, Preparation
+from cn_clip.data.sources import Weighted
+from cn_clip.embedder import Embedder, load
+from cn_clip.errors import UsageError
+from cn_clip.model.clip import CLIP
+from cn_clip.train.batches import CachedLoader
+from cn_clip.train.cache import cache_image_features, tower_fingerprint
+from cn_clip.train.checkpoint import Progress, tensors_of
+from cn_clip.train.guard import Stop
+from cn_clip.train.log import Log
+from cn_clip.train.lora import add_lora
+from cn_clip.train.optim import Average, learning_rate, make_optimizer, parameter_groups
+from cn_clip.train.parallel import shard, wrap
+from cn_clip.train.recipe import Recipe, Stage
+from cn_clip.train.stages import freeze, set_modes
+from cn_clip.train.step import Heads, Numbers, Towers
+from cn_clip.train.validate import Validation, Vectors
+
+
+@dataclass(slots=True)
+class Run:
+    """What all stages share."""
+
+    recipe: Recipe
+    folder: Path
+    device: torch.device
+    numbers: Numbers
+    log: Log
+    stop: Stop
+    mix: list[Weighted]
+    validation: Validation | None
+    scores: list[tuple[str, float]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Training:
+    """A stage under way."""
+
+    stage: Stage
+    towers: Towers
+    wrapped: nn.Module
+    optimizer: torch.optim.AdamW
+    average: Average | None
+    loader: Loader | CachedLoader
+    teacher: Embedder | None
+    steps: int
+    rate: float
+    images: Vectors | None = None  # of the validation pictures, while the image tower is locked
+
+    @property
+    def model(self) -> CLIP:
+        return self.towers.model
+
+    def tensors(self) -> dict[str, Any]:
+        """Return all tensors that the next step depends on, sharing memory with them."""
+        return tensors_of(self.model, self.towers.heads, self.optimizer, self.average)
+
+
+def set_up(run: Run, progress: Progress) -> Training:
+    """Build a stage's model, optimizer and loader, as at its first step."""
+    recipe, stage = run.recipe, run.recipe.stages[progress.stage]
+    model = weights.build(weights.read(run.folder / progress.weights))
+    freeze(model, stage.freeze)
+    if stage.lora is not None:
+        add_lora(model, stage.lora, torch.Generator().manual_seed(recipe.seed + progress.stage))
+    if stage.cached and any(parameter.requires_grad for parameter in model.visual.parameters()):
+        raise UsageError(
+            f"stages.{stage.name}.lora.layers match the image tower, whose features are cached; "
+            "give patterns of bert.*, or set cached to false"
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UsageError(f"stages.{stage.name}.freeze holds every parameter; nothing would learn")
+    model.to(run.device)
+    if model.config.vision.kind != "vit":
+        model.visual.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.set_grad_checkpointing(recipe.machine.grad_checkpointing)
+    teacher = _teacher(stage, run.device)
+    loader = _loader(run, progress, model)
+    torch.manual_seed(recipe.seed)  # the heads' weights
+    heads = Heads(stage, model.config.embed_dim, None if teacher is None else teacher.dim)
+    if recipe.machine.parallel == "fsdp":
+        shard(model)
+    towers = Towers(model, heads, stage).to(run.device)
+    set_modes(model, stage.dropout)
+    if recipe.machine.compile:
+        model.visual.compile()
+        model.bert.compile(dynamic=True)
+    names = [*model.named_parameters(), *((f"heads.{n}", p) for n, p in heads.named_parameters())]
+    groups = parameter_groups(names, stage.optimizer)
+    optimizer = make_optimizer(groups, stage.optimizer)
+    decay = stage.optimizer.ema
+    return Training(
+        stage,
+        towers,
+        wrap(towers, run.device),
+        optimizer,
+        Average(model, decay) if decay else None,
+        loader,
+        teacher,
+        stage.steps or (stage.epochs or 1) * len(loader),
+        learning_rate(stage.optimizer, stage.global_batch_size),
+    )
+
+
+def _teacher(stage: Stage, device: torch.device) -> Embedder | None:
+    if stage.loss.teacher is None:
+        return None
+    return load(stage.loss.teacher, device=str(device))
+
+
+def _loader(run: Run, progress: Progress, model: CLIP) -> Loader | CachedLoader:
+    recipe, stage = run.recipe, run.recipe.stages[progress.stage]
+    data, config = recipe.data, model.config
+    preparation = Preparation(
+        resolution=config.vision.resolution,
+        context_length=config.context_length,
+        augmented=stage.augment,
+        flip=stage.flip,
+        fast_decode=data.fast_decode,
+        background=config.background,
+        seed=recipe.seed,
+    )
+    rank, world = distributed.rank(), distributed.world_size()
+    if not stage.cached:
+        loader: Loader | CachedLoader = Loader(
+            run.mix,
+            preparation,
+            stage.global_batch_size,
+            seed=recipe.seed,
+            rank=rank,
+            world_size=world,
+            workers=data.workers,
+            prefetch_bytes=data.prefetch_mb << 20,
+            most_skipped=data.most_skipped,
+            pin_memory=run.device.type == "cuda",
+        )
+    else:
+        folder = recipe.output.features
+        cached = cache_image_features(
+            run.mix,
+            _runner(model, stage, run),
+            {"tower": tower_fingerprint(model), "precision": recipe.machine.precision},
+            preparation,
+            run.folder / "features" if folder is None else Path(folder).expanduser(),
+            views=stage.views,
+            workers=data.workers,
+            tick=lambda done, of: run.log.tick("computing features of pictures", done, of),
+        )
+        loader = CachedLoader(
+            run.mix,
+            cached,
+            stage.global_batch_size,
+            context_length=config.context_length,
+            seed=recipe.seed,
+            rank=rank,
+            world_size=world,
+            most_skipped=data.most_skipped,
+        )
+    if not len(loader):
+        raise UsageError(
+            f"an epoch of {len(loader.plan):,} pairs gives {world} processes no batch; start fewer"
+        )
+    return loader
+
+
+def _runner(model: CLIP, stage: Stage, run: Run) -> Callable[[Tensor], Tensor]:
+    """Return what computes features of pixels with the locked tower, as a step would."""
+    towers = Towers(model, Heads(stage, model.config.embed_dim, None), stage).to(run.device)
+    set_modes(model)
+
+    @torch.no_grad()
+    def encode(pixels: Tensor) -> Tensor:
+        with run.numbers.towers():
+            return towers.encode_pixels(pixels.to(run.device))
+
+    return encode

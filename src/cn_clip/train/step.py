@@ -1,0 +1,249 @@
+"""One step: the gradients of a global batch, whatever fits into memory at once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cn_clip import distributed
+from cn_clip.embedder import Embedder
+from cn_clip.model.clip import CLIP
+from cn_clip.train.batches import Share
+from cn_clip.train.loss import Teacher, clip_loss, feature_loss, sigmoid_loss
+from cn_clip.train.recipe import Stage
+
+_SIGMOID_BIAS = -10.0  # SigLIP's start: most pairs do not match
+
+
+class Heads(nn.Module):
+    """What is learned beside the model and left out of it at the end: SigLIP's bias, and the
+    projections to a teacher's space."""
+
+    def __init__(self, stage: Stage, dim: int, teacher_dim: int | None) -> None:
+        super().__init__()
+        self.logit_bias = (
+            nn.Parameter(torch.tensor(_SIGMOID_BIAS)) if stage.loss.kind == "sigmoid" else None
+        )
+        projected = teacher_dim is not None and stage.loss.teacher_features > 0
+        self.image = nn.Linear(dim, teacher_dim) if projected and teacher_dim else None
+        self.text = nn.Linear(dim, teacher_dim) if projected and teacher_dim else None
+
+
+class Towers(nn.Module):
+    """The model as one call, which is what DDP wraps.
+
+    Returns a list: image embeddings (B, D), text embeddings (B, D), logit scale (); then, where the
+    heads have them, the logit bias () and image and text embeddings in the teacher's space.
+    """
+
+    def __init__(self, model: CLIP, heads: Heads, stage: Stage) -> None:
+        super().__init__()
+        self.model, self.heads = model, heads
+        self.mask_ratio = stage.mask_ratio
+        config = model.config
+        self.register_buffer(
+            "mean", torch.tensor(config.image_mean)[:, None, None], persistent=False
+        )
+        self.register_buffer("std", torch.tensor(config.image_std)[:, None, None], persistent=False)
+        self.mean: Tensor
+        self.std: Tensor
+
+    def forward(self, pixels: Tensor | None, features: Tensor | None, ids: Tensor) -> list[Tensor]:
+        if features is None:
+            assert pixels is not None
+            features = self.encode_pixels(pixels)
+        image = F.normalize(features.float(), dim=-1)
+        text = F.normalize(self.model.encode_text(ids).float(), dim=-1)
+        out = [image, text, self.model.logit_scale.exp()]
+        if self.heads.logit_bias is not None:
+            out.append(self.heads.logit_bias + 0.0)
+        if self.heads.image is not None and self.heads.text is not None:
+            out += [F.normalize(self.heads.image(image).float(), dim=-1)]
+            out += [F.normalize(self.heads.text(text).float(), dim=-1)]
+        return out
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """uint8 (B, 3, S, S) to features (B, D)."""
+        images = (pixels.float() / 255 - self.mean) / self.std
+        if self.model.config.vision.kind != "vit":
+            images = images.contiguous(memory_format=torch.channels_last)
+        learns = any(parameter.requires_grad for parameter in self.model.visual.parameters())
+        with nullcontext() if learns else torch.no_grad():
+            return self.model.encode_image(images, self.mask_ratio)
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """The numbers a step computes in, and how its gradients are scaled.
+
+    ``autocast`` is the dtype of the towers, None for float32; ``scaler`` is for float16.
+    """
+
+    device: torch.device
+    autocast: torch.dtype | None
+    scaler: torch.amp.GradScaler
+
+    def towers(self) -> AbstractContextManager[object]:
+        """Return the context that the towers run in."""
+        return torch.autocast(
+            self.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a step saw: the loss and how many of the global batch's pairs found each other first
+    among this process's share, both over the global batch."""
+
+    loss: Tensor
+    pairs: int
+
+
+def backward(
+    towers: nn.Module,
+    share: Share,
+    stage: Stage,
+    numbers: Numbers,
+    *,
+    chunks: int,
+    seed: tuple[int, ...],
+    teacher: Embedder | None = None,
+) -> Result:
+    """Add the gradients of a global batch's loss to the parameters.
+
+    With one chunk, the towers run once. With more, by gradient caching (Gao et al., 2021,
+    arXiv:2101.06983): all chunks run without gradients, the loss gives the gradients of the
+    embeddings, and each chunk runs again to carry them on. Both passes draw the same dropout and
+    masks, since each chunk has a seed of its own.
+
+    Args:
+        towers: ``Towers``, or DDP or FSDP around it.
+        share: this process's part of the batch.
+        stage: its loss.
+        numbers: precision and scaler.
+        chunks: in how many parts to run; the same on all processes.
+        seed: what the draws of this step depend on, such as (seed, stage, step).
+        teacher: a model to learn from.
+    """
+    device = numbers.device
+    parts = list(
+        zip(
+            *(
+                [None] * chunks
+                if x is None
+                else x.to(device, non_blocking=True).tensor_split(chunks)
+                for x in (share.pixels, share.features, share.ids)
+            ),
+            strict=True,
+        )
+    )
+    criterion = _criterion(share, stage, device, teacher)
+
+    def run(number: int) -> list[Tensor]:
+        torch.manual_seed(_seed_of(*seed, distributed.rank(), number))
+        with numbers.towers():
+            out: list[Tensor] = towers(*parts[number])
+        return out
+
+    if chunks == 1:
+        loss = criterion(run(0))
+        numbers.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        return Result(loss.detach(), len(share))
+    with torch.no_grad(), _statistics_kept(towers):
+        first = [run(number) for number in range(chunks)]
+    joined = [
+        torch.cat(each).requires_grad_() if each[0].ndim else each[0].clone().requires_grad_()
+        for each in zip(*first, strict=True)
+    ]
+    loss = criterion(joined)
+    numbers.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+    sizes = [len(ids) for _, _, ids in parts]
+    gradients = [
+        (x.grad if x.grad is not None else torch.zeros_like(x)).split(sizes)
+        if x.ndim
+        else [x.grad] * chunks
+        for x in joined
+    ]
+    for number in range(chunks):
+        last = number == chunks - 1
+        with _syncing(towers, last):
+            pairs = [
+                (out, gradient[number] if out.ndim or last else torch.zeros_like(out))
+                for out, gradient in zip(run(number), gradients, strict=True)
+                if out.requires_grad
+            ]
+            torch.autograd.backward([out for out, _ in pairs], [grad for _, grad in pairs])
+    return Result(loss.detach(), len(share))
+
+
+def _criterion(
+    share: Share, stage: Stage, device: torch.device, teacher: Embedder | None
+) -> Callable[[list[Tensor]], Tensor]:
+    """Return the loss of what ``Towers`` returns."""
+    options = stage.loss
+    keys = share.keys.to(device) if options.duplicates else None
+    taught = None if teacher is None else _taught(teacher, share, stage, device)
+
+    def loss(out: list[Tensor]) -> Tensor:
+        image, text, scale, *rest = out
+        if options.kind == "sigmoid":
+            total = sigmoid_loss(image, text, scale, rest.pop(0), keys=keys)
+        else:
+            mixed = taught if options.teacher_weight else None
+            total = clip_loss(image, text, scale, keys=keys, teacher=mixed)
+        if taught is not None and rest:
+            distance = feature_loss(rest[0], taught.image) + feature_loss(rest[1], taught.text)
+            total = total + options.teacher_features * distance / 2
+        return total
+
+    return loss
+
+
+def _taught(teacher: Embedder, share: Share, stage: Stage, device: torch.device) -> Teacher:
+    """Let the teacher see the same pairs: the pictures as prepared for the student."""
+    assert share.pixels is not None
+    pictures = list(share.pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy())
+    return Teacher(
+        image=torch.from_numpy(teacher.embed_images(pictures)).to(device),
+        text=torch.from_numpy(teacher.embed_texts([row.text for row in share.rows])).to(device),
+        logit_scale=teacher.logit_scale,
+        weight=stage.loss.teacher_weight,
+    )
+
+
+def _seed_of(*parts: int) -> int:
+    name = ":".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "big")
+
+
+@contextmanager
+def _syncing(towers: nn.Module, last: bool) -> Iterator[None]:
+    """Exchange gradients between processes only with the last chunk's."""
+    if isinstance(towers, nn.parallel.DistributedDataParallel):
+        with nullcontext() if last else towers.no_sync():
+            yield
+        return
+    wait = getattr(towers, "set_requires_gradient_sync", None)  # FSDP2
+    if wait is not None:
+        wait(last)
+    yield
+
+
+@contextmanager
+def _statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Leave the running statistics of BatchNorm alone: the second pass counts the batch."""
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum

@@ -1,0 +1,165 @@
+"""The score of a run: true recall on the validation pairs, both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cn_clip import distributed
+from cn_clip.backends.torch import TorchEmbedder
+from cn_clip.data.captions import digest, plain
+from cn_clip.data.pair import Source, located
+from cn_clip.data.sources import Weighted, id_digest
+from cn_clip.errors import CNClipError, DataError, ImageError
+from cn_clip.eval.metrics import Retrieval, retrieval
+from cn_clip.model.clip import CLIP
+
+_COMPARED_ROWS = 2_000_000  # of training, with validation's
+_COMPARED_PICTURES = 10_000
+
+Vectors = npt.NDArray[np.float32]
+
+
+@dataclass(slots=True)
+class Validation:
+    """The pictures and texts of the validation pairs, each once.
+
+    ``images`` are (source, row) of each picture; ``pairs`` (P, 2) tell which picture and which
+    text belong together; ``skipped`` says what could not be read.
+    """
+
+    sources: list[Source]
+    images: list[tuple[int, int]]
+    texts: list[str]
+    pairs: npt.NDArray[np.int64]
+    skipped: list[str] = field(default_factory=list)
+
+    def image_bytes(self, number: int) -> bytes:
+        """Read the bytes of a picture."""
+        source, index = self.images[number]
+        return self.sources[source].image(index)
+
+
+def validation_of(mix: Sequence[Weighted]) -> Validation:
+    """Read the rows of the validation pairs.
+
+    Raises:
+        DataError: there is none that can be used.
+    """
+    images: dict[tuple[int, int], int] = {}
+    texts: dict[str, int] = {}
+    found = Validation([part.source for part in mix], [], [], np.empty((0, 2), np.int64))
+    pairs = []
+    for number, source in enumerate(found.sources):
+        for index in range(len(source)):
+            try:
+                row = source.row(index)
+                if not row.text.strip():
+                    raise DataError("its text is empty")
+            except CNClipError as error:
+                found.skipped.append(located(source, index, error))
+                continue
+            picture = number, id_digest(source, index, row.image_id)
+            if picture not in images:
+                images[picture] = len(found.images)
+                found.images.append((number, index))
+            said = plain(row.text) or row.text  # the same sentence under two ids is one text
+            if said not in texts:
+                texts[said] = len(found.texts)
+                found.texts.append(row.text)
+            pairs.append((images[picture], texts[said]))
+    if not pairs:
+        raise DataError(
+            "the validation data hold no pair that can be used; see: cn-clip data check"
+        )
+    found.pairs = np.unique(np.array(pairs, np.int64), axis=0)
+    return found
+
+
+def embed(
+    model: CLIP,
+    validation: Validation,
+    *,
+    autocast: torch.dtype | None,
+    images: Vectors | None = None,
+) -> tuple[Vectors, Vectors]:
+    """Return the embeddings of all pictures (N, D) and all texts (M, D), on every process.
+
+    Each process embeds its share. A picture that cannot be read has zeros. ``images`` from an
+    earlier call are returned as they are, if the image tower has not changed since.
+    """
+    embedder = TorchEmbedder(model)
+    device = model.text_projection.device.type
+    with torch.autocast(device, autocast or torch.bfloat16, enabled=autocast is not None):
+        if images is None:
+            mine = _my_share(len(validation.images))
+            errors: dict[int, ImageError] = {}
+            rows = embedder.embed_images(_bytes(validation, mine), errors=errors)
+            whole = np.zeros((len(mine), rows.shape[1]), np.float32)
+            whole[[n for n in range(len(mine)) if n not in errors]] = rows
+            for n, error in errors.items():
+                source, index = validation.images[mine[n]]
+                told = located(validation.sources[source], index, error)
+                if told not in validation.skipped:  # at an evaluation before
+                    validation.skipped.append(told)
+            images = _joined(whole)
+        mine = _my_share(len(validation.texts))
+        texts = _joined(embedder.embed_texts([validation.texts[n] for n in mine]))
+    return images, texts
+
+
+def score(images: Vectors, texts: Vectors, validation: Validation) -> Retrieval:
+    """Measure recall in both directions; a picture that cannot be read counts as not found."""
+    return retrieval(images, texts, validation.pairs)
+
+
+def shared_pairs(validation: Validation, training: Sequence[Weighted]) -> list[str]:
+    """Say which validation pairs are in the training data: the same caption with a picture of the
+    same id or the same bytes. At most the first two million training rows are compared."""
+    wanted: dict[int, list[int]] = {}
+    for image, text in validation.pairs.tolist():
+        caption = validation.texts[text]
+        wanted.setdefault(digest(plain(caption) or caption), []).append(image)
+    found, compared, pictures = [], 0, 0
+    for part in training:
+        for index in range(min(len(part.source), _COMPARED_ROWS - compared)):
+            try:
+                row = part.source.row(index)
+                candidates = wanted.get(digest(plain(row.text) or row.text), ())
+                if not candidates or pictures >= _COMPARED_PICTURES:
+                    continue
+                content = part.source.image(index)
+            except CNClipError:
+                continue
+            pictures += 1
+            for image in candidates:
+                source, at = validation.images[image]
+                held = validation.sources[source]
+                with suppress(CNClipError):  # that it cannot be read is told elsewhere
+                    if held.row(at).image_id != row.image_id and held.image(at) != content:
+                        continue
+                    found.append(f"{held.where(at)} is also {part.source.where(index)}")
+        compared += len(part.source)
+    return found
+
+
+def _bytes(validation: Validation, numbers: Sequence[int]) -> Iterator[bytes]:
+    for number in numbers:
+        try:
+            yield validation.image_bytes(number)
+        except CNClipError:
+            yield b""  # no picture: refused as one by the embedder, and named
+
+
+def _my_share(count: int) -> range:
+    world, rank = distributed.world_size(), distributed.rank()
+    return range(count * rank // world, count * (rank + 1) // world)
+
+
+def _joined(mine: Vectors) -> Vectors:
+    return np.concatenate(distributed.all_gather_object(mine))
