@@ -1,0 +1,97 @@
+"""Two and four processes do what one does: started by torchrun, over gloo."""
+
+import subprocess
+import sys
+
+import pytest
+import tomli_w
+from train.runs import recipe_values
+
+from cn_clip import weights
+from cn_clip.train.log import read_log
+from cn_clip.train.loop import train
+
+# 10 steps of stage 1 and 10 of stage 2; the last batch of each epoch has 8 of 20 pairs.
+STAGES = (
+    {"name": "locked", "freeze": ["visual.*"], "cached": True, "steps": 10},
+    {"name": "all", "augment": True, "steps": 10},
+)
+
+
+def values(pairs, start, out, **tables):
+    stages = [dict(stage, epochs=None, global_batch_size=20) for stage in STAGES]
+    found = recipe_values(pairs, start, out, *stages, **tables)
+    for stage in found["stages"]:
+        del stage["epochs"]
+    return found
+
+
+def torchrun(processes, recipe, tmp_path, *flags):
+    file = tmp_path / "recipe.toml"
+    file.write_text(tomli_w.dumps(recipe), encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(processes), "-m", "cn_clip", "train"]
+    return subprocess.run(
+        [*command, "--recipe", str(file), *flags], capture_output=True, text=True, timeout=300
+    )
+
+
+def losses(folder):
+    return [event["loss"] for event in read_log(folder) if event["kind"] == "step"]
+
+
+@pytest.fixture(scope="module")
+def alone(pairs, start, tmp_path_factory):
+    """The losses and weights that one process comes to."""
+    from cn_clip.train.reading import build_recipe
+
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    train(build_recipe(values(pairs, start, folder, output={"log_every": 1})))
+    return losses(folder), weights.read(folder / "final").tensors
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_give_the_losses_and_weights_of_one(
+    pairs, start, tmp_path, alone, processes
+):
+    recipe = values(pairs, start, tmp_path / "run", output={"log_every": 1})
+    done = torchrun(processes, recipe, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = losses(tmp_path / "run")
+    assert len(found) == 20
+    assert found == pytest.approx(alone[0], abs=1e-5)
+    together = weights.read(tmp_path / "run" / "final").tensors
+    for name, tensor in alone[1].items():  # 20 steps of Adam: what gradients differ by, summed up
+        assert (together[name] - tensor).abs().max() < 2e-4, name
+
+
+def test_weights_in_shares_give_the_losses_of_one_process(pairs, start, tmp_path, alone):
+    machine = {"device": "cpu", "precision": "fp32", "parallel": "fsdp"}
+    recipe = values(pairs, start, tmp_path / "run", output={"log_every": 1}, machine=machine)
+    done = torchrun(2, recipe, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(tmp_path / "run") == pytest.approx(alone[0], abs=1e-5)
+
+
+def test_the_order_goes_on_at_another_number_of_processes(pairs, start, tmp_path, alone):
+    recipe = values(pairs, start, tmp_path / "run", output={"log_every": 1, "save_every": 4})
+    recipe["stages"][0]["steps"] = 4
+    recipe["stages"] = recipe["stages"][:1]
+    done = torchrun(2, recipe, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (tmp_path / "run" / "outcome.json").unlink()
+    import shutil
+
+    # The same run, longer: its schedule changes, its order does not.
+    recipe["stages"][0]["steps"] = 8
+    shutil.rmtree(tmp_path / "run" / "final")
+    done = torchrun(1, recipe, tmp_path, "--resume", "auto", "--allow-changes")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_an_error_in_one_process_ends_all_with_its_sentence(pairs, start, tmp_path):
+    recipe = values(pairs, start, tmp_path / "run")
+    recipe["stages"][0]["freeze"] = ["visual.*", "bret.*"]
+    done = torchrun(2, recipe, tmp_path)
+    assert done.returncode != 0
+    assert "the pattern 'bret.*' matches no parameter; near it: bert" in done.stderr

@@ -1,0 +1,120 @@
+"""A run's folder: one process trains in it, by one recipe, until it has ended."""
+
+import subprocess
+import sys
+
+import pytest
+from train.runs import make_recipe
+
+from cn_clip.errors import UsageError
+from cn_clip.train.checkpoint import Progress, save_state
+from cn_clip.train.folder import Outcome, locked, prepared, write_outcome
+from cn_clip.train.reading import from_toml
+
+
+@pytest.fixture
+def recipes(pairs, start, tmp_path):
+    """The recipe of a run, and the same with another seed and rate."""
+    stage = {"optimizer": {"learning_rate": 2e-3, "warmup": 2}}
+    old = make_recipe(pairs, start, tmp_path / "run")
+    return old, make_recipe(pairs, start, tmp_path / "run", stage, seed=7)
+
+
+@pytest.fixture
+def begun(recipes, tmp_path):
+    """The folder of a run that has saved a state."""
+    assert prepared(tmp_path / "run", recipes[0], False, False) is None
+    save_state(tmp_path / "run", Progress(total=3), {}, keep=1)
+    return tmp_path / "run"
+
+
+def recipe_in(folder):
+    return from_toml((folder / "recipe.toml").read_text(encoding="utf-8"))
+
+
+def outcome_of(folder):
+    return Outcome(str(folder), str(folder / "final"), 12, 1.5, [("before", 0.25), ("final", 0.5)])
+
+
+def test_the_recipe_as_it_is_carried_out_is_in_the_folder(recipes, begun):
+    assert recipe_in(begun) == recipes[0]
+
+
+HOLD = """
+import sys
+from filelock import FileLock
+with FileLock(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_process_is_refused_while_another_trains_and_let_in_later(tmp_path):
+    folder = tmp_path / "run"
+    with locked(folder):
+        pass
+    (lock,) = folder.iterdir()
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(lock)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UsageError, match=r"another process is training in .*run; wait"):
+            locked(folder)
+        other.stdin.close()
+        other.wait(10)
+    with locked(folder):
+        pass
+
+
+def test_the_lock_is_given_back_after_an_error(tmp_path):
+    with pytest.raises(RuntimeError), locked(tmp_path):
+        raise RuntimeError("it ended")
+    with locked(tmp_path):
+        pass
+
+
+def test_a_run_is_gone_on_with_only_if_told(recipes, begun):
+    with pytest.raises(UsageError, match=r"holds a run; go on with it by --resume auto, or give"):
+        prepared(begun, recipes[0], False, False)
+    assert prepared(begun, recipes[0], True, False) is None
+
+
+def test_resuming_what_was_never_begun_begins_it(recipes, tmp_path):
+    assert prepared(tmp_path / "run", recipes[0], True, False) is None
+    assert recipe_in(tmp_path / "run") == recipes[0]
+
+
+def test_a_folder_without_a_state_is_begun_anew_with_any_recipe(recipes, tmp_path):
+    """It was killed before its first state: there is nothing to go on from."""
+    assert prepared(tmp_path / "run", recipes[0], False, False) is None
+    assert prepared(tmp_path / "run", recipes[1], False, False) is None
+    assert recipe_in(tmp_path / "run") == recipes[1]
+
+
+def test_a_changed_recipe_is_shown_and_refused_unless_told(recipes, begun):
+    with pytest.raises(UsageError) as caught:
+        prepared(begun, recipes[1], True, False)
+    said = str(caught.value)
+    assert "seed: 0, now 7; stages.train.optimizer.learning_rate: 0.001, now 0.002." in said
+    assert said.endswith("--allow-changes goes on all the same")
+    assert recipe_in(begun) == recipes[0]
+    assert prepared(begun, recipes[1], True, True) is None
+    assert recipe_in(begun) == recipes[1]
+
+
+def test_a_run_that_has_ended_gives_its_outcome_and_trains_no_more(recipes, begun):
+    write_outcome(begun, outcome_of(begun))
+    assert prepared(begun, recipes[0], True, False) == outcome_of(begun)
+    with pytest.raises(UsageError, match="holds a run"):
+        prepared(begun, recipes[0], False, False)
+
+
+def test_a_run_that_has_ended_goes_on_with_another_recipe_and_has_not_ended_then(recipes, begun):
+    """Killed before it ends again, it must not be taken for the run that had ended."""
+    write_outcome(begun, outcome_of(begun))
+    assert prepared(begun, recipes[1], True, True) is None
+    assert prepared(begun, recipes[1], True, False) is None

@@ -1,0 +1,306 @@
+"""Whole runs of a second: stages, plateaus, cached features, what stops a run, what is written."""
+
+import json
+import math
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from train.runs import CAPTIONS, make_recipe, write_pairs, write_start
+
+import cn_clip
+from cn_clip import weights
+from cn_clip.errors import CheckpointError, DataError, TrainingError, UsageError
+from cn_clip.train import checkpoint as states_on_disk
+from cn_clip.train.log import read_log
+from cn_clip.train.loop import train
+
+OPTIMIZER = {"learning_rate": 1e-3, "warmup": 2}
+LOCKED = {"name": "locked", "freeze": ["visual.*"], "optimizer": OPTIMIZER}
+
+
+def events(folder, kind):
+    return [event for event in read_log(folder) if event["kind"] == kind]
+
+
+def losses(folder):
+    return [event["loss"] for event in events(folder, "step")]
+
+
+def tensors(folder):
+    return weights.read(folder).tensors
+
+
+def test_a_run_of_two_stages_gives_a_model_that_loads(pairs, start, tmp_path):
+    run = tmp_path / "run"
+    outcome = train(make_recipe(pairs, start, run, LOCKED, {"name": "all", "optimizer": OPTIMIZER}))
+    assert outcome.steps == 2 * 2 * 3
+    assert [name for name, _ in outcome.scores] == ["before", "locked", "all", "final"]
+    assert cn_clip.load(outcome.weights).dim == 32
+    assert (run / "report.html").is_file()
+    stages = events(run, "stage")
+    assert [event["stage"] for event in stages] == ["locked", "all"]
+    assert stages[0]["learns"] < stages[1]["learns"]
+
+
+def test_what_a_stage_freezes_keeps_its_bits(pairs, start, tmp_path):
+    train(make_recipe(pairs, start, tmp_path / "run", LOCKED, data={"val": []}))
+    before, after = tensors(start), tensors(tmp_path / "run" / "final")
+    assert all(torch.equal(before[name], after[name]) for name in before if "visual." in name)
+    assert not torch.equal(before["text_projection"], after["text_projection"])
+
+
+def test_the_resolved_recipe_lies_in_the_run(pairs, start, tmp_path):
+    recipe = make_recipe(pairs, start, tmp_path / "run", {"steps": 1, "epochs": None})
+    train(recipe)
+    from cn_clip.train.reading import from_toml
+
+    assert from_toml((tmp_path / "run" / "recipe.toml").read_text("utf-8")) == recipe
+
+
+def test_cached_features_give_the_losses_of_the_pictures(pairs, start, tmp_path):
+    online = make_recipe(pairs, start, tmp_path / "online", LOCKED, data={"val": []})
+    cached = make_recipe(
+        pairs, start, tmp_path / "cached", LOCKED | {"cached": True}, data={"val": []}
+    )
+    train(online)
+    train(cached)
+    assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "online"), abs=1e-5)
+    assert len(losses(tmp_path / "cached")) == 6
+
+
+def test_augmented_views_are_cached_too(pairs, start, tmp_path):
+    options = {"cached": True, "augment": True, "views": 2}
+    recipe = make_recipe(pairs, start, tmp_path / "run", LOCKED | options, data={"val": []})
+    train(recipe)
+    online = make_recipe(
+        pairs, start, tmp_path / "online", LOCKED | {"augment": True}, data={"val": []}
+    )
+    train(online)
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "online"), abs=1e-5)
+
+
+def test_a_stage_ends_by_plateau_and_hands_on_its_best_weights(pairs, start, tmp_path):
+    frozen = {"learning_rate": 1e-9, "warmup": 0}  # nothing will change, so nothing will rise
+    stages = (
+        {"name": "still", "epochs": 50, "plateau": {"patience": 2}, "optimizer": frozen},
+        {"name": "next", "epochs": 1, "optimizer": frozen},
+    )
+    outcome = train(make_recipe(pairs, start, tmp_path / "run", *stages))
+    assert outcome.steps == (2 + 1) * 3
+    before, after = tensors(start), tensors(tmp_path / "run" / "final")
+    assert all(torch.equal(before[name], after[name]) for name in before)  # none was better
+
+
+def test_the_best_weights_are_kept_not_the_last(pairs, start, tmp_path):
+    wild = {"learning_rate": 0.3, "warmup": 0, "schedule": "constant"}
+    stage = {"epochs": 4, "optimizer": wild}
+    outcome = train(
+        make_recipe(pairs, start, tmp_path / "run", stage, output={"stop_at_chance": 0})
+    )
+    scores = [event["mean_recall"] for event in events(tmp_path / "run", "score")]
+    assert dict(outcome.scores)["final"] == pytest.approx(max(scores), abs=1e-9)
+
+
+def test_the_score_is_measured_before_training_and_shown_beside_later_ones(pairs, start, tmp_path):
+    train(make_recipe(pairs, start, tmp_path / "run"))
+    first, *later = events(tmp_path / "run", "score")
+    assert first["total"] == 0
+    from cn_clip.data.sources import open_mix
+    from cn_clip.train.validate import embed, score, validation_of
+
+    validation = validation_of(open_mix([pairs[1]]))
+    model = weights.build(weights.read(start))
+    found = score(*embed(model, validation, autocast=None), validation)
+    assert first["mean_recall"] == pytest.approx(found.mean_recall)
+    assert all(event["best"] is not None for event in later)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_weights(pairs, start, tmp_path):
+    wild = {"learning_rate": 10.0, "warmup": 0, "schedule": "constant"}
+    stage = {"epochs": 50, "optimizer": wild | {"eps": 1e-30, "beta2": 0.0}}
+    model = weights.build(weights.read(start))
+    with torch.no_grad():
+        model.bert.embeddings.word_embeddings.weight.fill_(float("nan"))
+    weights.save_folder(model, tmp_path / "broken")
+    recipe = make_recipe(pairs, tmp_path / "broken", tmp_path / "run", stage, data={"val": []})
+    with pytest.raises(TrainingError, match=r"the loss is nan at step 1.*learning rate.*tenth"):
+        train(recipe)
+    assert (tmp_path / "run" / "start" / "model.safetensors").is_file()
+
+
+def test_a_loss_at_chance_stops_the_run_and_names_cause_and_remedy(tmp_path, start):
+    val = write_pairs(tmp_path, "val", range(100, 104))
+    write_pairs(tmp_path, "train", range(16))
+    rows = [  # one picture for all: nothing can be told apart
+        {"image": "0.png", "text": CAPTIONS[n], "image_id": f"{n}", "text_id": f"{n}"}
+        for n in range(16)
+    ]
+    (tmp_path / "same.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    recipe = make_recipe(
+        (f"jsonl:{tmp_path / 'same.jsonl'}", val),
+        start,
+        tmp_path / "run",
+        {"epochs": 200},
+        output={"stop_at_chance": 60},
+        evaluation={"every_epochs": 0},
+    )
+    with pytest.raises(TrainingError, match=r"after 60 steps .* ln\(16\) = 2.773 .*tenth.*check"):
+        train(recipe)
+
+
+def test_lora_trains_little_and_ends_as_plain_weights(pairs, start, tmp_path):
+    stage = {"lora": {"rank": 2}, "freeze": ["visual.*", "bert.*", "text_projection"]}
+    train(make_recipe(pairs, start, tmp_path / "run", stage, data={"val": []}))
+    (begun,) = events(tmp_path / "run", "stage")
+    assert begun["learns"] < 10_000
+    before, after = tensors(start), tensors(tmp_path / "run" / "final")
+    assert set(before) == set(after)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert "bert.encoder.layer.0.attention.self.query.weight" in changed
+    assert all("attn.in_proj" in n or ".self." in n or n == "logit_scale" for n in changed)
+
+
+def test_interpolation_lies_between_start_and_trained_weights(pairs, start, tmp_path):
+    half = make_recipe(
+        pairs, start, tmp_path / "half", data={"val": []}, output={"interpolate": 0.5}
+    )
+    train(half)
+    tuned = tensors(tmp_path / "half" / "stages" / "1-train")
+    before, after = tensors(start), tensors(tmp_path / "half" / "final")
+    for name in before:
+        torch.testing.assert_close(after[name], (before[name] + tuned[name]) / 2)
+
+
+def test_averaged_weights_are_what_is_measured_and_kept(pairs, start, tmp_path):
+    steady = OPTIMIZER | {"schedule": "constant"}
+    for name, decay in (("ema", 0.9), ("plain", 0.0)):
+        stage = {"optimizer": steady | {"ema": decay}}
+        train(make_recipe(pairs, start, tmp_path / name, stage, data={"val": []}))
+    assert losses(tmp_path / "ema") == losses(tmp_path / "plain")
+    ema, plain = (tensors(tmp_path / n / "final")["text_projection"] for n in ("ema", "plain"))
+    first = tensors(start)["text_projection"]
+    assert 0 < (ema - first).norm() < 0.95 * (plain - first).norm()
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision"),  # convolutions in float16 take minutes on a CPU
+    [("vit", "bf16"), ("vit", "fp16"), ("resnet", "bf16"), ("efficientnet_lite", "bf16")],
+)
+def test_every_tower_trains_in_half_precision(pairs, tmp_path, kind, precision):
+    begin = write_start(tmp_path / "start", kind)
+    recipe = make_recipe(
+        pairs,
+        begin,
+        tmp_path / "run",
+        {
+            "epochs": 1,
+            "micro_batch_size": 6,
+            "augment": True,
+            "optimizer": OPTIMIZER | {"clip_norm": 1.0},
+        },
+        machine={"precision": precision, "device": "cpu", "grad_checkpointing": True},
+        data={"val": []},
+    )
+    train(recipe)
+    found = losses(tmp_path / "run")
+    assert len(found) == 3 and all(map(math.isfinite, found))
+
+
+@pytest.mark.full  # compiling takes a minute
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_tower_gives_the_losses_of_a_plain_one(pairs, start, tmp_path):
+    pytest.importorskip("torch._inductor")
+    recipe = {"data": {"val": []}}
+    plain = make_recipe(pairs, start, tmp_path / "plain", {"steps": 2, "epochs": None}, **recipe)
+    train(plain)
+    recipe["machine"] = {"precision": "fp32", "device": "cpu", "compile": True}
+    train(make_recipe(pairs, start, tmp_path / "fast", {"steps": 2, "epochs": None}, **recipe))
+    assert losses(tmp_path / "fast") == pytest.approx(losses(tmp_path / "plain"), abs=1e-4)
+
+
+def test_validation_pairs_in_the_training_data_are_named(pairs, start, tmp_path):
+    same = pairs[0], pairs[0]
+    train(make_recipe(same, start, tmp_path / "run", {"steps": 1, "epochs": None}))
+    (warning,) = events(tmp_path / "run", "warning")
+    assert warning["text"].startswith("48 validation pairs are in the training data")
+    assert len((tmp_path / "run" / "shared.txt").read_text("utf-8").splitlines()) == 48
+
+
+def test_a_second_run_in_the_folder_is_refused_unless_it_goes_on(pairs, start, tmp_path):
+    recipe = make_recipe(pairs, start, tmp_path / "run", {"steps": 2, "epochs": None})
+    first = train(recipe)
+    with pytest.raises(UsageError, match=r"holds a run; go on with it by --resume auto"):
+        train(recipe)
+    assert train(recipe, resume=True) == first
+    other = make_recipe(pairs, start, tmp_path / "run", {"steps": 3, "epochs": None})
+    with pytest.raises(UsageError, match=r"stages.train.steps: 2, now 3.*--allow-changes"):
+        train(other, resume=True)
+
+
+def test_a_disk_full_inside_a_save_leaves_the_state_before_it(pairs, start, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    recipe = make_recipe(pairs, start, run, {"epochs": 3})
+    save, count = states_on_disk.save, 0
+
+    def full(*given, **options):
+        nonlocal count
+        count += 1
+        if count == 3:
+            save(*given, **options)  # half of it is there when the disk is full
+            raise OSError(28, "No space left on device")
+        return save(*given, **options)
+
+    monkeypatch.setattr(states_on_disk, "save", full)
+    with pytest.raises(CheckpointError, match=r"step 6 could not be saved.*No space left.*000003"):
+        train(recipe)
+    assert [path.name for path in states_on_disk.states(run)] == ["000000000", "000000003"]
+    monkeypatch.undo()
+    outcome = train(recipe, resume=True)
+    train(make_recipe(pairs, start, tmp_path / "whole", {"epochs": 3}))
+    assert outcome.steps == 9
+    assert losses(run) == losses(tmp_path / "whole")
+
+
+def test_only_the_newest_states_are_kept(pairs, start, tmp_path):
+    recipe = make_recipe(
+        pairs, start, tmp_path / "run", {"epochs": 4}, output={"keep": 2, "save_every": 1}
+    )
+    train(recipe)
+    assert [p.name for p in states_on_disk.states(tmp_path / "run")] == ["000000011", "000000012"]
+
+
+def test_an_empty_source_is_refused(start, tmp_path, pairs):
+    (tmp_path / "empty.jsonl").write_text("", encoding="utf-8")
+    with pytest.raises((UsageError, DataError), match=r"no pair|holds no|empty"):
+        train(make_recipe((f"jsonl:{tmp_path / 'empty.jsonl'}", pairs[1]), start, tmp_path / "run"))
+
+
+def test_a_batch_that_cannot_be_read_at_all_is_passed_over(start, tmp_path):
+    uri = write_pairs(tmp_path, "train", range(17))
+    recipe = make_recipe(
+        (uri, uri), start, tmp_path / "run", {"epochs": 1},
+        data={"val": [], "most_skipped": 0.5},
+    )  # fmt: skip
+    from cn_clip.data.sampler import plan_of
+    from cn_clip.data.sources import open_mix
+
+    last = plan_of(open_mix([uri]), recipe.seed).places(0, np.array([16]))[1][0]
+    (tmp_path / f"{last}.png").write_bytes(b"broken")
+    outcome = train(recipe)
+    assert outcome.steps == 2
+    assert len(losses(tmp_path / "run")) == 1
+
+
+def test_events_tell_everything_the_log_holds(pairs, start, tmp_path):
+    told = []
+    train(make_recipe(pairs, start, tmp_path / "run"), tell=told.append)
+    assert [e for e in told if e["kind"] != "tick"] == read_log(tmp_path / "run")
+    assert {e["kind"] for e in told} == {"start", "stage", "score", "step", "saved", "end", "tick"}
+
+
+def test_the_outcome_is_plain_values(pairs, start, tmp_path):
+    outcome = train(make_recipe(pairs, start, tmp_path / "run", {"steps": 1, "epochs": None}))
+    written = json.loads((tmp_path / "run" / "outcome.json").read_text("utf-8"))
+    assert written == json.loads(json.dumps(asdict(outcome)))

@@ -1,0 +1,220 @@
+"""The page about a run: it needs nothing beside it, and shows what was measured."""
+
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from data.formats import jpeg
+from train.runs import make_recipe
+
+from cn_clip.data.sources import open_mix
+from cn_clip.train.log import Log
+from cn_clip.train.report import curve, headline, write_report
+from cn_clip.train.validate import validation_of
+
+RECALLS = {f"{way}_r{k}": 0.125 for way in ("t2i", "i2t") for k in (1, 5, 10)}
+
+
+class Page(HTMLParser):
+    """Addresses, tags and texts of a page; every tag is closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.addresses, self.tags, self.texts, self.open = [], [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.addresses += [v for name, v in attributes if name in ("src", "href", "xlink:href")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def scored(stage, total, recall):
+    return ("score", total, {"stage": stage, "step": total, "mean_recall": recall} | RECALLS)
+
+
+EVENTS = [
+    (
+        "start",
+        0,
+        {"model": "tiny<vit>", "parameters": 1_500_000, "pairs": 48, "device": "cpu",
+         "processes": 1, "origins": ["visual.* from <clip>.pt"]},
+    ),
+    ("warning", 0, {"text": "3 validation pairs are in the training data & more"}),
+    ("stage", 0, {"stage": "locked", "step": 0}),
+    scored("locked", 0, 0.125),
+    *(
+        ("step", n, {"stage": "locked", "mean_loss": 4 - n / 10, "rate": 1e-4, "logit_scale": 14.3})
+        for n in range(1, 9)
+    ),
+    scored("locked", 8, 0.333),
+    ("stage", 8, {"stage": "unlocked", "step": 0}),
+    ("step", 9, {"stage": "unlocked", "mean_loss": "nan", "rate": 1e-4, "logit_scale": 14.3}),
+    scored("unlocked", 12, 0.25),
+    scored("final", 12, 0.375),
+    ("end", 12, {"seconds": 90.0}),
+]  # fmt: skip
+
+
+@pytest.fixture
+def run(pairs, start, tmp_path):
+    """The folder of a run of two stages, its recipe and its validation pairs."""
+    stages = [{"name": "locked"}, {"name": "unlocked"}]
+    recipe = make_recipe(pairs, start, tmp_path / "run", *stages, name="<two> stages")
+    folder = tmp_path / "run"
+    log = Log(folder, recipe, tell=lambda event: None, writes=True)
+    for kind, total, values in EVENTS:
+        log.write(kind, total, **values)
+    log.close()
+    validation = validation_of(open_mix(recipe.data.val))
+    rng = np.random.default_rng(0)
+    for when in ("before", "after"):
+        made = {n: rng.normal(size=(16, 8)).astype(np.float16) for n in ("images", "texts")}
+        np.savez(folder / f"{when}.npz", **made)
+    return folder, recipe, validation
+
+
+def read_page(folder):
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    return text, Page(text)
+
+
+def test_the_page_needs_nothing_beside_it(run):
+    write_report(*run)
+    text, page = read_page(run[0])
+    assert page.addresses and all(each.startswith("data:image/") for each in page.addresses)
+    assert not re.search(r"https?://|url\(|@import", text)
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+
+
+def test_the_page_shows_stages_scores_curves_and_where_weights_came_from(run):
+    write_report(*run)
+    text, page = read_page(run[0])
+    shown = " ".join(page.texts)
+    for each in (
+        "<two> stages",
+        "locked",
+        "unlocked",
+        "before",
+        "final",
+        "tiny<vit>",
+        "1.5 minutes",
+    ):
+        assert each in shown
+    for score in ("12.5", "33.3", "37.5", "+20.8", "+25.0"):
+        assert score in shown
+    assert "visual.* from <clip>.pt" in page.texts
+    assert "3 validation pairs are in the training data & more" in page.texts
+    assert "global_batch_size = 16" in shown
+    assert page.tags.count("svg") == 4 and page.tags.count("polyline") == 4
+    assert "nan" not in text
+
+
+def test_what_texts_find_is_shown_as_pictures_before_and_after(run):
+    folder, _, validation = run
+    images = np.eye(16, dtype=np.float16)
+    np.savez(folder / "after.npz", images=images, texts=images)
+    write_report(*run)
+    _, page = read_page(folder)
+    assert page.tags.count("img") == 8 * 2 * 5
+    shown = [text for text in page.texts if text in validation.texts]
+    assert len(shown) == 8 and shown[0] == validation.texts[0] and shown[-1] == validation.texts[-1]
+    assert page.texts.count("1.000 ✓") == 8  # after: each text finds its own
+
+
+class OneWhole:
+    """A source of which the first picture alone can be read."""
+
+    def image(self, index):
+        return b"broken" if index else jpeg(1)
+
+
+def test_a_picture_that_cannot_be_read_is_left_out_of_the_page(run):
+    folder, recipe, validation = run
+    images = np.linspace(1, 0.5, 16, dtype=np.float16)[:, None]  # the first is best for any text
+    for when in ("before", "after"):
+        np.savez(folder / f"{when}.npz", images=images, texts=np.ones((16, 1), np.float16))
+    validation.sources[0] = OneWhole()
+    write_report(folder, recipe, validation)
+    assert read_page(folder)[1].tags.count("img") == 8 * 2
+
+
+def test_a_run_without_validation_says_so(run):
+    folder, recipe, _ = run
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    (folder / "log.jsonl").write_text("\n".join(x for x in lines if '"score"' not in x) + "\n")
+    for when in ("before", "after"):
+        (folder / f"{when}.npz").unlink()
+    assert write_report(folder, recipe, None) == []
+    _, page = read_page(folder)
+    assert "There were no validation pairs." in page.texts and "img" not in page.tags
+
+
+def test_the_headline_is_before_the_best_of_each_stage_and_the_final_score(run):
+    assert write_report(*run) == [
+        ("before", 0.125),
+        ("locked", 0.333),
+        ("unlocked", 0.333),  # it went on from the best weights, and found none better
+        ("final", 0.375),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ([], []),
+        ([("locked", 0, 0.5)], [("before", 0.5)]),
+        ([("locked", 0, 0.5), ("locked", 5, 0.25)], [("before", 0.5), ("locked", 0.5)]),
+        (
+            [("locked", 0, 0.1), ("locked", 5, 0.4), ("locked", 9, 0.3), ("unlocked", 12, 0.6)],
+            [("before", 0.1), ("locked", 0.4), ("unlocked", 0.6)],
+        ),
+    ],
+)
+def test_the_headline_of_a_run_under_way(run, scores, expected):
+    events = [
+        {"kind": kind, "total": total, **values}
+        for kind, total, values in (scored(*score) for score in scores)
+    ]
+    assert headline(events, run[1]) == expected
+
+
+def points_of(svg):
+    (line,) = re.findall(r'<polyline points="([^"]*)"', svg)
+    return [tuple(map(float, point.split(","))) for point in line.split()]
+
+
+def test_a_curve_keeps_order_and_proportion():
+    drawn = points_of(curve([(0, 1.0), (50, 3.0), (100, 2.0)], [], "loss"))
+    (x0, y0), (x1, y1), (x2, y2) = drawn
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2)
+    assert y0 > y2 > y1  # down is more in an SVG
+    assert y0 - y2 == pytest.approx(y2 - y1, abs=0.2)
+
+
+def test_a_curve_marks_where_stages_begin():
+    svg = curve([(0, 1.0), (100, 2.0)], [(0, "one"), (50, "a<b")], "loss")
+    assert "one</text>" in svg and "a&lt;b</text>" in svg
+
+
+@pytest.mark.parametrize("points", [[(1, 2.0)], [(0, 1.0), (5, 1.0)], [(0, "nan"), (3, 1.0)]])
+def test_a_curve_of_one_point_or_one_value_is_finite(points):
+    assert all(np.isfinite(each) for point in points_of(curve(points, [], "x")) for each in point)
+
+
+def test_a_long_curve_is_thinned_and_an_empty_one_says_so():
+    drawn = points_of(curve([(n, float(n)) for n in range(10_000)], [], "x"))
+    assert 300 <= len(drawn) <= 1200
+    assert curve([], [], "x") == "<p>none</p>"

@@ -1,0 +1,136 @@
+"""A run that was stopped goes on as if it had not been, whatever stopped it."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from train.runs import make_recipe, recipe_values, write_start
+
+from cn_clip.train import checkpoint
+from cn_clip.train.guard import InterruptedRun
+from cn_clip.train.log import read_log
+from cn_clip.train.loop import train
+
+STAGES = (
+    {"name": "locked", "freeze": ["visual.*"], "cached": True, "epochs": 2},
+    {"name": "all", "augment": True, "micro_batch_size": 6, "epochs": 2},
+)
+AVERAGED = {"learning_rate": 1e-3, "warmup": 2, "ema": 0.9, "clip_norm": 1.0}
+
+
+@pytest.fixture(scope="module")
+def dropping(tmp_path_factory):
+    """Weights of a tiny model with dropout, whose draws have to come again."""
+    return write_start(tmp_path_factory.mktemp("dropping") / "tiny", dropout=0.1)
+
+
+def losses(folder):
+    return {event["total"]: event["loss"] for event in read_log(folder) if event["kind"] == "step"}
+
+
+def scores(folder):
+    return {
+        (event["total"], event["stage"]): event["mean_recall"]
+        for event in read_log(folder)
+        if event["kind"] == "score"
+    }
+
+
+def stopping_at(step, number=signal.SIGTERM):
+    def tell(event):
+        if event["kind"] == "step" and event["total"] == step:
+            os.kill(os.getpid(), number)
+
+    return tell
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stopped_run_goes_on_with_the_same_bits(pairs, dropping, tmp_path, workers):
+    options = {"data": {"workers": workers}, "output": {"log_every": 1}}
+    stages = [stage | {"optimizer": AVERAGED} for stage in STAGES]
+    whole = make_recipe(pairs, dropping, tmp_path / "whole", *stages, **options)
+    wanted = train(whole)
+    parts = make_recipe(pairs, dropping, tmp_path / "parts", *stages, **options)
+    for step in (2, 6, 8, 11):  # within an epoch, at a stage's end, within the next
+        with pytest.raises(InterruptedRun, match=rf"step {step}; the state is saved") as stopped:
+            train(parts, resume=True, tell=stopping_at(step))
+        assert stopped.value.code == 128 + signal.SIGTERM
+    outcome = train(parts, resume=True)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert scores(tmp_path / "parts") == scores(tmp_path / "whole")
+    assert outcome.scores == wanted.scores
+
+
+def test_ctrl_c_saves_too(pairs, dropping, tmp_path):
+    recipe = make_recipe(pairs, dropping, tmp_path / "run")
+    with pytest.raises(InterruptedRun) as stopped:
+        train(recipe, tell=stopping_at(1, signal.SIGINT))
+    assert stopped.value.code == 130
+    assert checkpoint.states(tmp_path / "run")[-1].name == "000000001"
+
+
+def killed_and_resumed(pairs, start, tmp_path, kills, seed):
+    """Start a run in a process of its own, kill it at random moments, and let it end."""
+    import tomli_w
+
+    options = {"output": {"log_every": 1, "save_every": 1}}
+    whole = make_recipe(pairs, start, tmp_path / "whole", *STAGES, **options)
+    train(whole)
+    values = recipe_values(pairs, start, tmp_path / "killed", *STAGES, **options)
+    file = tmp_path / "recipe.toml"
+    file.write_text(tomli_w.dumps(values), encoding="utf-8")
+    command = [sys.executable, "-m", "cn_clip", "train", "--recipe", str(file), "--resume", "auto"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as here: more threads sum otherwise
+    draw = random.Random(seed)
+    while kills:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
+        )
+        assert process.stdout is not None
+        lines = draw.randrange(0, 8)  # kill it after so many lines, and a little later
+        for _ in range(lines):
+            if not process.stdout.readline():
+                break
+        time.sleep(draw.random() * 0.3)
+        if process.poll() is not None:
+            break  # it was done before
+        process.kill()
+        process.communicate()
+        kills -= 1
+        for state in checkpoint.states(tmp_path / "killed"):
+            checkpoint.read_progress(state)  # whole, or not there
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert scores(tmp_path / "killed") == scores(tmp_path / "whole")
+    return kills
+
+
+def test_a_killed_run_goes_on_with_the_same_bits(pairs, dropping, tmp_path):
+    killed_and_resumed(pairs, dropping, tmp_path, kills=3, seed=1)
+
+
+@pytest.mark.full
+def test_a_run_killed_at_twenty_moments_goes_on_with_the_same_bits(pairs, dropping, tmp_path):
+    kills, seed = 20, 0
+    while kills:  # a run may end before all of them have come: then another one
+        seed += 1
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        kills = killed_and_resumed(pairs, dropping, folder, kills, seed)
+
+
+def test_what_a_killed_save_left_is_no_state_and_goes_with_the_next(pairs, dropping, tmp_path):
+    recipe = make_recipe(pairs, dropping, tmp_path / "run")
+    with pytest.raises(InterruptedRun):
+        train(recipe, tell=stopping_at(1))
+    left = tmp_path / "run" / "states" / ".000000002.abc" / "new" / "tensors"
+    left.mkdir(parents=True)
+    (left / "__0_0.distcp").write_bytes(b"half")
+    assert checkpoint.states(tmp_path / "run")[-1].name == "000000001"
+    train(recipe, resume=True)
+    assert not left.exists()

@@ -1,0 +1,167 @@
+"""What a stage holds still, in which mode its parts are, and when it ends."""
+
+from fnmatch import fnmatchcase
+
+import pytest
+import torch
+from conftest import TINY, make_model
+from torch import nn
+
+from cn_clip.errors import UsageError
+from cn_clip.model.text import SelfAttention
+from cn_clip.train.recipe import Plateau
+from cn_clip.train.stages import Course, freeze, set_modes
+
+
+def buffers(model):
+    return {name: each.clone() for name, each in model.named_buffers()}
+
+
+def changed_buffers(model):
+    """Run the image tower once, and return the buffers that it changed."""
+    before = buffers(model)
+    model.encode_image(torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    return {name for name, each in model.named_buffers() if not torch.equal(each, before[name])}
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        (),
+        ("visual.*",),
+        ("visual.transformer.resblocks.0.*", "bert.embeddings.*"),
+        ("*.bias",),
+        ("logit_scale",),
+        ("bert.encoder.layer.?.attention.*",),
+        ("*",),
+    ],
+)
+def test_what_patterns_match_is_frozen_and_all_else_learns(tiny_model, patterns):
+    tiny_model.requires_grad_(False)
+    frozen = freeze(tiny_model, patterns)
+    for name, parameter in tiny_model.named_parameters():
+        held = any(fnmatchcase(name, pattern) for pattern in patterns)
+        assert parameter.requires_grad is not held
+        assert (name in frozen) is held
+
+
+def test_another_stage_lets_learn_what_was_frozen(tiny_model):
+    freeze(tiny_model, ["visual.*"])
+    freeze(tiny_model, [])
+    assert all(parameter.requires_grad for parameter in tiny_model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("pattern", "near"),
+    [
+        ("visul.*", r"near it: visual\.\*"),
+        ("bert.encoder.layers.*", r"bert\.encoder\.layer\.\*"),
+        ("logit_scal", "logit_scale"),
+        ("visual", r"'visual' matches no parameter; near it: visual\.\*"),
+        ("qqqq", "see: cn-clip train --recipe RECIPE --show parameters"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_lists_what_is_near(tiny_model, pattern, near):
+    with pytest.raises(UsageError, match=near):
+        freeze(tiny_model, ["bert.*", pattern])
+
+
+@pytest.mark.parametrize("kind", ["resnet", "efficientnet_lite"])
+def test_a_frozen_batch_norm_keeps_its_statistics_and_another_does_not(kind):
+    model = make_model(TINY[kind])
+    norms = {n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    counters = {f"{n}.{each}" for n in norms for each in ("running_mean", "running_var")}
+
+    freeze(model, [])
+    set_modes(model)
+    assert counters <= changed_buffers(model)
+
+    held = "visual.layer1.*" if kind == "resnet" else "visual.backbone.blocks.0.*"
+    freeze(model, [held])
+    set_modes(model)
+    found = changed_buffers(model)
+    assert found and not any(fnmatchcase(name, held) for name in found)
+    assert {name for name in counters if not fnmatchcase(name, held)} <= found
+
+    freeze(model, ["visual.*"])
+    set_modes(model)
+    assert not changed_buffers(model)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "visual", "bert"),
+    [
+        ((), True, True),
+        (("visual.*",), False, True),
+        (("bert.*",), True, False),
+        (("visual.*", "bert.*"), False, False),
+        (("visual.conv1.*",), True, True),
+    ],
+)
+def test_a_tower_that_is_wholly_frozen_is_in_eval_mode(tiny_model, patterns, visual, bert):
+    freeze(tiny_model, patterns)
+    set_modes(tiny_model)
+    for tower, training in ((tiny_model.visual, visual), (tiny_model.bert, bert)):
+        assert {module.training for module in tower.modules()} == {training}
+
+
+def test_a_frozen_text_tower_draws_no_dropout_and_one_that_learns_does(tiny_model):
+    ids = torch.tensor([[101, 5, 6, 7, 102]])
+    freeze(tiny_model, ["bert.*"])
+    set_modes(tiny_model)
+    assert torch.equal(tiny_model.encode_text(ids), tiny_model.encode_text(ids))
+    freeze(tiny_model, [])
+    set_modes(tiny_model)
+    assert not torch.equal(tiny_model.encode_text(ids), tiny_model.encode_text(ids))
+
+
+def test_the_dropout_of_a_stage_is_every_one_of_the_text_tower(tiny_model):
+    set_modes(tiny_model)
+    rates = [m.p for m in tiny_model.modules() if isinstance(m, nn.Dropout)]
+    assert set(rates) == {TINY["vit"].text.dropout}
+    set_modes(tiny_model, dropout=0.0)
+    ids = torch.tensor([[101, 5, 6, 7, 102]])
+    assert torch.equal(tiny_model.encode_text(ids), tiny_model.encode_text(ids))
+    set_modes(tiny_model, dropout=0.3)
+    assert {m.p for m in tiny_model.modules() if isinstance(m, nn.Dropout)} == {0.3}
+    assert {m.dropout for m in tiny_model.modules() if isinstance(m, SelfAttention)} == {0.3}
+
+
+@pytest.mark.parametrize(
+    ("scores", "patience", "min_gain", "ends_at", "best_at"),
+    [
+        ([0.1, 0.2, 0.3, 0.4], 1, 0.01, None, 3),
+        ([0.1, 0.1], 1, 0.0, 1, 0),
+        ([0.5, 0.4, 0.3, 0.2], 3, 0.01, 3, 0),
+        ([0.5, 0.4, 0.6, 0.5, 0.4], 2, 0.01, 4, 2),
+        # a gain too small to count is still the best, and many small ones add up to one that counts
+        ([0.5, 0.505, 0.509], 2, 0.01, 2, 2),
+        ([0.5, 0.505, 0.511, 0.515], 2, 0.01, None, 3),
+        ([0.5, 0.4, 0.51], 2, 0.01, None, 2),
+        ([0.0, 0.0, 0.0], 2, 0.0, 2, 0),
+    ],
+)
+def test_a_stage_ends_when_the_score_has_not_risen_for_so_many_evaluations(
+    scores, patience, min_gain, ends_at, best_at
+):
+    course, plateau, ended = Course(), Plateau(patience, min_gain), None
+    for step, score in enumerate(scores):
+        best_before = course.best
+        is_best = course.add(score, step, plateau)
+        assert is_best is (best_before is None or score > best_before)
+        if ended is None and course.ended(plateau):
+            ended = step
+    assert ended == ends_at
+    assert (course.best_step, course.best) == (best_at, max(scores))
+
+
+def test_without_a_plateau_a_stage_never_ends_by_its_score():
+    course = Course()
+    assert [course.add(0.5, step, None) for step in range(9)] == [True] + 8 * [False]
+    assert not course.ended(None)
+
+
+def test_a_later_stage_has_to_beat_what_came_before():
+    course = Course(best=0.5, mark=0.5)
+    assert not course.add(0.49, 10, Plateau(1))
+    assert course.ended(Plateau(1)) and course.best == 0.5 and course.best_step == 0
