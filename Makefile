@@ -24,5 +24,6 @@ test: ## the tests alone
 bench: ## measure the core
 	$(BIN)/python benchmarks/core.py
 
-docs: ## regenerate docs/cli.md
+docs: ## regenerate docs/cli.md and docs/recipe.md
 	$(BIN)/python docs/generate_cli.py
+	$(BIN)/python docs/generate_recipe.py
