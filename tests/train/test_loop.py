@@ -108,9 +108,10 @@ def test_the_score_is_measured_before_training_and_shown_beside_later_ones(pairs
     first, *later = events(tmp_path / "run", "score")
     assert first["total"] == 0
     from cn_clip.data.sources import open_mix
-    from cn_clip.train.validate import embed, score, validation_of
+    from cn_clip.eval.pairs import eval_set_of
+    from cn_clip.train.validate import embed, score
 
-    validation = validation_of(open_mix([pairs[1]]))
+    validation = eval_set_of(open_mix([pairs[1]]))
     model = weights.build(weights.read(start))
     found = score(*embed(model, validation, autocast=None), validation)
     assert first["mean_recall"] == pytest.approx(found.mean_recall)

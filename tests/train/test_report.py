@@ -9,9 +9,9 @@ from data.formats import jpeg
 from train.runs import make_recipe
 
 from cn_clip.data.sources import open_mix
+from cn_clip.eval.pairs import eval_set_of
 from cn_clip.train.log import Log
 from cn_clip.train.report import curve, headline, write_report
-from cn_clip.train.validate import validation_of
 
 RECALLS = {f"{way}_r{k}": 0.125 for way in ("t2i", "i2t") for k in (1, 5, 10)}
 
@@ -78,7 +78,7 @@ def run(pairs, start, tmp_path):
     for kind, total, values in EVENTS:
         log.write(kind, total, **values)
     log.close()
-    validation = validation_of(open_mix(recipe.data.val))
+    validation = eval_set_of(open_mix(recipe.data.val))
     rng = np.random.default_rng(0)
     for when in ("before", "after"):
         made = {n: rng.normal(size=(16, 8)).astype(np.float16) for n in ("images", "texts")}

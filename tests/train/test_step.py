@@ -128,8 +128,9 @@ def test_a_locked_image_tower_gets_no_gradients_and_its_features_may_stand_for_p
     assert_same(online, cached)
 
 
-def test_pairs_with_the_same_caption_are_no_negatives_unless_told():
+def test_two_captions_of_one_picture_are_no_negatives_unless_told():
     share, towers = share_of(32), towers_of("vit")
+    share.keys[1, 0] = share.keys[0, 0]
     aware, _ = run(towers, share, Stage(epochs=1), 1)
     plain, _ = run(towers, share, Stage(epochs=1, loss=Loss(duplicates=False)), 1)
     with torch.no_grad():
@@ -139,7 +140,7 @@ def test_pairs_with_the_same_caption_are_no_negatives_unless_told():
     cross = torch.nn.functional.cross_entropy
     wanted = float(cross(logits, target) + cross(logits.T, target)) / 2
     assert plain == pytest.approx(wanted, abs=1e-5)
-    assert aware != pytest.approx(plain, abs=1e-4)
+    assert aware != pytest.approx(plain, abs=1e-3)
 
 
 def test_a_teacher_mixes_its_similarities_into_the_targets():

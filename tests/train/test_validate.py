@@ -1,4 +1,4 @@
-"""Validation: each picture and text once, true recall, pairs that training has seen."""
+"""EvalSet: each picture and text once, true recall, pairs that training has seen."""
 
 import json
 
@@ -13,8 +13,9 @@ from cn_clip.backends.torch import TorchEmbedder
 from cn_clip.data.pair import Row
 from cn_clip.data.sources import Weighted, open_mix
 from cn_clip.errors import DataError
+from cn_clip.eval.pairs import eval_set_of
 from cn_clip.train import validate
-from cn_clip.train.validate import embed, score, shared_pairs, validation_of
+from cn_clip.train.validate import embed, score, shared_pairs
 
 
 class Made:
@@ -46,7 +47,7 @@ A, B, C = (jpeg(seed) for seed in (1, 2, 3))
 
 
 def validation(*rows, name="val"):
-    return validation_of([Weighted(Made(*rows, name=name))])
+    return eval_set_of([Weighted(Made(*rows, name=name))])
 
 
 def test_a_picture_with_many_texts_and_a_text_of_many_pictures_are_each_one():
@@ -69,7 +70,7 @@ def test_captions_of_punctuation_alone_are_not_all_the_same():
 def test_ids_are_one_sources_and_a_caption_is_the_same_in_all():
     """Two texts that say the same compete with each other, whichever source they are from."""
     mix = [Weighted(Made(("1", "猫", A))), Weighted(Made(("1", "猫！", B), ("2", "狗", C)))]
-    found = validation_of(mix)
+    found = eval_set_of(mix)
     assert found.images == [(0, 0), (1, 0), (1, 1)] and found.texts == ["猫", "狗"]
     assert found.pairs.tolist() == [[0, 0], [1, 0], [2, 1]]
 
@@ -79,7 +80,7 @@ def test_ids_are_one_files_where_a_source_has_several(tmp_path):
         (tmp_path / f"{name}.jpg").write_bytes(jpeg(seed))
         row = {"image": f"{name}.jpg", "text": f"图{name}", "image_id": "0", "text_id": "0"}
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
-    found = validation_of(open_mix([f"jsonl:{tmp_path}/*.jsonl"]))
+    found = eval_set_of(open_mix([f"jsonl:{tmp_path}/*.jsonl"]))
     assert [found.image_bytes(n) for n in range(2)] == [jpeg(1), jpeg(2)]
     assert found.pairs.tolist() == [[0, 0], [1, 1]]
 
@@ -91,18 +92,18 @@ def test_rows_that_cannot_be_used_are_named_and_the_rest_counts():
 
 
 def test_nothing_to_validate_on_is_an_error():
-    with pytest.raises(DataError, match="no pair that can be used; see: cn-clip data check"):
+    with pytest.raises(DataError, match="no pair that can be measured on; see: cn-clip data check"):
         validation(("1", " ", A))
 
 
 def test_every_format_gives_the_same_pairs(pictures):
-    csv, tar = (validation_of(open_mix([write(pictures)])) for write in (write_csv, write_tar))
+    csv, tar = (eval_set_of(open_mix([write(pictures)])) for write in (write_csv, write_tar))
     texts = [[found.texts[text] for _, text in found.pairs] for found in (csv, tar)]
     assert sorted(texts[0]) == sorted(texts[1]) == sorted(text for _, _, text in PAIRS)
 
 
 def test_embeddings_are_those_of_the_embedder(pictures, tiny_model):
-    found = validation_of(open_mix([write_csv(pictures)]))
+    found = eval_set_of(open_mix([write_csv(pictures)]))
     images, texts = embed(tiny_model, found, autocast=None)
     embedder = TorchEmbedder(make_model(TINY["vit"]))
     files = [str(pictures / f"{name}.jpg") for name in ("007", "008", "猫")]
@@ -111,7 +112,7 @@ def test_embeddings_are_those_of_the_embedder(pictures, tiny_model):
 
 
 def test_bfloat16_is_near(pictures, tiny_model):
-    found = validation_of(open_mix([write_csv(pictures)]))
+    found = eval_set_of(open_mix([write_csv(pictures)]))
     exact = embed(tiny_model, found, autocast=None)
     near = embed(tiny_model, found, autocast=torch.bfloat16)
     for a, b in zip(exact, near, strict=True):
@@ -120,7 +121,7 @@ def test_bfloat16_is_near(pictures, tiny_model):
 
 
 def test_pictures_of_a_locked_tower_are_not_embedded_again(pictures, tiny_model):
-    found = validation_of(open_mix([write_csv(pictures)]))
+    found = eval_set_of(open_mix([write_csv(pictures)]))
     images, texts = embed(tiny_model, found, autocast=None)
     tiny_model.visual.forward = None
     again = embed(tiny_model, found, autocast=None, images=images)
@@ -178,11 +179,11 @@ def test_the_same_caption_with_the_same_id_or_the_same_bytes_is_found():
 
 def test_clean_data_share_nothing(pairs):
     train, val = pairs
-    assert shared_pairs(validation_of(open_mix([val])), open_mix([train])) == []
+    assert shared_pairs(eval_set_of(open_mix([val])), open_mix([train])) == []
 
 
 def test_renamed_copies_are_found_across_formats_and_sources(tmp_path, pictures):
-    held = validation_of(open_mix([write_jsonl(pictures)]))
+    held = eval_set_of(open_mix([write_jsonl(pictures)]))
     copies = tmp_path / "copies"
     copies.mkdir()
     for n, (image_id, _, text) in enumerate(PAIRS):

@@ -17,6 +17,7 @@ from cn_clip import distributed, weights
 from cn_clip.data.sources import open_mix
 from cn_clip.errors import UsageError
 from cn_clip.eval.metrics import Retrieval
+from cn_clip.eval.pairs import eval_set_of
 from cn_clip.model.clip import CLIP
 from cn_clip.publish import published
 from cn_clip.train.batches import Share, shares
@@ -32,7 +33,7 @@ from cn_clip.train.setup import Run, Training, set_up
 from cn_clip.train.stages import Course, set_modes
 from cn_clip.train.start import initial_model
 from cn_clip.train.step import Numbers, backward
-from cn_clip.train.validate import Vectors, embed, score, shared_pairs, validation_of
+from cn_clip.train.validate import Vectors, embed, score, shared_pairs
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 _LISTED = 5  # lines of a warning that are shown
@@ -90,7 +91,7 @@ def train(
             log,
             stack.enter_context(signals()),
             open_mix(recipe.data.train),
-            validation_of(open_mix(recipe.data.val)) if recipe.data.val else None,
+            eval_set_of(open_mix(recipe.data.val)) if recipe.data.val else None,
         )
         return _carried_out(run)
 

@@ -10,10 +10,11 @@ import numpy as np
 
 from cn_clip.data.page import data_uri, page, sheet, thumbnail
 from cn_clip.errors import CNClipError
+from cn_clip.eval.pairs import EvalSet
 from cn_clip.publish import published
 from cn_clip.train.log import Event, read_log
 from cn_clip.train.recipe import Recipe
-from cn_clip.train.validate import Validation, Vectors
+from cn_clip.train.validate import Vectors
 
 _QUERIES, _SHOWN = 8, 5  # retrievals on the page, and pictures of each
 _MOST_POINTS = 600  # of a curve
@@ -23,7 +24,7 @@ Point = tuple[float, float]
 
 
 def write_report(
-    folder: Path, recipe: Recipe, validation: Validation | None
+    folder: Path, recipe: Recipe, validation: EvalSet | None
 ) -> list[tuple[str, float]]:
     """Write ``report.html`` into a run's folder.
 
@@ -180,7 +181,7 @@ def _scores(events: Sequence[Event], recipe: Recipe) -> str:
     return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
 
 
-def _retrievals(folder: Path, validation: Validation | None) -> list[str]:
+def _retrievals(folder: Path, validation: EvalSet | None) -> list[str]:
     """Show what some validation texts find, before and after."""
     try:
         with np.load(folder / "before.npz") as held:
@@ -204,7 +205,7 @@ def _retrievals(folder: Path, validation: Validation | None) -> list[str]:
 
 
 def _found(
-    images: Vectors, text: Vectors, right: set[int], validation: Validation
+    images: Vectors, text: Vectors, right: set[int], validation: EvalSet
 ) -> Iterable[tuple[str, str]]:
     cosines = images @ text
     for image in np.argsort(-cosines, kind="stable")[:_SHOWN].tolist():

@@ -15,6 +15,7 @@ from cn_clip.data.loader import Loader, Preparation
 from cn_clip.data.sources import Weighted
 from cn_clip.embedder import Embedder, load
 from cn_clip.errors import UsageError
+from cn_clip.eval.pairs import EvalSet
 from cn_clip.model.clip import CLIP
 from cn_clip.train.batches import CachedLoader
 from cn_clip.train.cache import cache_image_features, tower_fingerprint
@@ -27,7 +28,7 @@ from cn_clip.train.parallel import shard, wrap
 from cn_clip.train.recipe import Recipe, Stage
 from cn_clip.train.stages import freeze, set_modes
 from cn_clip.train.step import Heads, Numbers, Towers
-from cn_clip.train.validate import Validation, Vectors
+from cn_clip.train.validate import Vectors
 
 
 @dataclass(slots=True)
@@ -41,7 +42,7 @@ class Run:
     log: Log
     stop: Stop
     mix: list[Weighted]
-    validation: Validation | None
+    validation: EvalSet | None
     scores: list[tuple[str, float]] = field(default_factory=list)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +12,11 @@ import torch
 from cn_clip import distributed
 from cn_clip.backends.torch import TorchEmbedder
 from cn_clip.data.captions import digest, plain
-from cn_clip.data.pair import Source, located
-from cn_clip.data.sources import Weighted, id_digest
-from cn_clip.errors import CNClipError, DataError, ImageError
+from cn_clip.data.pair import located
+from cn_clip.data.sources import Weighted
+from cn_clip.errors import CNClipError, ImageError
 from cn_clip.eval.metrics import Retrieval, retrieval
+from cn_clip.eval.pairs import EvalSet
 from cn_clip.model.clip import CLIP
 
 _COMPARED_ROWS = 2_000_000  # of training, with validation's
@@ -25,65 +25,9 @@ _COMPARED_PICTURES = 10_000
 Vectors = npt.NDArray[np.float32]
 
 
-@dataclass(slots=True)
-class Validation:
-    """The pictures and texts of the validation pairs, each once.
-
-    ``images`` are (source, row) of each picture; ``pairs`` (P, 2) tell which picture and which
-    text belong together; ``skipped`` says what could not be read.
-    """
-
-    sources: list[Source]
-    images: list[tuple[int, int]]
-    texts: list[str]
-    pairs: npt.NDArray[np.int64]
-    skipped: list[str] = field(default_factory=list)
-
-    def image_bytes(self, number: int) -> bytes:
-        """Read the bytes of a picture."""
-        source, index = self.images[number]
-        return self.sources[source].image(index)
-
-
-def validation_of(mix: Sequence[Weighted]) -> Validation:
-    """Read the rows of the validation pairs.
-
-    Raises:
-        DataError: there is none that can be used.
-    """
-    images: dict[tuple[int, int], int] = {}
-    texts: dict[str, int] = {}
-    found = Validation([part.source for part in mix], [], [], np.empty((0, 2), np.int64))
-    pairs = []
-    for number, source in enumerate(found.sources):
-        for index in range(len(source)):
-            try:
-                row = source.row(index)
-                if not row.text.strip():
-                    raise DataError("its text is empty")
-            except CNClipError as error:
-                found.skipped.append(located(source, index, error))
-                continue
-            picture = number, id_digest(source, index, row.image_id)
-            if picture not in images:
-                images[picture] = len(found.images)
-                found.images.append((number, index))
-            said = plain(row.text) or row.text  # the same sentence under two ids is one text
-            if said not in texts:
-                texts[said] = len(found.texts)
-                found.texts.append(row.text)
-            pairs.append((images[picture], texts[said]))
-    if not pairs:
-        raise DataError(
-            "the validation data hold no pair that can be used; see: cn-clip data check"
-        )
-    found.pairs = np.unique(np.array(pairs, np.int64), axis=0)
-    return found
-
-
 def embed(
     model: CLIP,
-    validation: Validation,
+    validation: EvalSet,
     *,
     autocast: torch.dtype | None,
     images: Vectors | None = None,
@@ -113,12 +57,12 @@ def embed(
     return images, texts
 
 
-def score(images: Vectors, texts: Vectors, validation: Validation) -> Retrieval:
+def score(images: Vectors, texts: Vectors, validation: EvalSet) -> Retrieval:
     """Measure recall in both directions; a picture that cannot be read counts as not found."""
     return retrieval(images, texts, validation.pairs)
 
 
-def shared_pairs(validation: Validation, training: Sequence[Weighted]) -> list[str]:
+def shared_pairs(validation: EvalSet, training: Sequence[Weighted]) -> list[str]:
     """Say which validation pairs are in the training data: the same caption with a picture of the
     same id or the same bytes. At most the first two million training rows are compared."""
     wanted: dict[int, list[int]] = {}
@@ -148,7 +92,7 @@ def shared_pairs(validation: Validation, training: Sequence[Weighted]) -> list[s
     return found
 
 
-def _bytes(validation: Validation, numbers: Sequence[int]) -> Iterator[bytes]:
+def _bytes(validation: EvalSet, numbers: Sequence[int]) -> Iterator[bytes]:
     for number in numbers:
         try:
             yield validation.image_bytes(number)
