@@ -18,6 +18,7 @@ from cn_clip.cli.convert import convert
 from cn_clip.cli.data import data
 from cn_clip.cli.doctor import doctor
 from cn_clip.cli.embed import embed
+from cn_clip.cli.eval import eval_app
 from cn_clip.cli.models import models
 from cn_clip.cli.train import train
 from cn_clip.errors import CNClipError, UsageError
@@ -34,6 +35,7 @@ app.command(embed)
 app.command(convert)
 app.command(data)
 app.command(train)
+app.command(eval_app)
 app.command(doctor)
 
 
