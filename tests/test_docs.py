@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 READMES = (ROOT / "README.md", ROOT / "README.zh.md")
 GUIDES = (DOCS / "guide.md", DOCS / "zh" / "guide.md")
+TRAINING = (DOCS / "training.md", DOCS / "zh" / "training.md")
 COMING = (DOCS / "coming-from.md", DOCS / "zh" / "coming-from.md")
 DATA = (DOCS / "data.md", DOCS / "zh" / "data.md")
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
@@ -59,11 +60,40 @@ def clone(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_command_line_page_is_what_the_verbs_print():
-    page = runpy.run_path(str(DOCS / "generate_cli.py"))
+@pytest.mark.parametrize("name", ["cli", "recipe"])
+def test_a_generated_page_is_what_the_code_says(name):
+    page = runpy.run_path(str(DOCS / f"generate_{name}.py"))
     assert read(page["PAGE"]) == page["render"](), (
-        "docs/cli.md is stale; renew it with: python docs/generate_cli.py"
+        f"docs/{name}.md is stale; renew it with: python docs/generate_{name}.py"
     )
+
+
+@pytest.mark.parametrize("page", TRAINING, ids=name_of)
+def test_the_commands_of_the_training_page_are_understood(page, capsys):
+    commands = [
+        line.partition("train ")[2]
+        for language, block in code_in(page)
+        if language == "sh"
+        for line in block.splitlines()
+        if " train " in line
+    ]
+    assert len(commands) >= 4
+    for command in commands:
+        assert run(["train", *shlex.split(command), "--show", "recipe"]) == 0, command
+        capsys.readouterr()
+
+
+@pytest.mark.parametrize("page", TRAINING, ids=name_of)
+def test_the_recipe_and_the_options_of_the_training_page_are_real(page, tmp_path):
+    (recipe,) = (block for language, block in code_in(page) if language == "toml")
+    path = tmp_path / "mine.toml"
+    path.write_text(recipe, encoding="utf-8")
+    assert run(["train", "--recipe", str(path), "--show", "recipe"]) == 0
+    options = re.findall(r"^\| `(--[^`]+)` \|", read(page), re.MULTILINE)
+    assert len(options) >= 8
+    for option in options:
+        flags = shlex.split(option)
+        assert run(["train", "--recipe", str(path), "--show", "recipe", *flags]) == 0, option
 
 
 @pytest.mark.parametrize("readme", READMES, ids=name_of)
@@ -73,8 +103,8 @@ def test_the_readme_has_one_command_to_try_and_one_to_test(readme):
 
 @pytest.mark.parametrize(
     ("english", "chinese"),
-    [READMES, GUIDES, COMING, DATA],
-    ids=["README", "guide", "coming from", "data"],
+    [READMES, GUIDES, COMING, DATA, TRAINING],
+    ids=["README", "guide", "coming from", "data", "training"],
 )
 def test_both_languages_hold_the_same_code(english, chinese):
     assert code_in(english) == code_in(chinese)

@@ -134,3 +134,29 @@ def test_what_a_killed_save_left_is_no_state_and_goes_with_the_next(pairs, dropp
     assert checkpoint.states(tmp_path / "run")[-1].name == "000000001"
     train(recipe, resume=True)
     assert not left.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no groups of processes")
+def test_ctrl_c_for_the_whole_group_saves_although_workers_hear_it_too(pairs, dropping, tmp_path):
+    import tomli_w
+
+    options = {"data": {"workers": 2}, "output": {"log_every": 1}}
+    values = recipe_values(pairs, dropping, tmp_path / "run", {"epochs": 1000}, **options)
+    file = tmp_path / "recipe.toml"
+    file.write_text(tomli_w.dumps(values), encoding="utf-8")
+    with subprocess.Popen(
+        [sys.executable, "-m", "cn_clip", "train", "--recipe", str(file)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "step 2:" in line:
+                break
+        os.killpg(process.pid, signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+        assert process.returncode == 130, told
+    assert "the state is saved" in told and "Traceback" not in told

@@ -7,7 +7,9 @@ another place.
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -149,25 +151,35 @@ class Loader:
             num_workers=self._workers,
             prefetch_factor=self._prefetch if self._workers else None,
             pin_memory=self._pin,
-            worker_init_fn=_alone,
+            worker_init_fn=worker_starts,
         )
-        try:
+        with dead_workers_named():
             for batch in prepared:  # its workers may die while they start, too
                 self._count(batch)
                 yield batch
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise DataError(
-                f"a worker that reads data died ({str(error).splitlines()[0]}); if memory ran out, "
-                "take fewer workers or a smaller prefetch"
-            ) from error
 
     def _count(self, batch: Batch) -> None:
         self.seen += len(batch.rows) + len(batch.skipped)
         self.skipped += len(batch.skipped)
         self.reasons += batch.skipped[: LISTED - len(self.reasons)]
         check_skipped(self, len(self.plan) // self._world_size, self._most_skipped)
+
+
+@contextmanager
+def dead_workers_named() -> Iterator[None]:
+    """Turn torch's error about a worker that died into a ``DataError``.
+
+    It comes out of whatever runs when the worker dies, not only where batches are asked for.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"a worker that reads data died ({str(error).splitlines()[0]}); if memory ran out, "
+            "take fewer workers or a smaller prefetch"
+        ) from error
 
 
 class Counted(Protocol):
@@ -288,6 +300,11 @@ class _Parts(torch.utils.data.Sampler[BatchPart]):
         return self._parts
 
 
-def _alone(_: int) -> None:
-    """Let a worker keep to one thread: there are as many workers as there is to do."""
+def worker_starts(_: int) -> None:
+    """Keep a worker to one thread, as there are as many workers as there is to do; and let it
+    leave Ctrl-C and SIGTERM, which a whole group of processes is sent, to the one that started it:
+    that one ends it, after it has saved what it has to.
+    """
     torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cn_clip import distributed
 from cn_clip.data.captions import digest
-from cn_clip.data.loader import Preparation, pixels_of, stacked_pixels
+from cn_clip.data.loader import Preparation, pixels_of, stacked_pixels, worker_starts
 from cn_clip.data.sampler import BatchPart
 from cn_clip.data.sources import Weighted, id_digest
 from cn_clip.errors import CNClipError, DataError, UsageError
@@ -167,7 +167,10 @@ def cache_image_features(
             for view in range(views)
         ]
         loaded = DataLoader(
-            _Views(sources, preparation, jobs), batch_size=None, num_workers=workers
+            _Views(sources, preparation, jobs),
+            batch_size=None,
+            num_workers=workers,
+            worker_init_fn=worker_starts,
         )
         rows: list[list[npt.NDArray[np.float32]]] = [[] for _ in range(views)]
         for (view, _), (pixels, kept, size) in zip(jobs, loaded, strict=True):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cn_clip import distributed, weights
+from cn_clip.data.loader import dead_workers_named
 from cn_clip.data.sources import open_mix
 from cn_clip.errors import UsageError
 from cn_clip.eval.metrics import Retrieval
@@ -93,7 +94,8 @@ def train(
             open_mix(recipe.data.train),
             eval_set_of(open_mix(recipe.data.val)) if recipe.data.val else None,
         )
-        return _carried_out(run)
+        with dead_workers_named():
+            return _carried_out(run)
 
 
 def _carried_out(run: Run) -> Outcome:
