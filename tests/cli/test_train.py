@@ -34,8 +34,8 @@ def test_a_run_tells_its_story_to_people(recipe_file, capsys, tmp_path):
         "stage train: 6 steps of 16 pairs",
         "mean recall before training:",
         "step 6: loss",
-        "best before",
-        "mean recall of the final weights:",
+        ", before ",
+        ", best mean recall of the final weights:",
         "report.html",
     ):
         assert piece in said, piece

@@ -65,12 +65,21 @@ def test_several_processes_give_the_losses_and_weights_of_one(
         assert (together[name] - tensor).abs().max() < 2e-4, name
 
 
-def test_weights_in_shares_give_the_losses_of_one_process(pairs, start, tmp_path, alone):
-    machine = {"device": "cpu", "precision": "fp32", "parallel": "fsdp"}
-    recipe = values(pairs, start, tmp_path / "run", output={"log_every": 1}, machine=machine)
-    done = torchrun(2, recipe, tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert losses(tmp_path / "run") == pytest.approx(alone[0], abs=1e-5)
+def test_weights_in_shares_give_the_losses_and_norms_of_one_process(pairs, start, tmp_path):
+    found = {}
+    for parallel, processes in (("fsdp", 2), ("ddp", 1)):
+        run = tmp_path / parallel
+        machine = {"device": "cpu", "precision": "fp32", "parallel": parallel}
+        recipe = values(pairs, start, run, output={"log_every": 1}, machine=machine)
+        for stage in recipe["stages"]:
+            stage["optimizer"] |= {"ema": 0.9, "clip_norm": 1.0}
+        done = torchrun(processes, recipe, tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        steps = [event for event in read_log(run) if event["kind"] == "step"]
+        found[parallel] = [[e["loss"] for e in steps], [e["gradient_norm"] for e in steps]]
+    assert found["fsdp"][0] == pytest.approx(found["ddp"][0], abs=1e-5)
+    assert found["fsdp"][1] == pytest.approx(found["ddp"][1], rel=1e-3)
+    assert max(found["ddp"][1]) > 1  # something was clipped
 
 
 def test_the_order_goes_on_at_another_number_of_processes(pairs, start, tmp_path, alone):

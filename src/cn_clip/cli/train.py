@@ -147,7 +147,9 @@ def _lines(event: dict[str, Any]) -> Iterator[str]:
     elif kind == "score":
         where = "before training" if total == 0 else f"at step {event['step']:,}"
         where = "of the final weights" if event["stage"] == "final" else where
-        best = f", best before {100 * event['best']:.2f} %" if event["best"] is not None else ""
+        held = [(word, event[word]) for word in ("before", "best") if event[word] is not None]
+        held = [(word, value) for word, value in held if total]
+        best = "".join(f", {word} {100 * value:.2f} %" for word, value in held)
         yield (
             f"  mean recall {where}: {100 * event['mean_recall']:.2f} %{best} (text to image R@1 "
             f"{100 * event['t2i_r1']:.1f}, R@10 {100 * event['t2i_r10']:.1f}; image to text R@1 "

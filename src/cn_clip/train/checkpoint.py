@@ -43,6 +43,7 @@ class Progress:
         step: steps done in the stage.
         total: steps done in all.
         epoch, batch: the next batch, of the stage's passes over the data.
+        before: the score before the first step.
         weights: the folder, within the run's, that the stage started from.
         course: how its scores have gone.
         scaler: of float16.
@@ -54,6 +55,7 @@ class Progress:
     total: int = 0
     epoch: int = 0
     batch: int = 0
+    before: float | None = None
     weights: str = "start"
     course: Course = field(default_factory=Course)
     scaler: dict[str, Any] = field(default_factory=dict)

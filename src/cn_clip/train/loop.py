@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cn_clip import distributed, weights
 from cn_clip.data.loader import dead_workers_named
@@ -27,7 +27,7 @@ from cn_clip.train.folder import Outcome, locked, prepared, write_outcome
 from cn_clip.train.guard import Guard, InterruptedRun, signals
 from cn_clip.train.log import Event, Log
 from cn_clip.train.optim import clamp_logit_scale, rate_at, set_rate
-from cn_clip.train.parallel import average_unshared, pick, whole_state
+from cn_clip.train.parallel import average_unshared, clip_gradients, pick, reshard, whole_state
 from cn_clip.train.recipe import Recipe
 from cn_clip.train.report import write_report
 from cn_clip.train.setup import Run, Training, set_up
@@ -171,6 +171,7 @@ def _stage(run: Run, progress: Progress, state: Path | None) -> None:
         found = _evaluate(run, training, progress)
         what = "validation pairs or pictures cannot be read, and are left out"
         _warn(run, what, run.validation.skipped, "unread.txt")
+        progress.before = found.mean_recall
         progress.course.add(found.mean_recall, 0, stage.plateau)
         save_state(run.folder, progress, training.tensors(), keep=run.recipe.output.keep)
     guard = Guard(stage, run.recipe.machine, training.rate, run.recipe.output.stop_at_chance)
@@ -178,7 +179,9 @@ def _stage(run: Run, progress: Progress, state: Path | None) -> None:
     while not progress.finished:
         for share in shares(training.loader, progress.epoch, progress.batch):
             _step(run, training, progress, share, guard, window)
+            begun = time.monotonic()
             _after_step(run, training, progress)
+            window.since += time.monotonic() - begun  # pairs a second are those of training alone
             if progress.finished:
                 return
 
@@ -216,7 +219,7 @@ def _step(
     norm = None
     if stage.optimizer.clip_norm is not None:
         learning = [p for group in training.optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(learning, stage.optimizer.clip_norm)
+        norm = clip_gradients(learning, stage.optimizer.clip_norm)
     scaler.step(training.optimizer)
     scaler.update()
     training.optimizer.zero_grad(set_to_none=True)
@@ -237,7 +240,7 @@ def _step(
             logit_scale=float(training.model.logit_scale.detach().exp()),
             pairs_per_second=round(window.rate * distributed.world_size(), 1),
             skipped=training.loader.skipped,
-            **({} if norm is None else {"gradient_norm": float(norm)}),
+            **({} if norm is None else {"gradient_norm": norm}),
             **_memory(run.device),
         )
         window.clear()
@@ -294,6 +297,7 @@ def _evaluate(run: Run, training: Training, progress: Progress) -> Retrieval:
     images, texts = embed(
         model, run.validation, autocast=run.numbers.autocast, images=training.images
     )
+    reshard(model)
     if average is not None:
         average.swap(model)
     set_modes(model, training.stage.dropout)
@@ -310,8 +314,11 @@ def _log_score(run: Run, stage: str, progress: Progress, found: Retrieval) -> No
     values = {"mean_recall": found.mean_recall}
     for name, recall in (("t2i", found.text_to_image), ("i2t", found.image_to_text)):
         values |= {f"{name}_r1": recall.r1, f"{name}_r5": recall.r5, f"{name}_r10": recall.r10}
-    before = progress.course.best if progress.total else None
-    run.log.write("score", progress.total, stage=stage, step=progress.step, best=before, **values)
+    marks = {
+        "before": progress.before,
+        "best": progress.course.best,
+    }  # what it is to be held against
+    run.log.write("score", progress.total, stage=stage, step=progress.step, **marks, **values)
 
 
 def _keep(run: Run, training: Training, progress: Progress) -> None:
@@ -337,6 +344,7 @@ def _advanced(progress: Progress, recipe: Recipe) -> Progress:
     return Progress(
         stage=progress.stage + 1,
         total=progress.total,
+        before=progress.before,
         weights=_best(progress, recipe) if improved else progress.weights,
         course=Course(best=progress.course.best, mark=progress.course.best),
     )

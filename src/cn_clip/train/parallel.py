@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,15 @@ def sharded(module: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
+def reshard(model: CLIP) -> None:
+    """Share the weights out again after a forward pass that no backward pass follows."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def average_unshared(towers: Towers) -> None:
     """Average the gradients that neither DDP nor FSDP does: of the scalar and the heads."""
     if distributed.world_size() == 1 or not sharded(towers):
@@ -83,6 +92,35 @@ def average_unshared(towers: Towers) -> None:
         if parameter.grad is not None:
             summed = distributed.all_reduce_sum(parameter.grad)
             parameter.grad.copy_(summed / distributed.world_size())
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Sequence[nn.Parameter], most: float) -> float:
+    """Shorten the gradient of all parameters to length ``most``; return how long it was.
+
+    Weights in shares and whole ones together, which torch's own function does not take.
+    """
+    shares: list[Tensor] = []
+    whole: list[Tensor] = []
+    for parameter in parameters:
+        gradient = parameter.grad
+        if isinstance(gradient, DTensor):
+            shares.append(gradient.to_local())
+        elif gradient is not None:
+            whole.append(gradient)
+    squared = torch.zeros((), device=parameters[0].device)
+    if shares:
+        squared = distributed.all_reduce_sum(squared + _squared_norm(shares))
+    if whole:
+        squared = squared + _squared_norm(whole)
+    norm = float(squared.sqrt())
+    if norm > most:
+        torch._foreach_mul_(shares + whole, most / norm)
+    return norm
+
+
+def _squared_norm(tensors: list[Tensor]) -> Tensor:
+    return torch.stack(torch._foreach_norm(tensors)).square().sum()
 
 
 @torch.no_grad()

@@ -55,6 +55,8 @@ def check_recipe(recipe: Recipe) -> None:
     for name, (value, least, most) in ranges.items():
         if value is not None and not least <= value <= most:
             raise UsageError(f"{name} is {value}; give {least} to {most}")
+    if recipe.machine.parallel == "fsdp" and recipe.machine.precision == "fp16":
+        raise UsageError("machine.parallel = fsdp has no scaler for fp16; take --precision bf16")
     names = [stage.name for stage in recipe.stages]
     if not names:
         raise UsageError("the recipe has no stage; give it a table [[stages]]")

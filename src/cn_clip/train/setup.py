@@ -20,7 +20,7 @@ from cn_clip.model.clip import CLIP
 from cn_clip.train.batches import CachedLoader
 from cn_clip.train.cache import cache_image_features, tower_fingerprint
 from cn_clip.train.checkpoint import Progress, tensors_of
-from cn_clip.train.guard import Stop
+from cn_clip.train.guard import InterruptedRun, Stop
 from cn_clip.train.log import Log
 from cn_clip.train.lora import add_lora
 from cn_clip.train.optim import Average, learning_rate, make_optimizer, parameter_groups
@@ -158,7 +158,7 @@ def _loader(run: Run, progress: Progress, model: CLIP) -> Loader | CachedLoader:
             run.folder / "features" if folder is None else Path(folder).expanduser(),
             views=stage.views,
             workers=data.workers,
-            tick=lambda done, of: run.log.tick("computing features of pictures", done, of),
+            tick=lambda done, of: _tick(run, done, of),
         )
         loader = CachedLoader(
             run.mix,
@@ -175,6 +175,17 @@ def _loader(run: Run, progress: Progress, model: CLIP) -> Loader | CachedLoader:
             f"an epoch of {len(loader.plan):,} pairs gives {world} processes no batch; start fewer"
         )
     return loader
+
+
+def _tick(run: Run, done: int, of: int) -> None:
+    """Tell how many pictures have features, and stop between two batches if asked to."""
+    run.log.tick("computing features of pictures", done, of)
+    if run.stop.signal:
+        raise InterruptedRun(
+            f"stopped while features were computed, {done:,} of {of:,}; finished shards are kept. "
+            "Go on with: --resume auto",
+            128 + run.stop.signal,
+        )
 
 
 def _runner(model: CLIP, stage: Stage, run: Run) -> Callable[[Tensor], Tensor]:
