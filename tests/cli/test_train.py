@@ -35,7 +35,8 @@ def test_a_run_tells_its_story_to_people(recipe_file, capsys, tmp_path):
         "mean recall before training:",
         "step 6: loss",
         ", before ",
-        ", best mean recall of the final weights:",
+        ", best ",
+        "mean recall of the final weights:",
         "report.html",
     ):
         assert piece in said, piece
