@@ -93,7 +93,8 @@ class CachedLoader:
 
     def _share(self, part: BatchPart) -> Share:
         rows, keys, kept = [], [], []
-        readable = self._cached.readable(part)
+        features = self._cached.features(part)
+        readable = ~features[:, 0].isnan()
         for place, (number, index) in enumerate(
             zip(part.sources.tolist(), part.indexes.tolist(), strict=True)
         ):
@@ -114,6 +115,5 @@ class CachedLoader:
             kept.append(place)
         self.seen += len(part.indexes)
         check_skipped(self, len(self.plan) // self._world_size, self._most_skipped)
-        features = self._cached.features(part)[kept]
         ids = token_ids([row.text for row in rows], self._context_length)
-        return Share(None, features, ids, rows, stacked_keys(keys))
+        return Share(None, features[kept], ids, rows, stacked_keys(keys))

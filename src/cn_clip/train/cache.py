@@ -84,13 +84,6 @@ class ImageFeatures:
 
     def features(self, part: BatchPart) -> Tensor:
         """Return float32 (B, D) of the pairs of a share; NaN for pictures that are unreadable."""
-        return torch.from_numpy(np.array(self._rows(part), np.float32))
-
-    def readable(self, part: BatchPart) -> npt.NDArray[np.bool_]:
-        """Tell which pairs of a share have a picture, (B,)."""
-        return ~np.isnan(self._rows(part)[:, 0])
-
-    def _rows(self, part: BatchPart) -> npt.NDArray[np.float32]:
         pictures = np.empty(len(part.indexes), np.int64)
         for number, of_rows in enumerate(self._pictures.of_rows):
             mine = part.sources == number
@@ -101,7 +94,7 @@ class ImageFeatures:
         for shard in np.unique(shards).tolist():
             mine = shards == shard
             rows[mine] = self._shard(shard)[within[mine], view]
-        return rows
+        return torch.from_numpy(rows)
 
     def _shard(self, number: int) -> npt.NDArray[np.float32]:
         if number not in self._open:

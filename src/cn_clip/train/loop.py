@@ -139,7 +139,7 @@ def _begin(run: Run) -> None:
     distributed.barrier()
 
 
-def _warn(run: Run, what: str, lines: list[str], file: str) -> None:
+def _warn(run: Run, what: str, lines: list[str], file: str, total: int = 0) -> None:
     """Name the first of some lines in the log, and write all of them to a file of the run's."""
     if not lines or not distributed.is_main():
         return
@@ -147,7 +147,7 @@ def _warn(run: Run, what: str, lines: list[str], file: str) -> None:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     more = f" and {len(lines) - _LISTED:,} more" if len(lines) > _LISTED else ""
     text = f"{len(lines):,} {what}: {'; '.join(lines[:_LISTED])}{more}; see {file}"
-    run.log.write("warning", 0, text=text)
+    run.log.write("warning", total, text=text)
 
 
 def _stage(run: Run, progress: Progress, state: Path | None) -> None:
@@ -183,7 +183,9 @@ def _stage(run: Run, progress: Progress, state: Path | None) -> None:
             _after_step(run, training, progress)
             window.since += time.monotonic() - begun  # pairs a second are those of training alone
             if progress.finished:
-                return
+                break
+    what = "training pairs could not be read"
+    _warn(run, what, training.loader.reasons, f"skipped-{stage.name}.txt", progress.total)
 
 
 def _step(

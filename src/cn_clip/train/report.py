@@ -18,7 +18,7 @@ from cn_clip.train.validate import Vectors
 
 _QUERIES, _SHOWN = 8, 5  # retrievals on the page, and pictures of each
 _MOST_POINTS = 600  # of a curve
-_WIDE, _HIGH, _EDGE = 860, 220, 46
+_WIDE, _HIGH, _EDGE = 860, 220, 64
 
 Point = tuple[float, float]
 
@@ -222,4 +222,4 @@ def _listed(lines: Iterable[str]) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"

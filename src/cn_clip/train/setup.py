@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,6 @@ class Run:
     stop: Stop
     mix: list[Weighted]
     validation: EvalSet | None
-    scores: list[tuple[str, float]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
