@@ -1,5 +1,7 @@
 """Two and four processes do what one does: started by torchrun, over gloo."""
 
+import copy
+import shutil
 import subprocess
 import sys
 
@@ -23,6 +25,7 @@ def values(pairs, start, out, **tables):
     found = recipe_values(pairs, start, out, *stages, **tables)
     for stage in found["stages"]:
         del stage["epochs"]
+        stage["optimizer"] = {"clip_norm": 1e6} | stage["optimizer"]  # so that norms are logged
     return found
 
 
@@ -36,32 +39,35 @@ def torchrun(processes, recipe, tmp_path, *flags):
     )
 
 
-def losses(folder):
-    return [event["loss"] for event in read_log(folder) if event["kind"] == "step"]
+def logged(folder, name="loss"):
+    return [event[name] for event in read_log(folder) if event["kind"] == "step"]
 
 
 @pytest.fixture(scope="module")
 def alone(pairs, start, tmp_path_factory):
-    """The losses and weights that one process comes to."""
+    """The losses, lengths of gradients and weights that one process comes to."""
     from cn_clip.train.reading import build_recipe
 
     folder = tmp_path_factory.mktemp("alone") / "run"
     train(build_recipe(values(pairs, start, folder, output={"log_every": 1})))
-    return losses(folder), weights.read(folder / "final").tensors
+    norms = logged(folder, "gradient_norm")
+    return logged(folder), norms, weights.read(folder / "final").tensors
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_several_processes_give_the_losses_and_weights_of_one(
+def test_several_processes_give_the_losses_gradients_and_weights_of_one(
     pairs, start, tmp_path, alone, processes
 ):
     recipe = values(pairs, start, tmp_path / "run", output={"log_every": 1})
     done = torchrun(processes, recipe, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = losses(tmp_path / "run")
+    found = logged(tmp_path / "run")
     assert len(found) == 20
     assert found == pytest.approx(alone[0], abs=1e-5)
+    norms = logged(tmp_path / "run", "gradient_norm")
+    assert norms == pytest.approx(alone[1], rel=1e-4, abs=1e-5)
     together = weights.read(tmp_path / "run" / "final").tensors
-    for name, tensor in alone[1].items():  # 20 steps of Adam: what gradients differ by, summed up
+    for name, tensor in alone[2].items():  # 20 steps of Adam: what gradients differ by, summed up
         assert (together[name] - tensor).abs().max() < 2e-4, name
 
 
@@ -75,27 +81,28 @@ def test_weights_in_shares_give_the_losses_and_norms_of_one_process(pairs, start
             stage["optimizer"] |= {"ema": 0.9, "clip_norm": 1.0}
         done = torchrun(processes, recipe, tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
-        steps = [event for event in read_log(run) if event["kind"] == "step"]
-        found[parallel] = [[e["loss"] for e in steps], [e["gradient_norm"] for e in steps]]
+        found[parallel] = logged(run), logged(run, "gradient_norm")
     assert found["fsdp"][0] == pytest.approx(found["ddp"][0], abs=1e-5)
     assert found["fsdp"][1] == pytest.approx(found["ddp"][1], rel=1e-3)
     assert max(found["ddp"][1]) > 1  # something was clipped
 
 
-def test_the_order_goes_on_at_another_number_of_processes(pairs, start, tmp_path, alone):
-    recipe = values(pairs, start, tmp_path / "run", output={"log_every": 1, "save_every": 4})
+def test_the_order_goes_on_at_another_number_of_processes(pairs, start, tmp_path):
+    """Two processes do four steps, one does the rest: the losses are those of one alone."""
+    run = tmp_path / "run"
+    recipe = values(pairs, start, run, output={"log_every": 1, "save_every": 1})
+    recipe["stages"] = [recipe["stages"][1] | {"steps": 8}]
+    recipe["stages"][0]["optimizer"]["schedule"] = "constant"  # so that the length decides nothing
+    whole = copy.deepcopy(recipe)
+    whole["output"]["folder"] = str(tmp_path / "whole")
     recipe["stages"][0]["steps"] = 4
-    recipe["stages"] = recipe["stages"][:1]
-    done = torchrun(2, recipe, tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (tmp_path / "run" / "outcome.json").unlink()
-    import shutil
-
-    # The same run, longer: its schedule changes, its order does not.
+    assert torchrun(2, recipe, tmp_path).returncode == 0
     recipe["stages"][0]["steps"] = 8
-    shutil.rmtree(tmp_path / "run" / "final")
+    shutil.rmtree(run / "states" / "000000004")  # its end: the state before is of step 3
     done = torchrun(1, recipe, tmp_path, "--resume", "auto", "--allow-changes")
     assert done.returncode == 0, done.stderr[-3000:]
+    assert torchrun(1, whole, tmp_path).returncode == 0
+    assert logged(run) == pytest.approx(logged(tmp_path / "whole"), abs=1e-5)
 
 
 def test_an_error_in_one_process_ends_all_with_its_sentence(pairs, start, tmp_path):
