@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESOLUTION = 224
@@ -163,7 +164,7 @@ def our_step(batch: int, captions: list[str], locked: bool, cached: bool, precis
     return step
 
 
-def measure(name: str, batch: int, seconds: float, captions: list[str]) -> dict[str, float]:
+def measure(name: str, batch: int, seconds: float, captions: list[str]) -> dict[str, Any]:
     import torch
 
     torch.manual_seed(0)
@@ -183,10 +184,10 @@ def measure(name: str, batch: int, seconds: float, captions: list[str]) -> dict[
         if time.perf_counter() - begin > seconds:
             break
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"rate": batch / best, "memory": memory, "torch": float(torch.__version__[:4])}
+    return {"rate": batch / best, "memory": memory, "torch": torch.__version__}
 
 
-def run_row(python: str, name: str, options: argparse.Namespace) -> dict[str, float]:
+def run_row(python: str, name: str, options: argparse.Namespace) -> dict[str, Any]:
     ours = ROWS[name][0] == "ours"
     command = [python, __file__, "--row", name, "--batch", str(options.batch)]
     command += ["--seconds", str(options.seconds)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar, cast
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from cn_clip.errors import CNClipError, UsageError
 
+_PATIENCE = timedelta(hours=2)  # others wait while one writes or looks through the data
 _T = TypeVar("_T")
 _SET_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -43,11 +45,12 @@ def start(device_type: str) -> Iterator[None]:
     if device_type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device else "gloo", device_id=device)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    backend = "nccl" if device else "gloo"
+    dist.init_process_group(backend, device_id=device, timeout=_PATIENCE)
+    yield
+    # Not after an error: it waits for the others, who wait for this process in something else.
+    # Its exit code makes torchrun end them.
+    dist.destroy_process_group()
 
 
 def rank() -> int:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import tomli_w
-from train.runs import recipe_values
+from train.runs import recipe_values, write_pairs, write_start
 
 from cn_clip import weights
 from cn_clip.train.log import read_log
@@ -87,6 +87,17 @@ def test_weights_in_shares_give_the_losses_and_norms_of_one_process(pairs, start
     assert max(found["ddp"][1]) > 1  # something was clipped
 
 
+def test_weights_in_shares_are_measured_on_any_number_of_pictures(start, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    sources = write_pairs(folder, "train", range(20)), write_pairs(folder, "val", range(65, 130))
+    machine = {"device": "cpu", "precision": "fp32", "parallel": "fsdp"}
+    recipe = values(sources, start, tmp_path / "run", machine=machine)
+    recipe["stages"] = [recipe["stages"][1] | {"steps": 1}]
+    done = torchrun(2, recipe, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_the_order_goes_on_at_another_number_of_processes(pairs, start, tmp_path):
     """Two processes do four steps, one does the rest: the losses are those of one alone."""
     run = tmp_path / "run"
@@ -98,11 +109,25 @@ def test_the_order_goes_on_at_another_number_of_processes(pairs, start, tmp_path
     recipe["stages"][0]["steps"] = 4
     assert torchrun(2, recipe, tmp_path).returncode == 0
     recipe["stages"][0]["steps"] = 8
-    shutil.rmtree(run / "states" / "000000004")  # its end: the state before is of step 3
     done = torchrun(1, recipe, tmp_path, "--resume", "auto", "--allow-changes")
     assert done.returncode == 0, done.stderr[-3000:]
     assert torchrun(1, whole, tmp_path).returncode == 0
     assert logged(run) == pytest.approx(logged(tmp_path / "whole"), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["resnet", "efficientnet_lite"])
+def test_processes_agree_on_what_batch_norm_has_seen(pairs, tmp_path, kind):
+    """Resumed, each gets the statistics of one: so they must have been the same before."""
+    begin = write_start(tmp_path / "start", kind)
+    recipe = values(pairs, begin, tmp_path / "run", output={"log_every": 1, "save_every": 1})
+    recipe["stages"] = [recipe["stages"][1] | {"steps": 4}]
+    assert torchrun(2, recipe, tmp_path).returncode == 0
+    whole = logged(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "states" / "000000004")
+    (tmp_path / "run" / "outcome.json").unlink()
+    done = torchrun(2, recipe, tmp_path, "--resume", "auto")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert logged(tmp_path / "run") == whole
 
 
 def test_an_error_in_one_process_ends_all_with_its_sentence(pairs, start, tmp_path):

@@ -178,6 +178,8 @@ def test_every_official_flag_is_understood(name, underscores):
     recipe = recipe_of(*given)
     always_so = {"report-training-batch-acc", "use-flash-attention", "gather-with-grad"}
     always_so |= {"distllation", "valid-batch-size", "precision"}  # amp is the default here, too
+    always_so |= {"skip-aggregate", "reset-data-offset", "reset-optimizer"}
+    always_so |= {"save-epoch-frequency", "valid-num-workers", "local-rank"}
     assert (recipe == recipe_of()) == (name in always_so)
 
 

@@ -10,11 +10,17 @@ import torch
 
 from cn_clip.errors import TrainingError
 from cn_clip.train.guard import Guard, Stop, signals
-from cn_clip.train.recipe import Loss, Machine, Stage
+from cn_clip.train.recipe import Loss, Machine, Optimizer, Stage
 
 
-def guard_of(precision="bf16", stop_at_chance=100, kind="clip", batch=64):
-    stage = Stage(name="first", epochs=1, global_batch_size=batch, loss=Loss(kind=kind))
+def guard_of(precision="bf16", stop_at_chance=100, kind="clip", batch=64, warmup=0):
+    stage = Stage(
+        name="first",
+        epochs=1,
+        global_batch_size=batch,
+        loss=Loss(kind=kind),
+        optimizer=Optimizer(warmup=warmup),
+    )
     return Guard(stage, Machine(precision=precision), 5e-4, stop_at_chance)
 
 
@@ -137,3 +143,19 @@ def test_a_thread_beside_the_main_one_leaves_signals_alone():
     thread.start()
     thread.join()
     assert found == [Stop(0), before]
+
+
+def test_the_warm_up_is_not_held_against_a_run():
+    guard = guard_of(stop_at_chance=100, warmup=50)
+    for step in range(149):
+        guard.check(math.log(64), step)
+    with pytest.raises(TrainingError, match="after 150 steps"):
+        guard.check(math.log(64), 149)
+
+
+@pytest.mark.parametrize("norm", [math.nan, math.inf])
+def test_a_gradient_that_is_no_number_stops_before_it_is_used(norm):
+    guard = guard_of()
+    guard.check_gradient(3.0, 6)
+    with pytest.raises(TrainingError, match=r"gradient is (nan|inf) at step 8.*tenth"):
+        guard.check_gradient(norm, 7)

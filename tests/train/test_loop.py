@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from dataclasses import asdict
 
 import numpy as np
@@ -13,7 +15,8 @@ import cn_clip
 from cn_clip import weights
 from cn_clip.errors import CheckpointError, DataError, TrainingError, UsageError
 from cn_clip.train import checkpoint as states_on_disk
-from cn_clip.train.log import read_log
+from cn_clip.train.guard import InterruptedRun
+from cn_clip.train.log import Log, read_log
 from cn_clip.train.loop import train
 
 OPTIMIZER = {"learning_rate": 1e-3, "warmup": 2}
@@ -147,7 +150,7 @@ def test_a_loss_at_chance_stops_the_run_and_names_cause_and_remedy(tmp_path, sta
         output={"stop_at_chance": 60},
         evaluation={"every_epochs": 0},
     )
-    with pytest.raises(TrainingError, match=r"after 60 steps .* ln\(16\) = 2.773 .*tenth.*check"):
+    with pytest.raises(TrainingError, match=r"after 62 steps .* ln\(16\) = 2.773 .*tenth.*check"):
         train(recipe)
 
 
@@ -305,3 +308,70 @@ def test_the_outcome_is_plain_values(pairs, start, tmp_path):
     outcome = train(make_recipe(pairs, start, tmp_path / "run", {"steps": 1, "epochs": None}))
     written = json.loads((tmp_path / "run" / "outcome.json").read_text("utf-8"))
     assert written == json.loads(json.dumps(asdict(outcome)))
+
+
+def test_a_run_that_goes_on_with_a_larger_batch_counts_its_epochs_anew(pairs, start, tmp_path):
+    small = {"epochs": 2, "global_batch_size": 8}
+    recipe = make_recipe(pairs, start, tmp_path / "run", small, output={"save_every": 1})
+
+    def stop(event):
+        if event["kind"] == "step" and event["total"] == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(InterruptedRun):
+        train(recipe, tell=stop)
+    large = small | {"global_batch_size": 24}  # of which an epoch has two batches, not six
+    changed = make_recipe(pairs, start, tmp_path / "run", large, output={"save_every": 1})
+    outcome = train(changed, resume=True, allow_changes=True)
+    assert outcome.steps >= 4
+
+
+def test_a_finished_run_goes_on_if_it_is_made_longer(pairs, start, tmp_path):
+    options = {"optimizer": OPTIMIZER | {"schedule": "constant"}}
+    short = make_recipe(pairs, start, tmp_path / "run", options | {"epochs": 1})
+    assert train(short).steps == 3
+    longer = make_recipe(pairs, start, tmp_path / "run", options | {"epochs": 3})
+    assert train(longer, resume=True, allow_changes=True).steps == 9
+    train(make_recipe(pairs, start, tmp_path / "whole", options | {"epochs": 3}))
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_two_cached_stages_with_different_towers_are_one_run(pairs, start, tmp_path):
+    cached = {"freeze": ["visual.*"], "cached": True, "epochs": 1, "optimizer": OPTIMIZER}
+    stages = (cached | {"name": "one"}, {"name": "all", "epochs": 1}, cached | {"name": "two"})
+    outcome = train(make_recipe(pairs, start, tmp_path / "run", *stages, data={"val": []}))
+    assert outcome.steps == 9
+
+
+def test_a_stop_while_a_score_is_due_saves_first_and_measures_when_it_goes_on(
+    pairs, start, tmp_path
+):
+    def stop(event):
+        if event["kind"] == "step" and event["total"] == 3:  # the epoch's last
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    recipe = make_recipe(pairs, start, tmp_path / "run")
+    with pytest.raises(InterruptedRun):
+        train(recipe, tell=stop)
+    assert [event["total"] for event in events(tmp_path / "run", "score")] == [0]
+    train(recipe, resume=True)
+    train(make_recipe(pairs, start, tmp_path / "whole"))
+    found = [[e["mean_recall"] for e in events(tmp_path / n, "score")] for n in ("run", "whole")]
+    assert found[0] == found[1] and len(found[0]) == 4
+
+
+def test_a_full_disk_under_the_log_is_one_sentence(pairs, start, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Log, "write", full)
+    with pytest.raises(CheckpointError, match=r"cannot go on: .*No space left.*--resume auto"):
+        train(make_recipe(pairs, start, tmp_path / "run"))
+
+
+def test_what_a_kill_left_half_written_is_swept(pairs, start, tmp_path):
+    left = tmp_path / "run" / "stages" / ".1-train.abc123" / "new"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    train(make_recipe(pairs, start, tmp_path / "run", {"steps": 1, "epochs": None}))
+    assert not left.exists()

@@ -99,7 +99,12 @@ def test_the_two_stages_are_those_of_the_paper():
 )
 def test_every_option_is_set_by_its_flag_and_read_back_from_toml(name, kind, default):
     text, expected = a_value(kind, default)
-    values = apply_flags(BASE, [f"--{name}", text])
+    # What means nothing without another option is refused alone.
+    needed = {
+        "stages.NAME.flip": ["--augment", "true"],
+        "stages.NAME.views": ["--augment", "true", "--cached", "true", "--freeze", "visual.*"],
+    }.get(name, [])
+    values = apply_flags(BASE, [f"--{name}", text, *needed])
     recipe = build_recipe(values)
     found = recipe
     for part in name.split("."):

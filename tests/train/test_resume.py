@@ -90,16 +90,16 @@ def killed_and_resumed(pairs, start, tmp_path, kills, seed):
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
         )
-        assert process.stdout is not None
-        lines = draw.randrange(0, 8)  # kill it after so many lines, and a little later
-        for _ in range(lines):
-            if not process.stdout.readline():
-                break
-        time.sleep(draw.random() * 0.3)
-        if process.poll() is not None:
-            break  # it was done before
-        process.kill()
-        process.communicate()
+        with process:
+            assert process.stdout is not None
+            lines = draw.randrange(0, 8)  # kill it after so many lines, and a little later
+            for _ in range(lines):
+                if not process.stdout.readline():
+                    break
+            time.sleep(draw.random() * 0.3)
+            if process.poll() is not None:
+                break  # it was done before
+            process.kill()
         kills -= 1
         for state in checkpoint.states(tmp_path / "killed"):
             checkpoint.read_progress(state)  # whole, or not there

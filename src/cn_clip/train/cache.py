@@ -143,12 +143,10 @@ def cache_image_features(
     distributed.on_main(lambda: _check_stamp(folder, about))
     count = len(pictures.places)
     shards = range(-(-count // _PER_SHARD))
-    mine = [
-        n
-        for n in shards
-        if n % distributed.world_size() == distributed.rank()
-        and not _shard_path(folder, n).exists()
-    ]
+    missing = distributed.on_main(
+        lambda: [number for number in shards if not _shard_path(folder, number).exists()]
+    )
+    mine = missing[distributed.rank() :: distributed.world_size()]
     done = count - sum(min(_PER_SHARD, count - n * _PER_SHARD) for n in mine)
     tick(done, count)
     sources = [part.source for part in mix]

@@ -47,7 +47,8 @@ class Progress:
         weights: the folder, within the run's, that the stage started from.
         course: how its scores have gone.
         scaler: of float16.
-        finished: whether the stage's last step is done.
+        due: whether a score was due when the run was stopped.
+        finished: whether the stage is over.
     """
 
     stage: int = 0
@@ -59,6 +60,7 @@ class Progress:
     weights: str = "start"
     course: Course = field(default_factory=Course)
     scaler: dict[str, Any] = field(default_factory=dict)
+    due: bool = False
     finished: bool = False
 
 
@@ -137,8 +139,9 @@ def load_tensors(state: Path, tensors: dict[str, Any]) -> None:
             load(tensors, checkpoint_id=state / _TENSORS, no_dist=distributed.world_size() == 1)
     except (OSError, RuntimeError, ValueError, KeyError, CheckpointException) as error:
         raise CheckpointError(
-            f"the state {state} cannot be read ({_first(error)}); delete that folder to go on from "
-            "the one before"
+            f"the state {state} cannot be read ({_first(error)}). If the recipe has changed in "
+            "what learns, begin a new run with --start.checkpoint; if a file is damaged, delete "
+            "that folder, and the run goes on from the one before"
         ) from error
 
 

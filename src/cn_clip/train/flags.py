@@ -72,6 +72,12 @@ OFFICIAL: dict[str, Official] = {
     "skip-scheduler": _switch("schedule", "constant"),
     "use-flash-attention": _ignored(),  # the fastest attention is always taken
     "gather-with-grad": _ignored(),  # always
+    "skip-aggregate": _ignored(),  # nothing is ever aggregated whole
+    "reset-data-offset": _ignored(),  # weights given with --resume bring neither of the two
+    "reset-optimizer": _ignored(),
+    "save-epoch-frequency": _ignored(takes_value=True),  # always, and the last ones are kept
+    "valid-num-workers": _ignored(takes_value=True),
+    "local-rank": _ignored(takes_value=True),  # torchrun tells by a variable
     "distllation": _ignored(),  # the official spelling; a teacher's name says so here
     "teacher-model-name": _same("teacher"),
     "kd-loss-weight": _same("teacher_weight"),
@@ -102,7 +108,7 @@ def apply_flags(
     for name, value in _read(flags):
         for target, text in _meaning(name, value, world_size):
             asked.setdefault(target, []).append(text)
-    _official_sums(asked, changed)
+    _official_sums(asked, world_size)
     for name, texts in asked.items():
         _set(changed, name, texts)
     return changed
@@ -193,13 +199,14 @@ def _full(name: str, flag: str) -> str:
     raise UsageError(f"unknown flag --{flag}; {hint}All flags are listed in docs/recipe.md")
 
 
-def _official_sums(asked: dict[str, list[str]], values: dict[str, Any]) -> None:
+def _official_sums(asked: dict[str, list[str]], world_size: int) -> None:
     """Turn the official batch per process, and the two towers' names, into options."""
     batch, times = asked.pop("*batch", None), asked.pop("*accumulate", None)
     if batch is not None:
-        asked["stages.NAME.global_batch_size"] = [
-            f"{_whole(batch[-1]) * _whole((times or ['1'])[-1])}"
-        ]
+        rounds = _whole((times or ["1"])[-1])
+        asked["stages.NAME.global_batch_size"] = [f"{_whole(batch[-1]) * rounds}"]
+        if rounds > 1:  # as many as that are in memory at once
+            asked["stages.NAME.micro_batch_size"] = [f"{_whole(batch[-1]) // world_size}"]
     elif times is not None:
         raise UsageError("--accum-freq multiplies --batch-size; give both, or --global-batch-size")
     vision, text = asked.pop("*vision", None), asked.pop("*text", None)

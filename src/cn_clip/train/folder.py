@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
-from contextlib import AbstractContextManager
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from cn_clip import distributed
-from cn_clip.errors import UsageError
+from cn_clip.errors import CheckpointError, CNClipError, UsageError
 from cn_clip.publish import published
 from cn_clip.train.checkpoint import states
 from cn_clip.train.reading import difference, from_toml
 from cn_clip.train.recipe import Recipe
 
+# Options that decide nothing about the weights, so they may change when a run goes on.
+_FREE = (
+    "data.workers", "data.prefetch_mb", "output.folder", "output.keep", "output.log_every",
+    "output.save_every", "output.tensorboard", "output.swanlab", "output.wandb",
+)  # fmt: skip
 _RECIPE, _OUTCOME = "recipe.toml", "outcome.json"
 
 
@@ -38,6 +45,20 @@ def write_outcome(folder: Path, outcome: Outcome) -> None:
     """Write what a run came to, which tells that it has ended."""
     with published(folder / _OUTCOME) as path:
         path.write_text(json.dumps(asdict(outcome), indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def full_disk_named(folder: Path) -> Iterator[None]:
+    """Turn what cannot be written into the folder into one sentence."""
+    try:
+        yield
+    except CNClipError:
+        raise
+    except OSError as error:
+        raise CheckpointError(
+            f"the run in {folder} cannot go on: {error}; its last state is whole. Free some space, "
+            "then go on with: --resume auto"
+        ) from error
 
 
 def locked(folder: Path) -> AbstractContextManager[object]:
@@ -70,6 +91,7 @@ def _looked_into(folder: Path, recipe: Recipe, resume: bool, allow_changes: bool
                 "--output.folder"
             )
         changes = difference(from_toml(path.read_text(encoding="utf-8")), recipe)
+        changes = [each for each in changes if not each.startswith(_FREE)]
         if changes and not allow_changes:
             raise UsageError(
                 f"the recipe of the run in {folder} was another one: {'; '.join(changes)}. "
@@ -80,6 +102,17 @@ def _looked_into(folder: Path, recipe: Recipe, resume: bool, allow_changes: bool
             values["scores"] = [(name, value) for name, value in values["scores"]]
             return Outcome(**values)
     (folder / _OUTCOME).unlink(missing_ok=True)  # of the recipe before
+    if not states(folder):  # what came of an earlier try is no part of this run
+        (folder / "log.jsonl").unlink(missing_ok=True)
+    _sweep(folder)
     with published(path) as new:
         new.write_text(recipe.to_toml(), encoding="utf-8")
     return None
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what was half written when a run was killed."""
+    for place in (folder, folder / "stages", *(folder / "features").glob("*")):
+        for path in place.glob(".*.*"):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)

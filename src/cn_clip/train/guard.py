@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -31,28 +32,26 @@ class Guard:
     stop_at_chance: int
     _recent: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
 
+    def check_gradient(self, norm: float, step: int) -> None:
+        """Raise a ``TrainingError`` for a gradient that is no number: nothing is changed by it."""
+        if not math.isfinite(norm):
+            raise TrainingError(self._broken("length of the gradient", norm, step))
+
     def check(self, loss: float, step: int) -> None:
         """Take up the loss of a step (from 0).
 
         Raises:
             TrainingError: it is no number, or stands where telling nothing apart would leave it.
         """
-        batch = self.stage.global_batch_size
-        what = f"the learning rate ({self.rate:.1e} for a batch of {batch})"
         if not math.isfinite(loss):
-            cause = (
-                "float16 has overflowed, most likely; take --precision bf16"
-                if self.machine.precision == "fp16"
-                else f"{what} is too high, most likely; take a tenth of it, and --clip-norm 1"
-            )
-            raise TrainingError(
-                f"the loss is {loss} at step {step + 1} of stage {self.stage.name}: {cause}. The "
-                "best weights and the last state are kept"
-            )
+            raise TrainingError(self._broken("loss", loss, step))
         self._recent.append(loss)
+        batch, what = self.stage.global_batch_size, self._rate_told
         chance = math.log(batch)
         full = len(self._recent) == _WINDOW
-        if self.stop_at_chance and step + 1 >= self.stop_at_chance and full:
+        # Counted from the end of the warm-up, in which little is learned yet.
+        late = step + 1 >= self.stage.optimizer.warmup + self.stop_at_chance
+        if self.stop_at_chance and late and full:
             mean = sum(self._recent) / _WINDOW
             if self.stage.loss.kind == "clip" and mean >= _AT_CHANCE * chance:
                 raise TrainingError(
@@ -62,6 +61,21 @@ class Guard:
                     "and texts do not belong together: cn-clip data check; or all of a batch are "
                     "alike. --stop-at-chance 0 lets it go on"
                 )
+
+    @property
+    def _rate_told(self) -> str:
+        return f"the learning rate ({self.rate:.1e} for a batch of {self.stage.global_batch_size})"
+
+    def _broken(self, what: str, value: float, step: int) -> str:
+        cause = (
+            "float16 has overflowed, most likely; take --precision bf16"
+            if self.machine.precision == "fp16"
+            else f"{self._rate_told} is too high, most likely; take a tenth, and --clip-norm 1"
+        )
+        return (
+            f"the {what} is {value} at step {step + 1} of stage {self.stage.name}: {cause}. The "
+            "best weights and the last state are kept"
+        )
 
 
 class InterruptedRun(CNClipError):
@@ -97,6 +111,8 @@ def signals() -> Iterator[Stop]:
         if stop.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.signal = number
+        if number == signal.SIGINT:
+            print("cn-clip: stopping after this step; again: at once", file=sys.stderr)
 
     before = {number: signal.signal(number, heard) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from cn_clip.data.captions import digest
 from cn_clip.errors import UsageError
 from cn_clip.train.recipe import Output, Recipe
 
@@ -58,7 +59,8 @@ class Log:
             self._places.append(lambda name, value, step: swanlab.log({name: value}, step=step))
         if output.wandb:
             wandb = _library("wandb", "wandb")
-            wandb.init(project="cn-clip", name=folder.name, dir=str(folder), resume="allow")
+            name = f"{folder.name}-{digest(str(folder.resolve())):016x}"  # the same when resumed
+            wandb.init(project="cn-clip", id=name, dir=str(folder), resume="allow")
             self._places.append(lambda name, value, step: wandb.log({name: value}, step=step))
 
     def write(self, kind: str, total: int, **values: Any) -> None:

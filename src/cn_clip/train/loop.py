@@ -23,11 +23,19 @@ from cn_clip.model.clip import CLIP
 from cn_clip.publish import published
 from cn_clip.train.batches import Share, shares
 from cn_clip.train.checkpoint import Progress, load_tensors, read_progress, save_state, states
-from cn_clip.train.folder import Outcome, locked, prepared, write_outcome
+from cn_clip.train.folder import Outcome, full_disk_named, locked, prepared, write_outcome
 from cn_clip.train.guard import Guard, InterruptedRun, signals
 from cn_clip.train.log import Event, Log
 from cn_clip.train.optim import clamp_logit_scale, rate_at, set_rate
-from cn_clip.train.parallel import average_unshared, clip_gradients, pick, reshard, whole_state
+from cn_clip.train.parallel import (
+    average_statistics,
+    average_unshared,
+    clip_gradients,
+    pick,
+    reshard,
+    sharded,
+    whole_state,
+)
 from cn_clip.train.recipe import Recipe
 from cn_clip.train.report import write_report
 from cn_clip.train.setup import Run, Training, set_up
@@ -94,7 +102,7 @@ def train(
             open_mix(recipe.data.train),
             eval_set_of(open_mix(recipe.data.val)) if recipe.data.val else None,
         )
-        with dead_workers_named():
+        with dead_workers_named(), full_disk_named(folder):
             return _carried_out(run)
 
 
@@ -104,13 +112,14 @@ def _carried_out(run: Run) -> Outcome:
     progress = Progress()
     if saved:
         progress = read_progress(saved[-1])
+        if progress.scaler:
+            run.numbers.scaler.load_state_dict(progress.scaler)
         run.log.write("resumed", progress.total, step=progress.step, state=saved[-1].name)
     else:
         _begin(run)
     state = saved[-1] if saved else None
     while progress.stage < len(run.recipe.stages):
-        if not progress.finished:
-            _stage(run, progress, state)
+        _stage(run, progress, state)
         progress, state = _advanced(progress, run.recipe), None
     return _end(run, progress, time.monotonic() - begun)
 
@@ -155,7 +164,9 @@ def _stage(run: Run, progress: Progress, state: Path | None) -> None:
     stage = run.recipe.stages[progress.stage]
     training = set_up(run, progress)
     if state is not None:
-        _restore(run, training, progress, state)
+        load_tensors(state, training.tensors())
+        progress.finished = _is_over(training, progress)  # a longer recipe may go on
+        _measure(run, training, progress)
     run.log.write(
         "stage",
         progress.total,
@@ -167,7 +178,7 @@ def _stage(run: Run, progress: Progress, state: Path | None) -> None:
         batch=stage.global_batch_size,
         learns=sum(p.numel() for p in training.model.parameters() if p.requires_grad),
     )
-    if progress.total == 0 and run.validation is not None:
+    if progress.before is None and progress.total == 0 and run.validation is not None:
         found = _evaluate(run, training, progress)
         what = "validation pairs or pictures cannot be read, and are left out"
         _warn(run, what, run.validation.skipped, "unread.txt")
@@ -177,6 +188,8 @@ def _stage(run: Run, progress: Progress, state: Path | None) -> None:
     guard = Guard(stage, run.recipe.machine, training.rate, run.recipe.output.stop_at_chance)
     window = _Window()
     while not progress.finished:
+        if progress.batch >= len(training.loader):  # another batch size, or more processes
+            progress.epoch, progress.batch = progress.epoch + 1, 0
         for share in shares(training.loader, progress.epoch, progress.batch):
             _step(run, training, progress, share, guard, window)
             begun = time.monotonic()
@@ -185,7 +198,10 @@ def _stage(run: Run, progress: Progress, state: Path | None) -> None:
             if progress.finished:
                 break
     what = "training pairs could not be read"
-    _warn(run, what, training.loader.reasons, f"skipped-{stage.name}.txt", progress.total)
+    reasons = [
+        each for some in distributed.all_gather_object(training.loader.reasons) for each in some
+    ]
+    _warn(run, what, reasons, f"skipped-{stage.name}.txt", progress.total)
 
 
 def _step(
@@ -205,7 +221,7 @@ def _step(
     rate = training.rate * rate_at(step, training.steps, stage.optimizer)
     set_rate(training.optimizer, rate)
     local = math.ceil(stage.global_batch_size / distributed.world_size())
-    result = backward(
+    found = backward(
         training.wrapped,
         share,
         stage,
@@ -215,13 +231,14 @@ def _step(
         teacher=training.teacher,
     )
     average_unshared(training.towers)
-    loss = float(result.loss)
+    average_statistics(training.model)
+    loss = float(found)
     guard.check(loss, step)
     scaler.unscale_(training.optimizer)
-    norm = None
-    if stage.optimizer.clip_norm is not None:
-        learning = [p for group in training.optimizer.param_groups for p in group["params"]]
-        norm = clip_gradients(learning, stage.optimizer.clip_norm)
+    learning = [p for group in training.optimizer.param_groups for p in group["params"]]
+    norm = clip_gradients(learning, stage.optimizer.clip_norm)
+    if not scaler.is_enabled():  # which passes over a step that float16 overflowed in
+        guard.check_gradient(norm, step)
     scaler.step(training.optimizer)
     scaler.update()
     training.optimizer.zero_grad(set_to_none=True)
@@ -242,7 +259,7 @@ def _step(
             logit_scale=float(training.model.logit_scale.detach().exp()),
             pairs_per_second=round(window.rate * distributed.world_size(), 1),
             skipped=training.loader.skipped,
-            **({} if norm is None else {"gradient_norm": norm}),
+            gradient_norm=norm,
             **_memory(run.device),
         )
         window.clear()
@@ -255,23 +272,15 @@ def _after_step(run: Run, training: Training, progress: Progress) -> None:
     epoch_ended = progress.batch >= len(training.loader)
     if epoch_ended:
         progress.epoch, progress.batch = progress.epoch + 1, 0
-    progress.finished = progress.step >= training.steps
-    evaluation = recipe.evaluation
-    every = evaluation.every_epochs
-    due = (
-        progress.finished
-        or (epoch_ended and every and progress.epoch % every == 0)
+    evaluation, every = recipe.evaluation, recipe.evaluation.every_epochs
+    progress.due = (
+        progress.step >= training.steps
+        or (epoch_ended and every > 0 and progress.epoch % every == 0)
         or (evaluation.every_steps is not None and progress.step % evaluation.every_steps == 0)
     )
-    if due and run.validation is not None:
-        found = _evaluate(run, training, progress)
-        if progress.course.add(found.mean_recall, progress.step, stage.plateau):
-            _keep(run, training, progress)
-        progress.finished = progress.finished or progress.course.ended(stage.plateau)
-    elif progress.finished:  # nothing tells which weights are best: the last ones
-        progress.course.best_step = progress.step
-        _keep(run, training, progress)
     stop = run.stop.agreed(run.device)
+    if not stop:  # who is told to stop has little time: what is due is done when it goes on
+        _measure(run, training, progress)
     save_every = recipe.output.save_every
     if (
         stop
@@ -289,15 +298,42 @@ def _after_step(run: Run, training: Training, progress: Progress) -> None:
         )
 
 
+def _measure(run: Run, training: Training, progress: Progress) -> None:
+    """Evaluate if it is due, keep weights that are the best, and tell whether the stage is over."""
+    if not progress.due:
+        return
+    progress.due = False
+    stage = training.stage
+    if run.validation is not None:
+        found = _evaluate(run, training, progress)
+        warm = progress.step > stage.optimizer.warmup  # before that, a standstill says nothing
+        plateau = stage.plateau if warm else None
+        if progress.course.add(found.mean_recall, progress.step, plateau, counts=warm):
+            _keep(run, training, progress)
+    elif progress.step >= training.steps:  # nothing tells which weights are best: the last ones
+        progress.course.best_step = progress.step
+        _keep(run, training, progress)
+    progress.finished = _is_over(training, progress)
+
+
+def _is_over(training: Training, progress: Progress) -> bool:
+    """Tell whether a stage has done all its steps, or its score has stopped to rise."""
+    return progress.step >= training.steps or progress.course.ended(training.stage.plateau)
+
+
 def _evaluate(run: Run, training: Training, progress: Progress) -> Retrieval:
     """Measure and log the score of the current weights, averaged ones if there are."""
     assert run.validation is not None
-    model, average = training.model, training.average
+    validation, model, average = run.validation, training.model, training.average
     if average is not None:
         average.swap(model)
     model.eval()
     images, texts = embed(
-        model, run.validation, autocast=run.numbers.autocast, images=training.images
+        model,
+        validation,
+        autocast=run.numbers.autocast,
+        images=training.images,
+        divided=not sharded(model),
     )
     reshard(model)
     if average is not None:
@@ -305,7 +341,7 @@ def _evaluate(run: Run, training: Training, progress: Progress) -> Retrieval:
     set_modes(model, training.stage.dropout)
     if not any(parameter.requires_grad for parameter in model.visual.parameters()):
         training.images = images
-    found = score(images, texts, run.validation)
+    found = distributed.on_main(lambda: score(images, texts, validation))
     if progress.total == 0 and distributed.is_main():
         _keep_embeddings(run.folder, "before", images, texts)
     _log_score(run, training.stage.name, progress, found)
@@ -346,22 +382,11 @@ def _advanced(progress: Progress, recipe: Recipe) -> Progress:
     return Progress(
         stage=progress.stage + 1,
         total=progress.total,
+        scaler=progress.scaler,
         before=progress.before,
         weights=_best(progress, recipe) if improved else progress.weights,
         course=Course(best=progress.course.best, mark=progress.course.best),
     )
-
-
-def _restore(run: Run, training: Training, progress: Progress, state: Path) -> None:
-    tensors = training.tensors()
-    load_tensors(state, tensors)
-    for group in training.optimizer.param_groups:  # a step counter is replaced, not filled
-        for name, parameter in zip(group["names"], group["params"], strict=True):
-            moments = training.optimizer.state[parameter]
-            for key in moments:
-                moments[key] = tensors["optimizer"][f"{name}.{key}"]
-    if progress.scaler:
-        run.numbers.scaler.load_state_dict(progress.scaler)
 
 
 def _end(run: Run, progress: Progress, seconds: float) -> Outcome:

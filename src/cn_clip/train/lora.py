@@ -31,7 +31,8 @@ class LowRank(nn.Module):
 
 
 def add_lora(model: CLIP, lora: Lora, generator: torch.Generator) -> list[str]:
-    """Give the matrices that ``lora.layers`` match an update to learn, and freeze them.
+    """Give the matrices that ``lora.layers`` match an update to learn, and freeze all else but the
+    logit scale.
 
     Returns:
         The names of the matrices.
@@ -41,6 +42,8 @@ def add_lora(model: CLIP, lora: Lora, generator: torch.Generator) -> list[str]:
     """
     parameters = dict(model.named_parameters())
     names = sorted(matched(lora.layers, parameters, "lora.layers"))
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(parameter.requires_grad and name == "logit_scale")
     for name in names:
         weight = parameters[name]
         if weight.ndim != 2:

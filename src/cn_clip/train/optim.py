@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from cn_clip.model.clip import CLIP, MAX_LOGIT_SCALE
 from cn_clip.train.recipe import Optimizer
@@ -60,14 +61,15 @@ def parameter_groups(
     """
     named = list(named)
     depths = _depths([name for name, _ in named])  # frozen layers are layers, too
-    groups: dict[tuple[bool, float], dict[str, Any]] = {}
+    groups: dict[tuple[bool, float, bool], dict[str, Any]] = {}
     for name, parameter in named:
         if not parameter.requires_grad:
             continue
         decayed = not any(each in name for each in _UNDECAYED)
         scale = optimizer.layer_decay ** depths[name]
         group = groups.setdefault(
-            (decayed, scale),
+            # Whole weights and shares of them (FSDP2) do not go into one fused step.
+            (decayed, scale, isinstance(parameter, DTensor)),
             {
                 "params": [],
                 "names": [],

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cn_clip import distributed
@@ -16,7 +17,7 @@ from cn_clip.train.lora import plain_state
 from cn_clip.train.recipe import Machine
 from cn_clip.train.step import Towers
 
-_BLOCKS = ("visual.transformer.resblocks", "bert.encoder.layer", "visual.backbone.blocks")
+_BLOCKS = ("visual.transformer.resblocks", "bert.encoder.layer")
 
 
 def pick(machine: Machine) -> torch.device:
@@ -27,17 +28,17 @@ def pick(machine: Machine) -> torch.device:
     """
     from cn_clip.backends.torch import pick_device
 
-    device = pick_device(machine.device)
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return device
+    name, mine = machine.device, os.environ.get("LOCAL_RANK")
+    if mine is not None and (name == "cuda" or (name == "auto" and torch.cuda.is_available())):
+        name = f"cuda:{mine}"
+    return pick_device(name)
 
 
 def shard(model: CLIP) -> None:
     """Share the weights among the processes, block by block (FSDP2), in place.
 
     Raises:
-        UsageError: there is one process only.
+        UsageError: there is one process only, or the image tower is no ViT.
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -45,15 +46,17 @@ def shard(model: CLIP) -> None:
         raise UsageError(
             "machine.parallel = fsdp shares weights among processes; start several with torchrun"
         )
+    if model.config.vision.kind != "vit":
+        raise UsageError(
+            f"machine.parallel = fsdp shares ViT towers only, not {model.config.vision.kind}; "
+            "take --parallel ddp"
+        )
+    mesh = init_device_mesh(model.logit_scale.device.type, (distributed.world_size(),))
     for name in _BLOCKS:
-        try:
-            blocks = model.get_submodule(name)
-        except AttributeError:
-            continue
-        for block in blocks.children():
-            fully_shard(block)
+        for block in model.get_submodule(name).children():
+            fully_shard(block, mesh=mesh)
     # A scalar cannot be shared out: every process keeps its own, and its gradient is averaged.
-    fully_shard(model, ignored_params={model.logit_scale})
+    fully_shard(model, mesh=mesh, ignored_params={model.logit_scale})
     for method in ("encode_image", "encode_text"):
         register_fsdp_forward_method(model, method)
 
@@ -95,8 +98,20 @@ def average_unshared(towers: Towers) -> None:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Sequence[nn.Parameter], most: float) -> float:
-    """Shorten the gradient of all parameters to length ``most``; return how long it was.
+def average_statistics(model: CLIP) -> None:
+    """Average what the processes' BatchNorms have seen, so that all have one model."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
+    if distributed.world_size() == 1 or not norms:
+        return
+    seen = [x for norm in norms for x in (norm.running_mean, norm.running_var) if x is not None]
+    flat = distributed.all_reduce_sum(torch.cat(seen)) / distributed.world_size()
+    for mine, mean in zip(seen, torch.split(flat, [len(x) for x in seen]), strict=True):
+        mine.copy_(mean)
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Sequence[nn.Parameter], most: float | None) -> float:
+    """Return how long the gradient of all parameters is; shorten it to ``most``, if given.
 
     Weights in shares and whole ones together, which torch's own function does not take.
     """
@@ -114,7 +129,7 @@ def clip_gradients(parameters: Sequence[nn.Parameter], most: float) -> float:
     if whole:
         squared = squared + _squared_norm(whole)
     norm = float(squared.sqrt())
-    if norm > most:
+    if most is not None and norm > most:
         torch._foreach_mul_(shares + whole, most / norm)
     return norm
 

@@ -116,8 +116,8 @@ class Plateau:
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """Low-rank updates of chosen matrices (Hu et al., arXiv:2106.09685); the rest of them is
-    frozen, and they are merged into the weights at the end of the stage."""
+    """Low-rank updates of chosen matrices (Hu et al., arXiv:2106.09685). All else but the logit
+    scale is frozen; the updates are merged into the weights at the end of the stage."""
 
     layers: tuple[str, ...] = _option(
         ("*.attn.in_proj_weight", "bert.*.self.*.weight"), "Patterns of the matrices' names"

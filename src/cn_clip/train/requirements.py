@@ -88,6 +88,10 @@ def _check_stage(stage: Stage, recipe: Recipe) -> None:
         raise UsageError(
             f"{at}.cached keeps the image tower's features, so its freeze must hold 'visual.*'"
         )
+    if stage.flip and not stage.augment:
+        raise UsageError(f"{at}.flip mirrors augmented pictures; set augment to true")
+    if stage.views > 1 and not (stage.cached and stage.augment):
+        raise UsageError(f"{at}.views are of cached, augmented pictures; set both, or views to 1")
     if stage.cached and stage.mask_ratio:
         raise UsageError(f"{at} has cached features, of which no patches can be masked: mask_ratio")
     if stage.cached and stage.loss.teacher is not None:

@@ -154,7 +154,7 @@ def _loader(run: Run, progress: Progress, model: CLIP) -> Loader | CachedLoader:
             _runner(model, stage, run),
             {"tower": tower_fingerprint(model), "precision": recipe.machine.precision},
             preparation,
-            run.folder / "features" if folder is None else Path(folder).expanduser(),
+            run.folder / "features" / stage.name if folder is None else Path(folder).expanduser(),
             views=stage.views,
             workers=data.workers,
             tick=lambda done, of: _tick(run, done, of),

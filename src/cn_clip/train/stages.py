@@ -96,12 +96,15 @@ class Course:
     mark: float | None = None
     waited: int = 0
 
-    def add(self, score: float, step: int, plateau: Plateau | None) -> bool:
-        """Take up a score; return whether it is the best so far."""
+    def add(self, score: float, step: int, plateau: Plateau | None, *, counts: bool = True) -> bool:
+        """Take up a score; return whether it is the best so far.
+
+        One that does not count, of the warm-up, is not waited for.
+        """
         min_gain = 0.0 if plateau is None else plateau.min_gain
         if self.mark is None or score >= self.mark + max(min_gain, 1e-12):
             self.mark, self.waited = score, 0
-        else:
+        elif counts:
             self.waited += 1
         if self.best is not None and score <= self.best:
             return False

@@ -96,15 +96,6 @@ class Numbers:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What a step saw: the loss and how many of the global batch's pairs found each other first
-    among this process's share, both over the global batch."""
-
-    loss: Tensor
-    pairs: int
-
-
 def backward(
     towers: nn.Module,
     share: Share,
@@ -114,13 +105,16 @@ def backward(
     chunks: int,
     seed: tuple[int, ...],
     teacher: Embedder | None = None,
-) -> Result:
+) -> Tensor:
     """Add the gradients of a global batch's loss to the parameters.
 
     With one chunk, the towers run once. With more, by gradient caching (Gao et al., 2021,
     arXiv:2101.06983): all chunks run without gradients, the loss gives the gradients of the
     embeddings, and each chunk runs again to carry them on. Both passes draw the same dropout and
     masks, since each chunk has a seed of its own.
+
+    Returns:
+        The loss over the global batch, ().
 
     Args:
         towers: ``Towers``, or DDP or FSDP around it.
@@ -154,7 +148,7 @@ def backward(
     if chunks == 1:
         loss = criterion(run(0))
         numbers.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        return Result(loss.detach(), len(share))
+        return loss.detach()
     with torch.no_grad(), _statistics_kept(towers):
         first = [run(number) for number in range(chunks)]
     joined = [
@@ -179,7 +173,7 @@ def backward(
                 if out.requires_grad
             ]
             torch.autograd.backward([out for out, _ in pairs], [grad for _, grad in pairs])
-    return Result(loss.detach(), len(share))
+    return loss.detach()
 
 
 def _criterion(
@@ -229,7 +223,7 @@ def _syncing(towers: nn.Module, last: bool) -> Iterator[None]:
         with nullcontext() if last else towers.no_sync():
             yield
         return
-    wait = getattr(towers, "set_requires_gradient_sync", None)  # FSDP2
+    wait = getattr(towers.model, "set_requires_gradient_sync", None)  # FSDP2
     if wait is not None:
         wait(last)
     yield

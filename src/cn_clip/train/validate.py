@@ -31,35 +31,42 @@ def embed(
     *,
     autocast: torch.dtype | None,
     images: Vectors | None = None,
+    divided: bool = True,
 ) -> tuple[Vectors, Vectors]:
     """Return the embeddings of all pictures (N, D) and all texts (M, D), on every process.
 
-    Each process embeds its share. A picture that cannot be read has zeros. ``images`` from an
-    earlier call are returned as they are, if the image tower has not changed since.
+    Each process embeds its share; or all of them everything, if not ``divided``: a model whose
+    weights are in shares must run as often on each. A picture that cannot be read has zeros.
+    ``images`` from an earlier call are returned as they are, if the image tower has not changed.
     """
     embedder = TorchEmbedder(model)
     device = model.text_projection.device.type
     with torch.autocast(device, autocast or torch.bfloat16, enabled=autocast is not None):
         if images is None:
-            mine = _my_share(len(validation.images))
+            mine = _my_share(len(validation.images), divided)
             errors: dict[int, ImageError] = {}
+            said: list[str] = []
             rows = embedder.embed_images(_bytes(validation, mine), errors=errors)
             whole = np.zeros((len(mine), rows.shape[1]), np.float32)
             whole[[n for n in range(len(mine)) if n not in errors]] = rows
             for n, error in errors.items():
                 source, index = validation.images[mine[n]]
-                told = located(validation.sources[source], index, error)
-                if told not in validation.skipped:  # at an evaluation before
-                    validation.skipped.append(told)
-            images = _joined(whole)
-        mine = _my_share(len(validation.texts))
-        texts = _joined(embedder.embed_texts([validation.texts[n] for n in mine]))
+                said.append(located(validation.sources[source], index, error))
+            images = _joined(whole, divided)
+            for each in (one for many in distributed.all_gather_object(said) for one in many):
+                if each not in validation.skipped:  # at an evaluation before
+                    validation.skipped.append(each)
+        mine = _my_share(len(validation.texts), divided)
+        texts = _joined(embedder.embed_texts([validation.texts[n] for n in mine]), divided)
     return images, texts
 
 
 def score(images: Vectors, texts: Vectors, validation: EvalSet) -> Retrieval:
-    """Measure recall in both directions; a picture that cannot be read counts as not found."""
-    return retrieval(images, texts, validation.pairs)
+    """Measure recall in both directions, without the pictures that cannot be read."""
+    there = np.asarray(images.any(axis=1))
+    pairs = validation.pairs[there[validation.pairs[:, 0]]]
+    numbers = np.cumsum(there) - 1
+    return retrieval(images[there], texts, np.stack([numbers[pairs[:, 0]], pairs[:, 1]], axis=1))
 
 
 def shared_pairs(validation: EvalSet, training: Sequence[Weighted]) -> list[str]:
@@ -100,10 +107,10 @@ def _bytes(validation: EvalSet, numbers: Sequence[int]) -> Iterator[bytes]:
             yield b""  # no picture: refused as one by the embedder, and named
 
 
-def _my_share(count: int) -> range:
-    world, rank = distributed.world_size(), distributed.rank()
+def _my_share(count: int, divided: bool) -> range:
+    world, rank = (distributed.world_size(), distributed.rank()) if divided else (1, 0)
     return range(count * rank // world, count * (rank + 1) // world)
 
 
-def _joined(mine: Vectors) -> Vectors:
-    return np.concatenate(distributed.all_gather_object(mine))
+def _joined(mine: Vectors, divided: bool) -> Vectors:
+    return np.concatenate(distributed.all_gather_object(mine)) if divided else mine
