@@ -4,4 +4,7 @@ from __future__ import annotations
 
 from cyclopts import App
 
+from cn_clip.cli.eval.calibrate import calibrate
+
 eval_app = App(name="eval", help="Measure a model, and tell what its scores mean.")
+eval_app.command(calibrate)
