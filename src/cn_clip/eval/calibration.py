@@ -82,10 +82,11 @@ class Calibration:
 def probability(curve: Curve, cosines: npt.ArrayLike) -> npt.NDArray[np.float64]:
     """Return the probability of a match for cosines of any shape, float64 of the same shape."""
     cosines = np.asarray(cosines, np.float64)
+    shares: npt.NDArray[np.float64]
     if isinstance(curve, Isotonic):
-        return np.interp(cosines, curve.cosines, curve.probabilities)
-    half = (curve.slope * cosines + curve.intercept) / 2
-    shares: npt.NDArray[np.float64] = (1 + np.tanh(half)) / 2  # logistic, without overflow
+        shares = np.interp(cosines, curve.cosines, curve.probabilities)
+    else:  # the logistic function, without overflow
+        shares = (1 + np.tanh((curve.slope * cosines + curve.intercept) / 2)) / 2
     return shares
 
 
