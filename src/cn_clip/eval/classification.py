@@ -40,7 +40,8 @@ def ranks_of_truth(scores: Scores, truth: Classes) -> Classes:
     Raises:
         UsageError: a score is not finite, or a class is not among the M.
     """
-    scores, truth = checked(scores, "scores"), _checked_truth(truth, scores)
+    scores = checked(scores, "scores")
+    truth = _checked_truth(truth, scores)
     own = scores[np.arange(len(truth)), truth][:, None]
     ahead = scores > own
     ahead |= (scores == own) & (np.arange(scores.shape[1]) < truth[:, None])
