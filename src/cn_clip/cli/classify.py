@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 from rich.markup import escape
@@ -14,6 +14,9 @@ from rich.table import Table
 from cn_clip.cli.show import BAR_WIDTH, Flag, bar, console, print_json, progress
 from cn_clip.config import Precision
 from cn_clip.errors import UsageError
+
+if TYPE_CHECKING:
+    from cn_clip.eval.calibration import Calibration
 
 _CHUNK = 32
 
@@ -27,6 +30,7 @@ def classify(
     labels_file: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     template: Annotated[tuple[str, ...], Parameter(negative=(), show_default=False)] = ("{}",),
     top: int = 5,
+    calibration: str | None = None,
     model: str = "mini",
     device: str = "auto",
     precision: Precision = "auto",
@@ -37,8 +41,9 @@ def classify(
     """Tell which of some Chinese labels fits each picture.
 
     Prints, for each picture, the best labels with their probability (a softmax over the labels
-    given) and cosine (independent of the other labels). Damaged pictures are reported and do not
-    stop the rest.
+    given) and cosine (independent of the other labels). With a calibration of this model, also the
+    probability that the label matches at all, and "none of these" where the best cosine is below
+    its threshold for labels. Damaged pictures are reported and do not stop the rest.
 
     Parameters
     ----------
@@ -53,6 +58,8 @@ def classify(
         By default the label alone.
     top
         How many labels to print for each picture.
+    calibration
+        A .json file from `cn-clip eval calibrate`, for this model.
     model
         A name from `cn-clip models`, org/name on a hub, or the path of a checkpoint.
     device
@@ -68,12 +75,14 @@ def classify(
     """
     from cn_clip import zeroshot
     from cn_clip.embedder import embed_readable, load
+    from cn_clip.eval.calibration import check_model, read_calibration
     from cn_clip.image import find_images
 
     if top < 1:
         raise UsageError(f"--top {top} shows nothing; give 1 or more")
     names = zeroshot.distinct(_read_labels(labels, labels_file))
     paths = find_images(images)
+    fitted = None if calibration is None else read_calibration(Path(calibration))
     embedder = load(
         model,
         device=device,
@@ -81,6 +90,8 @@ def classify(
         fast_decode=fast_decode,
         download_root=download_root,
     )
+    if fitted is not None:
+        check_model(fitted, embedder)
     prototypes = zeroshot.label_embeddings(embedder, names, template)
 
     shown: list[dict[str, Any]] = []
@@ -95,9 +106,9 @@ def classify(
             result = zeroshot.score(embedder, embeddings, names, prototypes)
             for path, best in zip(good, result.top(top), strict=True):
                 if json:
-                    shown.append(_as_json(path, best))
+                    shown.append(_as_json(path, best, fitted))
                 else:
-                    out.print(_table(path, best))
+                    out.print(_table(path, best, fitted))
             failed += [{"image": str(chunk[i]), "error": str(e)} for i, e in errors.items()]
             bars.advance(task, len(chunk))
 
@@ -137,17 +148,43 @@ def _read_labels(given: str | None, file: str | None) -> list[str]:
     return [line for line in lines if line.strip()]
 
 
-def _as_json(path: Path, best: list[tuple[str, float, float]]) -> dict[str, Any]:
+def _as_json(
+    path: Path, best: list[tuple[str, float, float]], fitted: Calibration | None
+) -> dict[str, Any]:
     keys = ("label", "probability", "cosine")
-    return {"image": str(path), "predictions": [dict(zip(keys, row, strict=True)) for row in best]}
+    rows: list[dict[str, Any]] = [dict(zip(keys, row, strict=True)) for row in best]
+    if fitted is None:
+        return {"image": str(path), "predictions": rows}
+    for row, match in zip(rows, _matches(best, fitted), strict=True):
+        row["match"] = match
+    return {"image": str(path), "none_of_these": _none_of(best, fitted), "predictions": rows}
 
 
-def _table(path: Path, best: list[tuple[str, float, float]]) -> Table:
-    table = Table(title=escape(str(path)), title_justify="left", box=None, header_style="dim")
+def _table(path: Path, best: list[tuple[str, float, float]], fitted: Calibration | None) -> Table:
+    title = escape(str(path))
+    if fitted is not None and _none_of(best, fitted):
+        title += f"\n[red]none of these[/red]: cosine below {fitted.thresholds['labels']:.3f}"
+    table = Table(title=title, title_justify="left", box=None, header_style="dim")
     table.add_column("label")
     table.add_column("probability", justify="right")
     table.add_column("", width=BAR_WIDTH, style="green")
     table.add_column("cosine", justify="right")
-    for label, probability, cosine in best:
-        table.add_row(escape(label), f"{probability:.1%}", bar(probability), f"{cosine:.3f}")
+    matches = None if fitted is None else _matches(best, fitted)
+    if matches is not None:
+        table.add_column("match", justify="right")
+    for at, (label, probability, cosine) in enumerate(best):
+        cells = [escape(label), f"{probability:.1%}", bar(probability), f"{cosine:.3f}"]
+        table.add_row(*cells, *([] if matches is None else [f"{matches[at]:.1%}"]))
     return table
+
+
+def _matches(best: list[tuple[str, float, float]], fitted: Calibration) -> list[float]:
+    from cn_clip.eval.calibration import probability
+
+    return [float(probability(fitted.curve, cosine)) for _, _, cosine in best]
+
+
+def _none_of(best: list[tuple[str, float, float]], fitted: Calibration) -> bool | None:
+    """Whether the best label is below the threshold; None if there is no threshold."""
+    threshold = fitted.thresholds["labels"]
+    return None if threshold is None else best[0][2] < threshold
