@@ -5,8 +5,10 @@ from __future__ import annotations
 from cyclopts import App
 
 from cn_clip.cli.eval.predictions import predictions
+from cn_clip.cli.eval.protocol import protocol
 from cn_clip.cli.eval.retrieval import retrieval
 
 eval_app = App(name="eval", help="Measure a model, and tell what its scores mean.")
 eval_app.command(retrieval)
 eval_app.command(predictions)
+eval_app.command(protocol)
