@@ -111,10 +111,15 @@ def test_ids_that_two_sources_share_become_row_numbers(pictures, embedder, tmp_p
 @pytest.mark.parametrize("name", ["{}.npz", "{}.jsonl", "{}"])
 def test_features_on_disk_give_the_figures_of_their_model(pictures, embedder, tmp_path, name):
     source = write_jsonl(pictures).removeprefix("jsonl:")
+    each = [json.dumps({"image": f"{name}.jpg", "image_id": name}) + "\n" for name in IMAGES]
+    (pictures / "each.jsonl").write_text("".join(each), encoding="utf-8")
     stored = []
-    for kind, read in (("images", read_images), ("texts", read_texts)):
+    for kind, items in (
+        ("images", read_images([str(pictures / "each.jsonl")])),
+        ("texts", read_texts([source])),
+    ):
         out = tmp_path / name.format(kind)
-        extract(embedder, kind, read([source]), out)
+        extract(embedder, kind, items, out)
         stored.append(read_features(out, kind))
     mix = open_mix([source])
     measured = evaluate_features(*stored, pairs_of(mix), truth=source)
