@@ -4,10 +4,10 @@
 
 Theirs reads feature files, multiplies one query at a time with the gallery, and sorts tuples in
 Python. It calls ``.cuda()``; here that call returns the tensor itself, and nothing else of the
-script is changed. It is run on few and on more queries, and the difference, which leaves out what it
-takes to start and to read the gallery, is its time for a query; for all queries it is
-extrapolated. Ours is run on all of them. Every run is a process of its own; the best time of ours
-and of theirs, and the largest peak memory, count. The first predictions of both are compared.
+script is changed. It is run on few and on more queries: the difference leaves out what it takes to
+start and to read the gallery, and is extrapolated to all queries. Ours is run on all of them, each
+time in a process of its own; its best time and its largest peak memory count. The first
+predictions of both are compared.
 """
 
 from __future__ import annotations
@@ -97,7 +97,9 @@ def main() -> None:
         "cpu": min(run["cpu"] for run in runs),
         "peak": max(run["peak"] for run in runs),
     }
-    print(f"{count:,} x {count:,} x {dim}, the 10 best; {platform.machine()}, {os.cpu_count()} CPUs")
+    print(
+        f"{count:,} x {count:,} x {dim}, the 10 best; {platform.machine()}, {os.cpu_count()} CPUs"
+    )
     print(
         f"ours: {figures['seconds']:.1f} s, {figures['cpu']:.1f} s of CPU, "
         f"{figures['peak'] / 1e9:.2f} GB at most (bar: 1.5 GB)"

@@ -121,7 +121,7 @@ def test_a_protocol_prints_ours_beside_the_published_figure(cn_clip, pictures):
         ([], 2, "which protocol? See: cn-clip eval protocol --list"),
         (["mnist"], 2, "run: cn-clip eval zeroshot"),
         (["coco-cn-test"], 2, "Give --data FOLDER with test_imgs.tsv"),
-        (["muge-test"], 2, "did you mean muge-valid"),
+        (["muge-val"], 2, "did you mean muge-valid"),
     ],
 )
 def test_a_protocol_says_what_is_missing(cn_clip, arguments, code, said):

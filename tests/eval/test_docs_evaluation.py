@@ -65,7 +65,9 @@ def test_the_page_runs_and_small_splits_are_refused(downloads, capsys):
     (first, flickr), (second, crossmodal) = refused
     assert first == second == 1
     assert "1,000 pictures and 5,000 texts" in flickr and "holds 12 pictures and 12" in flickr
-    assert "3,600 pictures and 7,174 texts" in crossmodal and "holds 12 pictures and 24" in crossmodal
+    assert (
+        "3,600 pictures and 7,174 texts" in crossmodal and "holds 12 pictures and 24" in crossmodal
+    )
 
 
 def test_both_languages_hold_the_same_code():

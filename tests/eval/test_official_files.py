@@ -57,9 +57,12 @@ def test_ids_may_be_strings_and_more_may_be_asked(tmp_path):
     more = {"text_id": "别的", "image_ids": asked[0]["image_ids"]}
     found = read_predictions(write(tmp_path / "p.jsonl", [*asked, more]))
     scored = score_predictions(found, read_truth(truth))
-    assert scored.recall == score_predictions(
-        read_predictions(EVAL / "predictions.jsonl"), read_truth(EVAL / "texts.jsonl")
-    ).recall
+    assert (
+        scored.recall
+        == score_predictions(
+            read_predictions(EVAL / "predictions.jsonl"), read_truth(EVAL / "texts.jsonl")
+        ).recall
+    )
     assert (scored.queries, scored.extra) == (30, 1)
 
 
@@ -78,7 +81,10 @@ def test_a_text_of_no_picture_counts_as_missed_as_in_the_official_evaluator(tmp_
     [
         ({"text_id": 7, "image_ids": list(range(9))}, "line 2: text_id '7' has 9 image_ids"),
         ({"text_id": 7, "image_ids": [*range(9), 3]}, "line 2: text_id '7' predicts '3' twice"),
-        ({"text_id": 1, "image_ids": list(range(10))}, r"line 2: text_id '1' was there before, .*1"),
+        (
+            {"text_id": 1, "image_ids": list(range(10))},
+            r"line 2: text_id '1' was there before, .*1",
+        ),
         ({"text_id": None, "image_ids": list(range(10))}, "line 2: None is no id"),
         ({"text_id": 7, "image_ids": [*range(9), 1.5]}, "line 2: 1.5 is no id"),
         ({"text_id": 7}, 'line 2: expected {"text_id": 1, "image_ids"'),

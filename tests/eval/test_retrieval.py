@@ -176,7 +176,7 @@ def test_features_of_the_other_kind_or_of_no_format_are_refused(tmp_path, embedd
     with pytest.raises(UsageError, match="no features at"):
         read_features(tmp_path / "missing.npz", "images")
     (tmp_path / "x.npz").write_bytes(b"PK no zip")
-    with pytest.raises(DataError, match="is not an .npz with embeddings and ids"):
+    with pytest.raises(DataError, match=r"is not an .npz with embeddings and ids"):
         read_features(tmp_path / "x.npz", "images")
     with pytest.raises(UsageError, match=r"give .npz, .jsonl"):
         read_features(tmp_path / "texts.txt", "texts")

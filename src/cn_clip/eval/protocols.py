@@ -104,9 +104,10 @@ def checked_split(wanted: Protocol, mix: Sequence[Weighted], data: str) -> EvalS
     """
     found = eval_set_of(mix, merge=False)
     if found.skipped:
+        rows = sum(len(part.source) for part in mix)
         raise DataError(
-            f"{len(found.skipped):,} rows of {data} cannot be read, so nothing can be compared; "
-            f"the first: {found.skipped[0]}"
+            f"{len(found.skipped):,} of {rows:,} rows of {data} cannot be read, so nothing can be "
+            f"compared; the first: {found.skipped[0]}"
         )
     for what, expected, held in (
         ("pictures", wanted.images, len(found.images)),
@@ -132,8 +133,8 @@ def run_protocol(
     measured = measure(embedder, found, tick=tick)
     if measured.failed:
         raise DataError(
-            f"{len(measured.failed):,} pictures cannot be read, so nothing can be compared; the "
-            f"first: {measured.failed[0]}"
+            f"{len(measured.failed):,} of {len(found.images):,} pictures cannot be read, so "
+            f"nothing can be compared; the first: {measured.failed[0]}"
         )
     return measured
 
