@@ -109,15 +109,12 @@ def checked_split(wanted: Protocol, mix: Sequence[Weighted], data: str) -> EvalS
             f"{len(found.skipped):,} of {rows:,} rows of {data} cannot be read, so nothing can be "
             f"compared; the first: {found.skipped[0]}"
         )
-    for what, expected, held in (
-        ("pictures", wanted.images, len(found.images)),
-        ("texts", wanted.texts, len(found.texts)),
-    ):
-        if expected is not None and expected != held:
+    held = len(found.images), len(found.texts)
+    for expected, count in zip((wanted.images, wanted.texts), held, strict=True):
+        if expected is not None and expected != count:
             raise DataError(
-                f"{wanted.title}, has {_counts(wanted)}, but {data} holds {len(found.images):,} "
-                f"pictures and {len(found.texts):,} texts; the {what} differ: give the "
-                f"{wanted.split} split"
+                f"{wanted.title}, has {_counts(wanted)}, but {data} holds {held[0]:,} pictures and "
+                f"{held[1]:,} texts; give the whole {wanted.split} split"
             )
     return found
 

@@ -120,7 +120,7 @@ def _print_list(every: list[Protocol], json: bool) -> None:
         print_json([asdict(each) for each in every])
         return
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("protocol", "set", "pictures", "texts", "metric", "published"):
+    for column in ("protocol", "set", "pictures", "texts", "metric", "published, zero-shot"):
         table.add_column(column)
     for each in every:
         counts = (f"{count:,}" if count else "-" for count in (each.images, each.texts))
@@ -129,9 +129,9 @@ def _print_list(every: list[Protocol], json: bool) -> None:
 
 
 def _published(each: Protocol) -> str:
-    """Say what was published, as R@1 text to image of the models in order, or the best of five."""
+    """Say what was published: R@1 text to image of each model, or the best of five."""
     if each.best_of_five is not None:
         return f"{each.best_of_five:.1f}, the best of five"
     figures = each.published.get("zero-shot", {}).get("text_to_image", {})
     told = ", ".join(f"{model} {recall[0]:.1f}" for model, recall in figures.items())
-    return told or "none found"
+    return f"R@1 text to image: {told}" if told else "none found"
