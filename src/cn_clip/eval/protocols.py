@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
-from cn_clip.data.sources import Weighted, open_mix
+from cn_clip.data.sources import open_mix
 from cn_clip.embedder import Embedder
 from cn_clip.errors import DataError, UnknownNameError
 from cn_clip.eval.metrics import Recall
@@ -89,19 +89,10 @@ def open_split(wanted: Protocol, data: str) -> EvalSet:
     evaluation has both.
 
     Raises:
-        DataError: the counts are not those of the split.
+        DataError: the counts are not the protocol's, or a row cannot be read.
     """
     official = Path(data) / f"{wanted.split}_imgs.tsv"
     mix = open_mix([f"tsv:{official}?unpaired=yes" if official.is_file() else data])
-    return checked_split(wanted, mix, data)
-
-
-def checked_split(wanted: Protocol, mix: Sequence[Weighted], data: str) -> EvalSet:
-    """Read pairs, and refuse them where their counts are not the protocol's.
-
-    Raises:
-        DataError: a count differs, or a row cannot be read.
-    """
     found = eval_set_of(mix, merge=False)
     if found.skipped:
         rows = sum(len(part.source) for part in mix)
