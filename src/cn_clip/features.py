@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -12,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cn_clip.errors import UsageError
+from cn_clip.data.lines import Lines, json_object
+from cn_clip.errors import DataError, UsageError
 from cn_clip.inputs import Kind
 from cn_clip.publish import published, published_folder
 
@@ -99,6 +101,130 @@ def write_clip_retrieval(features: Features, out: Path) -> None:
                 arrow.table(table), folder / "metadata" / f"metadata_{part}.parquet"
             )
         _write_about(features, folder / "about.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Rows read back: ``ids`` as strings, each once, and their ``vectors`` float32 (N, D)."""
+
+    path: Path
+    ids: list[str]
+    vectors: npt.NDArray[np.float32]
+
+
+def read_features(path: Path, kind: Kind) -> Stored:
+    """Read what ``write_npz``, ``write_jsonl`` or ``write_clip_retrieval`` wrote, or the official
+    package, or clip-retrieval itself.
+
+    Args:
+        path: ``.npz``, ``.jsonl``, or a folder with ``img_emb`` or ``text_emb``, and ``metadata``.
+        kind: what the rows should be of.
+
+    Raises:
+        UsageError: the format is not known, or a library for it is missing.
+        DataError: the rows are of the other kind, of different widths or not finite, an id is
+            repeated, or the file is damaged; the row is named.
+    """
+    if not path.exists():
+        raise UsageError(f"no features at {path}; make them with: cn-clip embed {kind}")
+    if path.suffix == ".jsonl":
+        stored = _read_jsonl(path, kind)
+    elif path.suffix == ".npz":
+        stored = _read_npz(path, kind)
+    elif path.is_dir():
+        stored = _read_clip_retrieval(path, kind)
+    else:
+        raise UsageError(
+            f"{path}: give .npz, .jsonl (official features), or a folder (clip-retrieval's layout)"
+        )
+    if not stored.ids:
+        raise DataError(f"{path} holds no features")
+    if len(stored.ids) != len(stored.vectors):
+        raise DataError(
+            f"{path} holds {len(stored.ids)} ids, but {len(stored.vectors)} vectors; embed anew"
+        )
+    strange = np.flatnonzero(~np.isfinite(stored.vectors).all(axis=1))
+    if len(strange):
+        raise DataError(
+            f"{path}: the vector of {stored.ids[strange[0]]!r} holds NaN or infinity, as do "
+            f"{len(strange)} in all; embed anew, in float32"
+        )
+    seen: set[str] = set()
+    for each in stored.ids:
+        if each in seen:
+            raise DataError(f"{path}: the id {each!r} stands there twice; keep one of them")
+        seen.add(each)
+    return stored
+
+
+def _read_npz(path: Path, kind: Kind) -> Stored:
+    try:
+        with np.load(path) as file:
+            vectors, ids = file["embeddings"], file["ids"]
+            about = json.loads(str(file["about"])) if "about" in file else {}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(
+            f"{path} is not an .npz with embeddings and ids, as cn-clip embed writes it: {error}"
+        ) from None
+    if about.get("kind", kind) != kind:
+        raise DataError(f"{path} holds {about['kind']}, not {kind}")
+    if vectors.ndim != 2:
+        raise DataError(f"{path}: embeddings have the shape {vectors.shape}; expected (N, D)")
+    return Stored(path, [str(each) for each in ids.tolist()], vectors.astype(np.float32))
+
+
+def _read_jsonl(path: Path, kind: Kind) -> Stored:
+    key = {"images": "image_id", "texts": "text_id"}[kind]
+    lines = Lines(path)
+    ids: list[str] = []
+    rows: list[npt.NDArray[np.float32]] = []
+    for number in range(len(lines)):
+        where = lines.where(number)
+        values = json_object(lines[number], where)
+        if key not in values or "feature" not in values:
+            raise DataError(f'{where}: expected {{"{key}": 1, "feature": [0.1, ...]}}')
+        try:
+            row = np.array(values["feature"], np.float32)
+        except (TypeError, ValueError):
+            raise DataError(f"{where}: its feature is not a list of numbers") from None
+        if row.ndim != 1 or (rows and len(row) != len(rows[0])):
+            expected = f"{len(rows[0])} numbers as above" if rows else "a list of numbers"
+            raise DataError(f"{where}: its feature has the shape {row.shape}; expected {expected}")
+        ids.append(str(values[key]))
+        rows.append(row)
+    return Stored(path, ids, np.stack(rows) if rows else np.empty((0, 0), np.float32))
+
+
+def _read_clip_retrieval(path: Path, kind: Kind) -> Stored:
+    _, parquet = _parquet()
+    stem, columns = {
+        "images": ("img_emb", ("id", "key", "image_path")),
+        "texts": ("text_emb", ("id", "key", "caption")),
+    }[kind]
+    vectors = sorted((path / stem).glob("*.npy"), key=_part)
+    tables = sorted((path / "metadata").glob("*.parquet"), key=_part)
+    if not vectors or len(vectors) != len(tables):
+        raise DataError(
+            f"{path} holds {len(vectors)} files in {stem} and {len(tables)} in metadata; expected "
+            "as many of both, as clip-retrieval writes them"
+        )
+    ids: list[str] = []
+    for table in tables:
+        names = parquet.read_schema(table).names
+        column = next((each for each in columns if each in names), None)
+        if column is None:
+            raise DataError(f"{table} has no column {' or '.join(columns)}; its rows have no ids")
+        ids += map(str, parquet.read_table(table, columns=[column])[column].to_pylist())
+    parts = [np.load(file).astype(np.float32) for file in vectors]
+    if len({part.shape[1:] for part in parts}) > 1:
+        raise DataError(f"{path / stem}: the files hold vectors of different widths; embed anew")
+    return Stored(path, ids, np.concatenate(parts))
+
+
+def _part(path: Path) -> tuple[int, str]:
+    """Sort ``img_emb_10`` after ``img_emb_9``."""
+    digits = path.stem.rpartition("_")[2]
+    return (int(digits) if digits.isdigit() else -1), path.stem
 
 
 def _spans(count: int, size: int) -> Iterator[tuple[int, int]]:

@@ -5,8 +5,14 @@ from __future__ import annotations
 from cyclopts import App
 
 from cn_clip.cli.eval.calibrate import calibrate
+from cn_clip.cli.eval.predictions import predictions
+from cn_clip.cli.eval.protocol import protocol
+from cn_clip.cli.eval.retrieval import retrieval
 from cn_clip.cli.eval.zeroshot import zeroshot
 
 eval_app = App(name="eval", help="Measure a model, and tell what its scores mean.")
-eval_app.command(calibrate)
+eval_app.command(retrieval)
 eval_app.command(zeroshot)
+eval_app.command(protocol)
+eval_app.command(predictions)
+eval_app.command(calibrate)
