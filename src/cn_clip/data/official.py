@@ -226,8 +226,8 @@ def write_tsv(folder: Path, samples: Iterable[Sample], *, split: str) -> None:
         for sample in samples:
             images.write(sample.image_id.encode() + b"\t" + base64.b64encode(sample.image) + b"\n")
             for text_id, text in sample.texts:
-                image_ids = [_plain_id(sample.image_id)]
-                line = {"text_id": _plain_id(text_id), "text": text, "image_ids": image_ids}
+                image_ids = [plain_id(sample.image_id)]
+                line = {"text_id": plain_id(text_id), "text": text, "image_ids": image_ids}
                 texts.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
@@ -240,7 +240,7 @@ def write_lmdb(folder: Path, samples: Iterable[Sample]) -> None:
             images.put(sample.image_id.encode(), base64.b64encode(sample.image))
             total += 1
             for text_id, text in sample.texts:
-                pair = (_plain_id(sample.image_id), _plain_id(text_id), text)
+                pair = (plain_id(sample.image_id), plain_id(text_id), text)
                 pairs.put(str(count).encode(), pickle.dumps(pair))
                 count += 1
         images.put(b"num_images", str(total).encode())
@@ -287,7 +287,7 @@ class _Growing:
         self._bytes = 0
 
 
-def _plain_id(given: str) -> int | str:
+def plain_id(given: str) -> int | str:
     """Official ids are numbers; ``007`` is a string, so that it comes out as it went in."""
     canonical = given.isascii() and given.isdigit() and str(int(given)) == given
     return int(given) if canonical else given

@@ -62,7 +62,7 @@ def retrieval(images: Vectors, texts: Vectors, pairs: Pairs, *, block: int = _BL
     Raises:
         UsageError: an embedding is not finite, shapes do not fit, or there are no pairs.
     """
-    images, texts = _checked(images, "images"), _checked(texts, "texts")
+    images, texts = checked(images, "images"), checked(texts, "texts")
     pairs = _checked_pairs(pairs, len(images), len(texts), ("image", "text"))
     return Retrieval(
         text_to_image=_recall(texts, images, pairs[:, ::-1], block),
@@ -87,7 +87,7 @@ def ranks_of_best(
     Raises:
         UsageError: an embedding is not finite, shapes do not fit, or a query has no positive.
     """
-    queries, gallery = _checked(queries, "queries"), _checked(gallery, "gallery")
+    queries, gallery = checked(queries, "queries"), checked(gallery, "gallery")
     positives = _checked_pairs(positives, len(queries), len(gallery), ("query", "gallery"))
     return _ranks(queries, gallery, positives, block)
 
@@ -142,8 +142,12 @@ def _ranks(queries: Vectors, gallery: Vectors, positives: Pairs, block: int) -> 
     return ranks
 
 
-def _checked(vectors: Vectors, what: str) -> Vectors:
-    """Return (N, D) of float32 or float64, all finite."""
+def checked(vectors: Vectors, what: str) -> Vectors:
+    """Return vectors (N, D) as float32 or float64.
+
+    Raises:
+        UsageError: they are of another shape, or a number is not finite; ``what`` is named.
+    """
     vectors = np.asarray(vectors)
     if vectors.ndim != 2:
         raise UsageError(f"the {what} have the shape {vectors.shape}; expected (N, D)")
