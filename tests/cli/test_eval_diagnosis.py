@@ -107,6 +107,14 @@ def test_diagnose_compares_two_models_with_intervals(cn_clip, data, tmp_path):
     )
 
 
+def test_two_checkpoints_of_one_model_are_told_apart_by_their_places(cn_clip, data, start):
+    code, out, _ = cn_clip("diagnose", "--data", f"jsonl:{data}", "--compare", start, "--json")
+    assert code == 0
+    document = json.loads(out)
+    assert [each["model"] for each in document["models"]] == [f"tiny-vit ({start})"] * 2
+    assert all(row["lead"] == row["low"] == row["high"] == 0 for row in document["differences"])
+
+
 def test_captions_and_names_cannot_write_html(cn_clip, data, tmp_path):
     make_picture(99).save(tmp_path / "99.png")
     evil = {"image": "99.png", "text": "<script>alert(1)</script>"}

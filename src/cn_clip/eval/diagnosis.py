@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cn_clip.eval.bootstrap import Interval, paired_interval
+from cn_clip.eval.bootstrap import Interval, Values, paired_interval
 from cn_clip.eval.metrics import Pairs, Ranks, Recall, Vectors, ranks_of_best, recall_at
 from cn_clip.eval.robustness import hits
 from cn_clip.eval.topk import TopK, top_k
@@ -177,7 +177,9 @@ def compare(ours: Diagnosis, theirs: Diagnosis, *, seed: int = 0) -> tuple[Diffe
         ("text to image", ours.to_image, theirs.to_image),
         ("image to text", ours.to_text, theirs.to_text),
     ):
-        values = [(f"R@{k}", first < k, second < k) for k in (1, 5, 10)]
+        values: list[tuple[str, Values, Values]] = [
+            (f"R@{k}", first < k, second < k) for k in (1, 5, 10)
+        ]
         values.append(("mean recall", hits(first), hits(second)))
         for name, a, b in values:
             lead = paired_interval(a, b, seed=seed)

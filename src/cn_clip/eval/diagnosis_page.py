@@ -219,9 +219,9 @@ def _alike(each: Diagnosis, shown: _Shown) -> str:
     found = each.alike
     count = f"{len(found.pairs):,}" if found.complete else f"at least {len(found.pairs):,}"
     said = (
-        f"<p>{count} pairs of captions of different pictures have a cosine of {found.threshold:g} "
-        f"or more, {found.texts:,} captions in all. A text that names another picture as well is "
-        "no fair question. Captions equal but for width, case and punctuation are one text "
+        f"<p>Pairs of captions of different pictures with a cosine of {found.threshold:g} or more: "
+        f"{count}, of {found.texts:,} captions. A text that names another picture as well is no "
+        "fair question. Captions equal but for width, case and punctuation are one text "
         "already.</p>"
     )
     rows = (

@@ -124,7 +124,10 @@ def robustness(
 
 def hits(ranks: Ranks) -> npt.NDArray[np.float64]:
     """Return each query's share (Q,) of mean recall: the mean of its hits at 1, 5 and 10."""
-    return np.mean([ranks < 1, ranks < 5, ranks < 10], axis=0, dtype=np.float64)
+    shares: npt.NDArray[np.float64] = np.mean(
+        [ranks < 1, ranks < 5, ranks < 10], axis=0, dtype=np.float64
+    )
+    return shares
 
 
 def _recall(ranks: Ranks) -> Recall:

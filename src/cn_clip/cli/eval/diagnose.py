@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +17,7 @@ from cn_clip.config import Precision
 from cn_clip.errors import UsageError
 
 if TYPE_CHECKING:
-    from cn_clip.eval.diagnosis import Diagnosis, Difference
+    from cn_clip.eval.diagnosis import Diagnosis, Difference, Length
     from cn_clip.eval.metrics import Recall
 
 
@@ -75,29 +78,29 @@ def diagnose(
     if not -1 <= threshold <= 1:
         raise UsageError(f"--threshold {threshold} is no cosine; give a number from -1 to 1")
     pairs = eval_set_of(open_mix(data))
-    diagnoses = []
+    names = [model] if compare is None else [model, compare]
+    diagnoses: list[Diagnosis] = []
     with progress() as bars:
-        for name in [model] if compare is None else [model, compare]:
+        for name in names:
             embedder = load(name, device=device, precision=precision, download_root=download_root)
             task = bars.add_task(f"{embedder.name}: pictures", total=len(pairs.images))
-            readable = embed_pictures(
-                embedder, pairs, tick=lambda n, task=task: bars.advance(task, n)
-            )
+            readable = embed_pictures(embedder, pairs, tick=partial(bars.advance, task))
             texts = embed_texts(embedder, pairs, readable)
             total = len(readable.images) + len(texts)
             task = bars.add_task(f"{embedder.name}: answers", total=total)
             diagnoses.append(
                 diagnose(
-                    _name(embedder.name, name, diagnoses),
+                    embedder.name,
                     readable.vectors,
                     texts,
                     [pairs.texts[n] for n in readable.texts.tolist()],
                     readable.pairs,
                     threshold=threshold,
                     seed=seed,
-                    tick=lambda n, task=task: bars.advance(task, n),
+                    tick=partial(bars.advance, task),
                 )
             )
+    diagnoses = _named(diagnoses, names)
     differences = compared(*diagnoses, seed=seed) if compare is not None else ()
     if report is not None:
         write_diagnosis(Path(report), ", ".join(data), pairs, readable, diagnoses, differences)
@@ -120,9 +123,14 @@ def diagnose(
     return 1 if pairs.skipped else 0
 
 
-def _name(name: str, given: str, before: list[Diagnosis]) -> str:
-    """Two checkpoints of one kind of model are told apart by where they are."""
-    return f"{name} ({given})" if any(each.model == name for each in before) else name
+def _named(diagnoses: list[Diagnosis], given: list[str]) -> list[Diagnosis]:
+    """Two checkpoints of one kind of model are told apart by what was asked for."""
+    if len({each.model for each in diagnoses}) == len(diagnoses):
+        return diagnoses
+    return [
+        replace(each, model=f"{each.model} ({name})")
+        for each, name in zip(diagnoses, given, strict=True)
+    ]
 
 
 def _print(
@@ -138,7 +146,7 @@ def _print(
     for which in range(max(len(each.lengths) for each in diagnoses)):
         length = diagnoses[0].lengths[which]
         table.add_row(
-            f"R@10 of the {length.texts:,} texts of {length.low} to {length.high} characters",
+            f"R@10 of the {length.texts:,} texts of {_span(length)} characters",
             *(f"{each.lengths[which].recall.r10:.1%}" for each in diagnoses),
         )
     out.print(table)
@@ -157,11 +165,15 @@ def _print(
         out.print(f"the page is {report}", markup=False, soft_wrap=True)
 
 
+def _span(length: Length) -> str:
+    return f"{length.low}" + (f" to {length.high}" if length.high > length.low else "")
+
+
 def _percent(recall: Recall) -> str:
     return " / ".join(f"{100 * value:.1f}" for value in (recall.r1, recall.r5, recall.r10))
 
 
-_ROWS = (
+_ROWS: tuple[tuple[str, Callable[[Diagnosis], str]], ...] = (
     ("text to image, R@1 / 5 / 10", lambda d: _percent(d.text_to_image)),
     ("image to text, R@1 / 5 / 10", lambda d: _percent(d.image_to_text)),
     ("hubs: skewness of N_10", lambda d: f"{d.hubs.skewness:.2f}"),

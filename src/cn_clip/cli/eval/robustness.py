@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
@@ -75,7 +76,7 @@ def robustness(
     embedder = load(model, device=device, precision=precision, download_root=download_root)
     with progress() as bars:
         task = bars.add_task("embedding pictures", total=len(pairs.images))
-        readable = embed_pictures(embedder, pairs, tick=lambda n: bars.advance(task, n))
+        readable = embed_pictures(embedder, pairs, tick=partial(bars.advance, task))
         rounds = len(ways) + (1 + len(ways)) * bool(normalize)
         asking = bars.add_task("asking in other ways", total=rounds)
         found = robustness(
@@ -86,7 +87,7 @@ def robustness(
             ways,
             normalizers=normalize,
             seed=seed,
-            tick=lambda n: bars.advance(asking, n),
+            tick=partial(bars.advance, asking),
         )
     if json:
         print_json(
