@@ -1,4 +1,4 @@
-"""The best of a gallery, and recall, against sorting everything: random cases, many of them tied."""
+"""The best of a gallery, and recall, against sorting everything, where many scores are equal."""
 
 import numpy as np
 import pytest

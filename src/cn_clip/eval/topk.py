@@ -13,7 +13,7 @@ import numpy.typing as npt
 from cn_clip.errors import UsageError
 from cn_clip.eval.metrics import Vectors, checked
 
-_BLOCK = 1 << 22  # scores at a time, 16 MiB of float32
+_BLOCK = 1 << 23  # scores at a time, 32 MiB of float32
 
 
 @dataclass(frozen=True, slots=True)
