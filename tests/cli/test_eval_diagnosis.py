@@ -135,7 +135,7 @@ def test_a_picture_that_cannot_be_read_is_left_out_and_told(cn_clip, data, tmp_p
     document = json.loads(out)
     assert (document["images"], document["texts"]) == (8, 9)
     assert len(document["skipped"]) == err.count("cn-clip: left out:") == 2
-    assert "line 4" in err and "line 5" in err
+    assert "line 4" in err and "line 5" in err and "4.png" in err
     assert "Left out" in page.read_text(encoding="utf-8")
 
 
@@ -160,4 +160,4 @@ def test_no_picture_at_all_is_an_error(cn_clip, data, tmp_path):
         (tmp_path / f"{n}.png").write_bytes(b"")
     code, _, err = cn_clip("robustness", "--data", f"jsonl:{data}")
     assert code == 1
-    assert "no picture of the data can be read" in err
+    assert "none of the 10 pictures can be read" in err

@@ -117,6 +117,17 @@ def test_two_models_differ_by_their_recalls(case):
     assert row.lead.sure
 
 
+def test_what_is_in_no_pair_is_there_to_be_found_by_mistake(case):
+    images, texts, captions, pairs = case
+    some = pairs[(pairs[:, 0] > 4) & (pairs[:, 1] > 7)]
+    found = diagnose("m", images, texts, captions, some)
+    whole = retrieval(images, texts, some)
+    assert found.text_to_image == whole.text_to_image
+    assert found.image_to_text == whole.image_to_text
+    assert set(found.texts) == set(some[:, 1]) and set(found.images) == set(some[:, 0])
+    assert len(found.hubs.counts) == 30
+
+
 def test_a_gallery_smaller_than_ten_is_diagnosed():
     rng = np.random.default_rng(0)
     images, texts = unit(rng, (3, 4)), unit(rng, (2, 4))

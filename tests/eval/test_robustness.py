@@ -54,6 +54,15 @@ def test_what_is_lost_is_the_difference_of_two_measurements(images):
     assert found.normalized == ()
 
 
+def test_texts_without_a_picture_are_not_asked_with(images):
+    way = Variant("z", "spoiled", lambda text: "z" + text)
+    apart = np.concatenate([PAIRS[:4], PAIRS[5:]])
+    found = robustness(Letters(), images, TEXTS, apart, [way])
+    whole = retrieval(images, Letters().embed_texts(TEXTS), apart)
+    assert found.plain == whole.text_to_image
+    assert (found.queries, found.asked[0].changed) == (5, 5)
+
+
 def test_a_way_that_changes_nothing_measures_nothing(images):
     (row,) = robustness(Letters(), images, TEXTS, PAIRS, [Variant("s", "same", str)]).asked
     assert (row.changed, row.lost, row.asked, row.lost_overall) == (0, None, None, 0)

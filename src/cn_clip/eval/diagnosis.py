@@ -87,14 +87,17 @@ class Cosines:
 class Diagnosis:
     """What one model does with the pictures and texts of a set.
 
-    ``to_image`` (M,) and ``to_text`` (N,) are the ranks of each text's and each picture's best
-    positive, ``images_found`` (M, k) and ``texts_found`` (N, k) the first answers.
+    ``texts`` (Q,) are the numbers of those that have a picture, and ask for it; ``to_image`` (Q,)
+    are the ranks of their best positives, ``images_found`` (Q, k) their first answers. Likewise
+    ``images`` (R,), ``to_text`` and ``texts_found`` of the pictures that have a text.
     """
 
     model: str
+    texts: Numbers
     to_image: Ranks
-    to_text: Ranks
     images_found: TopK
+    images: Numbers
+    to_text: Ranks
     texts_found: TopK
     lengths: tuple[Length, ...]
     hubs: Hubs
@@ -135,31 +138,34 @@ def diagnose(
 
     Args:
         model: its name.
-        images: unit vectors (N, D), each picture with a text.
-        texts: unit vectors (M, D), each text with a picture.
+        images: unit vectors (N, D). What is in no pair is there to be found by mistake.
+        texts: unit vectors (M, D), likewise.
         captions: the M texts.
         pairs: rows (P, 2), a picture's and a text's, of all that belong together.
         threshold: two captions are alike from this cosine on.
         seed: of the texts drawn for the histogram.
-        tick: called with the number of queries just done, M + N in all.
+        tick: called with the number of queries just done.
 
     Raises:
         UsageError: an embedding is not finite, shapes do not fit, or there are no pairs.
     """
     pairs = np.asarray(pairs)
-    positives = pairs[:, ::-1]
-    to_image = ranks_of_best(texts, images, positives)
-    to_text = ranks_of_best(images, texts, pairs)
-    images_found = top_k(texts, images, min(K, len(images)), tick=tick)
-    texts_found = top_k(images, texts, min(K, len(texts)), tick=tick)
-    right = belong(np.arange(len(texts))[:, None], images_found.indexes, positives, len(images))
+    of_text, place = np.unique(pairs[:, 1], return_inverse=True)
+    to_image = ranks_of_best(texts[of_text], images, np.stack([place, pairs[:, 0]], axis=1))
+    images_found = top_k(texts[of_text], images, min(K, len(images)), tick=tick)
+    of_image, place = np.unique(pairs[:, 0], return_inverse=True)
+    to_text = ranks_of_best(images[of_image], texts, np.stack([place, pairs[:, 1]], axis=1))
+    texts_found = top_k(images[of_image], texts, min(K, len(texts)), tick=tick)
+    right = belong(of_text[:, None], images_found.indexes, pairs[:, ::-1], len(images))
     return Diagnosis(
         model,
+        of_text,
         to_image,
-        to_text,
         images_found,
+        of_image,
+        to_text,
         texts_found,
-        by_length(captions, to_image),
+        by_length([captions[n] for n in of_text.tolist()], to_image),
         hubs_of(images_found.indexes, right, len(images)),
         alike(texts, pairs, threshold=threshold),
         _cosines(images, texts, pairs, images_found, right, np.random.default_rng(seed)),

@@ -13,8 +13,8 @@ import numpy as np
 from cn_clip.data.page import data_uri, overlaid, page, sheet, thumbnail
 from cn_clip.errors import CNClipError
 from cn_clip.eval.diagnosis import BINS, Diagnosis, Difference, Numbers
-from cn_clip.eval.embedded import Readable
 from cn_clip.eval.pairs import EvalSet
+from cn_clip.eval.pictures import Pictures
 from cn_clip.publish import published
 
 _HUBS = 12  # pictures of each list
@@ -45,7 +45,7 @@ def write_diagnosis(
     path: Path,
     name: str,
     data: EvalSet,
-    readable: Readable,
+    pictures: Pictures,
     diagnoses: Sequence[Diagnosis],
     differences: Sequence[Difference] = (),
 ) -> None:
@@ -55,17 +55,17 @@ def write_diagnosis(
         path: of the page; it appears whole.
         name: of the data, for people.
         data: where the pictures and captions are.
-        readable: the rows that were measured.
+        pictures: those that were measured.
         diagnoses: of one model, or of two.
         differences: between the two, from ``compare``.
     """
-    shown = _shown(data, readable)
+    shown = _shown(data, pictures)
     models = " and ".join(escape(each.model) for each in diagnoses)
     parts = [
         _STYLE,
         f"<h1>{models} on {escape(name)}</h1>",
-        f"<p>{len(readable.images):,} pictures, {len(readable.texts):,} texts, "
-        f"{len(readable.pairs):,} pairs. Recall is exact; a text or a picture may have several "
+        f"<p>{len(pictures.numbers):,} pictures, {len(diagnoses[0].texts):,} texts, "
+        f"{len(pictures.pairs):,} pairs. Recall is exact; a text or a picture may have several "
         "right answers, of which one must be found.</p>",
         _recalls(diagnoses),
         *([_differences(diagnoses, differences)] if differences else []),
@@ -102,14 +102,14 @@ def write_diagnosis(
         temporary.write_text(page(f"{models} on {name}", parts), encoding="utf-8")
 
 
-def _shown(data: EvalSet, readable: Readable) -> _Shown:
-    by_image = readable.pairs[np.argsort(readable.pairs[:, 0], kind="stable")]
-    by_text = readable.pairs[np.argsort(readable.pairs[:, 1], kind="stable")]
+def _shown(data: EvalSet, pictures: Pictures) -> _Shown:
+    by_image = pictures.pairs[np.argsort(pictures.pairs[:, 0], kind="stable")]
+    by_text = pictures.pairs[np.argsort(pictures.pairs[:, 1], kind="stable")]
 
     @cache  # a hub is on the page many times, and decoded once
     def picture(place: int) -> str:
         try:
-            return data_uri(thumbnail(data.image_bytes(int(readable.images[place]))))
+            return data_uri(thumbnail(data.image_bytes(int(pictures.numbers[place]))))
         except CNClipError:  # gone since it was embedded
             return ""
 
@@ -121,8 +121,7 @@ def _shown(data: EvalSet, readable: Readable) -> _Shown:
         start, end = np.searchsorted(by_text[:, 1], [place, place + 1])
         return by_text[start:end, 0]
 
-    captions = [data.texts[n] for n in readable.texts.tolist()]
-    return _Shown(picture, captions, of_image, of_text)
+    return _Shown(picture, data.texts, of_image, of_text)
 
 
 def _side_by_side(diagnoses: Sequence[Diagnosis], piece: Callable[[Diagnosis], str]) -> str:
@@ -204,8 +203,8 @@ def _hubs(each: Diagnosis, shown: _Shown) -> str:
     hubs = each.hubs
     figures = []
     for place in hubs.most(_HUBS).tolist():
-        own = " / ".join(shown.captions[n] for n in shown.of_image(place)[:2].tolist())
-        told = f"{hubs.counts[place]:,} times, {hubs.right[place]:,} rightly<br>{escape(own)}"
+        own = _own(place, shown)
+        told = f"{hubs.counts[place]:,} times, {hubs.right[place]:,} rightly<br>{own}"
         figures.append((shown.picture(place), told))
     mean = hubs.counts.mean()
     return (
@@ -245,27 +244,27 @@ def _apart(finder: Diagnosis, misser: Diagnosis, shown: _Shown) -> str:
     return _rows(misser, order[score[order] > 0], shown)
 
 
-def _rows(each: Diagnosis, texts: Numbers, shown: _Shown) -> str:
-    if not len(texts):
+def _rows(each: Diagnosis, queries: Numbers, shown: _Shown) -> str:
+    if not len(queries):
         return "<p>none</p>"
     rows = [
         '<div class="miss small"><div>asked</div><div>should have been</div>'
         f"<div>what {escape(each.model)} found instead, its cosine and own caption</div></div>"
     ]
-    for text in texts.tolist():
-        answers = each.images_found
+    for query in queries.tolist():
+        text, answers = int(each.texts[query]), each.images_found
         found = "".join(
             _figure(shown.picture(place), f"{score:.3f}<br>{_own(place, shown)}")
             for place, score in zip(
-                answers.indexes[text, :_FOUND].tolist(),
-                answers.scores[text, :_FOUND].tolist(),
+                answers.indexes[query, :_FOUND].tolist(),
+                answers.scores[query, :_FOUND].tolist(),
                 strict=True,
             )
         )
         right = shown.picture(int(shown.of_text(text)[0]))
         rows.append(
             f'<div class="miss"><div>{escape(shown.captions[text])}<br><span class="small">first '
-            f"right answer at place {each.to_image[text] + 1:,}</span></div>"
+            f"right answer at place {each.to_image[query] + 1:,}</span></div>"
             f'{_figure(right, "")}<div class="found">{found}</div></div>'
         )
     return "".join(rows)
@@ -274,18 +273,20 @@ def _rows(each: Diagnosis, texts: Numbers, shown: _Shown) -> str:
 def _missed_pictures(each: Diagnosis, shown: _Shown) -> str:
     order = np.argsort(-each.to_text, kind="stable")[:_HUBS]
     figures = []
-    for place in order[each.to_text[order] > 0].tolist():
-        said = shown.captions[int(each.texts_found.indexes[place, 0])]
+    for query in order[each.to_text[order] > 0].tolist():
+        place = int(each.images[query])
+        said = shown.captions[int(each.texts_found.indexes[query, 0])]
         told = (
             f"called {escape(said)}<br>is {_own(place, shown)}<br>"
-            f'<span class="small">at place {each.to_text[place] + 1:,}</span>'
+            f'<span class="small">at place {each.to_text[query] + 1:,}</span>'
         )
         figures.append((shown.picture(place), told))
     return sheet(figures) if figures else "<p>none</p>"
 
 
 def _own(place: int, shown: _Shown) -> str:
-    return escape(shown.captions[int(shown.of_image(place)[0])])
+    own = (shown.captions[n] for n in shown.of_image(place)[:2].tolist())
+    return escape(" / ".join(own)) or "(without a caption)"
 
 
 def _figure(address: str, caption: str) -> str:

@@ -67,7 +67,7 @@ def robustness(
     Args:
         embedder: embeds the texts.
         images: embeddings (N, D) by the same model.
-        texts: M texts, each once, each with a picture.
+        texts: M texts, each once; those without a picture are not asked with.
         pairs: rows (P, 2), a picture's and a text's, that belong together.
         ways: from ``cn_clip.eval.queries.variants``.
         normalizers: names out of ``cn_clip.eval.queries.NORMALIZERS``, applied in this order.
@@ -78,8 +78,9 @@ def robustness(
         UsageError: embeddings and pairs do not fit, a normaliser is not known, or OpenCC is needed
             and not installed.
     """
-    texts = list(texts)
-    positives = np.asarray(pairs)[:, ::-1]
+    asking, place = np.unique(np.asarray(pairs)[:, 1], return_inverse=True)
+    texts = [texts[n] for n in asking.tolist()]
+    positives = np.stack([place, np.asarray(pairs)[:, 0]], axis=1)
     memory: dict[str, npt.NDArray[Any]] = {}
     ranks = ranks_of_best(_embed(embedder, texts, memory), images, positives)
 

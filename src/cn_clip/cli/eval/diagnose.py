@@ -70,8 +70,8 @@ def diagnose(
     from cn_clip.eval.diagnosis import compare as compared
     from cn_clip.eval.diagnosis import diagnose
     from cn_clip.eval.diagnosis_page import write_diagnosis
-    from cn_clip.eval.embedded import embed_pictures, embed_texts
     from cn_clip.eval.pairs import eval_set_of
+    from cn_clip.eval.pictures import embed_pictures
 
     if report is not None and Path(report).suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--report {report}: the page is HTML; give a name that ends in .html")
@@ -84,17 +84,17 @@ def diagnose(
         for name in names:
             embedder = load(name, device=device, precision=precision, download_root=download_root)
             task = bars.add_task(f"{embedder.name}: pictures", total=len(pairs.images))
-            readable = embed_pictures(embedder, pairs, tick=partial(bars.advance, task))
-            texts = embed_texts(embedder, pairs, readable)
-            total = len(readable.images) + len(texts)
+            pictures = embed_pictures(embedder, pairs, tick=partial(bars.advance, task))
+            texts = embedder.embed_texts(pairs.texts)
+            total = len(pictures.numbers) + len(texts)
             task = bars.add_task(f"{embedder.name}: answers", total=total)
             diagnoses.append(
                 diagnose(
                     embedder.name,
-                    readable.vectors,
+                    pictures.vectors,
                     texts,
-                    [pairs.texts[n] for n in readable.texts.tolist()],
-                    readable.pairs,
+                    pairs.texts,
+                    pictures.pairs,
                     threshold=threshold,
                     seed=seed,
                     tick=partial(bars.advance, task),
@@ -103,13 +103,13 @@ def diagnose(
     diagnoses = _named(diagnoses, names)
     differences = compared(*diagnoses, seed=seed) if compare is not None else ()
     if report is not None:
-        write_diagnosis(Path(report), ", ".join(data), pairs, readable, diagnoses, differences)
+        write_diagnosis(Path(report), ", ".join(data), pairs, pictures, diagnoses, differences)
     if json:
         print_json(
             {
                 "data": data,
-                "images": len(readable.images),
-                "texts": len(readable.texts),
+                "images": len(pictures.numbers),
+                "texts": len(diagnoses[0].texts),
                 "models": [_as_json(each) for each in diagnoses],
                 "differences": [_difference(each) for each in differences],
                 "report": report,

@@ -63,8 +63,8 @@ def robustness(
     """
     from cn_clip.data.sources import open_mix
     from cn_clip.embedder import load
-    from cn_clip.eval.embedded import embed_pictures
     from cn_clip.eval.pairs import eval_set_of
+    from cn_clip.eval.pictures import embed_pictures
     from cn_clip.eval.queries import have_opencc, normalized, variants
     from cn_clip.eval.robustness import robustness
 
@@ -76,14 +76,14 @@ def robustness(
     embedder = load(model, device=device, precision=precision, download_root=download_root)
     with progress() as bars:
         task = bars.add_task("embedding pictures", total=len(pairs.images))
-        readable = embed_pictures(embedder, pairs, tick=partial(bars.advance, task))
+        pictures = embed_pictures(embedder, pairs, tick=partial(bars.advance, task))
         rounds = len(ways) + (1 + len(ways)) * bool(normalize)
         asking = bars.add_task("asking in other ways", total=rounds)
         found = robustness(
             embedder,
-            readable.vectors,
-            [pairs.texts[n] for n in readable.texts.tolist()],
-            readable.pairs,
+            pictures.vectors,
+            pairs.texts,
+            pictures.pairs,
             ways,
             normalizers=normalize,
             seed=seed,
@@ -94,7 +94,7 @@ def robustness(
             {
                 "model": embedder.name,
                 "data": data,
-                "images": len(readable.images),
+                "images": len(pictures.numbers),
                 "queries": found.queries,
                 "plain": _recall(found.plain),
                 "asked": [_as_json(each) for each in found.asked],
@@ -105,7 +105,7 @@ def robustness(
             }
         )
     else:
-        _print(found, embedder.name, len(readable.images))
+        _print(found, embedder.name, len(pictures.numbers))
     if left_out:
         print(
             f"cn-clip: left out {', '.join(left_out)}, for which OpenCC is needed: "
