@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Iterable
 from html import escape
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from cn_clip.image import read_image
@@ -76,6 +78,41 @@ def histogram(counts: Counter[int], width: int, limit: int | None = None) -> str
             marks.append(f'<text x="{at * step}" y="{tall + 14}">{at * width}</text>')
     size = f"{(last + 1) * step + 40} {tall + 20}"
     return f'<svg viewBox="0 0 {size}" width="{(last + 1) * step + 40}">{"".join(marks)}</svg>'
+
+
+def overlaid(
+    ours: npt.NDArray[np.int64], others: npt.NDArray[np.int64], edges: npt.NDArray[np.float64]
+) -> str:
+    """Return an SVG of two histograms over each other, ours in colour, each as shares of its own
+    counts, in the part of the bins' ``edges`` that they fill; every tenth is marked."""
+    filled = np.flatnonzero(ours + others)
+    if not len(filled):
+        return "<p>none</p>"
+    low, high = max(0, int(filled[0]) - 2), min(len(ours), int(filled[-1]) + 3)
+    shares = [each[low:high] / max(1, each.sum()) for each in (others, ours)]
+    most = max(float(each.max()) for each in shares)
+    step, tall = max(3, 600 // (high - low)), 120
+    areas = [
+        f'<polygon points="{_outline(share, step, tall, most)}" fill="{colour}" '
+        f'fill-opacity=".5" stroke="{colour}"/>'
+        for share, colour in zip(shares, ("#8a8a8a", "var(--bar)"), strict=True)
+    ]
+    marks = [
+        f'<text x="{(at - low) * step}" y="{tall + 14}">{edges[at]:.1f}</text>'
+        for at in range(low, high)
+        if round(float(edges[at]) * 1000) % 100 == 0
+    ]
+    width = (high - low) * step + 30
+    return f'<svg viewBox="0 0 {width} {tall + 20}" width="{width}">{"".join(areas + marks)}</svg>'
+
+
+def _outline(shares: npt.NDArray[np.float64], step: int, tall: int, most: float) -> str:
+    points = [(0.0, float(tall))]
+    for at, share in enumerate(shares.tolist()):
+        points += [(at * step, tall - tall * share / most)]
+        points += [((at + 1) * step, tall - tall * share / most)]
+    points.append((float(len(shares) * step), float(tall)))
+    return " ".join(f"{x:g},{y:.1f}" for x, y in points)
 
 
 def thumbnail(content: bytes) -> bytes:

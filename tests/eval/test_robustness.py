@@ -1,0 +1,84 @@
+"""Recall lost by another way to ask, against recall measured on its own."""
+
+import numpy as np
+import pytest
+
+from cn_clip.eval.metrics import retrieval
+from cn_clip.eval.queries import Variant
+from cn_clip.eval.robustness import robustness
+
+
+class Letters:
+    """Embeds a text as its letters, and so knows a text from its copy with an added one."""
+
+    name, dim, logit_scale, fingerprint = "letters", 26, 1.0, "letters"
+
+    def embed_texts(self, texts):
+        rows = np.zeros((len(texts), 26), np.float32)
+        for row, text in zip(rows, texts, strict=True):
+            for letter in text:
+                row[ord(letter) - ord("a")] += 1
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+TEXTS = ["ab", "abc", "xyz", "xy", "mno", "opq"]
+
+
+@pytest.fixture
+def images():
+    rng = np.random.default_rng(0)
+    noisy = Letters().embed_texts(TEXTS) + rng.normal(0, 0.1, (6, 26)).astype(np.float32)
+    return noisy / np.linalg.norm(noisy, axis=1, keepdims=True)
+
+
+PAIRS = np.array([[0, 0], [1, 1], [2, 2], [3, 3], [4, 4], [5, 5], [0, 1]])
+
+
+def recall(images, texts):
+    return retrieval(images, Letters().embed_texts(texts), PAIRS).text_to_image
+
+
+def test_what_is_lost_is_the_difference_of_two_measurements(images):
+    def spoiled(text):
+        return "zzzzzz" if text.startswith("a") else text
+
+    found = robustness(Letters(), images, TEXTS, PAIRS, [Variant("z", "spoiled", spoiled)])
+    plain, asked = recall(images, TEXTS), recall(images, [spoiled(text) for text in TEXTS])
+    (row,) = found.asked
+    assert found.plain == plain
+    assert row.changed == 2
+    assert row.lost_overall == pytest.approx(plain.mean - asked.mean)
+    assert row.lost.value == pytest.approx(row.plain.mean - row.asked.mean)
+    assert row.lost.low <= row.lost.value <= row.lost.high
+    assert row.example == ("ab", "zzzzzz")
+    assert found.normalized == ()
+
+
+def test_texts_without_a_picture_are_not_asked_with(images):
+    way = Variant("z", "spoiled", lambda text: "z" + text)
+    apart = np.concatenate([PAIRS[:4], PAIRS[5:]])
+    found = robustness(Letters(), images, TEXTS, apart, [way])
+    whole = retrieval(images, Letters().embed_texts(TEXTS), apart)
+    assert found.plain == whole.text_to_image
+    assert (found.queries, found.asked[0].changed) == (5, 5)
+
+
+def test_a_way_that_changes_nothing_measures_nothing(images):
+    (row,) = robustness(Letters(), images, TEXTS, PAIRS, [Variant("s", "same", str)]).asked
+    assert (row.changed, row.lost, row.asked, row.lost_overall) == (0, None, None, 0)
+
+
+def test_a_normaliser_wins_back_what_width_lost(images):
+    class Narrow(Letters):
+        def embed_texts(self, texts):
+            return super().embed_texts([t if t.isascii() else "q" for t in texts])
+
+    wide = Variant(
+        "wide", "in full width", lambda text: "".join(chr(ord(c) + 0xFEE0) for c in text)
+    )
+    found = robustness(Narrow(), images, TEXTS, PAIRS, [wide], normalizers=["nfkc"])
+    assert found.asked[0].lost.value > 0.3
+    plain, again = found.normalized
+    assert plain.changed == 0  # plain texts are in form NFKC
+    assert again.changed == 0  # and so are the wide ones, once normalised
+    assert found.normalizers == ("nfkc",)
