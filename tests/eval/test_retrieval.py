@@ -63,7 +63,7 @@ def test_a_picture_that_cannot_be_read_is_told_and_in_no_figure(pictures, embedd
     ]
     assert measured.recall.text_to_image.r1 == 1
     (pictures / "007.jpg").unlink()
-    with pytest.raises(DataError, match="none of 3 pictures can be read"):
+    with pytest.raises(DataError, match="none of the 3 pictures can be read"):
         evaluate_retrieval(embedder, mix)
 
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cn_clip.data.pair import located
 from cn_clip.embedder import Embedder
-from cn_clip.errors import CNClipError, DataError, ImageError
 from cn_clip.eval.pairs import EvalSet
+from cn_clip.eval.pictures import embed_pictures
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,32 +41,21 @@ def embed_pairs(
         DataError: no picture can be read.
     """
     digest = hashlib.sha256("\n".join(found.texts).encode("utf-8", "replace"))
-    unread: dict[int, str] = {}
+    done = 0
 
-    def contents() -> Iterator[bytes]:
-        for number in range(len(found.images)):
-            try:
-                content = found.image_bytes(number)
-            except CNClipError as error:
-                unread[number] = str(error)
-                content = b""  # no picture: refused as one by the embedder
-            digest.update(hashlib.sha256(content).digest())
-            tick(number + 1, len(found.images))
-            yield content
+    def more(count: int) -> None:
+        nonlocal done
+        done += count
+        tick(done, len(found.images))
 
-    errors: dict[int, ImageError] = {}
-    images = embedder.embed_images(contents(), errors=errors)
-    failed = list(found.skipped)
-    for number, error in errors.items():
-        source, index = found.images[number]
-        reason = unread.get(number)
-        failed.append(reason or located(found.sources[source], index, error))
-    rows = np.full(len(found.images), -1)
-    rows[[n for n in range(len(rows)) if n not in errors]] = np.arange(len(images))
-    pairs = np.stack([rows[found.pairs[:, 0]], found.pairs[:, 1]], axis=1)
-    pairs = pairs[pairs[:, 0] >= 0]
-    if not len(pairs):
-        raise DataError(f"none of the {len(rows):,} pictures can be read; the first: {failed[0]}")
+    pictures = embed_pictures(
+        embedder,
+        found,
+        tick=more,
+        seen=lambda content: digest.update(hashlib.sha256(content).digest()),
+    )
     digest.update(np.ascontiguousarray(found.pairs).tobytes())
     texts = embedder.embed_texts(found.texts)
-    return EmbeddedPairs(images, texts, pairs, digest.hexdigest()[:32], failed)
+    return EmbeddedPairs(
+        pictures.vectors, texts, pictures.pairs, digest.hexdigest()[:32], list(found.skipped)
+    )

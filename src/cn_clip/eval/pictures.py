@@ -25,9 +25,19 @@ class Pictures:
 
 
 def embed_pictures(
-    embedder: Embedder, data: EvalSet, *, tick: Callable[[int], None] = lambda _: None
+    embedder: Embedder,
+    data: EvalSet,
+    *,
+    tick: Callable[[int], None] = lambda _: None,
+    seen: Callable[[bytes], None] = lambda _: None,
 ) -> Pictures:
     """Embed the pictures; one that cannot be read is told in ``data.skipped``.
+
+    Args:
+        embedder: a loaded model.
+        data: the pairs.
+        tick: called with how many pictures more were read.
+        seen: given the bytes of each picture, none for one that cannot be read.
 
     Raises:
         DataError: no picture of a pair can be read.
@@ -39,10 +49,12 @@ def embed_pictures(
         for number in range(len(data.images)):
             tick(1)
             try:
-                yield data.image_bytes(number)
+                content = data.image_bytes(number)
             except CNClipError as error:
                 unread[number] = error
-                yield b""
+                content = b""  # no picture: refused as one by the embedder
+            seen(content)
+            yield content
 
     vectors = embedder.embed_images(contents(), errors=errors)
     for number, error in sorted(errors.items()):

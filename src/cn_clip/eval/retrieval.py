@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from cn_clip.data.official import plain_id
-from cn_clip.data.pair import located
 from cn_clip.data.sources import Weighted
 from cn_clip.embedder import Embedder
-from cn_clip.errors import CNClipError, DataError, ImageError
+from cn_clip.errors import DataError
 from cn_clip.eval.metrics import Retrieval, Vectors, retrieval
 from cn_clip.eval.pairs import EvalSet, eval_set_of
+from cn_clip.eval.pictures import embed_pictures
 from cn_clip.features import Stored
 
 Tick = Callable[[int, int], None]
@@ -81,33 +81,27 @@ def measure(
     tick: Tick = lambda done, total: None,
 ) -> Measured:
     """Measure recall on pairs already read; as ``evaluate_retrieval``."""
-    total = len(found.images) + len(found.texts)
-    errors: dict[int, ImageError] = {}
-    unread: dict[int, CNClipError] = {}  # what is told, where the embedder sees only no picture
-    contents = _ticking(_contents(found, unread), tick, total)
-    images = embedder.embed_images(contents, errors=errors)
+    total, done = len(found.images) + len(found.texts), 0
+
+    def more(count: int) -> None:
+        nonlocal done
+        done += count
+        tick(done, total)
+
+    pictures = embed_pictures(embedder, found, tick=more)
     said = [normaliser(text) if normaliser else text for text in found.texts]
     texts = embedder.embed_texts(said)
     tick(total, total)
-    failed = list(found.skipped)
-    for number, error in errors.items():
-        source, index = found.images[number]
-        failed.append(located(found.sources[source], index, unread.get(number, error)))
-    kept = np.array([n for n in range(len(found.images)) if n not in errors], np.int64)
-    pairs = found.pairs[np.isin(found.pairs[:, 0], kept)]
-    if not len(pairs):
-        raise DataError(f"none of {len(found.images)} pictures can be read; the first: {failed[0]}")
-    pairs = np.stack([np.searchsorted(kept, pairs[:, 0]), pairs[:, 1]], axis=1)
     return Measured(
         embedder.name,
-        retrieval(images, texts, pairs),
-        _unique([found.image_ids[n] for n in kept.tolist()]),
+        retrieval(pictures.vectors, texts, pictures.pairs),
+        _unique([found.image_ids[n] for n in pictures.numbers.tolist()]),
         _unique(found.text_ids),
         found.texts,
-        images,
+        pictures.vectors,
         texts,
-        pairs,
-        failed,
+        pictures.pairs,
+        list(found.skipped),
     )
 
 
@@ -165,21 +159,6 @@ def pairs_of(mix: Sequence[Weighted]) -> list[tuple[str, str]]:
     """
     rows = (part.source.row(index) for part in mix for index in range(len(part.source)))
     return [(row.image_id, row.text_id) for row in rows if row.image_id and row.text_id]
-
-
-def _contents(found: EvalSet, unread: dict[int, CNClipError]) -> Iterator[bytes]:
-    for number in range(len(found.images)):
-        try:
-            yield found.image_bytes(number)
-        except CNClipError as error:
-            unread[number] = error
-            yield b""  # refused by the embedder, so that it gets no row
-
-
-def _ticking(contents: Iterator[bytes], tick: Tick, total: int) -> Iterator[bytes]:
-    for done, content in enumerate(contents):
-        tick(done, total)
-        yield content
 
 
 def _unique(ids: list[str]) -> list[Id]:
