@@ -127,3 +127,12 @@ def test_a_protocol_prints_ours_beside_the_published_figure(cn_clip, pictures):
 def test_a_protocol_says_what_is_missing(cn_clip, arguments, code, said):
     given, _, err = cn_clip("protocol", *arguments)
     assert given == code and said in err
+
+
+def test_retrieval_takes_a_split_of_a_folder(cn_clip, pictures):
+    data = write_tsv(pictures)
+    _, whole, _ = cn_clip("retrieval", "--data", data, "--json")
+    code, split, _ = cn_clip("retrieval", "--data", pictures, "--split", "train", "--json")
+    assert code == 0 and json.loads(split) == json.loads(whole)
+    code, _, err = cn_clip("retrieval", "--data", pictures, "--split", "test")
+    assert code == 1 and "has no split 'test'" in err

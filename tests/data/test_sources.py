@@ -4,13 +4,14 @@ import json
 import os
 import pickle
 import tarfile
+from pathlib import Path
 
 import pytest
 from data.formats import IMAGES, PAIRS, WRITERS, jpeg, put, records, write_tsv
 from PIL import Image
 
 from cn_clip.data.pair import read_pair
-from cn_clip.data.sources import open_mix, open_source
+from cn_clip.data.sources import open_mix, open_source, split_of
 from cn_clip.errors import CNClipError, DataError, UsageError
 
 
@@ -309,3 +310,23 @@ def test_a_picture_is_what_was_packed(pictures):
     source = open_source(WRITERS["tar"](pictures))
     assert Image.open(io.BytesIO(source.image(3))).size == (48, 40)
     assert [source.row(i).text for i in range(4)] == [record["text"] for record in records()]
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_split_is_found_in_every_layout(pictures, kind):
+    uri = WRITERS[kind](pictures)
+    path = Path(uri.partition(":")[2])
+    names = {"tsv": "train_imgs.tsv", "lmdb": "lmdb/train", "tar": "train/000.tar"}
+    place = pictures / names.get(kind, f"train{path.suffix}")
+    if place != path:
+        held = path.rename(pictures / "moved")  # lmdb/train lies where lmdb was
+        place.parent.mkdir(exist_ok=True)
+        held.rename(place)
+    found = open_source(split_of(str(pictures), "train"))
+    assert len(found) == len(PAIRS)
+    assert {found.row(n).text for n in range(len(found))} == {text for _, _, text in PAIRS}
+
+
+def test_a_split_that_is_not_there_is_named_with_where_it_was_looked_for(pictures):
+    with pytest.raises(DataError, match=r"no split 'test': neither test_imgs.tsv, lmdb/test, .*"):
+        split_of(str(pictures), "test")

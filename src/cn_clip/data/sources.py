@@ -64,6 +64,30 @@ def open_source(uri: str) -> Source:
     return parts[0] if len(parts) == 1 else Chain(uri, parts)
 
 
+def split_of(folder: str, split: str) -> str:
+    """Return the string of a split's source within a folder, as the usual layouts have it.
+
+    The official ``SPLIT_imgs.tsv`` and ``lmdb/SPLIT``; ``SPLIT.jsonl``, ``.csv``, ``.parquet`` or
+    ``.tar``; a folder ``SPLIT`` of tar shards, or of pictures with their texts.
+
+    Raises:
+        DataError: the folder has none of them.
+    """
+    root = Path(folder).expanduser()
+    tables = {f"{split}.{kind}": kind for kind in ("jsonl", "csv", "parquet", "tar")}
+    layouts = {f"{split}_imgs.tsv": "tsv", f"lmdb/{split}": "lmdb", **tables}
+    for name, kind in layouts.items():
+        if (root / name).exists():
+            return f"{kind}:{root / name}"
+    if any((root / split).glob("*.tar")):
+        return f"tar:{root / split}/*.tar"
+    if (root / split).is_dir():
+        return f"folder:{root / split}"
+    raise DataError(
+        f"{folder} has no split {split!r}: neither {', '.join(layouts)} nor a folder {split}"
+    )
+
+
 def open_mix(uris: Sequence[str]) -> list[Weighted]:
     """Open several sources; ``0.5@tar:a.tar`` takes half of that one's pairs an epoch.
 

@@ -25,6 +25,7 @@ _LISTED = 20  # failures that are printed; --json has all
 def retrieval(
     *,
     data: Annotated[tuple[str, ...], Parameter(negative=(), show_default=False)] = (),
+    split: str | None = None,
     model: str = "mini",
     images: str | None = None,
     texts: str | None = None,
@@ -48,6 +49,9 @@ def retrieval(
     data
         Pairs: KIND:PATH, with KIND folder, csv, jsonl, parquet, tsv, lmdb or tar; repeat it for
         several.
+    split
+        With it, --data is a folder: of SPLIT_imgs.tsv, lmdb/SPLIT, SPLIT.jsonl, .csv, .parquet or
+        .tar, or of a folder SPLIT.
     model
         A name from `cn-clip models`, org/name on a hub, or the path of a checkpoint.
     images
@@ -81,6 +85,10 @@ def retrieval(
         raise UsageError(
             "which pairs? Give --data KIND:PATH, or with features --truth TEXTS.jsonl instead"
         )
+    if split is not None:
+        from cn_clip.data.sources import split_of
+
+        data = tuple(split_of(each, split) for each in data)
     if images is not None and texts is not None:
         measured = _of_features(Path(images), Path(texts), data, truth)
     else:
