@@ -11,8 +11,8 @@ from cyclopts import Parameter
 from rich.markup import escape
 from rich.table import Table
 
+from cn_clip.cli.loading import DEFAULT, Loading
 from cn_clip.cli.show import BAR_WIDTH, Flag, bar, console, print_json, progress
-from cn_clip.config import Precision
 from cn_clip.errors import UsageError
 
 if TYPE_CHECKING:
@@ -31,11 +31,7 @@ def classify(
     template: Annotated[tuple[str, ...], Parameter(negative=(), show_default=False)] = ("{}",),
     top: int = 5,
     calibration: str | None = None,
-    model: str = "mini",
-    device: str = "auto",
-    precision: Precision = "auto",
-    fast_decode: Flag = False,
-    download_root: str | None = None,
+    loading: Loading = DEFAULT,
     json: Flag = False,
 ) -> int:
     """Tell which of some Chinese labels fits each picture.
@@ -60,21 +56,11 @@ def classify(
         How many labels to print for each picture.
     calibration
         A .json file from `cn-clip eval calibrate`, for this model.
-    model
-        A name from `cn-clip models`, org/name on a hub, or the path of a checkpoint.
-    device
-        cpu, cuda, mps, or auto.
-    precision
-        float32, bfloat16, float16, or auto.
-    fast_decode
-        Decode large JPEG files at reduced size: faster, scores differ slightly.
-    download_root
-        Where official weights are looked for, and downloaded to.
     json
         Print JSON instead of a table.
     """
     from cn_clip import zeroshot
-    from cn_clip.embedder import embed_readable, load
+    from cn_clip.embedder import embed_readable
     from cn_clip.eval.calibration import check_model, read_calibration
     from cn_clip.image import find_images
 
@@ -83,13 +69,7 @@ def classify(
     names = zeroshot.distinct(_read_labels(labels, labels_file))
     paths = find_images(images)
     fitted = None if calibration is None else read_calibration(Path(calibration))
-    embedder = load(
-        model,
-        device=device,
-        precision=precision,
-        fast_decode=fast_decode,
-        download_root=download_root,
-    )
+    embedder = loading.load()
     if fitted is not None:
         check_model(fitted, embedder)
     prototypes = zeroshot.label_embeddings(embedder, names, template)

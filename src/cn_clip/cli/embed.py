@@ -6,8 +6,8 @@ import sys
 import time
 from typing import Literal
 
+from cn_clip.cli.loading import DEFAULT, Loading
 from cn_clip.cli.show import Flag, console, print_json, progress
-from cn_clip.config import Precision
 from cn_clip.errors import UsageError
 
 
@@ -16,11 +16,7 @@ def embed(
     /,
     *inputs: str,
     out: str,
-    model: str = "mini",
-    device: str = "auto",
-    precision: Precision = "auto",
-    fast_decode: Flag = False,
-    download_root: str | None = None,
+    loading: Loading = DEFAULT,
     overwrite: Flag = False,
     json: Flag = False,
 ) -> int:
@@ -38,24 +34,13 @@ def embed(
         ({"image": path, "image_id": id}) or the official .tsv (id, tab, base64). For texts: .txt
         (a text a line) or .jsonl ({"text": ..., "text_id": id}).
     out
-        X.npz (embeddings, ids, about), X.jsonl (official features), or a folder (clip-retrieval's
-        img_emb/*.npy and metadata/*.parquet).
-    model
-        A name from `cn-clip models`, org/name on a hub, or the path of a checkpoint.
-    device
-        cpu, cuda, mps, or auto.
-    precision
-        float32, bfloat16, float16, or auto.
-    fast_decode
-        Decode large JPEG files at reduced size: faster, embeddings differ slightly.
-    download_root
-        Where official weights are looked for, and downloaded to.
+        X.npz (embeddings, ids, about), X.jsonl (official features), or a folder (in clip-retrieval's
+        layout, img_emb and metadata).
     overwrite
         Replace what is at OUT, and begin anew.
     json
         Print JSON instead of a sentence.
     """
-    from cn_clip.embedder import load
     from cn_clip.extract import extract
     from cn_clip.inputs import read_images, read_texts
 
@@ -63,13 +48,7 @@ def embed(
         raise UsageError(f"nothing to embed; give the {kind} after `cn-clip embed {kind}`")
     read = read_images if kind == "images" else read_texts
     listed = list(read(inputs)) if _quick_to_list(inputs) else None
-    embedder = load(
-        model,
-        device=device,
-        precision=precision,
-        fast_decode=fast_decode,
-        download_root=download_root,
-    )
+    embedder = loading.load()
     with progress() as bars:
         task = bars.add_task(f"embedding {kind}", total=len(listed) if listed else None)
         begin, count = time.perf_counter(), 0

@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +16,6 @@ from cn_clip import distributed, weights
 from cn_clip.data.loader import dead_workers_named
 from cn_clip.data.sources import open_mix
 from cn_clip.errors import UsageError
-from cn_clip.eval.metrics import Retrieval
 from cn_clip.eval.pairs import eval_set_of
 from cn_clip.model.clip import CLIP
 from cn_clip.publish import published
@@ -32,17 +30,22 @@ from cn_clip.train.parallel import (
     average_unshared,
     clip_gradients,
     pick,
-    reshard,
-    sharded,
-    whole_state,
 )
 from cn_clip.train.recipe import Recipe
 from cn_clip.train.report import write_report
+from cn_clip.train.scoring import (
+    best_weights,
+    evaluate,
+    is_over,
+    keep_embeddings,
+    log_score,
+    measure,
+)
 from cn_clip.train.setup import Run, Training, set_up
-from cn_clip.train.stages import Course, set_modes
+from cn_clip.train.stages import Course
 from cn_clip.train.start import initial_model
 from cn_clip.train.step import Numbers, backward
-from cn_clip.train.validate import Vectors, embed, score, shared_pairs
+from cn_clip.train.validate import embed, score, shared_pairs
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 _LISTED = 5  # lines of a warning that are shown
@@ -165,8 +168,8 @@ def _stage(run: Run, progress: Progress, state: Path | None) -> None:
     training = set_up(run, progress)
     if state is not None:
         load_tensors(state, training.tensors())
-        progress.finished = _is_over(training, progress)  # a longer recipe may go on
-        _measure(run, training, progress)
+        progress.finished = is_over(training, progress)  # a longer recipe may go on
+        measure(run, training, progress)
     run.log.write(
         "stage",
         progress.total,
@@ -179,7 +182,7 @@ def _stage(run: Run, progress: Progress, state: Path | None) -> None:
         learns=sum(p.numel() for p in training.model.parameters() if p.requires_grad),
     )
     if progress.before is None and progress.total == 0 and run.validation is not None:
-        found = _evaluate(run, training, progress)
+        found = evaluate(run, training, progress)
         what = "validation pairs or pictures cannot be read, and are left out"
         _warn(run, what, run.validation.skipped, "unread.txt")
         progress.before = found.mean_recall
@@ -280,7 +283,7 @@ def _after_step(run: Run, training: Training, progress: Progress) -> None:
     )
     stop = run.stop.agreed(run.device)
     if not stop:  # who is told to stop has little time: what is due is done when it goes on
-        _measure(run, training, progress)
+        measure(run, training, progress)
     save_every = recipe.output.save_every
     if (
         stop
@@ -298,84 +301,6 @@ def _after_step(run: Run, training: Training, progress: Progress) -> None:
         )
 
 
-def _measure(run: Run, training: Training, progress: Progress) -> None:
-    """Evaluate if it is due, keep weights that are the best, and tell whether the stage is over."""
-    if not progress.due:
-        return
-    progress.due = False
-    stage = training.stage
-    if run.validation is not None:
-        found = _evaluate(run, training, progress)
-        warm = progress.step > stage.optimizer.warmup  # before that, a standstill says nothing
-        plateau = stage.plateau if warm else None
-        if progress.course.add(found.mean_recall, progress.step, plateau, counts=warm):
-            _keep(run, training, progress)
-    elif progress.step >= training.steps:  # nothing tells which weights are best: the last ones
-        progress.course.best_step = progress.step
-        _keep(run, training, progress)
-    progress.finished = _is_over(training, progress)
-
-
-def _is_over(training: Training, progress: Progress) -> bool:
-    """Tell whether a stage has done all its steps, or its score has stopped to rise."""
-    return progress.step >= training.steps or progress.course.ended(training.stage.plateau)
-
-
-def _evaluate(run: Run, training: Training, progress: Progress) -> Retrieval:
-    """Measure and log the score of the current weights, averaged ones if there are."""
-    assert run.validation is not None
-    validation, model, average = run.validation, training.model, training.average
-    if average is not None:
-        average.swap(model)
-    model.eval()
-    images, texts = embed(
-        model,
-        validation,
-        autocast=run.numbers.autocast,
-        images=training.images,
-        divided=not sharded(model),
-    )
-    reshard(model)
-    if average is not None:
-        average.swap(model)
-    set_modes(model, training.stage.dropout)
-    if not any(parameter.requires_grad for parameter in model.visual.parameters()):
-        training.images = images
-    found = distributed.on_main(lambda: score(images, texts, validation))
-    if progress.total == 0 and distributed.is_main():
-        _keep_embeddings(run.folder, "before", images, texts)
-    _log_score(run, training.stage.name, progress, found)
-    return found
-
-
-def _log_score(run: Run, stage: str, progress: Progress, found: Retrieval) -> None:
-    values = {"mean_recall": found.mean_recall}
-    for name, recall in (("t2i", found.text_to_image), ("i2t", found.image_to_text)):
-        values |= {f"{name}_r1": recall.r1, f"{name}_r5": recall.r5, f"{name}_r10": recall.r10}
-    marks = {
-        "before": progress.before,
-        "best": progress.course.best,
-    }  # what it is to be held against
-    run.log.write("score", progress.total, stage=stage, step=progress.step, **marks, **values)
-
-
-def _keep(run: Run, training: Training, progress: Progress) -> None:
-    """Write the current weights, averaged ones if there are, as the best of the stage."""
-    model, average = training.model, training.average
-    if average is not None:
-        average.swap(model)
-    state = whole_state(model)  # on a CPU, the model's own memory: swapped back when written
-    if distributed.is_main():
-        weights.save_state(model.config, state, run.folder / _best(progress, run.recipe))
-    if average is not None:
-        average.swap(model)
-    distributed.barrier()
-
-
-def _best(progress: Progress, recipe: Recipe) -> str:
-    return f"stages/{progress.stage + 1}-{recipe.stages[progress.stage].name}"
-
-
 def _advanced(progress: Progress, recipe: Recipe) -> Progress:
     """Return the start of the next stage: the best weights so far, with their score to beat."""
     improved = progress.course.best_step > 0
@@ -384,7 +309,7 @@ def _advanced(progress: Progress, recipe: Recipe) -> Progress:
         total=progress.total,
         scaler=progress.scaler,
         before=progress.before,
-        weights=_best(progress, recipe) if improved else progress.weights,
+        weights=best_weights(progress, recipe) if improved else progress.weights,
         course=Course(best=progress.course.best, mark=progress.course.best),
     )
 
@@ -401,9 +326,9 @@ def _end(run: Run, progress: Progress, seconds: float) -> Outcome:
     if run.validation is not None:
         images, texts = embed(model.to(run.device), run.validation, autocast=run.numbers.autocast)
         found = score(images, texts, run.validation)
-        _log_score(run, "final", progress, found)
+        log_score(run, "final", progress, found)
         if distributed.is_main():
-            _keep_embeddings(run.folder, "after", images, texts)
+            keep_embeddings(run.folder, "after", images, texts)
     run.log.write("end", progress.total, seconds=round(seconds, 1), weights=str(final))
     outcome = None
     if distributed.is_main():
@@ -421,11 +346,6 @@ def _interpolate(model: CLIP, start: Mapping[str, Tensor], share: float) -> None
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
             tensor.lerp_(start[name].to(tensor), 1 - share)
-
-
-def _keep_embeddings(folder: Path, when: str, images: Vectors, texts: Vectors) -> None:
-    with published(folder / f"{when}.npz") as path, path.open("wb") as stream:
-        np.savez(stream, images=images.astype(np.float16), texts=texts.astype(np.float16))
 
 
 @dataclass(slots=True)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 from rich.table import Table
 
+from cn_clip.cli.loading import DEFAULT, Loading
 from cn_clip.cli.show import Flag, console, print_json, progress
-from cn_clip.config import Precision
 from cn_clip.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,14 +24,11 @@ if TYPE_CHECKING:
 def diagnose(
     *,
     data: Annotated[list[str], Parameter(negative=())],
-    model: str = "mini",
+    loading: Loading = DEFAULT,
     report: str | None = None,
     compare: str | None = None,
     threshold: float = 0.95,
     seed: int = 0,
-    device: str = "auto",
-    precision: Precision = "auto",
-    download_root: str | None = None,
     json: Flag = False,
 ) -> int:
     """Tell where a model's recall is lost, and show it on a page.
@@ -46,8 +43,6 @@ def diagnose(
     ----------
     data
         KIND:PATH, with KIND folder, csv, jsonl, parquet, tsv, lmdb or tar; repeat it for several.
-    model
-        A name from `cn-clip models`, org/name on a hub, or the path of a checkpoint.
     report
         Write the page to this .html file. It holds small copies of some of the pictures.
     compare
@@ -56,17 +51,10 @@ def diagnose(
         Captions are alike from this cosine on.
     seed
         Of the bootstrap, and of the texts drawn for the histogram of cosines.
-    device
-        cpu, cuda, mps, or auto.
-    precision
-        float32, bfloat16, float16, or auto.
-    download_root
-        Where official weights are looked for, and downloaded to.
     json
         Print JSON instead of tables.
     """
     from cn_clip.data.sources import open_mix
-    from cn_clip.embedder import load
     from cn_clip.eval.diagnosis import compare as compared
     from cn_clip.eval.diagnosis import diagnose
     from cn_clip.eval.diagnosis_page import write_diagnosis
@@ -78,11 +66,11 @@ def diagnose(
     if not -1 <= threshold <= 1:
         raise UsageError(f"--threshold {threshold} is no cosine; give a number from -1 to 1")
     pairs = eval_set_of(open_mix(data))
-    names = [model] if compare is None else [model, compare]
+    names = [loading.model] if compare is None else [loading.model, compare]
     diagnoses: list[Diagnosis] = []
     with progress() as bars:
         for name in names:
-            embedder = load(name, device=device, precision=precision, download_root=download_root)
+            embedder = loading.load(name)
             task = bars.add_task(f"{embedder.name}: pictures", total=len(pairs.images))
             pictures = embed_pictures(embedder, pairs, tick=partial(bars.advance, task))
             texts = embedder.embed_texts(pairs.texts)

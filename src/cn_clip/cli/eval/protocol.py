@@ -9,8 +9,8 @@ from cyclopts import Parameter
 from rich.table import Table
 
 from cn_clip.cli.eval.retrieval import ticking
+from cn_clip.cli.loading import DEFAULT, Loading
 from cn_clip.cli.show import Flag, console, print_json
-from cn_clip.config import Precision
 from cn_clip.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,18 +22,15 @@ def protocol(
     /,
     *,
     data: str | None = None,
-    model: str = "mini",
+    loading: Loading = DEFAULT,
     setup: Literal["zero-shot", "fine-tuned"] = "zero-shot",
     list_all: Annotated[bool, Parameter(name="--list", negative=(), show_default=False)] = False,
-    device: str = "auto",
-    precision: Precision = "auto",
-    download_root: str | None = None,
     json: Flag = False,
 ) -> int:
     """Measure as a published figure was measured, and print ours beside it.
 
-    Data whose counts are not those of the split are refused. docs/evaluation.md tells where to
-    get each set.
+    Figures are published for RN50, ViT-B-16, ViT-L-14, ViT-L-14-336 and ViT-H-14. Data whose counts
+    are not those of the split are refused. docs/evaluation.md tells where to get each set.
 
     Parameters
     ----------
@@ -41,19 +38,10 @@ def protocol(
         One of `cn-clip eval protocol --list`, such as flickr30k-cn-test.
     data
         A folder with the official TSV of the split, or KIND:PATH.
-    model
-        A name from `cn-clip models`, org/name on a hub, or the path of a checkpoint. Figures are
-        published for RN50, ViT-B-16, ViT-L-14, ViT-L-14-336 and ViT-H-14.
     setup
         Which published figure to compare with.
     list_all
         Print all protocols with what was published for them, and stop.
-    device
-        cpu, cuda, mps, or auto.
-    precision
-        float32, bfloat16, float16, or auto.
-    download_root
-        Where official weights are looked for, and downloaded to.
     json
         Print JSON instead of a table.
     """
@@ -74,10 +62,9 @@ def protocol(
             f"where is {wanted.title}? Give --data FOLDER with {wanted.split}_imgs.tsv and "
             f"{wanted.split}_texts.jsonl, or KIND:PATH"
         )
-    from cn_clip.embedder import load
 
     found = protocols.open_split(wanted, data)
-    embedder = load(model, device=device, precision=precision, download_root=download_root)
+    embedder = loading.load()
     with ticking("embedding") as tick:
         measured = protocols.run_protocol(embedder, found, tick=tick)
     rows = protocols.compare(wanted, measured, setup=setup)

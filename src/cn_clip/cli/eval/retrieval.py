@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 from rich.table import Table
 
+from cn_clip.cli.loading import DEFAULT, Loading
 from cn_clip.cli.show import Flag, console, print_json, progress
-from cn_clip.config import Precision
 from cn_clip.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,16 +26,12 @@ def retrieval(
     *,
     data: Annotated[tuple[str, ...], Parameter(negative=(), show_default=False)] = (),
     split: str | None = None,
-    model: str = "mini",
+    loading: Loading = DEFAULT,
     images: str | None = None,
     texts: str | None = None,
     truth: str | None = None,
     by_id: Flag = False,
     out: str | None = None,
-    device: str = "auto",
-    precision: Precision = "auto",
-    fast_decode: Flag = False,
-    download_root: str | None = None,
     json: Flag = False,
 ) -> int:
     """Measure how well texts find their pictures, and pictures their texts.
@@ -52,8 +48,6 @@ def retrieval(
     split
         With it, --data is a folder: of SPLIT_imgs.tsv, lmdb/SPLIT, SPLIT.jsonl, .csv, .parquet or
         .tar, or of a folder SPLIT.
-    model
-        A name from `cn-clip models`, org/name on a hub, or the path of a checkpoint.
     images
         Features of pictures instead of a model: .npz, .jsonl, or clip-retrieval's folder, as
         `cn-clip embed` writes them.
@@ -68,14 +62,6 @@ def retrieval(
     out
         A folder for the official files: features, annotations, the 10 best for each text and each
         picture, metrics.
-    device
-        cpu, cuda, mps, or auto.
-    precision
-        float32, bfloat16, float16, or auto.
-    fast_decode
-        Decode large JPEG files at reduced size: faster, figures differ slightly.
-    download_root
-        Where official weights are looked for, and downloaded to.
     json
         Print JSON instead of a table.
     """
@@ -93,17 +79,10 @@ def retrieval(
         measured = _of_features(Path(images), Path(texts), data, truth)
     else:
         from cn_clip.data.sources import open_mix
-        from cn_clip.embedder import load
         from cn_clip.eval.retrieval import evaluate_retrieval
 
         mix = open_mix(data)
-        embedder = load(
-            model,
-            device=device,
-            precision=precision,
-            fast_decode=fast_decode,
-            download_root=download_root,
-        )
+        embedder = loading.load()
         with ticking("embedding") as tick:
             measured = evaluate_retrieval(embedder, mix, merge=not by_id, tick=tick)
     written = []

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 from rich.table import Table
 
+from cn_clip.cli.loading import DEFAULT, Loading
 from cn_clip.cli.show import Flag, console, print_json, progress
-from cn_clip.config import Precision
 
 if TYPE_CHECKING:
     from cn_clip.eval.metrics import Recall
@@ -22,13 +22,10 @@ _OPENCC = ("simplified", "traditional", "taiwan")
 def robustness(
     *,
     data: Annotated[list[str], Parameter(negative=())],
-    model: str = "mini",
+    loading: Loading = DEFAULT,
     normalize: Annotated[tuple[str, ...], Parameter(negative=(), show_default=False)] = (),
     context_length: int = 52,
     seed: int = 0,
-    device: str = "auto",
-    precision: Precision = "auto",
-    download_root: str | None = None,
     json: Flag = False,
 ) -> int:
     """Ask for the same pictures in other ways, and print the recall that is lost.
@@ -43,8 +40,6 @@ def robustness(
     ----------
     data
         KIND:PATH, with KIND folder, csv, jsonl, parquet, tsv, lmdb or tar; repeat it for several.
-    model
-        A name from `cn-clip models`, org/name on a hub, or the path of a checkpoint.
     normalize
         Also ask with each query normalised: nfkc (Unicode's) or simplified (OpenCC's); repeat it
         to apply both, in this order.
@@ -52,17 +47,10 @@ def robustness(
         Tokens that the model reads, [CLS] and [SEP] among them.
     seed
         Of the bootstrap.
-    device
-        cpu, cuda, mps, or auto.
-    precision
-        float32, bfloat16, float16, or auto.
-    download_root
-        Where official weights are looked for, and downloaded to.
     json
         Print JSON instead of a table.
     """
     from cn_clip.data.sources import open_mix
-    from cn_clip.embedder import load
     from cn_clip.eval.pairs import eval_set_of
     from cn_clip.eval.pictures import embed_pictures
     from cn_clip.eval.queries import have_opencc, normalized, variants
@@ -73,7 +61,7 @@ def robustness(
     left_out = () if have_opencc() else _OPENCC
     ways = tuple(way for way in ways if way.name not in left_out)
     pairs = eval_set_of(open_mix(data))
-    embedder = load(model, device=device, precision=precision, download_root=download_root)
+    embedder = loading.load()
     with progress() as bars:
         task = bars.add_task("embedding pictures", total=len(pairs.images))
         pictures = embed_pictures(embedder, pairs, tick=partial(bars.advance, task))

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from rich.table import Table
 
+from cn_clip.cli.loading import DEFAULT, Loading
 from cn_clip.cli.show import Flag, console, print_json, progress
-from cn_clip.config import Precision
 from cn_clip.errors import UnknownNameError, UsageError
 
 _LISTED = 20  # pictures that failed; --json has all
@@ -24,11 +24,7 @@ def zeroshot(
     split: Literal["test", "train"] = "test",
     truth: str | None = None,
     submission: str | None = None,
-    model: str = "mini",
-    device: str = "auto",
-    precision: Precision = "auto",
-    fast_decode: Flag = False,
-    download_root: str | None = None,
+    loading: Loading = DEFAULT,
     json: Flag = False,
 ) -> int:
     """Classify labelled pictures by their Chinese labels, and compare.
@@ -54,23 +50,12 @@ def zeroshot(
         ELEVATER's test_ic.txt, with all labels of each picture, for 11-point mAP.
     submission
         Write the probabilities to this .json file, as ELEVATER's server takes them.
-    model
-        A name from `cn-clip models`, org/name on a hub, or the path of a checkpoint.
-    device
-        cpu, cuda, mps, or auto.
-    precision
-        float32, bfloat16, float16, or auto.
-    fast_decode
-        Decode large JPEG files at reduced size: faster, scores differ slightly.
-    download_root
-        Where official weights are looked for, and downloaded to.
     json
         Print JSON instead of a table.
     """
     from dataclasses import asdict
 
     from cn_clip.backends.torch import TorchEmbedder
-    from cn_clip.embedder import load
     from cn_clip.eval import zeroshot
     from cn_clip.eval.labelled import read_labelled
     from cn_clip.publish import published
@@ -95,13 +80,7 @@ def zeroshot(
             "picture; give ELEVATER's test_ic.txt with --truth",
             file=sys.stderr,
         )
-    embedder = load(
-        model,
-        device=device,
-        precision=precision,
-        fast_decode=fast_decode,
-        download_root=download_root,
-    )
+    embedder = loading.load()
     with progress() as bars:
         tasks: dict[str, Any] = {}
 
