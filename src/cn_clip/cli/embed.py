@@ -34,8 +34,8 @@ def embed(
         ({"image": path, "image_id": id}) or the official .tsv (id, tab, base64). For texts: .txt
         (a text a line) or .jsonl ({"text": ..., "text_id": id}).
     out
-        X.npz (embeddings, ids, about), X.jsonl (official features), or a folder (in clip-retrieval's
-        layout, img_emb and metadata).
+        X.npz (embeddings, ids, about), X.jsonl (official features), or a folder (clip-retrieval's
+        layout: img_emb and metadata).
     overwrite
         Replace what is at OUT, and begin anew.
     json
