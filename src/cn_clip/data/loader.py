@@ -11,7 +11,8 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from types import FrameType
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,8 +29,11 @@ from cn_clip.errors import CNClipError, DataError
 from cn_clip.image import read_image, to_pixels
 from cn_clip.tokenizer import CONTEXT_LENGTH, default_tokenizer
 
+_Item = TypeVar("_Item")
+
 # Texts are padded to one of few lengths, so that a compiled model sees few shapes.
 _LENGTHS = (8, 12, 16, 24, 32, 40, 52, 64, 96, 128, 256, 512)
+_SPARED_SECONDS = 600.0
 LISTED = 1000  # names of skipped pairs that are kept
 
 
@@ -153,8 +157,8 @@ class Loader:
             pin_memory=self._pin,
             worker_init_fn=worker_starts,
         )
-        with dead_workers_named():
-            for batch in prepared:  # its workers may die while they start, too
+        with dead_workers_named(), worked(prepared) as found:  # they may die while they start, too
+            for batch in found:
                 self._count(batch)
                 yield batch
 
@@ -163,6 +167,22 @@ class Loader:
         self.skipped += len(batch.skipped)
         self.reasons += batch.skipped[: LISTED - len(self.reasons)]
         check_skipped(self, len(self.plan) // self._world_size, self._most_skipped)
+
+
+@contextmanager
+def worked(loader: DataLoader[_Item]) -> Iterator[Iterator[_Item]]:
+    """Yield what a loader yields, and end its workers afterwards, whatever happened.
+
+    torch ends them when the iterator is forgotten. An error's traceback remembers it, and as long
+    as it does, the death of a worker is an error wherever the program happens to be.
+    """
+    found = iter(loader)
+    try:
+        yield found
+    finally:
+        end = getattr(found, "_shutdown_workers", None)  # without workers there is none
+        if end is not None:
+            end()
 
 
 @contextmanager
@@ -307,5 +327,12 @@ def worker_starts(_: int) -> None:
     """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The first SIGTERM is the group's, a second one means this process.
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL) and None)
+    signal.signal(signal.SIGTERM, _spared)
+
+
+def _spared(number: int, frame: FrameType | None) -> None:
+    """Leave the process that started this one the time to finish its step; a second SIGTERM, or
+    too long a wait, ends the worker."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, _SPARED_SECONDS)

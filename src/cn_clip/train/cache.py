@@ -22,7 +22,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from cn_clip import distributed
 from cn_clip.data.captions import digest
-from cn_clip.data.loader import Preparation, pixels_of, stacked_pixels, worker_starts
+from cn_clip.data.loader import (
+    Preparation,
+    pixels_of,
+    stacked_pixels,
+    worked,
+    worker_starts,
+)
 from cn_clip.data.sampler import BatchPart
 from cn_clip.data.sources import Weighted, id_digest
 from cn_clip.errors import CNClipError, DataError, UsageError
@@ -164,14 +170,15 @@ def cache_image_features(
             worker_init_fn=worker_starts,
         )
         rows: list[list[npt.NDArray[np.float32]]] = [[] for _ in range(views)]
-        for (view, _), (pixels, kept, size) in zip(jobs, loaded, strict=True):
-            found = run(pixels).float().cpu().numpy()
-            whole = np.full((size, found.shape[1]), np.nan, np.float32)
-            whole[kept] = found
-            rows[view].append(whole)
-            if view == views - 1:
-                done += size
-                tick(done, count)
+        with worked(loaded) as found:
+            for (view, _), (pixels, kept, size) in zip(jobs, found, strict=True):
+                features = run(pixels).float().cpu().numpy()
+                whole = np.full((size, features.shape[1]), np.nan, np.float32)
+                whole[kept] = features
+                rows[view].append(whole)
+                if view == views - 1:
+                    done += size
+                    tick(done, count)
         shard = np.stack([np.concatenate(each) for each in rows], axis=1)  # (P, views, D)
         try:
             with published(_shard_path(folder, number)) as path, path.open("wb") as stream:
