@@ -135,7 +135,7 @@ def _lines(event: dict[str, Any]) -> Iterator[str]:
         yield (
             f"stage {event['stage']}: {event['steps']:,} steps of {event['batch']:,} pairs, "
             f"{event['learns'] / 1e6:,.1f} M parameters learn, peak rate {event['rate']:.2e} at "
-            "this batch"
+            f"this batch after {event['warmup']:,} steps"
         )
     elif kind == "step":
         yield (

@@ -24,7 +24,7 @@ from cn_clip.train.checkpoint import Progress, load_tensors, read_progress, save
 from cn_clip.train.folder import Outcome, full_disk_named, locked, prepared, write_outcome
 from cn_clip.train.guard import Guard, InterruptedRun, signals
 from cn_clip.train.log import Event, Log
-from cn_clip.train.optim import clamp_logit_scale, rate_at, set_rate
+from cn_clip.train.optim import clamp_logit_scale, rate_at, set_rate, warmup_of
 from cn_clip.train.parallel import (
     average_statistics,
     average_unshared,
@@ -178,6 +178,7 @@ def _stage(run: Run, progress: Progress, state: Path | None) -> None:
         step=progress.step,
         steps=training.steps,
         rate=training.rate,
+        warmup=warmup_of(training.steps, stage.optimizer),
         batch=stage.global_batch_size,
         learns=sum(p.numel() for p in training.model.parameters() if p.requires_grad),
     )

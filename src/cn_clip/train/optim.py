@@ -36,13 +36,18 @@ def learning_rate(optimizer: Optimizer, global_batch_size: int) -> float:
     return optimizer.learning_rate * (ratio if optimizer.scaling == "linear" else math.sqrt(ratio))
 
 
+def warmup_of(steps: int, optimizer: Optimizer) -> int:
+    """Return the steps of the warm-up; one as long as the stage is cut to a tenth of it, since it
+    would end before its peak."""
+    return optimizer.warmup if optimizer.warmup < steps else steps // 10
+
+
 def rate_at(step: int, steps: int, optimizer: Optimizer) -> float:
     """Return the share of the peak rate at a step (from 0) of a stage of so many steps.
 
-    The warm-up and the cosine are those of the official training; a warm-up longer than the stage
-    is cut to a tenth of it, which would otherwise end before its peak.
+    The warm-up and the cosine are those of the official training.
     """
-    warmup = optimizer.warmup if optimizer.warmup < steps else steps // 10
+    warmup = warmup_of(steps, optimizer)
     if step < warmup:
         return (step + 1) / warmup
     if optimizer.schedule == "constant":

@@ -69,7 +69,9 @@ class Optimizer:
     schedule: Literal["cosine", "constant", "inverse_sqrt"] = _option(
         "cosine", "How the rate falls after the warm-up"
     )
-    warmup: int = _option(100, "Steps in which the rate rises from zero")
+    warmup: int = _option(
+        100, "Steps in which the rate rises from zero; cut to a tenth of a stage that is no longer"
+    )
     weight_decay: float = _option(
         0.001, "Of all but biases, the logit scale and norms; of BERT's norms too, as officially"
     )

@@ -10,6 +10,7 @@ from cn_clip import distributed, weights
 from cn_clip.eval.metrics import Retrieval
 from cn_clip.publish import published
 from cn_clip.train.checkpoint import Progress
+from cn_clip.train.optim import warmup_of
 from cn_clip.train.parallel import reshard, sharded, whole_state
 from cn_clip.train.recipe import Recipe
 from cn_clip.train.setup import Run, Training
@@ -25,7 +26,8 @@ def measure(run: Run, training: Training, progress: Progress) -> None:
     stage = training.stage
     if run.validation is not None:
         found = evaluate(run, training, progress)
-        warm = progress.step > stage.optimizer.warmup  # before that, a standstill says nothing
+        # Within the warm-up a standstill says nothing.
+        warm = progress.step > warmup_of(training.steps, stage.optimizer)
         plateau = stage.plateau if warm else None
         if progress.course.add(found.mean_recall, progress.step, plateau, counts=warm):
             _keep(run, training, progress)
