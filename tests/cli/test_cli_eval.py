@@ -125,8 +125,9 @@ def test_a_protocol_prints_ours_beside_the_published_figure(cn_clip, pictures):
     ],
 )
 def test_a_protocol_says_what_is_missing(cn_clip, arguments, code, said):
-    given, _, err = cn_clip("protocol", *arguments)
-    assert given == code and said in err
+    for word in ("protocol", "--protocol"):
+        given, _, err = cn_clip(word, *arguments)
+        assert given == code and said in err
 
 
 def test_retrieval_takes_a_split_of_a_folder(cn_clip, pictures):

@@ -15,7 +15,7 @@ from cn_clip.cli.eval.zeroshot import zeroshot
 eval_app = App(name="eval", help="Measure a model, and tell what its scores mean.")
 eval_app.command(retrieval)
 eval_app.command(zeroshot)
-eval_app.command(protocol)
+eval_app.command(protocol, name=["protocol", "--protocol"])  # eval --protocol NAME, too
 eval_app.command(predictions)
 eval_app.command(calibrate)
 eval_app.command(robustness)
