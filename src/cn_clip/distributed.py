@@ -5,6 +5,7 @@ Tensors stay on their device: ``gloo`` carries those of the CPU, ``nccl`` those 
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,6 +51,8 @@ def start(device_type: str) -> Iterator[None]:
     yield
     # Not after an error: it waits for the others, who wait for this process in something else.
     # Its exit code makes torchrun end them.
+    gc.collect()  # models in shares hold on to the group in circles, and must go before it
+    dist.barrier()
     dist.destroy_process_group()
 
 
