@@ -83,9 +83,7 @@ class TorchEmbedder:
         config = self.model.config.to_dict() | {"name": None, "fast_decode": self.fast_decode}
         config |= {"vocab": self.tokenizer.vocab, "preparation": _PREPARATION}
         digest.update(json.dumps(config, sort_keys=True).encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        weights.add_to_digest(digest, self.model.state_dict())
         return digest.hexdigest()[:32]
 
     def embed_images(

@@ -9,17 +9,16 @@ of ten labels.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from cn_clip.eval.metrics import Pairs, Vectors
 
 LABELS = 10  # in the lists that the threshold for labels is fitted on
 _LEAST_ANSWERS = 10  # above a threshold
 _BLOCK = 1 << 24  # scores at a time
 
-Vectors = npt.NDArray[Any]
-Pairs = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 

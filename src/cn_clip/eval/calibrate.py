@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +16,7 @@ import numpy.typing as npt
 from cn_clip.errors import UsageError
 from cn_clip.eval.answers import Answered, all_answers, answered, threshold_for
 from cn_clip.eval.calibration import Calibration, Curve, Isotonic, Kind, Logistic, probability
-from cn_clip.eval.metrics import checked
+from cn_clip.eval.metrics import Pairs, Vectors, checked
 
 # What LAION-5B kept of pairs that are not English (Schuhmann et al., arXiv:2210.08402, section 3).
 FIXED_CUTOFF = 0.26
@@ -25,8 +24,6 @@ _BINS = 15
 _NON_PAIRS = 1 << 18  # drawn at random where there are more
 _LEAST_PAIRS = 20  # to fit a curve to
 
-Vectors = npt.NDArray[Any]
-Pairs = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cn_clip import distributed
+from cn_clip import distributed, weights
 from cn_clip.data.captions import digest
 from cn_clip.data.loader import (
     Preparation,
@@ -75,9 +75,7 @@ def tower_fingerprint(model: CLIP) -> str:
     config = model.config.to_dict()
     shape = {key: config[key] for key in ("vision", "embed_dim", "image_mean", "image_std")}
     found.update(json.dumps(shape, sort_keys=True).encode())
-    for name, tensor in sorted(model.visual.state_dict().items()):
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    weights.add_to_digest(found, model.visual.state_dict())
     return found.hexdigest()[:32]
 
 

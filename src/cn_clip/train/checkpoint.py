@@ -77,7 +77,6 @@ def save_state(folder: Path, progress: Progress, tensors: Mapping[str, Any], *, 
         with ExitStack() as stack:
             made = None
             if distributed.is_main():
-                _sweep(folder)
                 made = stack.enter_context(published_folder(path))
             place = distributed.broadcast_object(made)
             assert place is not None
@@ -172,12 +171,6 @@ def tensors_of(
         "optimizer": moments,
         "average": {} if average is None else average.state_dict(),
     }
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what a killed save left behind."""
-    for path in (folder / _STATES).glob(".*"):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _first(error: BaseException) -> str:

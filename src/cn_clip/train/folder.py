@@ -112,7 +112,8 @@ def _looked_into(folder: Path, recipe: Recipe, resume: bool, allow_changes: bool
 
 def _sweep(folder: Path) -> None:
     """Remove what was half written when a run was killed."""
-    for place in (folder, folder / "stages", *(folder / "features").glob("*")):
+    features = (folder / "features").glob("*")
+    for place in (folder, folder / "stages", folder / "states", *features):
         for path in place.glob(".*.*"):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from cn_clip import distributed
 from cn_clip.errors import UsageError
@@ -146,13 +146,3 @@ def whole_state(model: CLIP) -> dict[str, Tensor]:
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         state[name] = whole.detach().cpu()
     return state
-
-
-@torch.no_grad()
-def load_whole(model: CLIP, state: Mapping[str, Tensor]) -> None:
-    """Fill a model, in shares or not, with whole weights."""
-    for name, tensor in model.state_dict().items():
-        given = state[name].to(tensor.device)
-        if isinstance(tensor, DTensor):
-            given = distribute_tensor(given, tensor.device_mesh, tensor.placements)
-        tensor.copy_(given)

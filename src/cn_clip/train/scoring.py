@@ -14,7 +14,7 @@ from cn_clip.train.optim import warmup_of
 from cn_clip.train.parallel import reshard, sharded, whole_state
 from cn_clip.train.recipe import Recipe
 from cn_clip.train.setup import Run, Training
-from cn_clip.train.stages import set_modes
+from cn_clip.train.stages import learns, set_modes
 from cn_clip.train.validate import Vectors, embed, score
 
 
@@ -60,7 +60,7 @@ def evaluate(run: Run, training: Training, progress: Progress) -> Retrieval:
     if average is not None:
         average.swap(model)
     set_modes(model, training.stage.dropout)
-    if not any(parameter.requires_grad for parameter in model.visual.parameters()):
+    if not learns(model.visual):
         training.images = images
     found = distributed.on_main(lambda: score(images, texts, validation))
     if progress.total == 0 and distributed.is_main():
@@ -73,10 +73,8 @@ def log_score(run: Run, stage: str, progress: Progress, found: Retrieval) -> Non
     values = {"mean_recall": found.mean_recall}
     for name, recall in (("t2i", found.text_to_image), ("i2t", found.image_to_text)):
         values |= {f"{name}_r1": recall.r1, f"{name}_r5": recall.r5, f"{name}_r10": recall.r10}
-    marks = {
-        "before": progress.before,
-        "best": progress.course.best,
-    }  # what it is to be held against
+    # What it is to be held against.
+    marks = {"before": progress.before, "best": progress.course.best}
     run.log.write("score", progress.total, stage=stage, step=progress.step, **marks, **values)
 
 

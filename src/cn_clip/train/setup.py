@@ -26,7 +26,7 @@ from cn_clip.train.lora import add_lora
 from cn_clip.train.optim import Average, learning_rate, make_optimizer, parameter_groups
 from cn_clip.train.parallel import shard, wrap
 from cn_clip.train.recipe import Recipe, Stage
-from cn_clip.train.stages import freeze, set_modes
+from cn_clip.train.stages import freeze, learns, set_modes
 from cn_clip.train.step import Heads, Numbers, Towers
 from cn_clip.train.validate import Vectors
 
@@ -76,12 +76,12 @@ def set_up(run: Run, progress: Progress) -> Training:
     freeze(model, stage.freeze)
     if stage.lora is not None:
         add_lora(model, stage.lora, torch.Generator().manual_seed(recipe.seed + progress.stage))
-    if stage.cached and any(parameter.requires_grad for parameter in model.visual.parameters()):
+    if stage.cached and learns(model.visual):
         raise UsageError(
             f"stages.{stage.name}.lora.layers match the image tower, whose features are cached; "
             "give patterns of bert.*, or set cached to false"
         )
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    if not learns(model):
         raise UsageError(f"stages.{stage.name}.freeze holds every parameter; nothing would learn")
     model.to(run.device)
     if model.config.vision.kind != "vit":

@@ -68,10 +68,10 @@ def set_modes(model: CLIP, dropout: float | None = None) -> None:
     model.train()
     for name in _TOWERS:
         tower = model.get_submodule(name)
-        if not _learns(tower):
+        if not learns(tower):
             tower.eval()
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d) and not _learns(module):
+        if isinstance(module, nn.BatchNorm2d) and not learns(module):
             module.eval()
         if dropout is not None and isinstance(module, nn.Dropout):
             module.p = dropout
@@ -79,7 +79,8 @@ def set_modes(model: CLIP, dropout: float | None = None) -> None:
             module.dropout = dropout
 
 
-def _learns(module: nn.Module) -> bool:
+def learns(module: nn.Module) -> bool:
+    """Tell whether any parameter of a module learns."""
     return any(parameter.requires_grad for parameter in module.parameters())
 
 

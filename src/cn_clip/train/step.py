@@ -17,6 +17,7 @@ from cn_clip.model.clip import CLIP
 from cn_clip.train.batches import Share
 from cn_clip.train.loss import Teacher, clip_loss, feature_loss, sigmoid_loss
 from cn_clip.train.recipe import Stage
+from cn_clip.train.stages import learns
 
 _SIGMOID_BIAS = -10.0  # SigLIP's start: most pairs do not match
 
@@ -73,8 +74,7 @@ class Towers(nn.Module):
         images = (pixels.float() / 255 - self.mean) / self.std
         if self.model.config.vision.kind != "vit":
             images = images.contiguous(memory_format=torch.channels_last)
-        learns = any(parameter.requires_grad for parameter in self.model.visual.parameters())
-        with nullcontext() if learns else torch.no_grad():
+        with nullcontext() if learns(self.model.visual) else torch.no_grad():
             return self.model.encode_image(images, self.mask_ratio)
 
 

@@ -8,6 +8,7 @@ initial weights of one tower in files of CLIP or BERT.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -42,6 +43,7 @@ from cn_clip.weights.towers import FILES, Tower, image_tower, text_tower, weight
 __all__ = [
     "Checkpoint",
     "Tower",
+    "add_to_digest",
     "build",
     "check_fit",
     "check_model",
@@ -288,6 +290,13 @@ class _InPieces(io.FileIO):
         while rest:
             rest = rest[super().write(rest[:_PIECE]) :]
         return size
+
+
+def add_to_digest(digest: hashlib._Hash, state: Mapping[str, Tensor]) -> None:
+    """Add names, shapes, precision and bytes of tensors to a digest."""
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _write_json(path: Path, values: Any) -> None:
