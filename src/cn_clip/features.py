@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -132,11 +132,32 @@ def read_features(path: Path, kind: Kind) -> Stored:
     elif path.suffix == ".npz":
         stored = _read_npz(path, kind)
     elif path.is_dir():
-        stored = _read_clip_retrieval(path, kind)
+        label = {"images": "image_path", "texts": "caption"}[kind]
+        stored = _read_clip_retrieval(path, kind, ("id", "key", label))
     else:
         raise UsageError(
             f"{path}: give .npz, .jsonl (official features), or a folder (clip-retrieval's layout)"
         )
+    return _checked(stored)
+
+
+def read_captions(path: Path) -> Stored:
+    """Read texts with their embeddings from a folder in clip-retrieval's layout; their ids are the
+    texts themselves, of the column ``caption``.
+
+    Raises:
+        UsageError: there is no such folder, or a library for it is missing.
+        DataError: see ``read_features``.
+    """
+    if not path.is_dir():
+        raise UsageError(
+            f"no folder {path}; make it with: cn-clip embed texts --out {path}, without a suffix"
+        )
+    return _checked(_read_clip_retrieval(path, "texts", ("caption",)))
+
+
+def _checked(stored: Stored) -> Stored:
+    path = stored.path
     if not stored.ids:
         raise DataError(f"{path} holds no features")
     if len(stored.ids) != len(stored.vectors):
@@ -195,12 +216,9 @@ def _read_jsonl(path: Path, kind: Kind) -> Stored:
     return Stored(path, ids, np.stack(rows) if rows else np.empty((0, 0), np.float32))
 
 
-def _read_clip_retrieval(path: Path, kind: Kind) -> Stored:
+def _read_clip_retrieval(path: Path, kind: Kind, columns: Sequence[str]) -> Stored:
     _, parquet = _parquet()
-    stem, columns = {
-        "images": ("img_emb", ("id", "key", "image_path")),
-        "texts": ("text_emb", ("id", "key", "caption")),
-    }[kind]
+    stem = {"images": "img_emb", "texts": "text_emb"}[kind]
     vectors = sorted((path / stem).glob("*.npy"), key=_part)
     tables = sorted((path / "metadata").glob("*.parquet"), key=_part)
     if not vectors or len(vectors) != len(tables):

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from cn_clip import distributed, weights
 from cn_clip.data.loader import dead_workers_named
 from cn_clip.data.sources import open_mix
 from cn_clip.errors import UsageError
 from cn_clip.eval.pairs import eval_set_of
-from cn_clip.model.clip import CLIP
 from cn_clip.publish import published
 from cn_clip.train.batches import Share, shares
 from cn_clip.train.checkpoint import Progress, load_tensors, read_progress, save_state, states
@@ -123,7 +121,7 @@ def _carried_out(run: Run) -> Outcome:
     state = saved[-1] if saved else None
     while progress.stage < len(run.recipe.stages):
         _stage(run, progress, state)
-        progress, state = _advanced(progress, run.recipe), None
+        progress, state = _advanced(run, progress), None
     return _end(run, progress, time.monotonic() - begun)
 
 
@@ -233,6 +231,7 @@ def _step(
         chunks=math.ceil(local / (stage.micro_batch_size or local)),
         seed=(run.recipe.seed, progress.stage, step),
         teacher=training.teacher,
+        sentences=None if training.sentences is None else training.sentences.at(step),
     )
     average_unshared(training.towers)
     average_statistics(training.model)
@@ -302,26 +301,52 @@ def _after_step(run: Run, training: Training, progress: Progress) -> None:
         )
 
 
-def _advanced(progress: Progress, recipe: Recipe) -> Progress:
+def _advanced(run: Run, progress: Progress) -> Progress:
     """Return the start of the next stage: the best weights so far, with their score to beat."""
-    improved = progress.course.best_step > 0
+    begun, best = progress.weights, progress.course.best
+    if progress.course.best_step > 0:
+        share = run.recipe.stages[progress.stage].interpolate
+        progress.weights = best_weights(progress, run.recipe)
+        if share is not None:
+            best = _mixed(run, progress, begun, share)
     return Progress(
         stage=progress.stage + 1,
         total=progress.total,
         scaler=progress.scaler,
         before=progress.before,
-        weights=best_weights(progress, recipe) if improved else progress.weights,
-        course=Course(best=progress.course.best, mark=progress.course.best),
+        weights=progress.weights,
+        course=Course(best=best, mark=best),
     )
+
+
+def _mixed(run: Run, progress: Progress, begun: str, share: float) -> float | None:
+    """Mix the best weights of a stage with those it began with; return the score of the mixture.
+
+    They go to a folder of their own, so that a run that is stopped here mixes once all the same.
+    """
+    model = weights.build(weights.read(run.folder / progress.weights))
+    old = weights.build(weights.read(run.folder / begun)).state_dict()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                tensor.lerp_(old[name].to(tensor), 1 - share)
+    progress.weights = f"{progress.weights}-mixed"
+    if distributed.is_main():
+        weights.save_state(model.config, model.state_dict(), run.folder / progress.weights)
+    distributed.barrier()
+    validation = run.validation
+    if validation is None:
+        return None
+    images, texts = embed(model.to(run.device), validation, autocast=run.numbers.autocast)
+    found = distributed.on_main(lambda: score(images, texts, validation))
+    log_score(run, f"{run.recipe.stages[progress.stage].name}, mixed", progress, found)
+    return found.mean_recall
 
 
 def _end(run: Run, progress: Progress, seconds: float) -> Outcome:
     """Write the final weights, measure them, and tell the whole story in a page."""
     recipe, final = run.recipe, run.folder / "final"
     model = weights.build(weights.read(run.folder / progress.weights))
-    if recipe.output.interpolate is not None:
-        start = weights.build(weights.read(run.folder / "start"))
-        _interpolate(model, start.state_dict(), recipe.output.interpolate)
     if distributed.is_main():
         weights.save_state(model.config, model.state_dict(), final)
     if run.validation is not None:
@@ -339,14 +364,6 @@ def _end(run: Run, progress: Progress, seconds: float) -> Outcome:
     whole = distributed.broadcast_object(outcome)
     assert whole is not None
     return whole
-
-
-@torch.no_grad()
-def _interpolate(model: CLIP, start: Mapping[str, Tensor], share: float) -> None:
-    """Move weights back towards the start: 1 stays, 0 is the start (Wortsman et al., 2022)."""
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point():
-            tensor.lerp_(start[name].to(tensor), 1 - share)
 
 
 @dataclass(slots=True)

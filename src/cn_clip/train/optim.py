@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from cn_clip.errors import UsageError
 from cn_clip.model.clip import CLIP, MAX_LOGIT_SCALE
 from cn_clip.train.recipe import Optimizer
+from cn_clip.train.stages import matched
 
 # What the official training does not decay, as it finds it: by these letters in the name. A norm
 # of BERT is called LayerNorm, so its weight is decayed, as it was when the weights were made.
@@ -62,16 +64,21 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return the groups of AdamW: with and without decay, and of each depth its own rate.
 
-    ``scale`` in a group is the factor on the rate, ``layer_decay`` to the number of layers above.
+    ``scale`` in a group is the factor on the rate: ``layer_decay`` to the number of layers above,
+    times what ``rates`` say.
+
+    Raises:
+        UsageError: a pattern of ``rates`` matches nothing.
     """
     named = list(named)
+    factors = _factors([name for name, _ in named], optimizer.rates)
     depths = _depths([name for name, _ in named])  # frozen layers are layers, too
     groups: dict[tuple[bool, float, bool], dict[str, Any]] = {}
     for name, parameter in named:
         if not parameter.requires_grad:
             continue
         decayed = not any(each in name for each in _UNDECAYED)
-        scale = optimizer.layer_decay ** depths[name]
+        scale = optimizer.layer_decay ** depths[name] * factors.get(name, 1.0)
         group = groups.setdefault(
             # Whole weights and shares of them (FSDP2) do not go into one fused step.
             (decayed, scale, isinstance(parameter, DTensor)),
@@ -85,6 +92,31 @@ def parameter_groups(
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())
+
+
+def rate_factor(entry: str) -> tuple[str, float]:
+    """Split an entry of ``rates``, ``PATTERN=FACTOR``.
+
+    Raises:
+        UsageError: it is none.
+    """
+    pattern, _, factor = entry.rpartition("=")
+    try:
+        value = float(factor)
+    except ValueError:
+        value = -1.0
+    if not pattern or not 0 <= value <= 1000:
+        raise UsageError(
+            f"optimizer.rates holds {entry!r}; give PATTERN=FACTOR, such as visual.backbone.*=0.1"
+        )
+    return pattern, value
+
+
+def _factors(names: list[str], rates: Sequence[str]) -> dict[str, float]:
+    factors: dict[str, float] = {}
+    for pattern, factor in map(rate_factor, rates):
+        factors |= dict.fromkeys(matched([pattern], names, "optimizer.rates"), factor)
+    return factors
 
 
 def _depths(names: list[str]) -> dict[str, int]:

@@ -82,6 +82,11 @@ class Optimizer:
     layer_decay: float = _option(
         1.0, "Factor on the rate from each layer to the one below; 0.75 keeps low layers still"
     )
+    rates: tuple[str, ...] = _option(
+        (),
+        "Factors on the rate by patterns of names, such as `visual.backbone.*=0.1`; of several "
+        "that match a parameter, the last counts",
+    )
     ema: float = _option(
         0.0, "Decay of averaged weights, such as 0.999, which are then what is measured and kept"
     )
@@ -106,6 +111,13 @@ class Loss:
     teacher_features: float = _option(
         0.0, "Weight of the distance to the teacher's embeddings, after a learned projection"
     )
+    sentences: str | None = _option(
+        None,
+        "Texts with embeddings to keep to, of a sentence encoder: a folder in clip-retrieval's "
+        "layout, as wide as the model's",
+    )
+    sentences_weight: float = _option(1.0, "Of the mean cosine distance to them")
+    sentences_batch_size: int = _option(512, "Texts of them in a step, over all processes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +165,11 @@ class Stage:
         False, "Compute the features of the frozen image tower once, and keep them on disk"
     )
     views: int = _option(1, "Augmented versions of each picture to compute, if cached")
+    interpolate: float | None = _option(
+        None,
+        "Mix the weights the stage ends with with those it began with: 1 is all new, 0 all old "
+        "(WiSE-FT, arXiv:2109.01903)",
+    )
     optimizer: Optimizer = _group(Optimizer, "AdamW and its rate")
     loss: Loss = _group(Loss, "What is minimised")
     lora: Lora | None = field(default=None, metadata={"help": "Low-rank updates"})
@@ -191,11 +208,6 @@ class Output:
     tensorboard: bool = _option(False, "Also log for TensorBoard")
     swanlab: bool = _option(False, "Also log to SwanLab")
     wandb: bool = _option(False, "Also log to Weights & Biases")
-    interpolate: float | None = _option(
-        None,
-        "Mix the final weights with those of the start: 1 is all tuned, 0 all start (WiSE-FT, "
-        "arXiv:2109.01903)",
-    )
     stop_at_chance: int = _option(
         300, "Steps after which a loss that stands at ln(batch) ends the run; 0: never"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cn_clip.errors import UsageError
+from cn_clip.train.optim import rate_factor
 from cn_clip.train.recipe import Recipe, Stage
 
 
@@ -15,7 +16,6 @@ def check_recipe(recipe: Recipe) -> None:
         "output.keep": (recipe.output.keep, 1, 1000),
         "output.log_every": (recipe.output.log_every, 1, 1 << 30),
         "output.save_every": (recipe.output.save_every, 1, 1 << 30),
-        "output.interpolate": (recipe.output.interpolate, 0, 1),
         "output.stop_at_chance": (recipe.output.stop_at_chance, 0, 1 << 30),
         "evaluation.every_epochs": (recipe.evaluation.every_epochs, 0, 1 << 30),
         "evaluation.every_steps": (recipe.evaluation.every_steps, 1, 1 << 30),
@@ -33,6 +33,7 @@ def check_recipe(recipe: Recipe) -> None:
             f"{at}.mask_ratio": (stage.mask_ratio, 0, 0.99),
             f"{at}.dropout": (stage.dropout, 0, 0.99),
             f"{at}.views": (stage.views, 1, 1000),
+            f"{at}.interpolate": (stage.interpolate, 0, 1),
             f"{at}.optimizer.learning_rate": (optimizer.learning_rate, 0, 10),
             f"{at}.optimizer.for_batch": (optimizer.for_batch, 1, 1 << 30),
             f"{at}.optimizer.warmup": (optimizer.warmup, 0, 1 << 40),
@@ -45,6 +46,8 @@ def check_recipe(recipe: Recipe) -> None:
             f"{at}.optimizer.ema": (optimizer.ema, 0, 0.9999999),
             f"{at}.loss.teacher_weight": (stage.loss.teacher_weight, 0, 1),
             f"{at}.loss.teacher_features": (stage.loss.teacher_features, 0, 1e6),
+            f"{at}.loss.sentences_weight": (stage.loss.sentences_weight, 0, 1e6),
+            f"{at}.loss.sentences_batch_size": (stage.loss.sentences_batch_size, 1, 1 << 30),
         }
         if stage.plateau is not None:
             ranges[f"{at}.plateau.patience"] = (stage.plateau.patience, 1, 1 << 30)
@@ -71,6 +74,8 @@ def check_recipe(recipe: Recipe) -> None:
 
 def _check_stage(stage: Stage, recipe: Recipe) -> None:
     at = f"stages.{stage.name}"
+    for entry in stage.optimizer.rates:
+        rate_factor(entry)
     if (stage.epochs is None) == (stage.steps is None):
         raise UsageError(f"{at} must have either epochs or steps, which a plateau may cut short")
     if stage.plateau is not None and not recipe.data.val:

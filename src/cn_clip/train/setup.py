@@ -26,6 +26,7 @@ from cn_clip.train.lora import add_lora
 from cn_clip.train.optim import Average, learning_rate, make_optimizer, parameter_groups
 from cn_clip.train.parallel import shard, wrap
 from cn_clip.train.recipe import Recipe, Stage
+from cn_clip.train.sentences import SentenceBatches
 from cn_clip.train.stages import freeze, learns, set_modes
 from cn_clip.train.step import Heads, Numbers, Towers
 from cn_clip.train.validate import Vectors
@@ -56,6 +57,7 @@ class Training:
     average: Average | None
     loader: Loader | CachedLoader
     teacher: Embedder | None
+    sentences: SentenceBatches | None
     steps: int
     rate: float
     images: Vectors | None = None  # of the validation pictures, while the image tower is locked
@@ -110,6 +112,7 @@ def set_up(run: Run, progress: Progress) -> Training:
         Average(model, decay) if decay else None,
         loader,
         teacher,
+        _sentences(run, stage, model),
         stage.steps or (stage.epochs or 1) * len(loader),
         learning_rate(stage.optimizer, stage.global_batch_size),
     )
@@ -119,6 +122,19 @@ def _teacher(stage: Stage, device: torch.device) -> Embedder | None:
     if stage.loss.teacher is None:
         return None
     return load(stage.loss.teacher, device=str(device))
+
+
+def _sentences(run: Run, stage: Stage, model: CLIP) -> SentenceBatches | None:
+    if stage.loss.sentences is None:
+        return None
+    return SentenceBatches(
+        stage.loss.sentences,
+        stage.loss.sentences_batch_size,
+        dim=model.config.embed_dim,
+        context_length=model.config.context_length,
+        stage=stage.name,
+        seed=run.recipe.seed,
+    )
 
 
 def _loader(run: Run, progress: Progress, model: CLIP) -> Loader | CachedLoader:

@@ -17,6 +17,7 @@ from cn_clip.model.clip import CLIP
 from cn_clip.train.batches import Share
 from cn_clip.train.loss import Teacher, clip_loss, feature_loss, sigmoid_loss
 from cn_clip.train.recipe import Stage
+from cn_clip.train.sentences import Sentences, sentence_loss
 from cn_clip.train.stages import learns
 
 _SIGMOID_BIAS = -10.0  # SigLIP's start: most pairs do not match
@@ -40,7 +41,8 @@ class Towers(nn.Module):
     """The model as one call, which is what DDP wraps.
 
     Returns a list: image embeddings (B, D), text embeddings (B, D), logit scale (); then, where the
-    heads have them, the logit bias () and image and text embeddings in the teacher's space.
+    heads have them, the logit bias () and image and text embeddings in the teacher's space; last,
+    if there are sentences, their embeddings (S, D).
     """
 
     def __init__(self, model: CLIP, heads: Heads, stage: Stage) -> None:
@@ -55,7 +57,13 @@ class Towers(nn.Module):
         self.mean: Tensor
         self.std: Tensor
 
-    def forward(self, pixels: Tensor | None, features: Tensor | None, ids: Tensor) -> list[Tensor]:
+    def forward(
+        self,
+        pixels: Tensor | None,
+        features: Tensor | None,
+        ids: Tensor,
+        sentences: Tensor | None = None,
+    ) -> list[Tensor]:
         if features is None:
             assert pixels is not None
             features = self.encode_pixels(pixels)
@@ -67,6 +75,8 @@ class Towers(nn.Module):
         if self.heads.image is not None and self.heads.text is not None:
             out += [F.normalize(self.heads.image(image).float(), dim=-1)]
             out += [F.normalize(self.heads.text(text).float(), dim=-1)]
+        if sentences is not None:
+            out.append(F.normalize(self.model.encode_text(sentences).float(), dim=-1))
         return out
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
@@ -105,6 +115,7 @@ def backward(
     chunks: int,
     seed: tuple[int, ...],
     teacher: Embedder | None = None,
+    sentences: Sentences | None = None,
 ) -> Tensor:
     """Add the gradients of a global batch's loss to the parameters.
 
@@ -124,6 +135,7 @@ def backward(
         chunks: in how many parts to run; the same on all processes.
         seed: what the draws of this step depend on, such as (seed, stage, step).
         teacher: a model to learn from.
+        sentences: texts to hold to where a sentence encoder put them.
     """
     device = numbers.device
     parts = list(
@@ -132,12 +144,17 @@ def backward(
                 [None] * chunks
                 if x is None
                 else x.to(device, non_blocking=True).tensor_split(chunks)
-                for x in (share.pixels, share.features, share.ids)
+                for x in (
+                    share.pixels,
+                    share.features,
+                    share.ids,
+                    None if sentences is None else sentences.ids,
+                )
             ),
             strict=True,
         )
     )
-    criterion = _criterion(share, stage, device, teacher)
+    criterion = _criterion(share, stage, device, teacher, sentences)
 
     def run(number: int) -> list[Tensor]:
         torch.manual_seed(_seed_of(*seed, distributed.rank(), number))
@@ -157,12 +174,11 @@ def backward(
     ]
     loss = criterion(joined)
     numbers.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-    sizes = [len(ids) for _, _, ids in parts]
     gradients = [
-        (x.grad if x.grad is not None else torch.zeros_like(x)).split(sizes)
+        (x.grad if x.grad is not None else torch.zeros_like(x)).split([len(part) for part in each])
         if x.ndim
         else [x.grad] * chunks
-        for x in joined
+        for x, each in zip(joined, zip(*first, strict=True), strict=True)
     ]
     for number in range(chunks):
         last = number == chunks - 1
@@ -177,7 +193,11 @@ def backward(
 
 
 def _criterion(
-    share: Share, stage: Stage, device: torch.device, teacher: Embedder | None
+    share: Share,
+    stage: Stage,
+    device: torch.device,
+    teacher: Embedder | None,
+    sentences: Sentences | None,
 ) -> Callable[[list[Tensor]], Tensor]:
     """Return the loss of what ``Towers`` returns."""
     options = stage.loss
@@ -191,9 +211,11 @@ def _criterion(
         else:
             mixed = taught if options.teacher_weight else None
             total = clip_loss(image, text, scale, keys=keys, teacher=mixed)
-        if taught is not None and rest:
+        if taught is not None and options.teacher_features:
             distance = feature_loss(rest[0], taught.image) + feature_loss(rest[1], taught.text)
             total = total + options.teacher_features * distance / 2
+        if sentences is not None:
+            total = total + options.sentences_weight * sentence_loss(out[-1], sentences.places)
         return total
 
     return loss
