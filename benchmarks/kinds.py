@@ -2,6 +2,7 @@
 
     python benchmarks/kinds.py FOLDER                  # fetches the Debian package of the stamps
     python benchmarks/kinds.py FOLDER --stamps DIR
+    python benchmarks/kinds.py FOLDER --photos         # without the folders of cartoons
 
 Writes the 262 pictures whose folder names a kind of thing, on white squares, as FOLDER/test/0 to
 FOLDER/test/8 with FOLDER/label_cn.txt, for `cn-clip eval zeroshot --data FOLDER`.
@@ -28,13 +29,13 @@ KINDS = {
 }
 
 
-def write_kinds(stamps: Path, folder: Path) -> int:
+def write_kinds(stamps: Path, folder: Path, *, photos: bool) -> int:
     """Write the pictures and the labels; return how many pictures there are."""
     count, keys = 0, list(KINDS)
     for number, (path, _) in enumerate(things(stamps)):
         parts = path.relative_to(stamps).parts
         kind = "/".join(parts[: 2 if parts[0] == "animals" else 1])
-        if kind in KINDS:
+        if kind in KINDS and not (photos and "cartoon" in parts):
             place = folder / "test" / str(keys.index(kind))
             place.mkdir(parents=True, exist_ok=True)
             on_white(path).save(place / f"{number:03}.png")
@@ -47,9 +48,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--stamps", type=Path, help="folder of the stamps; fetched if not given")
+    parser.add_argument("--photos", action="store_true", help="leave out what is in cartoon/")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        count = write_kinds(options.stamps or fetch(Path(scratch)), options.folder)
+        count = write_kinds(
+            options.stamps or fetch(Path(scratch)), options.folder, photos=options.photos
+        )
     print(f"{count} pictures of {len(KINDS)} kinds in {options.folder}")
 
 

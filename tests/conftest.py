@@ -121,3 +121,11 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from train.runs import write_start
 
     return write_start(tmp_path_factory.mktemp("start") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 40 texts with vectors as wide as the tiny models'."""
+    from train.runs import write_sentences
+
+    return write_sentences(tmp_path_factory.mktemp("sentences") / "texts")

@@ -3,9 +3,11 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 from conftest import TINY, make_model, make_picture
 
 from cn_clip import weights
+from cn_clip.features import Features, write_clip_retrieval
 from cn_clip.train.reading import build_recipe
 
 CAPTIONS = [chr(0x4E00 + 37 * n) + chr(0x5000 + 91 * n) + chr(0x5200 + 53 * n) for n in range(200)]
@@ -30,6 +32,15 @@ def write_start(folder, kind="vit", dropout=0.0):
     config = TINY[kind]
     model = make_model(replace(config, text=replace(config.text, dropout=dropout)))
     weights.save_folder(model, folder)
+    return folder
+
+
+def write_sentences(folder, count=40, dim=32):
+    """Write texts of several lengths with vectors of any direction, as a sentence encoder's."""
+    texts = [CAPTIONS[n] * (1 + n % 7) for n in range(count)]
+    vectors = np.random.default_rng(0).normal(size=(count, dim)).astype(np.float32)
+    rows = Features("texts", list(range(count)), texts, dim, lambda a, b: vectors[a:b], {})
+    write_clip_retrieval(rows, folder)
     return folder
 
 

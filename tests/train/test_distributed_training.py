@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import tomli_w
-from train.runs import recipe_values, write_pairs, write_start
+from train.runs import recipe_values, write_pairs, write_sentences, write_start
 
 from cn_clip import weights
 from cn_clip.train.log import read_log
@@ -15,13 +15,16 @@ from cn_clip.train.loop import train
 
 # 10 steps of stage 1 and 10 of stage 2; the last batch of each epoch has 8 of 20 pairs.
 STAGES = (
-    {"name": "locked", "freeze": ["visual.*"], "cached": True, "steps": 10},
+    {"name": "locked", "freeze": ["visual.*"], "cached": True, "steps": 10, "interpolate": 0.5},
     {"name": "all", "augment": True, "steps": 10},
 )
 
 
 def values(pairs, start, out, **tables):
-    stages = [dict(stage, epochs=None, global_batch_size=20) for stage in STAGES]
+    # 10 texts: shares of 3 and of 2, among four processes.
+    texts = str(write_sentences(out.parent / "sentences"))
+    held = {"loss": {"sentences": texts, "sentences_batch_size": 10}}
+    stages = [dict(stage, epochs=None, global_batch_size=20, **held) for stage in STAGES]
     found = recipe_values(pairs, start, out, *stages, **tables)
     for stage in found["stages"]:
         del stage["epochs"]

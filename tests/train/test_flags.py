@@ -83,6 +83,11 @@ def test_lists_take_values_until_the_next_flag_and_flags_again():
     again = recipe_of("--data.train", "a.csv", "--data.train=b.csv")
     assert again.data.train == ("a.csv", "b.csv")
     assert both(recipe_of("--freeze", "none"), "freeze") == [(), ()]
+    for given in (
+        ["--rates", "visual.*=0.1", "bert.*=2"],
+        ["--rates=visual.*=0.1", "--rates=bert.*=2"],
+    ):
+        assert both(recipe_of(*given), "optimizer", "rates") == [("visual.*=0.1", "bert.*=2")] * 2
 
 
 def test_a_switch_needs_no_value_and_takes_one():
@@ -92,8 +97,9 @@ def test_a_switch_needs_no_value_and_takes_one():
 
 
 def test_none_takes_an_option_away():
-    values = copy.deepcopy(TWO) | {"output": {"interpolate": 0.5}}
-    assert recipe_of("--interpolate", "none", values=values).output.interpolate is None
+    values = apply_flags(TWO, ["--interpolate", "0.5"])
+    assert both(build_recipe(values), "interpolate") == [0.5, 0.5]
+    assert both(recipe_of("--interpolate", "none", values=values), "interpolate") == [None, None]
     assert both(recipe_of("--for-batch", "off"), "optimizer", "for_batch") == [None, None]
 
 

@@ -13,12 +13,12 @@ from cn_clip.train.guard import Guard, Stop, signals
 from cn_clip.train.recipe import Loss, Machine, Optimizer, Stage
 
 
-def guard_of(precision="bf16", stop_at_chance=100, kind="clip", batch=64, warmup=0):
+def guard_of(precision="bf16", stop_at_chance=100, loss=None, batch=64, warmup=0):
     stage = Stage(
         name="first",
         epochs=1,
         global_batch_size=batch,
-        loss=Loss(kind=kind),
+        loss=loss or Loss(),
         optimizer=Optimizer(warmup=warmup),
     )
     return Guard(stage, Machine(precision=precision), 5e-4, stop_at_chance)
@@ -76,7 +76,9 @@ def noise(count, around, spread, seed=0):
         ([9.0] * 50 + [3.0] * 250, {}),  # a bad beginning
         ([math.log(64)] * 99, {}),  # too early to tell
         ([math.log(64)] * 300, {"stop_at_chance": 0}),
-        ([math.log(64)] * 300, {"kind": "sigmoid"}),  # whose chance is another
+        ([math.log(64)] * 300, {"loss": Loss(kind="sigmoid")}),  # whose chance is another
+        ([math.log(64)] * 300, {"loss": Loss(sentences="s")}),  # pairs and sentences together
+        ([math.log(64)] * 300, {"loss": Loss(teacher="t", teacher_features=1.0)}),
     ],
 )
 def test_a_run_that_can_come_to_something_goes_on(losses, options):

@@ -3,23 +3,27 @@
 import json
 import math
 import os
+import shutil
 import signal
 from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
+from conftest import cosines
 from train.runs import CAPTIONS, make_recipe, write_pairs, write_start
 
 import cn_clip
 from cn_clip import weights
 from cn_clip.errors import CheckpointError, DataError, TrainingError, UsageError
+from cn_clip.features import read_captions
 from cn_clip.train import checkpoint as states_on_disk
 from cn_clip.train.guard import InterruptedRun
 from cn_clip.train.log import Log, read_log
 from cn_clip.train.loop import train
 
 OPTIMIZER = {"learning_rate": 1e-3, "warmup": 2}
+FAST = {"epochs": 6, "optimizer": {"learning_rate": 3e-3, "warmup": 4}}  # learns by heart
 LOCKED = {"name": "locked", "freeze": ["visual.*"], "optimizer": OPTIMIZER}
 
 
@@ -166,15 +170,61 @@ def test_lora_trains_little_and_ends_as_plain_weights(pairs, start, tmp_path):
     assert all("attn.in_proj" in n or ".self." in n or n == "logit_scale" for n in changed)
 
 
-def test_interpolation_lies_between_start_and_trained_weights(pairs, start, tmp_path):
-    half = make_recipe(
-        pairs, start, tmp_path / "half", data={"val": []}, output={"interpolate": 0.5}
+def test_a_stage_mixes_the_weights_it_ends_with_with_those_it_began_with(pairs, start, tmp_path):
+    """And its mixture is measured; a run that is killed after it mixes once all the same."""
+    run, seen = tmp_path / "run", (pairs[0], pairs[0])
+    one_epoch, mixed = LOCKED | {"epochs": 1}, FAST | {"name": "all", "interpolate": 0.5}
+    recipe = make_recipe(seen, start, run, one_epoch, mixed)
+    outcome = train(recipe)
+    one, two = (tensors(run / "stages" / name) for name in ("1-locked", "2-all"))
+    final = tensors(run / "final")
+    assert not torch.equal(one["text_projection"], two["text_projection"])
+    for name in one:
+        torch.testing.assert_close(final[name], (one[name] + two[name]) / 2)
+    scores = {event["stage"]: event["mean_recall"] for event in events(run, "score")}
+    assert list(scores) == ["locked", "all", "all, mixed", "final"]
+    assert scores["all, mixed"] == scores["final"]
+    (run / "outcome.json").unlink()
+    shutil.rmtree(run / "final")
+    assert train(recipe, resume=True).scores == outcome.scores
+    assert all(torch.equal(final[name], each) for name, each in tensors(run / "final").items())
+
+
+def test_the_next_stage_begins_with_the_mixture_and_has_its_score_to_beat(pairs, start, tmp_path):
+    run, seen = tmp_path / "run", (pairs[0], pairs[0])
+    still = {"name": "still", "epochs": 1, "optimizer": {"learning_rate": 0.0}}
+    outcome = train(make_recipe(seen, start, run, FAST | {"interpolate": 0.25}, still))
+    before, after, final = (
+        tensors(folder) for folder in (start, run / "stages" / "1-train", run / "final")
     )
-    train(half)
-    tuned = tensors(tmp_path / "half" / "stages" / "1-train")
-    before, after = tensors(start), tensors(tmp_path / "half" / "final")
     for name in before:
-        torch.testing.assert_close(after[name], (before[name] + tuned[name]) / 2)
+        wanted = 0.75 * before[name] + 0.25 * after[name]
+        torch.testing.assert_close(final[name], wanted, atol=1e-6, rtol=1e-5)
+    scores = dict(outcome.scores)
+    assert scores["train, mixed"] == scores["still"] == scores["final"] < scores["train"]
+
+
+def test_sentences_draw_texts_to_their_places_with_cached_pictures_too(
+    pairs, start, sentences, tmp_path
+):
+    held = {"sentences": str(sentences), "sentences_weight": 5.0, "sentences_batch_size": 20}
+    stage = LOCKED | {"cached": True, "epochs": 8, "loss": held}
+    train(make_recipe(pairs, start, tmp_path / "run", stage, data={"val": []}))
+    stored = read_captions(sentences)
+    near = [
+        cosines(cn_clip.load(str(folder)).embed_texts(stored.ids), stored.vectors).mean()
+        for folder in (start, tmp_path / "run" / "final")
+    ]
+    assert near[1] > near[0] + 0.1
+
+
+def test_sentences_that_cannot_be_used_are_refused_before_features_are_computed(
+    pairs, start, tmp_path
+):
+    stage = LOCKED | {"cached": True, "loss": {"sentences": str(tmp_path / "nowhere")}}
+    with pytest.raises(UsageError, match=r"no folder .*nowhere; make it with: cn-clip embed texts"):
+        train(make_recipe(pairs, start, tmp_path / "run", stage, data={"val": []}))
+    assert not (tmp_path / "run" / "features").exists()
 
 
 def test_averaged_weights_are_what_is_measured_and_kept(pairs, start, tmp_path):

@@ -9,6 +9,7 @@ from conftest import TINY, make_model
 from torch import nn
 
 from cn_clip.config import MODELS
+from cn_clip.errors import UsageError
 from cn_clip.model.clip import CLIP
 from cn_clip.train.optim import (
     Average,
@@ -143,6 +144,34 @@ def test_the_rate_shrinks_by_a_factor_from_each_layer_to_the_one_below(kind, fro
 def test_without_layer_decay_all_rates_are_one():
     groups = parameter_groups(make_model(TINY["vit"]).named_parameters(), Optimizer())
     assert [group["scale"] for group in groups] == [1.0, 1.0]
+
+
+def test_a_rate_is_its_factor_times_the_layers_and_the_last_pattern_that_matches_counts():
+    named = dict(skeleton(TINY["vit"]).named_parameters())
+    rates = ("visual.*=0.1", "*.resblocks.0.*=3", "text_projection=0")
+    groups = parameter_groups(named.items(), Optimizer(layer_decay=0.5, rates=rates))
+    scales = {each: group["scale"] for group in groups for each in group["names"]}
+    for name, scale in {
+        "visual.proj": 0.1,
+        "visual.transformer.resblocks.1.mlp.c_fc.weight": 0.1 * 0.5,
+        "visual.transformer.resblocks.0.mlp.c_fc.weight": 3 * 0.25,
+        "visual.conv1.weight": 0.1 * 0.125,
+        "bert.encoder.layer.1.output.dense.weight": 0.5,
+        "text_projection": 0,
+        "logit_scale": 1,
+    }.items():
+        assert scales[name] == pytest.approx(scale), name
+    optimizer = make_optimizer(groups, Optimizer())
+    set_rate(optimizer, 0.01)
+    assert all(g["lr"] == pytest.approx(0.01 * g["scale"]) for g in optimizer.param_groups)
+
+
+def test_a_pattern_of_rates_that_matches_nothing_is_refused_with_what_is_near():
+    named = skeleton(TINY["vit"]).named_parameters()
+    with pytest.raises(
+        UsageError, match=r"rates: the pattern 'bret\.\*' matches no .*near it: bert"
+    ):
+        parameter_groups(named, Optimizer(rates=("bret.*=0.1",)))
 
 
 def test_a_step_without_gradients_shrinks_what_is_decayed_and_nothing_else():

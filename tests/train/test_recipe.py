@@ -1,5 +1,6 @@
 """Recipes: what is shipped, what TOML says, and what is refused before anything is done."""
 
+import re
 import tomllib
 from dataclasses import replace
 from types import UnionType
@@ -41,7 +42,7 @@ def a_value(kind, default):
     if get_origin(kind) in (Union, UnionType):
         (kind,) = (each for each in get_args(kind) if each is not type(None))
     if get_origin(kind) is tuple:
-        return "bert.embeddings.*", ("bert.embeddings.*",)
+        return "bert.embeddings.*=0.5", ("bert.embeddings.*=0.5",)
     if get_origin(kind) is Literal:
         return get_args(kind)[-1], get_args(kind)[-1]
     value = {bool: not default, int: 7, float: 0.25, str: "other"}[kind]
@@ -55,6 +56,7 @@ def test_these_recipes_are_shipped_and_say_their_names():
         "finetune-flickr30k-cn",
         "finetune-muge",
         "finetune-small",
+        "mini",
         "two-stage",
     ]
     assert all(built(name).name == name for name in shipped())
@@ -183,7 +185,9 @@ def test_a_value_of_the_wrong_kind_is_refused(values, said):
         (changed(plateau={"patience": 0}), "plateau.patience is 0; give 1"),
         (changed(loss={"teacher_weight": 2.0}), "teacher_weight is 2.0; give 0 to 1"),
         (changed(data={"most_skipped": 1.5}), "data.most_skipped is 1.5"),
-        (changed(output={"interpolate": 1.5}), "output.interpolate is 1.5"),
+        (changed(interpolate=1.5), r"stages\.train\.interpolate is 1.5; give 0 to 1"),
+        (changed(loss={"sentences_weight": -1.0}), "sentences_weight is -1"),
+        (changed(loss={"sentences_batch_size": 0}), "sentences_batch_size is 0; give 1"),
         (changed(output={"log_every": 0}), "output.log_every is 0"),
         (changed(evaluation={"every_epochs": -1}), "evaluation.every_epochs is -1"),
     ],
@@ -212,6 +216,13 @@ def test_a_value_out_of_range_is_refused_with_the_range(values, said):
 def test_options_that_exclude_each_other_are_refused_with_the_remedy(values, said):
     with pytest.raises(UsageError, match=said):
         build_recipe(values)
+
+
+@pytest.mark.parametrize("entry", ["visual.*", "=0.1", "visual.*=", "visual.*=low", "bert.*=-1"])
+def test_an_entry_of_rates_that_is_no_pattern_and_factor_is_refused(entry):
+    said = f"rates holds '{re.escape(entry)}'; give PATTERN=FACTOR, such as"
+    with pytest.raises(UsageError, match=said):
+        build_recipe(changed(optimizer={"rates": ["bert.*=0.5", entry]}))
 
 
 def test_a_recipe_of_a_newer_version_is_refused_before_its_unknown_keys():

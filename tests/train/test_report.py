@@ -181,8 +181,13 @@ def test_the_headline_is_before_the_best_of_each_stage_and_the_final_score(run):
             [("locked", 0, 0.1), ("locked", 5, 0.4), ("locked", 9, 0.3), ("unlocked", 12, 0.6)],
             [("before", 0.1), ("locked", 0.4), ("unlocked", 0.6)],
         ),
+        (  # the mixture is what the next stage begins with, better or not
+            [("locked", 0, 0.1), ("locked", 5, 0.4), ("locked, mixed", 5, 0.2),
+             ("unlocked", 9, 0.3)],
+            [("before", 0.1), ("locked", 0.4), ("locked, mixed", 0.2), ("unlocked", 0.3)],
+        ),
     ],
-)
+)  # fmt: skip
 def test_the_headline_of_a_run_under_way(run, scores, expected):
     events = [
         {"kind": kind, "total": total, **values}

@@ -15,10 +15,6 @@ from cn_clip.train.guard import InterruptedRun
 from cn_clip.train.log import read_log
 from cn_clip.train.loop import train
 
-STAGES = (
-    {"name": "locked", "freeze": ["visual.*"], "cached": True, "epochs": 2},
-    {"name": "all", "augment": True, "micro_batch_size": 6, "epochs": 2},
-)
 AVERAGED = {"learning_rate": 1e-3, "warmup": 2, "ema": 0.9, "clip_norm": 1.0}
 
 
@@ -26,6 +22,13 @@ AVERAGED = {"learning_rate": 1e-3, "warmup": 2, "ema": 0.9, "clip_norm": 1.0}
 def dropping(tmp_path_factory):
     """Weights of a tiny model with dropout, whose draws have to come again."""
     return write_start(tmp_path_factory.mktemp("dropping") / "tiny", dropout=0.1)
+
+
+@pytest.fixture(scope="module")
+def stages(sentences):
+    held = {"loss": {"sentences": str(sentences), "sentences_batch_size": 12}}
+    locked = {"name": "locked", "freeze": ["visual.*"], "cached": True, "interpolate": 0.75}
+    return locked | held, {"name": "all", "augment": True, "micro_batch_size": 6} | held
 
 
 def losses(folder):
@@ -49,9 +52,9 @@ def stopping_at(step, number=signal.SIGTERM):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_stopped_run_goes_on_with_the_same_bits(pairs, dropping, tmp_path, workers):
+def test_a_stopped_run_goes_on_with_the_same_bits(pairs, dropping, stages, tmp_path, workers):
     options = {"data": {"workers": workers}, "output": {"log_every": 1}}
-    stages = [stage | {"optimizer": AVERAGED} for stage in STAGES]
+    stages = [stage | {"optimizer": AVERAGED} for stage in stages]
     whole = make_recipe(pairs, dropping, tmp_path / "whole", *stages, **options)
     wanted = train(whole)
     parts = make_recipe(pairs, dropping, tmp_path / "parts", *stages, **options)
@@ -73,14 +76,14 @@ def test_ctrl_c_saves_too(pairs, dropping, tmp_path):
     assert checkpoint.states(tmp_path / "run")[-1].name == "000000001"
 
 
-def killed_and_resumed(pairs, start, tmp_path, kills, seed):
+def killed_and_resumed(pairs, start, stages, tmp_path, kills, seed):
     """Start a run in a process of its own, kill it at random moments, and let it end."""
     import tomli_w
 
     options = {"output": {"log_every": 1, "save_every": 1}}
-    whole = make_recipe(pairs, start, tmp_path / "whole", *STAGES, **options)
+    whole = make_recipe(pairs, start, tmp_path / "whole", *stages, **options)
     train(whole)
-    values = recipe_values(pairs, start, tmp_path / "killed", *STAGES, **options)
+    values = recipe_values(pairs, start, tmp_path / "killed", *stages, **options)
     file = tmp_path / "recipe.toml"
     file.write_text(tomli_w.dumps(values), encoding="utf-8")
     command = [sys.executable, "-m", "cn_clip", "train", "--recipe", str(file), "--resume", "auto"]
@@ -110,18 +113,20 @@ def killed_and_resumed(pairs, start, tmp_path, kills, seed):
     return kills
 
 
-def test_a_killed_run_goes_on_with_the_same_bits(pairs, dropping, tmp_path):
-    killed_and_resumed(pairs, dropping, tmp_path, kills=3, seed=1)
+def test_a_killed_run_goes_on_with_the_same_bits(pairs, dropping, stages, tmp_path):
+    killed_and_resumed(pairs, dropping, stages, tmp_path, kills=3, seed=1)
 
 
 @pytest.mark.full
-def test_a_run_killed_at_twenty_moments_goes_on_with_the_same_bits(pairs, dropping, tmp_path):
+def test_a_run_killed_at_twenty_moments_goes_on_with_the_same_bits(
+    pairs, dropping, stages, tmp_path
+):
     kills, seed = 20, 0
     while kills:  # a run may end before all of them have come: then another one
         seed += 1
         folder = tmp_path / str(seed)
         folder.mkdir()
-        kills = killed_and_resumed(pairs, dropping, folder, kills, seed)
+        kills = killed_and_resumed(pairs, dropping, stages, folder, kills, seed)
 
 
 def test_what_a_killed_save_left_is_no_state_and_goes_with_the_next(pairs, dropping, tmp_path):

@@ -10,8 +10,9 @@ from cn_clip.backends.torch import TorchEmbedder
 from cn_clip.data.loader import stacked_keys, token_ids
 from cn_clip.data.pair import Row
 from cn_clip.train.batches import Share
-from cn_clip.train.loss import clip_loss
+from cn_clip.train.loss import clip_loss, sigmoid_loss
 from cn_clip.train.recipe import Loss, Stage
+from cn_clip.train.sentences import Sentences
 from cn_clip.train.stages import set_modes
 from cn_clip.train.step import Heads, Numbers, Towers, _seed_of, backward
 
@@ -47,6 +48,10 @@ def towers_of(kind, stage=None, dropout=0.0, teacher_dim=None):
     towers = Towers(model, Heads(stage, config.embed_dim, teacher_dim), stage)
     set_modes(model)
     return towers
+
+
+def unit(x):
+    return x / x.norm(dim=-1, keepdim=True)
 
 
 def gradients(towers):
@@ -168,6 +173,24 @@ def test_a_learned_projection_is_trained_towards_the_teachers_features():
     _, more = run(towers, share, stage, 1, teacher=teacher)
     assert one["heads.image.weight"].abs().sum() > 0
     assert_same(one, more)  # the teacher is the same each time
+
+
+@pytest.mark.parametrize("chunks", [1, 3, 10])  # 10: more than there are sentences
+@pytest.mark.parametrize("kind", ["clip", "sigmoid"])
+def test_sentences_add_their_mean_cosine_distance_to_the_loss(kind, chunks):
+    stage = Stage(epochs=1, loss=Loss(kind=kind, sentences="s", sentences_weight=0.7))
+    towers, share = towers_of("vit", stage), share_of(32)
+    places = unit(torch.randn(4, 32, generator=torch.Generator().manual_seed(2)))
+    held = Sentences(token_ids(["木", "一个很长很长的句子", "河流", "灯"], 52), places)
+    loss, found = run(towers, share, stage, chunks, sentences=held)
+    towers.zero_grad()
+    out = towers(share.pixels, None, share.ids)
+    distance = 1 - (unit(towers.model.encode_text(held.ids)) * places).sum() / 4
+    pairs = {"clip": clip_loss, "sigmoid": sigmoid_loss}[kind](*out, keys=share.keys)
+    wanted = pairs + 0.7 * distance
+    wanted.backward()
+    assert loss == pytest.approx(wanted.item(), abs=1e-5)
+    assert_same(gradients(towers), found)
 
 
 def test_gradients_in_float16_are_scaled_and_come_back_the_same():

@@ -41,7 +41,7 @@ def train(
         Options of the recipe.
     recipe
         The name of a shipped recipe, two-stage, finetune-muge, finetune-flickr30k-cn,
-        finetune-coco-cn, finetune-small or distill, or a TOML file.
+        finetune-coco-cn, finetune-small, distill or mini, or a TOML file.
     resume
         auto goes on with the run in --output.folder, if there is one. A checkpoint's path is what
         training starts from, as --start.checkpoint.

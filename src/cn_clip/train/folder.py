@@ -31,7 +31,8 @@ class Outcome:
     """What a run came to.
 
     ``scores`` holds, in order, where each was measured and the mean recall there: ``before``, the
-    best of each stage, and ``final``. ``weights`` is the folder of the final model.
+    best of each stage, its mixture (``NAME, mixed``) if it interpolates, and ``final``. ``weights``
+    is the folder of the final model.
     """
 
     folder: str

@@ -48,12 +48,14 @@ class Guard:
         self._recent.append(loss)
         batch, what = self.stage.global_batch_size, self._rate_told
         chance = math.log(batch)
-        full = len(self._recent) == _WINDOW
+        full, options = len(self._recent) == _WINDOW, self.stage.loss
+        # What is added to a loss of pairs hides where that stands.
+        alone = options.sentences is None and not (options.teacher and options.teacher_features)
         # Counted from the end of the warm-up, in which little is learned yet.
         late = step + 1 >= self.stage.optimizer.warmup + self.stop_at_chance
         if self.stop_at_chance and late and full:
             mean = sum(self._recent) / _WINDOW
-            if self.stage.loss.kind == "clip" and mean >= _AT_CHANCE * chance:
+            if options.kind == "clip" and alone and mean >= _AT_CHANCE * chance:
                 raise TrainingError(
                     f"after {step + 1} steps the loss stands at {mean:.3f}, and ln({batch}) = "
                     f"{chance:.3f} is what a model has that tells nothing apart. Either {what} has "

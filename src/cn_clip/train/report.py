@@ -70,7 +70,7 @@ def write_report(
 
 
 def headline(events: Sequence[Event], recipe: Recipe) -> list[tuple[str, float]]:
-    """Return the score before training, the best after each stage, and the final one."""
+    """Return the score before training, the best after each stage, mixed, and the final one."""
     return [(name, event["mean_recall"]) for name, event in _chosen(events, recipe)]
 
 
@@ -85,6 +85,10 @@ def _chosen(events: Sequence[Event], recipe: Recipe) -> list[tuple[str, Event]]:
                 best = event
         if mine and best is not None:
             chosen.append((stage.name, best))
+        for event in measured:
+            if event["stage"] == f"{stage.name}, mixed":  # which the next stage begins with
+                best = event
+                chosen.append((event["stage"], event))
     chosen += [("final", event) for event in measured if event["stage"] == "final"]
     return chosen
 

@@ -73,8 +73,7 @@ class SentenceBatches:
         epoch, number = divmod(step, len(self._texts) // self._size)
         if self._drawn[0] != epoch:
             self._drawn = epoch, self._batches(epoch)
-        world, rank = distributed.world_size(), distributed.rank()
-        rows = self._drawn[1][number][rank : self._size // world * world : world]
+        rows = self._drawn[1][number][distributed.rank() :: distributed.world_size()]
         ids = token_ids([self._texts[row] for row in rows], self._context_length)
         return Sentences(ids, self._places[rows])
 
@@ -87,8 +86,3 @@ class SentenceBatches:
             some = some[np.argsort(self._lengths[some], kind="stable")]
             found += np.split(some, len(some) // self._size)
         return [found[n] for n in rng.permutation(len(found))]
-
-
-def sentence_loss(embeddings: Tensor, places: Tensor) -> Tensor:
-    """Return the mean cosine distance, (), of unit vectors (S, D) to unit vectors (S, D)."""
-    return 1 - (embeddings * places.to(embeddings)).sum(-1).mean()

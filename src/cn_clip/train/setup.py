@@ -90,6 +90,7 @@ def set_up(run: Run, progress: Progress) -> Training:
         model.visual.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.set_grad_checkpointing(recipe.machine.grad_checkpointing)
     teacher = _teacher(stage, run.device)
+    sentences = _sentences(run, stage, model)
     loader = _loader(run, progress, model)
     torch.manual_seed(recipe.seed)  # the heads' weights
     heads = Heads(stage, model.config.embed_dim, None if teacher is None else teacher.dim)
@@ -112,7 +113,7 @@ def set_up(run: Run, progress: Progress) -> Training:
         Average(model, decay) if decay else None,
         loader,
         teacher,
-        _sentences(run, stage, model),
+        sentences,
         stage.steps or (stage.epochs or 1) * len(loader),
         learning_rate(stage.optimizer, stage.global_batch_size),
     )

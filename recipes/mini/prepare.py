@@ -1,0 +1,274 @@
+"""Everything that `cn-clip train --recipe mini` needs, from packages (see README.md):
+
+    python recipes/mini/prepare.py --packages DIR --out DIR
+
+Writes pictures/, train.jsonl and val.jsonl (pairs), sentences/ (texts and where they belong), and
+start/ (the model that training starts from). The same packages give the same files. What the
+sentence encoder has embedded is kept in the packages' folder: a second run is a matter of minutes.
+"""
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from image_tower import BATCH, fast, fit_head, imagenet_tower, pooled
+from pictures import Picture, all_pictures, drawn, emoji_words, english_names
+from PIL import Image
+from sentence_encoder import EmbeddingCache
+from space import Space
+from words import (
+    DATA,
+    Thing,
+    Words,
+    captions,
+    classes,
+    jieba_words,
+    templated,
+    things,
+    vocabulary,
+)
+
+import cn_clip
+from cn_clip import weights
+from cn_clip.config import ModelConfig, TextConfig, VisionConfig
+from cn_clip.features import Features, write_clip_retrieval
+from cn_clip.model.clip import CLIP, initialize
+from cn_clip.publish import published
+
+SEED = 0
+SIDE = 256  # of the pictures on disk
+EMBED_DIM = 384  # the sentence encoder's
+VALIDATED = 0.06  # share of the groups of pictures held out
+SYNONYMS, BROADER, CAPTIONS = 4, 2, 2  # texts of a picture, at most
+FREQUENT_WORDS, TEMPLATED_NOUNS, DRAWN_CAPTIONS = 40_000, 6_000, 10_000
+LOGIT_SCALE = 15.0
+WITHOUT = ("clip-art", "synonyms", "looks")
+
+CONFIG = ModelConfig(
+    name="mini",
+    embed_dim=EMBED_DIM,
+    vision=VisionConfig("efficientnet_lite", 224),
+    text=TextConfig(
+        hidden_size=256,
+        layers=3,
+        heads=4,
+        intermediate_size=1024,
+        max_positions=64,
+        dropout=0.0,
+    ),
+    image_mean=(127 / 255,) * 3,
+    image_std=(128 / 255,) * 3,
+    background="white",
+)
+
+
+def one_name(words: Words) -> Words:
+    """The first name alone: what is left without synonyms, broader words and captions."""
+    return Words(words.names[:1])
+
+
+def file_of(picture: Picture) -> str:
+    return picture.name.replace("/", "-").rpartition(".jpg")[0] or picture.name.replace("/", "-")
+
+
+def write_picture(picture: Picture, *, folder: Path) -> bool:
+    """Write one PNG, unless it is there; False if it cannot be drawn or is blank."""
+    path = folder / f"{file_of(picture)}.png"
+    if path.exists():
+        return True
+    try:
+        image = drawn(picture.data, SIDE)
+    except Exception:
+        return False
+    if np.asarray(image).std() < 2:
+        return False
+    with published(path) as new:
+        image.save(new, "PNG", compress_level=4)
+    return True
+
+
+def write_pictures(packages: Path, out: Path) -> list[Picture]:
+    """Write every picture that is not near one of the benchmark's; return them without data."""
+    lines = (DATA / "excluded.jsonl").read_text("utf-8").splitlines()
+    excluded = {json.loads(line)["picture"] for line in lines}
+    folder = out / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = [each for each in all_pictures(packages) if each.name not in excluded]
+    with ProcessPoolExecutor(2) as pool:
+        good = pool.map(partial(write_picture, folder=folder), pictures, chunksize=16)
+        return [replace(p, data=b"") for p, ok in zip(pictures, good, strict=True) if ok]
+
+
+def held_out(pictures: list[Picture]) -> set[str]:
+    """Names of pictures for validation: whole groups, and whatever else has the same name."""
+    groups = sorted({picture.group for picture in pictures})
+    drawn_ = set(random.Random(SEED).sample(groups, round(len(groups) * VALIDATED)))
+    return {picture.words.names[0] for picture in pictures if picture.group in drawn_}
+
+
+def texts_of(picture: Picture) -> list[str]:
+    """The texts of a picture: names, some captions, some broader words, other ones for each."""
+    words, rng = picture.words, random.Random(f"{SEED} {picture.name}")
+    some = [
+        *words.names[:SYNONYMS],
+        *words.captions[:CAPTIONS],
+        *rng.sample(words.broader, min(BROADER, len(words.broader))),
+    ]
+    return list(dict.fromkeys(some))
+
+
+def write_pairs(pictures: list[Picture], out: Path) -> None:
+    """Write both manifests; print what they hold."""
+    apart = held_out(pictures)
+    numbers: dict[str, int] = {}  # the same text has the same text_id everywhere
+    rows: dict[str, list[dict[str, str | int]]] = {"train": [], "val": []}
+    for picture in pictures:
+        validates = picture.words.names[0] in apart
+        for text in picture.words.names[:1] if validates else texts_of(picture):
+            rows["val" if validates else "train"].append(
+                {
+                    "image": f"pictures/{file_of(picture)}.png",
+                    "text": text,
+                    "image_id": file_of(picture),
+                    "text_id": numbers.setdefault(text, len(numbers)),
+                }
+            )
+    for split, found in rows.items():
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in found]
+        (out / f"{split}.jsonl").write_text("".join(lines), "utf-8")
+        shown = [p for p in pictures if (p.words.names[0] in apart) == (split == "val")]
+        print(
+            f"{split}: {len(found)} pairs of {len(shown)} pictures "
+            f"({dict(Counter(p.source for p in shown))}), {len({r['text'] for r in found})} texts"
+        )
+
+
+def write_sentences(
+    space: Space, known: list[Thing], pictures: list[Picture], packages: Path, out: Path
+) -> dict[str, np.ndarray]:
+    """Write texts and where they belong; return the places of all by text."""
+    named = [name for each in known for name in each.words.names]
+    said = [text for each in known for text in each.words.broader + each.words.captions]
+    shown = [text for p in pictures for text in p.words.names + p.words.broader + p.words.captions]
+    chinese = list(dict.fromkeys(named + [p.words.names[0] for p in pictures]))
+    words, nouns = jieba_words(FREQUENT_WORDS)
+    tokens = vocabulary(Path(cn_clip.__file__).parent / "assets/vocab.txt")
+    patterned = templated(chinese, 4, seed=1) | templated(nouns[:TEMPLATED_NOUNS], 1, seed=2)
+    plain = [*named, *said, *shown, *captions(chinese, DRAWN_CAPTIONS, seed=3), *words, *tokens]
+    texts = list(dict.fromkeys(" ".join(text.split()) for text in plain if text.strip()))
+    table = dict(zip(texts, space.places(texts), strict=True))
+    # A pattern changes little of what a word stands for: half-way between word and sentence.
+    new = [text for text in patterned if text not in table]
+    inner = space.places([patterned[text] for text in new])
+    table |= zip(new, unit_sum(space.places(new), inner), strict=True)
+    # An English name belongs where its Chinese one does (Reimers & Gurevych, 2020).
+    modules = packages / "node_modules"
+    codes = emoji_words(modules)
+    for name, code in english_names(modules).items():
+        if code in codes and codes[code].names[0] in table:
+            table.setdefault(name, table[codes[code].names[0]])
+    order = sorted(table)
+    vectors = np.stack([table[text] for text in order])
+    found = Features(
+        "texts",
+        [*range(len(order))],
+        order,
+        EMBED_DIM,
+        lambda a, b: vectors[a:b],
+        {"kind": "texts"},
+    )
+    write_clip_retrieval(found, out / "sentences")
+    print(f"sentences: {len(order)} texts")
+    return table
+
+
+def unit_sum(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (a + b) / np.linalg.norm(a + b, axis=-1, keepdims=True)
+
+
+def write_start(
+    space: Space, places: dict[str, np.ndarray], pictures: list[Picture], layers: int, out: Path
+) -> None:
+    """Write the model that training starts from: ImageNet's backbone under a head in closed form,
+    and a random BERT whose word embeddings begin as what the sentence encoder says of a token."""
+    config = replace(CONFIG, text=replace(CONFIG.text, layers=layers))
+    model = CLIP(config)
+    initialize(model, torch.Generator().manual_seed(SEED))
+    tower = imagenet_tower(config.vision, EMBED_DIM)
+    backbone, features = fast(tower.backbone), []
+    side = config.vision.resolution
+    for start in range(0, len(pictures), BATCH):
+        images = []
+        for picture in pictures[start : start + BATCH]:
+            with Image.open(out / f"pictures/{file_of(picture)}.png") as image:
+                images.append(image.resize((side, side), Image.Resampling.BICUBIC))
+        features.append(pooled(backbone, images))
+    apart = held_out(pictures)
+    seen = np.array([picture.words.names[0] not in apart for picture in pictures])
+    goals = np.stack([goal_of(picture, places) for picture in pictures])
+    fit_head(tower, np.concatenate(features)[seen], goals[seen], space.prototypes)
+    state = model.state_dict()
+    state |= {f"visual.{name}": tensor for name, tensor in tower.state_dict().items()}
+    state["logit_scale"].fill_(np.log(LOGIT_SCALE))
+    tokens = (Path(cn_clip.__file__).parent / "assets/vocab.txt").read_text("utf-8")
+    at = {
+        row: places[text]
+        for row, token in enumerate(tokens.rstrip("\n").split("\n"))
+        if (text := token.strip().removeprefix("##")) in places and not token.startswith("[")
+    }
+    known = np.stack([*at.values()])
+    _, _, axes = np.linalg.svd(known - known.mean(0), full_matrices=False)
+    reduced = known @ axes[: config.text.hidden_size].T
+    table = state["bert.embeddings.word_embeddings.weight"]
+    table[list(at)] = torch.from_numpy(reduced * (0.03 / reduced.std())).float()
+    weights.save_state(config, state, out / "start")
+    print(f"start: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters")
+
+
+def goal_of(picture: Picture, places: dict[str, np.ndarray]) -> np.ndarray:
+    """Where a picture belongs: its name, and half as much all else that is said of it."""
+    words = picture.words
+    others = [*words.names[1:], *words.captions, *words.broader]
+    found = places[words.names[0]]
+    if others:
+        found = found + 0.5 * np.mean([places[text] for text in others], 0)
+    return found / np.linalg.norm(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--packages", type=Path, required=True, help="what run.sh fetched")
+    parser.add_argument("--out", type=Path, required=True, help="where the files go")
+    parser.add_argument("--layers", type=int, default=3, help="of the text tower")
+    parser.add_argument("--without", choices=WITHOUT, help="what an ablation leaves out")
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    started = time.monotonic()
+    pictures = write_pictures(options.packages, options.out)
+    named, known = classes(), things()
+    if options.without == "clip-art":
+        pictures = [each for each in pictures if each.source != "clip-art"]
+    if options.without == "synonyms":
+        pictures = [replace(each, words=one_name(each.words)) for each in pictures]
+        named, known = (
+            [replace(t, words=one_name(t.words)) for t in each] for each in (named, known)
+        )
+    write_pairs(pictures, options.out)
+    encode = EmbeddingCache(options.packages / "sentence_encoder")
+    space = Space(encode, named, [] if options.without == "looks" else known)
+    places = write_sentences(space, named + known, pictures, options.packages, options.out)
+    write_start(space, places, pictures, options.layers, options.out)
+    print(f"{time.monotonic() - started:.0f} seconds")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""Texts with their embeddings, read back from clip-retrieval's layout."""
+
+import numpy as np
+import pytest
+from train.runs import CAPTIONS
+
+from cn_clip.errors import DataError, UsageError
+from cn_clip.features import Features, read_captions, read_features, write_clip_retrieval
+
+
+def written(folder, texts):
+    """Write texts whose vectors are the rows of an identity matrix."""
+    vectors = np.eye(len(texts), 4, dtype=np.float32)
+    rows = Features("texts", list(range(len(texts))), texts, 4, lambda a, b: vectors[a:b], {})
+    write_clip_retrieval(rows, folder)
+    return folder
+
+
+def test_captions_are_read_as_ids_with_their_vectors_in_order(tmp_path):
+    folder = written(tmp_path / "texts", CAPTIONS[:3])
+    found = read_captions(folder)
+    assert found.ids == CAPTIONS[:3]
+    np.testing.assert_array_equal(found.vectors, np.eye(3, 4))
+    assert read_features(folder, "texts").ids == ["0", "1", "2"]
+
+
+def test_a_caption_that_stands_there_twice_is_refused(tmp_path):
+    folder = written(tmp_path / "texts", ["一只猫", "狗", "一只猫"])
+    with pytest.raises(DataError, match=r"texts: the id '一只猫' stands there twice; keep one"):
+        read_captions(folder)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "texts.npz"])
+def test_captions_that_are_no_folder_are_named_with_the_command_that_makes_one(tmp_path, name):
+    (tmp_path / "texts.npz").write_bytes(b"")
+    with pytest.raises(UsageError, match=rf"no folder .*{name}; make it with: cn-clip embed texts"):
+        read_captions(tmp_path / name)
+
+
+def test_a_folder_of_pictures_holds_no_captions(tmp_path):
+    vectors = np.eye(1, 4, dtype=np.float32)
+    rows = Features("images", [0], ["0.png"], 4, lambda a, b: vectors[a:b], {})
+    write_clip_retrieval(rows, tmp_path / "pictures")
+    with pytest.raises(DataError, match="holds 0 files in text_emb and 1 in metadata"):
+        read_captions(tmp_path / "pictures")
