@@ -4,8 +4,9 @@
     python benchmarks/kinds.py FOLDER --stamps DIR
     python benchmarks/kinds.py FOLDER --photos         # without the folders of cartoons
 
-Writes the 262 pictures whose folder names a kind of thing, on white squares, as FOLDER/test/0 to
-FOLDER/test/8 with FOLDER/label_cn.txt, for `cn-clip eval zeroshot --data FOLDER`.
+Writes the 262 pictures whose folder names a kind of thing (without cartoons fewer), on white
+squares, as FOLDER/test/0 to FOLDER/test/8 with FOLDER/label_cn.txt, for
+`cn-clip eval zeroshot --data FOLDER`.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ def main() -> None:
     parser.add_argument("--stamps", type=Path, help="folder of the stamps; fetched if not given")
     parser.add_argument("--photos", action="store_true", help="leave out what is in cartoon/")
     options = parser.parse_args()
+    if options.folder.exists() and any(options.folder.iterdir()):
+        parser.error(f"{options.folder} is not empty; give a new folder")
     with tempfile.TemporaryDirectory() as scratch:
         count = write_kinds(
             options.stamps or fetch(Path(scratch)), options.folder, photos=options.photos

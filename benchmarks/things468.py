@@ -99,7 +99,7 @@ def main() -> None:
         if options.folder:
             pairs = [p for p in pairs if p[0].relative_to(stamps).parts[0] == options.folder]
         if not pairs:
-            parser.error(f"no captioned stamps in {stamps}")
+            parser.error(f"no captioned stamps in {stamps / (options.folder or '')}")
         ours = measure(options.model, pairs)
         theirs = measure(options.against, pairs) if options.against else None
     result = {

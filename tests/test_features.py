@@ -24,10 +24,10 @@ def test_captions_are_read_as_ids_with_their_vectors_in_order(tmp_path):
     assert read_features(folder, "texts").ids == ["0", "1", "2"]
 
 
-def test_a_caption_that_stands_there_twice_is_refused(tmp_path):
-    folder = written(tmp_path / "texts", ["一只猫", "狗", "一只猫"])
-    with pytest.raises(DataError, match=r"texts: the id '一只猫' stands there twice; keep one"):
-        read_captions(folder)
+def test_of_a_caption_that_stands_there_twice_the_first_counts(tmp_path):
+    found = read_captions(written(tmp_path / "texts", ["一只猫", "狗", "一只猫", "马"]))
+    assert found.ids == ["一只猫", "狗", "马"]
+    np.testing.assert_array_equal(found.vectors, np.eye(4)[[0, 1, 3]])
 
 
 @pytest.mark.parametrize("name", ["nowhere", "texts.npz"])

@@ -9,7 +9,8 @@ run() { # NAME FOLDER-WITH-DATA OPTIONS...
     name=$1 data=$2
     shift 2
     test -d "mini/ablations/$name/final" || mini/venv/bin/cn-clip train --recipe mini \
-        --train-data "jsonl:$data/train.jsonl" --start.checkpoint "$data/start" \
+        --train-data "jsonl:$data/train.jsonl" --val-data "jsonl:$data/val.jsonl" \
+        --start.checkpoint "$data/start" \
         --loss.sentences "$data/sentences" --output.folder "mini/ablations/$name" \
         --stages.locked.steps 400 --stages.locked.plateau off --stages.unlocked.steps 1 \
         --resume auto "$@"
@@ -30,7 +31,7 @@ for what in clip-art synonyms looks; do
     prepared "mini/without-$what" --without "$what"
     run "no-$what" "mini/without-$what"
 done
-for layers in 2 6; do
+for layers in 2 4; do
     prepared "mini/layers-$layers" --layers "$layers"
     run "layers-$layers" "mini/layers-$layers"
 done

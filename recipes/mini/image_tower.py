@@ -54,7 +54,7 @@ def fast(backbone: nn.Module) -> nn.Module:
 
 
 def pooled(backbone: nn.Module, images: Sequence[Image.Image]) -> np.ndarray:
-    """(N, 1280) float32 pooled features; bfloat16 inside (cosine 0.9996 to float32)."""
+    """(N, 1280) float32 pooled features; bfloat16 inside."""
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
     x = pixels.permute(0, 3, 1, 2).float().sub(PIXEL_MEAN).div(PIXEL_STD)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

@@ -23,7 +23,7 @@ PEOPLE = {"1f468": GROWN_UP, "1f469": GROWN_UP, "1f466": CHILD, "1f467": CHILD}
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture: `group` names what it shows, so that no split separates two drawings of it."""
+    """One picture: `group` names what it shows, so that a split can keep its drawings together."""
 
     source: str
     key: str
@@ -114,7 +114,8 @@ def family(code: str) -> str:
 
 
 def _wanted(code: str) -> bool:
-    """Skin tones repeat one picture five times, so only the yellow one stays."""
+    """Skin tones repeat one picture five times, so only the yellow one stays; signs of up to three
+    hexadecimal digits are letters and numbers."""
     return not SKIN_TONES & set(code.split("-")) and len(code) > 3
 
 

@@ -3,8 +3,9 @@
     python recipes/mini/prepare.py --packages DIR --out DIR
 
 Writes pictures/, train.jsonl and val.jsonl (pairs), sentences/ (texts and where they belong), and
-start/ (the model that training starts from). The same packages give the same files. What the
-sentence encoder has embedded is kept in the packages' folder: a second run is a matter of minutes.
+start/ (the model that training starts from). The same packages give the same files, on one machine
+and in a new folder. What the sentence encoder has embedded is kept in the packages' folder: a second
+run is a matter of minutes.
 """
 
 import argparse
@@ -72,12 +73,12 @@ CONFIG = ModelConfig(
 
 
 def one_name(words: Words) -> Words:
-    """The first name alone: what is left without synonyms, broader words and captions."""
+    """The words without synonyms, broader words and captions: the first name alone."""
     return Words(words.names[:1])
 
 
 def file_of(picture: Picture) -> str:
-    return picture.name.replace("/", "-").rpartition(".jpg")[0] or picture.name.replace("/", "-")
+    return picture.name.replace("/", "-").removesuffix(".jpg")
 
 
 def write_picture(picture: Picture, *, folder: Path) -> bool:
@@ -109,14 +110,14 @@ def write_pictures(packages: Path, out: Path) -> list[Picture]:
 
 
 def held_out(pictures: list[Picture]) -> set[str]:
-    """Names of pictures for validation: whole groups, and whatever else has the same name."""
+    """Names of pictures for validation: those of groups drawn, and whatever has the same name."""
     groups = sorted({picture.group for picture in pictures})
-    drawn_ = set(random.Random(SEED).sample(groups, round(len(groups) * VALIDATED)))
-    return {picture.words.names[0] for picture in pictures if picture.group in drawn_}
+    chosen = set(random.Random(SEED).sample(groups, round(len(groups) * VALIDATED)))
+    return {picture.words.names[0] for picture in pictures if picture.group in chosen}
 
 
 def texts_of(picture: Picture) -> list[str]:
-    """The texts of a picture: names, some captions, some broader words, other ones for each."""
+    """The texts of a picture: names, captions, and some broader words, other ones for each."""
     words, rng = picture.words, random.Random(f"{SEED} {picture.name}")
     some = [
         *words.names[:SYNONYMS],

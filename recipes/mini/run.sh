@@ -1,6 +1,6 @@
 #!/bin/sh
 # From packages to a trained model, in the folder mini/: sh recipes/mini/run.sh
-# Broken off, the same command goes on. What it needs: Python, npm, apt-get and dpkg, 1 GB of disk.
+# Broken off, the same command goes on. What it needs: Debian on x86-64 with Python and npm, 3 GB.
 set -eu
 recipe=$(dirname "$0")
 packages=mini/packages
@@ -15,8 +15,14 @@ npm install --prefix "$packages" --no-save --no-audit --no-fund --ignore-scripts
     cldr-annotations-full@48.2.0 cldr-annotations-derived-full@48.2.0
 (
     cd "$packages/debian"
-    for name in openclipart-png pysiogame; do
-        test -d "$name" || { apt-get download "$name" && dpkg -x "$name"_*.deb "$name"; }
+    for name in openclipart-png=1:0.18+dfsg-19 pysiogame=4.20.01-1; do
+        folder=${name%%=*}
+        if ! test -d "$folder"; then
+            rm -rf "$folder".new "$folder"_*.deb
+            apt-get download "$name"
+            dpkg -x "$folder"_*.deb "$folder".new
+            mv "$folder".new "$folder"
+        fi
     done
 )
 

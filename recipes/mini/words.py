@@ -16,7 +16,7 @@ import numpy as np
 
 DATA = Path(__file__).resolve().parent / "data"
 CLASSES = 1000
-BROADER = 0.5  # how much a thing outside ImageNet says of its broader words, beside a class
+BELOW = 0.5  # how much a thing outside ImageNet says of its broader words, beside a class
 
 # Parts of speech of jieba's list that can name or describe something.
 WORD_TAGS = frozenset(("n", "nz", "ng", "v", "vn", "a", "an", "i", "l", "ns", "s", "b", "z", "nrt"))
@@ -59,7 +59,7 @@ def classes() -> list[Thing]:
 
 def things() -> list[Thing]:
     """Everyday things that are no class of ImageNet."""
-    number = {row[0].split(",")[0]: n for n, row in reversed([*enumerate(rows("imagenet.tsv"))])}
+    number = {row[0].split(",")[0]: n for n, row in enumerate(rows("imagenet.tsv"))}
     found = []
     for names, broader, captions, looks in rows("things.tsv"):
         look = np.zeros(CLASSES, np.float32)
@@ -78,7 +78,7 @@ def labels(name: str) -> dict[str, Words]:
 
 def looks(known: Iterable[Thing]) -> tuple[list[str], np.ndarray]:
     """Every text with a look, and the looks (N, 1000): names and captions have their thing's, a
-    broader word the mean of all below it."""
+    broader word the mean of all below it, in which a class counts twice."""
     own: dict[str, list[np.ndarray]] = defaultdict(list)
     below: dict[str, list[tuple[float, np.ndarray]]] = defaultdict(list)
     for thing in known:
@@ -86,7 +86,7 @@ def looks(known: Iterable[Thing]) -> tuple[list[str], np.ndarray]:
             continue
         for text in thing.words.names + thing.words.captions:
             own[text].append(thing.look)
-        weight = 1.0 if thing.look.max() == 1 else BROADER
+        weight = 1.0 if thing.look.max() == 1 else BELOW
         for text in thing.words.broader:
             below[text].append((weight, thing.look))
     table = {text: np.mean(each, 0) for text, each in own.items()}
@@ -126,7 +126,7 @@ def templated(words: Sequence[str], each: int, seed: int) -> dict[str, str]:
     return {t.format(word): word for word in words for t in rng.sample(templates, each)}
 
 
-def captions(things: Sequence[str], count: int, seed: int) -> list[str]:
+def captions(nouns: Sequence[str], count: int, seed: int) -> list[str]:
     """Short captions drawn from hand-written lists; one in ten is a long one of several parts."""
     lists: dict[str, list[str]] = {}
     for line in (DATA / "captions.txt").read_text("utf-8").splitlines():
@@ -143,8 +143,8 @@ def captions(things: Sequence[str], count: int, seed: int) -> list[str]:
         if kind < 0.5:
             return rng.choice(lists["who"]) + rng.choice(lists["does"])
         if kind < 0.85:
-            return rng.choice(lists["look"]) + rng.choice(things)
-        return rng.choice(things) + rng.choice(("和", "与", "，还有")) + rng.choice(things)
+            return rng.choice(lists["look"]) + rng.choice(nouns)
+        return rng.choice(nouns) + rng.choice(("和", "与", "，还有")) + rng.choice(nouns)
 
     drawn = list(lists["scene"])
     for i in range(count):

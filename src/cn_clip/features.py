@@ -143,7 +143,7 @@ def read_features(path: Path, kind: Kind) -> Stored:
 
 def read_captions(path: Path) -> Stored:
     """Read texts with their embeddings from a folder in clip-retrieval's layout; their ids are the
-    texts themselves, of the column ``caption``.
+    texts themselves, of the column ``caption``. If a text stands there twice, the first counts.
 
     Raises:
         UsageError: there is no such folder, or a library for it is missing.
@@ -153,7 +153,12 @@ def read_captions(path: Path) -> Stored:
         raise UsageError(
             f"no folder {path}; make it with: cn-clip embed texts --out {path}, without a suffix"
         )
-    return _checked(_read_clip_retrieval(path, "texts", ("caption",)))
+    stored = _read_clip_retrieval(path, "texts", ("caption",))
+    if len(stored.ids) == len(stored.vectors):
+        first = {text: row for row, text in reversed([*enumerate(stored.ids)])}
+        rows = sorted(first.values())
+        stored = Stored(path, [stored.ids[row] for row in rows], stored.vectors[rows])
+    return _checked(stored)
 
 
 def _checked(stored: Stored) -> Stored:

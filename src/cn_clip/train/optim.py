@@ -107,7 +107,8 @@ def rate_factor(entry: str) -> tuple[str, float]:
         value = -1.0
     if not pattern or not 0 <= value <= 1000:
         raise UsageError(
-            f"optimizer.rates holds {entry!r}; give PATTERN=FACTOR, such as visual.backbone.*=0.1"
+            f"stages.NAME.optimizer.rates holds {entry!r}; give PATTERN=FACTOR, such as "
+            "visual.backbone.*=0.1"
         )
     return pattern, value
 
@@ -115,7 +116,7 @@ def rate_factor(entry: str) -> tuple[str, float]:
 def _factors(names: list[str], rates: Sequence[str]) -> dict[str, float]:
     factors: dict[str, float] = {}
     for pattern, factor in map(rate_factor, rates):
-        factors |= dict.fromkeys(matched([pattern], names, "optimizer.rates"), factor)
+        factors |= dict.fromkeys(matched([pattern], names, "stages.NAME.optimizer.rates"), factor)
     return factors
 
 

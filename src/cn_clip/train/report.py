@@ -85,11 +85,11 @@ def _chosen(events: Sequence[Event], recipe: Recipe) -> list[tuple[str, Event]]:
                 best = event
         if mine and best is not None:
             chosen.append((stage.name, best))
-        for event in measured:
-            if event["stage"] == f"{stage.name}, mixed":  # which the next stage begins with
-                best = event
-                chosen.append((event["stage"], event))
-    chosen += [("final", event) for event in measured if event["stage"] == "final"]
+        mixed = [e for e in measured if e["stage"] == f"{stage.name}, mixed"]
+        for event in mixed[-1:]:  # a stage made longer is mixed again; the next begins with this
+            best = event
+            chosen.append((event["stage"], event))
+    chosen += [("final", event) for event in measured if event["stage"] == "final"][-1:]
     return chosen
 
 
