@@ -1,37 +1,25 @@
 #!/bin/sh
-# What each part of the recipe gives: shorter runs, each with one thing left out or changed, scored on
-# the 468 things after stage 1. After run.sh: sh recipes/mini/ablations.sh
+# What the sentences and the text tower's depth give, on the 468 things after stage 1:
+# after run.sh, sh recipes/mini/ablations.sh. What the data gives: ablations.py.
 set -eu
 recipe=$(dirname "$0")
 python=mini/venv/bin/python
 
-run() { # NAME FOLDER-WITH-DATA OPTIONS...
-    name=$1 data=$2
-    shift 2
+run() { # NAME FOLDER-OF-START STEPS OPTIONS...
+    name=$1 start=$2 steps=$3
+    shift 3
     test -d "mini/ablations/$name/final" || mini/venv/bin/cn-clip train --recipe mini \
-        --train-data "jsonl:$data/train.jsonl" --val-data "jsonl:$data/val.jsonl" \
-        --start.checkpoint "$data/start" \
-        --loss.sentences "$data/sentences" --output.folder "mini/ablations/$name" \
-        --stages.locked.steps 400 --stages.locked.plateau off --stages.unlocked.steps 1 \
+        --start.checkpoint "$start/start" --output.folder "mini/ablations/$name" \
+        --stages.locked.steps "$steps" --stages.locked.plateau off --stages.unlocked.steps 1 \
         --resume auto "$@"
     printf '%s ' "$name"
     $python benchmarks/things468.py --model "mini/ablations/$name/stages/1-locked" --json
 }
 
-prepared() { # FOLDER OPTIONS...
-    folder=$1
-    shift
-    test -d "$folder/start" ||
-        $python "$recipe/prepare.py" --packages mini/packages --out "$folder" "$@"
-}
-
-run whole mini
-run no-distillation mini --loss.sentences off
-for what in clip-art synonyms looks; do
-    prepared "mini/without-$what" --without "$what"
-    run "no-$what" "mini/without-$what"
-done
+run no-sentences mini 2600 --loss.sentences off
+run layers-3 mini 400
 for layers in 2 4; do
-    prepared "mini/layers-$layers" --layers "$layers"
-    run "layers-$layers" "mini/layers-$layers"
+    test -d "mini/layers-$layers/start" || $python "$recipe/prepare.py" \
+        --packages mini/packages --out "mini/layers-$layers" --layers "$layers"
+    run "layers-$layers" "mini/layers-$layers" 400
 done

@@ -4,8 +4,8 @@
 
 Writes pictures/, train.jsonl and val.jsonl (pairs), sentences/ (texts and where they belong), and
 start/ (the model that training starts from). The same packages give the same files, on one machine
-and in a new folder. What the sentence encoder has embedded is kept in the packages' folder: a second
-run is a matter of minutes.
+and in a new folder. What the sentence encoder has embedded is kept in the packages' folder, so that
+a second run is a matter of minutes.
 """
 
 import argparse

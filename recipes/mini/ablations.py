@@ -1,0 +1,90 @@
+"""What each part of the data gives, before any training:
+
+    python recipes/mini/ablations.py --packages mini/packages --data mini
+
+The image tower is that which training starts from, fitted anew to what is left of the data, and the
+text tower is replaced by where texts belong. So a row tells what the words and pictures are worth,
+and the last steps of the recipe are free to make more of it. Scores are those of the 468 things.
+"""
+
+import argparse
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from image_tower import BATCH, fast, fit_head, imagenet_tower, pooled
+from pictures import all_pictures
+from PIL import Image
+from prepare import CONFIG, EMBED_DIM, WITHOUT, file_of, goal_of, held_out, one_name
+from sentence_encoder import EmbeddingCache
+from space import Space
+from words import classes, things
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import things468
+
+
+def features_of(images: list[Image.Image], backbone: torch.nn.Module) -> np.ndarray:
+    """(N, 1280) pooled features of pictures."""
+    side = CONFIG.vision.resolution
+    small = [image.resize((side, side), Image.Resampling.BICUBIC) for image in images]
+    parts = [pooled(backbone, small[at : at + BATCH]) for at in range(0, len(small), BATCH)]
+    return np.concatenate(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--packages", type=Path, required=True, help="what run.sh fetched")
+    parser.add_argument("--data", type=Path, required=True, help="what prepare.py wrote")
+    parser.add_argument("--stamps", type=Path, help="folder of the stamps; fetched if not given")
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    with tempfile.TemporaryDirectory() as scratch:
+        pairs = things468.things(options.stamps or things468.fetch(Path(scratch)))
+        shown = [things468.on_white(path) for path, _ in pairs]
+    captions = list(dict.fromkeys(caption for _, caption in pairs))
+    correct = np.array([[caption == own for _, own in pairs] for caption in captions])
+    folder = options.data / "pictures"
+    pictures = [
+        each
+        for each in all_pictures(options.packages)
+        if (folder / f"{file_of(each)}.png").exists()
+    ]
+    backbone = fast(imagenet_tower(CONFIG.vision, EMBED_DIM).backbone)
+    drawings = [Image.open(folder / f"{file_of(each)}.png").convert("RGB") for each in pictures]
+    features, asked = features_of(drawings, backbone), features_of(shown, backbone)
+    encode = EmbeddingCache(options.packages / "sentence_encoder")
+    for what in (None, *WITHOUT):
+        kept = [n for n, p in enumerate(pictures) if what != "clip-art" or p.source != "clip-art"]
+        mine, named, known = [pictures[n] for n in kept], classes(), things()
+        if what == "synonyms":
+            mine = [replace(each, words=one_name(each.words)) for each in mine]
+            named, known = (
+                [replace(t, words=one_name(t.words)) for t in each] for each in (named, known)
+            )
+        space = Space(encode, named, [] if what == "looks" else known)
+        said = {t for p in mine for t in p.words.names + p.words.broader + p.words.captions}
+        texts = sorted(said)
+        places = dict(zip(texts, space.places(texts), strict=True))
+        apart = held_out(mine)
+        seen = np.array([picture.words.names[0] not in apart for picture in mine])
+        goals = np.stack([goal_of(picture, places) for picture in mine])
+        tower = imagenet_tower(CONFIG.vision, EMBED_DIM)
+        fit_head(tower, features[kept][seen], goals[seen], space.prototypes)
+        x = torch.from_numpy(asked)
+        with torch.no_grad():
+            shares = (tower.sharpness * tower.classifier(x)).softmax(-1)
+            images = shares @ tower.prototypes + tower.residual(x)
+        images = torch.nn.functional.normalize(images, dim=-1).numpy()
+        scores = space.places(captions) @ images.T
+        rows = [things468.hits(scores, correct), things468.hits(scores.T, correct.T)]
+        cells = [" / ".join(f"{each.mean():.1f}" for each in row.values()) for row in rows]
+        print(f"| {'all' if what is None else f'without {what}'} | {cells[0]} | {cells[1]} |")
+
+
+if __name__ == "__main__":
+    main()
