@@ -3,6 +3,7 @@ import os
 import pickle
 import signal
 import zlib
+from multiprocessing import resource_sharer
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from conftest import encoded, make_picture
 from data.formats import IMAGES, PAIRS, jpeg, write_csv
 
-from cn_clip.data.loader import Loader, Preparation, keys_of, stacked_keys
+from cn_clip.data.loader import Loader, Preparation, dead_workers_named, keys_of, stacked_keys
 from cn_clip.data.pair import Row
 from cn_clip.data.sources import Chain, Weighted, open_source
 from cn_clip.errors import DataError
@@ -182,6 +183,17 @@ def test_a_batch_of_which_nothing_can_be_read_is_empty():
 def test_a_killed_worker_is_reported_and_does_not_hang():
     with pytest.raises(DataError, match=r"a worker that reads data died \(DataLoader worker"):
         list(loader_of(Deadly(40), workers=2).batches(0))
+
+
+def test_a_batch_that_went_with_its_worker_names_the_worker(tmp_path):
+    gone = str(tmp_path / "socket"), 1  # what a worker left behind of a batch's memory
+    with (
+        pytest.raises(DataError, match="DataLoader worker took a batch along: FileNotFoundError"),
+        dead_workers_named(),
+    ):
+        resource_sharer._ResourceSharer.get_connection(gone)
+    with pytest.raises(FileNotFoundError), dead_workers_named():
+        (tmp_path / "another").read_bytes()
 
 
 def test_texts_are_padded_to_one_of_few_lengths():

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 import signal
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Protocol, TypeVar
 
@@ -193,13 +195,23 @@ def dead_workers_named() -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, OSError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+            said = str(error).splitlines()[0]
+        elif _lost_with_a_worker(error):
+            said = f"DataLoader worker took a batch along: {type(error).__name__}"
+        else:
             raise
         raise DataError(
-            f"a worker that reads data died ({str(error).splitlines()[0]}); if memory ran out, "
-            "take fewer workers or a smaller prefetch"
+            f"a worker that reads data died ({said}); if memory ran out, take fewer workers or a "
+            "smaller prefetch"
         ) from error
+
+
+def _lost_with_a_worker(error: BaseException) -> bool:
+    """Tell whether a batch was announced, but its worker was gone when its memory was asked for."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(Path(frame.filename).name == "resource_sharer.py" for frame in frames)
 
 
 class Counted(Protocol):
