@@ -10,30 +10,28 @@ and the last steps of the recipe are free to make more of it. Scores are those o
 import argparse
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from image_tower import BATCH, fast, fit_head, imagenet_tower, pooled
+from image_tower import features_of, imagenet_tower
 from pictures import all_pictures
-from PIL import Image
-from prepare import CONFIG, EMBED_DIM, WITHOUT, file_of, goal_of, held_out, one_name
+from prepare import (
+    CONFIG,
+    EMBED_DIM,
+    WITHOUT,
+    file_of,
+    fitted_tower,
+    kept,
+    known_things,
+    picture_features,
+    space_of,
+)
 from sentence_encoder import EmbeddingCache
-from space import Space
-from words import classes, things
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import things468
-
-
-def features_of(images: list[Image.Image], backbone: torch.nn.Module) -> np.ndarray:
-    """(N, 1280) pooled features of pictures."""
-    side = CONFIG.vision.resolution
-    small = [image.resize((side, side), Image.Resampling.BICUBIC) for image in images]
-    parts = [pooled(backbone, small[at : at + BATCH]) for at in range(0, len(small), BATCH)]
-    return np.concatenate(parts)
 
 
 def main() -> None:
@@ -54,27 +52,20 @@ def main() -> None:
         for each in all_pictures(options.packages)
         if (folder / f"{file_of(each)}.png").exists()
     ]
-    backbone = fast(imagenet_tower(CONFIG.vision, EMBED_DIM).backbone)
-    drawings = [Image.open(folder / f"{file_of(each)}.png").convert("RGB") for each in pictures]
-    features, asked = features_of(drawings, backbone), features_of(shown, backbone)
+    features = dict(
+        zip(map(file_of, pictures), picture_features(pictures, options.data), strict=True)
+    )
+    tower = imagenet_tower(CONFIG.vision, EMBED_DIM)
+    asked = features_of(shown, tower, CONFIG.vision.resolution)
     encode = EmbeddingCache(options.packages / "sentence_encoder")
     for what in (None, *WITHOUT):
-        kept = [n for n, p in enumerate(pictures) if what != "clip-art" or p.source != "clip-art"]
-        mine, named, known = [pictures[n] for n in kept], classes(), things()
-        if what == "synonyms":
-            mine = [replace(each, words=one_name(each.words)) for each in mine]
-            named, known = (
-                [replace(t, words=one_name(t.words)) for t in each] for each in (named, known)
-            )
-        space = Space(encode, named, [] if what == "looks" else known)
+        mine = kept(pictures, what)
+        space = space_of(encode, *known_things(what), what)
         said = {t for p in mine for t in p.words.names + p.words.broader + p.words.captions}
         texts = sorted(said)
         places = dict(zip(texts, space.places(texts), strict=True))
-        apart = held_out(mine)
-        seen = np.array([picture.words.names[0] not in apart for picture in mine])
-        goals = np.stack([goal_of(picture, places) for picture in mine])
-        tower = imagenet_tower(CONFIG.vision, EMBED_DIM)
-        fit_head(tower, features[kept][seen], goals[seen], space.prototypes)
+        seen = np.stack([features[file_of(each)] for each in mine])
+        tower = fitted_tower(mine, seen, places, space.prototypes)
         x = torch.from_numpy(asked)
         with torch.no_grad():
             shares = (tower.sharpness * tower.classifier(x)).softmax(-1)

@@ -2,7 +2,8 @@
 
 import copy
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 
 import numpy as np
 import torch
@@ -59,6 +60,15 @@ def pooled(backbone: nn.Module, images: Sequence[Image.Image]) -> np.ndarray:
     x = pixels.permute(0, 3, 1, 2).float().sub(PIXEL_MEAN).div(PIXEL_STD)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         return backbone(x.contiguous(memory_format=torch.channels_last)).float().numpy()
+
+
+def features_of(images: Iterable[Image.Image], tower: EfficientNetLite, side: int) -> np.ndarray:
+    """(N, 1280) pooled features of pictures, drawn at side x side."""
+    backbone, parts = fast(tower.backbone), []
+    small = (image.resize((side, side), Image.Resampling.BICUBIC) for image in images)
+    while some := list(islice(small, BATCH)):
+        parts.append(pooled(backbone, some))
+    return np.concatenate(parts)
 
 
 @torch.no_grad()

@@ -21,11 +21,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from image_tower import BATCH, fast, fit_head, imagenet_tower, pooled
+from image_tower import features_of, fit_head, imagenet_tower
 from pictures import Picture, all_pictures, drawn, emoji_words, english_names
 from PIL import Image
 from sentence_encoder import EmbeddingCache
-from space import Space
+from space import Space, unit
 from words import (
     DATA,
     Thing,
@@ -43,6 +43,7 @@ from cn_clip import weights
 from cn_clip.config import ModelConfig, TextConfig, VisionConfig
 from cn_clip.features import Features, write_clip_retrieval
 from cn_clip.model.clip import CLIP, initialize
+from cn_clip.model.efficientnet import EfficientNetLite
 from cn_clip.publish import published
 
 SEED = 0
@@ -53,6 +54,7 @@ SYNONYMS, BROADER, CAPTIONS = 4, 2, 2  # texts of a picture, at most
 FREQUENT_WORDS, TEMPLATED_NOUNS, DRAWN_CAPTIONS = 40_000, 6_000, 10_000
 LOGIT_SCALE = 15.0
 WITHOUT = ("clip-art", "synonyms", "looks")
+VOCABULARY = Path(cn_clip.__file__).parent / "assets/vocab.txt"
 
 CONFIG = ModelConfig(
     name="mini",
@@ -75,6 +77,34 @@ CONFIG = ModelConfig(
 def one_name(words: Words) -> Words:
     """The words without synonyms, broader words and captions: the first name alone."""
     return Words(words.names[:1])
+
+
+def kept(pictures: list[Picture], without: str | None) -> list[Picture]:
+    """The pictures, and their words, that an ablation keeps."""
+    if without == "clip-art":
+        return [each for each in pictures if each.source != "clip-art"]
+    if without == "synonyms":
+        return [replace(each, words=one_name(each.words)) for each in pictures]
+    return pictures
+
+
+def known_things(without: str | None) -> tuple[list[Thing], list[Thing]]:
+    """The classes of ImageNet and all other things, with the words that an ablation keeps."""
+    named, known = classes(), things()
+    if without == "synonyms":
+        return one_named(named), one_named(known)
+    return named, known
+
+
+def one_named(some: list[Thing]) -> list[Thing]:
+    return [replace(each, words=one_name(each.words)) for each in some]
+
+
+def space_of(
+    encode: EmbeddingCache, named: list[Thing], known: list[Thing], without: str | None
+) -> Space:
+    """The joint space, without the looks of what is no class if an ablation leaves them out."""
+    return Space(encode, named, [] if without == "looks" else known)
 
 
 def file_of(picture: Picture) -> str:
@@ -162,7 +192,7 @@ def write_sentences(
     shown = [text for p in pictures for text in p.words.names + p.words.broader + p.words.captions]
     chinese = list(dict.fromkeys(named + [p.words.names[0] for p in pictures]))
     words, nouns = jieba_words(FREQUENT_WORDS)
-    tokens = vocabulary(Path(cn_clip.__file__).parent / "assets/vocab.txt")
+    tokens = vocabulary(VOCABULARY)
     patterned = templated(chinese, 4, seed=1) | templated(nouns[:TEMPLATED_NOUNS], 1, seed=2)
     plain = [*named, *said, *shown, *captions(chinese, DRAWN_CAPTIONS, seed=3), *words, *tokens]
     texts = list(dict.fromkeys(" ".join(text.split()) for text in plain if text.strip()))
@@ -170,7 +200,7 @@ def write_sentences(
     # A pattern changes little of what a word stands for: half-way between word and sentence.
     new = [text for text in patterned if text not in table]
     inner = space.places([patterned[text] for text in new])
-    table |= zip(new, unit_sum(space.places(new), inner), strict=True)
+    table |= zip(new, unit(space.places(new) + inner), strict=True)
     # An English name belongs where its Chinese one does (Reimers & Gurevych, 2020).
     modules = packages / "node_modules"
     codes = emoji_words(modules)
@@ -192,10 +222,6 @@ def write_sentences(
     return table
 
 
-def unit_sum(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return (a + b) / np.linalg.norm(a + b, axis=-1, keepdims=True)
-
-
 def write_start(
     space: Space, places: dict[str, np.ndarray], pictures: list[Picture], layers: int, out: Path
 ) -> None:
@@ -204,23 +230,12 @@ def write_start(
     config = replace(CONFIG, text=replace(CONFIG.text, layers=layers))
     model = CLIP(config)
     initialize(model, torch.Generator().manual_seed(SEED))
-    tower = imagenet_tower(config.vision, EMBED_DIM)
-    backbone, features = fast(tower.backbone), []
-    side = config.vision.resolution
-    for start in range(0, len(pictures), BATCH):
-        images = []
-        for picture in pictures[start : start + BATCH]:
-            with Image.open(out / f"pictures/{file_of(picture)}.png") as image:
-                images.append(image.resize((side, side), Image.Resampling.BICUBIC))
-        features.append(pooled(backbone, images))
-    apart = held_out(pictures)
-    seen = np.array([picture.words.names[0] not in apart for picture in pictures])
-    goals = np.stack([goal_of(picture, places) for picture in pictures])
-    fit_head(tower, np.concatenate(features)[seen], goals[seen], space.prototypes)
+    features = picture_features(pictures, out)
+    tower = fitted_tower(pictures, features, places, space.prototypes)
     state = model.state_dict()
     state |= {f"visual.{name}": tensor for name, tensor in tower.state_dict().items()}
     state["logit_scale"].fill_(np.log(LOGIT_SCALE))
-    tokens = (Path(cn_clip.__file__).parent / "assets/vocab.txt").read_text("utf-8")
+    tokens = VOCABULARY.read_text("utf-8")
     at = {
         row: places[text]
         for row, token in enumerate(tokens.rstrip("\n").split("\n"))
@@ -233,6 +248,27 @@ def write_start(
     table[list(at)] = torch.from_numpy(reduced * (0.03 / reduced.std())).float()
     weights.save_state(config, state, out / "start")
     print(f"start: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters")
+
+
+def picture_features(pictures: list[Picture], out: Path) -> np.ndarray:
+    """(N, 1280): what ImageNet's backbone sees in the pictures that were written."""
+    images = (Image.open(out / f"pictures/{file_of(picture)}.png") for picture in pictures)
+    tower = imagenet_tower(CONFIG.vision, EMBED_DIM)
+    return features_of(images, tower, CONFIG.vision.resolution)
+
+
+def fitted_tower(
+    pictures: list[Picture],
+    features: np.ndarray,
+    places: dict[str, np.ndarray],
+    prototypes: np.ndarray,
+) -> EfficientNetLite:
+    """ImageNet's tower under a head fitted to the pictures that are not for validation."""
+    tower, apart = imagenet_tower(CONFIG.vision, EMBED_DIM), held_out(pictures)
+    seen = np.array([picture.words.names[0] not in apart for picture in pictures])
+    goals = np.stack([goal_of(picture, places) for picture in pictures])
+    fit_head(tower, features[seen], goals[seen], prototypes)
+    return tower
 
 
 def goal_of(picture: Picture, places: dict[str, np.ndarray]) -> np.ndarray:
@@ -254,18 +290,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(2)
     started = time.monotonic()
-    pictures = write_pictures(options.packages, options.out)
-    named, known = classes(), things()
-    if options.without == "clip-art":
-        pictures = [each for each in pictures if each.source != "clip-art"]
-    if options.without == "synonyms":
-        pictures = [replace(each, words=one_name(each.words)) for each in pictures]
-        named, known = (
-            [replace(t, words=one_name(t.words)) for t in each] for each in (named, known)
-        )
+    pictures = kept(write_pictures(options.packages, options.out), options.without)
     write_pairs(pictures, options.out)
     encode = EmbeddingCache(options.packages / "sentence_encoder")
-    space = Space(encode, named, [] if options.without == "looks" else known)
+    named, known = known_things(options.without)
+    space = space_of(encode, named, known, options.without)
     places = write_sentences(space, named + known, pictures, options.packages, options.out)
     write_start(space, places, pictures, options.layers, options.out)
     print(f"{time.monotonic() - started:.0f} seconds")
