@@ -69,6 +69,27 @@ def test_copies_and_captions_of_the_test_set_are_found(train_set, test_set, tmp_
     assert {r.reason for r in only.removed} == {"picture"}
 
 
+def test_a_drawing_is_found_with_other_margins(tmp_path):
+    drawing, other = make_picture(0, (120, 100)), make_picture(1, (120, 100))
+
+    def on_paper(picture, size, at):
+        paper = Image.new("RGB", size, "white")
+        paper.paste(picture, at)
+        return paper
+
+    test = folder(tmp_path / "test", [("t", on_paper(drawing, (300, 200), (20, 60)), ["图"])])
+    pairs = [
+        ("a-none", drawing, ["一"]),
+        ("b-wide", on_paper(drawing, (200, 300), (70, 10)), ["二"]),
+        ("c-mirrored", on_paper(drawing, (130, 130), (5, 25)).transpose(0), ["三"]),
+        ("d-other", on_paper(other, (300, 200), (20, 60)), ["四"]),
+        ("e-paper", on_paper(drawing, (300, 200), (300, 200)), ["五"]),
+    ]
+    train = folder(tmp_path / "train", pairs)
+    found = decontaminate(train, test)
+    assert [train.row(r.index).text for r in found.removed] == ["一", "二", "三"]
+
+
 def test_a_plain_picture_is_found_by_its_pixels(tmp_path):
     white, black = Image.new("RGB", (90, 90), "white"), Image.new("RGB", (90, 90), "black")
     test = folder(tmp_path / "test", [("t", white, ["白色的一张图"])])

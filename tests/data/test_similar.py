@@ -5,7 +5,7 @@ import pytest
 from conftest import make_picture
 from PIL import Image
 
-from cn_clip.data.similar import THRESHOLD, build, hash_image, near_pairs, search, variants
+from cn_clip.data.similar import THRESHOLD, build, hash_image, near_pairs, search, trimmed, variants
 
 
 def distance(a, b):
@@ -108,6 +108,34 @@ def test_a_plain_picture_matches_its_own_pixels_only():
     asked, held, distances = search(build(hashes), hash_image(recompressed(white))[None])
     assert (asked.tolist(), held.tolist(), distances.tolist()) == ([0], [0], [0])
     assert [len(each) for each in near_pairs(hashes, THRESHOLD)] == [0, 0]
+
+
+@pytest.mark.parametrize("box", [(9, 0, 30, 20), (5, 3, 20, 17), (0, 5, 30, 6), (29, 19, 30, 20)])
+@pytest.mark.parametrize("paper", ["white", "black", (200, 30, 30)])
+def test_margins_of_one_colour_go(box, paper):
+    image = Image.new("RGB", (30, 20), paper)
+    image.paste("teal", box)
+    found, had_margins = trimmed(image)
+    width, height = box[2] - box[0], box[3] - box[1]
+    assert had_margins and found.size == (max(width, height),) * 2
+    assert sorted(found.getcolors()) == sorted(
+        [(width * height, (0, 128, 128))]
+        + [(found.width**2 - width * height, (255, 255, 255))] * (width != height)
+    )
+
+
+def test_what_has_no_margins_is_only_laid_on_a_square():
+    for image in (Image.new("RGB", (30, 20), "teal"), make_picture(1, (30, 20))):
+        found, had_margins = trimmed(image)
+        assert not had_margins and found.size == (30, 30)
+        assert found.crop((0, 5, 30, 25)).tobytes() == image.tobytes()
+
+
+def test_recompressed_margins_go_too():
+    image = Image.new("RGB", (160, 160), "white")
+    image.paste(make_picture(3, (80, 80)), (40, 40))
+    found, had_margins = trimmed(recompressed(image))
+    assert had_margins and 80 <= found.width <= 96
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 500), (19, 19)])

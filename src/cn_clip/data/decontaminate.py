@@ -16,7 +16,16 @@ from cn_clip.data.captions import digest, plain
 from cn_clip.data.groups import Groups, grouped
 from cn_clip.data.page import data_uri, page, thumbnail
 from cn_clip.data.pair import Source, located
-from cn_clip.data.similar import THRESHOLD, Hashes, build, hash_image, search, variants
+from cn_clip.data.similar import (
+    THRESHOLD,
+    Hashes,
+    HashIndex,
+    build,
+    hash_image,
+    search,
+    trimmed,
+    variants,
+)
 from cn_clip.data.sources import id_digest
 from cn_clip.data.workers import chunked, mapped
 from cn_clip.errors import CNClipError, DataError, UsageError
@@ -76,7 +85,8 @@ def decontaminate(
     """Find the pairs of ``train`` that must not be trained on if ``against`` is to test anything.
 
     Every text of a picture goes with it. Test pictures are hashed with their mirror images and
-    without 5 % at their sides and corners, so that such copies are found too.
+    without 5 % at their sides and corners, and all pictures with and without margins of one
+    colour, so that such copies are found too.
 
     Args:
         train: what is to be trained on.
@@ -97,34 +107,27 @@ def decontaminate(
     found = Decontaminated(train.name, against.name, len(train), 0, threshold, min_caption)
     tests, captions = _test_rows(against, min_caption)
     found.test_images = len(tests)
-    hashes: list[Hashes] = []
-    owners: list[int] = []
+    known: list[_Hashes] = []
     with mapped(_Hashed(against, all_variants=True), workers) as run:
         for told in run(chunked(tests, _CHUNK) if threshold else []):
-            for number, several in told:
-                if isinstance(several, str):
-                    raise DataError(f"the test set has a picture that cannot be read: {several}")
-                hashes += list(several)
-                owners += [number] * len(several)
+            for got in told:
+                if isinstance(got, str):
+                    raise DataError(f"the test set has a picture that cannot be read: {got}")
+                known.append(got)
     groups = _train_rows(train, captions, found)
     done = 0
-    if hashes:
-        index = build(np.stack(hashes))
+    if known:
+        test = _joined(known)
+        index = build(test.hashes)
         with mapped(_Hashed(train, all_variants=False), workers) as run:
             for told in run(chunked(groups.firsts, _CHUNK)):
-                whole = [
-                    (at, got[0]) for at, (_, got) in enumerate(told) if not isinstance(got, str)
-                ]
-                found.unreadable += [got for _, got in told if isinstance(got, str)]
-                if whole:
-                    asked, held, distances = search(
-                        index, np.stack([hashed for _, hashed in whole]), threshold
-                    )
-                    for query, best in _nearest(asked, distances).items():
-                        against_row, distance = owners[held[best]], int(distances[best])
+                found.unreadable += [got for got in told if isinstance(got, str)]
+                read = [got for got in told if not isinstance(got, str)]
+                nearest = _nearest(_joined(read), test, index, threshold) if read else {}
+                for pairs in groups[done : done + len(told)]:
+                    if (first := int(pairs[0])) in nearest:
                         found.removed += [
-                            Removed(number, "picture", against_row, distance)
-                            for number in groups[done + whole[query][0]].tolist()
+                            Removed(number, "picture", *nearest[first]) for number in pairs.tolist()
                         ]
                 done += len(told)
                 tick(done, len(groups))
@@ -203,23 +206,69 @@ def write_page(found: Decontaminated, train: Source, against: Source, path: Path
 
 
 @dataclass(frozen=True, slots=True)
+class _Hashes:
+    """Hashes (K, 36). Of each, (K,): the pair that its picture is of, whether it is that of the
+    picture without margins, and whether the picture has any."""
+
+    hashes: Hashes
+    rows: npt.NDArray[np.int64]
+    trimmed: npt.NDArray[np.bool_]
+    margins: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
 class _Hashed:
     """Hashes pictures by the numbers of their pairs; a sentence stands for what cannot be read."""
 
     source: Source
     all_variants: bool
 
-    def __call__(self, indexes: npt.NDArray[np.int64]) -> list[tuple[int, Hashes | str]]:
-        return [(index, self._hash(index)) for index in indexes.tolist()]
+    def __call__(self, indexes: npt.NDArray[np.int64]) -> list[_Hashes | str]:
+        return [self._hash(index) for index in indexes.tolist()]
 
-    def _hash(self, index: int) -> Hashes | str:
+    def _hash(self, index: int) -> _Hashes | str:
         try:
             content = self.source.image(index)
             image = read_image(content, fast_decode=_DECODED, background="white")
         except CNClipError as error:
             return located(self.source, index, error)
-        pictures = variants(image) if self.all_variants else [image]
-        return np.stack([hash_image(each) for each in pictures])
+        without, margins = trimmed(image)
+        forms = [variants(each) if self.all_variants else [each] for each in (image, without)]
+        count = sum(map(len, forms))
+        return _Hashes(
+            np.stack([hash_image(each) for form in forms for each in form]),
+            np.full(count, index),
+            np.arange(count) >= len(forms[0]),
+            np.full(count, margins),
+        )
+
+
+def _joined(several: list[_Hashes]) -> _Hashes:
+    return _Hashes(
+        np.concatenate([each.hashes for each in several]),
+        np.concatenate([each.rows for each in several]),
+        np.concatenate([each.trimmed for each in several]),
+        np.concatenate([each.margins for each in several]),
+    )
+
+
+def _nearest(
+    asked: _Hashes, test: _Hashes, index: HashIndex, threshold: int
+) -> dict[int, tuple[int, int]]:
+    """Return, by the pair of a training picture, the test pair that it is nearest to and the
+    distance; nothing for pictures that are near none."""
+    query, held, distances = search(index, asked.hashes, threshold)
+    alike = asked.trimmed[query] == test.trimmed[held]
+    # Two pictures without margins are compared as they are: squares of them share the bars.
+    alike &= ~asked.trimmed[query] | asked.margins[query] | test.margins[held]
+    rows = zip(
+        asked.rows[query][alike].tolist(),
+        test.rows[held][alike].tolist(),
+        distances[alike].tolist(),
+        strict=True,
+    )
+    by_distance = sorted(rows, key=lambda row: row[2], reverse=True)
+    return {pair: (against, distance) for pair, against, distance in by_distance}
 
 
 def _test_rows(against: Source, min_caption: int) -> tuple[npt.NDArray[np.int64], dict[int, int]]:
@@ -253,12 +302,6 @@ def _train_rows(train: Source, captions: dict[int, int], found: Decontaminated) 
             found.removed.append(Removed(index, "caption", same))
     rows = np.flatnonzero(readable)
     return grouped(rows, pictures[rows])
-
-
-def _nearest(asked: npt.NDArray[np.int64], distances: npt.NDArray[np.int64]) -> dict[int, int]:
-    """Return for each query the number of its nearest match."""
-    order = np.lexsort((-distances, asked))
-    return dict(zip(asked[order].tolist(), order.tolist(), strict=True))  # the last one stays
 
 
 def _told(source: Source, index: int) -> dict[str, str]:

@@ -4,7 +4,7 @@ The hash is the sign pattern of a picture's low frequencies (Zauner, "Implementa
 Benchmarking of Perceptual Image Hash Functions", 2010): resizing, recompression and shifts of
 colour change few bits. What it finds is confirmed by the frequencies themselves, because drawings
 on white share many signs. Mirrored and cropped pictures are found by hashing the smaller side of a
-comparison mirrored and cropped too.
+comparison mirrored and cropped too; drawings with other margins by hashing both sides without.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import cache
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageChops
 
 Hashes = npt.NDArray[np.uint64]
 
@@ -28,6 +28,7 @@ _LIKENESS = 0.93  # cosine of the frequencies of two pictures, at least
 _CHUNKS = 4  # of 16 bits, by which the first word is looked up
 _BLOCK = 1 << 12  # queries that are looked up together, which bounds the memory
 _CROP = 0.05
+_MARGIN = 12  # grey levels, of 255, in which a margin may differ from its corner
 _NOISE = 0.3  # amplitude, in grey levels, that recompression may change
 _PLAIN = 6.0  # standard deviation, of 255 grey levels, below which noise decides the signs
 
@@ -83,6 +84,22 @@ def variants(image: Image.Image) -> list[Image.Image]:
     sides += [(0, down, width, height), (0, 0, width, height - down)]
     crops = [image.crop(box) for box in [*boxes, *sides]]
     return [image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), *crops]
+
+
+def trimmed(image: Image.Image) -> tuple[Image.Image, bool]:
+    """Return a picture without margins on a white square, and whether it had any.
+
+    Margins have the colour of its upper left corner. A picture of one colour has none.
+    """
+    image = image.convert("RGB")
+    margin = Image.new("RGB", image.size, image.getpixel((0, 0)))
+    away = ImageChops.difference(image, margin).convert("L")
+    whole = (0, 0, *image.size)
+    box = away.point(lambda level: 255 * (level > _MARGIN)).getbbox() or whole
+    square = Image.new("RGB", (max(box[2] - box[0], box[3] - box[1]),) * 2, "white")
+    left, top = (square.width - box[2] + box[0]) // 2, (square.height - box[3] + box[1]) // 2
+    square.paste(image.crop(box), (left, top))
+    return square, box != whole
 
 
 @cache
