@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from image_tower import features_of, imagenet_tower
-from pictures import all_pictures
 from prepare import (
     CONFIG,
     EMBED_DIM,
@@ -26,6 +25,7 @@ from prepare import (
     known_things,
     picture_features,
     space_of,
+    write_pictures,
 )
 from sentence_encoder import EmbeddingCache
 
@@ -46,12 +46,7 @@ def main() -> None:
         shown = [things468.on_white(path) for path, _ in pairs]
     captions = list(dict.fromkeys(caption for _, caption in pairs))
     correct = np.array([[caption == own for _, own in pairs] for caption in captions])
-    folder = options.data / "pictures"
-    pictures = [
-        each
-        for each in all_pictures(options.packages)
-        if (folder / f"{file_of(each)}.png").exists()
-    ]
+    pictures = write_pictures(options.packages, options.data)
     features = dict(
         zip(map(file_of, pictures), picture_features(pictures, options.data), strict=True)
     )

@@ -110,7 +110,7 @@ def english_names(modules: Path) -> dict[str, str]:
 def family(code: str) -> str:
     """What variants of an emoji share: policeman, policewoman and police officer are one."""
     parts = {PEOPLE.get(part, part) for part in code.split("-")} - JOINERS
-    return "-".join(sorted(parts))
+    return "-".join(sorted(parts)) or code
 
 
 def _wanted(code: str) -> bool:

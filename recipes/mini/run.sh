@@ -6,7 +6,7 @@ recipe=$(dirname "$0")
 packages=mini/packages
 
 python3 -m venv mini/venv
-mini/venv/bin/pip install -c constraints.txt -e '.[data]' -r "$recipe/requirements.txt"
+mini/venv/bin/pip install -c constraints.txt -e '.[data,eval]' -r "$recipe/requirements.txt"
 
 mkdir -p "$packages/debian"
 npm install --prefix "$packages" --no-save --no-audit --no-fund --ignore-scripts \
