@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 from conftest import encoded, make_picture
@@ -162,6 +163,15 @@ def test_doctor_tells_a_broken_embedded_model(cn_clip, monkeypatch, tmp_path):
     monkeypatch.setattr(hub, "EMBEDDED_FOLDER", tmp_path)
     code, out, _ = cn_clip("doctor", "--offline")
     assert code == 1 and "no config.json" in out and "not ready" in out
+
+
+def test_doctor_looks_at_source_code_that_is_not_installed(cn_clip, monkeypatch):
+    def requires(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(sys.modules["cn_clip.cli.doctor"].metadata, "requires", requires)
+    code, out, _ = cn_clip("doctor", "--offline")
+    assert code == 0 and "cn-clip is not installed here; pip install -e ." in out
 
 
 def test_doctor_names_what_is_missing_or_too_old_with_the_command(cn_clip, monkeypatch):

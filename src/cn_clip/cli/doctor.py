@@ -67,7 +67,12 @@ def doctor(
 
 def _look(offline: bool) -> Iterator[Finding]:
     yield Finding("cn-clip", "ok", f"{__version__}, Python {platform.python_version()}")
-    required = [_check(requirement) for requirement in _requirements()]
+    requirements = _requirements()
+    if requirements is None:
+        yield Finding(
+            "packages", "note", "not looked at: cn-clip is not installed here; pip install -e ."
+        )
+    required = [_check(requirement) for requirement in requirements or []]
     yield from required
     for name, (purpose, command) in _OPTIONAL.items():
         if importlib.util.find_spec(name):
@@ -86,9 +91,12 @@ def _look(offline: bool) -> Iterator[Finding]:
         yield from _hubs()
 
 
-def _requirements() -> list[Requirement]:
-    """Return what the installed distribution needs, extras aside."""
-    every = map(Requirement, metadata.requires("cn-clip") or [])
+def _requirements() -> list[Requirement] | None:
+    """Return what the installed distribution needs, extras aside; None of bare source code."""
+    try:
+        every = map(Requirement, metadata.requires("cn-clip") or [])
+    except metadata.PackageNotFoundError:
+        return None
     return [each for each in every if each.marker is None or each.marker.evaluate({"extra": ""})]
 
 
