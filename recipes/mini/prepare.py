@@ -3,9 +3,9 @@
     python recipes/mini/prepare.py --packages DIR --out DIR
 
 Writes pictures/, train.jsonl and val.jsonl (pairs), sentences/ (texts and where they belong), and
-start/ (the model that training starts from). The same packages give the same files, on one machine
-and in a new folder. What the sentence encoder has embedded is kept in the packages' folder, so that
-a second run is a matter of minutes.
+start/ (the model that training starts from), and says of each whether it is, byte for byte, what
+data/checksums.json tells: that which the shipped model learned from. What the sentence encoder has
+embedded is kept in the packages' folder, so that a second run is a matter of minutes.
 """
 
 import argparse
@@ -57,6 +57,7 @@ FREQUENT_WORDS, TEMPLATED_NOUNS, DRAWN_CAPTIONS = 30_000, 6_000, 10_000
 STOPPED = 3  # one text in so many is there with a full stop, too
 LOGIT_SCALE = 15.0
 WITHOUT = ("clip-art", "synonyms", "looks")
+PARTS = ("pictures", "train.jsonl", "val.jsonl", "sentences", "start")
 VOCABULARY = Path(cn_clip.__file__).parent / "assets/vocab.txt"
 
 CONFIG = ModelConfig(
@@ -299,6 +300,24 @@ def goal_of(picture: Picture, places: dict[str, np.ndarray]) -> np.ndarray:
     return found / np.linalg.norm(found)
 
 
+def checksum(part: Path) -> str:
+    """SHA-256 of a file, or of all files in a folder, by name and content."""
+    digest = hashlib.sha256()
+    for path in sorted(each for each in (part, *part.rglob("*")) if each.is_file()):
+        digest.update(f"{path.relative_to(part)}\0{path.stat().st_size}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def tell_checksums(out: Path) -> None:
+    """Write checksums.json; tell what is as in data/checksums.json."""
+    found = {part: checksum(out / part) for part in PARTS}
+    (out / "checksums.json").write_text(json.dumps(found, indent=2) + "\n", "utf-8")
+    known = json.loads((DATA / "checksums.json").read_text("utf-8"))
+    for part, value in found.items():
+        print(f"{part}: {'the same' if value == known[part] else 'not the same'} as for the card")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--packages", type=Path, required=True, help="what run.sh fetched")
@@ -315,6 +334,7 @@ def main() -> None:
     space = space_of(encode, named, known, options.without)
     places = write_sentences(space, named + known, pictures, options.packages, options.out)
     write_start(space, places, pictures, options.layers, options.out)
+    tell_checksums(options.out)
     print(f"{time.monotonic() - started:.0f} seconds")
 
 
