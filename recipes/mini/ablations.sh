@@ -1,5 +1,5 @@
 #!/bin/sh
-# What the sentences and the text tower's depth give, on the 468 things after a stage 1 of 1,300 steps:
+# What the sentences and the text tower's depth give, on the 468 things after a stage 1 of 1,000 steps:
 # after run.sh, sh recipes/mini/ablations.sh. Options are passed on, such as --device cuda.
 # What the data gives: ablations.py.
 set -eu
@@ -11,7 +11,7 @@ run() { # NAME FOLDER-OF-START OPTIONS...
     shift 2
     test -d "mini/ablations/$name/final" || mini/venv/bin/cn-clip train --recipe mini \
         --start.checkpoint "$start/start" --output.folder "mini/ablations/$name" \
-        --stages.locked.steps 1300 --stages.locked.plateau off --stages.unlocked.steps 1 \
+        --stages.locked.steps 1000 --stages.locked.plateau off --stages.unlocked.steps 1 \
         --resume auto "$@"
     printf '%s ' "$name"
     $python benchmarks/things468.py --model "mini/ablations/$name/stages/1-locked"

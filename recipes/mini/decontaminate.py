@@ -20,10 +20,14 @@ from words import DATA
 
 SIDE = 256
 STAMPS = "tuxpaint-stamps-default"
-# Found by eye among the 60 pictures nearest to a stamp by EfficientNet's features.
+# Found by eye: two among the 60 pictures nearest to a stamp by EfficientNet's features, and a sign
+# that is a bar alone, of which no hash tells anything.
 BY_EYE = {
     "clip-art/people/clothing/hats/green_fedora_01": "clothes/hats/green_fedora.png",
     "clip-art/food/beverages/glass": "a glass of water",
+    "fluent-3d/2796": "symbols/math/operators/op1_minus.png",
+    "noto-v1/2796": "symbols/math/operators/op1_minus.png",
+    "twemoji/2796": "symbols/math/operators/op1_minus.png",
 }
 
 

@@ -148,7 +148,9 @@ def iconify(
 
 def fluent_3d(folder: Path, words: dict[str, Words]) -> Iterator[Picture]:
     """Emoji of `@lobehub/fluent-emoji-3d`: one WebP for each code point sequence."""
+    seen = set()
     for path in sorted((folder / "assets").glob("*.webp")):
         code = "-".join(part for part in path.stem.lower().split("-") if part != "fe0f")
-        if code in words and _wanted(code):
+        if code in words and code not in seen and _wanted(code):
+            seen.add(code)
             yield Picture("fluent-3d", code, family(code), words[code], path.read_bytes())

@@ -14,7 +14,7 @@ import json
 import random
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -133,7 +133,7 @@ def write_picture(picture: Picture, *, folder: Path) -> bool:
 
 def write_pictures(packages: Path, out: Path) -> list[Picture]:
     """Write every picture that is not near one of the benchmark's; return them without data, and
-    of those that are the same dot by dot the first."""
+    those that are the same dot by dot as one."""
     lines = (DATA / "excluded.jsonl").read_text("utf-8").splitlines()
     excluded = {json.loads(line)["picture"] for line in lines}
     folder = out / "pictures"
@@ -142,11 +142,22 @@ def write_pictures(packages: Path, out: Path) -> list[Picture]:
     with ProcessPoolExecutor(2) as pool:
         good = pool.map(partial(write_picture, folder=folder), pictures, chunksize=16)
         written = [replace(p, data=b"") for p, ok in zip(pictures, good, strict=True) if ok]
-    first: dict[bytes, Picture] = {}
+    same: dict[bytes, list[Picture]] = defaultdict(list)
     for each in written:
         content = (folder / f"{file_of(each)}.png").read_bytes()
-        first.setdefault(hashlib.sha256(content).digest(), each)
-    return [*first.values()]
+        same[hashlib.sha256(content).digest()].append(each)
+    return [merged(several) for several in same.values()]
+
+
+def merged(several: list[Picture]) -> Picture:
+    """One picture with the words of all, the plainest name first: France before an island of it."""
+    several = sorted(several, key=lambda picture: len(picture.words.names[0]))
+
+    def all_of(kind: str) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(t for each in several for t in getattr(each.words, kind)))
+
+    words = Words(all_of("names"), all_of("broader"), all_of("captions"))
+    return replace(several[0], words=words)
 
 
 def held_out(pictures: list[Picture]) -> set[str]:
@@ -207,7 +218,7 @@ def write_sentences(
     plain = [*named, *said, *shown, *captions(chinese, DRAWN_CAPTIONS, seed=3), *words, *tokens]
     texts = list(dict.fromkeys(" ".join(text.split()) for text in plain if text.strip()))
     table = dict(zip(texts, space.places(texts), strict=True))
-    # Other characters and a full stop change nothing.
+    # Other characters change nothing, nor does a full stop behind what is said of a thing.
     for text in tokens:
         if (usual := simplified(text)) in table:
             table[text] = table[usual]

@@ -171,7 +171,7 @@ def test_doctor_looks_at_source_code_that_is_not_installed(cn_clip, monkeypatch)
 
     monkeypatch.setattr(sys.modules["cn_clip.cli.doctor"].metadata, "requires", requires)
     code, out, _ = cn_clip("doctor", "--offline")
-    assert code == 0 and "cn-clip is not installed here; pip install -e ." in out
+    assert code == 0 and "cn-clip is not installed; pip install -e ." in out
 
 
 def test_doctor_names_what_is_missing_or_too_old_with_the_command(cn_clip, monkeypatch):

@@ -69,25 +69,40 @@ def test_copies_and_captions_of_the_test_set_are_found(train_set, test_set, tmp_
     assert {r.reason for r in only.removed} == {"picture"}
 
 
+def on_paper(picture, size, at):
+    paper = Image.new("RGB", size, "white")
+    paper.paste(picture, at)
+    return paper
+
+
 def test_a_drawing_is_found_with_other_margins(tmp_path):
-    drawing, other = make_picture(0, (120, 100)), make_picture(1, (120, 100))
-
-    def on_paper(picture, size, at):
-        paper = Image.new("RGB", size, "white")
-        paper.paste(picture, at)
-        return paper
-
-    test = folder(tmp_path / "test", [("t", on_paper(drawing, (300, 200), (20, 60)), ["图"])])
+    drawing, other, third = (make_picture(seed, (120, 100)) for seed in range(3))
+    test = folder(
+        tmp_path / "test",
+        [("t", on_paper(drawing, (300, 200), (20, 60)), ["图"]), ("u", third, ["图"])],
+    )
     pairs = [
         ("a-none", drawing, ["一"]),
         ("b-wide", on_paper(drawing, (200, 300), (70, 10)), ["二"]),
         ("c-mirrored", on_paper(drawing, (130, 130), (5, 25)).transpose(0), ["三"]),
         ("d-other", on_paper(other, (300, 200), (20, 60)), ["四"]),
         ("e-paper", on_paper(drawing, (300, 200), (300, 200)), ["五"]),
+        ("f-framed", on_paper(third, (300, 300), (0, 0)), ["六"]),
     ]
     train = folder(tmp_path / "train", pairs)
     found = decontaminate(train, test)
-    assert [train.row(r.index).text for r in found.removed] == ["一", "二", "三"]
+    assert [train.row(r.index).text for r in found.removed] == ["一", "二", "三", "六"]
+
+
+def test_photos_of_one_shape_are_not_alike_for_the_bars_beside_them(tmp_path):
+    """Laid on squares, long dark pictures are a dark band on white, all of them."""
+    dark = [
+        Image.eval(make_picture(seed, (360, 120)), lambda level: 60 + level // 6)
+        for seed in range(12)
+    ]
+    test = folder(tmp_path / "test", [(f"t{n}", each, ["图"]) for n, each in enumerate(dark[:6])])
+    train = folder(tmp_path / "train", [(f"r{n}", each, ["图"]) for n, each in enumerate(dark[6:])])
+    assert decontaminate(train, test).removed == []
 
 
 def test_a_plain_picture_is_found_by_its_pixels(tmp_path):

@@ -110,32 +110,38 @@ def test_a_plain_picture_matches_its_own_pixels_only():
     assert [len(each) for each in near_pairs(hashes, THRESHOLD)] == [0, 0]
 
 
-@pytest.mark.parametrize("box", [(9, 0, 30, 20), (5, 3, 20, 17), (0, 5, 30, 6), (29, 19, 30, 20)])
-@pytest.mark.parametrize("paper", ["white", "black", (200, 30, 30)])
+@pytest.mark.parametrize("box", [(9, 0, 30, 20), (5, 3, 20, 17), (0, 0, 19, 12), (29, 19, 30, 20)])
+@pytest.mark.parametrize("paper", ["white", "black", (200, 30, 30), (0, 128, 28)])
 def test_margins_of_one_colour_go(box, paper):
     image = Image.new("RGB", (30, 20), paper)
     image.paste("teal", box)
-    found, had_margins = trimmed(image)
+    found = trimmed(image)
     width, height = box[2] - box[0], box[3] - box[1]
-    assert had_margins and found.size == (max(width, height),) * 2
+    assert found.size == (max(width, height),) * 2
     assert sorted(found.getcolors()) == sorted(
         [(width * height, (0, 128, 128))]
         + [(found.width**2 - width * height, (255, 255, 255))] * (width != height)
     )
 
 
-def test_what_has_no_margins_is_only_laid_on_a_square():
-    for image in (Image.new("RGB", (30, 20), "teal"), make_picture(1, (30, 20))):
-        found, had_margins = trimmed(image)
-        assert not had_margins and found.size == (30, 30)
-        assert found.crop((0, 5, 30, 25)).tobytes() == image.tobytes()
+@pytest.mark.parametrize("size", [(30, 20), (20, 30), (1, 1)])
+def test_what_has_no_margins_is_only_laid_on_a_square(size):
+    for image in (Image.new("RGB", size, "teal"), make_picture(1, size)):
+        found = trimmed(image)
+        assert found.size == (max(size),) * 2
+        left, top = (found.width - size[0]) // 2, (found.height - size[1]) // 2
+        assert found.crop((left, top, left + size[0], top + size[1])).tobytes() == image.tobytes()
+
+
+@pytest.mark.parametrize("size", [(60_000, 1), (3, 40_000)])
+def test_a_strip_becomes_no_huge_square(size):
+    assert sorted(trimmed(make_picture(2, size)).size) == [1, 256]
 
 
 def test_recompressed_margins_go_too():
     image = Image.new("RGB", (160, 160), "white")
     image.paste(make_picture(3, (80, 80)), (40, 40))
-    found, had_margins = trimmed(recompressed(image))
-    assert had_margins and 80 <= found.width <= 96
+    assert 80 <= trimmed(recompressed(image)).width <= 96
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 500), (19, 19)])

@@ -70,9 +70,12 @@ def _look(offline: bool) -> Iterator[Finding]:
     requirements = _requirements()
     if requirements is None:
         yield Finding(
-            "packages", "note", "not looked at: cn-clip is not installed here; pip install -e ."
+            "packages",
+            "note",
+            "only torch is looked at: cn-clip is not installed; pip install -e .",
         )
-    required = [_check(requirement) for requirement in requirements or []]
+        requirements = [Requirement("torch")]
+    required = [_check(requirement) for requirement in requirements]
     yield from required
     for name, (purpose, command) in _OPTIONAL.items():
         if importlib.util.find_spec(name):

@@ -118,6 +118,7 @@ def decontaminate(
     done = 0
     if known:
         test = _joined(known)
+        known.clear()  # some 9 KB a picture
         index = build(test.hashes)
         with mapped(_Hashed(train, all_variants=False), workers) as run:
             for told in run(chunked(groups.firsts, _CHUNK)):
@@ -207,13 +208,12 @@ def write_page(found: Decontaminated, train: Source, against: Source, path: Path
 
 @dataclass(frozen=True, slots=True)
 class _Hashes:
-    """Hashes (K, 36). Of each, (K,): the pair that its picture is of, whether it is that of the
-    picture without margins, and whether the picture has any."""
+    """Hashes (K, 36). Of each, (K,): the pair that its picture is of, and whether it is that of the
+    picture without margins."""
 
     hashes: Hashes
     rows: npt.NDArray[np.int64]
     trimmed: npt.NDArray[np.bool_]
-    margins: npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,14 +232,13 @@ class _Hashed:
             image = read_image(content, fast_decode=_DECODED, background="white")
         except CNClipError as error:
             return located(self.source, index, error)
-        without, margins = trimmed(image)
-        forms = [variants(each) if self.all_variants else [each] for each in (image, without)]
+        both = (image, trimmed(image))
+        forms = [variants(each) if self.all_variants else [each] for each in both]
         count = sum(map(len, forms))
         return _Hashes(
             np.stack([hash_image(each) for form in forms for each in form]),
             np.full(count, index),
             np.arange(count) >= len(forms[0]),
-            np.full(count, margins),
         )
 
 
@@ -248,7 +247,6 @@ def _joined(several: list[_Hashes]) -> _Hashes:
         np.concatenate([each.hashes for each in several]),
         np.concatenate([each.rows for each in several]),
         np.concatenate([each.trimmed for each in several]),
-        np.concatenate([each.margins for each in several]),
     )
 
 
@@ -259,8 +257,6 @@ def _nearest(
     distance; nothing for pictures that are near none."""
     query, held, distances = search(index, asked.hashes, threshold)
     alike = asked.trimmed[query] == test.trimmed[held]
-    # Two pictures without margins are compared as they are: squares of them share the bars.
-    alike &= ~asked.trimmed[query] | asked.margins[query] | test.margins[held]
     rows = zip(
         asked.rows[query][alike].tolist(),
         test.rows[held][alike].tolist(),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,9 @@ _LIKENESS = 0.93  # cosine of the frequencies of two pictures, at least
 _CHUNKS = 4  # of 16 bits, by which the first word is looked up
 _BLOCK = 1 << 12  # queries that are looked up together, which bounds the memory
 _CROP = 0.05
-_MARGIN = 12  # grey levels, of 255, in which a margin may differ from its corner
+_MARGIN = 12  # levels of a colour, of 255, in which a margin may differ from its corners
+_TRIMMED = 256  # longest side of a picture without margins
+_LONG = 2  # times as long as wide
 _NOISE = 0.3  # amplitude, in grey levels, that recompression may change
 _PLAIN = 6.0  # standard deviation, of 255 grey levels, below which noise decides the signs
 
@@ -86,20 +88,25 @@ def variants(image: Image.Image) -> list[Image.Image]:
     return [image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), *crops]
 
 
-def trimmed(image: Image.Image) -> tuple[Image.Image, bool]:
-    """Return a picture without margins on a white square, and whether it had any.
+def trimmed(image: Image.Image) -> Image.Image:
+    """Return a picture without margins, small, on a white square, so that it keeps its shape; but
+    not if that would be mostly white, as those of all long pictures.
 
-    Margins have the colour of its upper left corner. A picture of one colour has none.
+    Margins have the colour that most corners share; a picture of one colour has none.
     """
     image = image.convert("RGB")
-    margin = Image.new("RGB", image.size, image.getpixel((0, 0)))
-    away = ImageChops.difference(image, margin).convert("L")
-    whole = (0, 0, *image.size)
-    box = away.point(lambda level: 255 * (level > _MARGIN)).getbbox() or whole
-    square = Image.new("RGB", (max(box[2] - box[0], box[3] - box[1]),) * 2, "white")
-    left, top = (square.width - box[2] + box[0]) // 2, (square.height - box[3] + box[1]) // 2
-    square.paste(image.crop(box), (left, top))
-    return square, box != whole
+    right, bottom = image.width - 1, image.height - 1
+    corners = [image.getpixel(at) for at in ((0, 0), (right, 0), (0, bottom), (right, bottom))]
+    margin = Image.new("RGB", image.size, max(corners, key=corners.count))
+    away = reduce(ImageChops.lighter, ImageChops.difference(image, margin).split())
+    inner = image.crop(away.point(lambda level: 255 * (level > _MARGIN)).getbbox())
+    inner.thumbnail((_TRIMMED, _TRIMMED))  # before the square: that of a strip would be huge
+    side = max(inner.size)
+    if side > _LONG * min(inner.size):
+        return inner
+    square = Image.new("RGB", (side, side), "white")
+    square.paste(inner, ((side - inner.width) // 2, (side - inner.height) // 2))
+    return square
 
 
 @cache
