@@ -2,15 +2,18 @@
 
     python benchmarks/decontaminate.py TEST_FOLDER OTHER_FOLDER [--count 500] [--lookup 1000000]
 
-Both folders hold real pictures, searched through. Each of COUNT test pictures is planted in five
-kinds of copies among the other folder's pictures; the copies' parameters are drawn at random. What
-is "wrongly" removed of the others may be a true near-duplicate: --sheet FILE.png shows them.
+Both folders hold real pictures, searched through. Of each of COUNT test pictures there are six
+kinds of copies, whose parameters are drawn at random; `decontaminate` looks for the test pictures
+among them, and among the other folder's. What is "wrongly" removed of the others may be a true
+near-duplicate: --report FILE.html shows them.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import json
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +21,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cn_clip.data.similar import THRESHOLD, build, hash_image, search, variants
+from cn_clip.data.decontaminate import decontaminate, write_page
+from cn_clip.data.pair import Source
+from cn_clip.data.similar import THRESHOLD, build, search
+from cn_clip.data.sources import open_source
 from cn_clip.errors import ImageError
 from cn_clip.image import find_images, read_image
 
 RNG = np.random.default_rng(0)
+TOGETHER = 256  # hashes that `decontaminate` looks up at once
 
 
 def resized(image: Image.Image) -> Image.Image:
@@ -53,12 +60,22 @@ def shifted(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.clip(np.asarray(image) * factors + offset, 0, 255).astype(np.uint8))
 
 
+def framed(image: Image.Image) -> Image.Image:
+    """With more margin of the colour that it has in its corner."""
+    width, height = image.size
+    left, top, right, bottom = (RNG.uniform(0, 0.6, 4) * (width, height, width, height)).astype(int)
+    sheet = Image.new("RGB", (width + left + right, height + top + bottom), image.getpixel((0, 0)))
+    sheet.paste(image, (left, top))
+    return sheet
+
+
 KINDS: tuple[Callable[[Image.Image], Image.Image], ...] = (
     resized,
     recompressed,
     cropped,
     mirrored,
     shifted,
+    framed,
 )
 
 
@@ -74,36 +91,33 @@ def load(folder: Path, count: int) -> list[Image.Image]:
     return images
 
 
-def measure_found(options: argparse.Namespace) -> None:
+def written(images: list[Image.Image], folder: Path) -> Source:
+    """The pictures as a source of pairs, each with its number as text."""
+    folder.mkdir()
+    for number, image in enumerate(images):
+        image.save(folder / f"{number:05}.png", compress_level=1)
+    lines = [json.dumps({"image": f"{n:05}.png", "text": str(n)}) for n in range(len(images))]
+    (folder / "pairs.jsonl").write_text("\n".join(lines))
+    return open_source(f"jsonl:{folder}/pairs.jsonl")
+
+
+def measure_found(options: argparse.Namespace, scratch: Path) -> None:
     tests = load(options.test, options.count)
-    begin = time.perf_counter()
-    several = [np.stack([hash_image(each) for each in variants(image)]) for image in tests]
-    took = (time.perf_counter() - begin) / len(tests)
-    index = build(np.concatenate(several))
-    owners = np.repeat(np.arange(len(tests)), [len(each) for each in several])
-    print(
-        f"{len(tests)} test pictures, {len(several[0])} hashes and {took * 1e3:.1f} ms each;",
-        end="",
-    )
-    print(f" threshold {THRESHOLD} of 256 bits")
+    against = written(tests, scratch / "tests")
+    print(f"{len(tests)} test pictures; threshold {THRESHOLD} of 256 bits")
     for change in KINDS:
-        copies = np.stack([hash_image(change(image)) for image in tests])
-        asked, held, _ = search(index, copies)
-        found = len(np.unique(asked[owners[held] == asked]))
+        copies = written([change(image) for image in tests], scratch / change.__name__)
+        removed = decontaminate(copies, against, min_caption=0).removed
+        found = sum(each.index == each.against for each in removed)
         print(f"  {change.__name__:<14} {found:5} of {len(tests)} found: {found / len(tests):.1%}")
-    others = load(options.other, options.others)
-    asked, held, distances = search(index, np.stack([hash_image(image) for image in others]))
-    removed = np.unique(asked)
-    print(f"  {len(removed)} of {len(others)} others removed: {len(removed) / len(others):.2%}")
-    if options.sheet and len(removed):
-        sheet = Image.new("RGB", (260, 130 * len(removed)), "gray")
-        for row, other in enumerate(removed.tolist()):
-            best = min(np.flatnonzero(asked == other).tolist(), key=lambda at: int(distances[at]))
-            for column, image in enumerate((tests[owners[held[best]]], others[other])):
-                small = image.copy()
-                small.thumbnail((128, 128))
-                sheet.paste(small, (130 * column, 130 * row))
-        sheet.save(options.sheet)
+    others = written(load(options.other, options.others), scratch / "others")
+    begin = time.perf_counter()
+    result = decontaminate(others, against, min_caption=0)
+    seconds = time.perf_counter() - begin
+    share = len(result.removed) / len(others)
+    print(f"  {len(result.removed)} of {len(others)} others removed: {share:.2%}; {seconds:.0f} s")
+    if options.report:
+        write_page(result, others, against, options.report)
 
 
 def measure_lookup(options: argparse.Namespace) -> None:
@@ -113,7 +127,8 @@ def measure_lookup(options: argparse.Namespace) -> None:
     index = build(random.integers(0, 2**64, (900_000, 36), dtype=np.uint64))
     queries = random.integers(0, 2**64, (options.lookup, 36), dtype=np.uint64)
     begin = time.perf_counter()
-    search(index, queries)
+    for at in range(0, len(queries), TOGETHER):
+        search(index, queries[at : at + TOGETHER])
     seconds = time.perf_counter() - begin
     rate = options.lookup / seconds
     print(
@@ -131,9 +146,10 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--others", type=int, default=4000)
     parser.add_argument("--lookup", type=int, default=200_000)
-    parser.add_argument("--sheet", type=Path)
+    parser.add_argument("--report", type=Path)
     options = parser.parse_args()
-    measure_found(options)
+    with tempfile.TemporaryDirectory() as scratch:
+        measure_found(options, Path(scratch))
     measure_lookup(options)
 
 

@@ -204,7 +204,8 @@ def decontaminate(
     """Find the training pairs whose picture or caption a test set holds too.
 
     OUT lists them, for `cn-clip data pack SOURCE --without OUT`. Pictures count as the same when
-    they are resized, recompressed, mirrored, shifted in colour, or cropped by up to 5 %.
+    they are resized, recompressed, mirrored, shifted in colour, cropped by up to 5 %, or have other
+    margins of one colour.
 
     Parameters
     ----------
