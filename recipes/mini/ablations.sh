@@ -1,5 +1,5 @@
 #!/bin/sh
-# What the sentences and the text tower's depth give, on the 468 things after a stage 1 of 1,000 steps:
+# What the sentences and the text tower's depth give, on the 468 things after 1,000 steps of stage 1:
 # after run.sh, sh recipes/mini/ablations.sh. Options are passed on, such as --device cuda.
 # What the data gives: ablations.py.
 set -eu
