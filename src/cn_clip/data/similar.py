@@ -92,14 +92,17 @@ def trimmed(image: Image.Image) -> Image.Image:
     """Return a picture without margins, small, on a white square, so that it keeps its shape; but
     not if that would be mostly white, as those of all long pictures.
 
-    Margins have the colour that most corners share; a picture of one colour has none.
+    Margins have the colour that most corners share. A picture of one colour stays as it is.
     """
     image = image.convert("RGB")
     right, bottom = image.width - 1, image.height - 1
     corners = [image.getpixel(at) for at in ((0, 0), (right, 0), (0, bottom), (right, bottom))]
     margin = Image.new("RGB", image.size, max(corners, key=corners.count))
     away = reduce(ImageChops.lighter, ImageChops.difference(image, margin).split())
-    inner = image.crop(away.point(lambda level: 255 * (level > _MARGIN)).getbbox())
+    box = away.point(lambda level: 255 * (level > _MARGIN)).getbbox()
+    if box is None:
+        return image
+    inner = image.crop(box)
     inner.thumbnail((_TRIMMED, _TRIMMED))  # before the square: that of a strip would be huge
     side = max(inner.size)
     if side > _LONG * min(inner.size):
