@@ -345,7 +345,8 @@ def main() -> None:
     space = space_of(encode, named, known, options.without)
     places = write_sentences(space, named + known, pictures, options.packages, options.out)
     write_start(space, places, pictures, options.layers, options.out)
-    tell_checksums(options.out)
+    if options.without is None and options.layers == CONFIG.text.layers:
+        tell_checksums(options.out)
     print(f"{time.monotonic() - started:.0f} seconds")
 
 
