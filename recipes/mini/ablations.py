@@ -56,8 +56,7 @@ def main() -> None:
     for what in (None, *WITHOUT):
         mine = kept(pictures, what)
         space = space_of(encode, *known_things(what), what)
-        said = {t for p in mine for t in p.words.names + p.words.broader + p.words.captions}
-        texts = sorted(said)
+        texts = sorted({text for each in mine for text in each.words.texts})
         places = dict(zip(texts, space.places(texts), strict=True))
         seen = np.stack([features[file_of(each)] for each in mine])
         tower = fitted_tower(mine, seen, places, space.prototypes)

@@ -210,22 +210,22 @@ def write_sentences(
     """Write texts and where they belong; return the places of all by text."""
     named = [name for each in known for name in each.words.names]
     said = [text for each in known for text in each.words.broader + each.words.captions]
-    shown = [text for p in pictures for text in p.words.names + p.words.broader + p.words.captions]
+    shown = [text for each in pictures for text in each.words.texts]
+    of_things = list(dict.fromkeys([*named, *said, *shown]))
     chinese = list(dict.fromkeys(named + [p.words.names[0] for p in pictures]))
     words, nouns = jieba_words(FREQUENT_WORDS)
     tokens = vocabulary(VOCABULARY)
     patterned = templated(chinese, 4, seed=1) | templated(nouns[:TEMPLATED_NOUNS], 1, seed=2)
-    plain = [*named, *said, *shown, *captions(chinese, DRAWN_CAPTIONS, seed=3), *words, *tokens]
+    plain = [*of_things, *captions(chinese, DRAWN_CAPTIONS, seed=3), *words, *tokens]
     texts = list(dict.fromkeys(" ".join(text.split()) for text in plain if text.strip()))
     table = dict(zip(texts, space.places(texts), strict=True))
     # Other characters change nothing, nor does a full stop behind what is said of a thing.
     for text in tokens:
         if (usual := simplified(text)) in table:
             table[text] = table[usual]
-    said_of_things = list(dict.fromkeys([*named, *said, *shown]))
-    for text in said_of_things:
+    for text in of_things:
         table.setdefault(traditional(text), table[text])
-    for text in random.Random(SEED).sample(said_of_things, len(said_of_things) // STOPPED):
+    for text in random.Random(SEED).sample(of_things, len(of_things) // STOPPED):
         table.setdefault(f"{text}。", table[text])
     # A pattern changes little of what a word stands for: half-way between word and sentence.
     new = [text for text in patterned if text not in table]

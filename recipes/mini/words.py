@@ -32,6 +32,11 @@ class Words:
     broader: tuple[str, ...] = ()
     captions: tuple[str, ...] = ()
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All of them."""
+        return self.names + self.broader + self.captions
+
 
 @dataclass(frozen=True)
 class Thing:
