@@ -238,6 +238,23 @@ def test_averaged_weights_are_what_is_measured_and_kept(pairs, start, tmp_path):
     assert 0 < (ema - first).norm() < 0.95 * (plain - first).norm()
 
 
+def test_what_is_measured_in_another_precision_is_trained_as_before(pairs, start, tmp_path):
+    def run(precision, scored):
+        out = tmp_path / f"{precision}-{scored}"
+        stage = {"steps": 2, "epochs": None}
+        machine = {"precision": precision, "device": "cpu"}
+        evaluation = {"score_precision": scored}
+        train(make_recipe(pairs, start, out, stage, machine=machine, evaluation=evaluation))
+        return losses(out), np.load(out / "before.npz")["images"]
+
+    trained, rough = run("bf16", None)
+    same, exact = run("bf16", "fp32")
+    _, wanted = run("fp32", None)
+    assert same == trained
+    np.testing.assert_array_equal(exact, wanted)
+    assert np.abs(rough - wanted).max() > 1e-3
+
+
 @pytest.mark.parametrize(
     ("kind", "precision"),  # convolutions in float16 take minutes on a CPU
     [("vit", "bf16"), ("vit", "fp16"), ("resnet", "bf16"), ("efficientnet_lite", "bf16")],

@@ -194,6 +194,9 @@ class Evaluation:
 
     every_epochs: int = _option(1, "After so many epochs; 0: not, only at the end of a stage")
     every_steps: int | None = _option(None, "And after so many steps")
+    score_precision: Precision | None = _option(
+        None, "Of the towers meanwhile, by default that of training; fp32 tells small gains apart"
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,7 +52,7 @@ def evaluate(run: Run, training: Training, progress: Progress) -> Retrieval:
     images, texts = embed(
         model,
         validation,
-        autocast=run.numbers.autocast,
+        autocast=run.numbers.scored,
         images=training.images,
         divided=not sharded(model),
     )
