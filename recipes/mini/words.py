@@ -139,17 +139,13 @@ def captions(nouns: Sequence[str], count: int, seed: int) -> list[str]:
             current = lists.setdefault(line.strip("[]"), [])
         elif line and not line.startswith("#"):
             current.append(line)
+    forms = lists.pop("form")
+    lists["thing"] = [*nouns]
     rng = random.Random(seed)
 
     def draw() -> str:
-        kind = rng.random()
-        if kind < 0.4:
-            return rng.choice(lists["who"]) + rng.choice(lists["where"]) + rng.choice(lists["does"])
-        if kind < 0.5:
-            return rng.choice(lists["who"]) + rng.choice(lists["does"])
-        if kind < 0.85:
-            return rng.choice(lists["look"]) + rng.choice(nouns)
-        return rng.choice(nouns) + rng.choice(("和", "与", "，还有")) + rng.choice(nouns)
+        form = rng.choice(forms).split()
+        return "".join(rng.choice(lists[part]) if part in lists else part for part in form)
 
     drawn = list(lists["scene"])
     for i in range(count):
