@@ -52,3 +52,17 @@ def test_no_field_has_stray_blanks_or_empty_entries(name):
 def test_each_picture_left_out_names_the_stamp_it_repeats():
     rows = [json.loads(line) for line in (DATA / "excluded.jsonl").read_text("utf-8").splitlines()]
     assert rows and all(row["picture"] and row["stamp"] for row in rows)
+
+
+def test_each_form_of_a_caption_is_of_lists_that_are_there_and_of_chinese():
+    lists: dict[str, list[str]] = {"thing": ["猫"]}
+    for line in (DATA / "captions.txt").read_text("utf-8").splitlines():
+        if line.startswith("["):
+            current = lists.setdefault(line.strip("[]"), [])
+        elif not line.startswith("#"):
+            current.append(line)
+    assert all(lists.values())
+    for form in lists.pop("form"):
+        parts = form.split()
+        assert any(part in lists for part in parts), form
+        assert [part for part in parts if part.isascii() and part not in lists] == [], form
