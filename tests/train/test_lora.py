@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import TINY, make_model
 
 from cn_clip.errors import UsageError
-from cn_clip.train.lora import add_lora, merge_lora, plain_state
+from cn_clip.train.lora import add_lora, plain_state
 from cn_clip.train.optim import parameter_groups
 from cn_clip.train.recipe import Lora, Optimizer
 from cn_clip.train.stages import freeze, set_modes
@@ -83,11 +83,8 @@ def test_merging_gives_the_same_output_under_the_official_names():
     model = trained()
     before, state = outputs(model), plain_state(model)
     assert torch.equal(outputs(model), before)  # the model stays
-    merge_lora(model)
-    torch.testing.assert_close(outputs(model), before, rtol=0, atol=0)
-    merged, plain = model.state_dict(), make_model(TINY["vit"])
-    assert state.keys() == merged.keys() == plain.state_dict().keys()
-    assert all(torch.equal(state[name], merged[name]) for name in merged)
+    plain = make_model(TINY["vit"])
+    assert state.keys() == plain.state_dict().keys()
     plain.load_state_dict(state)
     torch.testing.assert_close(outputs(plain), before, rtol=0, atol=0)
 

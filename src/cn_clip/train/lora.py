@@ -57,15 +57,6 @@ def add_lora(model: CLIP, lora: Lora, generator: torch.Generator) -> list[str]:
     return names
 
 
-@torch.no_grad()
-def merge_lora(model: CLIP) -> None:
-    """Write every update into its matrix, and take the updates away."""
-    for module in list(model.modules()):
-        if parametrize.is_parametrized(module):
-            for attribute in list(module.parametrizations):  # type: ignore[arg-type]
-                parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
-
-
 def plain_state(model: CLIP) -> dict[str, Tensor]:
     """Return the state dict under official names, updates merged into it; the model stays."""
     state: dict[str, Tensor] = {}
