@@ -207,7 +207,13 @@ def test_ctrl_c_ends_with_130_and_no_traceback(model, folder_of_pictures, tmp_pa
     os.mkfifo(tmp_path / "labels")
     command = [sys.executable, "-m", "cn_clip", "classify"]
     command += [str(folder_of_pictures), "--labels-file", str(tmp_path / "labels")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where the tests are a background job of a shell, it would be ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     with open(tmp_path / "labels", "w"):  # opens when the command does: it waits for labels now
         time.sleep(0.2)
         process.send_signal(signal.SIGINT)
