@@ -69,6 +69,11 @@ def hits(scores: np.ndarray, correct: np.ndarray) -> dict[str, np.ndarray]:
     return {f"R@{k}": 100.0 * right[:, :k].any(axis=1) for k in (1, 5, 10)}
 
 
+def cell(row: dict[str, np.ndarray]) -> str:
+    """The mean hits of one direction, as the tables of the card have them."""
+    return " / ".join(f"{each.mean():.1f}" for each in row.values())
+
+
 def measure(model: str, pairs: list[tuple[Path, str]]) -> dict[str, dict[str, np.ndarray]]:
     """The hits of a model in both directions."""
     embedder = cn_clip.load(model)

@@ -142,8 +142,7 @@ def our_step(batch: int, captions: list[str], locked: bool, cached: bool, precis
         parameter_groups(model.named_parameters(), stage.optimizer), stage.optimizer
     )
     dtype = torch.bfloat16 if precision == "bf16" else None
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    numbers = Numbers(torch.device("cpu"), dtype, dtype, scaler)
+    numbers = Numbers(torch.device("cpu"), dtype, torch.amp.GradScaler("cpu", enabled=False))
     pixels = torch.randint(0, 256, (batch, 3, RESOLUTION, RESOLUTION)).to(torch.uint8)
     share = Share(
         None if cached else pixels,

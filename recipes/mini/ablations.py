@@ -67,7 +67,7 @@ def main() -> None:
         images = torch.nn.functional.normalize(images, dim=-1).numpy()
         scores = space.places(captions) @ images.T
         rows = [things468.hits(scores, correct), things468.hits(scores.T, correct.T)]
-        cells = [" / ".join(f"{each.mean():.1f}" for each in row.values()) for row in rows]
+        cells = [*map(things468.cell, rows)]
         print(f"| {'all' if what is None else f'without {what}'} | {cells[0]} | {cells[1]} |")
 
 

@@ -40,8 +40,7 @@ def main() -> None:
             load_tensors(path, {"average": learned})
             folder = Path(scratch) / path.name
             weights.save_state(model.config, state, folder)
-            found = things468.measure(str(folder), pairs).values()
-            cells = [" / ".join(f"{each.mean():.1f}" for each in row.values()) for row in found]
+            cells = [*map(things468.cell, things468.measure(str(folder), pairs).values())]
             drawings = 100 * held_out[progress.total]
             print(f"| {progress.total:,} | {cells[0]} | {cells[1]} | {drawings:.1f} |", flush=True)
 

@@ -17,7 +17,7 @@ from cn_clip.train.stages import set_modes
 from cn_clip.train.step import Heads, Numbers, Towers, _seed_of, backward
 
 CPU = torch.device("cpu")
-NUMBERS = Numbers(CPU, None, None, torch.amp.GradScaler("cpu", enabled=False))
+NUMBERS = Numbers(CPU, None, torch.amp.GradScaler("cpu", enabled=False))
 TEXTS = [
     "猫",
     "一只白色的狗",
@@ -200,7 +200,7 @@ def test_gradients_in_float16_are_scaled_and_come_back_the_same():
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     optimizer = torch.optim.SGD(towers.parameters(), lr=0.0)
     towers.zero_grad()
-    backward(towers, share, stage, Numbers(CPU, None, None, scaler), chunks=3, seed=(0, 0, 0))
+    backward(towers, share, stage, Numbers(CPU, None, scaler), chunks=3, seed=(0, 0, 0))
     scaled = gradients(towers)
     scaler.unscale_(optimizer)
     assert scaled["model.text_projection"].norm() > 500 * plain["model.text_projection"].norm()

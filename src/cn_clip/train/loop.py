@@ -92,13 +92,13 @@ def train(
         log = Log(folder, recipe, tell=tell, writes=distributed.is_main())
         stack.callback(log.close)
         autocast = _AUTOCAST[recipe.machine.precision]
-        scored = _AUTOCAST[recipe.evaluation.score_precision or recipe.machine.precision]
         scaler = torch.amp.GradScaler(device.type, enabled=autocast is torch.float16)
         run = Run(
             recipe,
             folder,
             device,
-            Numbers(device, autocast, scored, scaler),
+            Numbers(device, autocast, scaler),
+            _AUTOCAST[recipe.evaluation.score_precision or recipe.machine.precision],
             log,
             stack.enter_context(signals()),
             open_mix(recipe.data.train),
@@ -338,7 +338,7 @@ def _mixed(run: Run, progress: Progress, begun: str, share: float) -> float | No
     validation = run.validation
     if validation is None:
         return None
-    images, texts = embed(model.to(run.device), validation, autocast=run.numbers.scored)
+    images, texts = embed(model.to(run.device), validation, autocast=run.scored)
     found = distributed.on_main(lambda: score(images, texts, validation))
     log_score(run, f"{run.recipe.stages[progress.stage].name}, mixed", progress, found)
     return found.mean_recall
@@ -351,7 +351,7 @@ def _end(run: Run, progress: Progress, seconds: float) -> Outcome:
     if distributed.is_main():
         weights.save_state(model.config, model.state_dict(), final)
     if run.validation is not None:
-        images, texts = embed(model.to(run.device), run.validation, autocast=run.numbers.scored)
+        images, texts = embed(model.to(run.device), run.validation, autocast=run.scored)
         found = score(images, texts, run.validation)
         log_score(run, "final", progress, found)
         if distributed.is_main():

@@ -52,7 +52,7 @@ def evaluate(run: Run, training: Training, progress: Progress) -> Retrieval:
     images, texts = embed(
         model,
         validation,
-        autocast=run.numbers.scored,
+        autocast=run.scored,
         images=training.images,
         divided=not sharded(model),
     )

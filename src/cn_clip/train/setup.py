@@ -34,12 +34,14 @@ from cn_clip.train.validate import Vectors
 
 @dataclass(slots=True)
 class Run:
-    """What all stages share."""
+    """What all stages share; ``scored`` is the dtype of the towers while a score is measured, None
+    for float32."""
 
     recipe: Recipe
     folder: Path
     device: torch.device
     numbers: Numbers
+    scored: torch.dtype | None
     log: Log
     stop: Stop
     mix: list[Weighted]

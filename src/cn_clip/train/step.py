@@ -92,13 +92,11 @@ class Towers(nn.Module):
 class Numbers:
     """The numbers a step computes in, and how its gradients are scaled.
 
-    ``autocast`` is the dtype of the towers, None for float32, and ``scored`` the one while the
-    score is measured; ``scaler`` is for float16.
+    ``autocast`` is the dtype of the towers, None for float32; ``scaler`` is for float16.
     """
 
     device: torch.device
     autocast: torch.dtype | None
-    scored: torch.dtype | None
     scaler: torch.amp.GradScaler
 
     def towers(self) -> AbstractContextManager[object]:
