@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+MAX_MESSAGE = 300  # characters of any message
+_MAX_WORD = 80  # of one value or path within a message that is too long
 
 
 class CNClipError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose. Its text is one short line."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class UsageError(CNClipError, ValueError):
@@ -50,4 +57,27 @@ class MissingWeightsError(CheckpointError, FileNotFoundError):
 
     # FileNotFoundError formats (errno, text) pairs; ours is one sentence.
     def __str__(self) -> str:
-        return str(self.args[0])
+        return one_line(str(self.args[0]))
+
+
+def one_line(message: str, *, limit: int = MAX_MESSAGE) -> str:
+    """Return a message as one printable line of at most ``limit`` characters.
+
+    Line breaks become spaces and unprintable characters are escaped. If the line is too long, long
+    words (base64, paths) are shortened in their middle first, then the line itself, so that its
+    start, which names the value, and its end, which names the remedy, both stay.
+    """
+    line = " ".join(_shortened(message, 100 * limit).split())
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    if len(line) <= limit:
+        return line
+    line = re.sub(rf"\S{{{_MAX_WORD + 1},}}", lambda word: _shortened(word[0], _MAX_WORD), line)
+    return _shortened(line, limit)
+
+
+def _shortened(text: str, limit: int) -> str:
+    """Cut the middle out of a text, so that two thirds of the rest are its start."""
+    if len(text) <= limit:
+        return text
+    head = (limit - 1) * 2 // 3
+    return f"{text[:head]}…{text[len(text) - (limit - 1 - head) :]}"

@@ -21,7 +21,7 @@ from cn_clip.cli.embed import embed
 from cn_clip.cli.eval import eval_app
 from cn_clip.cli.models import models
 from cn_clip.cli.train import train
-from cn_clip.errors import CNClipError, UsageError
+from cn_clip.errors import CNClipError, UsageError, one_line
 
 app = App(
     name="cn-clip",
@@ -78,9 +78,9 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _fail(sentence: str, code: int) -> int:
-    print(f"cn-clip: {sentence}", file=sys.stderr)
+    print(f"cn-clip: {one_line(sentence)}", file=sys.stderr)
     return code
 
 
 def _one_line(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"cn-clip: warning: {message}", file=sys.stderr)
+    print(f"cn-clip: warning: {one_line(str(message))}", file=sys.stderr)
