@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 
 MAX_MESSAGE = 300  # characters of any message
-_MAX_WORD = 80  # of one value or path within a message that is too long
+_WORD_LIMITS = (80, 60, 40)  # of one value or path in a message that is too long
 
 
 class CNClipError(Exception):
@@ -69,15 +69,17 @@ def one_line(message: str, *, limit: int = MAX_MESSAGE) -> str:
     """
     line = " ".join(_shortened(message, 100 * limit).split())
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-    if len(line) <= limit:
-        return line
-    line = re.sub(rf"\S{{{_MAX_WORD + 1},}}", lambda word: _shortened(word[0], _MAX_WORD), line)
+    for word_limit in _WORD_LIMITS:
+        if len(line) <= limit:
+            break
+        long_word = rf"\S{{{word_limit + 1},}}"
+        line = re.sub(long_word, lambda word: _shortened(word[0], word_limit), line)  # noqa: B023
     return _shortened(line, limit)
 
 
 def _shortened(text: str, limit: int) -> str:
-    """Cut the middle out of a text, so that two thirds of the rest are its start."""
+    """Cut the middle out of a text."""
     if len(text) <= limit:
         return text
-    head = (limit - 1) * 2 // 3
+    head = limit // 2
     return f"{text[:head]}…{text[len(text) - (limit - 1 - head) :]}"

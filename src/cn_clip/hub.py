@@ -21,6 +21,7 @@ from cn_clip.config import PUBLISHED
 from cn_clip.errors import CheckpointError, MissingWeightsError, UnknownModelError, UsageError
 
 EMBEDDED = "mini"
+_MAX_REASON = 60  # characters of a hub's own error in ours; it begins with what matters
 EMBEDDED_FOLDER = Path(str(files("cn_clip").joinpath("assets", EMBEDDED)))
 CACHE = "~/.cache/clip"  # the official package's, so that files fetched by it are found
 HUBS = ("huggingface", "modelscope")
@@ -270,13 +271,14 @@ def _no_room(name: str, root: Path, error: OSError) -> MissingWeightsError:
 
 def _missing(name: str, hub: str, root: Path, error: Exception) -> MissingWeightsError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if len(reason) > _MAX_REASON:
+        reason = f"{reason[:_MAX_REASON]}…"
     if name in PUBLISHED:
         published = PUBLISHED[name]
         return MissingWeightsError(
-            f"{name} needs {published.filename}, which is not in {root} and could not be fetched "
-            f"({reason}). Download it from {_OWNERS['huggingface']}/{published.repository} on "
-            f"Hugging Face or {_OWNERS['modelscope']}/{published.repository} on ModelScope and put "
-            f"it into {root}"
+            f"{name} needs {published.filename}, not found here and not fetched ({reason}). "
+            f"Get it from {_OWNERS['huggingface']}/{published.repository} on Hugging Face "
+            f"({_OWNERS['modelscope']} on ModelScope) and put it into {root}"
         )
     return MissingWeightsError(
         f"{name} is neither a file or folder here nor could it be fetched from {_TITLES[hub]} "

@@ -58,10 +58,9 @@ class Guard:
             if options.kind == "clip" and alone and mean >= _AT_CHANCE * chance:
                 raise TrainingError(
                     f"after {step + 1} steps the loss stands at {mean:.3f}, and ln({batch}) = "
-                    f"{chance:.3f} is what a model has that tells nothing apart. Either {what} has "
-                    "destroyed the weights: begin again from them with a tenth of it; or pictures "
-                    "and texts do not belong together: cn-clip data check; or all of a batch are "
-                    "alike. --stop-at-chance 0 lets it go on"
+                    f"{chance:.3f} is chance. Either {what} is too high: start again with a tenth; "
+                    "or images and texts do not match: cn-clip data check; or all pairs of a batch "
+                    "are alike. --stop-at-chance 0 continues"
                 )
 
     @property
