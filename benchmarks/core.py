@@ -107,9 +107,9 @@ def _embed_all(model: Any, clip: Any, captions: list[str]) -> Callable[[], objec
     import torch
 
     if _is_ours():
-        from cn_clip.backends.torch import TorchEmbedder
+        from cn_clip.embedder import Embedder
 
-        embedder = TorchEmbedder(model)
+        embedder = Embedder.from_model(model)
         return lambda: embedder.embed_texts(captions)
 
     @torch.inference_mode()

@@ -48,7 +48,7 @@ def main() -> None:
         photos = Path(work) / "photos"
         photos.mkdir()
         make_photos(photos, options.photos)
-        size = embedder.model.config.vision.resolution
+        size = embedder.config.vision.resolution
         paths = sorted(photos.iterdir())[:BATCH]
         batch = np.stack([normalize(to_pixels(read_image(path), size)) for path in paths])
         embedder._run_images(batch)

@@ -1,5 +1,6 @@
 """Loading and embedding through the public API."""
 
+import os
 import warnings
 
 import numpy as np
@@ -10,15 +11,16 @@ from PIL import Image
 
 import cn_clip
 from cn_clip import weights
-from cn_clip.backends.torch import TorchEmbedder
-from cn_clip.embedder import embed_readable
+from cn_clip.embedder import Embedder
 from cn_clip.errors import CheckpointError, ImageError, UnknownModelError, UsageError
+from cn_clip.eval.calibration import read_calibration
+from cn_clip.hub import EMBEDDED_FOLDER
 from cn_clip.image import normalize, read_image, to_pixels
 
 
 @pytest.fixture
 def embedder(tiny_model):
-    return TorchEmbedder(tiny_model)
+    return Embedder.from_model(tiny_model)
 
 
 @pytest.fixture
@@ -93,7 +95,7 @@ def test_100_000_texts_at_once():
     model = make_model(TINY["vit"])
     model.bert.encoder.layer = model.bert.encoder.layer[:1]
     texts = (f"第{i % 1000}张" for i in range(100_000))  # more than are tokenized at a time
-    got = TorchEmbedder(model).embed_texts(texts)
+    got = Embedder.from_model(model).embed_texts(texts)
     assert got.shape == (100_000, 32)
     np.testing.assert_allclose(got[:1000], got[-1000:], atol=1e-5)
 
@@ -107,9 +109,9 @@ def test_one_lazily_opened_image_may_stand_for_many(embedder, tmp_path):
 
 def test_nothing_more_is_decoded_once_the_model_has_failed(embedder, monkeypatch):
     decoded = []
-    real = embedder._prepare
-    monkeypatch.setattr(embedder, "_prepare", lambda s: decoded.append(1) or real(s))
-    monkeypatch.setattr(embedder, "_run_images", lambda pixels: 1 / 0)
+    real = embedder.prepare_image
+    monkeypatch.setattr(embedder, "prepare_image", lambda s: decoded.append(1) or real(s))
+    monkeypatch.setattr(embedder.backend, "run_images", lambda pixels: 1 / 0)
     large = encoded(make_picture(size=(1500, 1500)), "JPEG")
     with pytest.raises(ZeroDivisionError):
         embedder.embed_images([large] * 500)
@@ -126,14 +128,14 @@ def test_a_bad_picture_among_good_ones_is_named(embedder, tmp_path):
 
 def test_the_readable_pictures_come_with_the_errors_of_the_others(embedder):
     good = [make_picture(0), b"broken", make_picture(1)]
-    embeddings, errors = embed_readable(embedder, good)
+    embeddings, errors = embedder.embed_readable(good)
     assert list(errors) == [1]
     np.testing.assert_allclose(embeddings, embedder.embed_images([good[0], good[2]]), atol=1e-5)
-    assert embed_readable(embedder, [])[0].shape == (0, 32)
+    assert embedder.embed_readable([])[0].shape == (0, 32)
 
 
 def test_exif_orientation_is_applied_and_transparency_as_the_model_wants():
-    embedder = TorchEmbedder(make_model(TINY["efficientnet_lite"]))
+    embedder = Embedder.from_model(make_model(TINY["efficientnet_lite"]))
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
     picture = make_picture()
@@ -164,7 +166,7 @@ def test_the_fingerprint_follows_weights_and_not_names(tiny_model, folder, tmp_p
     assert cn_clip.load(folder, precision="bfloat16").fingerprint != first
     with torch.no_grad():
         tiny_model.text_projection[0, 0] += 0.01
-    assert TorchEmbedder(tiny_model).fingerprint != first
+    assert Embedder.from_model(tiny_model).fingerprint != first
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
@@ -204,7 +206,7 @@ def test_a_text_that_is_no_string_is_named(embedder):
         embedder.embed_texts(["猫", 7])
     with pytest.raises(UsageError, match="None is neither a string"):
         embedder.embed_texts(None)
-    with pytest.raises(ImageError, match="None is neither a picture"):
+    with pytest.raises(ImageError, match="None is neither an image"):
         embedder.embed_images(None)
 
 
@@ -228,3 +230,62 @@ def test_truncation_is_counted(embedder):
         warnings.simplefilter("ignore")
         embedder.embed_texts(["长" * 100, "短"])
     assert embedder.tokenizer.truncated == before + 1
+
+
+def test_a_variant_names_the_model_it_is_derived_from(folder):
+    exact = cn_clip.load(folder)
+    assert exact.derived_from is None
+    variants = [
+        cn_clip.load(folder, precision="bfloat16"),
+        cn_clip.load(folder, precision="float16"),
+        cn_clip.load(folder, fast_decode=True),
+        cn_clip.load(folder, fast_decode=True, precision="float16"),
+    ]
+    assert {each.derived_from for each in variants} == {exact.fingerprint}
+    assert len({exact.fingerprint, *(each.fingerprint for each in variants)}) == 5
+
+
+def test_the_shipped_calibration_is_of_the_shipped_model():
+    mini = cn_clip.load()
+    assert read_calibration(EMBEDDED_FOLDER / "calibration.json").fingerprint == mini.fingerprint
+
+
+def test_prepared_items_give_the_same_rows(embedder):
+    pictures = [make_picture(seed) for seed in range(3)]
+    prepared = [embedder.prepare_image(each) for each in pictures]
+    assert prepared[0].shape == (3, 32, 32) and prepared[0].dtype == np.uint8
+    rows = embedder.embed_prepared_images(prepared)
+    np.testing.assert_array_equal(rows, embedder.embed_images(pictures))
+    texts = ["猫", "一只在草地上奔跑的小狗"]
+    ids = embedder.prepare_texts(texts)
+    np.testing.assert_array_equal(embedder.embed_prepared_texts(ids), embedder.embed_texts(texts))
+
+
+def test_normalised_pixels_and_uint8_give_the_same_features(embedder):
+    pixels = to_pixels(make_picture(), 32)
+    raw = np.moveaxis(pixels, -1, 0)[None]
+    np.testing.assert_array_equal(
+        embedder.backend.run_images(np.ascontiguousarray(raw)),
+        embedder.backend.run_images(normalize(pixels)[None]),
+    )
+
+
+def test_the_batch_size_changes_only_rounding(tiny_model):
+    pictures = [make_picture(seed) for seed in range(5)]
+    one, many = (Embedder.from_model(tiny_model, batch_size=size) for size in (1, 4))
+    np.testing.assert_allclose(one.embed_images(pictures), many.embed_images(pictures), atol=1e-6)
+    with pytest.raises(UsageError, match="batch_size 0 is below 1"):
+        Embedder.from_model(tiny_model, batch_size=0)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_decodes_with_threads_of_its_own(embedder):
+    before = embedder.embed_images(make_picture())
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writer, embedder._pool().submit(bytes, b"works").result(timeout=20))
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(reader, 5) == b"works"
+    np.testing.assert_array_equal(before, embedder.embed_images(make_picture()))

@@ -15,7 +15,7 @@ SOURCE = Path(cn_clip.__file__).parent
 BANDS = {
     "errors": 0, "config": 0, "distributed": 0, "publish": 0, "tokenizer": 0, "image": 0,
     "model": 1,
-    "weights": 2, "hub": 2, "inputs": 2, "data": 2,
+    "weights": 2, "hub": 2, "fingerprint": 2, "inputs": 2, "data": 2,
     "embedder": 3, "backends": 3, "clip": 3, "zeroshot": 3, "convert": 3, "features": 3,
     "extract": 4, "eval": 4,
     "train": 5,
@@ -26,7 +26,7 @@ SAME_BAND = {
     ("config", "errors"), ("image", "config"), ("image", "errors"), ("tokenizer", "errors"),
     ("distributed", "errors"),
     ("embedder", "backends"), ("zeroshot", "embedder"), ("convert", "backends"),
-    ("__main__", "cli"),
+    ("convert", "embedder"), ("__main__", "cli"),
 }  # fmt: skip
 
 

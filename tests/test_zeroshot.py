@@ -5,13 +5,13 @@ import pytest
 from conftest import make_picture
 
 import cn_clip
-from cn_clip.backends.torch import TorchEmbedder
+from cn_clip.embedder import Embedder
 from cn_clip.errors import UsageError
 
 
 @pytest.fixture
 def embedder(tiny_model):
-    return TorchEmbedder(tiny_model)
+    return Embedder.from_model(tiny_model)
 
 
 PICTURES = [make_picture(seed) for seed in range(3)]

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from cn_clip.errors import CheckpointError, UnknownModelError, UsageError
 
-Backend = Literal["auto", "torch"]
+BackendName = Literal["auto", "torch"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 VisionKind = Literal["vit", "resnet", "efficientnet_lite"]
 

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from cn_clip import weights
-from cn_clip.backends.torch import TorchEmbedder, pick_precision
+from cn_clip.backends.torch import pick_precision
+from cn_clip.embedder import Embedder
 from cn_clip.errors import CheckpointError, UsageError
 from cn_clip.model.clip import CLIP
 from cn_clip.publish import flush, published, published_folder
@@ -138,7 +139,7 @@ def _check_target(source: Path, out: Path, overwrite: bool) -> None:
 
 
 def _run(model: CLIP) -> tuple[np.ndarray, np.ndarray]:
-    embedder = TorchEmbedder(model)
+    embedder = Embedder.from_model(model)
     photo = files("cn_clip").joinpath("assets", "probe.jpg").read_bytes()
     threads = torch.get_num_threads()
     # A core for the disk's work beside: threads of the run that must wait for theirs are waited

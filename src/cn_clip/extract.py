@@ -135,9 +135,8 @@ def _embed_all(
     def flush() -> None:
         chunk = [item for item, _ in pending]
         if kind == "images":
-            errors: dict[int, ImageError] = {}
             contents = (item.content for item in _ticking(chunk, tick))
-            vectors = embedder.embed_images(contents, errors=errors)
+            vectors, errors = embedder.embed_readable(contents)
             report.failed += [(chunk[i].id, _reason(chunk[i], e)) for i, e in errors.items()]
         else:
             errors = {}

@@ -30,12 +30,12 @@ def cn_clip(capsys):
 @pytest.fixture
 def calibration(tiny_model, tmp_path):
     """A calibration of the tiny model, whatever it can do."""
-    from cn_clip.backends.torch import TorchEmbedder
+    from cn_clip.embedder import Embedder
     from cn_clip.eval.calibration import Calibration, Logistic, write_calibration
 
     counts = dict.fromkeys(("images", "texts", "pairs", "non_pairs"), 100)
     thresholds = {"search": None, "labels": 0.99}
-    fingerprint = TorchEmbedder(tiny_model).fingerprint
+    fingerprint = Embedder.from_model(tiny_model).fingerprint
     write_calibration(
         Calibration("tiny", fingerprint, Logistic(5.0, -1.0), 0.5, 0.9, thresholds, counts, "d",
                     "2025-01-01"),

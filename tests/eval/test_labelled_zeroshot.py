@@ -7,7 +7,7 @@ import pytest
 from conftest import encoded, make_picture
 from eval.labelled_folder import write_labelled
 
-from cn_clip.backends.torch import TorchEmbedder
+from cn_clip.embedder import Embedder
 from cn_clip.errors import DataError, UnknownNameError, UsageError
 from cn_clip.eval.classification import map_11_points
 from cn_clip.eval.labelled import read_labelled
@@ -18,7 +18,7 @@ TEMPLATES = ["{}", "画面中有{}"]
 
 @pytest.fixture
 def embedder(tiny_model):
-    return TorchEmbedder(tiny_model)
+    return Embedder.from_model(tiny_model)
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import pytest
 from conftest import TINY, make_model
 from data.formats import write_tsv
 
-from cn_clip.backends.torch import TorchEmbedder
 from cn_clip.config import MODELS
+from cn_clip.embedder import Embedder
 from cn_clip.errors import DataError, UnknownNameError
 from cn_clip.eval.metrics import Recall, Retrieval
 from cn_clip.eval.protocols import compare, open_split, protocol, protocols, run_protocol
@@ -70,7 +70,7 @@ def test_a_split_of_other_counts_is_refused_with_the_expected_ones(split):
 
 
 def test_rows_and_pictures_that_cannot_be_read_leave_nothing_to_compare(split):
-    embedder = TorchEmbedder(make_model(TINY["vit"]))
+    embedder = Embedder.from_model(make_model(TINY["vit"]))
     images = (split / "test_imgs.tsv").read_text(encoding="utf-8")
     lines = images.splitlines()
     (split / "test_imgs.tsv").write_text("\n".join(["007\tAAAA", *lines[1:]]), encoding="utf-8")
@@ -85,7 +85,7 @@ def test_rows_and_pictures_that_cannot_be_read_leave_nothing_to_compare(split):
 
 
 def test_ours_stands_beside_what_was_published_for_this_model(split):
-    embedder = TorchEmbedder(make_model(TINY["vit"]))
+    embedder = Embedder.from_model(make_model(TINY["vit"]))
     measured = run_protocol(embedder, open_split(small(), str(split)))
     assert all(
         each.published is None and each.difference is None for each in compare(small(), measured)

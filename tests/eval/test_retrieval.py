@@ -7,8 +7,8 @@ import pytest
 from conftest import TINY, make_model
 from data.formats import IMAGES, PAIRS, WRITERS, write_csv, write_jsonl, write_tsv
 
-from cn_clip.backends.torch import TorchEmbedder
 from cn_clip.data.sources import open_mix
+from cn_clip.embedder import Embedder
 from cn_clip.errors import DataError, UsageError
 from cn_clip.eval.metrics import retrieval
 from cn_clip.eval.pairs import eval_set_of
@@ -20,7 +20,7 @@ from cn_clip.inputs import read_images, read_texts
 
 @pytest.fixture(scope="module")
 def embedder():
-    return TorchEmbedder(make_model(TINY["vit"]))
+    return Embedder.from_model(make_model(TINY["vit"]))
 
 
 def by_hand(embedder):

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from conftest import TINY, make_model
 from data.formats import PAIRS, jpeg, write_csv, write_jsonl
 
-from cn_clip.backends.torch import TorchEmbedder
 from cn_clip.data.loader import Loader, Preparation, pixels_of, stacked_pixels
 from cn_clip.data.pair import Row
 from cn_clip.data.sampler import BatchPart
 from cn_clip.data.sources import Weighted, open_mix
+from cn_clip.embedder import Embedder
 from cn_clip.errors import DataError, UsageError
 from cn_clip.train import cache
 from cn_clip.train.batches import CachedLoader, shares
@@ -104,7 +104,7 @@ def test_features_are_what_embedding_gives(tower, tmp_path, pictures):
     mix = open_mix([write_csv(pictures)])
     found = cached(mix, tower, tmp_path / "features").features(part_of([0, 1, 2, 3]))
     files = [str(pictures / f"{image_id}.jpg") for image_id, _, _ in PAIRS]
-    expected = TorchEmbedder(tower.model).embed_images(files)
+    expected = Embedder.from_model(tower.model).embed_images(files)
     np.testing.assert_allclose(F.normalize(found, dim=-1).numpy(), expected, atol=1e-5)
 
 

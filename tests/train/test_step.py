@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import TINY, make_model
 
-from cn_clip.backends.torch import TorchEmbedder
 from cn_clip.data.loader import stacked_keys, token_ids
 from cn_clip.data.pair import Row
+from cn_clip.embedder import Embedder
 from cn_clip.train.batches import Share
 from cn_clip.train.loss import clip_loss, sigmoid_loss
 from cn_clip.train.recipe import Loss, Stage
@@ -150,7 +150,7 @@ def test_two_captions_of_one_picture_are_no_negatives_unless_told():
 
 def test_a_teacher_mixes_its_similarities_into_the_targets():
     stage = Stage(epochs=1, loss=Loss(teacher="t", teacher_weight=1.0, duplicates=False))
-    teacher = TorchEmbedder(make_model(TINY["vit"], seed=5))
+    teacher = Embedder.from_model(make_model(TINY["vit"], seed=5))
     share, towers = share_of(32), towers_of("vit", stage, teacher_dim=teacher.dim)
     loss, _ = run(towers, share, stage, 1, teacher=teacher)
     pictures = list(share.pixels.permute(0, 2, 3, 1).numpy())
@@ -167,7 +167,7 @@ def test_a_teacher_mixes_its_similarities_into_the_targets():
 
 def test_a_learned_projection_is_trained_towards_the_teachers_features():
     stage = Stage(epochs=1, loss=Loss(teacher="t", teacher_weight=0.0, teacher_features=1.0))
-    teacher = TorchEmbedder(make_model(TINY["resnet"], seed=5))
+    teacher = Embedder.from_model(make_model(TINY["resnet"], seed=5))
     share, towers = share_of(64), towers_of("efficientnet_lite", stage, teacher_dim=teacher.dim)
     _, one = run(towers, share, stage, 1, teacher=teacher)
     _, more = run(towers, share, stage, 1, teacher=teacher)

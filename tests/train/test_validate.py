@@ -9,9 +9,9 @@ from conftest import TINY, make_model
 from data.formats import PAIRS, jpeg, write_csv, write_jsonl, write_tar
 from train.runs import write_pairs
 
-from cn_clip.backends.torch import TorchEmbedder
 from cn_clip.data.pair import Row
 from cn_clip.data.sources import Weighted, open_mix
+from cn_clip.embedder import Embedder
 from cn_clip.errors import DataError
 from cn_clip.eval.pairs import eval_set_of
 from cn_clip.train import validate
@@ -105,7 +105,7 @@ def test_every_format_gives_the_same_pairs(pictures):
 def test_embeddings_are_those_of_the_embedder(pictures, tiny_model):
     found = eval_set_of(open_mix([write_csv(pictures)]))
     images, texts = embed(tiny_model, found, autocast=None)
-    embedder = TorchEmbedder(make_model(TINY["vit"]))
+    embedder = Embedder.from_model(make_model(TINY["vit"]))
     files = [str(pictures / f"{name}.jpg") for name in ("007", "008", "猫")]
     np.testing.assert_array_equal(images, embedder.embed_images(files))
     np.testing.assert_array_equal(texts, embedder.embed_texts([text for _, _, text in PAIRS]))

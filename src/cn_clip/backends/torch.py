@@ -1,73 +1,36 @@
-"""The PyTorch Embedder."""
+"""The PyTorch backend."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, suppress
-from functools import cached_property
-from itertools import islice
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 
 from cn_clip import weights
+from cn_clip.backends import ParameterCount, Pixels, Rows
 from cn_clip.config import ModelConfig
-from cn_clip.errors import ImageError, UsageError
-from cn_clip.image import ImageInput, describe, normalize, read_image, to_pixels
+from cn_clip.errors import UsageError
+from cn_clip.fingerprint import Fingerprint, TensorBytes, derived, fingerprint_of
 from cn_clip.model.clip import CLIP
-from cn_clip.tokenizer import Tokenizer, default_tokenizer
+from cn_clip.tokenizer import default_tokenizer
 
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_PREPARATION = 1  # counts changes of preprocessing or tokenization that change embeddings
-_IMAGES_PER_BATCH = 32
-_TEXTS_PER_BATCH = 256
-_TOKENS_PER_BATCH = 4096
-_TEXTS_AT_ONCE = 65_536  # tokenized and sorted by length together
 
 
-class TorchEmbedder:
-    """Runs a ``CLIP`` on a device; see ``cn_clip.Embedder`` for what it promises."""
+class TorchBackend:
+    """Runs a ``CLIP`` on its device, without gradients; see ``Backend``."""
 
-    def __init__(
-        self, model: CLIP, *, tokenizer: Tokenizer | None = None, fast_decode: bool = False
-    ) -> None:
+    def __init__(self, model: CLIP) -> None:
         if model.config.vision.kind != "vit":  # convolutions are faster with channels last
             model.visual.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model = model
-        self.tokenizer = tokenizer or default_tokenizer()
-        self.fast_decode = fast_decode
         self._device = model.text_projection.device
-
-    @classmethod
-    def from_path(
-        cls,
-        path: Path,
-        *,
-        expected: ModelConfig | None = None,
-        device: str = "auto",
-        precision: str = "auto",
-        fast_decode: bool = False,
-    ) -> TorchEmbedder:
-        """Load a checkpoint, of the model ``expected``; the rest is as for ``cn_clip.load``."""
-        target = pick_device(device)
-        dtype = pick_precision(precision, target)
-        checkpoint = weights.read(path)
-        if expected is not None:
-            weights.check_model(checkpoint.config, expected, path)
-        model = weights.build(checkpoint, dtype=dtype).to(target)
-        return cls(model.requires_grad_(False), fast_decode=fast_decode)
-
-    @property
-    def name(self) -> str:
-        return self.model.config.name
+        mean, std = model.config.image_mean, model.config.image_std
+        self._mean = torch.tensor(mean, device=self._device)[:, None, None]
+        self._std = torch.tensor(std, device=self._device)[:, None, None]
 
     @property
     def dim(self) -> int:
@@ -77,73 +40,73 @@ class TorchEmbedder:
     def logit_scale(self) -> float:
         return float(self.model.logit_scale.detach().float().exp())
 
-    @cached_property
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        config = self.model.config.to_dict() | {"name": None, "fast_decode": self.fast_decode}
-        config |= {"vocab": self.tokenizer.vocab, "preparation": _PREPARATION}
-        digest.update(json.dumps(config, sort_keys=True).encode())
-        weights.add_to_digest(digest, self.model.state_dict())
-        return digest.hexdigest()[:32]
+    @property
+    def precision(self) -> str:
+        return str(self.model.dtype).removeprefix("torch.")
 
-    def embed_images(
-        self,
-        images: ImageInput | Iterable[ImageInput],
-        *,
-        errors: dict[int, ImageError] | None = None,
-    ) -> npt.NDArray[np.float32]:
-        rows = [np.empty((0, self.dim), dtype=np.float32)]
-        workers = min(4, os.cpu_count() or 1)
-        with ThreadPoolExecutor(workers, thread_name_prefix="cn_clip-decode") as pool:
-            ahead = _ahead(pool, self._prepare, _each_image(images), 2 * _IMAGES_PER_BATCH)
-            with closing(ahead) as prepared:
-                readable = _readable(prepared, errors)
-                while batch := list(islice(readable, _IMAGES_PER_BATCH)):
-                    rows.append(self._run_images(np.stack(batch)))
-        return np.concatenate(rows)
+    @property
+    def parameter_count(self) -> ParameterCount:
+        image = sum(each.numel() for each in self.model.visual.parameters())
+        return ParameterCount(image, sum(each.numel() for each in self.model.parameters()))
 
-    def embed_texts(self, texts: str | Iterable[str]) -> npt.NDArray[np.float32]:
-        if not isinstance(texts, Iterable):
-            raise UsageError(f"{texts!r:.60} is neither a string nor a list of strings")
-        every = iter([texts] if isinstance(texts, str) else texts)
-        rows = [np.empty((0, self.dim), dtype=np.float32)]
-        while some := list(islice(every, _TEXTS_AT_ONCE)):
-            rows.append(self._embed_some_texts(some))
-        return np.concatenate(rows)
+    # Not inference_mode: weights that training has sharded (FSDP2) could not be gathered in it.
+    @torch.no_grad()
+    def run_images(self, pixels: Pixels) -> Rows:
+        images = torch.from_numpy(pixels).to(self._device)
+        if images.dtype == torch.uint8:
+            images = (images.float() / 255 - self._mean) / self._std
+        return self.model.encode_image(images).float().cpu().numpy()
 
-    def _prepare(self, source: ImageInput) -> npt.NDArray[np.float32]:
-        config = self.model.config
-        size = config.vision.resolution
-        image = read_image(
-            source,
-            fast_decode=size if self.fast_decode else None,
-            background=config.background,
+    @torch.no_grad()
+    def run_texts(self, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.bool_]) -> Rows:
+        # The model masks padding by its id, 0, which is what ``mask`` says.
+        features = self.model.encode_text(torch.from_numpy(ids).to(self._device))
+        return features.float().cpu().numpy()
+
+
+def load_model(
+    path: Path, *, expected: ModelConfig | None, device: str = "auto", precision: str = "auto"
+) -> CLIP:
+    """Load a checkpoint for inference on a device; the rest is as for ``cn_clip.load``."""
+    target = pick_device(device)
+    dtype = pick_precision(precision, target)
+    checkpoint = weights.read(path)
+    if expected is not None:
+        weights.check_model(checkpoint.config, expected, path)
+    return weights.build(checkpoint, dtype=dtype).to(target).requires_grad_(False)
+
+
+def model_fingerprint(model: CLIP, *, fast_decode: bool = False) -> Fingerprint:
+    """Return the fingerprint of a model in memory.
+
+    In another precision than float32 it is of the rounded weights, and derived from none.
+    """
+    original = _fingerprint(model.config, model.state_dict())
+    return derived(original, ["fast_decode"] if fast_decode else [])
+
+
+def file_fingerprint(path: Path, precision: str, *, fast_decode: bool = False) -> Fingerprint:
+    """Return the fingerprint of a checkpoint that runs in ``precision``."""
+    checkpoint = weights.read(path)
+    tensors = {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in checkpoint.tensors.items()
+    }
+    original = _fingerprint(checkpoint.config, tensors)
+    return derived(original, [precision, *(["fast_decode"] if fast_decode else [])])
+
+
+def _fingerprint(config: ModelConfig, state: Mapping[str, torch.Tensor]) -> str:
+    tensors = (
+        TensorBytes(
+            name,
+            str(tensor.dtype).removeprefix("torch."),
+            tensor.shape,
+            tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data,
         )
-        try:
-            return normalize(to_pixels(image, size), config.image_mean, config.image_std)
-        except (OSError, ValueError) as error:
-            raise ImageError(f"{describe(source)} cannot be prepared: {error}") from error
-
-    # Not inference_mode: weights that training has shared out (FSDP2) could not be gathered in it.
-    @torch.no_grad()
-    def _run_images(self, pixels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        features = self.model.encode_image(torch.from_numpy(pixels).to(self._device))
-        return _unit(features)
-
-    def _embed_some_texts(self, texts: list[str]) -> npt.NDArray[np.float32]:
-        ids = self.tokenizer.encode(texts, self.model.config.context_length)
-        by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]), reverse=True)
-        out = np.empty((len(ids), self.dim), dtype=np.float32)
-        while by_length:
-            longest = len(ids[by_length[0]])
-            count = max(1, min(_TEXTS_PER_BATCH, _TOKENS_PER_BATCH // longest))
-            batch, by_length = by_length[:count], by_length[count:]
-            out[batch] = self._run_texts(self.tokenizer.pad([ids[i] for i in batch], longest))
-        return out
-
-    @torch.no_grad()
-    def _run_texts(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        return _unit(self.model.encode_text(torch.from_numpy(ids).to(self._device)))
+        for name, tensor in state.items()
+    )
+    return fingerprint_of(config, default_tokenizer().vocab, tensors)
 
 
 def pick_device(device: str) -> torch.device:
@@ -179,64 +142,3 @@ def pick_precision(precision: str, device: torch.device) -> torch.dtype:
         available = ", ".join(["auto", *_PRECISIONS])
         raise UsageError(f"unknown precision {precision!r}; available: {available}")
     return _PRECISIONS[precision]
-
-
-def _each_image(images: ImageInput | Iterable[ImageInput]) -> Iterator[ImageInput]:
-    """Let one picture stand for a list of one; a 4-dimensional array is a batch already."""
-    if isinstance(images, np.ndarray):
-        yield from [images] if images.ndim < 4 else images
-    elif isinstance(images, str | os.PathLike | bytes | bytearray | Image.Image):
-        yield images
-    elif not isinstance(images, Iterable):
-        raise ImageError(f"{images!r:.60} is neither a picture nor a list of pictures")
-    else:
-        yield from images
-
-
-def _ahead(
-    pool: ThreadPoolExecutor,
-    prepare: Callable[[ImageInput], npt.NDArray[np.float32]],
-    images: Iterator[ImageInput],
-    depth: int,
-) -> Generator[npt.NDArray[np.float32] | ImageError]:
-    """Yield prepared pictures, or why they are not, in order; at most ``depth`` in hand."""
-
-    def attempt(image: ImageInput) -> npt.NDArray[np.float32] | ImageError:
-        try:
-            return prepare(image)
-        except ImageError as error:
-            return error
-
-    waiting: deque[Future[npt.NDArray[np.float32] | ImageError]] = deque()
-    try:
-        for image in images:
-            if isinstance(image, Image.Image):
-                # Opened lazily, it must be decoded by one thread; a bad one fails below again.
-                with suppress(ImageError):
-                    image = read_image(image)
-            waiting.append(pool.submit(attempt, image))
-            if len(waiting) >= depth:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:  # on an error or Ctrl-C, do not decode what nobody waits for
-        for future in waiting:
-            future.cancel()
-
-
-def _readable(
-    prepared: Iterable[npt.NDArray[np.float32] | ImageError], errors: dict[int, ImageError] | None
-) -> Iterator[npt.NDArray[np.float32]]:
-    """Yield what could be prepared; collect errors by index, or raise the first."""
-    for index, result in enumerate(prepared):
-        if not isinstance(result, ImageError):
-            yield result
-        elif errors is None:
-            raise result
-        else:
-            errors[index] = result
-
-
-def _unit(features: torch.Tensor) -> npt.NDArray[np.float32]:
-    unit = torch.nn.functional.normalize(features.float(), dim=-1)
-    return unit.cpu().numpy()

@@ -60,7 +60,6 @@ def classify(
         Print JSON instead of a table.
     """
     from cn_clip import zeroshot
-    from cn_clip.embedder import embed_readable
     from cn_clip.eval.calibration import check_model, read_calibration
     from cn_clip.image import find_images
 
@@ -81,7 +80,7 @@ def classify(
         task = bars.add_task("classifying", total=len(paths))
         for start in range(0, len(paths), _CHUNK):
             chunk = paths[start : start + _CHUNK]
-            embeddings, errors = embed_readable(embedder, chunk)
+            embeddings, errors = embedder.embed_readable(chunk)
             good = [path for index, path in enumerate(chunk) if index not in errors]
             result = zeroshot.score(embedder, embeddings, names, prototypes)
             for path, best in zip(good, result.top(top), strict=True):

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from cn_clip.data.pair import located
 from cn_clip.embedder import Embedder
-from cn_clip.errors import CNClipError, DataError, ImageError
+from cn_clip.errors import CNClipError, DataError
 from cn_clip.eval.pairs import EvalSet
 
 
@@ -42,7 +42,6 @@ def embed_pictures(
     Raises:
         DataError: no picture of a pair can be read.
     """
-    errors: dict[int, ImageError] = {}
     unread: dict[int, CNClipError] = {}  # what is told, where the embedder sees no picture at all
 
     def contents() -> Iterator[bytes]:
@@ -56,7 +55,7 @@ def embed_pictures(
             seen(content)
             yield content
 
-    vectors = embedder.embed_images(contents(), errors=errors)
+    vectors, errors = embedder.embed_readable(contents())
     for number, error in sorted(errors.items()):
         source, index = data.images[number]
         told = located(data.sources[source], index, unread.get(number, error))

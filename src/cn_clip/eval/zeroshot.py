@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cn_clip.embedder import Embedder, embed_readable
+from cn_clip.embedder import Embedder
 from cn_clip.errors import DataError, UnknownNameError, UsageError
 from cn_clip.eval.classification import (
     Confusion,
@@ -144,7 +144,7 @@ def score(
     failed: list[str] = []
     for at in range(0, len(data.images), _IMAGES_AT_ONCE):
         some = data.images[at : at + _IMAGES_AT_ONCE]
-        images, errors = embed_readable(embedder, some)
+        images, errors = embedder.embed_readable(some)
         cosines = checked(images, f"pictures from {some[0]} on") @ prototypes.T  # (B, M)
         rows.append(_softmax(SCALE * cosines))
         read += [at + n for n in range(len(some)) if n not in errors]

@@ -10,11 +10,11 @@ import numpy.typing as npt
 import torch
 
 from cn_clip import distributed
-from cn_clip.backends.torch import TorchEmbedder
 from cn_clip.data.captions import digest, plain
 from cn_clip.data.pair import located
 from cn_clip.data.sources import Weighted
-from cn_clip.errors import CNClipError, ImageError
+from cn_clip.embedder import Embedder
+from cn_clip.errors import CNClipError
 from cn_clip.eval.metrics import Retrieval, retrieval
 from cn_clip.eval.pairs import EvalSet
 from cn_clip.model.clip import CLIP
@@ -39,14 +39,13 @@ def embed(
     weights are in shares must run as often on each. A picture that cannot be read has zeros.
     ``images`` from an earlier call are returned as they are, if the image tower has not changed.
     """
-    embedder = TorchEmbedder(model)
+    embedder = Embedder.from_model(model)
     device = model.text_projection.device.type
     with torch.autocast(device, autocast or torch.bfloat16, enabled=autocast is not None):
         if images is None:
             mine = _my_share(len(validation.images), divided)
-            errors: dict[int, ImageError] = {}
             said: list[str] = []
-            rows = embedder.embed_images(_bytes(validation, mine), errors=errors)
+            rows, errors = embedder.embed_readable(_bytes(validation, mine))
             whole = np.zeros((len(mine), rows.shape[1]), np.float32)
             whole[[n for n in range(len(mine)) if n not in errors]] = rows
             for n, error in errors.items():

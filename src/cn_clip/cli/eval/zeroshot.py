@@ -55,7 +55,6 @@ def zeroshot(
     """
     from dataclasses import asdict
 
-    from cn_clip.backends.torch import TorchEmbedder
     from cn_clip.eval import zeroshot
     from cn_clip.eval.labelled import read_labelled
     from cn_clip.publish import published
@@ -95,15 +94,14 @@ def zeroshot(
     if len(scores.failed) > _LISTED:
         print(f"cn-clip: and {len(scores.failed) - _LISTED:,} more", file=sys.stderr)
     if submission is not None:
-        assert isinstance(embedder, TorchEmbedder)  # there is no other yet
-        weights, visual = embedder.model.parameters(), embedder.model.visual.parameters()
+        count = embedder.parameter_count
         document = zeroshot.submission(
             scores,
             labelled,
             model=embedder.name,
             dataset=name,
-            parameters=sum(each.numel() for each in weights),
-            visual=sum(each.numel() for each in visual),
+            parameters=count.total,
+            visual=count.image,
         )
         with published(submission) as path:
             path.write_text(json_format.dumps(document), encoding="utf-8")

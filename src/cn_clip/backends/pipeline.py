@@ -1,0 +1,114 @@
+"""From images and texts to batches for a backend: decoding ahead, order, batches by length."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from cn_clip.config import ModelConfig
+from cn_clip.errors import ImageError
+from cn_clip.image import MAX_PIXELS, ImageInput, describe, read_image, to_pixels
+
+PreparedImage = npt.NDArray[np.uint8]  # (3, S, S)
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePreparation:
+    """How an image becomes pixels: decoded, turned upright, squashed to the model's resolution."""
+
+    config: ModelConfig
+    fast_decode: bool = False
+    max_pixels: int = MAX_PIXELS
+
+    def __call__(self, source: ImageInput) -> PreparedImage:
+        """Return uint8 pixels (3, S, S).
+
+        Raises:
+            ImageError: the image cannot be used.
+        """
+        size = self.config.vision.resolution
+        image = read_image(
+            source,
+            max_pixels=self.max_pixels,
+            fast_decode=size if self.fast_decode else None,
+            background=self.config.background,
+        )
+        try:
+            return np.ascontiguousarray(np.moveaxis(to_pixels(image, size), -1, 0))
+        except (OSError, ValueError) as error:
+            raise ImageError(f"{describe(source)} cannot be prepared: {error}") from error
+
+
+def each_image(images: ImageInput | Iterable[ImageInput]) -> Iterator[ImageInput]:
+    """Yield one image, or each of several; a 4-dimensional array is a batch already."""
+    if isinstance(images, np.ndarray):
+        yield from [images] if images.ndim < 4 else images
+    elif isinstance(images, str | os.PathLike | bytes | bytearray | Image.Image):
+        yield images
+    elif not isinstance(images, Iterable):
+        raise ImageError(f"{images!r:.60} is neither an image nor a list of images")
+    else:
+        yield from images
+
+
+def prepared_ahead(
+    pool: ThreadPoolExecutor,
+    prepare: Callable[[ImageInput], PreparedImage],
+    images: Iterable[ImageInput],
+    depth: int,
+) -> Generator[PreparedImage | ImageError]:
+    """Yield each image prepared, or its error, in order; prepare at most ``depth`` ahead."""
+
+    def attempt(image: ImageInput) -> PreparedImage | ImageError:
+        try:
+            return prepare(image)
+        except ImageError as error:
+            return error
+
+    waiting: deque[Future[PreparedImage | ImageError]] = deque()
+    try:
+        for image in images:
+            if isinstance(image, Image.Image):
+                # Opened lazily, it must be decoded by one thread; a bad one fails below again.
+                with suppress(ImageError):
+                    image = read_image(image)
+            waiting.append(pool.submit(attempt, image))
+            if len(waiting) >= depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:  # on an error or Ctrl-C, do not decode images that nobody waits for
+        for future in waiting:
+            future.cancel()
+
+
+def batches_by_length(
+    lengths: Sequence[int], *, max_rows: int, max_tokens: int
+) -> Iterator[tuple[list[int], int]]:
+    """Yield (positions, length) of batches of texts, the longest first.
+
+    A batch has at most ``max_rows`` texts and ``max_tokens`` tokens, padding included.
+    """
+    by_length = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
+    while by_length:
+        longest = lengths[by_length[0]]
+        count = max(1, min(max_rows, max_tokens // longest))
+        yield by_length[:count], longest
+        by_length = by_length[count:]
+
+
+def unit_length(features: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Return features (N, D) divided by their length, as float32; zeros stay zeros."""
+    features = features.astype(np.float32, copy=False)
+    norms = np.sqrt(np.square(features).sum(axis=-1, keepdims=True))
+    unit: npt.NDArray[np.float32] = features / np.maximum(norms, np.float32(1e-12))
+    return unit
