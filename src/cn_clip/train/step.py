@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,13 +38,20 @@ class Heads(nn.Module):
         self.text = nn.Linear(dim, teacher_dim) if projected and teacher_dim else None
 
 
-class Towers(nn.Module):
-    """The model as one call, which is what DDP wraps.
+class Outputs(NamedTuple):
+    """What the towers give for B pairs; vectors have unit length."""
 
-    Returns a list: image embeddings (B, D), text embeddings (B, D), logit scale (); then, where the
-    heads have them, the logit bias () and image and text embeddings in the teacher's space; last,
-    if there are sentences, their embeddings (S, D).
-    """
+    image: Tensor  # (B, D)
+    text: Tensor  # (B, D)
+    logit_scale: Tensor  # (), the factor on cosines
+    logit_bias: Tensor | None = None  # (), of the sigmoid loss
+    image_for_teacher: Tensor | None = None  # (B, T), projected to the teacher's space
+    text_for_teacher: Tensor | None = None  # (B, T)
+    sentences: Tensor | None = None  # (S, D), of texts that have target embeddings
+
+
+class Towers(nn.Module):
+    """The model and its heads as one call, which is what DDP wraps."""
 
     def __init__(self, model: CLIP, heads: Heads, stage: Stage) -> None:
         super().__init__()
@@ -63,21 +71,25 @@ class Towers(nn.Module):
         features: Tensor | None,
         ids: Tensor,
         sentences: Tensor | None = None,
-    ) -> list[Tensor]:
+    ) -> Outputs:
+        """Run images, as pixels or as cached features, and texts."""
         if features is None:
             assert pixels is not None
             features = self.encode_pixels(pixels)
+        heads = self.heads
         image = F.normalize(features.float(), dim=-1)
         text = F.normalize(self.model.encode_text(ids).float(), dim=-1)
-        out = [image, text, self.model.logit_scale.exp()]
-        if self.heads.logit_bias is not None:
-            out.append(self.heads.logit_bias + 0.0)
-        if self.heads.image is not None and self.heads.text is not None:
-            out += [F.normalize(self.heads.image(image).float(), dim=-1)]
-            out += [F.normalize(self.heads.text(text).float(), dim=-1)]
-        if sentences is not None:
-            out.append(F.normalize(self.model.encode_text(sentences).float(), dim=-1))
-        return out
+        return Outputs(
+            image,
+            text,
+            logit_scale=self.model.logit_scale.exp(),
+            logit_bias=None if heads.logit_bias is None else heads.logit_bias + 0.0,
+            image_for_teacher=_projected(heads.image, image),
+            text_for_teacher=_projected(heads.text, text),
+            sentences=None
+            if sentences is None
+            else F.normalize(self.model.encode_text(sentences).float(), dim=-1),
+        )
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """uint8 (B, 3, S, S) to features (B, D)."""
@@ -138,29 +150,17 @@ def backward(
         sentences: texts to hold to where a sentence encoder put them.
     """
     device = numbers.device
-    parts = list(
-        zip(
-            *(
-                [None] * chunks
-                if x is None
-                else x.to(device, non_blocking=True).tensor_split(chunks)
-                for x in (
-                    share.pixels,
-                    share.features,
-                    share.ids,
-                    None if sentences is None else sentences.ids,
-                )
-            ),
-            strict=True,
-        )
-    )
+    pixels = _split(share.pixels, chunks, device)
+    features = _split(share.features, chunks, device)
+    ids = _split(share.ids, chunks, device)
+    more_ids = _split(None if sentences is None else sentences.ids, chunks, device)
     criterion = _criterion(share, stage, device, teacher, sentences)
 
-    def run(number: int) -> list[Tensor]:
+    def run(number: int) -> Outputs:
         torch.manual_seed(_seed_of(*seed, distributed.rank(), number))
         with numbers.towers():
-            out: list[Tensor] = towers(*parts[number])
-        return out
+            # DDP returns the tuple's items
+            return Outputs(*towers(pixels[number], features[number], ids[number], more_ids[number]))
 
     if chunks == 1:
         loss = criterion(run(0))
@@ -168,28 +168,54 @@ def backward(
         return loss.detach()
     with torch.no_grad(), _statistics_kept(towers):
         first = [run(number) for number in range(chunks)]
-    joined = [
-        torch.cat(each).requires_grad_() if each[0].ndim else each[0].clone().requires_grad_()
-        for each in zip(*first, strict=True)
-    ]
+    joined = Outputs._make(_joined(column) for column in zip(*first, strict=True))
     loss = criterion(joined)
     numbers.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
     gradients = [
-        (x.grad if x.grad is not None else torch.zeros_like(x)).split([len(part) for part in each])
-        if x.ndim
-        else [x.grad] * chunks
-        for x, each in zip(joined, zip(*first, strict=True), strict=True)
+        _gradient_of_each(whole, column)
+        for whole, column in zip(joined, zip(*first, strict=True), strict=True)
     ]
     for number in range(chunks):
         last = number == chunks - 1
         with _syncing(towers, last):
             pairs = [
+                # The gradient of a scalar is of all chunks: it counts once.
                 (out, gradient[number] if out.ndim or last else torch.zeros_like(out))
                 for out, gradient in zip(run(number), gradients, strict=True)
-                if out.requires_grad
+                if out is not None and out.requires_grad
             ]
             torch.autograd.backward([out for out, _ in pairs], [grad for _, grad in pairs])
     return loss.detach()
+
+
+def _split(whole: Tensor | None, chunks: int, device: torch.device) -> Sequence[Tensor | None]:
+    """Return the rows in so many parts, on the device."""
+    if whole is None:
+        return [None] * chunks
+    return whole.to(device, non_blocking=True).tensor_split(chunks)
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Return the rows of all chunks, or the scalar that all share, as a leaf with a gradient."""
+    present = [part for part in parts if part is not None]
+    if not present:
+        return None
+    whole = torch.cat(present) if present[0].ndim else present[0].clone()
+    return whole.requires_grad_()
+
+
+def _gradient_of_each(whole: Tensor | None, parts: Sequence[Tensor | None]) -> Sequence[Tensor]:
+    """Return the gradient of ``whole`` for each of the chunks that it was joined from."""
+    if whole is None:
+        return []
+    gradient = torch.zeros_like(whole) if whole.grad is None else whole.grad
+    if not whole.ndim:
+        return [gradient] * len(parts)
+    return torch.split(gradient, [len(part) for part in parts if part is not None])
+
+
+def _projected(head: nn.Linear | None, embeddings: Tensor) -> Tensor | None:
+    return None if head is None else F.normalize(head(embeddings).float(), dim=-1)
 
 
 def _criterion(
@@ -198,36 +224,39 @@ def _criterion(
     device: torch.device,
     teacher: Embedder | None,
     sentences: Sentences | None,
-) -> Callable[[list[Tensor]], Tensor]:
-    """Return the loss of what ``Towers`` returns."""
+) -> Callable[[Outputs], Tensor]:
+    """Return the loss as a function of the towers' outputs."""
     options = stage.loss
     keys = share.keys.to(device) if options.duplicates else None
     taught = None if teacher is None else _taught(teacher, share, stage, device)
 
-    def loss(out: list[Tensor]) -> Tensor:
-        image, text, scale, *rest = out
+    def loss(out: Outputs) -> Tensor:
         if options.kind == "sigmoid":
-            total = sigmoid_loss(image, text, scale, rest.pop(0), keys=keys)
+            assert out.logit_bias is not None
+            total = sigmoid_loss(out.image, out.text, out.logit_scale, out.logit_bias, keys=keys)
         else:
             mixed = taught if options.teacher_weight else None
-            total = clip_loss(image, text, scale, keys=keys, teacher=mixed)
+            total = clip_loss(out.image, out.text, out.logit_scale, keys=keys, teacher=mixed)
         if taught is not None and options.teacher_features:
-            distance = feature_loss(rest[0], taught.image) + feature_loss(rest[1], taught.text)
+            assert out.image_for_teacher is not None and out.text_for_teacher is not None
+            distance = feature_loss(out.image_for_teacher, taught.image)
+            distance = distance + feature_loss(out.text_for_teacher, taught.text)
             total = total + options.teacher_features * distance / 2
         if sentences is not None:
+            assert out.sentences is not None
             places = sentences.places.to(device)
-            total = total + options.sentences_weight * feature_loss(out[-1], places)
+            total = total + options.sentences_weight * feature_loss(out.sentences, places)
         return total
 
     return loss
 
 
 def _taught(teacher: Embedder, share: Share, stage: Stage, device: torch.device) -> Teacher:
-    """Let the teacher see the same pairs: the pictures as prepared for the student."""
+    """Let the teacher see the same pairs: the images as prepared for the student."""
     assert share.pixels is not None
-    pictures = list(share.pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy())
+    images = list(share.pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy())
     return Teacher(
-        image=torch.from_numpy(teacher.embed_images(pictures)).to(device),
+        image=torch.from_numpy(teacher.embed_images(images)).to(device),
         text=torch.from_numpy(teacher.embed_texts([row.text for row in share.rows])).to(device),
         logit_scale=teacher.logit_scale,
         weight=stage.loss.teacher_weight,
