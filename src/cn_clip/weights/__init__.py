@@ -320,7 +320,7 @@ def _is_float(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.dtype.itemsize > 1  # 8 bits need scales beside
 
 
-def _listed(what: str, names: list[str], shown: int = 5) -> Iterator[str]:
+def _listed(what: str, names: list[str], shown: int = 2) -> Iterator[str]:
     if names:
         more = f" and {len(names) - shown} more" if len(names) > shown else ""
         yield f"{len(names)} {what} ({', '.join(names[:shown])}{more})"
