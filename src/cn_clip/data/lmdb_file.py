@@ -182,7 +182,8 @@ class _Pages:
         self._check_number(number)
         content = self._read(number * self._page_size, self._page_size)
         found, _, flags, end, begin = _HEADER.unpack_from(content)
-        if (found, flags & _KINDS) != (number, kind) or not _HEADER.size < end <= begin:
+        within = _HEADER.size < end <= begin <= self._page_size
+        if (found, flags & _KINDS) != (number, kind) or not within:
             raise self._damaged(f"page {number} is not what the tree says")
         nodes = struct.unpack_from(f"<{(end - _HEADER.size) // 2}H", content, _HEADER.size)
         if min(nodes) < begin or max(nodes) > self._page_size - _NODE.size:

@@ -16,7 +16,7 @@ _SCALARS = {
 }
 _PUT, _GET = {"PUT", "BINPUT", "LONG_BINPUT"}, {"GET", "BINGET", "LONG_BINGET"}
 _BUILD = {"MARK", "TUPLE", "TUPLE3", "EMPTY_LIST", "LIST", "APPEND", "APPENDS"}
-_READ = _SCALARS | _PUT | _GET | _BUILD | {"PROTO", "FRAME", "MEMOIZE", "STOP", "GLOBAL"}
+_READ = _SCALARS | _PUT | _GET | _BUILD | {"PROTO", "FRAME", "MEMOIZE", "STOP"}
 _OPCODES = {ord(each.code): each for each in pickletools.opcodes}
 _MAX_STEPS = 32  # a list of three, in protocol 0 with a memo for each, takes 14
 _MARK = object()
@@ -63,16 +63,15 @@ def _step(stream: io.BytesIO, stack: list[Any]) -> tuple[str, Any]:
             f"its pickle has {code!r} for an opcode" if code else "its pickle ends early"
         )
     if opcode.name == "STACK_GLOBAL":
-        raise ValueError(_names(".".join(str(each) for each in stack[-2:])))
+        raise _naming(*(str(each) for each in stack[-2:]))
+    if opcode.name == "GLOBAL":
+        raise _naming(*(stream.readline(80).decode("latin-1").strip() for _ in range(2)))
     if opcode.name not in _READ:
         raise ValueError(
             f"its pickle has the opcode {opcode.name}; a pair is (image id, text id, text), of "
             "numbers and strings"
         )
-    argument = opcode.arg.reader(stream) if opcode.arg is not None else None
-    if opcode.name == "GLOBAL":
-        raise ValueError(_names(str(argument).replace(" ", ".")))
-    return opcode.name, argument
+    return opcode.name, opcode.arg.reader(stream) if opcode.arg is not None else None
 
 
 def _build(name: str, stack: list[Any]) -> None:
@@ -111,5 +110,5 @@ def _top(stack: list[Any]) -> Any:
     return stack[-1]
 
 
-def _names(what: str) -> str:
-    return f"its pickle names {what}, and only data is read"
+def _naming(*parts: str) -> ValueError:
+    return ValueError(f"its pickle names {'.'.join(parts)}, and only data is read")
