@@ -1,6 +1,7 @@
 """Every kind of source, read by workers however they are started."""
 
 import multiprocessing
+import os
 import pickle
 import subprocess
 import sys
@@ -83,7 +84,7 @@ def test_it_is_so_with_every_version_of_lmdb(version, tmp_path):
     paths = [tmp_path, Path(cn_clip.__file__).parents[1]]
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-v", __file__, tests / "test_lmdb.py"],
-        env={"PYTHONPATH": ":".join(map(str, paths)), "PATH": "/usr/bin:/bin"},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))},
         capture_output=True,
         text=True,
     )
