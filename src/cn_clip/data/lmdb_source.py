@@ -75,11 +75,9 @@ class Lmdb:
             promised, held = self._count(self._images, _IMAGES), self._images.entries - 1
         except DataError as error:
             return [str(error)]
-        return (
-            []
-            if promised == held
-            else [f"{self._root}: {promised} pictures promised, {held} there"]
-        )
+        if promised == held:
+            return []
+        return [f"{self._root}: {promised} pictures promised, {held} there"]
 
     def _count(self, file: LmdbFile, key: str) -> int:
         raw = self._get(file, key, str(file.path.parent))

@@ -19,6 +19,7 @@ _BUILD = {"MARK", "TUPLE", "TUPLE3", "EMPTY_LIST", "LIST", "APPEND", "APPENDS"}
 _READ = _SCALARS | _PUT | _GET | _BUILD | {"PROTO", "FRAME", "MEMOIZE", "STOP"}
 _OPCODES = {ord(each.code): each for each in pickletools.opcodes}
 _MAX_STEPS = 32  # a list of three, in protocol 0 with a memo for each, takes 14
+_SHAPE = "(image id, text id, text)"
 _MARK = object()
 
 PickledPair = tuple[int | str, int | str, str]
@@ -68,8 +69,7 @@ def _step(stream: io.BytesIO, stack: list[Any]) -> tuple[str, Any]:
         raise _naming(*(stream.readline(80).decode("latin-1").strip() for _ in range(2)))
     if opcode.name not in _READ:
         raise ValueError(
-            f"its pickle has the opcode {opcode.name}; a pair is (image id, text id, text), of "
-            "numbers and strings"
+            f"its pickle has the opcode {opcode.name}; a pair is {_SHAPE}, numbers and strings"
         )
     return opcode.name, opcode.arg.reader(stream) if opcode.arg is not None else None
 
@@ -87,7 +87,7 @@ def _build(name: str, stack: list[Any]) -> None:
     del stack[at:]
     # What holds only these cannot hold itself, and cannot nest.
     if not all(type(item) in (int, str) for item in items):
-        raise ValueError("its pickle nests; a pair is (image id, text id, text)")
+        raise ValueError(f"its pickle holds more than numbers and strings; a pair is {_SHAPE}")
     if name in ("TUPLE", "TUPLE3", "LIST"):
         stack.append(tuple(items) if name != "LIST" else items)
     elif isinstance(_top(stack), list):
@@ -101,7 +101,7 @@ def _pair(stack: list[Any]) -> PickledPair:
     if isinstance(found, tuple | list) and len(found) == 3 and isinstance(found[2], str):
         return found[0], found[1], found[2]
     said = f"{found!r:.80}" if found is not _MARK else "nothing"
-    raise ValueError(f"its pickle holds {said}; expected (image id, text id, text)")
+    raise ValueError(f"its pickle holds {said}; expected {_SHAPE}")
 
 
 def _top(stack: list[Any]) -> Any:
