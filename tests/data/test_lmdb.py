@@ -16,6 +16,7 @@ from data.formats import IMAGES, PAIRS, WRITERS, jpeg, put
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from cn_clip.cli import run
 from cn_clip.data.archive import Sample
 from cn_clip.data.check import check
 from cn_clip.data.lmdb_file import LmdbFile
@@ -205,6 +206,43 @@ def test_a_tree_that_leads_back_to_itself_ends(tmp_path):
     path.write_bytes(content)
     with pytest.raises(DataError, match=f"page {top} is not what the tree says"):
         LmdbFile(path).get(b"5")
+
+
+def test_lists_of_unused_pages_that_share_a_large_value_are_not_read_for_ever(tmp_path):
+    """A file of 32 MB, whose hundred lists of unused pages are all one value of that size."""
+    lmdb.open(str(tmp_path / "db"), lock=False).close()
+    path, large = tmp_path / "db" / "data.mdb", 8192
+    with path.open("r+b") as stream:
+        for meta in (0, PAGE):
+            stream.seek(meta + 46)
+            stream.write(struct.pack("<H32xQ", 1, 2))  # depth and root of the tree of unused pages
+            stream.seek(meta + 136)
+            stream.write(struct.pack("<Q", 1 << 40))  # the last page
+        nodes = [PAGE - 24 * (number + 1) for number in range(100)]
+        stream.seek(2 * PAGE)
+        stream.write(struct.pack("<QHHHH100H", 2, 0, 2, 216, nodes[-1], *nodes))
+        for number, node in enumerate(nodes):
+            size = large * PAGE - 16
+            stream.seek(2 * PAGE + node)
+            stream.write(
+                struct.pack("<HHHHQQ", size & 0xFFFF, size >> 16, 1, 8, number, 3)  # at page 3
+            )
+        stream.seek(3 * PAGE)
+        stream.write(struct.pack("<QHHI", 3, 0, 4, large))
+        stream.truncate((3 + large) * PAGE)
+    with pytest.raises(DataError, match="it lists more unused pages than it can hold"):
+        LmdbFile(path)
+
+
+def test_a_file_that_is_cut_off_while_it_is_read_does_not_end_the_process(packed, capsys):
+    source = open_source(f"lmdb:{packed}")
+    os.truncate(packed / "imgs" / "data.mdb", 3 * PAGE)
+    for index in range(4):
+        with pytest.raises(DataError, match=r"imgs/data\.mdb is cut off"):
+            source.image(index)
+    assert run(["data", "check", f"lmdb:{packed}"]) == 1
+    said = capsys.readouterr().err
+    assert "imgs/data.mdb is cut off" in said and said.count("\n") == 1
 
 
 def mutated(whole, rng):

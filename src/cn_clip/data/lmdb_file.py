@@ -121,7 +121,11 @@ class _Pages:
         missing = self._page_count - there
         if missing <= 0:
             return
+        listed = 0
         for value in self._values(self._free):  # a count, and the numbers of unused pages
+            listed += len(value)
+            if listed > self.size:
+                raise self._damaged("it lists more unused pages than it can hold")
             numbers = np.frombuffer(value[: len(value) // 8 * 8], "<u8")[1:]
             missing -= int((numbers >= there).sum())
         if missing > 0:
