@@ -115,7 +115,8 @@ class Loader:
             global_batch_size: pairs in a batch, over all processes.
             seed: of the order.
             rank: which of ``world_size`` processes this is.
-            workers: processes that read and decode; 0 does it in this one.
+            workers: processes that read and decode; 0 does it in this one. They are started as
+                ``multiprocessing`` is set to; any start method will do.
             prefetch_bytes: how much prepared data may wait; one batch a worker always may.
             most_skipped: the share of unreadable pairs above which the run ends.
             drop_last: leave out the last batch of an epoch if it is not full.

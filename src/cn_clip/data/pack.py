@@ -23,7 +23,8 @@ from cn_clip.data.archive import Sample, write_shard
 from cn_clip.data.captions import digest as digest_of
 from cn_clip.data.encode import AS_THEY_ARE, Encoding, encoded
 from cn_clip.data.groups import Groups, first_equal, grouped
-from cn_clip.data.official import write_lmdb, write_tsv
+from cn_clip.data.lmdb_source import write_lmdb
+from cn_clip.data.official import write_tsv
 from cn_clip.data.pair import Row, Source, located
 from cn_clip.data.sources import id_digest
 from cn_clip.data.workers import chunked, mapped

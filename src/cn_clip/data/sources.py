@@ -15,8 +15,9 @@ from cn_clip.data.archive import Tar
 from cn_clip.data.cache import index_path
 from cn_clip.data.captions import digest
 from cn_clip.data.folder import Folder
+from cn_clip.data.lmdb_source import Lmdb
 from cn_clip.data.manifest import Csv, JsonLines, Manifest, Parquet, Table
-from cn_clip.data.official import Lmdb, Tsv
+from cn_clip.data.official import Tsv
 from cn_clip.data.pair import Row, Source
 from cn_clip.errors import DataError, UnknownNameError, UsageError
 
