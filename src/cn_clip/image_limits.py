@@ -28,6 +28,7 @@ _BYTES_PER_SIDE = 32  # of the filter that resizes: four doubles a pixel of the 
 
 _SCANNED = 2**31  # pixels of all scans of a JPEG together, some 4 s
 _SEGMENTS = 1 << 12  # of a JPEG before its pixels
+_HEADER = 1 << 24  # bytes of those segments: Pillow joins those of EXIF in quadratic time
 _JUNK = 1 << 20  # bytes between segments, which Pillow skips one by one
 _CHUNKS = 1 << 18  # of a PNG
 _COMMENTS = 1 << 21  # bytes before the first frame of a GIF, which Pillow joins in quadratic time
@@ -36,6 +37,7 @@ _TAGS = 1 << 12
 _EXIF = 1 << 24
 _RLE = 1 << 24  # bytes of a run-length BMP, which Pillow decodes in Python
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # in a scan, 0 and restarts follow 0xff too
+_FILL = re.compile(rb"\xff+")  # before a marker; one is enough
 _BYTE_TYPES = (1, 2, 6, 7)  # of a TIFF tag: read as they are, not as a tuple of numbers
 
 
@@ -128,18 +130,19 @@ class Room:
 def _jpeg(content: bytes) -> str | None:
     at, segments, junk = 2, 0, 0
     while at + 4 <= len(content):
-        start = content.find(b"\xff", at)
-        if start < 0:
-            start = len(content)
-        end = start
-        while end < len(content) and content[end] == 0xFF and junk <= _JUNK:
-            end, junk = end + 1, junk + 1
-        junk += start - at - 1
+        found = _FILL.search(content, at)
+        if found is None:
+            junk, end = junk + len(content) - at, len(content)
+        else:
+            end = found.end()
+            junk += end - at - 1
         segments += 1
         if junk > _JUNK:
             return "has a JPEG header with more than a megabyte of junk between its segments"
         if segments > _SEGMENTS:
             return f"has a JPEG header of more than {_SEGMENTS:,} segments"
+        if at > _HEADER:
+            return f"has a JPEG header of more than {_HEADER:,} bytes"
         if end >= len(content) or content[end] in (0xDA, 0xD9):
             return None
         alone = content[end] in (0x00, 0x01) or 0xD0 <= content[end] <= 0xD8

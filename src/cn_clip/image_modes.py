@@ -82,7 +82,7 @@ def from_array(array: npt.NDArray[Any]) -> Image.Image:
         return Image.fromarray(array)
     if array.dtype == bool:
         return Image.fromarray(np.where(array, np.uint8(255), np.uint8(0)))
-    if array.dtype == np.uint16:
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # of either byte order
         return Image.fromarray(_scaled(array, _SIXTEEN))
     if array.dtype.kind != "f":
         raise ImageError(f"{name} is not a picture; expected {_EXPECTED}")

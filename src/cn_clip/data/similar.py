@@ -45,7 +45,7 @@ def hash_image(image: Image.Image) -> Hashes:
     has none that mean anything: a digest of its size and pixels stands for the signs, so that it
     matches itself alone, and its frequencies are zero.
     """
-    small = image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BILINEAR)
+    small = _grey(image).resize((_SIDE, _SIDE), Image.Resampling.BILINEAR)
     pixels = np.asarray(small, dtype=np.float32)
     if pixels.std() < _PLAIN:
         return _plain_hash(image)
@@ -58,6 +58,13 @@ def hash_image(image: Image.Image) -> Hashes:
     signs = np.packbits(ordered > _NOISE)
     numbers = np.rint(ordered * (127 / np.abs(ordered).max())).astype(np.int8)
     return np.concatenate([signs, numbers.view(np.uint8)]).view(np.uint64)
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    grey = Image.new("L", image.size)
+    for box in strips(image.size):  # CMYK goes by way of RGB, which takes a copy
+        grey.paste(image.crop(box).convert("L"), box[:2])
+    return grey
 
 
 def _plain_hash(image: Image.Image) -> Hashes:
