@@ -214,11 +214,15 @@ def test_a_file_of_absurd_size_is_refused_unread(tmp_path):
         read_image(tmp_path / "huge.jpg")
 
 
-@pytest.mark.parametrize("content", [encoded(make_picture(), "JPEG"), encoded(make_picture(), "PNG")])
+@pytest.mark.parametrize(
+    "content", [encoded(make_picture(), "JPEG"), encoded(make_picture(), "PNG")]
+)
 def test_base64_where_a_path_or_bytes_belong_is_called_base64(content):
     text = base64.b64encode(content).decode()
     for given in (text, text[:200], base64.encodebytes(content).decode(), text.encode()):
-        with pytest.raises(ImageError, match="base64; it must be|base64 must be decoded first") as e:
+        with pytest.raises(
+            ImageError, match="base64; it must be|base64 must be decoded first"
+        ) as e:
             read_image(given)
         assert len(str(e.value)) <= 300
     with pytest.raises(ImageError, match="decode the data: URI's base64 first"):
