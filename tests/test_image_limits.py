@@ -221,7 +221,7 @@ def test_base64_where_a_path_or_bytes_belong_is_called_base64(content):
     text = base64.b64encode(content).decode()
     for given in (text, text[:200], base64.encodebytes(content).decode(), text.encode()):
         with pytest.raises(
-            ImageError, match="base64; it must be|base64 must be decoded first"
+            ImageError, match=r"base64; it must be|base64 must be decoded first"
         ) as e:
             read_image(given)
         assert len(str(e.value)) <= 300

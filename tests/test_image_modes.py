@@ -97,7 +97,7 @@ def test_twelve_bits_reach_from_black_to_white():
 def test_the_transparent_value_of_a_sixteen_bit_png_stays_transparent():
     raw = saved(SIXTEEN, "PNG", transparency=int(SIXTEEN[5, 5]))
     alpha = np.asarray(read_image(raw))[..., 1]
-    np.testing.assert_array_equal(alpha == 0, GREY == GREY[5, 5])
+    np.testing.assert_array_equal(alpha == 0, np.equal(GREY, GREY[5, 5]))
 
 
 @pytest.mark.parametrize(
