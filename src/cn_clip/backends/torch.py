@@ -21,13 +21,14 @@ from PIL import Image
 from cn_clip import weights
 from cn_clip.config import ModelConfig
 from cn_clip.errors import ImageError, UsageError
-from cn_clip.image import ImageInput, describe, normalize, read_image, to_pixels
+from cn_clip.image import ImageInput, normalize, read_image, read_pixels
 from cn_clip.model.clip import CLIP
 from cn_clip.tokenizer import Tokenizer, default_tokenizer
 
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PREPARATION = 1  # counts changes of preprocessing or tokenization that change embeddings
 _IMAGES_PER_BATCH = 32
+_COPIED = 1 << 22  # pixels of a PIL image, of which a copy may wait for a thread
 _TEXTS_PER_BATCH = 256
 _TOKENS_PER_BATCH = 4096
 _TEXTS_AT_ONCE = 65_536  # tokenized and sorted by length together
@@ -113,16 +114,13 @@ class TorchEmbedder:
 
     def _prepare(self, source: ImageInput) -> npt.NDArray[np.float32]:
         config = self.model.config
-        size = config.vision.resolution
-        image = read_image(
+        pixels = read_pixels(
             source,
-            fast_decode=size if self.fast_decode else None,
+            config.vision.resolution,
+            fast_decode=self.fast_decode,
             background=config.background,
         )
-        try:
-            return normalize(to_pixels(image, size), config.image_mean, config.image_std)
-        except (OSError, ValueError) as error:
-            raise ImageError(f"{describe(source)} cannot be prepared: {error}") from error
+        return normalize(pixels, config.image_mean, config.image_std)
 
     # Not inference_mode: weights that training has shared out (FSDP2) could not be gathered in it.
     @torch.no_grad()
@@ -212,9 +210,14 @@ def _ahead(
         for image in images:
             if isinstance(image, Image.Image):
                 # Opened lazily, it must be decoded by one thread; a bad one fails below again.
-                with suppress(ImageError):
-                    image = read_image(image)
-            waiting.append(pool.submit(attempt, image))
+                if image.width * image.height > _COPIED:
+                    waiting.append(_done(attempt(image)))
+                else:
+                    with suppress(ImageError):
+                        image = read_image(image)
+                    waiting.append(pool.submit(attempt, image))
+            else:
+                waiting.append(pool.submit(attempt, image))
             if len(waiting) >= depth:
                 yield waiting.popleft().result()
         while waiting:
@@ -222,6 +225,14 @@ def _ahead(
     finally:  # on an error or Ctrl-C, do not decode what nobody waits for
         for future in waiting:
             future.cancel()
+
+
+def _done(
+    result: npt.NDArray[np.float32] | ImageError,
+) -> Future[npt.NDArray[np.float32] | ImageError]:
+    future: Future[npt.NDArray[np.float32] | ImageError] = Future()
+    future.set_result(result)
+    return future
 
 
 def _readable(

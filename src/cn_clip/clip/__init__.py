@@ -12,7 +12,9 @@ with those on record; ``cn_clip.load`` keeps the precision of the file.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from cn_clip import hub, weights
 from cn_clip.config import CLIP_MEAN, CLIP_STD, PUBLISHED, ModelConfig, model_config
 from cn_clip.errors import CheckpointError, UnknownModelError, UsageError
 from cn_clip.image import normalize, to_pixels
+from cn_clip.image_modes import DEEP
 from cn_clip.model.clip import CLIP, initialize
 from cn_clip.model.vision import SelfAttention, VisionTransformer
 from cn_clip.tokenizer import default_tokenizer
@@ -42,17 +45,33 @@ _tokenizer = default_tokenizer()  # under the name that scripts reach for
 
 
 class ImageTransform:
-    """PIL image to a float32 tensor (3, S, S), exactly as the official preprocessing."""
+    """PIL image to a float32 tensor (3, S, S), exactly as the official preprocessing.
+
+    That clips 16-bit and float values at 255, which the first such image warns of.
+    """
 
     def __init__(self, image_size: int) -> None:
         self.image_size = image_size
         self.mean, self.std = CLIP_MEAN, CLIP_STD
 
     def __call__(self, image: Image.Image) -> Tensor:
+        if image.mode in DEEP:
+            _warn_of_clipping(image.mode)
         return torch.from_numpy(normalize(to_pixels(image, self.image_size), self.mean, self.std))
 
     def __repr__(self) -> str:
         return f"ImageTransform(image_size={self.image_size})"
+
+
+@cache
+def _warn_of_clipping(mode: str) -> None:
+    """Warn once of each mode."""
+    warnings.warn(
+        f"an image of mode {mode}: values above 255 become white, as in the official "
+        "preprocessing; convert it to 8 bits first, or use cn_clip.load().embed_images, which "
+        "scales it",
+        stacklevel=3,
+    )
 
 
 def available_models() -> list[str]:

@@ -309,6 +309,7 @@ class _Pictures:
             sides.append(min(image.size))
             if self.hashed:
                 hashes.append(hash_image(image))
+            del image  # not beside the next one: both may be large
         stacked = np.stack(hashes) if hashes else np.empty((0, WORDS), dtype=np.uint64)
         return _Seen(
             np.array(whole, dtype=np.int64), np.array(sides, dtype=np.int64), stacked, errors

@@ -232,13 +232,15 @@ class _Hashed:
             image = read_image(content, fast_decode=_DECODED, background="white")
         except CNClipError as error:
             return located(self.source, index, error)
-        both = (image, trimmed(image))
-        forms = [variants(each) if self.all_variants else [each] for each in both]
-        count = sum(map(len, forms))
+        whole, inner = (
+            [hash_image(form) for form in (variants(each) if self.all_variants else [each])]
+            for each in (image, trimmed(image))
+        )
+        count = len(whole) + len(inner)
         return _Hashes(
-            np.stack([hash_image(each) for form in forms for each in form]),
+            np.stack(whole + inner),
             np.full(count, index),
-            np.arange(count) >= len(forms[0]),
+            np.arange(count) >= len(whole),
         )
 
 

@@ -28,7 +28,7 @@ from cn_clip.data.pair import Row, Source, located
 from cn_clip.data.sampler import BatchPart, Plan, batch_count, batches, plan_of
 from cn_clip.data.sources import Weighted, id_digest
 from cn_clip.errors import CNClipError, DataError
-from cn_clip.image import read_image, to_pixels
+from cn_clip.image import read_image, read_pixels
 from cn_clip.tokenizer import CONTEXT_LENGTH, default_tokenizer
 
 _Item = TypeVar("_Item")
@@ -298,13 +298,10 @@ def pixels_of(
         ImageError: it cannot be decoded.
     """
     size = preparation.resolution
-    image = read_image(
-        content,
-        fast_decode=size if preparation.fast_decode else None,
-        background=preparation.background,
-    )
+    fast, background = preparation.fast_decode, preparation.background
     if not preparation.augmented:
-        return to_pixels(image, size)
+        return read_pixels(content, size, fast_decode=fast, background=background)
+    image = read_image(content, fast_decode=size if fast else None, background=background)
     rng = generator_for(preparation.seed, epoch, image_id)
     return augment(image, size, rng, flip=preparation.flip)
 

@@ -117,7 +117,9 @@ def _outline(shares: npt.NDArray[np.float64], step: int, tall: int, most: float)
 
 def thumbnail(content: bytes) -> bytes:
     """Return a picture as a small JPEG, transparent pixels white."""
-    image = read_image(content, background="white").convert("RGB")
+    image = read_image(content, background="white")
+    if image.mode != "RGB":
+        image = image.convert("RGB")  # of its own mode, it would be a copy
     image.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BICUBIC)
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=80)
