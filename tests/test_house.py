@@ -24,7 +24,7 @@ BANDS = {
 # The one road between siblings of different files in a band.
 SAME_BAND = {
     ("config", "errors"), ("image", "config"), ("image", "errors"), ("tokenizer", "errors"),
-    ("distributed", "errors"),
+    ("distributed", "errors"), ("publish", "errors"),
     ("embedder", "backends"), ("zeroshot", "embedder"), ("convert", "backends"),
     ("__main__", "cli"),
 }  # fmt: skip

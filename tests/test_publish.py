@@ -1,8 +1,10 @@
 """Whole or not at all."""
 
+from functools import partial
+
 import pytest
 
-from cn_clip.publish import published, published_folder
+from cn_clip.publish import STAMP, published, published_folder
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path):
@@ -14,7 +16,7 @@ def test_a_file_appears_when_it_is_whole(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-@pytest.mark.parametrize("publish", [published, published_folder])
+@pytest.mark.parametrize("publish", [published, partial(published_folder, command="test")])
 def test_an_error_leaves_the_old_one_and_no_litter(tmp_path, publish, error):
     target = tmp_path / "target"
     with publish(target) as temporary:
@@ -28,6 +30,6 @@ def test_an_error_leaves_the_old_one_and_no_litter(tmp_path, publish, error):
 
 def test_a_folder_takes_the_place_of_the_old_one(tmp_path):
     for name in ("a", "b"):
-        with published_folder(tmp_path / "target") as folder:
+        with published_folder(tmp_path / "target", "test") as folder:
             (folder / name).write_text(name)
-    assert [path.name for path in (tmp_path / "target").iterdir()] == ["b"]
+    assert [path.name for path in (tmp_path / "target").iterdir() if path.name != STAMP] == ["b"]
