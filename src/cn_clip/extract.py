@@ -30,6 +30,7 @@ from cn_clip.publish import (
     published,
     remove,
     sweep,
+    sweep_beside,
 )
 
 _PER_PART = {"images": 128, "texts": 16_384}
@@ -99,6 +100,7 @@ def extract(
         parts.mkdir(parents=True, exist_ok=True)
         with FileLock(parts / LOCK, timeout=0):
             sweep(parts, _HALF_WRITTEN)
+            sweep_beside(out)
             store = _Parts(parts, about, anew=overwrite)
             embedded = _embed_all(embedder, kind, items, store, report, tick)
             rows = [(item, place) for item in embedded if (place := store.place(item.key))]

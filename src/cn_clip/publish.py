@@ -221,6 +221,17 @@ def sweep(folder: Path, old: re.Pattern[str] = _NONE) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def sweep_beside(path: str | os.PathLike[str]) -> None:
+    """Remove what killed processes left half written of one file, which no other process writes."""
+    target = Path(os.path.realpath(path))
+    if len(os.fsencode(target.name)) > _SHOWN_NAME or not target.parent.is_dir():
+        return  # it might be another's, of a name that begins alike
+    ending = re.compile(re.escape(_prefix(target)) + r"[a-z0-9_]{8}" + re.escape(_TEMPORARY))
+    for other in target.parent.iterdir():
+        if ending.fullmatch(other.name) and is_leftover(other) and not (other / "old").exists():
+            shutil.rmtree(other, ignore_errors=True)
+
+
 def remove(folder: Path, names: Iterable[str]) -> None:
     """Remove files from a folder, and the folders within it that are empty then."""
     above = set()
@@ -361,8 +372,12 @@ def _mode_of_new_files(folder: Path) -> int:
 
 
 def _temporary_beside(target: Path) -> Path:
+    return Path(tempfile.mkdtemp(_TEMPORARY, _prefix(target), target.parent))
+
+
+def _prefix(target: Path) -> str:
     name = os.fsencode(target.name)[:_SHOWN_NAME].decode(errors="ignore")
-    return Path(tempfile.mkdtemp(_TEMPORARY, f".{name}.", target.parent))
+    return f".{name}."
 
 
 def _check_place(target: Path, given: str, kind: str, in_place: bool) -> None:

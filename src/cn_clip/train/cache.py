@@ -38,6 +38,8 @@ from cn_clip.publish import entries, folder_by, json_object_at, published
 
 _PER_SHARD = 4096  # pictures
 _ABOUT = "about.json"
+_SHARD = re.compile(r"features-\d{5,}\.npy")
+_HALF_WRITTEN = re.compile(rf"{_SHARD.pattern}|about\.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,12 +225,16 @@ def _shard_path(folder: Path, number: int) -> Path:
     return folder / f"features-{number:05d}.npy"
 
 
-def own_features(folder: Path) -> Collection[str]:
+def _own_features(folder: Path) -> Collection[str]:
     """Return the names of the files of cached features in a folder; none if they have no stamp."""
     if not {"preparation", "pictures", "views"} <= json_object_at(folder / _ABOUT).keys():
         return ()
-    shards = (name for name in entries(folder) if re.fullmatch(r"features-\d{5,}\.npy", name))
+    shards = (name for name in entries(folder) if _SHARD.fullmatch(name))
     return {_ABOUT, *shards}
+
+
+FEATURES = folder_by("train", _own_features, _HALF_WRITTEN)
+"""The objection to a folder that holds anything but cached features."""
 
 
 def _check_stamp(folder: Path, about: dict[str, Any]) -> None:
@@ -237,7 +243,7 @@ def _check_stamp(folder: Path, about: dict[str, Any]) -> None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        reason = folder_by("train", own_features)(folder)
+        reason = FEATURES(folder)
         if reason is not None:
             raise UsageError(f"{folder} {reason}; give another place") from None
         with published(path) as new:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from cn_clip import distributed, hub
+from cn_clip import distributed, hub, weights
 from cn_clip.data.sources import paths_of
 from cn_clip.errors import CheckpointError, CNClipError, UsageError
 from cn_clip.publish import (
@@ -24,8 +24,9 @@ from cn_clip.publish import (
     stamp,
     stamped,
     sweep,
+    unwritable_named,
 )
-from cn_clip.train.cache import own_features
+from cn_clip.train.cache import FEATURES
 from cn_clip.train.checkpoint import states
 from cn_clip.train.reading import difference, from_toml
 from cn_clip.train.recipe import Recipe
@@ -100,9 +101,15 @@ def claim_folders(recipe: Recipe, inputs: Iterable[str | Path] = ()) -> None:
         in_place=True,
     )
     if recipe.output.features is not None:
+        features = Path(recipe.output.features).expanduser()
+        if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(features)):
+            raise UsageError(
+                f"--output.features {features} holds the run's folder {folder}; give a folder of "
+                "its own"
+            )
         claim(
-            recipe.output.features and Path(recipe.output.features).expanduser(),
-            folder_by("train", own_features),
+            recipe.output.features and features,
+            FEATURES,
             kind="folder",
             option="--output.features",
             inputs=read,
@@ -136,7 +143,8 @@ def _objection(folder: Path) -> str | None:
 
 def locked(folder: Path) -> AbstractContextManager[object]:
     """Hold the folder for this run alone."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with unwritable_named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK, timeout=0)
     try:
         return lock.acquire()
@@ -153,7 +161,12 @@ def prepared(folder: Path, recipe: Recipe, resume: bool, allow_changes: bool) ->
         UsageError: it holds a run, and this is not to go on with it, or has another recipe; or it
             holds other files.
     """
-    return distributed.on_main(lambda: _looked_into(folder, recipe, resume, allow_changes))
+
+    def look() -> Outcome | None:
+        with unwritable_named(folder):
+            return _looked_into(folder, recipe, resume, allow_changes)
+
+    return distributed.on_main(look)
 
 
 def _looked_into(folder: Path, recipe: Recipe, resume: bool, allow_changes: bool) -> Outcome | None:
@@ -177,6 +190,8 @@ def _looked_into(folder: Path, recipe: Recipe, resume: bool, allow_changes: bool
             values = json.loads((folder / _OUTCOME).read_text(encoding="utf-8"))
             values["scores"] = [(name, value) for name, value in values["scores"]]
             return Outcome(**values)
+    for place in (folder / "final", *(folder / "stages").glob("*")):  # not at the end of the run
+        weights.check_own(place)
     if not _is_run(folder):
         stamp(folder, "train")
     (folder / _OUTCOME).unlink(missing_ok=True)  # of the recipe before
