@@ -86,7 +86,8 @@ def claim(
             raise UsageError(f"{given} lies in the input {each}; give a place outside of it")
         if within(source, target):
             raise UsageError(f"{given} holds the input {each}; give another place for the output")
-    if kind == "folder" and not in_place and within(Path.cwd(), target):
+    here = _resolved(".")
+    if kind == "folder" and not in_place and here is not None and within(here, target):
         raise UsageError(f"{given} is the current folder or holds it; name a folder of its own")
     reason = objection(target) if taken else None
     if reason is not None:

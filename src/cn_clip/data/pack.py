@@ -277,11 +277,7 @@ def _pack_tars(
         _begin(out, plan, overwrite)
         jobs = chunked(groups, plan["per_shard"])
         paths = [out / _name(number) for number in range(len(jobs))]
-        told = {
-            path: json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-            for path in paths
-            if path.is_file() and path.with_suffix(".json").is_file()
-        }
+        told = _finished(out, paths)
         left = [(path, job) for path, job in zip(paths, jobs, strict=True) if path not in told]
         done = len(groups) - sum(len(job) for _, job in left)
         tick(done, len(groups))
@@ -300,9 +296,20 @@ def _pack_tars(
         summary = {"source": plan["source"], "images": report.images, "pairs": report.pairs}
         summary |= {"bytes": report.bytes, "skipped": report.skipped, "shards": shards}
         _write_json(out / _MANIFEST, summary)
-        for path in [out / _PLAN, *(path.with_suffix(".json") for path in paths)]:
-            path.unlink()
+        remove(out, [*(path.with_suffix(".json").name for path in paths), _PLAN])  # the plan last
     (out / LOCK).unlink(missing_ok=True)
+
+
+def _finished(out: Path, paths: list[Path]) -> dict[Path, dict[str, Any]]:
+    """Return what is told of the shards that stand: beside each, or in the manifest already."""
+    listed = json_object_at(out / _MANIFEST).get("shards")
+    known = {each["name"]: each for each in listed} if isinstance(listed, list) else {}
+    found = {}
+    for path in paths:
+        told = json_object_at(path.with_suffix(".json")) or known.get(path.name)
+        if told and path.is_file():
+            found[path] = told
+    return found
 
 
 def _begin(out: Path, plan: dict[str, Any], overwrite: bool) -> None:
