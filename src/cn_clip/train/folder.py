@@ -123,10 +123,9 @@ def _inputs(recipe: Recipe) -> list[Path]:
     given = [start.model, start.checkpoint, start.image, start.text]
     given += [each for loss in losses for each in (loss.teacher, loss.sentences)]
     names = hub.names()
-    files = [Path(each).expanduser() for each in given if each is not None and each not in names]
-    return files + [
-        path for uri in (*recipe.data.train, *recipe.data.val) for path in paths_of(uri)
-    ]
+    files = [Path(each) for each in given if each is not None and each not in names]
+    listed = (value for value in asdict(recipe.data).values() if isinstance(value, tuple))
+    return files + [path for uris in listed for uri in uris for path in paths_of(uri)]
 
 
 def _is_run(folder: Path) -> bool:
