@@ -349,6 +349,11 @@ def test_a_run_goes_on_beside_notes_and_by_its_own_recipe(command, tmp_path, cap
     assert run([*words, "--resume", "auto"]) == 0
     assert run([*words, "--resume", "auto", "--allow-changes", "--steps", "2"]) == 0
     assert (out / "notes.txt").read_text() == "mine"
+    (out / "final" / "README.md").write_text("mine")
+    capsys.readouterr()
+    assert run([*words, "--resume", "auto", "--allow-changes", "--steps", "3"]) == 1
+    assert "final holds other files too" in capsys.readouterr().err
+    assert (out / "final" / "README.md").read_text() == "mine"
 
 
 def test_one_place_for_two_outputs_is_refused(command, tmp_path):

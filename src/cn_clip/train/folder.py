@@ -189,14 +189,14 @@ def _looked_into(folder: Path, recipe: Recipe, resume: bool, allow_changes: bool
             values = json.loads((folder / _OUTCOME).read_text(encoding="utf-8"))
             values["scores"] = [(name, value) for name, value in values["scores"]]
             return Outcome(**values)
-    for place in (folder / "final", *(folder / "stages").glob("*")):  # not at the end of the run
-        weights.check_own(place)
+    _sweep(folder)
+    for place in (folder / "final", *(folder / "stages").glob("[0-9]*")):
+        weights.check_own(place)  # now, and not when the run has ended
     if not _is_run(folder):
         stamp(folder, "train")
     (folder / _OUTCOME).unlink(missing_ok=True)  # of the recipe before
     if not states(folder):  # what came of an earlier try is no part of this run
         (folder / "log.jsonl").unlink(missing_ok=True)
-    _sweep(folder)
     with published(path) as new:
         new.write_text(recipe.to_toml(), encoding="utf-8")
     return None
