@@ -27,7 +27,7 @@ SAME_BAND = {
     ("config", "errors"), ("image", "config"), ("image", "errors"),
     ("image", "image_limits"), ("image", "image_modes"), ("image_limits", "errors"),
     ("image_modes", "errors"), ("tokenizer", "errors"),
-    ("distributed", "errors"),
+    ("distributed", "errors"), ("publish", "errors"),
     ("embedder", "backends"), ("zeroshot", "embedder"), ("convert", "backends"),
     ("__main__", "cli"),
 }  # fmt: skip

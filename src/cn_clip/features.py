@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -16,7 +16,15 @@ import numpy.typing as npt
 from cn_clip.data.lines import Lines, json_object
 from cn_clip.errors import DataError, UsageError
 from cn_clip.inputs import Kind
-from cn_clip.publish import published, published_folder
+from cn_clip.publish import (
+    begins,
+    claim,
+    file_by,
+    folder_by,
+    json_object_at,
+    published,
+    published_folder,
+)
 
 _ROWS_PER_FILE = 100_000
 
@@ -35,6 +43,30 @@ class Features:
     dim: int
     rows: Callable[[int, int], npt.NDArray[np.float32]]
     about: dict[str, Any]
+
+
+def claim_features(
+    out: str | Path, *, inputs: Iterable[str | Path] = (), overwrite: bool = False
+) -> Path:
+    """Check that embeddings may be written to ``out``; nothing is touched. Return it as a path.
+
+    Raises:
+        UsageError: see ``writer_of`` and ``publish.claim``.
+    """
+    inputs, suffix = list(inputs), Path(out).suffix
+    writer_of(Path(out))
+    if not suffix:
+        return claim(out, folder_by("embed"), kind="folder", inputs=inputs, overwrite=overwrite)
+    own = _is_npz if suffix == ".npz" else _is_jsonl
+    path = claim(out, file_by("embed", own), inputs=inputs, overwrite=overwrite)
+    if suffix == ".jsonl":
+        claim(about_of(path), file_by("embed", _is_about), inputs=inputs)
+    return path
+
+
+def about_of(out: Path) -> Path:
+    """Return where it stands what the vectors of a ``.jsonl`` are."""
+    return out.with_name(f"{out.name}.about.json")
 
 
 def writer_of(out: Path) -> Callable[[Features, Path], None]:
@@ -71,13 +103,13 @@ def write_jsonl(features: Features, out: Path) -> None:
     """Write the official ``{"image_id": ..., "feature": [...]}`` lines, or ``text_id``, and what
     they are into ``OUT.about.json``."""
     key = {"images": "image_id", "texts": "text_id"}[features.kind]
+    with published(about_of(out)) as path:  # first: it is what tells that OUT is ours
+        _write_about(features, path)
     with published(out) as path, path.open("w", encoding="utf-8") as stream:
         for start, end in _spans(len(features.ids), 1000):
             rows = features.rows(start, end).tolist()
             for name, row in zip(features.ids[start:end], rows, strict=True):
                 stream.write(json.dumps({key: name, "feature": row}, ensure_ascii=False) + "\n")
-    with published(out.with_name(f"{out.name}.about.json")) as path:
-        _write_about(features, path)
 
 
 def write_clip_retrieval(features: Features, out: Path) -> None:
@@ -88,7 +120,7 @@ def write_clip_retrieval(features: Features, out: Path) -> None:
         "images": ("img_emb", "image_path"),
         "texts": ("text_emb", "caption"),
     }[features.kind]
-    with published_folder(out) as folder:
+    with published_folder(out, "embed") as folder:
         (folder / stem).mkdir()
         (folder / "metadata").mkdir()
         for part, (start, end) in enumerate(_spans(len(features.ids), _ROWS_PER_FILE)):
@@ -253,6 +285,25 @@ def _part(path: Path) -> tuple[int, str]:
 def _spans(count: int, size: int) -> Iterator[tuple[int, int]]:
     for start in range(0, max(1, count), size):
         yield start, min(count, start + size)
+
+
+def _is_npz(path: Path) -> bool:
+    """Tell whether a file begins and ends as what ``write_npz`` writes."""
+    with path.open("rb") as stream:
+        head = stream.read(64)
+        stream.seek(-min(512, path.stat().st_size), 2)
+        tail = stream.read()
+    first = head.startswith(b"PK") and b"embeddings.npy" in head
+    return first and b"ids.npy" in tail and b"about.npy" in tail
+
+
+def _is_jsonl(path: Path) -> bool:
+    lines = begins(b'{"image_id": ', b'{"text_id": ')
+    return lines(path) and _is_about(about_of(path))
+
+
+def _is_about(path: Path) -> bool:
+    return {"model", "kind", "dim"} <= json_object_at(path).keys()
 
 
 def _write_about(features: Features, path: Path) -> None:

@@ -12,8 +12,7 @@ from typing import Literal
 from cyclopts import App
 from rich.table import Table
 
-from cn_clip.cli.show import Flag, console, print_json, progress
-from cn_clip.errors import UsageError
+from cn_clip.cli.show import Flag, check_apart, console, print_json, progress
 
 data = App(name="data", help="Pack, check and decontaminate training data.")
 
@@ -66,7 +65,7 @@ def pack(
     workers
         Processes; by default one for each processor. 0 works in this one.
     overwrite
-        Replace what is at OUT.
+        Replace what this command wrote at OUT.
     json
         Print JSON instead of a sentence.
     """
@@ -74,10 +73,13 @@ def pack(
 
     from cn_clip.data.decontaminate import read_removed
     from cn_clip.data.encode import Encoding
-    from cn_clip.data.pack import pack
-    from cn_clip.data.sources import open_source
+    from cn_clip.data.pack import claim_pack, pack
+    from cn_clip.data.sources import open_source, paths_of
 
     encodings = {None: None, "jpeg": "JPEG", "webp": "WEBP"}
+    inputs = paths_of(source)
+    inputs += [] if without is None else [Path(without)]
+    claim_pack(out, to=to, inputs=inputs, overwrite=overwrite)
     opened = open_source(source)
     with _ticking("packing pictures") as tick:
         done = pack(
@@ -89,6 +91,7 @@ def pack(
             images_per_shard=images_per_shard,
             split=split,
             workers=_processes(workers),
+            inputs=inputs,
             overwrite=overwrite,
             tick=tick,
         )
@@ -137,9 +140,12 @@ def check(
         Print JSON instead of a table.
     """
     from cn_clip.data.check import KINDS, check
+    from cn_clip.data.page import claim_page
     from cn_clip.data.report import write_report
-    from cn_clip.data.sources import open_source
+    from cn_clip.data.sources import open_source, paths_of
 
+    if report is not None:
+        claim_page(report, "data check", inputs=paths_of(source))
     opened = open_source(source)
     with _ticking("checking") as tick:
         found = check(
@@ -224,15 +230,19 @@ def decontaminate(
     workers
         Processes; by default one for each processor. 0 works in this one.
     overwrite
-        Replace what is at OUT.
+        Replace what this command wrote at OUT.
     json
         Print JSON instead of a sentence.
     """
-    from cn_clip.data.decontaminate import decontaminate, write_page, write_removed
-    from cn_clip.data.sources import open_source
+    from cn_clip.data.decontaminate import claim_removed, decontaminate, write_page, write_removed
+    from cn_clip.data.page import claim_page
+    from cn_clip.data.sources import open_source, paths_of
 
-    if Path(out).exists() and not overwrite:
-        raise UsageError(f"{out} exists; give another place, or --overwrite to replace it")
+    inputs = [*paths_of(source), *paths_of(against)]
+    claim_removed(out, inputs=inputs, overwrite=overwrite)
+    if report is not None:
+        claim_page(report, "data decontaminate", inputs=inputs)
+        check_apart(out, report)
     train, test = open_source(source), open_source(against)
     with _ticking("comparing pictures") as tick:
         found = decontaminate(

@@ -80,7 +80,11 @@ def train(
     try:
         with _narrating(quiet) as tell:
             outcome = carry_out(
-                built, resume=resume == "auto", allow_changes=allow_changes, tell=tell
+                built,
+                resume=resume == "auto",
+                allow_changes=allow_changes,
+                inputs=[] if recipe in shipped() else [recipe],
+                tell=tell,
             )
     except InterruptedRun as stopped:
         if os.environ.get("RANK", "0") == "0":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
@@ -30,9 +30,10 @@ from cn_clip.data.sources import id_digest
 from cn_clip.data.workers import chunked, mapped
 from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.image import read_image
-from cn_clip.publish import published
+from cn_clip.publish import begins, claim, file_by, published, unwritable_named, write_text
 
 _CHUNK = 128
+_FORMAT = "cn-clip data decontaminate 1"  # stands first in the list of what is removed
 _SHOWN = 200  # removed pairs on the page
 _DECODED = 256  # pixels that a JPEG is decoded to at least: a hash sees 64
 
@@ -137,25 +138,39 @@ def decontaminate(
     return found
 
 
+def claim_removed(
+    out: str | Path, *, inputs: Iterable[str | Path] = (), overwrite: bool = False
+) -> Path:
+    """Check that the list may be written to ``out``; nothing is touched. Return it as a path.
+
+    Raises:
+        UsageError: see ``publish.claim``.
+    """
+    own = begins(json.dumps({"format": _FORMAT})[:-1].encode())
+    return claim(out, file_by("data decontaminate", own), inputs=inputs, overwrite=overwrite)
+
+
 def write_removed(found: Decontaminated, train: Source, against: Source, out: Path) -> None:
     """Write a JSON object for each pair to leave out; ``data pack --without`` takes the file.
 
     Raises:
         CNClipError: it cannot be written; what was there stays.
     """
-    try:
-        with published(out) as path, path.open("w", encoding="utf-8") as stream:
-            head = {"train": found.train, "pairs": found.pairs, "against": found.against}
-            head |= {"threshold": found.threshold, "min_caption": found.min_caption}
-            stream.write(json.dumps(head, ensure_ascii=False) + "\n")
-            for each in found.removed:
-                told = asdict(each) | {
-                    "train": _told(train, each.index),
-                    "against": _told(against, each.against),
-                }
-                stream.write(json.dumps(told, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise CNClipError(f"could not write {out}: {error}; choose another place") from error
+    with (
+        unwritable_named(out),
+        published(out) as path,
+        path.open("w", encoding="utf-8") as stream,
+    ):
+        head = {"format": _FORMAT, "train": found.train, "pairs": found.pairs}
+        head |= {"against": found.against, "threshold": found.threshold}
+        head |= {"min_caption": found.min_caption}
+        stream.write(json.dumps(head, ensure_ascii=False) + "\n")
+        for each in found.removed:
+            told = asdict(each) | {
+                "train": _told(train, each.index),
+                "against": _told(against, each.against),
+            }
+            stream.write(json.dumps(told, ensure_ascii=False) + "\n")
 
 
 def read_removed(path: Path, source: Source) -> npt.NDArray[np.int64]:
@@ -202,8 +217,7 @@ def write_page(found: Decontaminated, train: Source, against: Source, path: Path
         f"<table><tr><th></th><th>training</th><th>test</th></tr>{''.join(rows)}</table>",
         f"<h2>Could not be compared</h2><ul>{unreadable}</ul>" if unreadable else "",
     ]
-    with published(path) as temporary:
-        temporary.write_text(page("Removed from training", parts), encoding="utf-8")
+    write_text(path, page("Removed from training", parts, "data decontaminate"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,6 +113,18 @@ def open_mix(uris: Sequence[str]) -> list[Weighted]:
     return mix
 
 
+def paths_of(uri: str) -> list[Path]:
+    """Return the files and folders that a source names, with or without a weight.
+
+    Raises:
+        UsageError: the string cannot be understood.
+    """
+    weight = re.match(r"([\d.]+)@(.+)", uri, re.DOTALL)
+    _, path, options = _parsed(weight[2] if weight else uri)
+    texts = [Path(options["texts"]).expanduser()] if "texts" in options else []
+    return [*_expanded(path), *texts]
+
+
 class Chain:
     """Sources one after another, as one."""
 

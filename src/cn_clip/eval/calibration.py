@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from cn_clip.embedder import Embedder
 from cn_clip.errors import UsageError
-from cn_clip.publish import published
+from cn_clip.publish import begins, claim, file_by, write_text
 
 Kind = Literal["logistic", "isotonic"]
 KINDS: tuple[Kind, ...] = ("logistic", "isotonic")
@@ -104,6 +104,18 @@ def check_model(calibration: Calibration, embedder: Embedder) -> None:
         )
 
 
+def claim_calibration(
+    out: str | Path, *, inputs: Iterable[str | Path] = (), overwrite: bool = False
+) -> Path:
+    """Check that a calibration may be written to ``out``; nothing is touched. Return it as a path.
+
+    Raises:
+        UsageError: see ``publish.claim``.
+    """
+    own = begins(f'{{\n  "format": "{_FORMAT}"'.encode())
+    return claim(out, file_by("eval calibrate", own), inputs=inputs, overwrite=overwrite)
+
+
 def write_calibration(calibration: Calibration, path: Path) -> None:
     """Write the file, whole or not at all."""
     values = {
@@ -119,9 +131,7 @@ def write_calibration(calibration: Calibration, path: Path) -> None:
         "data": calibration.data,
         "date": calibration.date,
     }
-    with published(path) as temporary:
-        text = json.dumps(values, ensure_ascii=False, indent=2)
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_text(path, json.dumps(values, ensure_ascii=False, indent=2) + "\n")
 
 
 def read_calibration(path: Path) -> Calibration:

@@ -7,7 +7,7 @@ prompts' unit embeddings, made one of unit length again (Radford et al., 2021, s
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -28,6 +28,7 @@ from cn_clip.eval.classification import (
 )
 from cn_clip.eval.labelled import Labelled
 from cn_clip.eval.metrics import checked
+from cn_clip.publish import begins, claim, file_by
 from cn_clip.zeroshot import label_embeddings
 
 # The official script's factor before the softmax, whatever the model learned; what is submitted to
@@ -173,6 +174,16 @@ def score(
         failed=failed,
         probabilities=found,
     )
+
+
+def claim_submission(out: str | Path, *, inputs: Iterable[str | Path] = ()) -> Path:
+    """Check that a submission may be written to ``out``; nothing is touched. Return it as a path.
+
+    Raises:
+        UsageError: see ``publish.claim``.
+    """
+    own = file_by("eval zeroshot", begins(b'{"model_name": "CN-CLIP-'))
+    return claim(out, own, option="--submission", inputs=inputs)
 
 
 def submission(

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,12 @@ from cn_clip.data.sampler import BatchPart
 from cn_clip.data.sources import Weighted, id_digest
 from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.model.clip import CLIP
-from cn_clip.publish import published
+from cn_clip.publish import entries, folder_by, json_object_at, published
 
 _PER_SHARD = 4096  # pictures
 _ABOUT = "about.json"
+_SHARD = re.compile(r"features-\d{5,}\.npy")
+_HALF_WRITTEN = re.compile(rf"{_SHARD.pattern}|about\.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,12 +225,27 @@ def _shard_path(folder: Path, number: int) -> Path:
     return folder / f"features-{number:05d}.npy"
 
 
+def _own_features(folder: Path) -> Collection[str]:
+    """Return the names of the files of cached features in a folder; none if they have no stamp."""
+    if not {"preparation", "pictures", "views"} <= json_object_at(folder / _ABOUT).keys():
+        return ()
+    shards = (name for name in entries(folder) if _SHARD.fullmatch(name))
+    return {_ABOUT, *shards}
+
+
+FEATURES = folder_by("train", _own_features, _HALF_WRITTEN)
+"""The objection to a folder that holds anything but cached features."""
+
+
 def _check_stamp(folder: Path, about: dict[str, Any]) -> None:
     path = folder / _ABOUT
     text = json.dumps(about, indent=2, sort_keys=True)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        reason = FEATURES(folder)
+        if reason is not None:
+            raise UsageError(f"{folder} {reason}; give another place") from None
         with published(path) as new:
             new.write_text(text + "\n", encoding="utf-8")
         return

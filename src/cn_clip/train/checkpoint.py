@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from cn_clip import distributed
 from cn_clip.errors import CheckpointError
-from cn_clip.publish import published_folder
+from cn_clip.publish import STAMP, published_folder
 from cn_clip.train.optim import Average
 from cn_clip.train.stages import Course
 
@@ -77,7 +77,7 @@ def save_state(folder: Path, progress: Progress, tensors: Mapping[str, Any], *, 
         with ExitStack() as stack:
             made = None
             if distributed.is_main():
-                made = stack.enter_context(published_folder(path))
+                made = stack.enter_context(published_folder(path, "train", objection=_objection))
             place = distributed.broadcast_object(made)
             assert place is not None
             with warnings.catch_warnings():  # it says what it was told: one process
@@ -111,6 +111,12 @@ def states(folder: Path) -> list[Path]:
     """Return the whole states of a run, oldest first."""
     found = (folder / _STATES).glob("[0-9]*")
     return sorted(path for path in found if (path / _PROGRESS).is_file())
+
+
+def _objection(state: Path) -> str | None:
+    """A state of this step, whole or not, may be replaced, and nothing else."""
+    other = {path.name for path in state.iterdir()} - {_PROGRESS, _TENSORS, STAMP}
+    return f"holds {sorted(other)[0]}, which no train wrote" if other else None
 
 
 def read_progress(state: Path) -> Progress:

@@ -65,7 +65,7 @@ def write_report(
         f"<pre>{escape(recipe.to_toml())}</pre>",
     ]
     with published(folder / "report.html") as path:
-        path.write_text(page(f"Training: {recipe.name}", parts), encoding="utf-8")
+        path.write_text(page(f"Training: {recipe.name}", parts, "train"), encoding="utf-8")
     return scores
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from cn_clip.config import PUBLISHED, ModelConfig
 from cn_clip.errors import CheckpointError, MissingWeightsError
 from cn_clip.model.clip import CLIP
-from cn_clip.publish import published, published_folder
+from cn_clip.publish import STAMP, published, published_folder
 from cn_clip.weights.huggingface import config_from, config_to, from_hugging_face, to_hugging_face
 from cn_clip.weights.official import (
     infer_config,
@@ -175,7 +175,7 @@ def save_state(
 ) -> None:
     """Write what ``save_folder`` does, from a config and a state dict under official names."""
     path = Path(path)
-    with explained(path), published_folder(path) as folder:
+    with explained(path), published_folder(path, "model", objection=_objection) as folder:
         _write_state(config, state, folder)
 
 
@@ -202,7 +202,7 @@ def save_hugging_face(model: CLIP, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     check_own(path)
-    with explained(path), published_folder(path) as folder:
+    with explained(path), published_folder(path, "model", objection=_objection) as folder:
         write_hugging_face(model, folder)
 
 
@@ -312,8 +312,13 @@ def _read_json(path: Path) -> Any:
 
 def check_own(path: Path) -> None:
     """Raise a ``CheckpointError`` for a folder that holds anything but a model written here."""
-    if path.is_dir() and {f.name for f in path.iterdir()} - {_CONFIG, _WEIGHTS, *_SIDE_FILES}:
-        raise CheckpointError(f"the folder {path} holds other files too; give a new folder")
+    if path.is_dir() and _objection(path):
+        raise CheckpointError(f"the folder {path} {_objection(path)}; give a new folder")
+
+
+def _objection(path: Path) -> str | None:
+    own = {_CONFIG, _WEIGHTS, STAMP, *_SIDE_FILES}
+    return "holds other files too" if {file.name for file in path.iterdir()} - own else None
 
 
 def _is_float(tensor: Tensor) -> bool:
