@@ -17,6 +17,7 @@ from cn_clip.data.lines import Lines, json_object
 from cn_clip.errors import DataError, UsageError
 from cn_clip.inputs import Kind
 from cn_clip.publish import published, published_folder
+from cn_clip.text import valid_text
 
 _ROWS_PER_FILE = 100_000
 
@@ -163,6 +164,8 @@ def read_captions(path: Path) -> Stored:
 
 def _checked(stored: Stored) -> Stored:
     path = stored.path
+    # Whatever the format held: half an emoji can be written to no other file.
+    stored = Stored(path, [valid_text(each) for each in stored.ids], stored.vectors)
     if not stored.ids:
         raise DataError(f"{path} holds no features")
     if len(stored.ids) != len(stored.vectors):

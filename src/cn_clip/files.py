@@ -94,15 +94,19 @@ def check_plain(path: str | os.PathLike[str]) -> None:
 
 
 def read_lines(path: str | os.PathLike[str], limit: int = MAX_TEXT) -> list[str]:
-    """Read the lines of a small UTF-8 text file, without their ends; a byte order mark is left out.
+    """Read the lines of a small UTF-8 text file, without their ends.
 
     Raises:
         OSError: as ``read_file``.
         UnicodeDecodeError: it is not UTF-8.
     """
-    text = read_file(path, limit).decode("utf-8-sig")
+    return lines_of(read_file(path, limit))
+
+
+def lines_of(raw: bytes) -> list[str]:
+    """Return the lines of UTF-8 text, without their ends and a byte order mark."""
     # Not str.splitlines(), which ends lines at U+2028 and other characters that texts hold.
-    lines = re.split(r"\r\n|\r|\n", text)
+    lines = re.split(r"\r\n|\r|\n", raw.decode("utf-8-sig"))
     return lines if lines[-1] else lines[:-1]
 
 

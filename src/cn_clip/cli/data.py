@@ -7,13 +7,16 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from cyclopts import App
 from rich.table import Table
 
 from cn_clip.cli.show import Flag, console, print_json, progress
-from cn_clip.errors import UsageError
+from cn_clip.errors import UsageError, one_line
+
+if TYPE_CHECKING:
+    from cn_clip.data.pair import Source
 
 data = App(name="data", help="Pack, check and decontaminate training data.")
 
@@ -79,6 +82,7 @@ def pack(
 
     encodings = {None: None, "jpeg": "JPEG", "webp": "WEBP"}
     opened = open_source(source)
+    _note_unmatched(opened)
     with _ticking("packing pictures") as tick:
         done = pack(
             opened,
@@ -234,6 +238,8 @@ def decontaminate(
     if Path(out).exists() and not overwrite:
         raise UsageError(f"{out} exists; give another place, or --overwrite to replace it")
     train, test = open_source(source), open_source(against)
+    for opened in (train, test):
+        _note_unmatched(opened)
     with _ticking("comparing pictures") as tick:
         found = decontaminate(
             train,
@@ -277,6 +283,15 @@ def _ticking(what: str) -> Iterator[Callable[[int, int], None]]:
     with progress() as bars:
         task = bars.add_task(what, total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def _note_unmatched(source: Source) -> None:
+    if alone := source.unmatched():
+        print(
+            f"cn-clip: {len(alone):,} of {source.name} make no pair (the first: "
+            f"{one_line(alone[0])}); cn-clip data check lists them",
+            file=sys.stderr,
+        )
 
 
 def _list(sentences: list[str], out: str) -> None:
