@@ -157,7 +157,7 @@ def _decoded(raw: bytes, where: str) -> str:
 def _named(path: Path, raw: bytes, where: str) -> str:
     """Return the path in a line of a list; its bytes may be those of a name that is not UTF-8."""
     name = os.fsdecode(raw)
-    return name if os.path.lexists(path.parent / name) else _decoded(raw, where)
+    return name if os.path.lexists(beside(path.parent, name)) else _decoded(raw, where)
 
 
 def _id(values: dict[str, Any], key: str, where: str) -> str | int:

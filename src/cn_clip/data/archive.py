@@ -362,7 +362,7 @@ def _write_index(index: _Index, path: Path) -> None:
 
 
 def _read_index(path: Path) -> _Index:
-    with np.load(path) as stored:
+    with path.open("rb") as stream, np.load(stream) as stored:
         keys = bytes(stored["keys"]).decode().split("\n")
         return _Index(
             keys, stored["spans"], stored["pairs"], json.loads(bytes(stored["unmatched"]))
