@@ -410,6 +410,7 @@ def test_pack_says_how_much_makes_no_pair(pictures, tmp_path, capsys):
     assert f"2 of folder:{pictures} make no pair" in said and "cn-clip data check" in said
 
 
+@pytest.mark.full
 def test_a_home_that_cannot_be_written_is_a_note_of_the_command(pictures):
     uri = WRITERS["tar"](pictures)
     environment = {**os.environ, "HOME": "/proc/none"}

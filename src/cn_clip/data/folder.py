@@ -21,7 +21,7 @@ class Folder:
     def __init__(self, name: str, root: Path, encoding: str | None = None) -> None:
         if not root.is_dir():
             raise DataError(f"{name}: no such folder: {root}")
-        self.name = path_text(name)
+        self.name = name
         self._encoding = encoding or "utf-8"
         listing = walk(root)
         self._images = [each for each in listing.files if each.suffix.lower() in SUFFIXES]

@@ -16,7 +16,6 @@ from cn_clip.data.lines import Lines, json_object, read_at
 from cn_clip.data.pair import Row
 from cn_clip.errors import DataError
 from cn_clip.files import beside, check_plain, read_file
-from cn_clip.text import path_text
 
 # The names that columns go by, the first one found is taken.
 IMAGE = (
@@ -75,7 +74,7 @@ class Manifest:
     """
 
     def __init__(self, name: str, table: Table, root: Path) -> None:
-        self.name = path_text(name)
+        self.name = name
         self._table, self._root = table, root
         self._columns = table.columns
 

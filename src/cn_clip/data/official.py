@@ -39,7 +39,7 @@ class Tsv:
         *,
         unpaired: bool = False,
     ) -> None:
-        self.name = path_text(name)
+        self.name = name
         self._unpaired = unpaired
         texts = texts or images.with_name(f"{images.name.removesuffix('_imgs.tsv')}_texts.jsonl")
         if not texts.is_file():

@@ -163,7 +163,7 @@ def id_digest(source: Source, index: int, id: str) -> int:
 
 
 def _open_one(kind: str, path: Path, options: dict[str, str]) -> Source:
-    name, encoding = f"{kind}:{path}", options.get("encoding")
+    name, encoding = path_text(f"{kind}:{path}"), options.get("encoding")
     if kind in ("csv", "jsonl", "parquet"):
         if not path.exists():
             raise DataError(f"{name}: no such file: {path}")
