@@ -10,6 +10,7 @@ import pytest
 from conftest import encoded, make_picture
 
 from cn_clip import image
+from cn_clip.cli import run
 from cn_clip.errors import ImageError, UsageError
 from cn_clip.files import as_path, beside, find, read_file, read_lines, walk
 from cn_clip.inputs import read_images, read_texts
@@ -31,6 +32,14 @@ def test_half_an_emoji_becomes_one_replacement_and_two_halves_an_emoji(text, exp
     assert valid_text(text) == expected
     assert read_json(json.dumps({text: [text]})) == {expected: [expected]}
     assert read_json(json.dumps([text]).encode()) == [expected]
+
+
+def test_labels_and_templates_of_the_command_line_enter_as_valid_text(tmp_path, capsys):
+    make_picture().save(tmp_path / "a.png")
+    command = ["classify", str(tmp_path / "a.png"), "--labels", "猫\ud83d,狗", "--json"]
+    assert run([*command, "--template", "{}\ude00"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["labels"], said["templates"]) == (["猫\ufffd", "狗"], ["{}\ufffd"])
 
 
 @pytest.mark.parametrize("raw", [b"\xed\xa0\xbd", b"[" * 100_000, b"9" * 5_000, b"[1"])

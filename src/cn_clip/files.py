@@ -28,6 +28,17 @@ _BESIDE = frozenset(
 )
 
 
+# What is given for another file, by its first bytes, and what to do with it.
+_MISTAKEN = {
+    b"\x1f\x8b": "compressed with gzip: gunzip it first",
+    b"BZh": "compressed with bzip2: bunzip2 it first",
+    b"\xfd7zXZ\0": "compressed with xz: unxz it first",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd: unzstd it first",
+    b"PK\x03\x04": "a zip file: unzip it first",
+    b"version https://git-lfs": "a pointer of Git LFS, not the file: run git lfs pull first",
+}
+
+
 def as_path(given: str | os.PathLike[str]) -> Path:
     """Return a path that was given by a person, with ``~`` expanded; it need not exist.
 
@@ -79,7 +90,10 @@ def read_file(path: str | os.PathLike[str], limit: int = MAX_FILE) -> bytes:
             raise OSError(
                 errno.EFBIG, f"it has {found.st_size:,} bytes, above the limit of {limit:,}", name
             )
-        content = stream.read(limit + 1)  # files in /proc say that they are empty
+        # Not read(limit), which reserves as much. Files in /proc say that they are empty.
+        content = stream.read(found.st_size + 1)
+        while len(content) <= limit and (more := stream.read(1 << 16)):
+            content += more
     if len(content) > limit:
         raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes", name)
     return content
@@ -91,6 +105,11 @@ def check_plain(path: str | os.PathLike[str]) -> None:
     if not stat.S_ISREG(mode):
         code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
         raise OSError(code, f"it is {_kind(mode)}, not a plain file", os.fspath(path))
+
+
+def mistaken(head: bytes) -> str | None:
+    """Say what a file is by its first 32 bytes, if it is compressed or a pointer to another one."""
+    return next((said for start, said in _MISTAKEN.items() if head.startswith(start)), None)
 
 
 def read_lines(path: str | os.PathLike[str], limit: int = MAX_TEXT) -> list[str]:

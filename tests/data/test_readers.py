@@ -338,16 +338,19 @@ def test_a_hard_link_is_named(pictures):
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("s.tar.gz", b"\x1f\x8b\x08", r"compressed with gzip; .*: gunzip it first"),
+        ("s.tar.gz", b"\x1f\x8b\x08", "compressed with gzip: gunzip it first"),
         ("s.tgz", b"\x1f\x8b\x08", "compressed with gzip"),
         ("s.tar.bz2", b"BZh91AY", "compressed with bzip2"),
         ("s.tar.zst", b"\x28\xb5\x2f\xfd", "compressed with zstd"),
         ("s.tar", b"\x1f\x8b\x08", "compressed with gzip"),
         ("s.tar", b"PK\x03\x04", "is a zip file"),
+        ("p.csv", b"version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS"),
+        ("p.jsonl", b"\x1f\x8b\x08", "compressed with gzip"),
+        ("p.parquet", b"version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS"),
         ("s.tar", b"version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS"),
     ],
 )
-def test_what_is_no_plain_tar_is_said_with_what_to_do(pictures, name, content, sentence):
+def test_what_is_given_for_another_file_is_said_with_what_to_do(pictures, name, content, sentence):
     with pytest.raises(DataError, match=sentence):
         manifest(pictures, content, name)
 

@@ -19,7 +19,7 @@ from cn_clip.data.cache import cached
 from cn_clip.data.lines import json_object, read_at
 from cn_clip.data.pair import Row
 from cn_clip.errors import DataError
-from cn_clip.files import MAX_FILE, MAX_TEXT, check_plain, passed_over
+from cn_clip.files import MAX_FILE, MAX_TEXT, check_plain, mistaken, passed_over
 from cn_clip.image import SUFFIXES
 from cn_clip.text import path_text, read_json
 
@@ -29,16 +29,6 @@ _BLOCK = 512
 _FORMAT = ".2.npz"  # of the index; another one is built anew
 
 _HEADER = 1 << 16  # bytes of a header; the parser of tarfile takes their square in time
-
-# What is given for a tar, by its first bytes, and what to do with it.
-_OTHERS = {
-    b"\x1f\x8b": ("compressed with gzip", "gunzip it"),
-    b"BZh": ("compressed with bzip2", "bunzip2 it"),
-    b"\xfd7zXZ\0": ("compressed with xz", "unxz it"),
-    b"\x28\xb5\x2f\xfd": ("compressed with zstd", "unzstd it"),
-    b"PK\x03\x04": ("a zip file", "unzip it, and give folder:FOLDER"),
-    b"version https://git-lfs": ("a pointer of Git LFS, not the file", "fetch it: git lfs pull"),
-}
 
 
 class Tar:
@@ -284,10 +274,8 @@ class _Within:
 def _members(stream: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
     """Yield the regular members and links; raise unless the archive is closed as it should be."""
     size = path.stat().st_size
-    head = stream.read(32)
-    for start, (what, remedy) in _OTHERS.items():
-        if head.startswith(start):
-            raise DataError(f"{path} is {what}; pairs are read out of a plain .tar: {remedy} first")
+    if what := mistaken(stream.read(32)):
+        raise DataError(f"{path} is {what}; pairs are read out of a plain .tar")
     stream.seek(0)
     within: Any = _Within(stream, size)
     archive = _parsed(path, lambda: tarfile.TarFile(fileobj=within, errorlevel=2))

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cn_clip.errors import DataError
-from cn_clip.files import MAX_TEXT, check_plain
+from cn_clip.files import MAX_TEXT, check_plain, mistaken
 from cn_clip.text import path_text, read_json, valid_text
 
 _BLOCK = 16 << 20
@@ -94,7 +94,9 @@ class Lines:
         return f"{path_text(self.path)}, line {self._numbers[index]}"
 
     def _index(self, skip: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]:
-        head = read_at(self.path, 0, 4)
+        head = read_at(self.path, 0, 32)
+        if what := mistaken(head):
+            raise DataError(f"{self.path} is {what}")
         if head.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise DataError(f"{self.path} is UTF-16; save it as UTF-8")
         first = 3 if head.startswith(b"\xef\xbb\xbf") else 0

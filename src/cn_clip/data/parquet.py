@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from cn_clip.data.cache import cached
+from cn_clip.data.lines import read_at
 from cn_clip.data.manifest import Given, chosen
 from cn_clip.errors import CNClipError, DataError, UsageError
-from cn_clip.files import check_plain
+from cn_clip.files import check_plain, mistaken
 from cn_clip.text import path_text
 
 _ROWS, _ROWS_OF_IMAGES = 65_536, 256  # that are in memory at once while the index is built
@@ -234,6 +235,8 @@ def _parsed(path: Path, read: Callable[[], Any]) -> Any:
     except CNClipError:
         raise
     except Exception as error:
+        if what := mistaken(read_at(path, 0, 32)):
+            raise DataError(f"{path} is {what}") from None
         raise DataError(
             f"{path} is damaged, or no whole Parquet file: {error or type(error).__name__}"
         ) from None

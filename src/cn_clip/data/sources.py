@@ -78,7 +78,7 @@ def split_of(folder: str, split: str) -> str:
     Raises:
         DataError: the folder has none of them.
     """
-    root = Path(folder).expanduser()
+    root = as_path(folder)
     tables = {f"{split}.{kind}": kind for kind in ("jsonl", "csv", "parquet", "tar")}
     layouts = {f"{split}_imgs.tsv": "tsv", f"lmdb/{split}": "lmdb", **tables}
     for name, kind in layouts.items():
@@ -111,7 +111,7 @@ def open_mix(uris: Sequence[str]) -> list[Weighted]:
             factor = float(weight[1])
         except ValueError:
             factor = 0.0
-        if factor <= 0:
+        if not 0 < factor < math.inf:
             raise UsageError(f"{uri}: the weight {weight[1]} is not a number above zero")
         mix.append(Weighted(open_source(weight[2]), factor))
     return mix
@@ -164,6 +164,8 @@ def id_digest(source: Source, index: int, id: str) -> int:
 
 def _open_one(kind: str, path: Path, options: dict[str, str]) -> Source:
     name, encoding = path_text(f"{kind}:{path}"), options.get("encoding")
+    if kind in ("csv", "jsonl", "parquet", "tar") and path.is_dir():
+        raise DataError(f"{name} is a folder; name the files in it: {name}/*.{kind}")
     if kind in ("csv", "jsonl", "parquet"):
         if not path.exists():
             raise DataError(f"{name}: no such file: {path}")
