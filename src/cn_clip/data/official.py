@@ -164,7 +164,6 @@ def write_tsv(folder: Path, samples: Iterable[Sample], *, split: str) -> None:
 
 def plain_id(given: str) -> int | str:
     """Official ids are numbers; ``007`` is a string, so that it comes out as it went in."""
-    # Python refuses to read numbers of thousands of digits.
-    digits = given.isascii() and given.isdigit() and len(given) < 100
+    digits = given.isascii() and given.isdigit() and len(given) < 256  # int() has a limit
     canonical = digits and str(int(given)) == given
     return int(given) if canonical else given
