@@ -135,7 +135,7 @@ def test_transparent_pixels_lie_on_the_background_asked_for():
     [
         ("https://example.org/cat.jpg", "web address"),
         ("no/such/file.jpg", "no such file"),
-        (".", "not a file"),
+        (".", "a folder, not a plain file"),
         (b"", "known format"),
         (np.full((4, 4, 3), 2.0), "dtype float64"),
         (np.zeros((4, 4, 7), np.uint8), "not a picture"),

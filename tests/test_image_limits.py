@@ -81,6 +81,7 @@ COSTLY = {
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_what_costs_far_more_than_its_size_is_refused_before_it_is_decoded(name, monkeypatch):
     content, message = COSTLY[name]
+    Image.init()  # loading Pillow's plugins decodes an image of its own
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     for read in (read_image, lambda source: read_pixels(source, 32)):
         with pytest.raises(ImageError, match=message):
@@ -203,14 +204,14 @@ def images_of(folder):
 def test_only_regular_files_are_read(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     for path in (tmp_path / "pipe.jpg", "/dev/zero", tmp_path):
-        with pytest.raises(ImageError, match="is not a file"):
+        with pytest.raises(ImageError, match="is a .*, not a plain file"):
             read_file(path)
 
 
 def test_a_file_of_absurd_size_is_refused_unread(tmp_path):
     with (tmp_path / "huge.jpg").open("wb") as stream:
         stream.truncate(2**40)  # sparse
-    with pytest.raises(ImageError, match=r"huge\.jpg has 1,099,511,627,776 bytes, above the limit"):
+    with pytest.raises(ImageError, match=r"huge\.jpg .* 1,099,511,627,776 bytes, above the limit"):
         read_image(tmp_path / "huge.jpg")
 
 
@@ -234,7 +235,7 @@ def test_base64_where_a_path_or_bytes_belong_is_called_base64(content):
     [
         ("a" * 5_000, "base64|cannot be read: File name too long"),
         ("你" * 5_000, "cannot be read: File name too long"),
-        ("a\0b.jpg", "cannot be read: embedded null byte"),
+        ("a\0b.jpg", "cannot be read: its path holds a NUL character"),
         ("\ud800.jpg", "cannot be read"),
         ("no/such/iVBORw0KGgo.png", "no such file"),
     ],

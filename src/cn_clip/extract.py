@@ -32,6 +32,7 @@ from cn_clip.publish import (
     sweep,
     sweep_beside,
 )
+from cn_clip.text import path_text
 
 _PER_PART = {"images": 128, "texts": 16_384}
 _ABOUT = "about.json"
@@ -205,7 +206,7 @@ def _embed_all(
             raise UsageError(f"{item.where}: the id {item.id!r} was used before, {seen[item.id]}")
         seen[item.id] = item.where
         key = f"{item.id}\t{item.stamp}"
-        label = str(item.id) if isinstance(item.content, bytes) else str(item.content)
+        label = path_text(str(item.id if isinstance(item.content, bytes) else item.content))
         rows.append(_Row(item.id, key, label))
         if store.place(key):
             report.resumed += 1

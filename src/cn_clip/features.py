@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from cn_clip.data.lines import Lines, json_object
 from cn_clip.errors import DataError, UsageError
+from cn_clip.files import check_plain
 from cn_clip.inputs import Kind
 from cn_clip.publish import (
     begins,
@@ -25,8 +26,10 @@ from cn_clip.publish import (
     published,
     published_folder,
 )
+from cn_clip.text import read_json, valid_text
 
 _ROWS_PER_FILE = 100_000
+_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +198,8 @@ def read_captions(path: Path) -> Stored:
 
 def _checked(stored: Stored) -> Stored:
     path = stored.path
+    # Whatever the format held: half an emoji can be written to no other file.
+    stored = Stored(path, [valid_text(each) for each in stored.ids], stored.vectors)
     if not stored.ids:
         raise DataError(f"{path} holds no features")
     if len(stored.ids) != len(stored.vectors):
@@ -216,14 +221,15 @@ def _checked(stored: Stored) -> Stored:
 
 
 def _read_npz(path: Path, kind: Kind) -> Stored:
-    try:
-        with np.load(path) as file:
-            vectors, ids = file["embeddings"], file["ids"]
-            about = json.loads(str(file["about"])) if "about" in file else {}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(
-            f"{path} is not an .npz with embeddings and ids, as cn-clip embed writes it: {error}"
-        ) from None
+    def read() -> tuple[npt.NDArray[Any], npt.NDArray[Any], Any]:
+        with path.open("rb") as stream, np.load(stream) as file:
+            about = read_json(str(file["about"])) if "about" in file else {}
+            return file["embeddings"], file["ids"], about
+
+    what = "an .npz with embeddings and ids, as cn-clip embed writes it"
+    vectors, ids, about = _parsed(path, what, read)
+    if not isinstance(about, dict) or ids.ndim != 1 or vectors.dtype.kind not in "fiu":
+        raise DataError(f"{path} is not {what}")
     if about.get("kind", kind) != kind:
         raise DataError(f"{path} holds {about['kind']}, not {kind}")
     if vectors.ndim != 2:
@@ -254,7 +260,7 @@ def _read_jsonl(path: Path, kind: Kind) -> Stored:
 
 
 def _read_clip_retrieval(path: Path, kind: Kind, columns: Sequence[str]) -> Stored:
-    _, parquet = _parquet()
+    _parquet()
     stem = {"images": "img_emb", "texts": "text_emb"}[kind]
     vectors = sorted((path / stem).glob("*.npy"), key=_part)
     tables = sorted((path / "metadata").glob("*.parquet"), key=_part)
@@ -265,15 +271,42 @@ def _read_clip_retrieval(path: Path, kind: Kind, columns: Sequence[str]) -> Stor
         )
     ids: list[str] = []
     for table in tables:
-        names = parquet.read_schema(table).names
+        names = _parsed(table, "Parquet", partial(_names, table))
         column = next((each for each in columns if each in names), None)
         if column is None:
             raise DataError(f"{table} has no column {' or '.join(columns)}; its rows have no ids")
-        ids += map(str, parquet.read_table(table, columns=[column])[column].to_pylist())
-    parts = [np.load(file).astype(np.float32) for file in vectors]
+        ids += map(str, _parsed(table, "Parquet", partial(_column, table, column)))
+    parts = [_parsed(file, "an array of vectors", partial(_vectors, file)) for file in vectors]
     if len({part.shape[1:] for part in parts}) > 1:
         raise DataError(f"{path / stem}: the files hold vectors of different widths; embed anew")
     return Stored(path, ids, np.concatenate(parts))
+
+
+def _names(table: Path) -> list[str]:
+    _, parquet = _parquet()
+    return list(parquet.read_schema(table).names)
+
+
+def _column(table: Path, column: str) -> list[Any]:
+    _, parquet = _parquet()
+    return list(parquet.read_table(table, columns=[column])[column].to_pylist())
+
+
+def _vectors(file: Path) -> npt.NDArray[np.float32]:
+    with file.open("rb") as stream:
+        vectors: npt.NDArray[np.float32] = np.load(stream).astype(np.float32)
+    if vectors.ndim != 2:
+        raise ValueError(f"its shape is {vectors.shape}")
+    return vectors
+
+
+def _parsed(path: Path, what: str, read: Callable[[], _Read]) -> _Read:
+    """Run a parser of numpy or pyarrow over a file; damaged bytes make them raise many kinds."""
+    try:
+        check_plain(path)
+        return read()
+    except Exception as error:
+        raise DataError(f"{path} is not {what}: {error or type(error).__name__}") from None
 
 
 def _part(path: Path) -> tuple[int, str]:

@@ -9,7 +9,6 @@ import errno
 import io
 import os
 import re
-import stat
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,8 +19,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from cn_clip import files
 from cn_clip.config import CLIP_MEAN, CLIP_STD
-from cn_clip.errors import ImageError
+from cn_clip.errors import ImageError, UsageError
+from cn_clip.files import as_path, find, passed_over, walk
 from cn_clip.image_limits import (
     MAX_DECODED,
     MAX_FILE,
@@ -116,18 +117,9 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     if name.startswith("data:"):
         raise ImageError(f"{name} is no usable path; decode the data: URI's base64 first")
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
-            raise ImageError(f"{name} is not a file; give the path of a picture")
-        with open(path, "rb") as stream:
-            content = stream.read(MAX_FILE + 1) if status.st_size <= MAX_FILE else None
+        return files.read_file(path, MAX_FILE)
     except (OSError, ValueError) as error:
-        if isinstance(error, ImageError):
-            raise
         raise ImageError(_unreadable(name, error)) from None
-    if content is None or len(content) > MAX_FILE:
-        raise ImageError(f"{name} has {status.st_size:,} bytes, above the limit of {MAX_FILE:,}")
-    return content
 
 
 def to_pixels(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:
@@ -157,21 +149,32 @@ def normalize(
 
 
 def find_images(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """Expand files, folders (searched through) and globs to picture files, in sorted order.
+    """Expand files, folders (searched through, linked ones too) and globs to image files, sorted.
+
+    Files of other formats are passed over, with a warning that counts them.
 
     Raises:
-        ImageError: a path does not exist, or a folder or glob holds no picture.
+        ImageError: a path does not exist, or a folder or glob holds no image.
     """
     found: dict[Path, None] = {}  # ordered, without repeats
     for given in paths:
         try:
-            inside = _expand(Path(given).expanduser())
-        except (OSError, ValueError, RuntimeError) as error:  # too long, no such user, bad pattern
-            raise ImageError(f"{str(given)!r:.80} is no usable path: {error}") from None
-        if not inside and Path(given).is_dir():
-            raise ImageError(f"the folder {str(given)!r} holds no picture ({', '.join(SUFFIXES)})")
+            path = as_path(given)
+        except UsageError as error:
+            raise ImageError(str(error)) from None
+        inside, notes = _expand(path)
+        if not inside and path.is_dir():
+            raise ImageError(
+                "; ".join(
+                    [f"the folder {str(given)!r} holds no picture ({', '.join(SUFFIXES)})", *notes]
+                )
+            )
         if not inside:
-            raise ImageError(f"no such file, folder or pattern with matches: {str(given)!r}")
+            raise ImageError(
+                "; ".join([f"no such file, folder or pattern with matches: {str(given)!r}", *notes])
+            )
+        for note in notes:
+            warnings.warn(note, stacklevel=2)
         found.update(dict.fromkeys(inside))
     return list(found)
 
@@ -185,16 +188,21 @@ def describe(source: Any) -> str:
     return f"{type(source).__name__} picture"
 
 
-def _expand(path: Path) -> list[Path]:
+def _expand(path: Path) -> tuple[list[Path], list[str]]:
+    """Return the images that a path stands for, and what is to be said of the files beside them."""
+    notes: list[str] = []
     if path.is_dir():
-        return sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
-    if path.exists():
-        return [path]
-    if not any(c in str(path) for c in "*?["):
-        return []
-    anchor = Path(path.anchor)
-    matches = anchor.glob(str(path.relative_to(anchor)))
-    return sorted(p for p in matches if p.suffix.lower() in SUFFIXES)
+        listing = walk(path)
+        files, notes = listing.files, listing.closed
+    elif path.exists() or not any(c in str(path) for c in "*?["):
+        return [path] if path.exists() else [], notes
+    else:
+        files = [each for each in find(str(path)) if each.suffix or each.is_file()]
+    passed = passed_over(files, SUFFIXES, path)
+    return [p for p in files if p.suffix.lower() in SUFFIXES], [
+        *notes,
+        *([passed] if passed else []),
+    ]
 
 
 def _open(source: ImageInput, name: str) -> Image.Image:

@@ -7,12 +7,16 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from cyclopts import App
 from rich.table import Table
 
 from cn_clip.cli.show import Flag, check_apart, console, print_json, progress
+from cn_clip.errors import one_line
+
+if TYPE_CHECKING:
+    from cn_clip.data.pair import Source
 
 data = App(name="data", help="Pack, check and decontaminate training data.")
 
@@ -81,6 +85,7 @@ def pack(
     inputs += [] if without is None else [Path(without)]
     claim_pack(out, to=to, inputs=inputs, overwrite=overwrite)
     opened = open_source(source)
+    _note_unmatched(opened)
     with _ticking("packing pictures") as tick:
         done = pack(
             opened,
@@ -244,6 +249,8 @@ def decontaminate(
         claim_page(report, "data decontaminate", inputs=inputs)
         check_apart(out, report)
     train, test = open_source(source), open_source(against)
+    for opened in (train, test):
+        _note_unmatched(opened)
     with _ticking("comparing pictures") as tick:
         found = decontaminate(
             train,
@@ -287,6 +294,15 @@ def _ticking(what: str) -> Iterator[Callable[[int, int], None]]:
     with progress() as bars:
         task = bars.add_task(what, total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def _note_unmatched(source: Source) -> None:
+    if alone := source.unmatched():
+        print(
+            f"cn-clip: {len(alone):,} of {source.name} make no pair (the first: "
+            f"{one_line(alone[0])}); cn-clip data check lists them",
+            file=sys.stderr,
+        )
 
 
 def _list(sentences: list[str], out: str) -> None:

@@ -29,8 +29,10 @@ from cn_clip.data.similar import (
 from cn_clip.data.sources import id_digest
 from cn_clip.data.workers import chunked, mapped
 from cn_clip.errors import CNClipError, DataError, UsageError
+from cn_clip.files import MAX_FILE, read_lines
 from cn_clip.image import read_image
 from cn_clip.publish import begins, claim, file_by, published, unwritable_named, write_text
+from cn_clip.text import read_json
 
 _CHUNK = 128
 _FORMAT = "cn-clip data decontaminate 1"  # stands first in the list of what is removed
@@ -180,13 +182,15 @@ def read_removed(path: Path, source: Source) -> npt.NDArray[np.int64]:
         DataError: the file is another one, or was made for other data than ``source``.
     """
     try:
-        with path.open(encoding="utf-8") as stream:
-            head = json.loads(next(stream))
-            pairs = int(head["pairs"])
-            indexes = np.array([json.loads(line)["index"] for line in stream], dtype=np.int64)
+        lines = read_lines(path, MAX_FILE)
+        head = read_json(lines[0])
+        pairs = int(head["pairs"])
+        indexes = np.array([read_json(line)["index"] for line in lines[1:]], dtype=np.int64)
+        if len(indexes) and not 0 <= indexes.min() <= indexes.max() < pairs:
+            raise IndexError("a pair that is none")
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, StopIteration):
+    except (ValueError, LookupError, TypeError, OverflowError):
         raise DataError(f"{path} was not written by `cn-clip data decontaminate`") from None
     if pairs != len(source):
         raise DataError(

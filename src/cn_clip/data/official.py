@@ -16,6 +16,8 @@ from cn_clip.data.archive import Sample
 from cn_clip.data.lines import Lines
 from cn_clip.data.pair import Row
 from cn_clip.errors import DataError
+from cn_clip.files import MAX_FILE
+from cn_clip.text import path_text, read_json
 
 _ID_BYTES = 256  # an id longer than this is none
 
@@ -42,7 +44,8 @@ class Tsv:
         texts = texts or images.with_name(f"{images.name.removesuffix('_imgs.tsv')}_texts.jsonl")
         if not texts.is_file():
             raise DataError(f"{name}: no texts at {texts}; name them with ?texts=FILE.jsonl")
-        self._images, self._texts = Lines(images), Lines(texts, encoding=encoding)
+        self._images = Lines(images, limit=MAX_FILE)
+        self._texts = Lines(texts, encoding=encoding)
         places: dict[str, int] = {}
         self._repeated: dict[str, str] = {}
         for line in range(len(self._images)):
@@ -94,7 +97,8 @@ class Tsv:
         if image_id in self._repeated:
             raise DataError(
                 f"{self.where(index)}: the picture id {image_id!r} stands twice, in "
-                f"{self._images.where(line)} and {self._repeated[image_id]}; keep one of them"
+                f"{self._images.where(line)} and {self._repeated[image_id].rpartition(', ')[2]}; "
+                "keep one of them"
             )
         encoded = self._images.raw(line).partition(b"\t")[2]
         return decoded_base64(encoded, self._images.where(line))
@@ -104,12 +108,14 @@ class Tsv:
         return self._images.where(at) if line < 0 else self._texts.where(line)
 
     def unmatched(self) -> list[str]:
-        return [f"the picture {i!r} of {self._images.path} has no text" for i in self._unused]
+        return [
+            f"the picture {i!r} of {path_text(self._images.path)} has no text" for i in self._unused
+        ]
 
     def _values(self, line: int) -> dict[str, Any]:
         try:
-            values = json.loads(self._texts[line])
-        except (ValueError, RecursionError) as error:
+            values = read_json(self._texts[line])
+        except ValueError as error:
             if isinstance(error, DataError):
                 raise
             raise DataError(f"{self._texts.where(line)} is not JSON: {error}") from None
@@ -133,7 +139,9 @@ def _image_id(images: Lines, line: int) -> str:
 
 
 def decoded_base64(encoded: bytes, where: str) -> bytes:
-    """Read base64 of either alphabet."""
+    """Read base64 of either alphabet, with or without ``data:image/jpeg;base64,`` before it."""
+    if encoded[:5].lower() == b"data:":
+        encoded = encoded.partition(b",")[2]
     try:
         return base64.b64decode(encoded.strip().translate(bytes.maketrans(b"-_", b"+/")))
     except (binascii.Error, ValueError) as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from cn_clip.errors import UnknownNameError, UsageError
+from cn_clip.text import path_text
 from cn_clip.train.recipe import VERSION, Recipe, nested, spoken
 from cn_clip.train.requirements import check_recipe
 
@@ -111,6 +112,11 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UsageError(f"{where} is {value!r:.60}; expected a {spoken(kind)}")
+    if isinstance(value, str) and (written := path_text(value)) != value:
+        raise UsageError(
+            f"{where} is {written!r}, a name that is not UTF-8, and a recipe is a file of UTF-8; "
+            "rename it, or make a link to it with another name"
+        )
     return value
 
 
