@@ -204,7 +204,7 @@ def images_of(folder):
 def test_only_regular_files_are_read(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     for path in (tmp_path / "pipe.jpg", "/dev/zero", tmp_path):
-        with pytest.raises(ImageError, match="is a .*, not a plain file"):
+        with pytest.raises(ImageError, match=r"is a .*, not a plain file"):
             read_file(path)
 
 

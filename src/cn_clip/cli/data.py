@@ -299,7 +299,7 @@ def _ticking(what: str) -> Iterator[Callable[[int, int], None]]:
 def _note_unmatched(source: Source) -> None:
     if alone := source.unmatched():
         print(
-            f"cn-clip: {len(alone):,} of {source.name} make no pair (the first: "
+            f"cn-clip: warning: {len(alone):,} of {source.name} make no pair (the first: "
             f"{one_line(alone[0])}); cn-clip data check lists them",
             file=sys.stderr,
         )
