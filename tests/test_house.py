@@ -15,6 +15,7 @@ SOURCE = Path(cn_clip.__file__).parent
 BANDS = {
     "errors": 0, "config": 0, "distributed": 0, "publish": 0, "tokenizer": 0, "image": 0,
     "image_limits": 0, "image_modes": 0, "text": 0, "files": 0,
+    "successors": 0,
     "model": 1,
     "weights": 2, "hub": 2, "inputs": 2, "data": 2,
     "embedder": 3, "backends": 3, "clip": 3, "zeroshot": 3, "convert": 3, "features": 3,
@@ -30,6 +31,7 @@ SAME_BAND = {
     ("distributed", "errors"), ("publish", "errors"),
     ("files", "errors"), ("files", "text"), ("image", "files"), ("inputs", "data"),
     ("embedder", "backends"), ("zeroshot", "embedder"), ("convert", "backends"),
+    ("clip", "backends"),
     ("__main__", "cli"),
 }  # fmt: skip
 

@@ -90,6 +90,10 @@ def load(
     """
     if backend not in ("auto", "torch"):
         raise UsageError(f"unknown backend {backend!r}; available: auto, torch")
+    if device not in ("auto", "cpu"):  # before anything is read, or even fetched
+        from cn_clip.backends.torch import pick_device
+
+        pick_device(device)
     given = os.fspath(name_or_path)
     name = given.replace("/", "-")  # OpenAI writes ViT-B/16
     if name in hub.names():

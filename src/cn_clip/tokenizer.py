@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -103,6 +103,15 @@ class Tokenizer:
             0
         ].tokens
         return pieces
+
+    def convert_tokens_to_ids(self, tokens: Iterable[str]) -> list[int]:
+        """Return the ids of pieces, as the official tokenizer; a ``KeyError`` if one is unknown."""
+        return [self.vocab[token] for token in tokens]
+
+    def convert_ids_to_tokens(self, ids: Iterable[int]) -> list[str]:
+        """Return the pieces of ids, as the official tokenizer; a ``KeyError`` if one is unknown."""
+        pieces = {index: token for token, index in self.vocab.items()}
+        return [pieces[int(index)] for index in ids]
 
     def _count_truncated(self, cut: int, context_length: int) -> None:
         with self._lock:
