@@ -102,6 +102,8 @@ def find_images(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
     """
     found: dict[Path, None] = {}  # ordered, without repeats
     for given in paths:
+        if not str(given).strip():
+            raise ImageError("a path is empty; give a file, a folder or a pattern")
         try:
             inside = _expand(Path(given).expanduser())
         except (OSError, ValueError, RuntimeError) as error:  # too long, no such user, bad pattern
@@ -168,6 +170,8 @@ def _open(source: ImageInput, name: str) -> Image.Image:
 def _read_file(source: str | os.PathLike[str], name: str) -> io.BytesIO:
     if name.startswith(("http://", "https://")):
         raise ImageError(f"{name} is a web address; download the picture and give its path")
+    if not name.strip():
+        raise ImageError("the path of an image is empty; give the path of a file")
     try:
         path = Path(source)
         if path.exists() and not path.is_file():
