@@ -63,8 +63,7 @@ def train(
     given = list(flags)
     if resume not in (None, "auto"):
         given += ["--start.checkpoint", str(resume)]
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    built = build_recipe(apply_flags(read_recipe(recipe), given, world))
+    built = build_recipe(apply_flags(read_recipe(recipe), given, _world_size()))
     if show == "recipe":
         print(built.to_toml(), end="")
         return 0
@@ -91,6 +90,14 @@ def train(
     elif not quiet:
         _summary(outcome)
     return 0
+
+
+def _world_size() -> int:
+    """Return the number of processes, which torchrun states."""
+    stated = os.environ.get("WORLD_SIZE") or "1"
+    if not stated.isdecimal() or int(stated) < 1:
+        raise UsageError(f"WORLD_SIZE is {stated!r}; start several processes with torchrun")
+    return int(stated)
 
 
 @contextmanager

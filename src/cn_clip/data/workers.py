@@ -61,7 +61,8 @@ def mapped(
         yield lambda jobs: map(function, jobs)
         return
     context = _Context()
-    pool = ProcessPoolExecutor(workers, context, _start, (function,))
+    with signals_held_back():  # the process that keeps track of semaphores starts here
+        pool = ProcessPoolExecutor(workers, context, _start, (function,))
 
     def run(jobs: Sequence[_Job]) -> Iterator[_Result]:
         waiting = deque(pool.submit(_do, job) for job in jobs[: _AHEAD * workers])

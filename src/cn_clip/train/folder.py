@@ -63,14 +63,26 @@ def full_disk_named(folder: Path) -> Iterator[None]:
 
 
 def locked(folder: Path) -> AbstractContextManager[object]:
-    """Hold the folder for this run alone."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", timeout=0)
+    """Hold the folder for this run alone.
+
+    Raises:
+        UsageError: another run does, or it cannot be a folder: there is a file, say.
+    """
     try:
-        return lock.acquire()
+        folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(folder / ".lock", timeout=0).acquire()
     except Timeout:
         raise UsageError(
             f"another process is training in {folder}; wait for it, or give another --output.folder"
+        ) from None
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(
+            f"output.folder is {folder}, where there is a file; give another --output.folder"
+        ) from None
+    except OSError as error:
+        raise UsageError(
+            f"output.folder is {folder}, which cannot be written ({error.strerror}); give another "
+            "--output.folder"
         ) from None
 
 
