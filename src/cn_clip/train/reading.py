@@ -52,8 +52,9 @@ def _text_of(path: Path) -> str:
             content = stream.read(_MOST_BYTES + 1)
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        at = f"byte {error.start:,}"
-        raise UsageError(f"the recipe {path} is not UTF-8 ({at}); save it as UTF-8") from None
+        raise UsageError(
+            f"the recipe {path} cannot be read: byte {error.start:,} is not UTF-8; save it as UTF-8"
+        ) from None
     except (OSError, ValueError) as error:
         raise UsageError(f"the recipe {path} cannot be read: {error}") from None
     if len(content) > _MOST_BYTES:
