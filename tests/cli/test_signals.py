@@ -34,7 +34,6 @@ from cn_clip import cli, processes
 
 def waits():
     try:
-        print("ready", flush=True)
         {body}
     finally:
         print("cleaned", flush=True)
@@ -48,7 +47,11 @@ main()
 """
 
 
-def waiting(body="time.sleep(60)", **options):
+READY = "print('ready', flush=True)"
+SLEEPS = f"{READY}; time.sleep(60)"
+
+
+def waiting(body=SLEEPS, **options):
     process = subprocess.Popen(
         [sys.executable, "-c", WAITING.format(body=body), "models"],
         stdout=subprocess.PIPE,
@@ -77,12 +80,8 @@ def test_a_signal_cleans_up_and_ends_with_its_exit_code_and_one_sentence(number,
 
 def test_a_signal_that_an_exception_handler_swallows_still_ends_the_command():
     """A ``__del__`` drops every exception, and the signal with it."""
-    body = (
-        "time.sleep(0.2); X = type('X', (), {'__del__': lambda self: time.sleep(1)}); X(); "
-        "time.sleep(60)"
-    )
+    body = f"type('X', (), {{'__del__': lambda self: ({READY}, time.sleep(1))}})(); time.sleep(60)"
     process = waiting(body)
-    time.sleep(0.7)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=20)
     assert (process.returncode, err) == (143, "cn-clip: ended by SIGTERM\n")
@@ -90,28 +89,32 @@ def test_a_signal_that_an_exception_handler_swallows_still_ends_the_command():
 
 
 def test_another_error_on_the_way_out_does_not_hide_the_signal():
-    process = waiting("exec('try:\\n time.sleep(60)\\nexcept BaseException:\\n raise ValueError')")
+    raises = f"try:\n {SLEEPS}\nexcept BaseException:\n raise ValueError"
+    process = waiting(f"exec({raises!r})")
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=20)
     assert (process.returncode, err) == (143, "cn-clip: ended by SIGTERM\n")
 
 
-SLOW = "exec('try:\\n time.sleep(60)\\nfinally:\\n print(1, flush=True); time.sleep({})')"
+def cleans_up(seconds):
+    """Clean up for so long."""
+    lines = f"try:\n {SLEEPS}\nfinally:\n print('cleans', flush=True)\n time.sleep({seconds})"
+    return f"exec({lines!r})"
 
 
 def test_a_second_ctrl_c_at_once_does_not_disturb_the_clean_up():
-    process = waiting(SLOW.format(0.5))
+    process = waiting(cleans_up(0.5))
     process.send_signal(signal.SIGINT)
-    assert process.stdout.readline() == "1\n"
+    assert process.stdout.readline() == "cleans\n"
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=20)
     assert (process.returncode, out, err) == (130, "cleaned\n", "cn-clip: interrupted\n")
 
 
 def test_a_later_ctrl_c_does_not_wait_for_the_clean_up():
-    process = waiting(SLOW.format(60))
+    process = waiting(cleans_up(60))
     process.send_signal(signal.SIGINT)
-    assert process.stdout.readline() == "1\n"
+    assert process.stdout.readline() == "cleans\n"
     time.sleep(1.2)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=20)
@@ -120,7 +123,7 @@ def test_a_later_ctrl_c_does_not_wait_for_the_clean_up():
 
 def test_under_nohup_a_command_outlives_its_terminal():
     process = waiting(
-        "time.sleep(0.5)", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        f"{READY}; time.sleep(0.5)", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
     )
     process.send_signal(signal.SIGHUP)
     out, _ = process.communicate(timeout=20)
