@@ -177,7 +177,7 @@ def test_json_is_json_on_every_console(tmp_path, environment):
     line = f"$CN classify {tmp_path} --labels {labels} --json"
     code, out, err = shell(line, **environment)
     assert (code, err) == (0, "")
-    assert json.loads(out.decode("ascii"))["labels"] == labels.split(",")
+    assert json.loads(out)["labels"] == labels.split(",")
 
 
 def leaves(app, before=()):

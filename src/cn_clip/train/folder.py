@@ -15,7 +15,7 @@ from cn_clip import distributed
 from cn_clip.errors import CheckpointError, CNClipError, UsageError
 from cn_clip.publish import published
 from cn_clip.train.checkpoint import states
-from cn_clip.train.reading import difference, from_toml
+from cn_clip.train.reading import build_recipe, difference, read_recipe
 from cn_clip.train.recipe import Recipe
 
 # Options that decide nothing about the weights, so they may change when a run goes on.
@@ -103,17 +103,15 @@ def _looked_into(folder: Path, recipe: Recipe, resume: bool, allow_changes: bool
                 f"{folder} holds a run; go on with it by --resume auto, or give another "
                 "--output.folder"
             )
-        changes = difference(from_toml(path.read_text(encoding="utf-8")), recipe)
+        changes = difference(build_recipe(read_recipe(str(path))), recipe)
         changes = [each for each in changes if not each.startswith(_FREE)]
         if changes and not allow_changes:
             raise UsageError(
                 f"the recipe of the run in {folder} was another one: {'; '.join(changes)}. "
                 "--allow-changes goes on all the same"
             )
-        if (folder / _OUTCOME).is_file() and not changes:
-            values = json.loads((folder / _OUTCOME).read_text(encoding="utf-8"))
-            values["scores"] = [(name, value) for name, value in values["scores"]]
-            return Outcome(**values)
+        if not changes and (outcome := _read_outcome(folder)) is not None:
+            return outcome
     (folder / _OUTCOME).unlink(missing_ok=True)  # of the recipe before
     if not states(folder):  # what came of an earlier try is no part of this run
         (folder / "log.jsonl").unlink(missing_ok=True)
@@ -121,6 +119,16 @@ def _looked_into(folder: Path, recipe: Recipe, resume: bool, allow_changes: bool
     with published(path) as new:
         new.write_text(recipe.to_toml(), encoding="utf-8")
     return None
+
+
+def _read_outcome(folder: Path) -> Outcome | None:
+    """Return what a run came to; None if it has not ended, or that is not told any more."""
+    try:
+        values = json.loads((folder / _OUTCOME).read_text(encoding="utf-8"))
+        values["scores"] = [(name, value) for name, value in values["scores"]]
+        return Outcome(**values)
+    except (OSError, ValueError, TypeError, KeyError):  # damaged: the run's end is done again
+        return None
 
 
 def _sweep(folder: Path) -> None:
