@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -70,6 +71,7 @@ def raise_on_signals() -> None:
     pid = os.getpid()
 
     def answer(number: int, frame: FrameType | None) -> None:
+        drop_dead_terminal()
         if os.getpid() == pid:
             _signals.answer(number)
         elif number == signal.SIGTERM:  # forked, and has not said yet what it does with signals
@@ -87,6 +89,22 @@ def raise_on_signals() -> None:
 
     sys.unraisablehook = unraisable
     _on_signals(answer)
+
+
+def drop_dead_terminal() -> None:
+    """Send the output nowhere if its terminal is gone: writing to it would be an error."""
+    try:
+        import termios
+    except ImportError:  # Windows
+        return
+    for stream in (1, 2):
+        try:
+            termios.tcgetattr(stream)
+        except termios.error as error:
+            if error.args[0] == errno.EIO:
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream)
+                os.close(nowhere)
 
 
 def exit_on_signals() -> None:

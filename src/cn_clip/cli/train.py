@@ -13,6 +13,7 @@ from rich.table import Table
 
 from cn_clip.cli.show import Flag, console, print_json, progress
 from cn_clip.errors import UsageError
+from cn_clip.processes import drop_dead_terminal
 
 Flags = Annotated[str, Parameter(show=False, allow_leading_hyphen=True)]
 
@@ -111,6 +112,7 @@ def _narrating(quiet: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
         out = console() if bars.disable else bars.console
 
         def tell(event: dict[str, Any]) -> None:
+            drop_dead_terminal()  # a run in the background outlives it
             if event["kind"] == "tick":
                 what = event["what"]
                 if what not in tasks:

@@ -16,7 +16,7 @@ import torch
 
 from cn_clip import distributed
 from cn_clip.errors import CNClipError, TrainingError
-from cn_clip.processes import ENDING
+from cn_clip.processes import ENDING, drop_dead_terminal
 from cn_clip.train.recipe import Machine, Stage
 
 _WINDOW = 50  # losses that are averaged
@@ -114,6 +114,7 @@ def signals() -> Iterator[Stop]:
         return
 
     def heard(number: int, frame: FrameType | None) -> None:
+        drop_dead_terminal()  # else its next line would end the run, and not this
         if stop.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.signal = number
