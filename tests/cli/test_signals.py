@@ -226,3 +226,23 @@ def test_an_error_ends_workers_that_are_still_at_work(tmp_path):
     assert done.returncode == 1 and done.stderr.rstrip().endswith("ValueError: no")
     assert done.stdout.count("begun") == done.stdout.count("cleaned") > 0
     assert time.monotonic() - begun < 30 and wait_for_none(mark) == []
+
+
+def test_a_process_of_torchrun_is_told_to_stop_when_that_is_killed(tmp_path):
+    mark = uuid.uuid4().hex
+    child = (
+        "import time\nfrom cn_clip.processes import raise_on_signals, terminate_with_launcher\n"
+        "raise_on_signals(); terminate_with_launcher(); print('begun', flush=True)\n"
+        "try: time.sleep(60)\nexcept KeyboardInterrupt: print('saved', flush=True)\n"
+    )
+    launcher = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {child!r}])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", launcher],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {MARK: mark},
+    )
+    assert process.stdout.readline() == "begun\n"
+    process.kill()
+    assert wait_for_none(mark) == []
+    assert process.communicate()[0] == "saved\n"

@@ -34,7 +34,8 @@ def train(
     --val-data, --lr, --batch-size, and so on. Several processes: torchrun --nproc-per-node 8 -m
     cn_clip train ...
 
-    Exit code 130 or 143: it was told to stop, and has saved its state.
+    Exit code 130, 143 or 129: it was told to stop by Ctrl-C, SIGTERM or the end of its terminal,
+    and has saved its state.
 
     Parameters
     ----------
