@@ -152,10 +152,10 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a shell
 @pytest.mark.parametrize(
     ("line", "code", "said"),
     [
-        ("$CN models --json > /dev/full", 1, "No space left on device"),
+        ("$CN --version > /dev/full", 1, "No space left on device"),
         ("$CN modles 2> /dev/full", 2, ""),
-        ("$CN models --json | true; exit ${PIPESTATUS[0]}", 1, ""),
-        ("$CN models --json >&- 2>&- <&-", 0, ""),
+        ("$CN --version | true; exit ${PIPESTATUS[0]}", 1, ""),
+        ("$CN --version >&- 2>&- <&-", 0, ""),
         ("$CN classify x --labels-file - <&-", 2, "at least two different labels"),
     ],
 )
