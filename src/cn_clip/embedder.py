@@ -95,6 +95,10 @@ def load(
 
         pick_device(device)
     given = os.fspath(name_or_path)
+    if not given.strip():
+        raise UsageError(
+            f"the model's name is empty; give a path or one of: {', '.join(hub.names())}"
+        )
     name = given.replace("/", "-")  # OpenAI writes ViT-B/16
     if name in hub.names():
         path = hub.locate(name, download_root=download_root)

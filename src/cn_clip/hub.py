@@ -272,7 +272,7 @@ def _modelscope(module: str) -> Any:
 
 
 def _preferred() -> str:
-    hub = os.environ.get("CN_CLIP_HUB", HUBS[0])
+    hub = os.environ.get("CN_CLIP_HUB") or HUBS[0]
     if hub not in HUBS:
         raise UsageError(f"CN_CLIP_HUB={hub!r} is no hub known here; give {' or '.join(HUBS)}")
     return hub

@@ -114,6 +114,8 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     name = str(path)
     if name.startswith(("http://", "https://")):
         raise ImageError(f"{name} is a web address; download the picture and give its path")
+    if not name.strip():
+        raise ImageError("the path of an image is empty; give the path of a file")
     if name.startswith("data:"):
         raise ImageError(f"{name} is no usable path; decode the data: URI's base64 first")
     try:
@@ -158,6 +160,8 @@ def find_images(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
     """
     found: dict[Path, None] = {}  # ordered, without repeats
     for given in paths:
+        if not str(given).strip():
+            raise ImageError("a path is empty; give a file, a folder or a pattern")
         try:
             path = as_path(given)
         except UsageError as error:

@@ -24,8 +24,10 @@ def console() -> Console:
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON document, with Chinese readable."""
-    print(json.dumps(value, ensure_ascii=False, indent=2))
+    """Print one JSON document, with Chinese readable where the output can hold it."""
+    # Elsewhere the console's own escapes, such as \xe9, are no JSON.
+    unicode = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
+    print(json.dumps(value, ensure_ascii=not unicode, indent=2))
 
 
 def progress() -> Progress:

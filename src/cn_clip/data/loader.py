@@ -29,6 +29,7 @@ from cn_clip.data.sampler import BatchPart, Plan, batch_count, batches, plan_of
 from cn_clip.data.sources import Weighted, id_digest
 from cn_clip.errors import CNClipError, DataError
 from cn_clip.image import read_image, read_pixels
+from cn_clip.processes import end_with_parent, leave_signals_to_parent
 from cn_clip.tokenizer import CONTEXT_LENGTH, default_tokenizer
 
 _Item = TypeVar("_Item")
@@ -333,11 +334,11 @@ class _Parts(torch.utils.data.Sampler[BatchPart]):
 def worker_starts(_: int) -> None:
     """Keep a worker to one thread, as there are as many workers as there is to do; and let it
     leave Ctrl-C and SIGTERM, which a whole group of processes is sent, to the one that started it:
-    that one ends it, after it has saved what it has to.
+    that one ends it, after it has saved what it has to. It ends with that one, too.
     """
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _spared)
+    leave_signals_to_parent(_spared)
+    end_with_parent()
 
 
 def _spared(number: int, frame: FrameType | None) -> None:

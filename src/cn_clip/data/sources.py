@@ -207,6 +207,8 @@ def _parsed(uri: str) -> tuple[str, str, dict[str, str]]:
     path, _, query = path.partition("?")
     if "=" not in query and query:  # a question mark of a glob
         path, query = f"{path}?{query}", ""
+    if not path.strip():
+        raise UsageError(f"{uri!r} names no path; write KIND:PATH, such as folder:photos")
     kind = kind or _told(path, uri)
     if kind not in KINDS:
         raise UnknownNameError("kind of source", kind, KINDS)
@@ -214,6 +216,8 @@ def _parsed(uri: str) -> tuple[str, str, dict[str, str]]:
     for option in options:
         if option not in KINDS[kind]:
             raise UnknownNameError(f"option of {kind}:", option, KINDS[kind] or ["none"])
+        if not options[option].strip():
+            raise UsageError(f"{uri}: {option} is empty; give a value, or leave it out")
     return kind, path, options
 
 

@@ -28,7 +28,7 @@ from cn_clip.publish import (
 )
 from cn_clip.train.cache import FEATURES
 from cn_clip.train.checkpoint import states
-from cn_clip.train.reading import difference, from_toml
+from cn_clip.train.reading import build_recipe, difference, read_recipe
 from cn_clip.train.recipe import Recipe
 
 # Options that decide nothing about the weights, so they may change when a run goes on.
@@ -141,15 +141,26 @@ def _objection(folder: Path) -> str | None:
 
 
 def locked(folder: Path) -> AbstractContextManager[object]:
-    """Hold the folder for this run alone."""
-    with unwritable_named(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK, timeout=0)
+    """Hold the folder for this run alone.
+
+    Raises:
+        UsageError: another run does, or it cannot be a folder: there is a file, say.
+    """
     try:
-        return lock.acquire()
+        folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(folder / LOCK, timeout=0).acquire()
     except Timeout:
         raise UsageError(
             f"another process is training in {folder}; wait for it, or give another --output.folder"
+        ) from None
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(
+            f"output.folder is {folder}, where there is a file; give another --output.folder"
+        ) from None
+    except OSError as error:
+        raise UsageError(
+            f"output.folder is {folder}, which cannot be written ({error.strerror}); give another "
+            "--output.folder"
         ) from None
 
 
@@ -178,17 +189,15 @@ def _looked_into(folder: Path, recipe: Recipe, resume: bool, allow_changes: bool
                 f"{folder} holds a run; go on with it by --resume auto, or give another "
                 "--output.folder"
             )
-        changes = difference(from_toml(path.read_text(encoding="utf-8")), recipe)
+        changes = difference(build_recipe(read_recipe(str(path))), recipe)
         changes = [each for each in changes if not each.startswith(_FREE)]
         if changes and not allow_changes:
             raise UsageError(
                 f"the recipe of the run in {folder} was another one: {'; '.join(changes)}. "
                 "--allow-changes goes on all the same"
             )
-        if (folder / _OUTCOME).is_file() and not changes:
-            values = json.loads((folder / _OUTCOME).read_text(encoding="utf-8"))
-            values["scores"] = [(name, value) for name, value in values["scores"]]
-            return Outcome(**values)
+        if not changes and (outcome := _read_outcome(folder)) is not None:
+            return outcome
     _sweep(folder)
     for place in (folder / "final", *(folder / "stages").glob("[0-9]*")):
         weights.check_own(place)  # now, and not when the run has ended
@@ -200,6 +209,16 @@ def _looked_into(folder: Path, recipe: Recipe, resume: bool, allow_changes: bool
     with published(path) as new:
         new.write_text(recipe.to_toml(), encoding="utf-8")
     return None
+
+
+def _read_outcome(folder: Path) -> Outcome | None:
+    """Return what a run came to; None if it has not ended, or that is not told any more."""
+    try:
+        values = json.loads((folder / _OUTCOME).read_text(encoding="utf-8"))
+        values["scores"] = [(name, value) for name, value in values["scores"]]
+        return Outcome(**values)
+    except (OSError, ValueError, TypeError, KeyError):  # damaged: the run's end is done again
+        return None
 
 
 def _sweep(folder: Path) -> None:
