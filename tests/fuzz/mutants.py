@@ -405,7 +405,7 @@ def _safetensors(rng: Random, data: bytes) -> bytes:
     how = rng.randrange(5)
     if how == 0:
         header = mutated(rng, header, ".json", [])
-    elif how == 1 and values:
+    elif how == 1 and isinstance(values, dict) and values:
         odd = ("F8_E4M3", "BOOL", "U8", "I64", "F64", "X", "BF16", "C64", "F4", 3, None)
         name = rng.choice(list(values))
         if isinstance(values[name], dict):

@@ -362,7 +362,7 @@ def _odd_paths(rng: Random, folder: Path) -> None:
     files = sorted(each for each in folder.rglob("*") if each.is_file())
     for _ in range(rng.choice((1, 2))):
         chosen = rng.choice(files)
-        if not chosen.exists():
+        if not chosen.is_file():
             continue
         how = rng.randrange(8)
         raw = os.fsencode(chosen)
@@ -389,6 +389,8 @@ def _uri(folder: Path) -> None:
     """Open what a URI of a file says."""
     from cn_clip.data.sources import open_mix
 
+    if not (folder / "uri.txt").exists():
+        return
     text = (folder / "uri.txt").read_bytes().decode("utf-8", "surrogateescape")
     mix = open_mix([text.rstrip("\n")])
     for part in mix[:5]:
