@@ -13,7 +13,7 @@ SOURCE = Path(cn_clip.__file__).parent
 
 # A file may import from lower bands, and from its own where the band is one folder's work.
 BANDS = {
-    "errors": 0, "config": 0, "distributed": 0, "publish": 0, "tokenizer": 0, "image": 0,
+    "errors": 0, "arrays": 0, "config": 0, "distributed": 0, "publish": 0, "tokenizer": 0, "image": 0,
     "model": 1,
     "weights": 2, "hub": 2, "inputs": 2, "data": 2,
     "embedder": 3, "backends": 3, "clip": 3, "zeroshot": 3, "convert": 3, "features": 3,
@@ -24,7 +24,7 @@ BANDS = {
 # The one road between siblings of different files in a band.
 SAME_BAND = {
     ("config", "errors"), ("image", "config"), ("image", "errors"), ("tokenizer", "errors"),
-    ("distributed", "errors"),
+    ("distributed", "errors"), ("arrays", "errors"),
     ("embedder", "backends"), ("zeroshot", "embedder"), ("convert", "backends"),
     ("__main__", "cli"),
 }  # fmt: skip

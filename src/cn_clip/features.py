@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cn_clip.arrays import read_npy, read_npz
 from cn_clip.data.lines import Lines, json_object
 from cn_clip.errors import DataError, UsageError
 from cn_clip.inputs import Kind
@@ -184,19 +184,31 @@ def _checked(stored: Stored) -> Stored:
 
 
 def _read_npz(path: Path, kind: Kind) -> Stored:
+    found = read_npz(path, ("embeddings", "ids"), optional=("about",))
+    about: dict[str, Any] = {}
     try:
-        with np.load(path) as file:
-            vectors, ids = file["embeddings"], file["ids"]
-            about = json.loads(str(file["about"])) if "about" in file else {}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(
-            f"{path} is not an .npz with embeddings and ids, as cn-clip embed writes it: {error}"
-        ) from None
+        ids = [str(each) for each in found["ids"].reshape(-1).tolist()]
+        text = str(found["about"]) if "about" in found else None
+    except ValueError:  # numbers of characters that there are none of
+        raise DataError(f"{path}: its ids or what it tells of itself is no text; embed anew") from None
+    if text is not None:
+        about = json_object(text, f"{path}: about")
     if about.get("kind", kind) != kind:
         raise DataError(f"{path} holds {about['kind']}, not {kind}")
-    if vectors.ndim != 2:
-        raise DataError(f"{path}: embeddings have the shape {vectors.shape}; expected (N, D)")
-    return Stored(path, [str(each) for each in ids.tolist()], vectors.astype(np.float32))
+    if found["ids"].ndim != 1:
+        raise DataError(f"{path}: ids have the shape {found['ids'].shape}; expected (N,)")
+    return Stored(path, ids, _vectors(found["embeddings"], path))
+
+
+def _vectors(given: npt.NDArray[Any], path: Path) -> npt.NDArray[np.float32]:
+    """Return what was read as vectors, float32 (N, D), if it can be that."""
+    if given.ndim != 2 or given.dtype.kind not in "fiu":
+        raise DataError(
+            f"{path}: embeddings have the shape {given.shape} of {given.dtype}; expected numbers "
+            "of shape (N, D)"
+        )
+    with np.errstate(over="ignore"):  # what is infinite then is refused by its id
+        return given.astype(np.float32)
 
 
 def _read_jsonl(path: Path, kind: Kind) -> Stored:
@@ -210,8 +222,9 @@ def _read_jsonl(path: Path, kind: Kind) -> Stored:
         if key not in values or "feature" not in values:
             raise DataError(f'{where}: expected {{"{key}": 1, "feature": [0.1, ...]}}')
         try:
-            row = np.array(values["feature"], np.float32)
-        except (TypeError, ValueError):
+            with np.errstate(over="ignore"):  # infinity is refused by its id
+                row = np.array(values["feature"], np.float32)
+        except (TypeError, ValueError, OverflowError):
             raise DataError(f"{where}: its feature is not a list of numbers") from None
         if row.ndim != 1 or (rows and len(row) != len(rows[0])):
             expected = f"{len(rows[0])} numbers as above" if rows else "a list of numbers"
@@ -222,7 +235,6 @@ def _read_jsonl(path: Path, kind: Kind) -> Stored:
 
 
 def _read_clip_retrieval(path: Path, kind: Kind, columns: Sequence[str]) -> Stored:
-    _, parquet = _parquet()
     stem = {"images": "img_emb", "texts": "text_emb"}[kind]
     vectors = sorted((path / stem).glob("*.npy"), key=_part)
     tables = sorted((path / "metadata").glob("*.parquet"), key=_part)
@@ -231,17 +243,29 @@ def _read_clip_retrieval(path: Path, kind: Kind, columns: Sequence[str]) -> Stor
             f"{path} holds {len(vectors)} files in {stem} and {len(tables)} in metadata; expected "
             "as many of both, as clip-retrieval writes them"
         )
-    ids: list[str] = []
-    for table in tables:
-        names = parquet.read_schema(table).names
-        column = next((each for each in columns if each in names), None)
-        if column is None:
-            raise DataError(f"{table} has no column {' or '.join(columns)}; its rows have no ids")
-        ids += map(str, parquet.read_table(table, columns=[column])[column].to_pylist())
-    parts = [np.load(file).astype(np.float32) for file in vectors]
-    if len({part.shape[1:] for part in parts}) > 1:
+    ids = [each for table in tables for each in _column(table, columns)]
+    parts = [_vectors(read_npy(file), file) for file in vectors]
+    if len({part.shape[1] for part in parts}) > 1:
         raise DataError(f"{path / stem}: the files hold vectors of different widths; embed anew")
     return Stored(path, ids, np.concatenate(parts))
+
+
+def _column(table: Path, columns: Sequence[str]) -> list[str]:
+    """Read the first of some columns that a Parquet file has, as strings."""
+    _, parquet = _parquet()
+    try:
+        names = parquet.read_schema(table).names
+        column = next((each for each in columns if each in names), None)
+        values = [] if column is None else parquet.read_table(table, columns=[column])[column]
+        ids = [str(each) for each in values.to_pylist()] if column is not None else []
+    # pyarrow raises many kinds on damaged files: OSError, ArrowInvalid, KeyError, TypeError, ...
+    except Exception as error:
+        raise DataError(
+            f"{table} cannot be read as Parquet ({error}); embed anew, or fetch the file again"
+        ) from None
+    if column is None:
+        raise DataError(f"{table} has no column {' or '.join(columns)}; its rows have no ids")
+    return ids
 
 
 def _part(path: Path) -> tuple[int, str]:

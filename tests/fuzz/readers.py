@@ -842,6 +842,7 @@ FORMATS: dict[str, Format] = {
 }
 
 
+_SUFFIXES = {".bin": ".pt", ".metadata": ".pkl", ".distcp": ".pt"}  # that tell their format
 _HERE = b"/the/folder/of/honest/files"  # written in the place of its path, for the time between
 
 
@@ -874,7 +875,7 @@ def damage(name: str, seed: int, number: int, folder: Path) -> None:
             del files[chosen]
         else:
             others = [content for path, content in files.items() if path != chosen]
-            suffix = Path(chosen).suffix.replace(".bin", ".pt").replace(".metadata", ".pkl")
+            suffix = _SUFFIXES.get(Path(chosen).suffix or Path(chosen).name, Path(chosen).suffix)
             files[chosen] = mutants.mutated(rng, files[chosen], suffix, others)
     _write_all(files, folder)
     if own and form.own is not None:

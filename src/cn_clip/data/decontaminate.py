@@ -171,7 +171,7 @@ def read_removed(path: Path, source: Source) -> npt.NDArray[np.int64]:
             indexes = np.array([json.loads(line)["index"] for line in stream], dtype=np.int64)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, StopIteration):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError, StopIteration):
         raise DataError(f"{path} was not written by `cn-clip data decontaminate`") from None
     if pairs != len(source):
         raise DataError(

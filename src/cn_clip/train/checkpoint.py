@@ -9,17 +9,20 @@ weights (safetensors).
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -32,6 +35,18 @@ from cn_clip.train.stages import Course
 _STATES = "states"
 _PROGRESS = "progress.json"
 _TENSORS = "tensors"
+# What the description of tensors is made of; pathlib's, because it names the folder it was saved to.
+_DESCRIPTIONS: dict[str, tuple[str, ...]] = {
+    "torch.distributed.checkpoint.metadata": (
+        "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    "pathlib": ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"),
+    "pathlib._local": ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"),
+}  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -121,8 +136,11 @@ def read_progress(state: Path) -> Progress:
     """
     try:
         values = json.loads((state / _PROGRESS).read_text(encoding="utf-8"))
-        return Progress(**values | {"course": Course(**values["course"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        progress = Progress(**values | {"course": Course(**values["course"])})
+        _check_kinds(progress)
+        _check_kinds(progress.course)
+        return progress
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{state / _PROGRESS} is damaged: {error}; delete {state}") from None
 
 
@@ -135,13 +153,62 @@ def load_tensors(state: Path, tensors: dict[str, Any]) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            load(tensors, checkpoint_id=state / _TENSORS, no_dist=distributed.world_size() == 1)
-    except (OSError, RuntimeError, ValueError, KeyError, CheckpointException) as error:
+            load(
+                tensors,
+                storage_reader=_Reader(state / _TENSORS),
+                no_dist=distributed.world_size() == 1,
+            )
+    # torch reads bytes here that may be anything, and what they make it raise is of many kinds.
+    except (Exception, CheckpointException) as error:
         raise CheckpointError(
             f"the state {state} cannot be read ({_first(error)}). If the recipe has changed in "
             "what learns, begin a new run with --start.checkpoint; if a file is damaged, delete "
             "that folder, and the run goes on from the one before"
         ) from error
+
+
+class _Reader(FileSystemReader):
+    """Reads a state without running anything that its files name, as torch's own reader would."""
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as stream:
+            metadata = _Metadata(stream).load()
+        if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+            raise ValueError(".metadata tells of no tensors")
+        for place in metadata.storage_data.values():
+            name = place.relative_path
+            if not isinstance(name, str) or name != Path(name).name:
+                raise ValueError(f".metadata names the file {name!r:.60}, outside its folder")
+        metadata.storage_meta = StorageMeta(load_id=self.load_id)
+        return metadata
+
+
+class _Metadata(pickle.Unpickler):
+    """Makes what torch describes tensors with, and nothing else: what it would take for objects
+    other than tensors (``BytesStorageMetadata``), it would unpickle without a check."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if name not in _DESCRIPTIONS.get(module, ()):
+            raise pickle.UnpicklingError(f".metadata names {module}.{name}, which is never run")
+        return super().find_class(module, name)
+
+    def persistent_load(self, reference: Any) -> Any:
+        raise pickle.UnpicklingError(f".metadata refers to {reference!r:.60}")
+
+
+def _check_kinds(values: Progress | Course) -> None:
+    """Raise a ``ValueError`` for a value that is not of its field's type."""
+    for name, kind in get_type_hints(type(values)).items():
+        value = getattr(values, name)
+        kinds = {get_origin(each) or each for each in get_args(kind) or (kind,)}
+        if get_origin(kind) is dict:
+            kinds = {dict}
+        number = isinstance(value, int) and not isinstance(value, bool)
+        fits = type(value) in kinds or (float in kinds and number)
+        if not fits or (number and not 0 <= value < 1 << 53):
+            raise ValueError(f"{name} is {value!r:.60}")
 
 
 def tensors_of(
