@@ -576,19 +576,24 @@ def _write_run(folder: Path) -> None:
     (folder / "recipe.toml").write_text(from_toml(_RECIPE).to_toml())
     for total in (3, 6):
         save_state(folder, Progress(total=total, before=0.5), _run_tensors(), keep=2)
-    events = [
-        {"kind": kind, "total": n, "stage": "one", "time": 1.0, "loss": 2.5, "recall": 0.4}
-        for n in range(4)
-        for kind in ("step", "score")
-    ]
+    recalls = {f"{way}_r{k}": 0.1 for way in ("t2i", "i2t") for k in (1, 5, 10)}
+    events: list[dict[str, Any]] = [
+        {"kind": "start", "total": 0, "model": "tiny", "parameters": 9, "device": "cpu",
+         "processes": 1, "pairs": 16, "origins": ["random"]},
+        {"kind": "stage", "total": 0, "stage": "one", "step": 0},
+        {"kind": "warning", "total": 0, "text": "2 pairs are the same"},
+    ]  # fmt: skip
+    for n in range(4):
+        told = {"total": n, "stage": "one", "time": 1.0, "step": n}
+        events.append(told | {"kind": "step", "mean_loss": 2.5, "rate": 1e-3, "logit_scale": 14.3})
+        events.append(told | {"kind": "score", "mean_recall": 0.1 * n, **recalls})
+    events.append({"kind": "end", "total": 3, "seconds": 7.5})
     lines = [json.dumps(event) for event in events]
     (folder / "log.jsonl").write_text("\n".join(lines) + "\n")
-    values = {
-        name: {"scores": [["a", 1.0]], "folder": "x"}.get(name, "x")
-        for name in Outcome.__dataclass_fields__
-    }
-    (folder / "outcome.json").write_text(json.dumps(values))
-    del write_outcome
+    write_outcome(folder, Outcome("run", "run/final", 6, 9.5, [("before", 0.1), ("one", 0.4)]))
+    vectors = np.zeros((3, 4), np.float16)
+    np.savez(folder / "before.npz", images=vectors, texts=vectors)
+    np.savez(folder / "after.npz", images=vectors, texts=vectors)
 
 
 def _run_tensors() -> dict[str, Any]:
@@ -602,10 +607,10 @@ def _run_tensors() -> dict[str, Any]:
 def _run(folder: Path) -> None:
     from cn_clip.train.checkpoint import load_tensors, read_progress, states
     from cn_clip.train.folder import prepared
-    from cn_clip.train.log import read_log
     from cn_clip.train.reading import from_toml
+    from cn_clip.train.report import write_report
 
-    read_log(folder)
+    write_report(folder, from_toml(_RECIPE), None)
     for state in states(folder):
         try:
             read_progress(state)

@@ -86,12 +86,13 @@ def outcomes(
 class _Worker:
     def __init__(self, context: Any, base: Path, deadline: float) -> None:
         self.base, self._context, self._deadline = base, context, deadline
+        self._count = 0
         base.mkdir(parents=True)
         self._start()
 
     @property
     def folder(self) -> Path:
-        return self.base / "job" / "files"
+        return self.base / f"job{self._count}" / "files"
 
     def _start(self) -> None:
         self.pipe, theirs = self._context.Pipe()
@@ -106,7 +107,9 @@ class _Worker:
         if job is None:
             return False
         self._job, self._since, self._cpu = job, time.monotonic(), _cpu(self._process.pid)
-        self.pipe.send(job)
+        shutil.rmtree(self.folder.parent, ignore_errors=True)
+        self._count += 1  # a folder of its own: readers remember what they have read by its path
+        self.pipe.send((*job, self.folder.parent))
         return True
 
     def ended(self, ready: bool) -> Outcome | None:
@@ -182,7 +185,7 @@ def _serve(pipe: Connection, base: str) -> None:
         except EOFError:
             return
         begin()
-        found = attempt(*job, Path("job").absolute(), watched)
+        found = attempt(*job, watched)
         faulthandler.cancel_dump_traceback_later()
         pipe.send(found)
 
@@ -202,7 +205,6 @@ def attempt(name: str, seed: int, number: int, job: Path, watched: list[str]) ->
     """Damage the files of a format and read them, in this process."""
     from fuzz import mutants, readers
 
-    shutil.rmtree(job, ignore_errors=True)
     job.mkdir()
     canary = job / "canary"
     mutants.canary = str(canary)

@@ -15,7 +15,7 @@ from cn_clip import distributed
 from cn_clip.errors import CheckpointError, CNClipError, UsageError
 from cn_clip.publish import published
 from cn_clip.train.checkpoint import states
-from cn_clip.train.reading import difference, from_toml
+from cn_clip.train.reading import build_recipe, difference, read_recipe
 from cn_clip.train.recipe import Recipe
 
 # Options that decide nothing about the weights, so they may change when a run goes on.
@@ -91,7 +91,7 @@ def _looked_into(folder: Path, recipe: Recipe, resume: bool, allow_changes: bool
                 f"{folder} holds a run; go on with it by --resume auto, or give another "
                 "--output.folder"
             )
-        changes = difference(from_toml(path.read_text(encoding="utf-8")), recipe)
+        changes = difference(build_recipe(read_recipe(str(path))), recipe)
         changes = [each for each in changes if not each.startswith(_FREE)]
         if changes and not allow_changes:
             raise UsageError(
@@ -99,9 +99,7 @@ def _looked_into(folder: Path, recipe: Recipe, resume: bool, allow_changes: bool
                 "--allow-changes goes on all the same"
             )
         if (folder / _OUTCOME).is_file() and not changes:
-            values = json.loads((folder / _OUTCOME).read_text(encoding="utf-8"))
-            values["scores"] = [(name, value) for name, value in values["scores"]]
-            return Outcome(**values)
+            return _read_outcome(folder / _OUTCOME)
     (folder / _OUTCOME).unlink(missing_ok=True)  # of the recipe before
     if not states(folder):  # what came of an earlier try is no part of this run
         (folder / "log.jsonl").unlink(missing_ok=True)
@@ -109,6 +107,23 @@ def _looked_into(folder: Path, recipe: Recipe, resume: bool, allow_changes: bool
     with published(path) as new:
         new.write_text(recipe.to_toml(), encoding="utf-8")
     return None
+
+
+def _read_outcome(path: Path) -> Outcome:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        scores = [(str(name), float(value)) for name, value in values["scores"]]
+        return Outcome(
+            str(values["folder"]),
+            str(values["weights"]),
+            int(values["steps"]),
+            float(values["seconds"]),
+            scores,
+        )
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}); delete it, and the run is ended anew from its last state"
+        ) from None
 
 
 def _sweep(folder: Path) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from cn_clip.arrays import read_npz
 from cn_clip.data.page import data_uri, page, sheet, thumbnail
-from cn_clip.errors import CNClipError
+from cn_clip.errors import CNClipError, DataError
 from cn_clip.eval.pairs import EvalSet
 from cn_clip.publish import published
 from cn_clip.train.log import Event, read_log
@@ -188,11 +189,8 @@ def _scores(events: Sequence[Event], recipe: Recipe) -> str:
 def _retrievals(folder: Path, validation: EvalSet | None) -> list[str]:
     """Show what some validation texts find, before and after."""
     try:
-        with np.load(folder / "before.npz") as held:
-            before = held["images"].astype(np.float32), held["texts"].astype(np.float32)
-        with np.load(folder / "after.npz") as held:
-            after = held["images"].astype(np.float32), held["texts"].astype(np.float32)
-    except OSError:
+        before, after = (_embeddings(folder / f"{when}.npz") for when in ("before", "after"))
+    except DataError:
         return []
     if validation is None:
         return []
@@ -206,6 +204,11 @@ def _retrievals(folder: Path, validation: EvalSet | None) -> list[str]:
             parts.append(f"<p>{name}</p>")
             parts.append(sheet(_found(images, texts[text], right, validation)))
     return parts
+
+
+def _embeddings(path: Path) -> tuple[Vectors, Vectors]:
+    held = read_npz(path, ("images", "texts"))
+    return held["images"].astype(np.float32), held["texts"].astype(np.float32)
 
 
 def _found(
@@ -222,7 +225,7 @@ def _found(
 
 
 def _listed(lines: Iterable[str]) -> str:
-    return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
+    return f"<ul>{''.join(f'<li>{escape(str(line))}</li>' for line in lines)}</ul>"
 
 
 def _short(value: float) -> str:
