@@ -131,7 +131,7 @@ def _read_order(path: Path, count: int) -> npt.NDArray[np.int64] | None:
         return None
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}; it lists rows of pictures") from None
     if not isinstance(rows, list) or sorted(map(str, rows)) != sorted(map(str, range(count))):
         raise DataError(
@@ -150,7 +150,7 @@ def _read_truth(path: Path, images: list[Path], classes: int) -> npt.NDArray[np.
     for at, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        match = re.fullmatch(r"(.+\S)\s+(\d{1,9}(?:,\d{1,9})*)", line.strip())
+        match = re.fullmatch(r"(.+\S)\s+(\d+(?:,\d+)*)", line.strip())
         numbers = [int(each) for each in match[2].split(",")] if match else [classes]
         if match is None or max(numbers) >= classes:
             raise DataError(
