@@ -99,7 +99,9 @@ def _header(stream: IO[bytes], size: int) -> tuple[np.dtype[Any], tuple[int, ...
     return dtype, shape, "F" if fortran else "C"
 
 
-def _array(raw: bytes, dtype: np.dtype[Any], shape: tuple[int, ...], order: Any) -> npt.NDArray[Any]:
+def _array(
+    raw: bytes, dtype: np.dtype[Any], shape: tuple[int, ...], order: Any
+) -> npt.NDArray[Any]:
     if len(raw) != math.prod(shape) * dtype.itemsize:
         raise ValueError("it ends too early")
     if not raw:  # frombuffer takes no empty buffer, nor items of no bytes

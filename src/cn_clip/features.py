@@ -190,7 +190,9 @@ def _read_npz(path: Path, kind: Kind) -> Stored:
         ids = [str(each) for each in found["ids"].reshape(-1).tolist()]
         text = str(found["about"]) if "about" in found else None
     except ValueError:  # numbers of characters that there are none of
-        raise DataError(f"{path}: its ids or what it tells of itself is no text; embed anew") from None
+        raise DataError(
+            f"{path}: its ids or what it tells of itself is no text; embed anew"
+        ) from None
     if text is not None:
         about = json_object(text, f"{path}: about")
     if about.get("kind", kind) != kind:

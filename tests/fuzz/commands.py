@@ -205,8 +205,23 @@ _OWN: dict[str, tuple[str, ...]] = {
     "--download-root": ("{i}/empty", "{i}", "nowhere", "/dev/null"),
     "NAME": ("muge", "flickr30k-cn-test", "x", ""),
 }  # fmt: skip
-_INTEGERS = ("0", "1", "2", "3", "8", "10", "52", "-1", "1000000", "2147483648", "9" * 30, "1.5", "x", "")
-_FLOATS = ("0", "0.5", "0.9", "1", "-1", "nan", "inf", "1e999", "1e-300", "x", "")
+_INTEGERS = (
+    "1",
+    "2",
+    "3",
+    "8",
+    "10",
+    "52",
+    "0",
+    "-1",
+    "1000000",
+    "2147483648",
+    "9" * 30,
+    "1.5",
+    "x",
+    "",
+)
+_FLOATS = ("0.5", "0.9", "0.1", "0", "1", "-1", "nan", "inf", "1e999", "1e-300", "x", "")
 
 
 def case_of(number: int, seed: int, root: Path, *, process: bool) -> Case:
@@ -215,6 +230,9 @@ def case_of(number: int, seed: int, root: Path, *, process: bool) -> Case:
     known = commands()
     path = sorted(known)[number % len(known)]
     arguments = [*path, *_arguments(rng, path, known[path])]
+    outs = [each for each in arguments if each.startswith("{i}") and each in _OUTS]
+    if outs and rng.random() < 0.6 and any(each.name == "--overwrite" for each in known[path]):
+        arguments.append("--overwrite")  # of an input, which no command may
     if rng.random() < 0.02:
         arguments = [rng.choice(_ODD) for _ in range(rng.randrange(4))]
     arguments += _quick(path, arguments, rng, process)
@@ -231,7 +249,9 @@ def case_of(number: int, seed: int, root: Path, *, process: bool) -> Case:
     if rng.random() < 0.4:
         environment |= dict(rng.sample(_ENVIRONMENT, rng.randrange(1, 4)))
     if process:
-        arguments = [each.replace("\0", "").replace("\ud83d", "\udced\udca0\udcbd") for each in arguments]
+        arguments = [
+            each.replace("\0", "").replace("\ud83d", "\udced\udca0\udcbd") for each in arguments
+        ]
     return Case(
         number, tuple(arguments), environment, rng.choice(("empty", "empty", "text", "closed"))
     )
@@ -249,16 +269,23 @@ _ENVIRONMENT: list[tuple[str, str | None]] = [
 def _arguments(rng: Random, path: tuple[str, ...], options: tuple[Option, ...]) -> list[str]:
     found: list[list[str]] = []
     optional = rng.choice((0.1, 0.25, 0.5))
+    odd = rng.choice((0.0, 0.05, 0.2))  # a case without odd values goes far
     for option in options:
-        wanted = 0.95 if option.required else 0.9 if option.name in _NEEDED.get(path[-1], ()) else optional
+        wanted = (
+            0.95
+            if option.required
+            else 0.9
+            if option.name in _NEEDED.get(path[-1], ())
+            else optional
+        )
         while rng.random() < wanted:
-            found.append(_given(rng, path, option))
+            found.append(_given(rng, path, option, odd))
             wanted = 0.3 if _several(option) else 0.03
     if path == ("train",):
         found += [_recipe_flag(rng) for _ in range(rng.randrange(3))]
-    if rng.random() < 0.05:
+    if rng.random() < odd / 2:
         found.append([rng.choice(("--unknown", "--jso", "-x", "--out=", "--json=maybe", "--help"))])
-    if rng.random() < 0.03:
+    if rng.random() < odd / 4:
         found.append([rng.choice(_ODD)])
     if rng.random() < 0.3:
         rng.shuffle(found)
@@ -275,24 +302,30 @@ def _several(option: Option) -> bool:
     return get_origin(option.kind) in (list, tuple) or option.name in ("IMAGES", "INPUTS")
 
 
-def _given(rng: Random, path: tuple[str, ...], option: Option) -> list[str]:
-    """Return an option with a value, mostly one that makes sense."""
+def _given(rng: Random, path: tuple[str, ...], option: Option, odd: float) -> list[str]:
+    """Return an option with a value; without ``odd`` ones, mostly one that makes sense."""
+
+    def of(values: tuple[str, ...]) -> str:  # those that make sense stand in front
+        return rng.choice(
+            values if odd or rng.random() < 0.2 else values[: max(1, len(values) // 2)]
+        )
+
     kinds = [option.kind, *get_args(option.kind)]
     choices = [x for kind in kinds if get_origin(kind) is Literal for x in get_args(kind)]
     if bool in kinds:
         return [option.name]
-    if rng.random() < 0.07:
+    if rng.random() < odd:
         value = rng.choice(_ODD)
     elif choices:
         value = str(rng.choice(choices))
     elif int in kinds:
-        value = rng.choice(_INTEGERS)
+        value = of(_INTEGERS)
     elif float in kinds:
-        value = rng.choice(_FLOATS)
+        value = of(_FLOATS)
     elif path == ("convert",) and option.name == "SOURCE":
-        value = rng.choice(_MODELS)
+        value = of(_MODELS)
     else:
-        value = rng.choice(_OWN.get(option.name, _ODD))
+        value = of(_OWN.get(option.name, _ODD))
     if option.positional:
         return [value]
     return [f"{option.name}={value}"] if rng.random() < 0.2 else [option.name, value]
@@ -372,7 +405,9 @@ def run_process(case: Case, root: Path) -> Ran:
     )
     raised = ""
     try:
-        _, raw = process.communicate("猫\n狗\n".encode() if stdin == subprocess.PIPE else None, LIMIT)
+        _, raw = process.communicate(
+            "猫\n狗\n".encode() if stdin == subprocess.PIPE else None, LIMIT
+        )
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         _, raw = process.communicate()
@@ -406,7 +441,11 @@ def _judged(case: Case, code: int | None, stderr: str, seconds: float, raised: s
 def _last(text: str, error: BaseException | None = None) -> str:
     """Return the class of an error and our innermost line, out of a traceback."""
     ours = re.findall(r'cn_clip/((?!cli/__init__)[^"]+\.py)", line (\d+)', text)
-    lines = [line for line in text.strip().splitlines() if re.match(r"[\w.]+(Error|Exception|Interrupt)", line)]
+    lines = [
+        line
+        for line in text.strip().splitlines()
+        if re.match(r"[\w.]+(Error|Exception|Interrupt)", line)
+    ]
     kind = type(error).__name__ if error is not None else (lines or ["?"])[-1].partition(":")[0]
     return f"{kind} at {':'.join(ours[-1]) if ours else '?'}"
 
@@ -509,7 +548,7 @@ class World:
             if path not in self._before and not any(path.startswith(each) for each in wanted):
                 faults.append(f"left in the inputs: {path.removeprefix(inputs)!a}")
                 break
-        return faults or ["(new files where asked for)"][:0]
+        return faults
 
     def _tidy(self) -> None:
         for name in ("work", "home"):
@@ -518,7 +557,6 @@ class World:
         (self.root / "work" / "old").mkdir()
         for name in ("old/mine.txt", "old.npz", "old.json"):
             (self.root / "work" / name).write_text("mine")
-        self._old = snapshot(self.root / "work")
 
 
 def kind_of(fault: str) -> str:
@@ -528,13 +566,13 @@ def kind_of(fault: str) -> str:
 
 def table(runs: list[Ran]) -> list[str]:
     """Return lines of the faults by kind, the most first, each with an example."""
-    groups: dict[str, list[Ran]] = collections.defaultdict(list)
+    groups: dict[str, list[tuple[str, Case]]] = collections.defaultdict(list)
     for ran in runs:
         for fault in ran.faults:
-            groups[kind_of(fault)].append(ran)
-    rows = sorted(groups.items(), key=lambda item: -len(item[1]))
+            groups[kind_of(fault)].append((fault, ran.case))
+    rows = sorted(groups.values(), key=len, reverse=True)
     return [
-        f"{len(some):5} {fault:90} #{some[0].case.number} "
-        f"{json.dumps(list(some[0].case.arguments), ensure_ascii=True)[:260]}"
-        for fault, some in rows
+        f"{len(some):5} {some[0][0]!a:.200} #{some[0][1].number} "
+        f"{json.dumps(list(some[0][1].arguments))[:260]}"
+        for some in rows
     ]

@@ -29,7 +29,15 @@ _PIECES = (
     "//", "\\", "/dev/null", "http://127.0.0.1:9/x.jpg", "data:image/png;base64,AAAA", "A" * 5000,
     "😀", "\u202e", "e\u0301" * 200,
 )  # fmt: skip
-_RAW = (b"\xff\xfe", b"\xff", b"\xc3\x28", b"\xed\xa0\xbd", b"\xd6\xd0\xce\xc4", b"\0" * 100, b"\x80")
+_RAW = (
+    b"\xff\xfe",
+    b"\xff",
+    b"\xc3\x28",
+    b"\xed\xa0\xbd",
+    b"\xd6\xd0\xce\xc4",
+    b"\0" * 100,
+    b"\x80",
+)
 _SCALARS: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2**31, 2**63, 10**30, 1e308, float("nan"), float("inf"), 0.5,
     "", "x", "\ud83d", "\0", "../x", "/", "A" * 20000, [], {}, [[]], [None], ["a", "a"],
@@ -123,7 +131,9 @@ def _number(rng: Random, data: bytes) -> bytes:
 def _swap(rng: Random, data: bytes) -> bytes:
     a, b = sorted((_place(rng, data), _place(rng, data)))
     size = min(16, b - a)
-    return data[:a] + data[b : b + size] + data[a + size : b] + data[a : a + size] + data[b + size :]
+    return (
+        data[:a] + data[b : b + size] + data[a + size : b] + data[a : a + size] + data[b + size :]
+    )
 
 
 def _spliced(rng: Random, data: bytes, other: bytes) -> bytes:
@@ -334,9 +344,7 @@ _TAR_FIELDS = {
 
 def _tar(rng: Random, data: bytes) -> bytes:
     """Change a field of a header, and make its checksum right again."""
-    blocks = [
-        n for n in range(0, len(data) - 511, 512) if data[n + 257 : n + 262] == b"ustar"
-    ]
+    blocks = [n for n in range(0, len(data) - 511, 512) if data[n + 257 : n + 262] == b"ustar"]
     if not blocks:
         return data
     at = rng.choice(blocks)
@@ -467,7 +475,10 @@ def _png(rng: Random, data: bytes) -> bytes:
     elif kind == b"IHDR" and how < 5:
         width, height = rng.choice(((2**31 - 1, 1), (0, 0), (60000, 60000), (11000, 11000), (9, 9)))
         depth, colour = rng.choice((1, 2, 4, 8, 16, 3, 255)), rng.choice((0, 2, 3, 4, 6, 1, 7))
-        chunks[n] = (kind, struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, rng.choice((0, 1, 9))))
+        chunks[n] = (
+            kind,
+            struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, rng.choice((0, 1, 9))),
+        )
     else:
         chunks[n] = (kind, _flip(rng, content))
     found = data[:8]
@@ -512,7 +523,9 @@ def _parquet(rng: Random, data: bytes) -> bytes:
         table = table.set_column(at, name, pyarrow.array(rng.choice(values)))
     stream = io.BytesIO()
     try:
-        parquet.write_table(table, stream, compression=rng.choice(("none", "snappy", "gzip", "zstd")))
+        parquet.write_table(
+            table, stream, compression=rng.choice(("none", "snappy", "gzip", "zstd"))
+        )
     except Exception:
         return data
     return stream.getvalue()
@@ -550,7 +563,9 @@ def evil(rng: Random) -> bytes:
 def _deep(rng: Random) -> bytes:
     """A small pickle that is deep, refers to itself, or is exponentially large when walked."""
     depth = rng.choice((40, 5000, 200_000))
-    shared = b"(" + b"t" + b"".join(b"q%c0h%ch%c\x86" % (n % 250, n % 250, n % 250) for n in range(60))
+    shared = (
+        b"(" + b"t" + b"".join(b"q%c0h%ch%c\x86" % (n % 250, n % 250, n % 250) for n in range(60))
+    )
     odd = [
         b"\x80\x02" + b"(" * depth + b"t" * depth + b".",
         b"\x80\x02" + b"]" + b"]" * depth + b"a" * depth + b".",
@@ -603,7 +618,9 @@ def _pickle(rng: Random, data: bytes) -> bytes:
         numbers = [n for n, part in enumerate(parts) if part[:1] in b"KMJX\x8a"]
         parts[rng.choice(numbers or [at])] = value
     elif how == 8:
-        parts.insert(at, rng.choice((b"Q", b"R", b"b", b"0", b"2", b"(", b"t", b"u", b"\x81", b"i")))
+        parts.insert(
+            at, rng.choice((b"Q", b"R", b"b", b"0", b"2", b"(", b"t", b"u", b"\x81", b"i"))
+        )
     else:
         parts[at] = _flip(rng, parts[at])
     return b"".join(parts)

@@ -277,14 +277,13 @@ def _write_vocab(folder: Path) -> None:
 def _image(suffix: str, mode: str = "RGB", **options: Any) -> Format:
     def write(folder: Path) -> None:
         from conftest import make_picture
+        from PIL import Image
 
         image = make_picture(3, (40, 30), "RGB")
         if mode == "I;16":
-            from PIL import Image
-
             image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
         elif mode == "F":
-            image = image.convert("F")
+            image = Image.fromarray(np.asarray(image.convert("L"), np.float32) / 255)
         elif mode != "RGB":
             image = image.convert("RGBA").quantize(16) if mode == "Pa" else image.convert(mode)
         if options.get("append"):
@@ -454,7 +453,9 @@ def _captions(folder: Path) -> None:
 def _score(folder: Path) -> None:
     from cn_clip.eval.official_files import read_predictions, read_truth, score_predictions
 
-    score_predictions(read_predictions(folder / "predictions.jsonl"), read_truth(folder / "texts.jsonl"))
+    score_predictions(
+        read_predictions(folder / "predictions.jsonl"), read_truth(folder / "texts.jsonl")
+    )
 
 
 def _score_back(folder: Path) -> None:
@@ -518,7 +519,9 @@ def _labelled(folder: Path) -> None:
         _Still(), found, zeroshot.read_templates(str(folder / "templates.txt")),  # type: ignore[arg-type]
         metric="11-point-map",
     )  # fmt: skip
-    zeroshot.submission(scores, found, model="m", dataset="voc-2007-classification", parameters=1, visual=1)
+    zeroshot.submission(
+        scores, found, model="m", dataset="voc-2007-classification", parameters=1, visual=1
+    )
 
 
 def _labels_file(folder: Path) -> None:
@@ -873,7 +876,11 @@ def damage(name: str, seed: int, number: int, folder: Path) -> None:
     folder.mkdir(parents=True)
     own = form.own is not None and (not form.damaged or rng.random() < 0.5)
     if not own:
-        hit = [path for path in files if any(Path(path).match(each) or each == "**/*" for each in form.damaged)]
+        hit = [
+            path
+            for path in files
+            if any(Path(path).match(each) or each == "**/*" for each in form.damaged)
+        ]
         small = [path for path in hit if len(files[path]) < 100_000]
         chosen = rng.choice(small if small and rng.random() < 0.6 else hit)
         if rng.random() < 0.02:

@@ -68,7 +68,9 @@ def _names(patterns: list[str] | None) -> list[str]:
 def _one(name: str, seed: int, number: int) -> int:
     with tempfile.TemporaryDirectory() as place:
         found = runner.attempt(name, seed, number, Path(place) / "job", [])
-        print(found.kind, found.what, found.where, f"{found.seconds:.1f} s", found.message, sep="\n")
+        print(
+            found.kind, found.what, found.where, f"{found.seconds:.1f} s", found.message, sep="\n"
+        )
     return int(found.kind not in runner.GOOD)
 
 

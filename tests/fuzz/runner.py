@@ -14,11 +14,14 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fuzz.readers import Format
 
 TESTS = Path(__file__).parents[1]
 GOOD = ("ok", "told")
@@ -52,8 +55,10 @@ def outcomes(
     workers: int = 2,
     deadline: float = 10.0,
     save: Path | None = None,
+    also: Mapping[str, Format] | None = None,
 ) -> Iterator[Outcome]:
     """Yield the outcome of each (format, seed, number), as they end; the bad ones' files are saved.
+    ``also`` adds formats.
 
     A process counts as hanging if it used the deadline in time of a processor, or twice in time.
     """
@@ -64,7 +69,8 @@ def outcomes(
     context.set_forkserver_preload(["fuzz.preload"])
     base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="cn-clip-fuzz-", dir=base) as place:
-        pool = [_Worker(context, Path(place) / str(n), deadline) for n in range(workers)]
+        places = [Path(place) / str(n) for n in range(workers)]
+        pool = [_Worker(context, each, deadline, also or {}) for each in places]
         try:
             busy = [worker for worker in pool if worker.take(next(jobs, None))]
             while busy:
@@ -84,8 +90,10 @@ def outcomes(
 
 
 class _Worker:
-    def __init__(self, context: Any, base: Path, deadline: float) -> None:
-        self.base, self._context, self._deadline = base, context, deadline
+    def __init__(
+        self, context: Any, base: Path, deadline: float, also: Mapping[str, Format]
+    ) -> None:
+        self.base, self._context, self._deadline, self._also = base, context, deadline, also
         self._count = 0
         base.mkdir(parents=True)
         self._start()
@@ -97,7 +105,7 @@ class _Worker:
     def _start(self) -> None:
         self.pipe, theirs = self._context.Pipe()
         self._process = self._context.Process(
-            target=_serve, args=(theirs, str(self.base)), daemon=True
+            target=_serve, args=(theirs, str(self.base), self._also), daemon=True
         )
         self._process.start()
         theirs.close()
@@ -135,7 +143,9 @@ class _Worker:
         trace = (self.base / "trace").read_text(errors="replace")
         ours = re.findall(r'File "(?!.*/tests/fuzz/)[^"]*/(cn_clip/[^"]+)", line (\d+)', trace)
         where = f"{ours[0][0].removeprefix('cn_clip/')}:{ours[0][1]}" if ours else ""
-        found = Outcome(*self._job, kind, what, where, trace[-2000:], time.monotonic() - self._since)
+        found = Outcome(
+            *self._job, kind, what, where, trace[-2000:], time.monotonic() - self._since
+        )
         self.pipe.close()
         self._start()
         return found
@@ -154,7 +164,7 @@ def _cpu(process: int | None) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def _serve(pipe: Connection, base: str) -> None:
+def _serve(pipe: Connection, base: str, also: Mapping[str, Format]) -> None:
     """Read one damaged file after another; a parent that is gone ends this too."""
     from fuzz import readers
 
@@ -179,6 +189,7 @@ def _serve(pipe: Connection, base: str) -> None:
         begin()
 
     readers.step = step
+    readers.FORMATS.update(also)
     while True:
         try:
             job = pipe.recv()
@@ -286,7 +297,9 @@ def _keep(files: Path, found: Outcome, save: Path) -> None:
         return
     target.mkdir(parents=True)
     (target / "format").write_text(found.name)
-    (target / "outcome.txt").write_text(f"{found.kind} {found.what} {found.where}\n{found.message}\n")
+    (target / "outcome.txt").write_text(
+        f"{found.kind} {found.what} {found.where}\n{found.message}\n"
+    )
     # Links and pipes stay what they are.
     os.system(f"cp -a {files!s} {target!s}/files")
 
@@ -302,5 +315,7 @@ def table(found: Iterable[Outcome]) -> list[tuple[int, str, str, str, str]]:
     for (kind, what, where), some in groups.items():
         names = collections.Counter(each.name for each in some)
         listed = ", ".join(f"{name} {some_of}" for name, some_of in names.most_common(4))
-        rows.append((len(some), kind, what, where, f"{listed}; e.g. {some[0].name} #{some[0].number}"))
+        rows.append(
+            (len(some), kind, what, where, f"{listed}; e.g. {some[0].name} #{some[0].number}")
+        )
     return sorted(rows, key=lambda row: (row[1], -row[0]))
