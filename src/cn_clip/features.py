@@ -258,8 +258,10 @@ def _column(table: Path, columns: Sequence[str]) -> list[str]:
     try:
         names = parquet.read_schema(table).names
         column = next((each for each in columns if each in names), None)
-        values = [] if column is None else parquet.read_table(table, columns=[column])[column]
-        ids = [str(each) for each in values.to_pylist()] if column is not None else []
+        values: list[Any] = []
+        if column is not None:
+            values = parquet.read_table(table, columns=[column])[column].to_pylist()
+        ids = [str(each) for each in values]
     # pyarrow raises many kinds on damaged files: OSError, ArrowInvalid, KeyError, TypeError, ...
     except Exception as error:
         raise DataError(

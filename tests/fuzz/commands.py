@@ -79,7 +79,8 @@ def build_world(root: Path, seed: int) -> None:
 
 
 _HONEST = (
-    "pt_zip", "folder_ours", "folder_hf", "csv", "jsonl", "parquet", "tsv", "lmdb", "tar", "photos",
+    "pt_zip", "folder_ours", "folder_hf", "csv", "jsonl", "parquet", "tsv", "lmdb", "tar",
+    "photos",
     "jpeg", "png_rgba", "webp", "gif", "tiff", "images_jsonl", "texts_txt", "texts_jsonl",
     "features_npz", "features_jsonl", "features_folder", "predictions", "calibration", "labelled",
     "labels", "recipe", "removed",
@@ -144,40 +145,55 @@ def _commands(app: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...]
 
 _ODD = (
     "", " ", ".", "..", "/", "~", "~nobody/x", "nowhere", "nowhere/x.jsonl", "-", "--", "-1", "0",
-    "1e999", "nan", "9" * 400, "x" * 5000, "\udcff\udcfe", "\ud83d", "a\nb", "*", "**/*", "[", "{0..",
-    "{000..999}", "猫", "😀" * 200, "%s%n", "C:\\photos\\x.csv", "/dev/null", "/proc/x/y", "/dev/null/x",
-    "http://127.0.0.1:9/x.jpg", "none", "null", "True", "{}", "a,b", "csv:", "tar:", "x:y", "0.5@", "?a=b",
+    "1e999", "nan", "9" * 400, "x" * 5000, "\udcff\udcfe", "\ud83d", "a\nb", "*", "**/*", "[",
+    "{0..",
+    "{000..999}", "猫", "😀" * 200, "%s%n", "C:\\photos\\x.csv", "/dev/null", "/proc/x/y",
+    "/dev/null/x",
+    "http://127.0.0.1:9/x.jpg", "none", "null", "True", "{}", "a,b", "csv:", "tar:", "x:y",
+    "0.5@", "?a=b",
 )  # fmt: skip
 _URIS = (
     "csv:{i}/csv/pairs.csv", "jsonl:{i}/jsonl/pairs.jsonl", "parquet:{i}/parquet/pairs.parquet",
-    "tsv:{i}/tsv/train_imgs.tsv", "lmdb:{i}/lmdb/lmdb", "tar:{i}/tar/000.tar", "folder:{i}/photos/photos",
+    "tsv:{i}/tsv/train_imgs.tsv", "lmdb:{i}/lmdb/lmdb", "tar:{i}/tar/000.tar",
+    "folder:{i}/photos/photos",
     "{i}/csv/pairs.csv", "{i}/photos/photos", "csv:{i}/csv/pairs.csv?text=text&image=image",
     "csv:{i}/csv/pairs.csv?colour=red", "csv:{i}/csv/pairs.csv?image=nothing",
     "csv:{i}/damaged/csv/pairs.csv", "jsonl:{i}/damaged/jsonl/pairs.jsonl",
     "parquet:{i}/damaged/parquet/pairs.parquet", "tsv:{i}/damaged/tsv/train_imgs.tsv",
-    "lmdb:{i}/damaged/lmdb/lmdb", "tar:{i}/damaged/tar/000.tar", "folder:{i}/empty", "tar:{i}/tar/*.tar",
+    "lmdb:{i}/damaged/lmdb/lmdb", "tar:{i}/damaged/tar/000.tar", "folder:{i}/empty",
+    "tar:{i}/tar/*.tar",
     "folder:{i}/photos", "csv:{i}/empty.txt", "tsv:{i}/tsv/train_imgs.tsv?unpaired=yes",
     "csv:{i}/gbk.txt?encoding=gbk", "csv:{i}/csv/pairs.csv?root={i}/empty", "{i}/tsv", "{i}",
 )  # fmt: skip
 _OUTS = (
-    "new", "new.npz", "new.jsonl", "new.json", "new.html", "new.pt", "deep/er/new.jsonl", "old", "old.npz",
-    "old.json", "{i}/photos/photos", "{i}", "{i}/csv/pairs.csv", "{i}/jpeg/image.jpg", "{i}/empty", ".",
-    "/proc/x", "/dev/full", "/dev/null", "x" * 300, "", "{i}/new.jsonl", "{i}/calibration/calibration.json",
+    "new", "new.npz", "new.jsonl", "new.json", "new.html", "new.pt", "deep/er/new.jsonl", "old",
+    "old.npz",
+    "old.json", "{i}/photos/photos", "{i}", "{i}/csv/pairs.csv", "{i}/jpeg/image.jpg",
+    "{i}/empty", ".",
+    "/proc/x", "/dev/full", "/dev/null", "x" * 300, "", "{i}/new.jsonl",
+    "{i}/calibration/calibration.json",
 )  # fmt: skip
 _MODELS = (
     "mini", "mini", "mini", "mini", "{i}/folder_ours", "{i}/folder_hf", "{i}/pt_zip/model.pt",
     "{i}/damaged/folder_ours", "{i}/damaged/folder_hf", "{i}/damaged/pt_zip/model.pt",
-    "{i}/damaged/pt_legacy/model.pt", "{i}/damaged/torchscript/model.pt", "ViT-B-61", "{i}/jpeg/image.jpg",
+    "{i}/damaged/pt_legacy/model.pt", "{i}/damaged/torchscript/model.pt", "ViT-B-61",
+    "{i}/jpeg/image.jpg",
     "{i}/empty", "{i}/damaged/safetensors/model.safetensors",
 )  # fmt: skip
 _OWN: dict[str, tuple[str, ...]] = {
-    "IMAGES": ("{i}/jpeg/image.jpg", "{i}/photos/photos", "{i}/png_rgba/*.png", "{i}/tiff/image.tif",
-               "{i}/damaged/png/image.png", "{i}/damaged/jpeg", "{i}/damaged/webp/image.webp", "{i}/odd\udcff.jpg",
+    "IMAGES": ("{i}/jpeg/image.jpg", "{i}/photos/photos", "{i}/png_rgba/*.png",
+               "{i}/tiff/image.tif",
+               "{i}/damaged/png/image.png", "{i}/damaged/jpeg", "{i}/damaged/webp/image.webp",
+               "{i}/odd\udcff.jpg",
                "{i}/gif/image.gif", "{i}/empty", "{i}/damaged/*/image.*"),
-    "INPUTS": ("{i}/photos/photos", "{i}/jpeg/image.jpg", "{i}/images_jsonl/list.jsonl", "{i}/texts_txt/list.txt",
-               "{i}/texts_jsonl/list.jsonl", "{i}/tsv/train_imgs.tsv", "{i}/damaged/images_txt/list.txt",
-               "{i}/damaged/texts_txt/list.txt", "{i}/damaged/texts_jsonl/list.jsonl", "{i}/gbk.txt",
-               "{i}/damaged/images_tsv/train_imgs.tsv", "{i}/empty.txt", "{i}/odd\udcff.jpg", "{i}/empty"),
+    "INPUTS": ("{i}/photos/photos", "{i}/jpeg/image.jpg", "{i}/images_jsonl/list.jsonl",
+               "{i}/texts_txt/list.txt",
+               "{i}/texts_jsonl/list.jsonl", "{i}/tsv/train_imgs.tsv",
+               "{i}/damaged/images_txt/list.txt",
+               "{i}/damaged/texts_txt/list.txt", "{i}/damaged/texts_jsonl/list.jsonl",
+               "{i}/gbk.txt",
+               "{i}/damaged/images_tsv/train_imgs.tsv", "{i}/empty.txt", "{i}/odd\udcff.jpg",
+               "{i}/empty"),
     "KIND": ("images", "texts"),
     "SOURCE": _URIS, "--against": _URIS,
     "--data": (*_URIS, "{i}/labelled", "{i}/labelled", "{i}/damaged/labelled", "{i}/photos"),
@@ -185,21 +201,28 @@ _OWN: dict[str, tuple[str, ...]] = {
     "--model": _MODELS, "--compare": _MODELS,
     "--device": ("cpu", "auto", "cuda", "cuda:99", "tpu", ""),
     "--labels": ("猫,狗", "猫", "", ",", "猫,猫", "\udcff,a"),
-    "--labels-file": ("{i}/labels/labels.txt", "{i}/damaged/labels/labels.txt", "-", "{i}/gbk.txt", "{i}/empty.txt"),
+    "--labels-file": ("{i}/labels/labels.txt", "{i}/damaged/labels/labels.txt", "-",
+                      "{i}/gbk.txt", "{i}/empty.txt"),
     "--template": ("一张{}的照片", "{}", "x", ""),
-    "--templates": ("general", "food", "{i}/labelled/templates.txt", "{i}/damaged/labelled/templates.txt"),
-    "--calibration": ("{i}/calibration/calibration.json", "{i}/damaged/calibration/calibration.json"),
-    "--images": ("{i}/features_npz/features.npz", "{i}/damaged/features_npz/features.npz", "{i}/features_folder/features"),
+    "--templates": ("general", "food", "{i}/labelled/templates.txt",
+                    "{i}/damaged/labelled/templates.txt"),
+    "--calibration": ("{i}/calibration/calibration.json",
+                      "{i}/damaged/calibration/calibration.json"),
+    "--images": ("{i}/features_npz/features.npz", "{i}/damaged/features_npz/features.npz",
+                 "{i}/features_folder/features"),
     "--texts": ("{i}/features_jsonl/features.jsonl", "{i}/damaged/features_jsonl/features.jsonl",
                 "{i}/damaged/captions/features"),
-    "--truth": ("{i}/predictions/texts.jsonl", "{i}/damaged/predictions/texts.jsonl", "{i}/labelled/test_ic.txt",
+    "--truth": ("{i}/predictions/texts.jsonl", "{i}/damaged/predictions/texts.jsonl",
+                "{i}/labelled/test_ic.txt",
                 "{i}/damaged/labelled/test_ic.txt"),
-    "PREDICTIONS": ("{i}/predictions/predictions.jsonl", "{i}/damaged/predictions/predictions.jsonl",
+    "PREDICTIONS": ("{i}/predictions/predictions.jsonl",
+                    "{i}/damaged/predictions/predictions.jsonl",
                     "{i}/damaged/tr_predictions/tr_predictions.jsonl"),
     "--without": ("{i}/removed/removed.jsonl", "{i}/damaged/removed/removed.jsonl"),
     "--split": ("train", "test", "val", ""),
     "--dataset": ("cifar-10", "voc-2007-classification", "x"),
-    "--recipe": ("finetune-small", "mini", "{i}/recipe/recipe.toml", "{i}/damaged/recipe/recipe.toml", "{i}/small.toml"),
+    "--recipe": ("finetune-small", "mini", "{i}/recipe/recipe.toml",
+                 "{i}/damaged/recipe/recipe.toml", "{i}/small.toml"),
     "--resume": ("auto", "{i}/folder_ours", "nowhere"),
     "--normalize": ("nfkc", "simplified", "x"),
     "--download-root": ("{i}/empty", "{i}", "nowhere", "/dev/null"),
@@ -259,9 +282,12 @@ def case_of(number: int, seed: int, root: Path, *, process: bool) -> Case:
 
 _ENVIRONMENT: list[tuple[str, str | None]] = [
     ("HOME", None), ("HOME", "/proc/x"), ("HOME", ""), ("HOME", "/dev/null"), ("COLUMNS", "1"),
-    ("COLUMNS", "x"), ("COLUMNS", "100000"), ("TERM", "dumb"), ("TERM", ""), ("NO_COLOR", "1"), ("FORCE_COLOR", "1"),
-    ("LC_ALL", "C"), ("LC_ALL", "xx_YY.ZZ"), ("PYTHONIOENCODING", "ascii"), ("CN_CLIP_CACHE", "/dev/null/x"),
-    ("CN_CLIP_CACHE", ""), ("CN_CLIP_CACHE", "/proc/x"), ("CN_CLIP_CACHE", "relative"), ("CN_CLIP_HUB", "x"),
+    ("COLUMNS", "x"), ("COLUMNS", "100000"), ("TERM", "dumb"), ("TERM", ""), ("NO_COLOR", "1"),
+    ("FORCE_COLOR", "1"),
+    ("LC_ALL", "C"), ("LC_ALL", "xx_YY.ZZ"), ("PYTHONIOENCODING", "ascii"), ("CN_CLIP_CACHE",
+    "/dev/null/x"),
+    ("CN_CLIP_CACHE", ""), ("CN_CLIP_CACHE", "/proc/x"), ("CN_CLIP_CACHE", "relative"),
+    ("CN_CLIP_HUB", "x"),
     ("TMPDIR", "/nowhere"), ("WORLD_SIZE", "x"), ("RANK", "-1"), ("XDG_CACHE_HOME", "/dev/null"),
 ]  # fmt: skip
 
@@ -271,13 +297,8 @@ def _arguments(rng: Random, path: tuple[str, ...], options: tuple[Option, ...]) 
     optional = rng.choice((0.1, 0.25, 0.5))
     odd = rng.choice((0.0, 0.05, 0.2))  # a case without odd values goes far
     for option in options:
-        wanted = (
-            0.95
-            if option.required
-            else 0.9
-            if option.name in _NEEDED.get(path[-1], ())
-            else optional
-        )
+        needed = option.name in _NEEDED.get(path[-1], ())
+        wanted = 0.95 if option.required else 0.9 if needed else optional
         while rng.random() < wanted:
             found.append(_given(rng, path, option, odd))
             wanted = 0.3 if _several(option) else 0.03
@@ -293,7 +314,8 @@ def _arguments(rng: Random, path: tuple[str, ...], options: tuple[Option, ...]) 
 
 
 _NEEDED = {
-    "retrieval": ("--data",), "classify": ("--labels",), "embed": ("INPUTS",), "train": ("--recipe",),
+    "retrieval": ("--data",), "classify": ("--labels",), "embed": ("INPUTS",),
+                  "train": ("--recipe",),
     "protocol": ("NAME", "--data"),
 }  # fmt: skip
 
@@ -401,7 +423,7 @@ def run_process(case: Case, root: Path) -> Ran:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         start_new_session=True,
-        preexec_fn=(lambda: os.close(0)) if case.stdin == "closed" else None,  # noqa: PLW1509
+        preexec_fn=(lambda: os.close(0)) if case.stdin == "closed" else None,
     )
     raised = ""
     try:
@@ -512,7 +534,7 @@ def _stream() -> Any:
 
 
 class World:
-    """Inputs that no command may change, and a place for what they write; made anew when spoiled."""
+    """Inputs that no command may change, and a place for what they write; renewed when spoiled."""
 
     def __init__(self, root: Path, seed: int) -> None:
         self.root, self._seed = root, seed

@@ -24,8 +24,10 @@ _NUMBERS = (
     "1.5", str(2**31), str(2**63), str(2**64), "1e-400", "True", "null", "",
 )  # fmt: skip
 _PIECES = (
-    "\0", "\\ud83d", "\\u0000", "\ufeff", "\u2028", "\r", "\r\n", "\n\n", "\x1b[2J", "'", '"', '"""',
-    "[", "]", "{", "}", ",", ";", "\t", "=", "%", "{}", "../", "/", "~", "~nobody/x", "*", "**/", "?",
+    "\0", "\\ud83d", "\\u0000", "\ufeff", "\u2028", "\r", "\r\n", "\n\n", "\x1b[2J", "'", '"',
+    '"""',
+    "[", "]", "{", "}", ",", ";", "\t", "=", "%", "{}", "../", "/", "~", "~nobody/x", "*", "**/",
+    "?",
     "//", "\\", "/dev/null", "http://127.0.0.1:9/x.jpg", "data:image/png;base64,AAAA", "A" * 5000,
     "😀", "\u202e", "e\u0301" * 200,
 )  # fmt: skip
@@ -314,7 +316,7 @@ def _zip(rng: Random, data: bytes) -> bytes:
 
 
 def _inner_suffix(name: str) -> str:
-    if name.endswith("data.pkl") or name.endswith("constants.pkl"):
+    if name.endswith(("data.pkl", "constants.pkl")):
         return ".pkl"
     return "." + name.rpartition(".")[2] if "." in name else ".bin"
 
@@ -467,10 +469,13 @@ def _png(rng: Random, data: bytes) -> bytes:
         chunks += chunks[n : n + 1] * rng.choice((1, 50))
     elif how == 2:
         odd = ((b"tRNS", rng.randbytes(rng.choice((1, 6, 256)))), (b"PLTE", rng.randbytes(5)),
-               (b"iCCP", b"x\0\0" + rng.randbytes(20)), (b"zTXt", b"k\0\0" + zlib.compress(b"a" * 10**7)),
+               (b"iCCP", b"x\0\0" + rng.randbytes(20)), (b"zTXt",
+               b"k\0\0" + zlib.compress(b"a" * 10**7)),
                (b"eXIf", b"II*\0" + rng.randbytes(60)), (b"acTL", rng.randbytes(8)),
-               (b"fcTL", rng.randbytes(26)), (b"pHYs", b""), (b"gAMA", b""), (b"iTXt", rng.randbytes(9)),
-               (b"sRGB", b""), (b"cHRM", b"1"), (b"CgBI", b""), (b"IHDR", rng.randbytes(13)))  # fmt: skip
+               (b"fcTL", rng.randbytes(26)), (b"pHYs", b""), (b"gAMA", b""), (b"iTXt",
+               rng.randbytes(9)),
+               (b"sRGB", b""), (b"cHRM", b"1"), (b"CgBI", b""), (b"IHDR",
+               rng.randbytes(13)))  # fmt: skip
         chunks.insert(rng.choice((1, n)), rng.choice(odd))
     elif kind == b"IHDR" and how < 5:
         width, height = rng.choice(((2**31 - 1, 1), (0, 0), (60000, 60000), (11000, 11000), (9, 9)))
@@ -537,7 +542,8 @@ _GLOBALS = (
     "posix system", "os system", "builtins eval", "builtins exec", "subprocess Popen",
     "builtins getattr", "builtins __import__", "torch load", "torch.hub load", "numpy load",
     "torch.storage _load_from_bytes", "collections OrderedDict", "torch._utils _rebuild_tensor_v2",
-    "torch FloatStorage", "torch._utils _rebuild_parameter", "_codecs encode", "copyreg _reconstructor",
+    "torch FloatStorage", "torch._utils _rebuild_parameter", "_codecs encode",
+    "copyreg _reconstructor",
     "torch.serialization load", "torch Tensor", "builtins print", "x y", "os.path join",
 )  # fmt: skip
 
@@ -613,8 +619,10 @@ def _pickle(rng: Random, data: bytes) -> bytes:
         other = rng.randrange(len(parts))
         parts[at], parts[other] = parts[other], parts[at]
     elif how == 7:
-        value = rng.choice((b"N", b"K\xff", b"J\xff\xff\xff\xff", b"]", b"}", b")", b"G" + b"\xff" * 8,
-                            b"X\x02\x00\x00\x00zz", b"\x8a\x08" + b"\xff" * 7 + b"\x7f", b"Va\n"))  # fmt: skip
+        value = rng.choice((b"N", b"K\xff", b"J\xff\xff\xff\xff", b"]", b"}", b")",
+        b"G" + b"\xff" * 8,
+                            b"X\x02\x00\x00\x00zz", b"\x8a\x08" + b"\xff" * 7 + b"\x7f",
+                            b"Va\n"))  # fmt: skip
         numbers = [n for n, part in enumerate(parts) if part[:1] in b"KMJX\x8a"]
         parts[rng.choice(numbers or [at])] = value
     elif how == 8:

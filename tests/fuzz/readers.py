@@ -342,15 +342,17 @@ def _damaged_lmdb(rng: Random, folder: Path) -> None:
     import lmdb
 
     part = rng.choice(("pairs", "pairs", "imgs"))
-    with lmdb.open(str(folder / "lmdb" / part), map_size=1 << 24) as environment:
-        with environment.begin(write=True) as transaction:
-            entries = [(bytes(k), bytes(v)) for k, v in transaction.cursor()]
-            key, value = rng.choice(entries)
-            counts = part == "pairs" and not key.startswith(b"num")
-            damaged = mutants.mutated(rng, value, ".pkl" if counts else ".txt", [])
-            transaction.put(key, damaged)
-            if rng.random() < 0.2:
-                transaction.delete(rng.choice(entries)[0])
+    with (
+        lmdb.open(str(folder / "lmdb" / part), map_size=1 << 24) as environment,
+        environment.begin(write=True) as transaction,
+    ):
+        entries = [(bytes(k), bytes(v)) for k, v in transaction.cursor()]
+        key, value = rng.choice(entries)
+        pickled = part == "pairs" and not key.startswith(b"num")
+        damaged = mutants.mutated(rng, value, ".pkl" if pickled else ".txt", [])
+        transaction.put(key, damaged)
+        if rng.random() < 0.2:
+            transaction.delete(rng.choice(entries)[0])
     (folder / "lmdb" / part / "lock.mdb").unlink(missing_ok=True)
 
 

@@ -1,4 +1,4 @@
-"""Read damaged files, and print how they end: ``python tests/fuzz/run.py --format csv --count 500``.
+"""Read damaged files, and print how they end: ``python tests/fuzz/run.py --format csv``.
 
 The package that is imported is tested: set PYTHONPATH to the ``src`` of a worktree.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from fuzz import runner  # noqa: E402
+from fuzz import runner
 
 
 def main() -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from fuzz import commands  # noqa: E402
+from fuzz import commands
 
 
 def main() -> int:

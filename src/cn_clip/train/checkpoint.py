@@ -35,7 +35,7 @@ from cn_clip.train.stages import Course
 _STATES = "states"
 _PROGRESS = "progress.json"
 _TENSORS = "tensors"
-# What the description of tensors is made of; pathlib's, because it names the folder it was saved to.
+# What tensors are described with; a path, because the folder that was saved to is named.
 _DESCRIPTIONS: dict[str, tuple[str, ...]] = {
     "torch.distributed.checkpoint.metadata": (
         "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",

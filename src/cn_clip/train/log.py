@@ -23,7 +23,11 @@ _RECALLS = ("mean_recall", *(f"{way}_r{k}" for way in ("t2i", "i2t") for k in (1
 # What the report needs of an event; NaN, of a loss, is kept as null.
 _TOLD: dict[str, dict[str, Any]] = {
     "start": {
-        **{"model": str, "parameters": int, "device": str, "processes": int, "pairs": int},
+        "model": str,
+        "parameters": int,
+        "device": str,
+        "processes": int,
+        "pairs": int,
         "origins": list,
     },
     "stage": {"stage": str, "step": int},
