@@ -8,15 +8,18 @@ weights (safetensors).
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import pickle
 import shutil
 import warnings
+import zipfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, BinaryIO, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +34,12 @@ from cn_clip.errors import CheckpointError
 from cn_clip.publish import published_folder
 from cn_clip.train.optim import Average
 from cn_clip.train.stages import Course
+from cn_clip.weights.pickles import check_pickle
 
 _STATES = "states"
 _PROGRESS = "progress.json"
 _TENSORS = "tensors"
+_LARGEST_PICKLE = 1 << 20  # of one tensor; some 200 bytes
 # What tensors are described with; a path, because the folder that was saved to is named.
 _DESCRIPTIONS: dict[str, tuple[str, ...]] = {
     "torch.distributed.checkpoint.metadata": (
@@ -171,7 +176,11 @@ class _Reader(FileSystemReader):
     """Reads a state without running anything that its files name, as torch's own reader would."""
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as stream:
+        path = Path(self.path) / ".metadata"
+        with path.open("rb") as stream:
+            size = path.stat().st_size
+            check_pickle(stream, size=size)
+            stream.seek(0)
             metadata = _Metadata(stream).load()
         if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
             raise ValueError(".metadata tells of no tensors")
@@ -179,8 +188,46 @@ class _Reader(FileSystemReader):
             name = place.relative_path
             if not isinstance(name, str) or name != Path(name).name:
                 raise ValueError(f".metadata names the file {name!r:.60}, outside its folder")
+            self._check_tensor(place)
         metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return metadata
+
+    def _check_tensor(self, place: Any) -> None:
+        """Bound the pickle of a tensor before torch unpickles it."""
+        with (Path(self.path) / place.relative_path).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            part = io.BufferedReader(_Part(file, place.offset, min(size, place.length)))
+            with part, zipfile.ZipFile(part) as archive:
+                for member in archive.infolist():
+                    if member.filename.endswith(".pkl"):
+                        if member.file_size > _LARGEST_PICKLE:
+                            raise ValueError("the pickle of a tensor is too large")
+                        check_pickle(io.BytesIO(archive.read(member)), size=size)
+
+
+class _Part(io.RawIOBase):
+    """A part of a file as a file; it is not read whole, because a tensor may be large."""
+
+    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._at)
+        found = self._file.read(max(0, min(len(buffer), self._length - self._at)))
+        buffer[: len(found)] = found
+        self._at += len(found)
+        return len(found)
 
 
 class _Metadata(pickle.Unpickler):
