@@ -13,7 +13,8 @@ SOURCE = Path(cn_clip.__file__).parent
 
 # A file may import from lower bands, and from its own where the band is one folder's work.
 BANDS = {
-    "errors": 0, "arrays": 0, "config": 0, "distributed": 0, "publish": 0, "tokenizer": 0, "image": 0,
+    "arrays": 0,
+    "errors": 0, "config": 0, "distributed": 0, "publish": 0, "tokenizer": 0, "image": 0,
     "model": 1,
     "weights": 2, "hub": 2, "inputs": 2, "data": 2,
     "embedder": 3, "backends": 3, "clip": 3, "zeroshot": 3, "convert": 3, "features": 3,

@@ -403,8 +403,8 @@ def run_here(case: Case, root: Path) -> Ran:
             raised = f"Traceback: {_last(traceback.format_exc(), error)}"
     out.flush()
     err.flush()
-    text = err.buffer.getvalue().decode("utf-8", "replace")
-    return _judged(case, code, text, time.monotonic() - begin, raised)
+    shown, text = (each.buffer.getvalue().decode("utf-8", "replace") for each in (out, err))
+    return _judged(case, code, shown, text, time.monotonic() - begin, raised)
 
 
 def run_process(case: Case, root: Path) -> Ran:
@@ -420,28 +420,31 @@ def run_process(case: Case, root: Path) -> Ran:
         cwd=root / "work",
         env=environment,
         stdin=stdin,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
         preexec_fn=(lambda: os.close(0)) if case.stdin == "closed" else None,
     )
     raised = ""
     try:
-        _, raw = process.communicate(
+        shown, raw = process.communicate(
             "猫\n狗\n".encode() if stdin == subprocess.PIPE else None, LIMIT
         )
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        _, raw = process.communicate()
+        shown, raw = process.communicate()
         raised = f"hang over {LIMIT} s"
     text = raw.decode("utf-8", "replace")
     code: int | None = process.returncode
     if code is not None and code < 0 and not raised:
         raised, code = f"crash by signal {-code}", None
-    return _judged(case, code, text, time.monotonic() - begin, raised)
+    out = shown.decode("utf-8", "replace")
+    return _judged(case, code, out, text, time.monotonic() - begin, raised)
 
 
-def _judged(case: Case, code: int | None, stderr: str, seconds: float, raised: str) -> Ran:
+def _judged(
+    case: Case, code: int | None, stdout: str, stderr: str, seconds: float, raised: str
+) -> Ran:
     faults = [raised] if raised else []
     if not raised and code not in CODES:
         faults.append(f"exit code {code}")
@@ -455,7 +458,7 @@ def _judged(case: Case, code: int | None, stderr: str, seconds: float, raised: s
         if len(told) > _LONG:
             faults.append(f"a line of {len(told):,} characters: {told[:60]}")
             break
-    if code in (1, 2) and not stderr.strip():
+    if code in (1, 2) and not (stderr + stdout).strip():  # a report says what is wrong with data
         faults.append(f"exit code {code} without a word")
     return Ran(case, code, seconds, tuple(faults), stderr[-3000:])
 
@@ -564,12 +567,14 @@ class World:
                 verb = "changed" if path in after else "deleted"
                 faults.append(f"{verb} an input: {path.removeprefix(inputs)!a}")
                 break
-        # What is new may stand where an argument says so.
+        # What is new may stand where an argument says so; the next command does not find it.
         wanted = tuple(each.partition("=")[2] or each for each in case.arguments if inputs in each)
         for path in after:
             if path not in self._before and not any(path.startswith(each) for each in wanted):
                 faults.append(f"left in the inputs: {path.removeprefix(inputs)!a}")
                 break
+        for path in sorted(after.keys() - self._before.keys(), reverse=True):
+            Path(path).rmdir() if after[path] == "folder" else Path(path).unlink()
         return faults
 
     def _tidy(self) -> None:

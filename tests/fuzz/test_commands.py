@@ -54,7 +54,7 @@ def test_every_command_and_option_is_tried():
 
 
 def judged(code, stderr):
-    return commands._judged(commands.Case(1, ()), code, stderr, 0.1, "").faults
+    return commands._judged(commands.Case(1, ()), code, "", stderr, 0.1, "").faults
 
 
 @pytest.mark.parametrize(

@@ -166,9 +166,9 @@ def load_tensors(state: Path, tensors: dict[str, Any]) -> None:
     # torch reads bytes here that may be anything, and what they make it raise is of many kinds.
     except (Exception, CheckpointException) as error:
         raise CheckpointError(
-            f"the state {state} cannot be read ({_first(error)}). If the recipe has changed in "
-            "what learns, begin a new run with --start.checkpoint; if a file is damaged, delete "
-            "that folder, and the run goes on from the one before"
+            f"the state {state} cannot be read: {_first(error)}; if the recipe has changed in what "
+            "learns, begin a new run with --start.checkpoint; if a file is damaged, delete that "
+            "folder, and the run goes on from the one before"
         ) from error
 
 
@@ -238,7 +238,7 @@ class _Metadata(pickle.Unpickler):
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if name not in _DESCRIPTIONS.get(module, ()):
-            raise pickle.UnpicklingError(f".metadata names {module}.{name}, which is never run")
+            raise pickle.UnpicklingError(f".metadata names {name} of {module}")
         return super().find_class(module, name)
 
     def persistent_load(self, reference: Any) -> Any:
@@ -293,4 +293,5 @@ def _first(error: BaseException) -> str:
     if failures:
         each = next(iter(failures.values()))
         return _first(each[0] if isinstance(each, tuple) else each)
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
+    reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+    return reason.rpartition("metadata read failed: ")[2]  # what torch puts in front says nothing
