@@ -17,25 +17,6 @@ from cn_clip.train.recipe import Output, Recipe
 
 Event = dict[str, Any]
 _FILE = "log.jsonl"
-_NUMBER = (int, float)
-_LARGEST = 1e15
-_RECALLS = ("mean_recall", *(f"{way}_r{k}" for way in ("t2i", "i2t") for k in (1, 5, 10)))
-# What the report needs of an event; NaN, of a loss, is kept as null.
-_TOLD: dict[str, dict[str, Any]] = {
-    "start": {
-        "model": str,
-        "parameters": int,
-        "device": str,
-        "processes": int,
-        "pairs": int,
-        "origins": list,
-    },
-    "stage": {"stage": str, "step": int},
-    "step": dict.fromkeys(("mean_loss", "rate", "logit_scale"), (*_NUMBER, type(None))),
-    "score": {"stage": str, **dict.fromkeys(_RECALLS, _NUMBER)},
-    "warning": {"text": str},
-    "end": {"seconds": _NUMBER},
-}
 
 
 class Log:
@@ -108,31 +89,14 @@ class Log:
 def read_log(folder: Path) -> list[Event]:
     """Read a run's events; where it was resumed, the later of two that stand for one step.
 
-    A line that is damaged, or lacks what its kind of event tells, is left out.
+    A line that is damaged is left out.
     """
     events: dict[tuple[str, int, str], Event] = {}
     for event in _lines(folder / _FILE):
-        if _is_whole(event):
-            events[event["kind"], event["total"], str(event.get("stage", event.get("text")))] = (
-                event
-            )
+        kind, total = event.get("kind"), event.get("total")
+        if isinstance(kind, str) and isinstance(total, int):
+            events[kind, total, str(event.get("stage", event.get("text")))] = event
     return list(events.values())
-
-
-def _is_whole(event: Event) -> bool:
-    kind = event.get("kind")
-    if not isinstance(kind, str):
-        return False
-    return all(
-        name in event and _fits(event[name], types)
-        for name, types in (("total", int), *_TOLD.get(kind, {}).items())
-    )
-
-
-def _fits(value: Any, types: Any) -> bool:
-    if isinstance(value, int | float) and not abs(value) < _LARGEST:  # nor NaN
-        return False
-    return isinstance(value, types) and not isinstance(value, bool)
 
 
 def _lines(path: Path) -> Iterator[Event]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,26 @@ _QUERIES, _SHOWN = 8, 5  # retrievals on the page, and pictures of each
 _MOST_POINTS = 600  # of a curve
 _WIDE, _HIGH, _EDGE = 860, 220, 64
 
+_NUMBER = (int, float)
+_LARGEST = 1e15
+_RECALLS = ("mean_recall", *(f"{way}_r{k}" for way in ("t2i", "i2t") for k in (1, 5, 10)))
+# What the report needs of an event; NaN, of a loss, is kept as null.
+_TOLD: dict[str, dict[str, Any]] = {
+    "start": {
+        "model": str,
+        "parameters": int,
+        "device": str,
+        "processes": int,
+        "pairs": int,
+        "origins": list,
+    },
+    "stage": {"stage": str, "step": int},
+    "step": dict.fromkeys(("mean_loss", "rate", "logit_scale"), (*_NUMBER, type(None))),
+    "score": {"stage": str, **dict.fromkeys(_RECALLS, _NUMBER)},
+    "warning": {"text": str},
+    "end": {"seconds": _NUMBER},
+}
+
 Point = tuple[float, float]
 
 
@@ -32,7 +53,7 @@ def write_report(
     Returns:
         The scores that it shows first: where measured, and the mean recall there.
     """
-    events = read_log(folder)
+    events = [event for event in read_log(folder) if _is_whole(event)]
     scores = headline(events, recipe)
     steps = [event for event in events if event["kind"] == "step"]
     marks = [
@@ -68,6 +89,20 @@ def write_report(
     with published(folder / "report.html") as path:
         path.write_text(page(f"Training: {recipe.name}", parts), encoding="utf-8")
     return scores
+
+
+def _is_whole(event: Event) -> bool:
+    """Tell whether an event has all that the page shows of its kind; a line may be damaged."""
+    return all(
+        name in event and _fits(event[name], types)
+        for name, types in (("total", int), *_TOLD.get(event["kind"], {}).items())
+    )
+
+
+def _fits(value: Any, types: Any) -> bool:
+    if isinstance(value, int | float) and not abs(value) < _LARGEST:  # nor NaN
+        return False
+    return isinstance(value, types) and not isinstance(value, bool)
 
 
 def headline(events: Sequence[Event], recipe: Recipe) -> list[tuple[str, float]]:
