@@ -13,6 +13,7 @@ SOURCE = Path(cn_clip.__file__).parent
 
 # A file may import from lower bands, and from its own where the band is one folder's work.
 BANDS = {
+    "arrays": 0,
     "errors": 0, "config": 0, "distributed": 0, "publish": 0, "tokenizer": 0, "image": 0,
     "image_limits": 0, "image_modes": 0, "text": 0, "files": 0,
     "successors": 0,
@@ -32,6 +33,7 @@ SAME_BAND = {
     ("distributed", "errors"), ("publish", "errors"),
     ("files", "errors"), ("files", "text"), ("image", "files"), ("inputs", "data"),
     ("distributed", "processes"),
+    ("arrays", "errors"),
     ("embedder", "backends"), ("zeroshot", "embedder"), ("convert", "backends"),
     ("clip", "backends"),
     ("__main__", "cli"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from cn_clip.arrays import read_npy, read_npz
 from cn_clip.data.lines import Lines, json_object
 from cn_clip.errors import DataError, UsageError
 from cn_clip.files import check_plain
@@ -26,7 +26,7 @@ from cn_clip.publish import (
     published,
     published_folder,
 )
-from cn_clip.text import read_json, valid_text
+from cn_clip.text import valid_text
 
 _ROWS_PER_FILE = 100_000
 _Read = TypeVar("_Read")
@@ -221,20 +221,33 @@ def _checked(stored: Stored) -> Stored:
 
 
 def _read_npz(path: Path, kind: Kind) -> Stored:
-    def read() -> tuple[npt.NDArray[Any], npt.NDArray[Any], Any]:
-        with path.open("rb") as stream, np.load(stream) as file:
-            about = read_json(str(file["about"])) if "about" in file else {}
-            return file["embeddings"], file["ids"], about
-
-    what = "an .npz with embeddings and ids, as cn-clip embed writes it"
-    vectors, ids, about = _parsed(path, what, read)
-    if not isinstance(about, dict) or ids.ndim != 1 or vectors.dtype.kind not in "fiu":
-        raise DataError(f"{path} is not {what}")
+    found = read_npz(path, ("embeddings", "ids"), optional=("about",))
+    about: dict[str, Any] = {}
+    try:
+        ids = [str(each) for each in found["ids"].reshape(-1).tolist()]
+        text = str(found["about"]) if "about" in found else None
+    except ValueError:  # numbers of characters that there are none of
+        raise DataError(
+            f"{path}: its ids or what it tells of itself is no text; embed anew"
+        ) from None
+    if text is not None:
+        about = json_object(text, f"{path}: about")
     if about.get("kind", kind) != kind:
         raise DataError(f"{path} holds {about['kind']}, not {kind}")
-    if vectors.ndim != 2:
-        raise DataError(f"{path}: embeddings have the shape {vectors.shape}; expected (N, D)")
-    return Stored(path, [str(each) for each in ids.tolist()], vectors.astype(np.float32))
+    if found["ids"].ndim != 1:
+        raise DataError(f"{path}: ids have the shape {found['ids'].shape}; expected (N,)")
+    return Stored(path, ids, _vectors(found["embeddings"], path))
+
+
+def _vectors(given: npt.NDArray[Any], path: Path) -> npt.NDArray[np.float32]:
+    """Return what was read as vectors, float32 (N, D), if it can be that."""
+    if given.ndim != 2 or given.dtype.kind not in "fiu":
+        raise DataError(
+            f"{path}: embeddings have the shape {given.shape} of {given.dtype}; expected numbers "
+            "of shape (N, D)"
+        )
+    with np.errstate(over="ignore"):  # what is infinite then is refused by its id
+        return given.astype(np.float32)
 
 
 def _read_jsonl(path: Path, kind: Kind) -> Stored:
@@ -248,8 +261,9 @@ def _read_jsonl(path: Path, kind: Kind) -> Stored:
         if key not in values or "feature" not in values:
             raise DataError(f'{where}: expected {{"{key}": 1, "feature": [0.1, ...]}}')
         try:
-            row = np.array(values["feature"], np.float32)
-        except (TypeError, ValueError):
+            with np.errstate(over="ignore"):  # infinity is refused by its id
+                row = np.array(values["feature"], np.float32)
+        except (TypeError, ValueError, OverflowError):
             raise DataError(f"{where}: its feature is not a list of numbers") from None
         if row.ndim != 1 or (rows and len(row) != len(rows[0])):
             expected = f"{len(rows[0])} numbers as above" if rows else "a list of numbers"
@@ -269,44 +283,32 @@ def _read_clip_retrieval(path: Path, kind: Kind, columns: Sequence[str]) -> Stor
             f"{path} holds {len(vectors)} files in {stem} and {len(tables)} in metadata; expected "
             "as many of both, as clip-retrieval writes them"
         )
-    ids: list[str] = []
-    for table in tables:
-        names = _parsed(table, "Parquet", partial(_names, table))
-        column = next((each for each in columns if each in names), None)
-        if column is None:
-            raise DataError(f"{table} has no column {' or '.join(columns)}; its rows have no ids")
-        ids += map(str, _parsed(table, "Parquet", partial(_column, table, column)))
-    parts = [_parsed(file, "an array of vectors", partial(_vectors, file)) for file in vectors]
-    if len({part.shape[1:] for part in parts}) > 1:
+    ids = [each for table in tables for each in _column(table, columns)]
+    parts = [_vectors(read_npy(file), file) for file in vectors]
+    if len({part.shape[1] for part in parts}) > 1:
         raise DataError(f"{path / stem}: the files hold vectors of different widths; embed anew")
     return Stored(path, ids, np.concatenate(parts))
 
 
-def _names(table: Path) -> list[str]:
+def _column(table: Path, columns: Sequence[str]) -> list[str]:
+    """Read the first of some columns that a Parquet file has, as strings."""
     _, parquet = _parquet()
-    return list(parquet.read_schema(table).names)
-
-
-def _column(table: Path, column: str) -> list[Any]:
-    _, parquet = _parquet()
-    return list(parquet.read_table(table, columns=[column])[column].to_pylist())
-
-
-def _vectors(file: Path) -> npt.NDArray[np.float32]:
-    with file.open("rb") as stream:
-        vectors: npt.NDArray[np.float32] = np.load(stream).astype(np.float32)
-    if vectors.ndim != 2:
-        raise ValueError(f"its shape is {vectors.shape}")
-    return vectors
-
-
-def _parsed(path: Path, what: str, read: Callable[[], _Read]) -> _Read:
-    """Run a parser of numpy or pyarrow over a file; damaged bytes make them raise many kinds."""
     try:
-        check_plain(path)
-        return read()
+        check_plain(table)
+        names = parquet.read_schema(table).names
+        column = next((each for each in columns if each in names), None)
+        values: list[Any] = []
+        if column is not None:
+            values = parquet.read_table(table, columns=[column])[column].to_pylist()
+        ids = [str(each) for each in values]
+    # pyarrow raises many kinds on damaged files: OSError, ArrowInvalid, KeyError, TypeError, ...
     except Exception as error:
-        raise DataError(f"{path} is not {what}: {error or type(error).__name__}") from None
+        raise DataError(
+            f"{table} cannot be read as Parquet ({error}); embed anew, or fetch the file again"
+        ) from None
+    if column is None:
+        raise DataError(f"{table} has no column {' or '.join(columns)}; its rows have no ids")
+    return ids
 
 
 def _part(path: Path) -> tuple[int, str]:

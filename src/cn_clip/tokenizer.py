@@ -136,7 +136,10 @@ def default_tokenizer() -> Tokenizer:
 def _read_vocab(path: str | os.PathLike[str] | None) -> dict[str, int]:
     source = files("cn_clip").joinpath("assets/vocab.txt") if path is None else Path(path)
     # Not splitlines(): one of the tokens is itself a line separator, U+2028.
-    tokens = source.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    try:
+        tokens = source.read_bytes().decode("utf-8").rstrip("\n").split("\n")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the vocabulary {path} cannot be read: {error}") from None
     vocab = {token.strip(): index for index, token in enumerate(tokens)}
     missing = [token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if token not in vocab]
     if missing:

@@ -190,7 +190,7 @@ def read_removed(path: Path, source: Source) -> npt.NDArray[np.int64]:
             raise IndexError("a pair that is none")
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, LookupError, TypeError, OverflowError):
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
         raise DataError(f"{path} was not written by `cn-clip data decontaminate`") from None
     if pairs != len(source):
         raise DataError(

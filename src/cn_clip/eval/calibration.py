@@ -7,7 +7,6 @@ file. ``cn_clip.eval.calibrate`` fits it.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ KINDS: tuple[Kind, ...] = ("logistic", "isotonic")
 USES = ("search", "labels")
 COUNTS = ("images", "texts", "pairs", "non_pairs")
 _FORMAT = "cn-clip calibration 1"
+_LARGEST = 1e30  # of any number in the file; products of two stay finite
 _REMEDY = "fit one with: cn-clip eval calibrate"
 
 
@@ -144,7 +144,7 @@ def read_calibration(path: Path) -> Calibration:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}; {_REMEDY}") from None
-    except ValueError as error:  # not UTF-8, not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON
         raise UsageError(f"{path} is no calibration ({error}); {_REMEDY}") from None
     try:
         return _checked(values)
@@ -225,6 +225,8 @@ def _exactly(values: Any, names: Sequence[str], what: str) -> None:
 
 
 def _number(value: Any, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{what} is {value!r:.60}, not a finite number")
+    if not abs(value) <= _LARGEST:  # so NaN, too; and an integer may be too large for a float
         raise ValueError(f"{what} is {value!r:.60}, not a finite number")
     return float(value)

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cn_clip import distributed, weights
+from cn_clip.arrays import read_npy
 from cn_clip.data.captions import digest
 from cn_clip.data.loader import (
     Preparation,
@@ -105,7 +106,20 @@ class ImageFeatures:
 
     def _shard(self, number: int) -> npt.NDArray[np.float32]:
         if number not in self._open:
-            self._open[number] = np.load(_shard_path(self._folder, number), mmap_mode="r")
+            path = _shard_path(self._folder, number)
+            rows = min(_PER_SHARD, len(self._pictures.places) - number * _PER_SHARD)
+            try:
+                found = read_npy(path, mapped=True)
+            except DataError as error:
+                raise DataError(f"{error}; delete it, and it is computed anew") from None
+            fits = found.ndim == 3 and found.shape[:2] == (rows, self._views)
+            width = found.shape[2] if number == 0 or not fits else self._shard(0).shape[2]
+            if not fits or found.dtype != np.float32 or found.shape[2] != width or not width:
+                raise DataError(
+                    f"{path} holds {found.dtype} of shape {found.shape}; expected float32 of shape "
+                    f"({rows}, {self._views}, D); delete it, and it is computed anew"
+                )
+            self._open[number] = found
         return self._open[number]
 
 
@@ -249,7 +263,7 @@ def _check_stamp(folder: Path, about: dict[str, Any]) -> None:
         with published(path) as new:
             new.write_text(text + "\n", encoding="utf-8")
         return
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read ({error}); delete the folder {folder}") from None
     if not isinstance(found, dict):
         raise UsageError(f"{path} is no object; delete the folder {folder}")

@@ -212,12 +212,19 @@ def _looked_into(folder: Path, recipe: Recipe, resume: bool, allow_changes: bool
 
 
 def _read_outcome(folder: Path) -> Outcome | None:
-    """Return what a run came to; None if it has not ended, or that is not told any more."""
+    """Return the outcome of a run that has ended; None if the file is missing or damaged, so that
+    the run's end is done again."""
     try:
         values = json.loads((folder / _OUTCOME).read_text(encoding="utf-8"))
-        values["scores"] = [(name, value) for name, value in values["scores"]]
-        return Outcome(**values)
-    except (OSError, ValueError, TypeError, KeyError):  # damaged: the run's end is done again
+        scores = [(str(name), float(value)) for name, value in values["scores"]]
+        return Outcome(
+            str(values["folder"]),
+            str(values["weights"]),
+            int(values["steps"]),
+            float(values["seconds"]),
+            scores,
+        )
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None
 
 
