@@ -6,6 +6,7 @@ import json
 import os
 import re
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
 
+from cn_clip.arrays import read_npz
 from cn_clip.embedder import Embedder
-from cn_clip.errors import CNClipError, ImageError, UsageError
+from cn_clip.errors import CNClipError, DataError, ImageError, UsageError
 from cn_clip.features import Features, claim_features, writer_of
 from cn_clip.inputs import Item, Kind
 from cn_clip.publish import (
@@ -32,7 +34,7 @@ from cn_clip.publish import (
     sweep,
     sweep_beside,
 )
-from cn_clip.text import path_text
+from cn_clip.text import path_text, read_json
 
 _PER_PART = {"images": 128, "texts": 16_384}
 _ABOUT = "about.json"
@@ -246,7 +248,7 @@ class _Parts:
             for file in files:
                 file.unlink()
             files = []
-        elif files and json.loads(old.read_text(encoding="utf-8")) != about:
+        elif files and json_object_at(old) != about:
             raise UsageError(
                 f"{folder} was begun with another model, precision or kind; use the same again, "
                 "or --overwrite to begin anew"
@@ -255,10 +257,13 @@ class _Parts:
             path.write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
         self._next = 0
         for file in files:
-            with np.load(file) as part:
-                keys = json.loads(bytes(part["keys"]))
-            self._places |= {key: (int(file.stem), row) for row, key in enumerate(keys)}
             self._next = int(file.stem) + 1
+            try:
+                keys, _ = self._part(file)
+            except DataError as error:  # its items are embedded again
+                warnings.warn(f"{error}; its items are embedded again", stacklevel=2)
+                continue
+            self._places |= {key: (int(file.stem), row) for row, key in enumerate(keys)}
 
     def place(self, key: str) -> tuple[int, int] | None:
         return self._places.get(key)
@@ -277,9 +282,24 @@ class _Parts:
         return out
 
     def _load(self, part: int) -> npt.NDArray[np.float32]:
-        with np.load(self._file(part)) as stored:
-            rows: npt.NDArray[np.float32] = stored["rows"]
-        return rows
+        return self._part(self._file(part))[1]
+
+    def _part(self, file: Path) -> tuple[list[str], npt.NDArray[np.float32]]:
+        """Return a part's keys and rows (N, D).
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        stored = read_npz(file, ("keys", "rows"))
+        rows = stored["rows"]
+        try:
+            keys = read_json(stored["keys"].astype(np.uint8).tobytes())
+        except ValueError:
+            keys = None
+        fits = isinstance(keys, list) and rows.shape == (len(keys), self._dim)
+        if not fits or rows.dtype != np.float32 or not all(isinstance(key, str) for key in keys):
+            raise DataError(f"{file} is damaged")
+        return keys, rows
 
     def _file(self, number: int) -> Path:
         return self._folder / f"{number:06}.npz"

@@ -161,9 +161,10 @@ def _own_files(folder: Path) -> Collection[str]:
     plan, manifest = (json_object_at(folder / name) for name in (_PLAN, _MANIFEST))
     shards = plan.get("shards")
     if {"source", "digest", "per_shard"} <= plan.keys() and isinstance(shards, int):
-        planned = {_name(number) for number in range(min(shards, 1 << 24))}
+        stems = {path.stem for path in folder.iterdir() if _NAME.fullmatch(f"{path.stem}.tar")}
+        planned = [s for s in stems if int(s) < shards and _name(int(s)) == f"{s}.tar"]
         names |= {_PLAN, _MANIFEST}
-        names |= planned | {str(Path(name).with_suffix(".json")) for name in planned}
+        names |= {f"{stem}{suffix}" for stem in planned for suffix in (".tar", ".json")}
     listed = manifest.get("shards")
     if {"source", "images", "pairs", "bytes"} <= manifest.keys() and isinstance(listed, list):
         shown = (each.get("name") for each in listed if isinstance(each, dict))
@@ -304,13 +305,27 @@ def _pack_tars(
 def _finished(out: Path, paths: list[Path]) -> dict[Path, dict[str, Any]]:
     """Return what is told of the shards that stand: beside each, or in the manifest already."""
     listed = json_object_at(out / _MANIFEST).get("shards")
-    known = {each["name"]: each for each in listed} if isinstance(listed, list) else {}
+    records = [each for each in listed if _is_record(each)] if isinstance(listed, list) else []
+    known = {each["name"]: each for each in records}
     found = {}
     for path in paths:
-        told = json_object_at(path.with_suffix(".json")) or known.get(path.name)
-        if told and path.is_file():
-            found[path] = told
+        beside = json_object_at(path.with_suffix(".json"))
+        record = beside if _is_record(beside) else known.get(path.name)
+        if record is not None and path.is_file():
+            found[path] = record
     return found
+
+
+def _is_record(value: object) -> bool:
+    """Tell whether a value is the record of a finished shard; a damaged one is packed again."""
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        return False
+    skipped = value.get("skipped")
+    return (
+        all(type(value.get(key)) is int for key in ("images", "pairs", "bytes"))
+        and isinstance(skipped, list)
+        and all(isinstance(each, str) for each in skipped)
+    )
 
 
 def _begin(out: Path, plan: dict[str, Any], overwrite: bool) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from cn_clip.image import read_image
 from cn_clip.publish import begins, claim, file_by
+from cn_clip.text import path_text
 
 _THUMBNAIL = 128  # pixels of the longer side
 
@@ -41,8 +42,8 @@ def page(title: str, parts: Iterable[str], command: str) -> str:
     return (
         f'{_beginning(command)}<meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>\n"
-        + "\n".join(parts)
+        f"<title>{escape(path_text(title))}</title><style>{STYLE}</style></head><body>\n"
+        + path_text("\n".join(parts))  # captions are valid already; names of files may not be
         + "\n</body></html>\n"
     )
 

@@ -156,7 +156,7 @@ def _read_truth(path: Path, images: list[Path], classes: int) -> npt.NDArray[np.
     for at, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        match = re.fullmatch(r"(.+\S)\s+(\d+(?:,\d+)*)", line.strip())
+        match = re.fullmatch(r"(.+\S)\s+(\d{1,9}(?:,\d{1,9})*)", line.strip())
         numbers = [int(each) for each in match[2].split(",")] if match else [classes]
         if match is None or max(numbers) >= classes:
             raise DataError(
