@@ -21,8 +21,8 @@ HEAD = """\
 
 Every verb's `--help`. This page is generated; to renew it: `python docs/generate_cli.py`.
 
-Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted. Results go to stdout; errors, warnings
-and progress bars go to stderr.
+Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted, 143 and 129 ended by SIGTERM and SIGHUP.
+Results go to stdout; errors, warnings and progress bars go to stderr.
 """
 
 

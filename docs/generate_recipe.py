@@ -41,7 +41,8 @@ def official() -> Iterator[str]:
     for flag, meaning in OFFICIAL.items():
         sets = meaning.sets("1" if meaning.takes_value else "", 1)
         named = {"*batch": "global_batch_size", "*accumulate": "global_batch_size"}
-        named |= {"*vision": "start.model", "*text": "start.model"}
+        named |= {"*vision": "start.model", "*text": "start.model", "*logs": "output.folder"}
+        named |= {"*distillation": "stages.NAME.loss.teacher"}
         names = ", ".join(dict.fromkeys(f"`{named.get(name, name)}`" for name, _ in sets))
         yield f"| `--{flag}` | {names or 'nothing to set: always so, or never needed'} |"
 
@@ -61,7 +62,9 @@ def render() -> str:
             "## Flags of the official training",
             "",
             "They are understood where the concept is the same. `--batch-size` is per process, as",
-            "there, times their number and `--accum-freq`; `--lr` is the rate for that batch.",
+            "there, times their number and `--accum-freq`; `--lr` is the rate for that batch. With",
+            "`--logs` and `--name`, the folder is LOGS/NAME. `--resume`, `--seed`, `--warmup`,",
+            "`--beta1`, `--beta2`, `--eps` and `--mask-ratio` have the same names here.",
             "",
             *official(),
             "",

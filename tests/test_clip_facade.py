@@ -45,6 +45,61 @@ def test_exported_names_and_signatures_are_the_official_ones():
         assert getattr(utils, name) is getattr(clip, name)
 
 
+@pytest.mark.parametrize(
+    ("statement", "successor"),
+    [
+        ("from cn_clip.clip.model import CLIP, convert_weights", "cn_clip.clip.create_model"),
+        ("from cn_clip.clip.bert_tokenizer import FullTokenizer", "cn_clip.clip.tokenize"),
+        ("from cn_clip.clip.configuration_bert import BertConfig", "cn_clip.clip.create_model"),
+        ("from cn_clip.training.main import convert_models_to_fp32", "cn-clip train"),
+        ("from cn_clip.eval.data import get_zeroshot_dataset", "cn-clip eval"),
+        ("import cn_clip.eval.extract_features", "cn-clip embed"),
+        ("import cn_clip.deploy.pytorch_to_onnx", "torch.onnx.export"),
+        ("import cn_clip.preprocess.build_lmdb_dataset", "cn-clip data"),
+    ],
+)
+def test_an_official_module_that_is_not_here_names_what_to_use(statement, successor):
+    with pytest.raises(ModuleNotFoundError, match=rf"official package is not here; .*{successor}"):
+        exec(statement, {})
+
+
+def test_a_module_that_never_was_is_reported_as_python_does():
+    with pytest.raises(ModuleNotFoundError, match=r"^No module named 'cn_clip\.clip\.nothing'$"):
+        exec("import cn_clip.clip.nothing", {})
+
+
+def test_the_tables_of_the_official_utils_are_there(tmp_path):
+    from cn_clip.clip.utils import _MODEL_INFO, _MODELS, _download
+
+    assert _MODELS["RN50"] == ("chinese-clip-rn50", "clip_cn_rn50.pt")
+    assert _MODEL_INFO["ViT-L-14-336"] == {
+        "struct": "ViT-L-14-336@RoBERTa-wwm-ext-base-chinese",
+        "input_resolution": 336,
+    }
+    assert list(_MODELS) == list(_MODEL_INFO) == available_models()
+    (tmp_path / "clip_cn_rn50.pt").touch()
+    assert _download("RN50", str(tmp_path)) == str(tmp_path / "clip_cn_rn50.pt")
+
+
+def test_the_tokenizer_converts_both_ways_as_the_official_one():
+    assert clip._tokenizer.convert_tokens_to_ids(["皮", "卡"]) == [4649, 1305]
+    assert clip._tokenizer.convert_ids_to_tokens([101, 4649]) == ["[CLS]", "皮"]
+
+
+def test_the_steps_of_the_preprocessing_are_the_official_ones():
+    preprocess = clip.image_transform(64)
+    resize, rgb, to_tensor, normalized = preprocess.transforms
+    assert resize.size == (64, 64) and resize.interpolation == Image.Resampling.BICUBIC
+    assert normalized.mean == (0.48145466, 0.4578275, 0.40821073)
+    assert normalized.std == (0.26862954, 0.26130258, 0.27577711)
+    image = Image.open(GOLDEN / "images" / "rgb_wide.png")
+    pixels = to_tensor(rgb(resize(image)))
+    assert pixels.min() >= 0 and pixels.max() <= 1
+    assert torch.equal(normalized(pixels), preprocess(image))
+    preprocess.transforms.pop()  # as scripts do that look at pixels
+    assert torch.equal(preprocess(image), pixels)
+
+
 def test_available_models_are_the_official_five():
     assert available_models() == ["ViT-B-16", "ViT-L-14", "ViT-L-14-336", "ViT-H-14", "RN50"]
 
@@ -58,6 +113,7 @@ def test_tokenize_returns_a_padded_long_tensor():
 
 
 @pytest.mark.parametrize("name", sorted(p.name for p in (GOLDEN / "images").iterdir()))
+@pytest.mark.filterwarnings("ignore:an image of mode I;16")
 def test_image_transform_equals_the_reference(name):
     tensor = clip.image_transform()(Image.open(GOLDEN / "images" / name))
     pixels = np.load(GOLDEN / "pixels.npz")[name].transpose(1, 2, 0)

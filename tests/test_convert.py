@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 
 import pytest
 import torch
@@ -85,12 +86,17 @@ def test_an_existing_output_stays_unless_overwrite(tiny_model, tmp_path):
     with pytest.raises(UsageError, match="exists; give another place, or --overwrite"):
         convert(tmp_path / "in", tmp_path / "out.pt", "official")
     assert (tmp_path / "out.pt").read_text() == "mine"
-    convert(tmp_path / "in", tmp_path / "out.pt", "official", overwrite=True)
+    with pytest.raises(UsageError, match="was not written by `cn-clip convert`"):
+        convert(tmp_path / "in", tmp_path / "out.pt", "official", overwrite=True)
+    assert (tmp_path / "out.pt").read_text() == "mine"
+    (tmp_path / "out.pt").unlink()
+    for _ in range(2):
+        convert(tmp_path / "in", tmp_path / "out.pt", "official", overwrite=True)
     with pytest.raises(UsageError, match="both input and output"):
         convert(tmp_path / "in", tmp_path / "in", "hf", overwrite=True)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "thesis.doc").write_text("mine")
-    with pytest.raises(CheckpointError, match="holds other files too"):
+    with pytest.raises(UsageError, match=r"holds thesis\.doc, which no convert wrote"):
         convert(tmp_path / "in", tmp_path / "folder", "hf", overwrite=True)
     assert (tmp_path / "folder" / "thesis.doc").read_text() == "mine"
 
@@ -98,7 +104,7 @@ def test_an_existing_output_stays_unless_overwrite(tiny_model, tmp_path):
 def test_a_place_that_cannot_be_written_is_said(tiny_model, tmp_path):
     weights.save_folder(tiny_model, tmp_path / "in")
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match=r"could not write .*nothing was changed"):
+    with pytest.raises(UsageError, match=r"could not write .*nothing was changed"):
         convert(tmp_path / "in", tmp_path / "file" / "out.pt", "official")
 
 
@@ -119,7 +125,9 @@ def test_a_full_disk_in_the_midst_keeps_the_old_output(
 ):
     given, out = tmp_path / "in", place(tmp_path, to, "out")
     weights.save_folder(tiny_model, given)
-    SAVERS[to](make_model(TINY["vit"], seed=1), out)
+    weights.save_folder(make_model(TINY["vit"], seed=1), tmp_path / "other")
+    convert(tmp_path / "other", out, to)
+    shutil.rmtree(tmp_path / "other")
     before = contents(out)
     if moment == "written":
         request.getfixturevalue("no_room")

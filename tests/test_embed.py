@@ -242,3 +242,27 @@ def test_the_command_line(pictures, tmp_path, capsys):
     assert run(["embed", "images", "--out", out]) == 2
     assert run(["embed", "texts", str(tmp_path / "no.txt"), "--out", out]) == 2
     assert "no such file" in capsys.readouterr().err
+
+
+def test_a_damaged_part_is_embedded_again(embedder, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_PER_PART", {"images": 4, "texts": 4})
+    whole, out = tmp_path / "whole.npz", tmp_path / "out.npz"
+    items = [*read_images([str(pictures)])]
+    extract(embedder, "images", items, whole)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "writer_of", lambda _: interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        extract(embedder, "images", items, out)
+    parts = sorted(out.with_name("out.npz.parts").glob("*.npz"))
+    assert len(parts) > 1
+    parts[0].write_bytes(parts[0].read_bytes()[:100])
+    monkeypatch.undo()
+    with pytest.warns(UserWarning, match=r"000000\.npz .*embedded again"):
+        report = extract(embedder, "images", items, out)
+    assert report.embedded == 4
+    one, other = np.load(whole), np.load(out)
+    np.testing.assert_allclose(one["embeddings"], other["embeddings"], atol=1e-6)
+    np.testing.assert_array_equal(one["ids"], other["ids"])

@@ -5,7 +5,13 @@ import pytest
 from train.runs import CAPTIONS
 
 from cn_clip.errors import DataError, UsageError
-from cn_clip.features import Features, read_captions, read_features, write_clip_retrieval
+from cn_clip.features import (
+    Features,
+    read_captions,
+    read_features,
+    write_clip_retrieval,
+    write_npz,
+)
 
 
 def written(folder, texts):
@@ -43,3 +49,28 @@ def test_a_folder_of_pictures_holds_no_captions(tmp_path):
     write_clip_retrieval(rows, tmp_path / "pictures")
     with pytest.raises(DataError, match="holds 0 files in text_emb and 1 in metadata"):
         read_captions(tmp_path / "pictures")
+
+
+def test_damaged_features_are_one_sentence(tmp_path):
+    about = {"kind": "images"}
+    vectors = np.eye(3, 4, dtype=np.float32)
+    rows = Features("images", ["a", "b", "c"], ["a", "b", "c"], 4, lambda a, b: vectors[a:b], about)
+    write_npz(rows, tmp_path / "x.npz")
+    write_clip_retrieval(rows, tmp_path / "folder")
+    for place, file in (
+        ("x.npz", "x.npz"),
+        ("folder", "folder/img_emb/img_emb_0.npy"),
+        ("folder", "folder/metadata/metadata_0.parquet"),
+    ):
+        whole = (tmp_path / file).read_bytes()
+        for damaged in (
+            whole[: len(whole) // 2],
+            b"",
+            bytes(len(whole)),
+            b"PK\x03\x04" + whole[4:30],
+        ):
+            (tmp_path / file).write_bytes(damaged)
+            with pytest.raises(DataError, match=rf"{file.rpartition('/')[2]} is not "):
+                read_features(tmp_path / place, "images")
+        (tmp_path / file).write_bytes(whole)
+        assert read_features(tmp_path / place, "images").ids == ["a", "b", "c"]

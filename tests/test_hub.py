@@ -38,6 +38,44 @@ def test_what_is_written_like_a_repository():
         assert not hub.is_repository(name), name
 
 
+@pytest.fixture
+def hugging_face_cache(tmp_path, monkeypatch):
+    """Keep files as Hugging Face's library keeps them, with no network to ask."""
+    cache = tmp_path / "huggingface"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def keep(repository, *names):
+        folder = cache / f"models--{repository.replace('/', '--')}"
+        snapshot = folder / "snapshots" / ("c" * 40)
+        snapshot.mkdir(parents=True)
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text("c" * 40)
+        for name in names:
+            (snapshot / name).touch()
+        return snapshot
+
+    return keep
+
+
+def test_what_is_in_the_hugging_face_cache_is_found_offline(hugging_face_cache, tmp_path):
+    official = hugging_face_cache("OFA-Sys/chinese-clip-rn50", "README.md", "clip_cn_rn50.pt")
+    assert hub.locate("RN50", download_root=tmp_path) == official / "clip_cn_rn50.pt"
+    names = ("config.json", "pytorch_model.bin")
+    converted = hugging_face_cache("OFA-Sys/chinese-clip-vit-base-patch16", *names)
+    assert hub.locate("ViT-B-16", download_root=tmp_path) == converted
+    other = hugging_face_cache("someone/QA-CLIP", "config.json", "model.safetensors")
+    assert hub.locate("someone/QA-CLIP", download_root=tmp_path) == other
+
+
+def test_a_hugging_face_cache_without_the_weights_does_not_count(hugging_face_cache, tmp_path):
+    hugging_face_cache("OFA-Sys/chinese-clip-rn50", "README.md")
+    for name in ("RN50", "ViT-H-14"):
+        assert hub.find(name) is None
+        with pytest.raises(MissingWeightsError, match="put it into"):
+            hub.locate(name, download_root=tmp_path)
+
+
 def test_an_unknown_name_is_refused():
     with pytest.raises(UnknownModelError, match="did you mean RN50"):
         hub.find("RN5O")

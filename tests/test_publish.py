@@ -1,8 +1,23 @@
 """Whole or not at all."""
 
+import os
+import sys
+from functools import partial
+
 import pytest
 
-from cn_clip.publish import published, published_folder
+from cn_clip.errors import UsageError
+from cn_clip.publish import (
+    STAMP,
+    begins,
+    claim,
+    file_by,
+    published,
+    published_folder,
+    stamped,
+    sweep,
+    sweep_beside,
+)
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path):
@@ -14,7 +29,7 @@ def test_a_file_appears_when_it_is_whole(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-@pytest.mark.parametrize("publish", [published, published_folder])
+@pytest.mark.parametrize("publish", [published, partial(published_folder, command="test")])
 def test_an_error_leaves_the_old_one_and_no_litter(tmp_path, publish, error):
     target = tmp_path / "target"
     with publish(target) as temporary:
@@ -28,6 +43,74 @@ def test_an_error_leaves_the_old_one_and_no_litter(tmp_path, publish, error):
 
 def test_a_folder_takes_the_place_of_the_old_one(tmp_path):
     for name in ("a", "b"):
-        with published_folder(tmp_path / "target") as folder:
+        with published_folder(tmp_path / "target", "test") as folder:
             (folder / name).write_text(name)
-    assert [path.name for path in (tmp_path / "target").iterdir()] == ["b"]
+    assert [path.name for path in (tmp_path / "target").iterdir() if path.name != STAMP] == ["b"]
+
+
+def test_a_file_that_came_while_the_new_folder_was_written_is_kept(tmp_path):
+    with published_folder(tmp_path / "out", "test") as folder:
+        (folder / "a").write_text("old")
+    with (
+        pytest.raises(UsageError, match=r"out holds diary, which no test wrote"),
+        published_folder(tmp_path / "out", "test") as folder,
+    ):
+        (folder / "a").write_text("new")
+        (tmp_path / "out" / "diary").write_text("mine")
+    assert (tmp_path / "out" / "a").read_text() == "old"
+    assert (tmp_path / "out" / "diary").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_stamp_is_of_one_command_and_names_its_files(tmp_path):
+    with published_folder(tmp_path / "out", "embed") as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "a").write_text("a")
+    assert set(stamped(tmp_path / "out", "embed")) == {STAMP, "sub/a"}
+    assert stamped(tmp_path / "out", "pack") == ()
+    for damaged in ("", "[]", "{", '{"writer": "cn-clip embed", "files": 3}', "[" * 100_000):
+        (tmp_path / "out" / STAMP).write_text(damaged)
+        assert stamped(tmp_path / "out", "embed") == ()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="permissions are other ones there")
+def test_files_get_the_permissions_that_new_files_get_at_that_time(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with published(tmp_path / "file") as path:
+            path.touch(0o600)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+def test_the_only_copy_of_a_folder_is_never_swept_away(tmp_path):
+    """Killed between two renames, the old folder lies in the temporary one."""
+    (tmp_path / ".out.abcdefgh.cn-clip-tmp" / "old").mkdir(parents=True)
+    (tmp_path / ".out.ijklmnop.cn-clip-tmp" / "new").mkdir(parents=True)
+    sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".out.abcdefgh.cn-clip-tmp"]
+
+
+def test_what_is_left_of_another_file_is_not_swept_away(tmp_path):
+    names = [".a.npz.abcdefgh.cn-clip-tmp", ".a.npz.abcdefgh", ".b.npz.abcdefgh.cn-clip-tmp"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    sweep_beside(tmp_path / "a.npz")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
+
+
+def test_a_loop_of_links_and_a_missing_folder_are_told(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    own = file_by("test", begins(b"x"))
+    with pytest.raises(UsageError, match=r"could not write .*loop"):
+        claim(tmp_path / "loop", own)
+    assert claim(tmp_path / "new" / "folder" / "file", own, inputs=["none", "a\0b", "~nobody/x"])
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes anywhere")
+def test_a_place_without_rights_is_told_before_the_work(tmp_path):
+    (tmp_path / "read-only").mkdir(0o500)
+    with pytest.raises(UsageError, match="is not writable"):
+        claim(tmp_path / "read-only" / "file", file_by("test", begins(b"x")))

@@ -10,8 +10,11 @@ The official package's functions are in ``cn_clip.clip``.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+from cn_clip.successors import Successors
 
 __version__ = "2.0.0.dev0"
 
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
         UsageError,
     )
     from cn_clip.zeroshot import Classification, classify
+
+sys.meta_path.append(Successors)
 
 # Loaded on first use, so that `import cn_clip` costs nothing and imports neither torch nor numpy.
 _HOMES = {

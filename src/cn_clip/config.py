@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from cn_clip.errors import CheckpointError, UnknownModelError, UsageError
@@ -91,34 +93,127 @@ class ModelConfig:
 def check_config(config: ModelConfig, where: str) -> None:
     """Raise a ``CheckpointError`` for a value that would fail later, far from where it stands."""
     vision, text = config.vision, config.text
-    counts = {
-        "embed_dim": config.embed_dim,
-        "context_length": config.context_length,
-        **{f"vision.{key}": getattr(vision, key) for key in _VISION_COUNTS},
-        **{f"text.{key}": getattr(text, key) for key in _TEXT_COUNTS},
-    }
-    bad = [f"{key} = {n!r}" for key, n in counts.items() if not _is_count(n, 1_000_000)]
-    layers = vision.layers
-    if not layers or not isinstance(layers, tuple) or not all(_is_count(n, 1000) for n in layers):
-        bad.append(f"vision.layers = {vision.layers!r}")
+    bad = [
+        f"{key} = {value!r}, not an integer from 1 to {most:,}"
+        for key, most in _LARGEST.items()
+        if not _is_count(value := _value(config, key), most)
+    ]
+    if not isinstance(config.name, str) or not config.name.isprintable():
+        bad.append(f"name = {config.name!r}")
     if vision.kind not in get_args(VisionKind):
         bad.append(f"vision.kind = {vision.kind!r}")
-    for key, numbers in (("image_mean", config.image_mean), ("image_std", config.image_std)):
+    layers, stages = vision.layers, 4 if vision.kind == "resnet" else 1
+    if not isinstance(layers, tuple) or not all(_is_count(n, _MOST_LAYERS) for n in layers):
+        bad.append(f"vision.layers = {layers!r}")
+    elif len(layers) != stages and vision.kind != "efficientnet_lite":
+        bad.append(f"vision.layers = {layers!r}; a {vision.kind} has {stages}")
+    if not _is_number(text.dropout, 0, 0.999):
+        bad.append(f"text.dropout = {text.dropout!r}")
+    for key, numbers, least in (
+        ("image_mean", config.image_mean, -1000),
+        ("image_std", config.image_std, 1e-6),
+    ):
         three = isinstance(numbers, tuple) and len(numbers) == 3
-        if not three or not all(isinstance(n, float) for n in numbers):
+        if not three or not all(_is_number(n, least, 1000) for n in numbers):
             bad.append(f"{key} = {numbers!r}")
     if config.background not in (None, "white"):
         bad.append(f"background = {config.background!r}")
-    if not bad and text.hidden_size % text.heads:
-        bad.append(f"text.heads = {text.heads}, which does not divide {text.hidden_size}")
-    if not bad and config.context_length > text.max_positions:
-        bad.append(f"context_length = {config.context_length}, above text.max_positions")
+    bad = bad or _bad_together(config)
     if bad:
         raise CheckpointError(f"{where} has an impossible value: {bad[0]}")
 
 
+def _bad_together(config: ModelConfig) -> list[str]:
+    """List values that are possible each by itself, but make no model together."""
+    vision, text = config.vision, config.text
+    bad = []
+    if text.hidden_size % text.heads:
+        bad.append(f"text.heads = {text.heads}, which does not divide {text.hidden_size}")
+    if config.context_length > text.max_positions:
+        bad.append(f"context_length = {config.context_length}, above text.max_positions")
+    width = vision.width if vision.kind == "vit" else vision.width * 32  # where heads attend
+    if vision.kind != "efficientnet_lite" and width % vision.head_width:
+        bad.append(f"vision.head_width = {vision.head_width}, which does not divide {width}")
+    if vision.kind == "resnet" and vision.width % 2:
+        bad.append(f"vision.width = {vision.width}, which is odd")
+    if vision.kind == "vit" and vision.patch_size > vision.resolution:
+        bad.append(f"vision.patch_size = {vision.patch_size}, above vision.resolution")
+    if vision.kind != "vit" and vision.resolution % 32:
+        bad.append(f"vision.resolution = {vision.resolution}, which does not divide by 32")
+    if (parameters := about_parameters(config)) > _MOST_PARAMETERS:
+        bad.append(f"about {parameters:,} parameters, above {_MOST_PARAMETERS:,}")
+    return bad
+
+
+def about_parameters(config: ModelConfig) -> int:
+    """Return how many numbers the model holds, to a few percent, without building it."""
+    vision, text, embed_dim = config.vision, config.text, config.embed_dim
+    width = vision.width
+    if vision.kind == "vit":
+        positions = (vision.resolution // vision.patch_size) ** 2
+        count = width * (3 * vision.patch_size**2 + positions + embed_dim)
+        count += vision.layers[0] * 12 * width**2
+    elif vision.kind == "resnet":
+        count = sum(n * 17 * (width * 2**stage) ** 2 for stage, n in enumerate(vision.layers))
+        count += 32 * width * ((vision.resolution // 32) ** 2 + 3 * 32 * width + embed_dim)
+    else:
+        count = 4_650_000 + 2280 * embed_dim
+    tables = text.vocab_size + text.max_positions + text.token_types
+    layer = 4 * text.hidden_size**2 + 2 * text.hidden_size * text.intermediate_size
+    return count + text.hidden_size * (tables + embed_dim) + text.layers * layer
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a model folder.
+
+    Raises:
+        CheckpointError: it cannot be read, is no JSON, or is far larger than any such file.
+    """
+    try:
+        if path.stat().st_size > _LARGEST_JSON:
+            raise CheckpointError(
+                f"{path} has {path.stat().st_size:,} bytes, too many for a config; is it the "
+                "right file?"
+            )
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); download it again") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def shards_of(index: Path) -> list[str]:
+    """Return the names of the files that an index of shards spreads its tensors over.
+
+    Raises:
+        CheckpointError: it is no index, or names what is no file of weights beside it.
+    """
+    values = read_json(index)
+    names = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(names, dict):
+        raise CheckpointError(f"{index} is not an index of shards: no weight_map in it")
+    shards = sorted({str(shard) for shard in names.values()})
+    strange = [s for s in shards if Path(s).name != s or s.endswith(".json") or "\0" in s]
+    if strange:
+        raise CheckpointError(f"{index} names {strange[0]!r}, which is no weights beside it")
+    return shards
+
+
 def _is_count(value: object, most: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
+
+
+def _is_number(value: object, least: float, most: float) -> bool:
+    """Whether a value is a number in that range; NaN is in none."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and least <= value <= most  # type: ignore[operator]
+
+
+def _value(config: ModelConfig, key: str) -> object:
+    value: object = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
 
 
 def _known(cls: type, values: Any, where: str) -> dict[str, Any]:
@@ -133,16 +228,26 @@ def _known(cls: type, values: Any, where: str) -> dict[str, Any]:
     return dict(values)
 
 
-_VISION_COUNTS = ("resolution", "width", "patch_size", "head_width")
-_TEXT_COUNTS = (
-    "hidden_size",
-    "layers",
-    "heads",
-    "intermediate_size",
-    "vocab_size",
-    "max_positions",
-    "token_types",
-)
+# Far above every published model, and small enough that building a model, and an image of its
+# resolution, stay within bounds whatever a config says.
+_LARGEST = {
+    "embed_dim": 16_384,
+    "context_length": 65_536,
+    "vision.resolution": 2048,
+    "vision.width": 16_384,
+    "vision.patch_size": 512,
+    "vision.head_width": 16_384,
+    "text.hidden_size": 16_384,
+    "text.layers": 256,
+    "text.heads": 1024,
+    "text.intermediate_size": 131_072,
+    "text.vocab_size": 10_000_000,
+    "text.max_positions": 65_536,
+    "text.token_types": 1024,
+}
+_MOST_LAYERS = 256
+_MOST_PARAMETERS = 5_000_000_000
+_LARGEST_JSON = 32 << 20  # bytes; an index of shards names every tensor
 
 _VIT_B_16 = VisionConfig("vit", 224, width=768, layers=(12,), patch_size=16)
 _VIT_L_14 = VisionConfig("vit", 224, width=1024, layers=(24,), patch_size=14)

@@ -18,7 +18,7 @@ from cn_clip.backends.torch import pick_precision
 from cn_clip.embedder import Embedder
 from cn_clip.errors import CheckpointError, UsageError
 from cn_clip.model.clip import CLIP
-from cn_clip.publish import flush, published, published_folder
+from cn_clip.publish import claim, file_by, flush, folder_by, published, published_folder
 
 Format = Literal["official", "hf", "safetensors"]
 
@@ -27,6 +27,8 @@ _WRITERS: dict[str, Callable[[CLIP, Path], None]] = {
     "hf": weights.write_hugging_face,
     "safetensors": weights.write_folder,
 }
+# How the pickle in an official file of ours begins: {"epoch": 0, "name": ..., "state_dict": ...}
+_PICKLED = b"epochq\x01K\x00X\x04\x00\x00\x00nameq\x02X"
 _TEXTS = ["一只坐着的猫", "a photo of 火箭发射"]
 # How far unit vectors may move by rounding the weights; the same weights give the same vectors.
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -68,18 +70,18 @@ def convert(
         out: a ``.pt`` file for ``"official"``, a folder for ``"hf"`` and ``"safetensors"``.
         to: the format to write.
         dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``; by default that of ``source``.
-        overwrite: replace what is at ``out``.
+        overwrite: replace what this function wrote to ``out``.
 
     Raises:
-        UsageError: ``out`` exists, or is where ``source`` is.
+        UsageError: ``out`` exists, is an input or holds other files; see ``publish.claim``.
         CheckpointError: ``source`` is no Chinese-CLIP, the format has no place for it, or the two
             disagree. ``out`` is as it was before.
     """
     if to not in get_args(Format):
         raise UsageError(f"unknown format {to!r}; available: {', '.join(get_args(Format))}")
     wanted = None if dtype is None else pick_precision(dtype, torch.device("cpu"))
-    source, out = Path(source), Path(out)
-    _check_target(source, out, overwrite)
+    source = Path(source)
+    out = _claimed(out, to, source, overwrite)
     parts = weights.other_parts(source)
     checkpoint = weights.read(source, mapped=True)
     before = _size(source)
@@ -93,7 +95,7 @@ def convert(
     with (
         weights.explained(out),
         ThreadPoolExecutor(1) as beside,  # the disk works while the model runs
-        (published if to == "official" else published_folder)(out) as target,
+        published(out) if to == "official" else published_folder(out, "convert") as target,
     ):
         running = beside.submit(_run, model)
         if wanted is not None:  # rounds the weights, so the run comes first
@@ -129,13 +131,20 @@ def convert(
     )
 
 
-def _check_target(source: Path, out: Path, overwrite: bool) -> None:
-    if source.exists() and out.exists() and source.samefile(out):
-        raise UsageError(f"{out} is both input and output; give another place for the output")
-    if out.exists() and not overwrite:
-        raise UsageError(f"{out} exists; give another place, or --overwrite to replace it")
-    if out.is_dir():
-        weights.check_own(out)
+def _claimed(out: str | os.PathLike[str], to: Format, source: Path, overwrite: bool) -> Path:
+    if to == "official":
+        own = file_by("convert", _is_official)
+        return claim(out, own, option="OUT", inputs=[source], overwrite=overwrite)
+    own = folder_by("convert")
+    return claim(out, own, kind="folder", option="OUT", inputs=[source], overwrite=overwrite)
+
+
+def _is_official(path: Path) -> bool:
+    """Tell whether a file begins as what ``weights.write_official`` writes; checkpoints of a
+    training have an epoch above 0, or more than a name and weights."""
+    with path.open("rb") as stream:
+        head = stream.read(4096)
+    return head.startswith(b"PK") and _PICKLED in head
 
 
 def _run(model: CLIP) -> tuple[np.ndarray, np.ndarray]:

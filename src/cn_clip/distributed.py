@@ -17,9 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cn_clip.errors import CNClipError, UsageError
+from cn_clip.processes import terminate_with_launcher
 
 _PATIENCE = timedelta(hours=2)  # others wait while one writes or looks through the data
 _T = TypeVar("_T")
+_LAUNCHED = "TORCHELASTIC_RUN_ID"
 _SET_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -42,6 +44,8 @@ def start(device_type: str) -> Iterator[None]:
             f"WORLD_SIZE is {count}, but {', '.join(missing)} not set; "
             "start several processes with torchrun, or unset WORLD_SIZE"
         )
+    if _LAUNCHED in os.environ:  # torchrun ends its processes, unless it is killed itself
+        terminate_with_launcher()
     device = None
     if device_type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -258,7 +258,15 @@ def load(
     """
     if backend not in ("auto", "torch"):
         raise UsageError(f"unknown backend {backend!r}; available: auto, torch")
+    if device not in ("auto", "cpu"):  # before anything is read, or even fetched
+        from cn_clip.backends.torch import pick_device
+
+        pick_device(device)
     given = os.fspath(name_or_path)
+    if not given.strip():
+        raise UsageError(
+            f"the model's name is empty; give a path or one of: {', '.join(hub.names())}"
+        )
     name = given.replace("/", "-")  # OpenAI writes ViT-B/16
     if name in hub.names():
         path = hub.locate(name, download_root=download_root)

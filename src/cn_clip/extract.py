@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
+import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -15,14 +18,28 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
 
+from cn_clip.arrays import read_npz
 from cn_clip.embedder import Embedder
-from cn_clip.errors import CNClipError, ImageError, UsageError
-from cn_clip.features import Features, writer_of
+from cn_clip.errors import CNClipError, DataError, ImageError, UsageError
+from cn_clip.features import Features, claim_features, writer_of
 from cn_clip.inputs import Item, Kind
-from cn_clip.publish import published
+from cn_clip.publish import (
+    LOCK,
+    claim,
+    entries,
+    folder_by,
+    json_object_at,
+    published,
+    remove,
+    sweep,
+    sweep_beside,
+)
+from cn_clip.text import path_text, read_json
 
 _PER_PART = {"images": 128, "texts": 16_384}
 _ABOUT = "about.json"
+_PART = re.compile(r"\d{6}\.npz")
+_HALF_WRITTEN = re.compile(rf"{_PART.pattern}|about\.json")
 
 
 @dataclass(slots=True)
@@ -48,6 +65,7 @@ def extract(
     items: Iterable[Item],
     out: str | Path,
     *,
+    inputs: Iterable[str | Path] = (),
     overwrite: bool = False,
     tick: Callable[[int], None] = lambda _: None,
 ) -> Extraction:
@@ -61,19 +79,17 @@ def extract(
         kind: what the items are.
         items: from ``cn_clip.inputs``.
         out: ``.npz``, ``.jsonl``, or a folder in clip-retrieval's layout.
-        overwrite: replace ``out``, and begin anew.
+        inputs: files and folders that the items and the model come from, none of which is touched.
+        overwrite: replace ``out``, if this function wrote it, and begin anew.
         tick: called with the number of items just done, for a progress bar.
 
     Raises:
-        UsageError: ``out`` exists or is of no known format, an id is repeated, or the parts were
-            begun with another model.
+        UsageError: ``out`` exists, is an input or of no known format, an id is repeated, or the
+            parts were begun with another model.
         CNClipError: another process is at it, or the disk is full; finished parts stay.
     """
-    out = Path(out)
+    out, parts = claim_out(out, inputs=inputs, overwrite=overwrite)
     write = writer_of(out)
-    if out.exists() and not overwrite:
-        raise UsageError(f"{out} exists; give another place, or --overwrite to replace it")
-    parts = out.with_name(f"{out.name}.parts")
     report = Extraction(str(out))
     about = {
         "model": embedder.name,
@@ -85,7 +101,9 @@ def extract(
     }
     try:
         parts.mkdir(parents=True, exist_ok=True)
-        with FileLock(parts / ".lock", timeout=0):
+        with FileLock(parts / LOCK, timeout=0):
+            sweep(parts, _HALF_WRITTEN)
+            sweep_beside(out)
             store = _Parts(parts, about, anew=overwrite)
             embedded = _embed_all(embedder, kind, items, store, report, tick)
             rows = [(item, place) for item in embedded if (place := store.place(item.key))]
@@ -99,7 +117,10 @@ def extract(
             )
             write(features, out)
             report.written = len(rows)
-        shutil.rmtree(parts)
+            remove(parts, _own_parts(parts))
+        (parts / LOCK).unlink(missing_ok=True)
+        with suppress(OSError):  # somebody put a file there
+            parts.rmdir()
     except Timeout:
         raise CNClipError(f"another process is writing {out}; wait for it to end") from None
     except OSError as error:
@@ -108,6 +129,38 @@ def extract(
             "run the same command again"
         ) from error
     return report
+
+
+def claim_out(
+    out: str | Path, *, inputs: Iterable[str | Path] = (), overwrite: bool = False
+) -> tuple[Path, Path]:
+    """Check that embeddings, and their parts meanwhile, may be written; nothing is touched.
+
+    Returns:
+        ``out`` as a path, and the folder of the parts.
+
+    Raises:
+        UsageError: see ``features.claim_features``; or ``OUT.parts`` holds anything else.
+    """
+    inputs = list(inputs)
+    path = Path(os.path.normpath(claim_features(out, inputs=inputs, overwrite=overwrite)))
+    parts = path.with_name(f"{path.name}.parts")
+    claim(
+        parts,
+        folder_by("embed", _own_parts, _HALF_WRITTEN),
+        kind="folder",
+        inputs=inputs,
+        in_place=True,
+        old=_HALF_WRITTEN,
+    )
+    return path, parts
+
+
+def _own_parts(folder: Path) -> Collection[str]:
+    """Return the names of the files of a folder of parts; none if it has no ``about.json``."""
+    if not {"fingerprint", "kind", "dim"} <= json_object_at(folder / _ABOUT).keys():
+        return ()
+    return {_ABOUT, *(name for name in entries(folder) if _PART.fullmatch(name))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +207,7 @@ def _embed_all(
             raise UsageError(f"{item.where}: the id {item.id!r} was used before, {seen[item.id]}")
         seen[item.id] = item.where
         key = f"{item.id}\t{item.stamp}"
-        label = str(item.id) if isinstance(item.content, bytes) else str(item.content)
+        label = path_text(str(item.id if isinstance(item.content, bytes) else item.content))
         rows.append(_Row(item.id, key, label))
         if store.place(key):
             report.resumed += 1
@@ -189,10 +242,12 @@ class _Parts:
         self._dim = int(about["dim"])
         self._read = lru_cache(maxsize=64)(self._load)  # new rows may lie between old ones
         old = folder / _ABOUT
+        files = sorted(folder / name for name in _own_parts(folder) if name != _ABOUT)
         if anew:
-            for file in folder.glob("*.npz"):
+            for file in files:
                 file.unlink()
-        elif any(folder.glob("*.npz")) and json.loads(old.read_text(encoding="utf-8")) != about:
+            files = []
+        elif files and json_object_at(old) != about:
             raise UsageError(
                 f"{folder} was begun with another model, precision or kind; use the same again, "
                 "or --overwrite to begin anew"
@@ -200,11 +255,14 @@ class _Parts:
         with published(old) as path:
             path.write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
         self._next = 0
-        for file in sorted(folder.glob("*.npz")):
-            with np.load(file) as part:
-                keys = json.loads(bytes(part["keys"]))
-            self._places |= {key: (int(file.stem), row) for row, key in enumerate(keys)}
+        for file in files:
             self._next = int(file.stem) + 1
+            try:
+                keys, _ = self._part(file)
+            except DataError as error:  # its items are embedded again
+                warnings.warn(f"{error}; its items are embedded again", stacklevel=2)
+                continue
+            self._places |= {key: (int(file.stem), row) for row, key in enumerate(keys)}
 
     def place(self, key: str) -> tuple[int, int] | None:
         return self._places.get(key)
@@ -223,9 +281,24 @@ class _Parts:
         return out
 
     def _load(self, part: int) -> npt.NDArray[np.float32]:
-        with np.load(self._file(part)) as stored:
-            rows: npt.NDArray[np.float32] = stored["rows"]
-        return rows
+        return self._part(self._file(part))[1]
+
+    def _part(self, file: Path) -> tuple[list[str], npt.NDArray[np.float32]]:
+        """Return a part's keys and rows (N, D).
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        stored = read_npz(file, ("keys", "rows"))
+        rows = stored["rows"]
+        try:
+            keys = read_json(stored["keys"].astype(np.uint8).tobytes())
+        except ValueError:
+            keys = None
+        fits = isinstance(keys, list) and rows.shape == (len(keys), self._dim)
+        if not fits or rows.dtype != np.float32 or not all(isinstance(key, str) for key in keys):
+            raise DataError(f"{file} is damaged")
+        return keys, rows
 
     def _file(self, number: int) -> Path:
         return self._folder / f"{number:06}.npz"

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import json
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from cn_clip.arrays import read_npy, read_npz
 from cn_clip.data.lines import Lines, json_object
 from cn_clip.errors import DataError, UsageError
+from cn_clip.files import check_plain
 from cn_clip.inputs import Kind
-from cn_clip.publish import published, published_folder
+from cn_clip.publish import (
+    begins,
+    claim,
+    file_by,
+    folder_by,
+    json_object_at,
+    published,
+    published_folder,
+)
+from cn_clip.text import valid_text
 
 _ROWS_PER_FILE = 100_000
+_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +46,30 @@ class Features:
     dim: int
     rows: Callable[[int, int], npt.NDArray[np.float32]]
     about: dict[str, Any]
+
+
+def claim_features(
+    out: str | Path, *, inputs: Iterable[str | Path] = (), overwrite: bool = False
+) -> Path:
+    """Check that embeddings may be written to ``out``; nothing is touched. Return it as a path.
+
+    Raises:
+        UsageError: see ``writer_of`` and ``publish.claim``.
+    """
+    inputs, suffix = list(inputs), Path(out).suffix
+    writer_of(Path(out))
+    if not suffix:
+        return claim(out, folder_by("embed"), kind="folder", inputs=inputs, overwrite=overwrite)
+    own = _is_npz if suffix == ".npz" else _is_jsonl
+    path = claim(out, file_by("embed", own), inputs=inputs, overwrite=overwrite)
+    if suffix == ".jsonl":
+        claim(about_of(path), file_by("embed", _is_about), inputs=inputs)
+    return path
+
+
+def about_of(out: Path) -> Path:
+    """Return where it stands what the vectors of a ``.jsonl`` are."""
+    return out.with_name(f"{out.name}.about.json")
 
 
 def writer_of(out: Path) -> Callable[[Features, Path], None]:
@@ -71,13 +106,13 @@ def write_jsonl(features: Features, out: Path) -> None:
     """Write the official ``{"image_id": ..., "feature": [...]}`` lines, or ``text_id``, and what
     they are into ``OUT.about.json``."""
     key = {"images": "image_id", "texts": "text_id"}[features.kind]
+    with published(about_of(out)) as path:  # first: it is what tells that OUT is ours
+        _write_about(features, path)
     with published(out) as path, path.open("w", encoding="utf-8") as stream:
         for start, end in _spans(len(features.ids), 1000):
             rows = features.rows(start, end).tolist()
             for name, row in zip(features.ids[start:end], rows, strict=True):
                 stream.write(json.dumps({key: name, "feature": row}, ensure_ascii=False) + "\n")
-    with published(out.with_name(f"{out.name}.about.json")) as path:
-        _write_about(features, path)
 
 
 def write_clip_retrieval(features: Features, out: Path) -> None:
@@ -88,7 +123,7 @@ def write_clip_retrieval(features: Features, out: Path) -> None:
         "images": ("img_emb", "image_path"),
         "texts": ("text_emb", "caption"),
     }[features.kind]
-    with published_folder(out) as folder:
+    with published_folder(out, "embed") as folder:
         (folder / stem).mkdir()
         (folder / "metadata").mkdir()
         for part, (start, end) in enumerate(_spans(len(features.ids), _ROWS_PER_FILE)):
@@ -163,6 +198,8 @@ def read_captions(path: Path) -> Stored:
 
 def _checked(stored: Stored) -> Stored:
     path = stored.path
+    # Whatever the format held: half an emoji can be written to no other file.
+    stored = Stored(path, [valid_text(each) for each in stored.ids], stored.vectors)
     if not stored.ids:
         raise DataError(f"{path} holds no features")
     if len(stored.ids) != len(stored.vectors):
@@ -184,19 +221,33 @@ def _checked(stored: Stored) -> Stored:
 
 
 def _read_npz(path: Path, kind: Kind) -> Stored:
+    found = read_npz(path, ("embeddings", "ids"), optional=("about",))
+    about: dict[str, Any] = {}
     try:
-        with np.load(path) as file:
-            vectors, ids = file["embeddings"], file["ids"]
-            about = json.loads(str(file["about"])) if "about" in file else {}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        ids = [str(each) for each in found["ids"].reshape(-1).tolist()]
+        text = str(found["about"]) if "about" in found else None
+    except ValueError:  # numbers of characters that there are none of
         raise DataError(
-            f"{path} is not an .npz with embeddings and ids, as cn-clip embed writes it: {error}"
+            f"{path}: its ids or what it tells of itself is no text; embed anew"
         ) from None
+    if text is not None:
+        about = json_object(text, f"{path}: about")
     if about.get("kind", kind) != kind:
         raise DataError(f"{path} holds {about['kind']}, not {kind}")
-    if vectors.ndim != 2:
-        raise DataError(f"{path}: embeddings have the shape {vectors.shape}; expected (N, D)")
-    return Stored(path, [str(each) for each in ids.tolist()], vectors.astype(np.float32))
+    if found["ids"].ndim != 1:
+        raise DataError(f"{path}: ids have the shape {found['ids'].shape}; expected (N,)")
+    return Stored(path, ids, _vectors(found["embeddings"], path))
+
+
+def _vectors(given: npt.NDArray[Any], path: Path) -> npt.NDArray[np.float32]:
+    """Return what was read as vectors, float32 (N, D), if it can be that."""
+    if given.ndim != 2 or given.dtype.kind not in "fiu":
+        raise DataError(
+            f"{path}: embeddings have the shape {given.shape} of {given.dtype}; expected numbers "
+            "of shape (N, D)"
+        )
+    with np.errstate(over="ignore"):  # what is infinite then is refused by its id
+        return given.astype(np.float32)
 
 
 def _read_jsonl(path: Path, kind: Kind) -> Stored:
@@ -210,8 +261,9 @@ def _read_jsonl(path: Path, kind: Kind) -> Stored:
         if key not in values or "feature" not in values:
             raise DataError(f'{where}: expected {{"{key}": 1, "feature": [0.1, ...]}}')
         try:
-            row = np.array(values["feature"], np.float32)
-        except (TypeError, ValueError):
+            with np.errstate(over="ignore"):  # infinity is refused by its id
+                row = np.array(values["feature"], np.float32)
+        except (TypeError, ValueError, OverflowError):
             raise DataError(f"{where}: its feature is not a list of numbers") from None
         if row.ndim != 1 or (rows and len(row) != len(rows[0])):
             expected = f"{len(rows[0])} numbers as above" if rows else "a list of numbers"
@@ -222,7 +274,7 @@ def _read_jsonl(path: Path, kind: Kind) -> Stored:
 
 
 def _read_clip_retrieval(path: Path, kind: Kind, columns: Sequence[str]) -> Stored:
-    _, parquet = _parquet()
+    _parquet()
     stem = {"images": "img_emb", "texts": "text_emb"}[kind]
     vectors = sorted((path / stem).glob("*.npy"), key=_part)
     tables = sorted((path / "metadata").glob("*.parquet"), key=_part)
@@ -231,17 +283,32 @@ def _read_clip_retrieval(path: Path, kind: Kind, columns: Sequence[str]) -> Stor
             f"{path} holds {len(vectors)} files in {stem} and {len(tables)} in metadata; expected "
             "as many of both, as clip-retrieval writes them"
         )
-    ids: list[str] = []
-    for table in tables:
-        names = parquet.read_schema(table).names
-        column = next((each for each in columns if each in names), None)
-        if column is None:
-            raise DataError(f"{table} has no column {' or '.join(columns)}; its rows have no ids")
-        ids += map(str, parquet.read_table(table, columns=[column])[column].to_pylist())
-    parts = [np.load(file).astype(np.float32) for file in vectors]
-    if len({part.shape[1:] for part in parts}) > 1:
+    ids = [each for table in tables for each in _column(table, columns)]
+    parts = [_vectors(read_npy(file), file) for file in vectors]
+    if len({part.shape[1] for part in parts}) > 1:
         raise DataError(f"{path / stem}: the files hold vectors of different widths; embed anew")
     return Stored(path, ids, np.concatenate(parts))
+
+
+def _column(table: Path, columns: Sequence[str]) -> list[str]:
+    """Read the first of some columns that a Parquet file has, as strings."""
+    _, parquet = _parquet()
+    try:
+        check_plain(table)
+        names = parquet.read_schema(table).names
+        column = next((each for each in columns if each in names), None)
+        values: list[Any] = []
+        if column is not None:
+            values = parquet.read_table(table, columns=[column])[column].to_pylist()
+        ids = [str(each) for each in values]
+    # pyarrow raises many kinds on damaged files: OSError, ArrowInvalid, KeyError, TypeError, ...
+    except Exception as error:
+        raise DataError(
+            f"{table} cannot be read as Parquet ({error}); embed anew, or fetch the file again"
+        ) from None
+    if column is None:
+        raise DataError(f"{table} has no column {' or '.join(columns)}; its rows have no ids")
+    return ids
 
 
 def _part(path: Path) -> tuple[int, str]:
@@ -253,6 +320,25 @@ def _part(path: Path) -> tuple[int, str]:
 def _spans(count: int, size: int) -> Iterator[tuple[int, int]]:
     for start in range(0, max(1, count), size):
         yield start, min(count, start + size)
+
+
+def _is_npz(path: Path) -> bool:
+    """Tell whether a file begins and ends as what ``write_npz`` writes."""
+    with path.open("rb") as stream:
+        head = stream.read(64)
+        stream.seek(-min(512, path.stat().st_size), 2)
+        tail = stream.read()
+    first = head.startswith(b"PK") and b"embeddings.npy" in head
+    return first and b"ids.npy" in tail and b"about.npy" in tail
+
+
+def _is_jsonl(path: Path) -> bool:
+    lines = begins(b'{"image_id": ', b'{"text_id": ')
+    return lines(path) and _is_about(about_of(path))
+
+
+def _is_about(path: Path) -> bool:
+    return {"model", "kind", "dim"} <= json_object_at(path).keys()
 
 
 def _write_about(features: Features, path: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -17,7 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from cn_clip.config import PUBLISHED
+from cn_clip.config import PUBLISHED, read_json, shards_of
 from cn_clip.errors import CheckpointError, MissingWeightsError, UnknownModelError, UsageError
 
 EMBEDDED = "mini"
@@ -68,7 +67,7 @@ def find(name: str, download_root: str | os.PathLike[str] | None = None) -> Path
         path = _found(name, Path(root).expanduser())
         if path is not None:
             return path
-    return None
+    return _in_hugging_face_cache(name)
 
 
 def locate(
@@ -126,13 +125,33 @@ def modelscope_endpoint() -> str:
 def _found(name: str, root: Path) -> Path | None:
     if name in PUBLISHED:
         path = root / PUBLISHED[name].filename
-        return path if path.is_file() else None
+        return path if os.path.isfile(path) else None
     return _model_in(root / name.replace("/", "--"))
+
+
+def _in_hugging_face_cache(name: str) -> Path | None:
+    """Return what transformers or another user of Hugging Face's library fetched already."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    published = PUBLISHED.get(name)
+    owner = _OWNERS["huggingface"]
+    try:
+        repository = f"{owner}/{published.repository}" if published else name
+        folder = Path(snapshot_download(repository, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError, ValueError):
+        return None  # ValueError: the name is none that Hugging Face could have
+    if published and os.path.isfile(folder / published.filename):
+        return folder / published.filename
+    return _model_in(folder)
 
 
 def _model_in(folder: Path) -> Path | None:
     """Return the folder of a model in a known format, or the only file of weights in it."""
-    inside = sorted(file.name for file in folder.glob("*")) if folder.is_dir() else []
+    try:
+        inside = sorted(os.listdir(folder))
+    except (OSError, ValueError):  # there is none, or its name is none that a folder can have
+        return None
     chosen = _choose(inside)
     if chosen is None:
         return None
@@ -175,7 +194,7 @@ def _fetch(name: str, hub: str, root: Path, work: Path) -> Path:
         if file_name == "config.json":
             _check_kind(name, file)
         if file_name.endswith(_INDEX):
-            for shard in sorted(set(json.loads(file.read_bytes())["weight_map"].values())):
+            for shard in shards_of(file):
                 get(name, shard, work)
     target = root / name.replace("/", "--")
     shutil.rmtree(work / ".cache", ignore_errors=True)
@@ -185,10 +204,7 @@ def _fetch(name: str, hub: str, root: Path, work: Path) -> Path:
 
 def _check_kind(name: str, config: Path) -> None:
     """Refuse another architecture before its weights are fetched."""
-    try:
-        values = json.loads(config.read_bytes())
-    except ValueError:
-        values = None
+    values = read_json(config)
     kind = values.get("model_type") if isinstance(values, dict) else None
     ours = isinstance(values, dict) and "embed_dim" in values
     if kind != "chinese_clip" and not ours:
@@ -256,7 +272,7 @@ def _modelscope(module: str) -> Any:
 
 
 def _preferred() -> str:
-    hub = os.environ.get("CN_CLIP_HUB", HUBS[0])
+    hub = os.environ.get("CN_CLIP_HUB") or HUBS[0]
     if hub not in HUBS:
         raise UsageError(f"CN_CLIP_HUB={hub!r} is no hub known here; give {' or '.join(HUBS)}")
     return hub

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -104,6 +104,15 @@ class Tokenizer:
         ].tokens
         return pieces
 
+    def convert_tokens_to_ids(self, tokens: Iterable[str]) -> list[int]:
+        """Return the ids of pieces, as the official tokenizer; a ``KeyError`` if one is unknown."""
+        return [self.vocab[token] for token in tokens]
+
+    def convert_ids_to_tokens(self, ids: Iterable[int]) -> list[str]:
+        """Return the pieces of ids, as the official tokenizer; a ``KeyError`` if one is unknown."""
+        pieces = {index: token for token, index in self.vocab.items()}
+        return [pieces[int(index)] for index in ids]
+
     def _count_truncated(self, cut: int, context_length: int) -> None:
         with self._lock:
             first = self.truncated == 0
@@ -127,7 +136,10 @@ def default_tokenizer() -> Tokenizer:
 def _read_vocab(path: str | os.PathLike[str] | None) -> dict[str, int]:
     source = files("cn_clip").joinpath("assets/vocab.txt") if path is None else Path(path)
     # Not splitlines(): one of the tokens is itself a line separator, U+2028.
-    tokens = source.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    try:
+        tokens = source.read_bytes().decode("utf-8").rstrip("\n").split("\n")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the vocabulary {path} cannot be read: {error}") from None
     vocab = {token.strip(): index for index, token in enumerate(tokens)}
     missing = [token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if token not in vocab]
     if missing:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from cn_clip.embedder import Embedder
 from cn_clip.errors import UsageError
 from cn_clip.image import ImageInput
+from cn_clip.text import valid_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,8 @@ def label_embeddings(
             raise UsageError(f"the template {template!r} has no {{}}; say where the label goes")
     if not templates:
         raise UsageError("no templates given; use ['{}'] for the labels as they are")
-    texts = [template.replace("{}", label) for label in labels for template in templates]
+    sentences = [valid_text(template) for template in templates]
+    texts = [sentence.replace("{}", label) for label in labels for sentence in sentences]
     each = embedder.embed_texts(texts).reshape(len(labels), len(templates), -1)
     mean = each.mean(axis=1)
     return mean / np.linalg.norm(mean, axis=1, keepdims=True)  # type: ignore[no-any-return]
@@ -109,7 +111,7 @@ def distinct(labels: Iterable[str]) -> list[str]:
     strange = next((label for label in labels if not isinstance(label, str)), None)
     if strange is not None:
         raise UsageError(f"label {strange!r:.60} is not a string")
-    stripped = [label.strip() for label in labels]
+    stripped = [valid_text(label).strip() for label in labels]
     if "" in stripped:
         raise UsageError(f"label {stripped.index('') + 1} of {len(stripped)} is empty; remove it")
     unique = list(dict.fromkeys(stripped))

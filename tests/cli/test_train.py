@@ -112,3 +112,32 @@ def test_sigterm_saves_and_leaves_with_its_exit_code(recipe_file, tmp_path):
         assert process.returncode == 128 + signal.SIGTERM
     assert "the state is saved. Go on with: --resume auto" in told
     assert "Traceback" not in told
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a terminal of its own")
+def test_a_terminal_that_is_closed_saves_the_run(recipe_file, tmp_path):
+    import fcntl
+    import termios
+
+    file = recipe_file({"epochs": 10_000}, evaluation={"every_epochs": 0})
+    master, terminal = os.openpty()
+
+    def in_terminal():
+        os.setsid()
+        fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cn_clip", "train", "--recipe", file],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=in_terminal,
+    )
+    os.close(terminal)
+    shown = b""
+    while b"step 2:" not in shown:
+        shown += os.read(master, 4096)
+    os.close(master)
+    assert process.wait(timeout=60) == 128 + signal.SIGHUP
+    assert [*(tmp_path / "run" / "states").iterdir()]

@@ -30,7 +30,7 @@ def bad(pictures):
             stream.write(f"{name}\t{coded((pictures / f'{name}.png').read_bytes())}\n")
         stream.write(f"broken\t{coded(jpeg(1)[:200])}\nalone\t{coded(jpeg(1))}\n")
     rows = [
-        {"text_id": "001", "text": "同一个编号", "image_ids": ["like"]},
+        {"text_id": "001", "text": "同一个编号\ufffd", "image_ids": ["like"]},
         {"text_id": "a", "text": "一只坐着的猫！", "image_ids": ["big"]},
         {"text_id": "b", "text": "一只坐着的猫", "image_ids": ["007"]},
         {"text_id": "c", "text": " ", "image_ids": ["008"]},
@@ -57,6 +57,7 @@ def test_every_kind_of_problem_is_counted_and_named(pictures, workers):
         "same caption": 2,
         "same picture": 1,
         "small": 3,
+        "character": 1,
     }
     assert set(found.counts) == set(KINDS)
     assert not found.fit

@@ -153,6 +153,30 @@ def test_a_stopped_run_goes_on_after_the_last_shard(pictures, tmp_path, monkeypa
     assert pairs_of(f"tar:{out}/*.tar") == EXPECTED
 
 
+def test_a_run_that_was_stopped_while_it_tidied_up_is_finished(pictures, tmp_path, monkeypatch):
+    source, out = open_source(write_csv(pictures)), tmp_path / "out"
+    pack(source, tmp_path / "whole", images_per_shard=1)
+    real = module.remove
+
+    def stopped(_, names):
+        if list(names):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "remove", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        pack(source, out, images_per_shard=1)
+    monkeypatch.setattr(module, "remove", real)
+    (out / "00001.json").unlink()
+    ticks = []
+    pack(source, out, images_per_shard=1, tick=lambda *told: ticks.append(told))
+    assert ticks == [(3, 3)]  # nothing is packed again
+    assert sorted(p.name for p in out.iterdir()) == [
+        "00000.tar", "00001.tar", "00002.tar", "manifest.json"
+    ]  # fmt: skip
+    for path in out.iterdir():
+        assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
+
+
 def test_what_is_there_is_kept_unless_overwrite(pictures, tmp_path):
     source, out = open_source(write_csv(pictures)), tmp_path / "out"
     out.mkdir()

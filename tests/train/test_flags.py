@@ -1,11 +1,14 @@
 """Flags of the command line, ours and the official ones, as changes to a recipe."""
 
 import copy
+import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from train.test_recipe import SCRIPTS
 
+from cn_clip.cli import run
 from cn_clip.errors import UnknownNameError, UsageError
 from cn_clip.train import flags
 from cn_clip.train.flags import OFFICIAL, apply_flags
@@ -171,7 +174,10 @@ VALUES = {  # of official flags that take no text of any kind
     "train-data": "a.csv", "val-data": "b.csv", "logs": "runs", "clip-weight-path": "c.pt",
     "bert-weight-path": "d.pt", "teacher-model-name": "ViT-H-14",
 }  # fmt: skip
-TOGETHER = {"accum-freq": "batch-size", "vision-model": "text-model", "text-model": "vision-model"}
+TOGETHER = {
+    "accum-freq": "batch-size", "vision-model": "text-model", "text-model": "vision-model",
+    "distllation": "teacher-model-name", "distillation": "teacher-model-name",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
@@ -183,7 +189,8 @@ def test_every_official_flag_is_understood(name, underscores):
         given += [VALUES.get(each, "12")] if OFFICIAL[each].takes_value else []
     recipe = recipe_of(*given)
     always_so = {"report-training-batch-acc", "use-flash-attention", "gather-with-grad"}
-    always_so |= {"distllation", "valid-batch-size", "precision"}  # amp is the default here, too
+    always_so |= {"valid-batch-size", "precision"}  # amp is the default here, too
+    always_so |= {"use-bn-sync", "debug"}
     always_so |= {"skip-aggregate", "reset-data-offset", "reset-optimizer"}
     always_so |= {"save-epoch-frequency", "valid-num-workers", "local-rank"}
     assert (recipe == recipe_of()) == (name in always_so)
@@ -219,7 +226,13 @@ def test_every_official_flag_is_understood(name, underscores):
         ("--vision-model RN50 --text-model RBT3-chinese", "start.model", "RN50@RBT3-chinese"),
         ("--kd_loss_weight 0.7", "stages.0.loss.teacher_weight", 0.7),
         ("--distllation --teacher-model-name RN50", "stages.0.loss.teacher", "RN50"),
+        ("--distillation --teacher-model-name=ViT-H-14", "stages.1.loss.teacher", "ViT-H-14"),
         ("--gather-with-grad --seed 5", "seed", 5),
+        ("--save-step-frequency -1", "output.save_every", None),
+        ("--logs experiments --name first", "output.folder", "experiments/first"),
+        ("--name=second --logs=experiments/", "output.folder", "experiments/second"),
+        ("--logs=experiments --name=first", "name", "first"),
+        ("--logs experiments --name first --folder mine", "output.folder", "mine"),
     ],
 )
 def test_an_official_flag_sets_what_it_meant(flags, path, expected):
@@ -227,6 +240,59 @@ def test_an_official_flag_sets_what_it_meant(flags, path, expected):
     for part in path.split("."):
         found = found[int(part)] if part.isdigit() else getattr(found, part)
     assert found == expected
+
+
+# The official parser's own: its names, and the type, choices or "switch" of each.
+PARSER = json.loads((Path(__file__).parent / "official_flags.json").read_text(encoding="utf-8"))
+NEEDED = {"--accum-freq": ["--batch-size", "2"], "--distillation": ["--teacher", "RN50"]}
+NEEDED |= {"--vision-model": ["--text-model", "RBT3-chinese"]}
+NEEDED |= {"--text-model": ["--vision-model", "RN50"]}
+KINDS = {"int": "2", "float": "0.25", "str": "some"}
+
+
+@pytest.mark.parametrize("name", PARSER)
+def test_every_flag_of_the_official_parser_is_accepted_with_every_value_it_may_have(name, capsys):
+    kind = PARSER[name]
+    values = (
+        [[]] if kind == "switch" else [[v] for v in (kind if type(kind) is list else [KINDS[kind]])]
+    )
+    for value in values:
+        for spelled in ([name, *value], ["=".join([name, *value])]):
+            recipe = ["train", "--recipe", "finetune-muge", "--val-data", "b.csv"]
+            code = run([*recipe, "--show", "recipe", *NEEDED.get(name, []), *spelled])
+            assert code == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("--distilation", "--distillation"),
+        ("--teacher-model-nam", "--teacher_model_name"),
+        ("--use-bn-sink", "--use_bn_sync"),
+        ("--kd-los-weight", "--kd_loss_weight"),
+        ("--max-epoch", "--max_epochs"),
+    ],
+)
+def test_a_typing_error_in_an_official_flag_is_named(typed, meant):
+    with pytest.raises(UsageError, match=f"unknown flag {typed}; did you mean {meant}"):
+        recipe_of(typed, "1")
+
+
+def test_distillation_without_a_teacher_is_refused():
+    with pytest.raises(UsageError, match="needs a teacher; give --teacher-model-name"):
+        recipe_of("--distillation")
+    taught = {"stages": [{"epochs": 1, "loss": {"teacher": "RN50"}}]}
+    assert recipe_of("--distillation", values=taught).stages[0].loss.teacher == "RN50"
+
+
+def test_logs_that_are_none_are_refused():
+    with pytest.raises(UsageError, match="--logs is None; a run is kept in a folder"):
+        recipe_of("--logs", "None")
+
+
+def test_batch_statistics_over_several_processes_are_named_as_what_is_not_done():
+    with pytest.warns(UserWarning, match="--use-bn-sync is ignored"):
+        recipe_of("--use-bn-sync", world_size=2)
 
 
 def test_the_official_batch_is_one_processs_and_accumulated():

@@ -118,3 +118,23 @@ def test_a_run_that_has_ended_goes_on_with_another_recipe_and_has_not_ended_then
     write_outcome(begun, outcome_of(begun))
     assert prepared(begun, recipes[1], True, True) is None
     assert prepared(begun, recipes[1], True, False) is None
+
+
+@pytest.mark.parametrize("place", ["file", "file/run", "x" * 300])
+def test_a_place_that_cannot_be_a_folder_is_named(tmp_path, place):
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"output\.folder is .*give another --output\.folder"):
+        locked(tmp_path / place)
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_run_whose_outcome_is_damaged_goes_on(recipes, begun):
+    write_outcome(begun, outcome_of(begun))
+    (begun / "outcome.json").write_text('{"scores": [1]', encoding="utf-8")
+    assert prepared(begun, recipes[0], True, False) is None
+
+
+def test_a_damaged_recipe_in_the_folder_is_named(recipes, begun):
+    (begun / "recipe.toml").write_bytes(b"seed = \xff")
+    with pytest.raises(UsageError, match=r"recipe\.toml cannot be read: byte 7 is not UTF-8"):
+        prepared(begun, recipes[0], True, False)

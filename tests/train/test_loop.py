@@ -18,6 +18,7 @@ from cn_clip import weights
 from cn_clip.errors import CheckpointError, DataError, TrainingError, UsageError
 from cn_clip.features import read_captions
 from cn_clip.train import checkpoint as states_on_disk
+from cn_clip.train.folder import prepared
 from cn_clip.train.guard import InterruptedRun
 from cn_clip.train.log import Log, read_log
 from cn_clip.train.loop import train
@@ -437,8 +438,10 @@ def test_a_full_disk_under_the_log_is_one_sentence(pairs, start, tmp_path, monke
 
 
 def test_what_a_kill_left_half_written_is_swept(pairs, start, tmp_path):
-    left = tmp_path / "run" / "stages" / ".1-train.abc123" / "new"
+    recipe = make_recipe(pairs, start, tmp_path / "run", {"steps": 1, "epochs": None})
+    prepared(tmp_path / "run", recipe, False, False)
+    left = tmp_path / "run" / "stages" / ".1-train.abcdefgh.cn-clip-tmp" / "new"
     left.mkdir(parents=True)
     (left / "model.safetensors").write_bytes(b"half")
-    train(make_recipe(pairs, start, tmp_path / "run", {"steps": 1, "epochs": None}))
+    train(recipe)
     assert not left.exists()

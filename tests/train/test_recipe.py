@@ -1,5 +1,7 @@
 """Recipes: what is shipped, what TOML says, and what is refused before anything is done."""
 
+import math
+import random
 import re
 import tomllib
 from dataclasses import replace
@@ -256,6 +258,76 @@ def test_a_recipe_that_is_none_is_named(tmp_path, monkeypatch, name, content, sa
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError, match=said):
         read_recipe(name)
+
+
+HOSTILE = {
+    "a seed below zero": (b"seed = -1", "seed is -1; give 0 to 9223372036854775807"),
+    "a seed that is infinite": (b"seed = 1e999", "seed is inf; expected a whole number"),
+    "a seed of thousands of digits": (b"seed = " + b"9" * 1990 * 3, "more than 2,000 characters"),
+    "a seed as text": (b'seed = "1"', "seed is '1'; expected a whole number"),
+    "a seed that is true": (b"seed = true", "seed is True; expected a whole number"),
+    "no version": (b"version = 0", "version is 0; give 1 to 1"),
+    "a true version": (b"version = true", "version is True; expected a whole number"),
+    "not a number": (
+        b"[[stages]]\nepochs=1\noptimizer.learning_rate = nan",
+        "optimizer.learning_rate is nan; give 0 to 10",
+    ),
+    "an enormous batch": (
+        b"[[stages]]\nepochs=1\nglobal_batch_size = 1000000000000000000",
+        r"global_batch_size is 10{18}; give 2 to",
+    ),
+    "no batch": (b"[[stages]]\nepochs=1\nglobal_batch_size = 0", "global_batch_size is 0; give 2"),
+    "a list for text": (b"[start]\ncheckpoint = ['a']", r"start.checkpoint is \['a'\]; expected"),
+    "a number for a table": (b"data = 5", "recipe's data is 5, no table"),
+    "a table for a list": (b"[data.train]\nx = 1", r"data.train is \{'x': 1\}; expected a list"),
+    "stages of numbers": (b"stages = [1]", "is 1, no table|no list of tables"),
+    "an empty path": (b"[start]\ncheckpoint = ''", "start.checkpoint is empty; give a value"),
+    "an empty source": (b"[data]\ntrain = ['a.csv', '']", r"data.train.1 is empty; give a value"),
+    "a NUL": (b'[start]\ncheckpoint = "a\\u0000"', "start.checkpoint is .*; remove the line break"),
+    "nobody's home": (b"[output]\nfolder = '~nobody-x/y'", "home of a user who is not known"),
+    "a long name": (b"[[stages]]\nepochs=1\nname='%s'" % (b"x" * 99), "more than 64 characters"),
+    "a key like a known one": (b"[data]\ntrian = ['a']", "'trian'; did you mean train"),
+    "deep lists": (b"a = " + b"[" * 1900, "nested too deeply"),
+    "deep tables": (b"a" + b".a" * 900 + b" = 1", "nested too deeply"),
+    "many lines": (b"# and so on\n" * 10_000, "more than 65,536 bytes; is it a recipe"),
+    "a date that is none": (b"seed = 2020-13-45", "is not TOML"),
+    "bytes": (bytes(range(256)), "cannot be read: byte 128 is not UTF-8"),
+}
+
+
+@pytest.mark.parametrize(("content", "said"), HOSTILE.values(), ids=HOSTILE)
+def test_a_damaged_recipe_is_one_sentence_that_names_the_option(tmp_path, content, said):
+    path = tmp_path / "recipe.toml"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=said) as caught:
+        build_recipe(apply_flags(read_recipe(str(path)), []))
+    assert len(str(caught.value)) <= 300
+
+
+@pytest.mark.parametrize("path", ["\0", "~nobody-x/recipe.toml", "x" * 5000, "/dev/zero", "/"])
+def test_what_is_no_path_of_a_recipe_is_refused(path):
+    with pytest.raises(UsageError, match=r"no usable path|unknown recipe|cannot be read"):
+        read_recipe(path)
+
+
+def test_a_mutated_recipe_is_read_or_refused():
+    """Shipped recipes with values of other kinds and sizes: never another error."""
+    rng, odd = (
+        random.Random(0),
+        [-1, 10**18, math.nan, "", "x", "\0", [], [[["a"]]], {"a": 1}, True],
+    )
+    refused = 0
+    for _ in range(200):
+        values = tomllib.loads(build_recipe(apply_flags(read_recipe("distill"), [])).to_toml())
+        table = rng.choice([values, *values["stages"]])
+        while (key := rng.choice([*table])) and type(table[key]) is dict and rng.random() < 0.8:
+            table = table[key]
+        table[key] = rng.choice(odd)
+        try:
+            build_recipe(apply_flags(values, ["--epochs", "1"]))
+        except UsageError:
+            refused += 1
+    assert refused > 100
 
 
 def test_a_difference_names_the_option_and_both_values():

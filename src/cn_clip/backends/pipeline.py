@@ -16,7 +16,9 @@ from PIL import Image
 
 from cn_clip.config import ModelConfig
 from cn_clip.errors import ImageError
-from cn_clip.image import MAX_PIXELS, ImageInput, describe, read_image, to_pixels
+from cn_clip.image import MAX_PIXELS, ImageInput, read_image, read_pixels
+
+_COPIED = 1 << 22  # pixels of a PIL image, of which a copy may wait for a thread
 
 PreparedImage = npt.NDArray[np.uint8]  # (3, S, S)
 
@@ -35,17 +37,14 @@ class ImagePreparation:
         Raises:
             ImageError: the image cannot be used.
         """
-        size = self.config.vision.resolution
-        image = read_image(
+        pixels = read_pixels(
             source,
+            self.config.vision.resolution,
             max_pixels=self.max_pixels,
-            fast_decode=size if self.fast_decode else None,
+            fast_decode=self.fast_decode,
             background=self.config.background,
         )
-        try:
-            return np.ascontiguousarray(np.moveaxis(to_pixels(image, size), -1, 0))
-        except (OSError, ValueError) as error:
-            raise ImageError(f"{describe(source)} cannot be prepared: {error}") from error
+        return np.ascontiguousarray(np.moveaxis(pixels, -1, 0))
 
 
 def each_image(images: ImageInput | Iterable[ImageInput]) -> Iterator[ImageInput]:
@@ -77,11 +76,15 @@ def prepared_ahead(
     waiting: deque[Future[PreparedImage | ImageError]] = deque()
     try:
         for image in images:
-            if isinstance(image, Image.Image):
+            if not isinstance(image, Image.Image):
+                waiting.append(pool.submit(attempt, image))
+            elif image.width * image.height > _COPIED:
+                waiting.append(_done(attempt(image)))
+            else:
                 # Opened lazily, it must be decoded by one thread; a bad one fails below again.
                 with suppress(ImageError):
                     image = read_image(image)
-            waiting.append(pool.submit(attempt, image))
+                waiting.append(pool.submit(attempt, image))
             if len(waiting) >= depth:
                 yield waiting.popleft().result()
         while waiting:
@@ -89,6 +92,12 @@ def prepared_ahead(
     finally:  # on an error or Ctrl-C, do not decode images that nobody waits for
         for future in waiting:
             future.cancel()
+
+
+def _done(result: PreparedImage | ImageError) -> Future[PreparedImage | ImageError]:
+    future: Future[PreparedImage | ImageError] = Future()
+    future.set_result(result)
+    return future
 
 
 def batches_by_length(

@@ -65,7 +65,11 @@ class TorchBackend:
 
 
 def load_model(
-    path: Path, *, expected: ModelConfig | None, device: str = "auto", precision: str = "auto"
+    path: Path,
+    *,
+    expected: ModelConfig | None = None,
+    device: str = "auto",
+    precision: str = "auto",
 ) -> CLIP:
     """Load a checkpoint for inference on a device; the rest is as for ``cn_clip.load``."""
     target = pick_device(device)
@@ -109,7 +113,7 @@ def _fingerprint(config: ModelConfig, state: Mapping[str, torch.Tensor]) -> str:
     return fingerprint_of(config, default_tokenizer().vocab, tensors)
 
 
-def pick_device(device: str) -> torch.device:
+def pick_device(device: str | torch.device) -> torch.device:
     """Return the device of that name; ``"auto"`` is CUDA, then Apple's MPS, then the CPU.
 
     Raises:
@@ -121,13 +125,20 @@ def pick_device(device: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         picked = torch.device(device)
-        torch.empty(1, device=picked)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+        usable = picked.type != "meta" and bool(torch.ones(1, device=picked).cpu())
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError):
+        usable = False  # each kind of device says in its own way, at length, that there is none
+    if not usable:
         raise UsageError(
-            f"device {device!r} cannot be used here ({reason}); try 'cpu' or 'auto'"
-        ) from None
+            f"device {str(device)!r} cannot be used here; torch {torch.__version__} has: "
+            f"{', '.join(_devices())}"
+        )
     return picked
+
+
+def _devices() -> list[str]:
+    cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return ["cpu", *cuda, *(["mps"] if torch.backends.mps.is_available() else [])]
 
 
 def pick_precision(precision: str, device: torch.device) -> torch.dtype:

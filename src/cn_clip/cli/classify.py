@@ -14,6 +14,8 @@ from rich.table import Table
 from cn_clip.cli.loading import DEFAULT, Loading
 from cn_clip.cli.show import BAR_WIDTH, Flag, bar, console, print_json, progress
 from cn_clip.errors import UsageError
+from cn_clip.files import MAX_TEXT, as_path, lines_of
+from cn_clip.text import path_text, valid_text
 
 if TYPE_CHECKING:
     from cn_clip.eval.calibration import Calibration
@@ -88,7 +90,7 @@ def classify(
                     shown.append(_as_json(path, best, fitted))
                 else:
                     out.print(_table(path, best, fitted))
-            failed += [{"image": str(chunk[i]), "error": str(e)} for i, e in errors.items()]
+            failed += [{"image": path_text(chunk[i]), "error": str(e)} for i, e in errors.items()]
             bars.advance(task, len(chunk))
 
     if json:
@@ -96,7 +98,7 @@ def classify(
             {
                 "model": embedder.name,
                 "logit_scale": embedder.logit_scale,
-                "templates": list(template),
+                "templates": [valid_text(each) for each in template],
                 "labels": names,
                 "images": shown,
                 "failed": failed,
@@ -116,8 +118,14 @@ def _read_labels(given: str | None, file: str | None) -> list[str]:
         return re.split("[,，、]", given)
     assert file is not None
     try:
-        raw = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-        lines = raw.decode("utf-8-sig").splitlines()
+        if file == "-":
+            raw = sys.stdin.buffer.read(MAX_TEXT + 1)
+        else:  # not by read_file: a pipe, such as <(command), is welcome here
+            with as_path(file).open("rb") as stream:
+                raw = stream.read(MAX_TEXT + 1)
+        if len(raw) > MAX_TEXT:
+            raise UsageError(f"--labels-file {file} has more than {MAX_TEXT:,} bytes; give labels")
+        lines = lines_of(raw)
     except OSError as error:
         raise UsageError(f"--labels-file {file} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -133,14 +141,14 @@ def _as_json(
     keys = ("label", "probability", "cosine")
     rows: list[dict[str, Any]] = [dict(zip(keys, row, strict=True)) for row in best]
     if fitted is None:
-        return {"image": str(path), "predictions": rows}
+        return {"image": path_text(path), "predictions": rows}
     for row, match in zip(rows, _matches(best, fitted), strict=True):
         row["match"] = match
-    return {"image": str(path), "none_of_these": _none_of(best, fitted), "predictions": rows}
+    return {"image": path_text(path), "none_of_these": _none_of(best, fitted), "predictions": rows}
 
 
 def _table(path: Path, best: list[tuple[str, float, float]], fitted: Calibration | None) -> Table:
-    title = escape(str(path))
+    title = escape(path_text(path))
     if fitted is not None and _none_of(best, fitted):
         title += f"\n[red]none of these[/red]: cosine below {fitted.thresholds['labels']:.3f}"
     table = Table(title=title, title_justify="left", box=None, header_style="dim")

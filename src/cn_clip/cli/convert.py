@@ -39,7 +39,7 @@ def convert(
     dtype
         The precision to write; by default that of the input.
     overwrite
-        Replace what is at OUT.
+        Replace what this command wrote at OUT.
     json
         Print JSON instead of a table.
     """

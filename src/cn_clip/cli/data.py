@@ -7,13 +7,16 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from cyclopts import App
 from rich.table import Table
 
-from cn_clip.cli.show import Flag, console, print_json, progress
-from cn_clip.errors import UsageError
+from cn_clip.cli.show import Flag, check_apart, console, print_json, progress
+from cn_clip.errors import one_line
+
+if TYPE_CHECKING:
+    from cn_clip.data.pair import Source
 
 data = App(name="data", help="Pack, check and decontaminate training data.")
 
@@ -66,7 +69,7 @@ def pack(
     workers
         Processes; by default one for each processor. 0 works in this one.
     overwrite
-        Replace what is at OUT.
+        Replace what this command wrote at OUT.
     json
         Print JSON instead of a sentence.
     """
@@ -74,11 +77,15 @@ def pack(
 
     from cn_clip.data.decontaminate import read_removed
     from cn_clip.data.encode import Encoding
-    from cn_clip.data.pack import pack
-    from cn_clip.data.sources import open_source
+    from cn_clip.data.pack import claim_pack, pack
+    from cn_clip.data.sources import open_source, paths_of
 
     encodings = {None: None, "jpeg": "JPEG", "webp": "WEBP"}
+    inputs = paths_of(source)
+    inputs += [] if without is None else [Path(without)]
+    claim_pack(out, to=to, inputs=inputs, overwrite=overwrite)
     opened = open_source(source)
+    _note_unmatched(opened)
     with _ticking("packing pictures") as tick:
         done = pack(
             opened,
@@ -89,6 +96,7 @@ def pack(
             images_per_shard=images_per_shard,
             split=split,
             workers=_processes(workers),
+            inputs=inputs,
             overwrite=overwrite,
             tick=tick,
         )
@@ -137,9 +145,12 @@ def check(
         Print JSON instead of a table.
     """
     from cn_clip.data.check import KINDS, check
+    from cn_clip.data.page import claim_page
     from cn_clip.data.report import write_report
-    from cn_clip.data.sources import open_source
+    from cn_clip.data.sources import open_source, paths_of
 
+    if report is not None:
+        claim_page(report, "data check", inputs=paths_of(source))
     opened = open_source(source)
     with _ticking("checking") as tick:
         found = check(
@@ -224,16 +235,22 @@ def decontaminate(
     workers
         Processes; by default one for each processor. 0 works in this one.
     overwrite
-        Replace what is at OUT.
+        Replace what this command wrote at OUT.
     json
         Print JSON instead of a sentence.
     """
-    from cn_clip.data.decontaminate import decontaminate, write_page, write_removed
-    from cn_clip.data.sources import open_source
+    from cn_clip.data.decontaminate import claim_removed, decontaminate, write_page, write_removed
+    from cn_clip.data.page import claim_page
+    from cn_clip.data.sources import open_source, paths_of
 
-    if Path(out).exists() and not overwrite:
-        raise UsageError(f"{out} exists; give another place, or --overwrite to replace it")
+    inputs = [*paths_of(source), *paths_of(against)]
+    claim_removed(out, inputs=inputs, overwrite=overwrite)
+    if report is not None:
+        claim_page(report, "data decontaminate", inputs=inputs)
+        check_apart(out, report)
     train, test = open_source(source), open_source(against)
+    for opened in (train, test):
+        _note_unmatched(opened)
     with _ticking("comparing pictures") as tick:
         found = decontaminate(
             train,
@@ -277,6 +294,15 @@ def _ticking(what: str) -> Iterator[Callable[[int, int], None]]:
     with progress() as bars:
         task = bars.add_task(what, total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def _note_unmatched(source: Source) -> None:
+    if alone := source.unmatched():
+        print(
+            f"cn-clip: warning: {len(alone):,} of {source.name} make no pair (the first: "
+            f"{one_line(alone[0])}); cn-clip data check lists them",
+            file=sys.stderr,
+        )
 
 
 def _list(sentences: list[str], out: str) -> None:

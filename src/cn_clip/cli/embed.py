@@ -37,17 +37,19 @@ def embed(
         X.npz (embeddings, ids, about), X.jsonl (official features), or a folder (clip-retrieval's
         layout: img_emb and metadata).
     overwrite
-        Replace what is at OUT, and begin anew.
+        Replace what this command wrote at OUT, and begin anew.
     json
         Print JSON instead of a sentence.
     """
-    from cn_clip.extract import extract
+    from cn_clip.extract import claim_out, extract
     from cn_clip.inputs import read_images, read_texts
 
     if not inputs:
         raise UsageError(f"nothing to embed; give the {kind} after `cn-clip embed {kind}`")
     read = read_images if kind == "images" else read_texts
     listed = list(read(inputs)) if _quick_to_list(inputs) else None
+    sources = (*inputs, *loading.paths)
+    claim_out(out, inputs=sources, overwrite=overwrite)
     embedder = loading.load()
     with progress() as bars:
         task = bars.add_task(f"embedding {kind}", total=len(listed) if listed else None)
@@ -60,7 +62,15 @@ def embed(
             told = f"embedding {kind}, {rate:,.0f} a second, {_memory():,.0f} MB"
             bars.update(task, advance=more, description=told)
 
-        done = extract(embedder, kind, listed or read(inputs), out, overwrite=overwrite, tick=tick)
+        done = extract(
+            embedder,
+            kind,
+            listed or read(inputs),
+            out,
+            inputs=sources,
+            overwrite=overwrite,
+            tick=tick,
+        )
     for _, reason in done.failed:
         print(f"cn-clip: {reason}", file=sys.stderr)
     if json:

@@ -39,6 +39,11 @@ class Loading:
     fast_decode: Flag = False
     download_root: str | None = None
 
+    @property
+    def paths(self) -> list[str]:
+        """What is read of one's own files, so that no output may touch it."""
+        return model_paths(self.model)
+
     def load(self, model: str | None = None) -> Embedder:
         """Load the model, or another one in the same way."""
         from cn_clip.embedder import load  # not before: it waits for numpy
@@ -50,6 +55,14 @@ class Loading:
             fast_decode=self.fast_decode,
             download_root=self.download_root,
         )
+
+
+def model_paths(*models: str | None) -> list[str]:
+    """Return those of some models that are given by a path, not by a name."""
+    from cn_clip import hub
+
+    named = hub.names()
+    return [each for each in models if each is not None and each.replace("/", "-") not in named]
 
 
 DEFAULT = Loading()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cn_clip.errors import UsageError
 
 BAR_WIDTH = 20
 
@@ -21,8 +24,10 @@ def console() -> Console:
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON document, with Chinese readable."""
-    print(json.dumps(value, ensure_ascii=False, indent=2))
+    """Print one JSON document, with Chinese readable where the output can hold it."""
+    # Elsewhere the console's own escapes, such as \xe9, are no JSON.
+    unicode = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
+    print(json.dumps(value, ensure_ascii=not unicode, indent=2))
 
 
 def progress() -> Progress:
@@ -36,6 +41,12 @@ def progress() -> Progress:
         transient=True,
         disable=not sys.stderr.isatty(),
     )
+
+
+def check_apart(out: str, report: str) -> None:
+    """Refuse one place for two outputs of a command."""
+    if os.path.realpath(out) == os.path.realpath(report):
+        raise UsageError(f"--out and --report are both {out}; give each a place of its own")
 
 
 def bar(share: float) -> str:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from cn_clip.cli.show import Flag, console, print_json, progress
 from cn_clip.errors import UsageError
+from cn_clip.processes import drop_dead_terminal
 
 Flags = Annotated[str, Parameter(show=False, allow_leading_hyphen=True)]
 
@@ -33,7 +34,8 @@ def train(
     --val-data, --lr, --batch-size, and so on. Several processes: torchrun --nproc-per-node 8 -m
     cn_clip train ...
 
-    Exit code 130 or 143: it was told to stop, and has saved its state.
+    Exit code 130, 143 or 129: it was told to stop by Ctrl-C, SIGTERM or the end of its terminal,
+    and has saved its state.
 
     Parameters
     ----------
@@ -63,8 +65,7 @@ def train(
     given = list(flags)
     if resume not in (None, "auto"):
         given += ["--start.checkpoint", str(resume)]
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    built = build_recipe(apply_flags(read_recipe(recipe), given, world))
+    built = build_recipe(apply_flags(read_recipe(recipe), given, _world_size()))
     if show == "recipe":
         print(built.to_toml(), end="")
         return 0
@@ -80,7 +81,11 @@ def train(
     try:
         with _narrating(quiet) as tell:
             outcome = carry_out(
-                built, resume=resume == "auto", allow_changes=allow_changes, tell=tell
+                built,
+                resume=resume == "auto",
+                allow_changes=allow_changes,
+                inputs=[] if recipe in shipped() else [recipe],
+                tell=tell,
             )
     except InterruptedRun as stopped:
         if os.environ.get("RANK", "0") == "0":
@@ -91,6 +96,14 @@ def train(
     elif not quiet:
         _summary(outcome)
     return 0
+
+
+def _world_size() -> int:
+    """Return the number of processes, which torchrun states."""
+    stated = os.environ.get("WORLD_SIZE") or "1"
+    if not stated.isdecimal() or int(stated) < 1:
+        raise UsageError(f"WORLD_SIZE is {stated!r}; start several processes with torchrun")
+    return int(stated)
 
 
 @contextmanager
@@ -104,6 +117,7 @@ def _narrating(quiet: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
         out = console() if bars.disable else bars.console
 
         def tell(event: dict[str, Any]) -> None:
+            drop_dead_terminal()  # a run in the background outlives it
             if event["kind"] == "tick":
                 what = event["what"]
                 if what not in tasks:

@@ -12,7 +12,9 @@ with those on record; ``cn_clip.load`` keeps the precision of the file.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cn_clip import hub, weights
-from cn_clip.config import CLIP_MEAN, CLIP_STD, PUBLISHED, ModelConfig, model_config
+from cn_clip.backends.torch import pick_device
+from cn_clip.clip.transforms import Normalize, Resize, ToTensor, convert_to_rgb
+from cn_clip.config import PUBLISHED, ModelConfig, model_config
 from cn_clip.errors import CheckpointError, UnknownModelError, UsageError
-from cn_clip.image import normalize, to_pixels
+from cn_clip.image_modes import DEEP
 from cn_clip.model.clip import CLIP, initialize
 from cn_clip.model.vision import SelfAttention, VisionTransformer
 from cn_clip.tokenizer import default_tokenizer
@@ -42,17 +46,43 @@ _tokenizer = default_tokenizer()  # under the name that scripts reach for
 
 
 class ImageTransform:
-    """PIL image to a float32 tensor (3, S, S), exactly as the official preprocessing."""
+    """PIL image to a float32 tensor (3, S, S), exactly as the official preprocessing.
 
-    def __init__(self, image_size: int) -> None:
+    That clips 16-bit and float values at 255, which the first such image warns of.
+
+    ``transforms`` are its steps, a list as torchvision's ``Compose`` has it.
+    """
+
+    def __init__(self, image_size: int, normalize: Normalize) -> None:
         self.image_size = image_size
-        self.mean, self.std = CLIP_MEAN, CLIP_STD
+        self.transforms: list[Callable[[Any], Any]] = [
+            Resize((image_size, image_size)),
+            convert_to_rgb,
+            ToTensor(),
+            normalize,
+        ]
 
     def __call__(self, image: Image.Image) -> Tensor:
-        return torch.from_numpy(normalize(to_pixels(image, self.image_size), self.mean, self.std))
+        if image.mode in DEEP:
+            _warn_of_clipping(image.mode)
+        value: Any = image
+        for transform in self.transforms:
+            value = transform(value)
+        return value  # type: ignore[no-any-return]
 
     def __repr__(self) -> str:
         return f"ImageTransform(image_size={self.image_size})"
+
+
+@cache
+def _warn_of_clipping(mode: str) -> None:
+    """Warn once of each mode."""
+    warnings.warn(
+        f"an image of mode {mode}: values above 255 become white, as in the official "
+        "preprocessing; convert it to 8 bits first, or use cn_clip.load().embed_images, which "
+        "scales it",
+        stacklevel=3,
+    )
 
 
 def available_models() -> list[str]:
@@ -62,7 +92,7 @@ def available_models() -> list[str]:
 
 def image_transform(image_size: int = 224) -> ImageTransform:
     """Return the preprocessing: squash bicubic, RGB, ``/255``, CLIP mean and std."""
-    return ImageTransform(image_size)
+    return ImageTransform(image_size, Normalize())
 
 
 def tokenize(texts: str | Sequence[str], context_length: int = 52) -> torch.LongTensor:
@@ -102,7 +132,9 @@ def load_from_name(
         UnknownModelError: neither a name nor a path.
         MissingWeightsError: the weights are neither here nor to be downloaded.
         CheckpointError: the file is damaged, refused, or holds another model.
+        UsageError: the device cannot be had.
     """
+    target = _device(device)
     wanted: ModelConfig | None = None
     if name in PUBLISHED:
         path = hub.locate(name, download_root=download_root, use_modelscope=use_modelscope or None)
@@ -130,7 +162,7 @@ def load_from_name(
             f"not input_resolution={input_resolution}"
         )
     model = _round_as_official(weights.build(checkpoint))
-    model.to(device if device is not None else _default_device())
+    model.to(target)
     return model, _transform_of(model.config)
 
 
@@ -139,8 +171,8 @@ def create_model(model_name: str, checkpoint: Mapping[str, Any] | None = None) -
 
     Args:
         model_name: such as ``"ViT-B-16@RoBERTa-wwm-ext-base-chinese"``.
-        checkpoint: what ``torch.load`` of an official file returns, with ``"state_dict"`` inside;
-            without it the weights are drawn at random, from torch's global generator.
+        checkpoint: what ``torch.load`` of an official file returns, the state dict or a dict that
+            holds it; without it the weights are drawn at random, from torch's global generator.
 
     Raises:
         UnknownModelError: a tower is unknown.
@@ -153,7 +185,7 @@ def create_model(model_name: str, checkpoint: Mapping[str, Any] | None = None) -
         model.to_empty(device="cpu")
         initialize(model)
         return model.eval()
-    tensors, dropped = weights.official_names(checkpoint["state_dict"])
+    tensors, dropped = weights.official_names(weights.state_dict_in(checkpoint, "the checkpoint"))
     weights.check_model(weights.infer_config(tensors, "the checkpoint"), config, "the checkpoint")
     own = {name: tensor.clone() for name, tensor in tensors.items()}
     return _round_as_official(weights.build(weights.Checkpoint(config, own, dropped)))
@@ -180,7 +212,9 @@ def load(
 
     Raises:
         CheckpointError: a tower in a file is not whole, or of another shape.
+        UsageError: the device cannot be had.
     """
+    target = _device(device)
     state = model.state_dict()
     given: dict[str, Tensor] = {}
     for path, prefix, read in (
@@ -198,7 +232,7 @@ def load(
         weights.check_fit(tower, wanted, f"the {prefix}* tower from {path}")
         given |= tower
     model.load_state_dict(state | given)
-    return model.to(device if device is not None else _default_device()).eval()
+    return model.to(target).eval()
 
 
 def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -228,11 +262,11 @@ def _round_as_official(model: CLIP) -> CLIP:
     return model
 
 
-def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return pick_device(device)
 
 
 def _transform_of(config: ModelConfig) -> ImageTransform:
-    transform = image_transform(config.vision.resolution)
-    transform.mean, transform.std = config.image_mean, config.image_std
-    return transform
+    return ImageTransform(config.vision.resolution, Normalize(config.image_mean, config.image_std))

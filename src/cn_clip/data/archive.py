@@ -4,29 +4,39 @@ from __future__ import annotations
 
 import io
 import json
+import posixpath
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from cn_clip.data.cache import index_path
+from cn_clip.data.cache import cached
 from cn_clip.data.lines import json_object, read_at
 from cn_clip.data.pair import Row
 from cn_clip.errors import DataError
+from cn_clip.files import MAX_FILE, MAX_TEXT, check_plain, mistaken, passed_over
 from cn_clip.image import SUFFIXES
-from cn_clip.publish import published
+from cn_clip.text import path_text, read_json
 
 _TEXT, _JSON = (".txt", ".caption"), (".json",)
-_LARGEST = 1 << 30  # bytes of a member; a picture of this size is none
+_PARTS = frozenset((*SUFFIXES, *_TEXT, *_JSON))
 _BLOCK = 512
+_FORMAT = ".2.npz"  # of the index; another one is built anew
+
+_HEADER = 1 << 16  # bytes of a header; the parser of tarfile takes their square in time
 
 
 class Tar:
-    """One shard: members ``KEY.jpg``, ``KEY.txt``, ``KEY.json`` side by side make a sample.
+    """One shard: members ``KEY.jpg``, ``KEY.txt``, ``KEY.json`` make a sample, in any order.
+
+    KEY is a member's path without its last suffix. Members that have no partner so, but one up to
+    the first dot of their names, as WebDataset has it, make a sample as well: ``KEY.img.jpg`` and
+    ``KEY.cap.txt``.
 
     The text is that of ``KEY.txt``, else ``caption`` or ``text`` in the JSON. A list ``texts`` in
     the JSON, as ``write_shard`` writes it, makes a pair of each. The ids are those in the JSON,
@@ -38,20 +48,18 @@ class Tar:
 
         Raises:
             DataError: it is no whole tar, one still being written say, or holds no sample.
+            CNClipError: there is no place to write the index.
         """
-        self.name = name or f"tar:{path}"
+        self.name = path_text(name or f"tar:{path}")
         self._path = path
         try:
-            index = index_path(path, ".npz")
+            check_plain(path)
+            index = cached(path, _FORMAT, lambda to: _write_index(_scan(path), to), _read_index)
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}") from None
-        if not index.is_file():
-            _write_index(_scan(path), index)
-        with np.load(index) as stored:
-            self._spans: npt.NDArray[np.int64] = stored["spans"]
-            self._pairs: npt.NDArray[np.int32] = stored["pairs"]
-            self._keys = bytes(stored["keys"]).decode().split("\n")
-            self._unmatched: list[str] = json.loads(bytes(stored["unmatched"]))
+        self._spans: npt.NDArray[np.int64] = index.spans
+        self._pairs: npt.NDArray[np.int32] = index.pairs
+        self._keys, self._unmatched = index.keys, index.unmatched
         if not len(self._pairs):
             raise DataError(f"{path} holds no picture with a text or JSON of the same name")
 
@@ -68,8 +76,10 @@ class Tar:
             values = json_object(content, f"the JSON of {self.where(index)}")
         image_id = str(values.get("image_id", values.get("key", key)))
         if which >= 0:
-            own = values["texts"][which]
-            return Row(own["text"], image_id, own["text_id"])
+            texts = _texts(values)
+            if which >= len(texts):
+                raise DataError(f"{self.where(index)} has changed since it was opened; start again")
+            return Row(texts[which]["text"], image_id, texts[which]["text_id"])
         text = values.get("caption", values.get("text"))
         if text_size:
             try:
@@ -87,7 +97,7 @@ class Tar:
         return read_at(self._path, start, size)
 
     def where(self, index: int) -> str:
-        return f"{self._path}, member {self._keys[self._pairs[index, 0]]}"
+        return f"{path_text(self._path)}, member {self._keys[self._pairs[index, 0]]}"
 
     def unmatched(self) -> list[str]:
         return self._unmatched
@@ -122,118 +132,226 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> None:
                 archive.addfile(info, io.BytesIO(content))
 
 
+_Span = tuple[int, int]  # offset and size
+
+
 @dataclass(slots=True)
 class _Index:
     """Of every sample: key, and (offset, size) of picture, text and JSON; of every pair: sample
     and which of its texts, -1 if it has but one."""
 
-    keys: list[str] = field(default_factory=list)
-    spans: list[tuple[int, ...]] = field(default_factory=list)
-    pairs: list[tuple[int, int]] = field(default_factory=list)
-    unmatched: list[str] = field(default_factory=list)
+    keys: list[str]
+    spans: npt.NDArray[np.int64]
+    pairs: npt.NDArray[np.int32]
+    unmatched: list[str]
+
+
+@dataclass(slots=True)
+class _Held:
+    """The members of one name: image, text and JSON, by suffix, in the order they were met."""
+
+    key: str
+    parts: dict[str, _Span] = field(default_factory=dict)
+
+    def part(self, suffixes: Sequence[str]) -> _Span | None:
+        return next((self.parts[each] for each in suffixes if each in self.parts), None)
+
+    @property
+    def image(self) -> _Span | None:
+        return self.part(SUFFIXES)
+
+    @property
+    def told(self) -> bool:
+        """Whether there is a text or JSON."""
+        return self.part((*_TEXT, *_JSON)) is not None
 
 
 def _scan(path: Path) -> _Index:
-    index = _Index()
-    held: dict[str, tuple[int, int]] = {}
-    current = None
     try:
         with path.open("rb", buffering=1 << 20) as stream:
-            for member in _members(stream, path):
-                refused = _refused(member)
-                if refused:
-                    index.unmatched.append(f"{path}, member {member.name!r} is left out: {refused}")
-                    continue
-                folder, _, base = member.name.rpartition("/")
-                stem, dot, suffix = base.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
-                if key != current:
-                    _close(index, current, held, stream, path)
-                    current, held = key, {}
-                held[f"{dot}{suffix}".lower()] = (member.offset_data, member.size)
-            _close(index, current, held, stream, path)
-    except tarfile.TarError as error:
-        raise DataError(f"{path} is not a whole tar file: {error}; make it anew") from None
-    return index
+            return _indexed(stream, path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _members(stream: Any, path: Path) -> Iterator[tarfile.TarInfo]:
+def _indexed(stream: BinaryIO, path: Path) -> _Index:
+    unmatched: list[str] = []
+    samples, alone = _matched(_gathered(stream, path, unmatched))
+    for each in alone:
+        lacks = "no picture" if each.image is None else "neither text nor JSON"
+        unmatched.append(f"{path_text(path)}, member {each.key} has {lacks}")
+    spans, pairs = [], []
+    for number, sample in enumerate(samples):
+        values = sample.part(_JSON) or (0, 0)
+        spans.append((*(sample.image or (0, 0)), *(sample.part(_TEXT) or (0, 0)), *values))
+        stream.seek(values[0])
+        content = stream.read(values[1])
+        texts = _texts(_json(content)) if b'"texts"' in content else ()
+        pairs += [(number, at) for at in range(len(texts))] or [(number, -1)]
+    return _Index(
+        [sample.key for sample in samples],
+        np.array(spans, np.int64).reshape(-1, 6),
+        np.array(pairs, np.int32).reshape(-1, 2),
+        unmatched,
+    )
+
+
+def _gathered(stream: BinaryIO, path: Path, unmatched: list[str]) -> list[_Held]:
+    """Return the members of each name, wherever they stand in the archive.
+
+    A name that comes again, as in archives joined to one, begins another sample.
+    """
+    latest: dict[str, _Held] = {}
+    count: Counter[str] = Counter()
+    found: list[_Held] = []
+    others: list[Path] = []
+    for member in _members(stream, path):
+        if refused := _refused(member):
+            name = path_text(member.name)
+            unmatched.append(f"{path_text(path)}, member {name!r} is left out: {refused}")
+            continue
+        folder, _, base = posixpath.normpath(path_text(member.name)).rpartition("/")
+        stem, suffix = posixpath.splitext(base)
+        suffix = suffix.lower()
+        if suffix not in _PARTS or base.startswith("._"):  # KEY.cls, and what macOS adds
+            others.append(Path(base))
+            continue
+        key = f"{folder}/{stem}" if folder else stem
+        if key not in latest or suffix in latest[key].parts:
+            count[key] += 1
+            latest[key] = _Held(key if count[key] == 1 else f"{key}#{count[key]}")
+            found.append(latest[key])
+        latest[key].parts[suffix] = (member.offset_data, member.size)
+    if passed := passed_over(others, (".cls", ".index"), path):
+        unmatched.append(passed)
+    return found
+
+
+def _matched(held: list[_Held]) -> tuple[list[_Held], list[_Held]]:
+    """Return the samples, in the order of their first members, and the names that make none."""
+    groups: dict[str, list[_Held]] = {}
+    for each in held:
+        folder, _, base = each.key.rpartition("/")
+        key = f"{folder}/{base.partition('.')[0]}" if folder else base.partition(".")[0]
+        groups.setdefault(key, []).append(each)
+    samples: list[_Held] = []
+    alone: list[_Held] = []
+    for key, group in groups.items():
+        whole = [each for each in group if each.image is not None and each.told]
+        images = [each for each in group if each.image is not None]
+        told = [each for each in group if each.told]
+        if not whole and len(images) == 1 and told:
+            parts = {
+                suffix: span for each in (*told, *images) for suffix, span in each.parts.items()
+            }
+            if sum(len(each.parts) for each in group) == len(parts):
+                samples.append(_Held(key, parts))
+                continue
+        samples += whole
+        # Beside KEY.jpg, KEY.seg.png is another part of its sample.
+        if not any(each.key == key for each in whole):
+            alone += [each for each in group if each.image is None or not each.told]
+    return samples, alone
+
+
+class _Within:
+    """A stream for headers, which may claim any size: it never reads, or reserves memory, beyond
+    its end."""
+
+    def __init__(self, stream: BinaryIO, size: int) -> None:
+        self._stream, self._size = stream, size
+        self.tell = stream.tell
+
+    def read(self, size: int) -> bytes:
+        if size > _HEADER:
+            raise tarfile.ReadError(f"a header claims {size:,} bytes")
+        return self._stream.read(max(0, min(size, self._size - self._stream.tell())))
+
+    def seek(self, offset: int) -> int:
+        return self._stream.seek(min(offset, self._size))
+
+
+def _members(stream: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
     """Yield the regular members and links; raise unless the archive is closed as it should be."""
     size = path.stat().st_size
-    with tarfile.open(fileobj=stream, mode="r:", errorlevel=2) as archive:
-        end = 0
-        while (member := archive.next()) is not None:
-            archive.members = []  # type: ignore[attr-defined]  # kept, they are gigabytes
-            if member.size < 0:  # the next header would be looked for backwards, for ever
-                raise DataError(f"{path}, member {member.name!r} claims {member.size} bytes")
-            if member.isdir():
-                continue
-            end = member.offset_data + member.size
-            if member.isreg() and end > size:
-                break
-            yield member
-        if size < end + _BLOCK or any(read_at(path, -(-end // _BLOCK) * _BLOCK, _BLOCK)):
-            raise DataError(
-                f"{path} ends within {member.name if member else 'its last member'}: it is still "
-                "being written, or was cut off; wait for its end, or make it anew"
-            )
+    if what := mistaken(stream.read(32)):
+        raise DataError(f"{path} is {what}; pairs are read out of a plain .tar")
+    stream.seek(0)
+    within: Any = _Within(stream, size)
+    archive = _parsed(path, lambda: tarfile.TarFile(fileobj=within, errorlevel=2))
+    end = 0
+    while (member := _parsed(path, archive.next)) is not None:
+        archive.members = []  # kept, they are gigabytes
+        if member.size < 0:  # the next header would be looked for backwards, for ever
+            raise DataError(f"{path}, member {member.name!r} claims {member.size} bytes")
+        if member.isdir():
+            continue
+        end = member.offset_data + member.size
+        if member.isreg() and end > size:
+            break
+        yield member
+    if size < end + _BLOCK or any(read_at(path, -(-end // _BLOCK) * _BLOCK, _BLOCK)):
+        raise DataError(
+            f"{path} ends within {member.name if member else 'its last member'}: it is still "
+            "being written, or was cut off; wait for its end, or make it anew"
+        )
+
+
+def _parsed(path: Path, read: Callable[[], Any]) -> Any:
+    """Run the tar parser over the bytes of a file; damaged headers make it raise many kinds."""
+    try:
+        return read()
+    except Exception as error:
+        raise DataError(
+            f"{path} is not a whole tar file: {error or type(error).__name__}; make it anew"
+        ) from None
 
 
 def _refused(member: tarfile.TarInfo) -> str | None:
+    if member.islnk():
+        return f"it is a hard link to {path_text(member.linkname)!r}; pack it as a file"
     if not member.isreg() or member.issparse():
         return "it is a link, a device or sparse, not a plain file"
     if member.name.startswith(("/", "\\")) or ".." in member.name.replace("\\", "/").split("/"):
         return "its name leads out of the archive"
     if "\n" in member.name:
         return "its name has a line break"
-    if member.size > _LARGEST:
-        return f"it has {member.size:,} bytes, above the limit of {_LARGEST:,}"
+    limit = MAX_TEXT if member.name.lower().endswith((*_TEXT, *_JSON)) else MAX_FILE
+    if member.size > limit:
+        return f"it has {member.size:,} bytes, above the limit of {limit:,}"
     return None
 
 
-def _close(
-    index: _Index, key: str | None, held: dict[str, tuple[int, int]], stream: Any, path: Path
-) -> None:
-    """Add the members of one key to the index, as the pairs that they make."""
-    if key is None:
-        return
-    image, text, values = (_first(held, each) for each in (SUFFIXES, _TEXT, _JSON))
-    if image is None or (text is None and values is None):
-        lacks = "no picture" if image is None else "neither text nor JSON"
-        index.unmatched.append(f"{path}, member {key} has {lacks}")
-        return
-    texts: Sequence[Any] = ()
-    if values is not None:
-        back = stream.tell()
-        stream.seek(values[0])
-        content = stream.read(values[1])
-        stream.seek(back)
-        texts = _texts(content) if b'"texts"' in content else ()
-    sample = len(index.keys)
-    index.keys.append(key)
-    index.spans.append((*image, *(text or (0, 0)), *(values or (0, 0))))
-    index.pairs += [(sample, at) for at in range(len(texts))] or [(sample, -1)]
+def _json(content: bytes) -> Any:
+    try:
+        return read_json(content)
+    except ValueError:
+        return None
 
 
-def _texts(content: bytes) -> Sequence[Any]:
+def _texts(values: Any) -> Sequence[dict[str, str]]:
     """Return the list of texts in a sample's JSON, if it is one as ``write_shard`` writes it."""
     try:
-        texts = json.loads(content)["texts"]
+        texts: Sequence[dict[str, str]] = values["texts"]
         return texts if all(isinstance(t["text"] + t["text_id"], str) for t in texts) else ()
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (KeyError, TypeError):
         return ()
 
 
-def _first(held: dict[str, tuple[int, int]], suffixes: Sequence[str]) -> tuple[int, int] | None:
-    return next((held[suffix] for suffix in suffixes if suffix in held), None)
-
-
 def _write_index(index: _Index, path: Path) -> None:
-    with published(path) as temporary, temporary.open("wb") as stream:
+    with path.open("wb") as stream:
         np.savez(
             stream,
-            spans=np.array(index.spans, np.int64).reshape(-1, 6),
-            pairs=np.array(index.pairs, np.int32).reshape(-1, 2),
+            spans=index.spans,
+            pairs=index.pairs,
             keys=np.frombuffer("\n".join(index.keys).encode(), np.uint8),
             unmatched=np.frombuffer(json.dumps(index.unmatched).encode(), np.uint8),
+        )
+
+
+def _read_index(path: Path) -> _Index:
+    with path.open("rb") as stream, np.load(stream) as stored:
+        keys = bytes(stored["keys"]).decode().split("\n")
+        return _Index(
+            keys, stored["spans"], stored["pairs"], json.loads(bytes(stored["unmatched"]))
         )

@@ -23,6 +23,7 @@ from cn_clip.data.sources import id_digest
 from cn_clip.data.workers import chunked, mapped
 from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.image import read_image
+from cn_clip.text import REPLACEMENT
 from cn_clip.tokenizer import CONTEXT_LENGTH, default_tokenizer
 
 # kind -> whether it makes a source unfit, and what it means
@@ -31,7 +32,8 @@ KINDS = {
     "picture": (True, "pictures missing or damaged"),
     "empty": (True, "captions without a word"),
     "text id": (True, "text ids used for two texts"),
-    "unmatched": (False, "pictures or texts without the other"),
+    "unmatched": (False, "pictures, texts or files that make no pair"),
+    "character": (False, "captions with a broken character (U+FFFD)"),
     "long": (False, "captions longer than the context length"),
     "pair": (False, "pairs that come twice"),
     "same caption": (False, "captions used for several pictures"),
@@ -179,6 +181,7 @@ class _Told:
         digests: uint64 (3, N), of the picture, the text id and the text.
         tokens: how many the texts have; 0 where the row cannot be read.
         languages: how many texts there are in each.
+        broken: the rows whose text has a character that was half of one, or bytes of none.
         errors: why the rows with 0 tokens cannot be read.
     """
 
@@ -186,6 +189,7 @@ class _Told:
     digests: npt.NDArray[np.uint64]
     tokens: npt.NDArray[np.int64]
     languages: Counter[str]
+    broken: list[int]
     errors: list[str]
 
 
@@ -200,6 +204,7 @@ class _Rows:
             np.zeros(len(indexes), dtype=np.int64),
             Counter(),
             [],
+            [],
         )
         readable, texts = [], []
         for at, index in enumerate(indexes):
@@ -212,6 +217,8 @@ class _Rows:
             text_id = id_digest(self.source, index, row.text_id)
             told.digests[:, at] = picture, text_id, digest(plain(row.text))
             told.languages[language_of(row.text)] += 1
+            if REPLACEMENT in row.text:
+                told.broken.append(index)
             readable.append(at)
             texts.append(row.text)
         # A large length, because what is over the limit is to be told with its true length.
@@ -233,6 +240,11 @@ def _judge_rows(source: Source, told: _Told, found: Checked) -> None:
     def empty(index: int) -> str:
         return f"{source.where(index)}: its text holds no word"
 
+    def broken(index: int) -> str:
+        return f"{source.where(index)}: {source.row(index).text[:40]!r} has a broken character"
+
+    if told.broken:
+        found.add_all("character", np.array(told.broken, dtype=np.int64), broken)
     long = (told.tokens > found.context_length) & (told.tokens > _NO_WORD)
     found.add_all("empty", told.start + np.flatnonzero(told.tokens == _NO_WORD), empty)
     found.add_all("long", told.start + np.flatnonzero(long), cut)
@@ -309,6 +321,7 @@ class _Pictures:
             sides.append(min(image.size))
             if self.hashed:
                 hashes.append(hash_image(image))
+            del image  # not beside the next one: both may be large
         stacked = np.stack(hashes) if hashes else np.empty((0, WORDS), dtype=np.uint64)
         return _Seen(
             np.array(whole, dtype=np.int64), np.array(sides, dtype=np.int64), stacked, errors

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
@@ -29,10 +29,13 @@ from cn_clip.data.similar import (
 from cn_clip.data.sources import id_digest
 from cn_clip.data.workers import chunked, mapped
 from cn_clip.errors import CNClipError, DataError, UsageError
+from cn_clip.files import MAX_FILE, read_lines
 from cn_clip.image import read_image
-from cn_clip.publish import published
+from cn_clip.publish import begins, claim, file_by, published, unwritable_named, write_text
+from cn_clip.text import read_json
 
 _CHUNK = 128
+_FORMAT = "cn-clip data decontaminate 1"  # stands first in the list of what is removed
 _SHOWN = 200  # removed pairs on the page
 _DECODED = 256  # pixels that a JPEG is decoded to at least: a hash sees 64
 
@@ -137,25 +140,39 @@ def decontaminate(
     return found
 
 
+def claim_removed(
+    out: str | Path, *, inputs: Iterable[str | Path] = (), overwrite: bool = False
+) -> Path:
+    """Check that the list may be written to ``out``; nothing is touched. Return it as a path.
+
+    Raises:
+        UsageError: see ``publish.claim``.
+    """
+    own = begins(json.dumps({"format": _FORMAT})[:-1].encode())
+    return claim(out, file_by("data decontaminate", own), inputs=inputs, overwrite=overwrite)
+
+
 def write_removed(found: Decontaminated, train: Source, against: Source, out: Path) -> None:
     """Write a JSON object for each pair to leave out; ``data pack --without`` takes the file.
 
     Raises:
         CNClipError: it cannot be written; what was there stays.
     """
-    try:
-        with published(out) as path, path.open("w", encoding="utf-8") as stream:
-            head = {"train": found.train, "pairs": found.pairs, "against": found.against}
-            head |= {"threshold": found.threshold, "min_caption": found.min_caption}
-            stream.write(json.dumps(head, ensure_ascii=False) + "\n")
-            for each in found.removed:
-                told = asdict(each) | {
-                    "train": _told(train, each.index),
-                    "against": _told(against, each.against),
-                }
-                stream.write(json.dumps(told, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise CNClipError(f"could not write {out}: {error}; choose another place") from error
+    with (
+        unwritable_named(out),
+        published(out) as path,
+        path.open("w", encoding="utf-8") as stream,
+    ):
+        head = {"format": _FORMAT, "train": found.train, "pairs": found.pairs}
+        head |= {"against": found.against, "threshold": found.threshold}
+        head |= {"min_caption": found.min_caption}
+        stream.write(json.dumps(head, ensure_ascii=False) + "\n")
+        for each in found.removed:
+            told = asdict(each) | {
+                "train": _told(train, each.index),
+                "against": _told(against, each.against),
+            }
+            stream.write(json.dumps(told, ensure_ascii=False) + "\n")
 
 
 def read_removed(path: Path, source: Source) -> npt.NDArray[np.int64]:
@@ -165,13 +182,15 @@ def read_removed(path: Path, source: Source) -> npt.NDArray[np.int64]:
         DataError: the file is another one, or was made for other data than ``source``.
     """
     try:
-        with path.open(encoding="utf-8") as stream:
-            head = json.loads(next(stream))
-            pairs = int(head["pairs"])
-            indexes = np.array([json.loads(line)["index"] for line in stream], dtype=np.int64)
+        lines = read_lines(path, MAX_FILE)
+        head = read_json(lines[0])
+        pairs = int(head["pairs"])
+        indexes = np.array([read_json(line)["index"] for line in lines[1:]], dtype=np.int64)
+        if len(indexes) and not 0 <= indexes.min() <= indexes.max() < pairs:
+            raise IndexError("a pair that is none")
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, StopIteration):
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
         raise DataError(f"{path} was not written by `cn-clip data decontaminate`") from None
     if pairs != len(source):
         raise DataError(
@@ -202,8 +221,7 @@ def write_page(found: Decontaminated, train: Source, against: Source, path: Path
         f"<table><tr><th></th><th>training</th><th>test</th></tr>{''.join(rows)}</table>",
         f"<h2>Could not be compared</h2><ul>{unreadable}</ul>" if unreadable else "",
     ]
-    with published(path) as temporary:
-        temporary.write_text(page("Removed from training", parts), encoding="utf-8")
+    write_text(path, page("Removed from training", parts, "data decontaminate"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,13 +250,15 @@ class _Hashed:
             image = read_image(content, fast_decode=_DECODED, background="white")
         except CNClipError as error:
             return located(self.source, index, error)
-        both = (image, trimmed(image))
-        forms = [variants(each) if self.all_variants else [each] for each in both]
-        count = sum(map(len, forms))
+        whole, inner = (
+            [hash_image(form) for form in (variants(each) if self.all_variants else [each])]
+            for each in (image, trimmed(image))
+        )
+        count = len(whole) + len(inner)
         return _Hashes(
-            np.stack([hash_image(each) for form in forms for each in form]),
+            np.stack(whole + inner),
             np.full(count, index),
-            np.arange(count) >= len(forms[0]),
+            np.arange(count) >= len(whole),
         )
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from PIL import Image
 
-from cn_clip.errors import DataError
+from cn_clip.errors import DataError, ImageError
 from cn_clip.image import FORMATS, read_image
 
 _SUFFIXES = {
@@ -19,6 +19,10 @@ _SUFFIXES = {
     "BMP": ".bmp",
     "TIFF": ".tif",
 }
+
+
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
+_MOST_SIDE = {"JPEG": 65_500, "WEBP": 16_383}  # pixels that the format can count
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,15 @@ AS_THEY_ARE = Encoding()
 
 
 def encoded(content: bytes, encoding: Encoding) -> tuple[bytes, str]:
-    """Return a picture's bytes as they are to be kept, and the suffix that fits them."""
+    """Return an image's bytes as they are to be kept, and the suffix that fits them.
+
+    An image that its format cannot hold, transparent in JPEG or too long in WebP, gets one that
+    can.
+
+    Raises:
+        ImageError: it cannot be decoded, or not encoded anew.
+        DataError: it is kept as it is, but its format is not known.
+    """
     if encoding.max_side is None and encoding.format is None:
         return content, _suffix(content)
     image = read_image(content)
@@ -47,17 +59,32 @@ def encoded(content: bytes, encoding: Encoding) -> tuple[bytes, str]:
         return content, _suffix(content)
     if encoding.max_side is not None and not small:
         side = encoding.max_side
-        if image.mode in ("P", "1"):  # a palette cannot be filtered
+        if image.mode in ("P", "PA", "1"):  # a palette cannot be filtered
             image = image.convert("RGBA" if image.has_transparency_data else "RGB")
         image.thumbnail((side, side), Image.Resampling.BICUBIC)
-    name: str = encoding.format or "JPEG"
-    if image.has_transparency_data and name == "JPEG":
-        name = "PNG"  # which keeps it
-    elif name != "PNG":
-        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    name = _format_for(image, encoding.format or "JPEG")
     stream = io.BytesIO()
-    image.save(stream, name, quality=encoding.quality)
+    try:
+        if name != "PNG" or image.mode not in _PNG_MODES:
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        image.save(stream, name, quality=encoding.quality)
+    except (OSError, ValueError, MemoryError) as error:  # of an encoder
+        reason = str(error) or type(error).__name__
+        raise ImageError(
+            f"an image of {image.width} x {image.height} pixels cannot be written as {name} "
+            f"({reason}); make it smaller with --max-side"
+        ) from error
     return stream.getvalue(), _SUFFIXES[name]
+
+
+def _format_for(image: Image.Image, wanted: str) -> str:
+    """Return the format wanted, or one that can hold the image."""
+    side = max(image.size)
+    if wanted == "WEBP" and side <= _MOST_SIDE["WEBP"]:
+        return "WEBP"
+    if image.has_transparency_data or side > _MOST_SIDE["JPEG"]:
+        return "PNG"
+    return "JPEG"
 
 
 def _suffix(content: bytes) -> str:

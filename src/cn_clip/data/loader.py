@@ -28,7 +28,8 @@ from cn_clip.data.pair import Row, Source, located
 from cn_clip.data.sampler import BatchPart, Plan, batch_count, batches, plan_of
 from cn_clip.data.sources import Weighted, id_digest
 from cn_clip.errors import CNClipError, DataError
-from cn_clip.image import read_image, to_pixels
+from cn_clip.image import read_image, read_pixels
+from cn_clip.processes import end_with_parent, leave_signals_to_parent
 from cn_clip.tokenizer import CONTEXT_LENGTH, default_tokenizer
 
 _Item = TypeVar("_Item")
@@ -115,7 +116,8 @@ class Loader:
             global_batch_size: pairs in a batch, over all processes.
             seed: of the order.
             rank: which of ``world_size`` processes this is.
-            workers: processes that read and decode; 0 does it in this one.
+            workers: processes that read and decode; 0 does it in this one. They are started as
+                ``multiprocessing`` is set to; any start method will do.
             prefetch_bytes: how much prepared data may wait; one batch a worker always may.
             most_skipped: the share of unreadable pairs above which the run ends.
             drop_last: leave out the last batch of an epoch if it is not full.
@@ -297,13 +299,10 @@ def pixels_of(
         ImageError: it cannot be decoded.
     """
     size = preparation.resolution
-    image = read_image(
-        content,
-        fast_decode=size if preparation.fast_decode else None,
-        background=preparation.background,
-    )
+    fast, background = preparation.fast_decode, preparation.background
     if not preparation.augmented:
-        return to_pixels(image, size)
+        return read_pixels(content, size, fast_decode=fast, background=background)
+    image = read_image(content, fast_decode=size if fast else None, background=background)
     rng = generator_for(preparation.seed, epoch, image_id)
     return augment(image, size, rng, flip=preparation.flip)
 
@@ -335,11 +334,11 @@ class _Parts(torch.utils.data.Sampler[BatchPart]):
 def worker_starts(_: int) -> None:
     """Keep a worker to one thread, as there are as many workers as there is to do; and let it
     leave Ctrl-C and SIGTERM, which a whole group of processes is sent, to the one that started it:
-    that one ends it, after it has saved what it has to.
+    that one ends it, after it has saved what it has to. It ends with that one, too.
     """
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _spared)
+    leave_signals_to_parent(_spared)
+    end_with_parent()
 
 
 def _spared(number: int, frame: FrameType | None) -> None:

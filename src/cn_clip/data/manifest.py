@@ -1,18 +1,21 @@
-"""Pairs listed in CSV, JSON Lines or Parquet files, with the paths of their pictures."""
+"""Pairs listed in CSV or JSON Lines files, with the paths of their images, and the contract of
+tables; Parquet has a file of its own."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
-from importlib import import_module
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
-from cn_clip.data.lines import Lines, json_object
+from cn_clip.data.lines import Lines, json_object, read_at
 from cn_clip.data.pair import Row
-from cn_clip.errors import DataError, UsageError
-from cn_clip.publish import published
+from cn_clip.errors import DataError
+from cn_clip.files import beside, check_plain, read_file
 
 # The names that columns go by, the first one found is taken.
 IMAGE = (
@@ -29,16 +32,36 @@ IMAGE = (
 )
 TEXT = ("text", "caption", "title", "TEXT", "sentence", "query_text")
 IMAGE_ID, TEXT_ID = ("image_id", "img_id", "photo_id"), ("text_id", "caption_id", "query_id")
+KNOWN = {"image": IMAGE, "text": TEXT, "image_id": IMAGE_ID, "text_id": TEXT_ID}
+_DELIMITERS = (",", "\t", ";", "|")
+_HEAD = 1 << 16  # bytes at the start of a file in which its columns are looked for
+
+Given = Mapping[str, str | None]
+"""Of image, text, image_id and text_id: the column that was named, if one was."""
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Which column is what; an empty one is not there."""
+
+    image: str
+    text: str
+    image_id: str = ""
+    text_id: str = ""
 
 
 class Table(Protocol):
     """Records by number, each a mapping from the names of columns."""
 
-    columns: tuple[str, ...]
+    columns: Columns
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+
+    def content(self, index: int) -> bytes | None:
+        """Return the bytes of an image that the table itself holds; None if it holds paths."""
+        ...
 
     def where(self, index: int) -> str: ...
 
@@ -47,43 +70,34 @@ class Manifest:
     """A table's rows as pairs. Paths start at ``root``, by default the table's folder.
 
     A web address stands for the file of its last part in ``root``: ``http://a.b/c/cat.jpg`` is
-    ``root/cat.jpg``.
+    ``root/cat.jpg``. A path with ``\\``, written on Windows, is found by the one with ``/``.
     """
 
-    def __init__(
-        self,
-        name: str,
-        table: Table,
-        root: Path,
-        *,
-        image: str | None = None,
-        text: str | None = None,
-        image_id: str | None = None,
-        text_id: str | None = None,
-    ) -> None:
+    def __init__(self, name: str, table: Table, root: Path) -> None:
         self.name = name
         self._table, self._root = table, root
-        self._image = _column(table, name, "image", image, IMAGE)
-        self._text = _column(table, name, "text", text, TEXT)
-        self._image_id = _column(table, name, "image_id", image_id, IMAGE_ID, optional=True)
-        self._text_id = _column(table, name, "text_id", text_id, TEXT_ID, optional=True)
+        self._columns = table.columns
 
     def __len__(self) -> int:
         return len(self._table)
 
     def row(self, index: int) -> Row:
-        record = self._table[index]
+        record, columns = self._table[index], self._columns
         return Row(
-            self._string(record, self._text, index),
-            self._id(record, self._image_id or self._image, index),
-            self._id(record, self._text_id, index) if self._text_id else str(index),
+            self._string(record, columns.text, index),
+            self._id(record, columns.image_id or columns.image, index),
+            self._id(record, columns.text_id, index) if columns.text_id else str(index),
         )
 
     def image(self, index: int) -> bytes:
-        given = self._string(self._table[index], self._image, index)
-        path = self._root / _local(given)
+        content = self._table.content(index)
+        if content is not None:
+            return content
+        given = self._string(self._table[index], self._columns.image, index)
+        path: Path | str = given
         try:
-            return path.read_bytes()
+            path = beside(self._root, _local(given))
+            return read_file(path)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             remedy = "download it first, or " if "://" in given else ""
@@ -121,9 +135,9 @@ class Manifest:
 class JsonLines:
     """``.jsonl``: a JSON object a line."""
 
-    def __init__(self, path: Path, encoding: str | None = None) -> None:
+    def __init__(self, name: str, path: Path, given: Given, encoding: str | None = None) -> None:
         self._lines = Lines(path, encoding=encoding)
-        self.columns = tuple(self[0]) if len(self._lines) else ()
+        self.columns = chosen(name, tuple(self[0]) if len(self._lines) else (), given)
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -131,102 +145,132 @@ class JsonLines:
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         return json_object(self._lines[index], self.where(index))
 
+    def content(self, index: int) -> bytes | None:
+        return None
+
     def where(self, index: int) -> str:
         return self._lines.where(index)
 
 
 class Csv:
-    """``.csv`` with a header; ``.tsv`` has tabs for commas."""
+    """``.csv`` with a header; ``.tsv`` has tabs for commas.
 
-    def __init__(self, path: Path, encoding: str | None = None) -> None:
-        self._delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-        self._lines = Lines(path, encoding=encoding, delimiter=self._delimiter)
+    Another separator is found if the header has the columns by it and by no other one, or is named
+    by a first line ``sep=;``, as Excel writes it.
+    """
+
+    def __init__(self, name: str, path: Path, given: Given, encoding: str | None = None) -> None:
+        self._delimiter, skip = _dialect(path, given, encoding)
+        self._lines = Lines(path, encoding=encoding, delimiter=self._delimiter, skip=skip)
         if not len(self._lines):
             raise DataError(f"{path} is empty; its first line names the columns")
-        self.columns = tuple(name.strip() for name in self._fields(0))
+        self._names = tuple(each.strip() for each in self._fields(0))
+        self.columns = chosen(name, self._names, given)
 
     def __len__(self) -> int:
         return len(self._lines) - 1
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         fields = self._fields(index + 1)
-        if len(fields) != len(self.columns):
+        if len(fields) != len(self._names):
             raise DataError(
-                f"{self.where(index)} has {len(fields)} fields, its header {len(self.columns)}; "
+                f"{self.where(index)} has {len(fields)} fields, its header {len(self._names)}; "
                 "put fields that hold a separator in double quotes"
             )
-        return dict(zip(self.columns, fields, strict=True))
+        return dict(zip(self._names, fields, strict=True))
+
+    def content(self, index: int) -> bytes | None:
+        return None
 
     def where(self, index: int) -> str:
         return self._lines.where(index + 1)
 
     def _fields(self, record: int) -> list[str]:
         # Given with its line ends, as the csv module wants it, for quoted fields of several lines.
-        text = self._lines[record].splitlines(keepends=True)
-        return next(csv.reader(text, delimiter=self._delimiter), [])
+        text = io.StringIO(self._lines[record], newline="")
+        try:
+            fields, *more = csv.reader(text, delimiter=self._delimiter, strict=True)
+        except (csv.Error, ValueError) as error:
+            raise DataError(
+                f"{self._lines.where(record)}: {error}; put a field that holds quotes or line "
+                "ends in double quotes, and double the quotes in it"
+            ) from None
+        if more:
+            raise DataError(
+                f"{self._lines.where(record)} has a line end within; put the field in double quotes"
+            )
+        return fields
 
 
-class Parquet:
-    """``.parquet``, through a copy of its columns that can be read in any order.
+def _dialect(path: Path, given: Given, encoding: str | None) -> tuple[str, int]:
+    """Return the separator of a CSV file, and how many lines are before its header."""
+    default = "\t" if path.suffix.lower() == ".tsv" else ","
+    try:
+        head = read_head(path).decode(encoding or "utf-8", "replace").removeprefix("\ufeff")
+    except (LookupError, UnicodeError):
+        return default, 0  # said by who reads the file
+    lines = [line for line in re.split(r"[\r\n]+", head) if line.strip()]
+    if not lines:
+        return default, 0
+    if named := re.fullmatch(r"sep=(.)\s*", lines[0], re.IGNORECASE | re.DOTALL):
+        return named[1], 1
+    fitting = [each for each in _DELIMITERS if _fits(_header(lines[0], each), given)]
+    return (fitting[0] if len(fitting) == 1 and default not in fitting else default), 0
 
-    A Parquet file can only be read by groups of rows, often a million. Its columns are laid out
-    once in ``cache`` as an Arrow file, which is mapped: memory holds the pages in use.
+
+def read_head(path: Path) -> bytes:
+    """Return the first bytes of a plain file, none if it is none."""
+    try:
+        check_plain(path)
+    except OSError:
+        return b""
+    return read_at(path, 0, _HEAD)
+
+
+def _header(line: str, delimiter: str) -> list[str]:
+    try:
+        return [each.strip() for each in next(csv.reader([line], delimiter=delimiter), [])]
+    except csv.Error:
+        return []
+
+
+def _fits(columns: Sequence[str], given: Given) -> bool:
+    return all(
+        given[what] in columns if given.get(what) else any(each in columns for each in KNOWN[what])
+        for what in ("image", "text")
+    )
+
+
+def chosen(
+    name: str,
+    columns: Sequence[str],
+    given: Given,
+    usable: Callable[[str, str], bool] = lambda what, column: True,
+) -> Columns:
+    """Choose the columns of a table: those that were named, else those of a usual name, first those
+    that are ``usable``.
+
+    Raises:
+        DataError: there is none, or two have its name.
     """
-
-    def __init__(self, path: Path, cache: Path) -> None:
-        self._path, self._cache = path, cache
-        if not cache.is_file():
-            _lay_out(path, cache)
-        self._open()
-
-    def _open(self) -> None:
-        arrow = _arrow("pyarrow")
-        with arrow.memory_map(str(self._cache)) as mapped:
-            self._table = arrow.ipc.open_file(mapped).read_all()
-        self.columns = tuple(self._table.column_names)
-
-    def __getstate__(self) -> tuple[Path, Path]:
-        return self._path, self._cache
-
-    def __setstate__(self, state: tuple[Path, Path]) -> None:
-        self._path, self._cache = state
-        self._open()
-
-    def __len__(self) -> int:
-        return int(self._table.num_rows)
-
-    def __getitem__(self, index: int) -> Mapping[str, Any]:
-        return {
-            name: self._table.column(number)[index].as_py()
-            for number, name in enumerate(self.columns)
-        }
-
-    def where(self, index: int) -> str:
-        return f"{self._path}, row {index}"
-
-
-def _lay_out(path: Path, cache: Path) -> None:
-    """Write the columns of strings and whole numbers as an Arrow file."""
-    arrow, parquet = _arrow("pyarrow"), _arrow("pyarrow.parquet")
-    try:
-        file = parquet.ParquetFile(path)
-    except (OSError, arrow.ArrowException) as error:
-        raise DataError(f"{path} is not a whole Parquet file: {error}") from None
-    kinds = (arrow.types.is_string, arrow.types.is_large_string, arrow.types.is_integer)
-    schema = file.schema_arrow
-    names = [field.name for field in schema if any(kind(field.type) for kind in kinds)]
-    with published(cache) as temporary, arrow.OSFile(str(temporary), "wb") as sink:
-        batches = file.iter_batches(batch_size=65_536, columns=names)
-        with arrow.ipc.new_file(sink, arrow.schema([schema.field(n) for n in names])) as writer:
-            for batch in batches:
-                writer.write_batch(batch)
-
-
-def _arrow(name: str) -> Any:
-    try:
-        return import_module(name)
-    except ImportError:
-        raise UsageError("Parquet files need pyarrow: pip install 'cn-clip[data]'") from None
+    found: dict[str, str] = {}
+    for what, known in KNOWN.items():
+        named = given.get(what)
+        if named is not None and named not in columns:
+            raise DataError(f"{name}: no column {named!r}; it has {', '.join(columns)}")
+        usual = sorted(
+            (each for each in known if each in columns), key=lambda each: not usable(what, each)
+        )
+        column = named if named is not None else next(iter(usual), "")
+        if not column and what in ("image", "text"):
+            raise DataError(
+                f"{name}: no column for the {what} ({', '.join(known)}) among "
+                f"{', '.join(columns) or 'none'}; name it with ?{what}=COLUMN"
+            )
+        if column and columns.count(column) > 1:
+            raise DataError(f"{name}: two columns are called {column!r}; rename one of them")
+        found[what] = column
+    return Columns(**found)
 
 
 def _local(given: str) -> str:
@@ -236,25 +280,3 @@ def _local(given: str) -> str:
     if given.startswith(("http://", "https://")):
         return unquote(urlsplit(given).path).rpartition("/")[2]
     return given
-
-
-def _column(
-    table: Table,
-    name: str,
-    what: str,
-    given: str | None,
-    known: tuple[str, ...],
-    *,
-    optional: bool = False,
-) -> str:
-    if given is not None:
-        if given in table.columns:
-            return given
-        raise DataError(f"{name}: no column {given!r}; it has {', '.join(table.columns)}")
-    found = next((each for each in known if each in table.columns), None)
-    if found is None and not optional:
-        raise DataError(
-            f"{name}: no column for the {what} ({', '.join(known)}) among "
-            f"{', '.join(table.columns) or 'none'}; name it with ?{what}=COLUMN"
-        )
-    return found or ""

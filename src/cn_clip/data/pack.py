@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,15 +24,30 @@ from cn_clip.data.archive import Sample, write_shard
 from cn_clip.data.captions import digest as digest_of
 from cn_clip.data.encode import AS_THEY_ARE, Encoding, encoded
 from cn_clip.data.groups import Groups, first_equal, grouped
-from cn_clip.data.official import write_lmdb, write_tsv
+from cn_clip.data.lmdb_source import write_lmdb
+from cn_clip.data.official import write_tsv
 from cn_clip.data.pair import Row, Source, located
 from cn_clip.data.sources import id_digest
 from cn_clip.data.workers import chunked, mapped
 from cn_clip.errors import CNClipError, DataError, UsageError
-from cn_clip.publish import published, published_folder
+from cn_clip.publish import (
+    LOCK,
+    claim,
+    entries,
+    folder_by,
+    json_object_at,
+    published,
+    published_folder,
+    remove,
+    stamped,
+    sweep,
+)
 
 Target = Literal["tar", "tsv", "lmdb"]
 _MANIFEST, _PLAN = "manifest.json", ".plan.json"
+_NAME = re.compile(r"\d{5,}\.tar")
+_HALF_WRITTEN = re.compile(r"\d{5,}\.(tar|json)|manifest\.json|\.plan\.json")
+_OF_READERS = ("imgs/lock.mdb", "pairs/lock.mdb")  # an LMDB gets them when it is read
 
 
 @dataclass(slots=True)
@@ -56,6 +72,7 @@ def pack(
     images_per_shard: int = 5000,
     split: str = "train",
     workers: int = 0,
+    inputs: Iterable[str | os.PathLike[str]] = (),
     overwrite: bool = False,
     tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> Packed:
@@ -71,15 +88,21 @@ def pack(
         images_per_shard: pictures in a tar.
         split: the name in the files of a TSV.
         workers: processes beside this one; 0 does it here.
-        overwrite: replace what is in ``out``.
+        inputs: files and folders of the source, none of which is touched.
+        overwrite: replace what this function wrote to ``out``.
         tick: called with the pictures done and the pictures in all.
 
     Raises:
-        UsageError: ``out`` exists, or was begun from other data or with other options.
+        UsageError: ``out`` exists, is an input or holds other files, or was begun from other data
+            or with other options.
         DataError: no pair can be used, or a worker died.
         CNClipError: another process is at it, or the disk is full; finished shards stay.
     """
-    out = Path(out)
+    if images_per_shard < 1:
+        raise UsageError(f"{images_per_shard} images per shard are none; give 1 or more")
+    if not split or re.search(r"[/\\\0]", split):  # its files would lie elsewhere
+        raise UsageError(f"the split {split!r} is no name of a file; give one such as train")
+    out = claim_pack(out, to=to, inputs=inputs, overwrite=overwrite)
     report = Packed(str(out))
     groups, digest = _grouped(source, without, report, unique_ids=to != "tar")
     if not len(groups):
@@ -90,10 +113,11 @@ def pack(
     try:
         if to == "tar":
             plan = {"source": source.name, "digest": digest, "per_shard": images_per_shard}
+            plan |= {"shards": -(-len(groups) // images_per_shard)}
             plan |= asdict(encoding)
             _pack_tars(work, groups, out, plan, report, workers, overwrite, tick)
         else:
-            _pack_official(work, groups, out, to, split, report, workers, overwrite, tick)
+            _pack_official(work, groups, out, to, split, report, workers, tick)
     except Timeout:
         raise CNClipError(f"another process is writing {out}; wait for it to end") from None
     except OSError as error:
@@ -102,6 +126,57 @@ def pack(
             "same command again"
         ) from error
     return report
+
+
+def claim_pack(
+    out: str | os.PathLike[str],
+    *,
+    to: Target = "tar",
+    inputs: Iterable[str | os.PathLike[str]] = (),
+    overwrite: bool = False,
+) -> Path:
+    """Check that pairs may be packed into a folder; nothing is touched. Return it as a path.
+
+    A folder of shards that was begun and not finished may be gone on with.
+
+    Raises:
+        UsageError: see ``publish.claim``.
+    """
+    goes_on = to == "tar" and not overwrite and bool(json_object_at(Path(out) / _PLAN))
+    return claim(
+        out,
+        _OBJECTION,
+        kind="folder",
+        inputs=inputs,
+        overwrite=None if goes_on else overwrite,
+        in_place=to == "tar",
+        old=_HALF_WRITTEN,
+    )
+
+
+def _own_files(folder: Path) -> Collection[str]:
+    """Return the names that the plan or the manifest of a folder gives to files of ours, or the
+    stamp of an official TSV or LMDB."""
+    names = set(stamped(folder, "pack"))
+    plan, manifest = (json_object_at(folder / name) for name in (_PLAN, _MANIFEST))
+    shards = plan.get("shards")
+    if {"source", "digest", "per_shard"} <= plan.keys() and isinstance(shards, int):
+        stems = {path.stem for path in folder.iterdir() if _NAME.fullmatch(f"{path.stem}.tar")}
+        planned = [s for s in stems if int(s) < shards and _name(int(s)) == f"{s}.tar"]
+        names |= {_PLAN, _MANIFEST}
+        names |= {f"{stem}{suffix}" for stem in planned for suffix in (".tar", ".json")}
+    listed = manifest.get("shards")
+    if {"source", "images", "pairs", "bytes"} <= manifest.keys() and isinstance(listed, list):
+        shown = (each.get("name") for each in listed if isinstance(each, dict))
+        names |= {_MANIFEST, *(each for each in map(str, shown) if _NAME.fullmatch(each))}
+    return names
+
+
+def _name(number: int) -> str:
+    return f"{number:05}.tar"
+
+
+_OBJECTION = folder_by("pack", _own_files, _HALF_WRITTEN)
 
 
 def _grouped(
@@ -200,15 +275,11 @@ def _pack_tars(
     tick: Callable[[int, int], None],
 ) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    with FileLock(out / ".lock", timeout=0):
+    with FileLock(out / LOCK, timeout=0):
         _begin(out, plan, overwrite)
         jobs = chunked(groups, plan["per_shard"])
-        paths = [out / f"{number:05}.tar" for number in range(len(jobs))]
-        told = {
-            path: json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-            for path in paths
-            if path.is_file() and path.with_suffix(".json").is_file()
-        }
+        paths = [out / _name(number) for number in range(len(jobs))]
+        told = _finished(out, paths)
         left = [(path, job) for path, job in zip(paths, jobs, strict=True) if path not in told]
         done = len(groups) - sum(len(job) for _, job in left)
         tick(done, len(groups))
@@ -227,24 +298,49 @@ def _pack_tars(
         summary = {"source": plan["source"], "images": report.images, "pairs": report.pairs}
         summary |= {"bytes": report.bytes, "skipped": report.skipped, "shards": shards}
         _write_json(out / _MANIFEST, summary)
-        for path in [out / _PLAN, *(path.with_suffix(".json") for path in paths)]:
-            path.unlink()
-    (out / ".lock").unlink(missing_ok=True)
+        remove(out, [*(path.with_suffix(".json").name for path in paths), _PLAN])  # the plan last
+    (out / LOCK).unlink(missing_ok=True)
+
+
+def _finished(out: Path, paths: list[Path]) -> dict[Path, dict[str, Any]]:
+    """Return what is told of the shards that stand: beside each, or in the manifest already."""
+    listed = json_object_at(out / _MANIFEST).get("shards")
+    records = [each for each in listed if _is_record(each)] if isinstance(listed, list) else []
+    known = {each["name"]: each for each in records}
+    found = {}
+    for path in paths:
+        beside = json_object_at(path.with_suffix(".json"))
+        record = beside if _is_record(beside) else known.get(path.name)
+        if record is not None and path.is_file():
+            found[path] = record
+    return found
+
+
+def _is_record(value: object) -> bool:
+    """Tell whether a value is the record of a finished shard; a damaged one is packed again."""
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        return False
+    skipped = value.get("skipped")
+    return (
+        all(type(value.get(key)) is int for key in ("images", "pairs", "bytes"))
+        and isinstance(skipped, list)
+        and all(isinstance(each, str) for each in skipped)
+    )
 
 
 def _begin(out: Path, plan: dict[str, Any], overwrite: bool) -> None:
     """Take up what the same plan began, or start in an empty folder."""
-    held = {path.name for path in out.iterdir()} - {".lock"}
-    begun = _read_json(out / _PLAN) if _PLAN in held else None
+    sweep(out, _HALF_WRITTEN)
+    held = set(entries(out))
+    begun = json_object_at(out / _PLAN)
     if begun != plan:
         if held and not overwrite:
             told = "was begun from other data or with other options" if begun else "is not empty"
             raise UsageError(f"{out} {told}; give another place, or --overwrite to begin anew")
-        for name in held:
-            if not name.endswith((".tar", ".json")):
-                raise UsageError(f"{out} holds {name}, which no pack wrote; give another place")
-        for name in held:
-            (out / name).unlink()
+        reason = _OBJECTION(out)  # once more: it was claimed before the lock was had
+        if reason is not None:
+            raise UsageError(f"{out} {reason}; give another place")
+        remove(out, held)
         _write_json(out / _PLAN, plan)
 
 
@@ -256,12 +352,8 @@ def _pack_official(
     split: str,
     report: Packed,
     workers: int,
-    overwrite: bool,
     tick: Callable[[int, int], None],
 ) -> None:
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise UsageError(f"{out} is not empty; give another place, or --overwrite to replace it")
-
     def samples(results: Iterator[Sample | str]) -> Iterator[Sample]:
         for number, sample in enumerate(results, 1):
             if isinstance(sample, str):
@@ -273,7 +365,10 @@ def _pack_official(
             tick(number, len(groups))
 
     write = partial(write_tsv, split=split) if to == "tsv" else write_lmdb
-    with published_folder(out) as folder, mapped(work.sample, workers) as run:
+    with (
+        published_folder(out, "pack", objection=_OBJECTION, also=_OF_READERS) as folder,
+        mapped(work.sample, workers) as run,
+    ):
         write(folder, samples(run(groups)))
         report.shards = 1
         report.bytes = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
@@ -287,10 +382,3 @@ def _write_json(path: Path, value: Any) -> None:
     with published(path) as temporary:
         text = json.dumps(value, ensure_ascii=False, indent=1)
         temporary.write_text(text + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return None

@@ -8,12 +8,15 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from html import escape
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from cn_clip.image import read_image
+from cn_clip.publish import begins, claim, file_by
+from cn_clip.text import path_text
 
 _THUMBNAIL = 128  # pixels of the longer side
 
@@ -34,14 +37,33 @@ svg rect.cut { fill: var(--bad); } svg text { fill: currentColor; font-size: 11p
 """
 
 
-def page(title: str, parts: Iterable[str]) -> str:
-    """Return a whole page around its parts, which are HTML."""
+def page(title: str, parts: Iterable[str], command: str) -> str:
+    """Return a whole page around its parts, which are HTML; it names the command that wrote it."""
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'{_beginning(command)}<meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>\n"
-        + "\n".join(parts)
+        f"<title>{escape(path_text(title))}</title><style>{STYLE}</style></head><body>\n"
+        + path_text("\n".join(parts))  # captions are valid already; names of files may not be
         + "\n</body></html>\n"
+    )
+
+
+def claim_page(
+    path: str | Path, command: str, *, option: str = "--report", inputs: Iterable[str | Path] = ()
+) -> Path:
+    """Check that a command may write its page there; nothing is touched. Return it as a path.
+
+    Raises:
+        UsageError: see ``publish.claim``.
+    """
+    own = file_by(command, begins(_beginning(command).encode()))
+    return claim(path, own, option=option, inputs=inputs)
+
+
+def _beginning(command: str) -> str:
+    return (
+        '<!doctype html>\n<html lang="en"><head>'
+        f'<meta name="generator" content="cn-clip {command}">'
     )
 
 
@@ -117,7 +139,9 @@ def _outline(shares: npt.NDArray[np.float64], step: int, tall: int, most: float)
 
 def thumbnail(content: bytes) -> bytes:
     """Return a picture as a small JPEG, transparent pixels white."""
-    image = read_image(content, background="white").convert("RGB")
+    image = read_image(content, background="white")
+    if image.mode != "RGB":
+        image = image.convert("RGB")  # of its own mode, it would be a copy
     image.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BICUBIC)
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=80)

@@ -5,14 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from cn_clip.text import valid_text
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What a pair says of itself; ids are strings, so that ``007`` stays what it is."""
+    """What a pair says of itself; ids are strings, so that ``007`` stays what it is.
+
+    All are valid Unicode: a lone surrogate, half of an emoji, becomes U+FFFD.
+    """
 
     text: str
     image_id: str
     text_id: str
+
+    def __post_init__(self) -> None:
+        # Here, because every source makes rows, and everything behind it writes them.
+        for name in ("text", "image_id", "text_id"):
+            value = getattr(self, name)
+            if (valid := valid_text(value)) is not value:
+                object.__setattr__(self, name, valid)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from cn_clip.data.check import KINDS, Checked
 from cn_clip.data.page import data_uri, histogram, page, sheet, thumbnail
 from cn_clip.data.pair import Source
 from cn_clip.errors import CNClipError
-from cn_clip.publish import published
+from cn_clip.publish import write_text
 
 _SHOWN = 50  # problems of a kind on the page
 _PICTURED = 12  # of them with their picture
@@ -38,8 +38,7 @@ def write_report(found: Checked, source: Source, path: Path) -> None:
         sheet((data_uri(jpeg), escape(caption)) for caption, jpeg in found.sheet),
         *(_problems(kind, found, source) for kind in KINDS if found.counts[kind]),
     ]
-    with published(path) as temporary:
-        temporary.write_text(page(found.source, parts), encoding="utf-8")
+    write_text(path, page(found.source, parts, "data check"))
 
 
 def _summary(found: Checked) -> str:

@@ -10,12 +10,15 @@ comparison mirrored and cropped too; drawings with other margins by hashing both
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, reduce
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageChops
+
+from cn_clip.image_modes import strips
 
 Hashes = npt.NDArray[np.uint64]
 
@@ -42,7 +45,7 @@ def hash_image(image: Image.Image) -> Hashes:
     has none that mean anything: a digest of its size and pixels stands for the signs, so that it
     matches itself alone, and its frequencies are zero.
     """
-    small = image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BILINEAR)
+    small = _grey(image).resize((_SIDE, _SIDE), Image.Resampling.BILINEAR)
     pixels = np.asarray(small, dtype=np.float32)
     if pixels.std() < _PLAIN:
         return _plain_hash(image)
@@ -57,21 +60,31 @@ def hash_image(image: Image.Image) -> Hashes:
     return np.concatenate([signs, numbers.view(np.uint8)]).view(np.uint64)
 
 
+def _grey(image: Image.Image) -> Image.Image:
+    grey = Image.new("L", image.size)
+    for box in strips(image.size):  # CMYK goes by way of RGB, which takes a copy
+        grey.paste(image.crop(box).convert("L"), box[:2])
+    return grey
+
+
 def _plain_hash(image: Image.Image) -> Hashes:
-    content = image.convert("RGB")
-    digest = hashlib.blake2b(repr(content.size).encode(), digest_size=8 * _SIGNS)
-    digest.update(content.tobytes())
+    digest = hashlib.blake2b(repr(image.size).encode(), digest_size=8 * _SIGNS)
+    for box in strips(image.size):
+        digest.update(image.crop(box).convert("RGB").tobytes())
     hashed = np.zeros(WORDS, dtype=np.uint64)
     hashed[:_SIGNS] = np.frombuffer(digest.digest(), dtype=np.uint64)
     return hashed
 
 
-def variants(image: Image.Image) -> list[Image.Image]:
-    """Return a picture, its mirror image, and it without 5 % at its sides and corners."""
+def variants(image: Image.Image) -> Iterator[Image.Image]:
+    """Yield an image, its mirror image, and it without 5 % at its sides and corners: one at a time,
+    as each is nearly a copy."""
+    yield image
+    yield image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     width, height = image.size
     across, down = round(width * _CROP), round(height * _CROP)
     if not across or not down:
-        return [image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
+        return
     boxes = [
         (
             x * across // 2,
@@ -84,8 +97,7 @@ def variants(image: Image.Image) -> list[Image.Image]:
     ]
     sides = [(across, 0, width, height), (0, 0, width - across, height)]
     sides += [(0, down, width, height), (0, 0, width, height - down)]
-    crops = [image.crop(box) for box in [*boxes, *sides]]
-    return [image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), *crops]
+    yield from (image.crop(box) for box in [*boxes, *sides])
 
 
 def trimmed(image: Image.Image) -> Image.Image:
@@ -97,9 +109,7 @@ def trimmed(image: Image.Image) -> Image.Image:
     image = image.convert("RGB")
     right, bottom = image.width - 1, image.height - 1
     corners = [image.getpixel(at) for at in ((0, 0), (right, 0), (0, bottom), (right, bottom))]
-    margin = Image.new("RGB", image.size, max(corners, key=corners.count))
-    away = reduce(ImageChops.lighter, ImageChops.difference(image, margin).split())
-    box = away.point(lambda level: 255 * (level > _MARGIN)).getbbox()
+    box = _content_box(image, max(corners, key=corners.count))
     if box is None:
         return image
     inner = image.crop(box)
@@ -110,6 +120,24 @@ def trimmed(image: Image.Image) -> Image.Image:
     square = Image.new("RGB", (side, side), "white")
     square.paste(inner, ((side - inner.width) // 2, (side - inner.height) // 2))
     return square
+
+
+def _content_box(
+    image: Image.Image, margin: float | tuple[int, ...] | None
+) -> tuple[int, int, int, int] | None:
+    """Return the smallest box with all that differs from the colour of the margin."""
+    boxes = []
+    for place in strips(image.size):
+        strip = image.crop(place)
+        plain = Image.new("RGB", strip.size, margin)
+        away = reduce(ImageChops.lighter, ImageChops.difference(strip, plain).split())
+        box = away.point(lambda level: 255 * (level > _MARGIN)).getbbox()
+        if box is not None:
+            boxes.append((box[0], box[1] + place[1], box[2], box[3] + place[1]))
+    if not boxes:
+        return None
+    lefts, uppers, rights, lowers = zip(*boxes, strict=True)
+    return min(lefts), min(uppers), max(rights), max(lowers)
 
 
 @cache

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import bisect
-import glob
 import itertools
+import math
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qsl
 
 from cn_clip.data.archive import Tar
-from cn_clip.data.cache import index_path
 from cn_clip.data.captions import digest
 from cn_clip.data.folder import Folder
-from cn_clip.data.manifest import Csv, JsonLines, Manifest, Parquet, Table
-from cn_clip.data.official import Lmdb, Tsv
+from cn_clip.data.lmdb_source import Lmdb
+from cn_clip.data.manifest import Csv, JsonLines, Manifest, Table
+from cn_clip.data.official import Tsv
 from cn_clip.data.pair import Row, Source
+from cn_clip.data.parquet import Parquet
 from cn_clip.errors import DataError, UnknownNameError, UsageError
+from cn_clip.files import as_path, find
+from cn_clip.text import path_text
 
+_MOST_NAMES = 1_000_000  # that braces may stand for
 _COLUMNS = ("image", "text", "image_id", "text_id")
 _TABLE_OPTIONS = (*_COLUMNS, "root", "encoding")
 # kind -> the options that may follow its path
@@ -73,7 +78,7 @@ def split_of(folder: str, split: str) -> str:
     Raises:
         DataError: the folder has none of them.
     """
-    root = Path(folder).expanduser()
+    root = as_path(folder)
     tables = {f"{split}.{kind}": kind for kind in ("jsonl", "csv", "parquet", "tar")}
     layouts = {f"{split}_imgs.tsv": "tsv", f"lmdb/{split}": "lmdb", **tables}
     for name, kind in layouts.items():
@@ -106,17 +111,29 @@ def open_mix(uris: Sequence[str]) -> list[Weighted]:
             factor = float(weight[1])
         except ValueError:
             factor = 0.0
-        if factor <= 0:
+        if not 0 < factor < math.inf:
             raise UsageError(f"{uri}: the weight {weight[1]} is not a number above zero")
         mix.append(Weighted(open_source(weight[2]), factor))
     return mix
+
+
+def paths_of(uri: str) -> list[Path]:
+    """Return the files and folders that a source names, with or without a weight.
+
+    Raises:
+        UsageError: the string cannot be understood.
+    """
+    weight = re.match(r"([\d.]+)@(.+)", uri, re.DOTALL)
+    _, path, options = _parsed(weight[2] if weight else uri)
+    texts = [Path(options["texts"]).expanduser()] if "texts" in options else []
+    return [*_expanded(path), *texts]
 
 
 class Chain:
     """Sources one after another, as one."""
 
     def __init__(self, name: str, parts: Sequence[Source]) -> None:
-        self.name = name
+        self.name = path_text(name)
         self._parts = parts
         self._starts = list(itertools.accumulate((len(part) for part in parts), initial=0))
 
@@ -158,22 +175,24 @@ def id_digest(source: Source, index: int, id: str) -> int:
 
 
 def _open_one(kind: str, path: Path, options: dict[str, str]) -> Source:
-    name, encoding = f"{kind}:{path}", options.get("encoding")
+    name, encoding = path_text(f"{kind}:{path}"), options.get("encoding")
+    if kind in ("csv", "jsonl", "parquet", "tar") and path.is_dir():
+        raise DataError(f"{name} is a folder; name the files in it: {name}/*.{kind}")
     if kind in ("csv", "jsonl", "parquet"):
-        if not path.is_file():
+        if not path.exists():
             raise DataError(f"{name}: no such file: {path}")
+        given = {column: options.get(column) for column in _COLUMNS}
         open_table: dict[str, Callable[[], Table]] = {
-            "csv": lambda: Csv(path, encoding),
-            "jsonl": lambda: JsonLines(path, encoding),
-            "parquet": lambda: Parquet(path, index_path(path, ".arrow")),
+            "csv": lambda: Csv(name, path, given, encoding),
+            "jsonl": lambda: JsonLines(name, path, given, encoding),
+            "parquet": lambda: Parquet(name, path, given),
         }
-        root = Path(options["root"]).expanduser() if "root" in options else path.parent
-        columns = {column: options.get(column) for column in _COLUMNS}
-        return Manifest(name, open_table[kind](), root, **columns)
+        root = as_path(options["root"]) if "root" in options else path.parent
+        return Manifest(name, open_table[kind](), root)
     if kind == "folder":
         return Folder(name, path, encoding)
     if kind == "tsv":
-        texts = Path(options["texts"]).expanduser() if "texts" in options else None
+        texts = as_path(options["texts"]) if "texts" in options else None
         unpaired = options.get("unpaired", "no")
         if unpaired not in ("yes", "no"):
             raise UsageError(f"{name}: unpaired={unpaired} is not known; give yes or no")
@@ -188,6 +207,8 @@ def _parsed(uri: str) -> tuple[str, str, dict[str, str]]:
     path, _, query = path.partition("?")
     if "=" not in query and query:  # a question mark of a glob
         path, query = f"{path}?{query}", ""
+    if not path.strip():
+        raise UsageError(f"{uri!r} names no path; write KIND:PATH, such as folder:photos")
     kind = kind or _told(path, uri)
     if kind not in KINDS:
         raise UnknownNameError("kind of source", kind, KINDS)
@@ -195,6 +216,8 @@ def _parsed(uri: str) -> tuple[str, str, dict[str, str]]:
     for option in options:
         if option not in KINDS[kind]:
             raise UnknownNameError(f"option of {kind}:", option, KINDS[kind] or ["none"])
+        if not options[option].strip():
+            raise UsageError(f"{uri}: {option} is empty; give a value, or leave it out")
     return kind, path, options
 
 
@@ -206,10 +229,12 @@ def _told(path: str, uri: str) -> str:
     known = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".parquet": "parquet", ".tar": "tar"}
     if suffix in known:
         return known[suffix]
-    place = Path(path).expanduser()
-    if (place / "pairs").is_dir() and (place / "imgs").is_dir():
+    if re.search(r"\.(tgz|tbz2?|txz|tar\.\w+)$", path.lower()):
+        return "tar"  # which says what to do with it
+    place = os.path.expanduser(path) if path else str(as_path(path))
+    if os.path.isdir(os.path.join(place, "pairs")) and os.path.isdir(os.path.join(place, "imgs")):
         return "lmdb"
-    if place.is_dir():
+    if os.path.isdir(place):
         return "folder"
     raise UsageError(
         f"{uri}: which kind of source is it? Write KIND:PATH; KIND: {', '.join(KINDS)}"
@@ -218,23 +243,54 @@ def _told(path: str, uri: str) -> str:
 
 def _expanded(pattern: str) -> list[Path]:
     """Expand braces, then globs; what braces name must exist, what globs find is sorted."""
+    literal = os.path.lexists(os.path.expanduser(pattern))
     found: list[Path] = []
-    for path in _braces(str(Path(pattern).expanduser())):
-        if Path(path).exists() or not glob.has_magic(path):
-            found.append(Path(path))
-        else:
-            found += [Path(each) for each in sorted(glob.glob(path, recursive=True))]
+    for path in map(as_path, [pattern] if literal else _braces(pattern)):
+        magic = any(c in str(path) for c in "*?[")
+        found += [path] if path.exists() or not magic else find(str(path))
     return found
 
 
 def _braces(pattern: str) -> list[str]:
-    match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
-    if match is None:
-        return [pattern]
-    if match[3] is not None:
-        parts = match[3].split(",")
-    else:
-        width = len(match[1]) if match[1].startswith("0") or len(match[1]) == len(match[2]) else 0
-        parts = [f"{n:0{width}}" for n in range(int(match[1]), int(match[2]) + 1)]
-    before, after = pattern[: match.start()], pattern[match.end() :]
-    return [path for part in parts for path in _braces(before + part + after)]
+    """Expand every ``{000..099}`` and ``{a,b}``, inner ones first.
+
+    Raises:
+        UsageError: they name more files than anybody has.
+    """
+    done, names = False, [pattern]
+    while not done:
+        # Pieces of plain text and of choices by turns; choices are a range or a list.
+        split = [re.split(r"(\{\d+\.\.\d+\}|\{[^{}]*,[^{}]*\})", name) for name in names]
+        count = sum(math.prod(len(_span(piece)) for piece in each[1::2]) for each in split)
+        if count > _MOST_NAMES:
+            raise UsageError(
+                f"{pattern} names {count:,} files, above the limit of {_MOST_NAMES:,}; name fewer, "
+                "or use a glob such as *.tar"
+            )
+        names = ["".join(each) for pieces in split for each in itertools.product(*_every(pieces))]
+        done = all(len(pieces) == 1 for pieces in split)
+    return names
+
+
+def _every(pieces: Sequence[str]) -> Iterator[list[str]]:
+    for at, piece in enumerate(pieces):
+        yield _choices(piece) if at % 2 else [piece]
+
+
+def _span(braces: str) -> range:
+    """Return as many numbers as there are choices in braces."""
+    ends = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", braces)
+    if ends is None:
+        return range(braces.count(",") + 1)
+    if max(map(len, ends.groups())) > 18:
+        return range(_MOST_NAMES + 1)
+    return range(int(ends[1]), int(ends[2]) + 1)
+
+
+def _choices(braces: str) -> list[str]:
+    ends = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", braces)
+    if ends is None:
+        return braces[1:-1].split(",")
+    first, last = ends.groups()
+    width = len(first) if first.startswith("0") or len(first) == len(last) else 0
+    return [f"{number:0{width}}" for number in _span(braces)]

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import get_context
-from typing import Any, Protocol, TypeVar
+from multiprocessing import connection
+from multiprocessing.context import SpawnContext, SpawnProcess
+from types import FrameType
+from typing import Any, Protocol, TypeVar, cast
 
 from cn_clip.errors import DataError
+from cn_clip.processes import (
+    GRACE,
+    Interrupted,
+    end_with_parent,
+    leave_signals_to_parent,
+    signals_held_back,
+)
 
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
@@ -40,6 +51,8 @@ def mapped(
     """Yield a map of ``function`` over jobs; with no workers, it runs here.
 
     The function is sent to a worker once, when that starts: a method may carry a large object.
+    Workers end with this process, whatever ends it, and are ended by any error here; a function
+    that is ended meets ``processes.Interrupted``.
 
     Raises:
         DataError: a worker died.
@@ -47,7 +60,9 @@ def mapped(
     if workers <= 0:
         yield lambda jobs: map(function, jobs)
         return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, (function,))
+    context = _Context()
+    with signals_held_back():  # the process that keeps track of semaphores starts here
+        pool = ProcessPoolExecutor(workers, context, _start, (function,))
 
     def run(jobs: Sequence[_Job]) -> Iterator[_Result]:
         waiting = deque(pool.submit(_do, job) for job in jobs[: _AHEAD * workers])
@@ -59,13 +74,55 @@ def mapped(
 
     try:
         yield run
-    except BrokenProcessPool:
-        raise DataError("a worker died, out of memory perhaps; take fewer with --workers") from None
+    except BaseException as error:
+        _end(context.started)
+        if isinstance(error, BrokenProcessPool):
+            raise DataError(
+                "a worker died, out of memory perhaps; take fewer with --workers"
+            ) from None
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
 
+class _Context(SpawnContext):
+    """Starts workers, and knows them."""
+
+    def __init__(self) -> None:
+        self.started: list[_Worker] = []
+
+    def Process(self, *args: Any, **options: Any) -> _Worker:  # type: ignore[override]
+        worker = _Worker(*args, **options)
+        self.started.append(worker)
+        return worker
+
+
+class _Worker(SpawnProcess):
+    def start(self) -> None:
+        with signals_held_back():
+            super().start()
+
+    def run(self) -> None:
+        leave_signals_to_parent(_terminated)
+        end_with_parent(grace=GRACE)
+        super().run()
+
+
+def _end(workers: Sequence[_Worker]) -> None:
+    """End workers, whatever they do; first they may remove what they have half written."""
+    left = {worker.sentinel: worker for worker in workers if worker.pid is not None}
+    for worker in left.values():
+        worker.terminate()
+    until = time.monotonic() + GRACE
+    while left and (seconds := until - time.monotonic()) > 0:
+        for sentinel in connection.wait(list(left), seconds):
+            del left[cast(int, sentinel)]
+    for worker in left.values():
+        worker.kill()
+
+
 _function: Callable[[Any], Any]
+_busy = False
 
 
 def _start(function: Callable[[Any], Any]) -> None:
@@ -74,4 +131,17 @@ def _start(function: Callable[[Any], Any]) -> None:
 
 
 def _do(job: Any) -> Any:
-    return _function(job)
+    global _busy
+    try:
+        _busy = True
+        return _function(job)
+    except Interrupted as error:
+        os._exit(error.code)
+    finally:
+        _busy = False
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    if not _busy:
+        os._exit(128 + number)
+    raise Interrupted(number)

@@ -7,8 +7,7 @@ file. ``cn_clip.eval.calibrate`` fits it.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,13 +17,14 @@ import numpy.typing as npt
 
 from cn_clip.embedder import Embedder
 from cn_clip.errors import UsageError
-from cn_clip.publish import published
+from cn_clip.publish import begins, claim, file_by, write_text
 
 Kind = Literal["logistic", "isotonic"]
 KINDS: tuple[Kind, ...] = ("logistic", "isotonic")
 USES = ("search", "labels")
 COUNTS = ("images", "texts", "pairs", "non_pairs")
 _FORMAT = "cn-clip calibration 1"
+_LARGEST = 1e30  # of any number in the file; products of two stay finite
 _REMEDY = "fit one with: cn-clip eval calibrate"
 
 
@@ -104,6 +104,18 @@ def check_model(calibration: Calibration, embedder: Embedder) -> None:
         )
 
 
+def claim_calibration(
+    out: str | Path, *, inputs: Iterable[str | Path] = (), overwrite: bool = False
+) -> Path:
+    """Check that a calibration may be written to ``out``; nothing is touched. Return it as a path.
+
+    Raises:
+        UsageError: see ``publish.claim``.
+    """
+    own = begins(f'{{\n  "format": "{_FORMAT}"'.encode())
+    return claim(out, file_by("eval calibrate", own), inputs=inputs, overwrite=overwrite)
+
+
 def write_calibration(calibration: Calibration, path: Path) -> None:
     """Write the file, whole or not at all."""
     values = {
@@ -119,9 +131,7 @@ def write_calibration(calibration: Calibration, path: Path) -> None:
         "data": calibration.data,
         "date": calibration.date,
     }
-    with published(path) as temporary:
-        text = json.dumps(values, ensure_ascii=False, indent=2)
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_text(path, json.dumps(values, ensure_ascii=False, indent=2) + "\n")
 
 
 def read_calibration(path: Path) -> Calibration:
@@ -134,7 +144,7 @@ def read_calibration(path: Path) -> Calibration:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}; {_REMEDY}") from None
-    except ValueError as error:  # not UTF-8, not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON
         raise UsageError(f"{path} is no calibration ({error}); {_REMEDY}") from None
     try:
         return _checked(values)
@@ -215,6 +225,8 @@ def _exactly(values: Any, names: Sequence[str], what: str) -> None:
 
 
 def _number(value: Any, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{what} is {value!r:.60}, not a finite number")
+    if not abs(value) <= _LARGEST:  # so NaN, too; and an integer may be too large for a float
         raise ValueError(f"{what} is {value!r:.60}, not a finite number")
     return float(value)

@@ -15,7 +15,7 @@ from cn_clip.errors import CNClipError
 from cn_clip.eval.diagnosis import BINS, Diagnosis, Difference, Numbers
 from cn_clip.eval.pairs import EvalSet
 from cn_clip.eval.pictures import Pictures
-from cn_clip.publish import published
+from cn_clip.publish import write_text
 
 _HUBS = 12  # pictures of each list
 _MISSES = 20
@@ -98,8 +98,7 @@ def write_diagnosis(
     if data.skipped:
         listed = "".join(f"<li>{escape(each)}</li>" for each in data.skipped[:50])
         parts.append(f"<h2>Left out</h2><p>{len(data.skipped):,} rows</p><ul>{listed}</ul>")
-    with published(path) as temporary:
-        temporary.write_text(page(f"{models} on {name}", parts), encoding="utf-8")
+    write_text(path, page(f"{models} on {name}", parts, "eval diagnose"))
 
 
 def _shown(data: EvalSet, pictures: Pictures) -> _Shown:

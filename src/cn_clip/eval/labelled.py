@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from dataclasses import dataclass
@@ -12,7 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cn_clip.errors import DataError
+from cn_clip.files import MAX_TEXT, passed_over, read_file, read_lines, walk
 from cn_clip.image import SUFFIXES
+from cn_clip.text import read_json
 
 LABELS = "label_cn.txt"
 
@@ -58,9 +59,12 @@ def read_labelled(root: Path, *, split: str = "test", truth: Path | None = None)
         raise DataError(f"no folder {place}; put a folder a class there, such as {split}/000")
     folders = _class_folders(place, len(labels))
     images: list[Path] = []
+    beside: list[Path] = []
     classes: list[int] = []
     for number, folder in enumerate(folders):
-        found = [each for each in folder.rglob("*") if each.suffix.lower() in SUFFIXES]
+        listing = walk(folder)
+        found = [each for each in listing.files if each.suffix.lower() in SUFFIXES]
+        beside += listing.files
         if not found:
             raise DataError(
                 f"the class folder {folder} ({labels[number]}) holds no picture "
@@ -69,6 +73,8 @@ def read_labelled(root: Path, *, split: str = "test", truth: Path | None = None)
         found.sort(key=lambda each: (str(each.parent), each.name))
         images += found
         classes += [number] * len(found)
+    if passed := passed_over(beside, SUFFIXES, place):
+        warnings.warn(passed, stacklevel=2)
     return Labelled(
         labels,
         images,
@@ -80,7 +86,7 @@ def read_labelled(root: Path, *, split: str = "test", truth: Path | None = None)
 
 def _read_labels(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_lines(path)
     except OSError as error:
         raise DataError(
             f"{path} cannot be read: {error.strerror}; write one Chinese label a line there"
@@ -130,7 +136,7 @@ def _read_order(path: Path, count: int) -> npt.NDArray[np.int64] | None:
     if not path.exists():
         return None
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = read_json(read_file(path, MAX_TEXT))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}; it lists rows of pictures") from None
     if not isinstance(rows, list) or sorted(map(str, rows)) != sorted(map(str, range(count))):
@@ -143,14 +149,14 @@ def _read_order(path: Path, count: int) -> npt.NDArray[np.int64] | None:
 
 def _read_truth(path: Path, images: list[Path], classes: int) -> npt.NDArray[np.bool_]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
     told: dict[str, list[int]] = {}
     for at, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        match = re.fullmatch(r"(.+\S)\s+(\d+(?:,\d+)*)", line.strip())
+        match = re.fullmatch(r"(.+\S)\s+(\d{1,9}(?:,\d{1,9})*)", line.strip())
         numbers = [int(each) for each in match[2].split(",")] if match else [classes]
         if match is None or max(numbers) >= classes:
             raise DataError(

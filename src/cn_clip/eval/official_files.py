@@ -17,7 +17,16 @@ from cn_clip.eval.retrieval import Id, Measured
 from cn_clip.eval.topk import top_k
 from cn_clip.features import Features, write_jsonl
 from cn_clip.inputs import Kind
-from cn_clip.publish import published
+from cn_clip.publish import (
+    begins,
+    claim,
+    file_by,
+    folder_by,
+    published,
+    stamp,
+    unwritable_named,
+    write_text,
+)
 
 Direction = Literal["text_to_image", "image_to_text"]
 K = 10  # what the official evaluator asks for
@@ -50,6 +59,25 @@ class Scored:
     extra: int
 
 
+def claim_official(out: str | Path, *, inputs: Iterable[str | Path] = ()) -> Path:
+    """Check that ``write_official`` may write into a folder; nothing is touched. Return it.
+
+    Raises:
+        UsageError: see ``publish.claim``.
+    """
+    return claim(out, folder_by("eval retrieval"), kind="folder", inputs=inputs, in_place=True)
+
+
+def claim_metrics(out: str | Path, *, inputs: Iterable[str | Path] = ()) -> Path:
+    """Check that ``write_metrics`` may write a file; nothing is touched. Return it as a path.
+
+    Raises:
+        UsageError: see ``publish.claim``.
+    """
+    own = begins(b'{"success": true, "score": ')
+    return claim(out, file_by("eval predictions", own), inputs=inputs)
+
+
 def write_official(measured: Measured, folder: Path) -> list[Path]:
     """Write features, annotations, predictions and metrics as the official scripts read and write
     them; return the paths.
@@ -74,8 +102,6 @@ def write_official(measured: Measured, folder: Path) -> list[Path]:
         of_text.setdefault(text, []).append(images[image])
         of_image.setdefault(image, []).append(texts[text])
     captions = measured.captions or [""] * len(texts)
-    _write_features(measured, "images", folder / "imgs.img_feat.jsonl")
-    _write_features(measured, "texts", folder / "texts.txt_feat.jsonl")
     files: dict[str, Iterable[dict[str, Any]]] = {
         "texts.jsonl": (
             {"text_id": texts[text], "text": captions[text], "image_ids": of_text[text]}
@@ -93,13 +119,19 @@ def write_official(measured: Measured, folder: Path) -> list[Path]:
             for image, rows in zip(images, best_texts.tolist(), strict=True)
         ),
     }
-    for name, objects in files.items():
-        with published(folder / name) as path, path.open("w", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(each, ensure_ascii=False) + "\n" for each in objects)
-    write_metrics(measured.recall.text_to_image, folder / "metrics.json")
-    write_metrics(measured.recall.image_to_text, folder / "tr_metrics.json")
-    names = ["imgs.img_feat.jsonl", "texts.txt_feat.jsonl", *files]
-    return [folder / name for name in [*names, "metrics.json", "tr_metrics.json"]]
+    features = {"imgs.img_feat.jsonl": "images", "texts.txt_feat.jsonl": "texts"}
+    names = [*features, *files, "metrics.json", "tr_metrics.json"]
+    with unwritable_named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        stamp(folder, "eval retrieval", [*names, *(f"{name}.about.json" for name in features)])
+        _write_features(measured, "images", folder / "imgs.img_feat.jsonl")
+        _write_features(measured, "texts", folder / "texts.txt_feat.jsonl")
+        for name, objects in files.items():
+            with published(folder / name) as path, path.open("w", encoding="utf-8") as stream:
+                stream.writelines(json.dumps(each, ensure_ascii=False) + "\n" for each in objects)
+        write_metrics(measured.recall.text_to_image, folder / "metrics.json")
+        write_metrics(measured.recall.image_to_text, folder / "tr_metrics.json")
+    return [folder / name for name in names]
 
 
 def write_metrics(recall: Recall, out: Path) -> None:
@@ -109,9 +141,7 @@ def write_metrics(recall: Recall, out: Path) -> None:
         name: 100 * share
         for name, share in (("r1", recall.r1), ("r5", recall.r5), ("r10", recall.r10))
     }
-    with published(out) as path:
-        whole = {"success": True, "score": mean, "scoreJson": scores}
-        path.write_text(json.dumps(whole), encoding="utf-8")
+    write_text(out, json.dumps({"success": True, "score": mean, "scoreJson": scores}))
 
 
 def read_truth(path: Path) -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ from cn_clip.data.page import page
 from cn_clip.eval.answers import Answered
 from cn_clip.eval.calibrate import FIXED_CUTOFF, Bin, HeldOut
 from cn_clip.eval.calibration import USES, Calibration, probability
-from cn_clip.publish import published
+from cn_clip.publish import write_text
 
 _SIDE, _EDGE = 320, 44  # pixels of a diagram and of its margin
 
@@ -60,8 +60,7 @@ def write_report(calibration: Calibration, held_out: HeldOut, path: Path) -> Non
             ],
         ),
     ]
-    with published(path) as temporary:
-        temporary.write_text(page(f"Calibration: {calibration.model}", parts), encoding="utf-8")
+    write_text(path, page(f"Calibration: {calibration.model}", parts, "eval calibrate"))
 
 
 def reliability_diagram(bins: Sequence[Bin]) -> str:

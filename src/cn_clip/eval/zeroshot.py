@@ -6,8 +6,9 @@ prompts' unit embeddings, made one of unit length again (Radford et al., 2021, s
 
 from __future__ import annotations
 
+import os
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -28,6 +29,8 @@ from cn_clip.eval.classification import (
 )
 from cn_clip.eval.labelled import Labelled
 from cn_clip.eval.metrics import checked
+from cn_clip.files import MAX_TEXT, lines_of, read_file
+from cn_clip.publish import begins, claim, file_by
 from cn_clip.zeroshot import label_embeddings
 
 # The official script's factor before the softmax, whatever the model learned; what is submitted to
@@ -96,17 +99,18 @@ def read_templates(given: str) -> list[str]:
     """
     names = template_names()
     if given in names:
-        text = files("cn_clip.eval").joinpath("templates", f"{given}.txt").read_text("utf-8")
-    elif Path(given).is_file():
+        raw = files("cn_clip.eval").joinpath("templates", f"{given}.txt").read_bytes()
+    elif os.path.isfile(given):  # False for what is no path at all
         try:
-            text = Path(given).read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UsageError(
-                f"{given} is not UTF-8 (byte {error.start}); save it as UTF-8"
-            ) from None
+            raw = read_file(given, MAX_TEXT)
+        except OSError as error:
+            raise UsageError(f"{given} cannot be read: {error.strerror}") from None
     else:
         raise UnknownNameError("templates", given, [*names, "or the path of a file"])
-    lines = [(at, line.strip()) for at, line in enumerate(text.splitlines(), 1) if line.strip()]
+    try:
+        lines = [(at, each.strip()) for at, each in enumerate(lines_of(raw), 1) if each.strip()]
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{given} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
     for at, line in lines:
         if "{}" not in line:
             raise UsageError(
@@ -173,6 +177,16 @@ def score(
         failed=failed,
         probabilities=found,
     )
+
+
+def claim_submission(out: str | Path, *, inputs: Iterable[str | Path] = ()) -> Path:
+    """Check that a submission may be written to ``out``; nothing is touched. Return it as a path.
+
+    Raises:
+        UsageError: see ``publish.claim``.
+    """
+    own = file_by("eval zeroshot", begins(b'{"model_name": "CN-CLIP-'))
+    return claim(out, own, option="--submission", inputs=inputs)
 
 
 def submission(

@@ -18,6 +18,7 @@ from cn_clip.model.efficientnet import EfficientNetLite
 from cn_clip.model.resnet import ModifiedResNet
 from cn_clip.model.text import Bert
 from cn_clip.model.vision import SelfAttention, VisionTransformer
+from cn_clip.tokenizer import Tokenizer, default_tokenizer
 
 MAX_LOGIT_SCALE = 4.6052  # log 100, the clamp used after each optimizer step in training
 
@@ -45,6 +46,11 @@ class CLIP(nn.Module):
         """Precision of the towers."""
         return self.text_projection.dtype
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that all these models share, under the official attribute."""
+        return default_tokenizer()
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations of both towers in the backward pass, to save memory."""
         for tower in (self.visual, self.bert):
@@ -69,7 +75,8 @@ class CLIP(nn.Module):
         saves time and changes nothing else.
         """
         text, mask = _trim(text)
-        return cast(Tensor, self.bert(text, mask))[:, 0].to(self.dtype) @ self.text_projection
+        hidden, _ = cast(tuple[Tensor, None], self.bert(text, attention_mask=mask))
+        return hidden[:, 0].to(self.dtype) @ self.text_projection
 
     def forward(
         self, image: Tensor | None, text: Tensor | None, mask_ratio: float = 0
@@ -95,19 +102,29 @@ class CLIP(nn.Module):
         """Return scaled cosines ``(logits_per_image (N, M), logits_per_text (M, N))``."""
         image_embeddings = F.normalize(self.encode_image(image), dim=-1)
         text_embeddings = F.normalize(self.encode_text(text), dim=-1)
-        logits_per_image = self.logit_scale.exp() * image_embeddings @ text_embeddings.mT
-        return logits_per_image, logits_per_image.mT
+        logits_per_image = self.logit_scale.exp() * image_embeddings @ text_embeddings.t()
+        return logits_per_image, logits_per_image.t()
 
 
 def _trim(ids: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Cut columns of padding; return ids (B, L') and a key mask (B, 1, 1, L'), None if all real."""
+    """Cut columns of padding; return ids (B, L') and a mask (B, L'), None if all are real."""
     real = ids != _PADDING_ID
-    if torch.compiler.is_compiling():  # a length that depends on the data would break the graph
-        return ids, real[:, None, None]
+    if _traced(ids):  # the example's length would become every text's, or break the graph
+        return ids, real
     columns = real.any(dim=0).nonzero()
     longest = int(columns[-1]) + 1 if len(columns) else 1
     ids, real = ids[:, :longest], real[:, :longest]
-    return ids, None if bool(real.all()) else real[:, None, None]
+    return ids, None if bool(real.all()) else real
+
+
+def _traced(tensor: Tensor) -> bool:
+    """Whether the computation is being recorded, to be run later on other values."""
+    return (
+        torch.compiler.is_compiling()  # torch.compile, torch.export
+        or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        or torch.onnx.is_in_onnx_export()
+        or isinstance(tensor, torch.fx.Proxy)
+    )
 
 
 def initialize(model: CLIP, generator: torch.Generator | None = None) -> None:

@@ -133,6 +133,8 @@ class EfficientNetLite(nn.Module):
             raise ValueError(
                 f"EfficientNet-Lite needs a resolution that divides by 32, not {config.resolution}"
             )
+        self.input_resolution = config.resolution
+        self.output_dim = embed_dim
         self.backbone = Backbone()
         self.classifier = nn.Linear(FEATURES, CONCEPTS)
         self.sharpness = nn.Parameter(torch.ones(()))

@@ -25,7 +25,7 @@ def attention(
     """
     # The width of a head spelled out: of an empty batch, -1 could not tell it.
     q, k, v = (
-        x.reshape(*x.shape[:2], heads, x.shape[2] // heads).transpose(1, 2)
+        x.reshape(x.shape[0], x.shape[1], heads, x.shape[2] // heads).transpose(1, 2)
         for x in (query, key, value)
     )
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)

@@ -64,7 +64,7 @@ class AttentionPool2d(nn.Module):
         self.c_proj = nn.Linear(width, embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.flatten(2).mT  # (B, HW, C)
+        x = x.flatten(2).transpose(1, 2)  # (B, HW, C)
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1)  # (B, 1 + HW, C)
         x = x + self.positional_embedding.to(x.dtype)
         pooled = attention(self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x), heads=self.heads)
@@ -78,6 +78,7 @@ class ModifiedResNet(nn.Module):
         super().__init__()
         width = config.width
         self.input_resolution = config.resolution
+        self.output_dim = embed_dim
         self.grad_checkpointing = False
         self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width // 2)

@@ -116,7 +116,11 @@ class Encoder(nn.Module):
 
 
 class Bert(nn.Module):
-    """Token ids (B, L) and a key mask (B, 1, 1, L) or None to hidden states (B, L, D)."""
+    """Token ids (B, L) to hidden states (B, L, D).
+
+    Called as the official one: ``attention_mask`` (B, L) is 1 or True where a token is real, and
+    the hidden states come in a pair with None, in the place of the pooler's output.
+    """
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -128,6 +132,10 @@ class Bert(nn.Module):
         """Recompute activations in the backward pass, to save memory."""
         self.grad_checkpointing = enable
 
-    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        mask = None if attention_mask is None else attention_mask.bool()[:, None, None]
         recompute = self.grad_checkpointing and self.training
-        return run_blocks(self.encoder.layer, self.embeddings(ids), mask, recompute=recompute)
+        x = self.embeddings(input_ids)
+        return run_blocks(self.encoder.layer, x, mask, recompute=recompute), None

@@ -67,6 +67,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         width, patch = config.width, config.patch_size
         self.input_resolution = config.resolution
+        self.output_dim = embed_dim
         self.grid_size = (config.resolution // patch, config.resolution // patch)
         self.grad_checkpointing = False
         self.conv1 = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
@@ -86,8 +87,8 @@ class VisionTransformer(nn.Module):
     def forward(
         self, images: Tensor, mask_ratio: float = 0.0, generator: torch.Generator | None = None
     ) -> Tensor:
-        x = self.conv1(images).flatten(2).mT  # (B, N, D)
-        x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+        x = self.conv1(images).flatten(2).transpose(1, 2)  # (B, N, D)
+        x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
         x = x + self.positional_embedding.to(x.dtype)  # (B, 1 + N, D)
         if mask_ratio:
             x = keep_random_patches(x, mask_ratio, generator)  # (B, 1 + kept, D)

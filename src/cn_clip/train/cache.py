@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cn_clip import distributed, weights
+from cn_clip.arrays import read_npy
 from cn_clip.data.captions import digest
 from cn_clip.data.loader import (
     Preparation,
@@ -33,10 +35,12 @@ from cn_clip.data.sampler import BatchPart
 from cn_clip.data.sources import Weighted, id_digest
 from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.model.clip import CLIP
-from cn_clip.publish import published
+from cn_clip.publish import entries, folder_by, json_object_at, published
 
 _PER_SHARD = 4096  # pictures
 _ABOUT = "about.json"
+_SHARD = re.compile(r"features-\d{5,}\.npy")
+_HALF_WRITTEN = re.compile(rf"{_SHARD.pattern}|about\.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +106,20 @@ class ImageFeatures:
 
     def _shard(self, number: int) -> npt.NDArray[np.float32]:
         if number not in self._open:
-            self._open[number] = np.load(_shard_path(self._folder, number), mmap_mode="r")
+            path = _shard_path(self._folder, number)
+            rows = min(_PER_SHARD, len(self._pictures.places) - number * _PER_SHARD)
+            try:
+                found = read_npy(path, mapped=True)
+            except DataError as error:
+                raise DataError(f"{error}; delete it, and it is computed anew") from None
+            fits = found.ndim == 3 and found.shape[:2] == (rows, self._views)
+            width = found.shape[2] if number == 0 or not fits else self._shard(0).shape[2]
+            if not fits or found.dtype != np.float32 or found.shape[2] != width or not width:
+                raise DataError(
+                    f"{path} holds {found.dtype} of shape {found.shape}; expected float32 of shape "
+                    f"({rows}, {self._views}, D); delete it, and it is computed anew"
+                )
+            self._open[number] = found
         return self._open[number]
 
 
@@ -222,16 +239,31 @@ def _shard_path(folder: Path, number: int) -> Path:
     return folder / f"features-{number:05d}.npy"
 
 
+def _own_features(folder: Path) -> Collection[str]:
+    """Return the names of the files of cached features in a folder; none if they have no stamp."""
+    if not {"preparation", "pictures", "views"} <= json_object_at(folder / _ABOUT).keys():
+        return ()
+    shards = (name for name in entries(folder) if _SHARD.fullmatch(name))
+    return {_ABOUT, *shards}
+
+
+FEATURES = folder_by("train", _own_features, _HALF_WRITTEN)
+"""The objection to a folder that holds anything but cached features."""
+
+
 def _check_stamp(folder: Path, about: dict[str, Any]) -> None:
     path = folder / _ABOUT
     text = json.dumps(about, indent=2, sort_keys=True)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        reason = FEATURES(folder)
+        if reason is not None:
+            raise UsageError(f"{folder} {reason}; give another place") from None
         with published(path) as new:
             new.write_text(text + "\n", encoding="utf-8")
         return
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read ({error}); delete the folder {folder}") from None
     if not isinstance(found, dict):
         raise UsageError(f"{path} is no object; delete the folder {folder}")

@@ -8,30 +8,50 @@ weights (safetensors).
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import pickle
 import shutil
 import warnings
+import zipfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from cn_clip import distributed
 from cn_clip.errors import CheckpointError
-from cn_clip.publish import published_folder
+from cn_clip.publish import STAMP, published_folder
 from cn_clip.train.optim import Average
 from cn_clip.train.stages import Course
+from cn_clip.weights.pickles import check_pickle
 
 _STATES = "states"
 _PROGRESS = "progress.json"
 _TENSORS = "tensors"
+_LARGEST_PICKLE = 1 << 20  # of one tensor; some 200 bytes
+# What tensors are described with; a path, because the folder that was saved to is named.
+_DESCRIPTIONS: dict[str, tuple[str, ...]] = {
+    "torch.distributed.checkpoint.metadata": (
+        "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    "pathlib": ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"),
+    "pathlib._local": ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"),
+}  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -77,7 +97,7 @@ def save_state(folder: Path, progress: Progress, tensors: Mapping[str, Any], *, 
         with ExitStack() as stack:
             made = None
             if distributed.is_main():
-                made = stack.enter_context(published_folder(path))
+                made = stack.enter_context(published_folder(path, "train", objection=_objection))
             place = distributed.broadcast_object(made)
             assert place is not None
             with warnings.catch_warnings():  # it says what it was told: one process
@@ -113,6 +133,12 @@ def states(folder: Path) -> list[Path]:
     return sorted(path for path in found if (path / _PROGRESS).is_file())
 
 
+def _objection(state: Path) -> str | None:
+    """A state of this step, whole or not, may be replaced, and nothing else."""
+    other = {path.name for path in state.iterdir()} - {_PROGRESS, _TENSORS, STAMP}
+    return f"holds {sorted(other)[0]}, which no train wrote" if other else None
+
+
 def read_progress(state: Path) -> Progress:
     """Read where a state is.
 
@@ -121,8 +147,11 @@ def read_progress(state: Path) -> Progress:
     """
     try:
         values = json.loads((state / _PROGRESS).read_text(encoding="utf-8"))
-        return Progress(**values | {"course": Course(**values["course"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        progress = Progress(**values | {"course": Course(**values["course"])})
+        _check_kinds(progress)
+        _check_kinds(progress.course)
+        return progress
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{state / _PROGRESS} is damaged: {error}; delete {state}") from None
 
 
@@ -135,13 +164,104 @@ def load_tensors(state: Path, tensors: dict[str, Any]) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            load(tensors, checkpoint_id=state / _TENSORS, no_dist=distributed.world_size() == 1)
-    except (OSError, RuntimeError, ValueError, KeyError, CheckpointException) as error:
+            load(
+                tensors,
+                storage_reader=_Reader(state / _TENSORS),
+                no_dist=distributed.world_size() == 1,
+            )
+    # torch reads bytes here that may be anything, and what they make it raise is of many kinds.
+    except (Exception, CheckpointException) as error:
         raise CheckpointError(
-            f"the state {state} cannot be read ({_first(error)}). If the recipe has changed in "
-            "what learns, begin a new run with --start.checkpoint; if a file is damaged, delete "
-            "that folder, and the run goes on from the one before"
+            f"the state {state} cannot be read: {_first(error)}; if the recipe has changed in what "
+            "learns, begin a new run with --start.checkpoint; if a file is damaged, delete that "
+            "folder, and the run goes on from the one before"
         ) from error
+
+
+class _Reader(FileSystemReader):
+    """Reads a state without running anything that its files name, as torch's own reader would."""
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        path = Path(self.path) / ".metadata"
+        with path.open("rb") as stream:
+            size = path.stat().st_size
+            check_pickle(stream, size=size)
+            stream.seek(0)
+            metadata = _Metadata(stream).load()
+        if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+            raise ValueError(".metadata tells of no tensors")
+        for place in metadata.storage_data.values():
+            name = place.relative_path
+            if not isinstance(name, str) or name != Path(name).name:
+                raise ValueError(f".metadata names the file {name!r:.60}, outside its folder")
+            self._check_tensor(place)
+        metadata.storage_meta = StorageMeta(load_id=self.load_id)
+        return metadata
+
+    def _check_tensor(self, place: Any) -> None:
+        """Bound the pickle of a tensor before torch unpickles it."""
+        with (Path(self.path) / place.relative_path).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            part = io.BufferedReader(_Part(file, place.offset, min(size, place.length)))
+            with part, zipfile.ZipFile(part) as archive:
+                for member in archive.infolist():
+                    if member.filename.endswith(".pkl"):
+                        if member.file_size > _LARGEST_PICKLE:
+                            raise ValueError("the pickle of a tensor is too large")
+                        check_pickle(io.BytesIO(archive.read(member)), size=size)
+
+
+class _Part(io.RawIOBase):
+    """A part of a file as a file; it is not read whole, because a tensor may be large."""
+
+    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._at)
+        found = self._file.read(max(0, min(len(buffer), self._length - self._at)))
+        buffer[: len(found)] = found
+        self._at += len(found)
+        return len(found)
+
+
+class _Metadata(pickle.Unpickler):
+    """Makes what torch describes tensors with, and nothing else: what it would take for objects
+    other than tensors (``BytesStorageMetadata``), it would unpickle without a check."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if name not in _DESCRIPTIONS.get(module, ()):
+            raise pickle.UnpicklingError(f".metadata names {name} of {module}")
+        return super().find_class(module, name)
+
+    def persistent_load(self, reference: Any) -> Any:
+        raise pickle.UnpicklingError(f".metadata refers to {reference!r:.60}")
+
+
+def _check_kinds(values: Progress | Course) -> None:
+    """Raise a ``ValueError`` for a value that is not of its field's type."""
+    for name, kind in get_type_hints(type(values)).items():
+        value = getattr(values, name)
+        kinds = {get_origin(each) or each for each in get_args(kind) or (kind,)}
+        if get_origin(kind) is dict:
+            kinds = {dict}
+        number = isinstance(value, int) and not isinstance(value, bool)
+        fits = type(value) in kinds or (float in kinds and number)
+        if not fits or (number and not 0 <= value < 1 << 53):
+            raise ValueError(f"{name} is {value!r:.60}")
 
 
 def tensors_of(
@@ -179,4 +299,5 @@ def _first(error: BaseException) -> str:
     if failures:
         each = next(iter(failures.values()))
         return _first(each[0] if isinstance(each, tuple) else each)
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
+    reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+    return reason.rpartition("metadata read failed: ")[2]  # what torch puts in front says nothing

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin, get_type_hints
@@ -38,13 +40,35 @@ def _precision(value: str, _: int) -> list[tuple[str, str]]:
     return [("machine.precision", "bf16" if value == "amp" else value)]
 
 
-# cn_clip/training/params.py of the official package; what has no counterpart is not here. The
-# batch was stated per process and step, and accumulated.
+def _logs(value: str, _: int) -> list[tuple[str, str]]:
+    if value.lower() == "none":
+        raise UsageError("--logs is None; a run is kept in a folder here, so give one")
+    return [("*logs", value)]
+
+
+def _positive(name: str) -> Callable[[str, int], list[tuple[str, str]]]:
+    """Officially, -1 stands for never."""
+    return lambda value, _: [(name, "none" if value in ("-1", "0") else value)]
+
+
+def _bn_sync(_: str, world_size: int) -> list[tuple[str, str]]:
+    if world_size > 1:
+        warnings.warn(
+            "--use-bn-sync is ignored: a BatchNorm that learns takes the statistics of its own "
+            "process' batch; a ViT has none, and --freeze visual.* keeps those of RN50",
+            stacklevel=2,
+        )
+    return []
+
+
+# Every flag of cn_clip/training/params.py of the official package 1.6.0 and before, except those
+# that are options here under the same name. The batch was stated per process and step, and
+# accumulated.
 OFFICIAL: dict[str, Official] = {
     "train-data": _same("data.train"),
     "val-data": _same("data.val"),
     "num-workers": _same("data.workers"),
-    "logs": _same("output.folder"),
+    "logs": Official(_logs),
     "log-interval": _same("output.log_every"),
     "report-training-batch-acc": _ignored(),  # it is mistaken for recall, which is logged
     "batch-size": Official(lambda value, world: [("*batch", f"{_whole(value) * world}")]),
@@ -58,7 +82,7 @@ OFFICIAL: dict[str, Official] = {
     # Stated for the batch that is trained with, not for another one.
     "lr": Official(lambda value, _: [("learning_rate", value), ("for_batch", "none")]),
     "wd": _same("weight_decay"),
-    "save-step-frequency": _same("output.save_every"),
+    "save-step-frequency": Official(_positive("output.save_every")),
     "precision": Official(_precision),
     "vision-model": _same("*vision"),
     "text-model": _same("*text"),
@@ -72,13 +96,16 @@ OFFICIAL: dict[str, Official] = {
     "skip-scheduler": _switch("schedule", "constant"),
     "use-flash-attention": _ignored(),  # the fastest attention is always taken
     "gather-with-grad": _ignored(),  # always
+    "use-bn-sync": Official(_bn_sync, takes_value=False),
+    "debug": _ignored(),  # the log is always whole
     "skip-aggregate": _ignored(),  # nothing is ever aggregated whole
     "reset-data-offset": _ignored(),  # weights given with --resume bring neither of the two
     "reset-optimizer": _ignored(),
     "save-epoch-frequency": _ignored(takes_value=True),  # always, and the last ones are kept
     "valid-num-workers": _ignored(takes_value=True),
     "local-rank": _ignored(takes_value=True),  # torchrun tells by a variable
-    "distllation": _ignored(),  # the official spelling; a teacher's name says so here
+    "distillation": _switch("*distillation"),
+    "distllation": _switch("*distillation"),  # as the official README spells it
     "teacher-model-name": _same("teacher"),
     "kd-loss-weight": _same("teacher_weight"),
 }
@@ -102,16 +129,25 @@ def apply_flags(
     """
     changed: dict[str, Any] = _copied(values)
     changed.setdefault("stages", [{}])
-    if not isinstance(changed["stages"], list):
+    stages = changed["stages"]
+    if not isinstance(stages, list) or not all(isinstance(each, dict) for each in stages):
         raise UsageError("the recipe's stages are no list of tables; write [[stages]]")
     asked: dict[str, list[str]] = {}
     for name, value in _read(flags):
         for target, text in _meaning(name, value, world_size):
             asked.setdefault(target, []).append(text)
+    distillation = asked.pop("*distillation", None)
     _official_sums(asked, world_size)
     for name, texts in asked.items():
         _set(changed, name, texts)
+    if distillation and not any(_has_teacher(stage) for stage in changed["stages"]):
+        raise UsageError("--distillation needs a teacher; give --teacher-model-name or --teacher")
     return changed
+
+
+def _has_teacher(stage: Mapping[str, Any]) -> bool:
+    loss = stage.get("loss")
+    return isinstance(loss, Mapping) and bool(loss.get("teacher"))
 
 
 def _read(flags: Sequence[str]) -> list[tuple[str, str | None]]:
@@ -200,7 +236,10 @@ def _full(name: str, flag: str) -> str:
 
 
 def _official_sums(asked: dict[str, list[str]], world_size: int) -> None:
-    """Turn the official batch per process, and the two towers' names, into options."""
+    """Turn the official batch per process, the two towers' names and LOGS/NAME into options."""
+    if logs := asked.pop("*logs", None):
+        folder = os.path.join(logs[-1], asked["name"][-1]) if "name" in asked else logs[-1]
+        asked.setdefault("output.folder", [folder])
     batch, times = asked.pop("*batch", None), asked.pop("*accumulate", None)
     if batch is not None:
         rounds = _whole((times or ["1"])[-1])
@@ -224,12 +263,12 @@ def _set(values: dict[str, Any], name: str, texts: list[str]) -> None:
         return
     _, which, *rest = name.split(".") if name.startswith("stages.") else ("", "NAME", name)
     stages = values["stages"]
-    names = [stage.get("name", Stage().name) for stage in stages]
+    names = [str(stage.get("name", Stage().name)) for stage in stages]
     if which == "NAME":
         chosen = stages
     elif which in (plain := [each.replace("-", "_") for each in names]):  # as flags are read
         chosen = [stages[plain.index(which)]]
-    elif which.isdigit() and int(which) < len(stages):
+    elif which.isdecimal() and int(which) < len(stages):
         chosen = [stages[int(which)]]
     else:
         raise UnknownNameError("stage", which, names)
@@ -246,8 +285,8 @@ def _set_in(table: dict[str, Any], cls: type, path: list[str], texts: list[str],
         raise UnknownNameError(f"option in --{name}:", key, hints)
     inner = nested(hints[key])
     if rest and inner is not None:
-        if not isinstance(table.get(key), dict):
-            table[key] = {}
+        if not isinstance(table.setdefault(key, {}), dict):
+            raise UsageError(f"the recipe's {key} is {table[key]!r:.60}, no table; --{name}")
         _set_in(table[key], inner, rest, texts, name)
         return
     if rest:

@@ -16,6 +16,7 @@ import torch
 
 from cn_clip import distributed
 from cn_clip.errors import CNClipError, TrainingError
+from cn_clip.processes import ENDING, drop_dead_terminal
 from cn_clip.train.recipe import Machine, Stage
 
 _WINDOW = 50  # losses that are averaged
@@ -102,20 +103,28 @@ class Stop:
 
 @contextmanager
 def signals() -> Iterator[Stop]:
-    """Note SIGTERM and Ctrl-C instead of dying of them; a second Ctrl-C ends at once."""
+    """Note SIGTERM, SIGHUP and Ctrl-C instead of dying of them; a second Ctrl-C ends at once.
+
+    What is ignored stays ignored, as under ``nohup``.
+    """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread hears them
         return
 
     def heard(number: int, frame: FrameType | None) -> None:
+        drop_dead_terminal()  # else its next line would end the run, and not this
         if stop.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.signal = number
         if number == signal.SIGINT:
             print("cn-clip: stopping after this step; again: at once", file=sys.stderr)
 
-    before = {number: signal.signal(number, heard) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, heard)
+        for number in ENDING
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
     try:
         yield stop
     finally:

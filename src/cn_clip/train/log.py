@@ -87,13 +87,15 @@ class Log:
 
 
 def read_log(folder: Path) -> list[Event]:
-    """Read a run's events; where it was resumed, the later of two that stand for one step."""
+    """Read a run's events; where it was resumed, the later of two that stand for one step.
+
+    A line that is damaged is left out.
+    """
     events: dict[tuple[str, int, str], Event] = {}
     for event in _lines(folder / _FILE):
-        with suppress(KeyError):
-            events[event["kind"], event["total"], str(event.get("stage", event.get("text")))] = (
-                event
-            )
+        kind, total = event.get("kind"), event.get("total")
+        if isinstance(kind, str) and isinstance(total, int):
+            events[kind, total, str(event.get("stage", event.get("text")))] = event
     return list(events.values())
 
 
@@ -102,7 +104,7 @@ def _lines(path: Path) -> Iterator[Event]:
         return
     with path.open(encoding="utf-8", errors="replace") as stream:  # a character may be cut, too
         for line in stream:
-            with suppress(ValueError):  # the last line of a run that was killed
+            with suppress(ValueError, RecursionError):  # the last line of a run that was killed
                 event = json.loads(line)
                 if isinstance(event, dict):
                     yield event

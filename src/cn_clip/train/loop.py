@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,14 @@ from cn_clip.eval.pairs import eval_set_of
 from cn_clip.publish import published
 from cn_clip.train.batches import Share, shares
 from cn_clip.train.checkpoint import Progress, load_tensors, read_progress, save_state, states
-from cn_clip.train.folder import Outcome, full_disk_named, locked, prepared, write_outcome
+from cn_clip.train.folder import (
+    Outcome,
+    claim_folders,
+    full_disk_named,
+    locked,
+    prepared,
+    write_outcome,
+)
 from cn_clip.train.guard import Guard, InterruptedRun, signals
 from cn_clip.train.log import Event, Log
 from cn_clip.train.optim import clamp_logit_scale, rate_at, set_rate, warmup_of
@@ -54,6 +61,7 @@ def train(
     *,
     resume: bool = False,
     allow_changes: bool = False,
+    inputs: Sequence[str | Path] = (),
     tell: Callable[[Event], None] = lambda event: None,
 ) -> Outcome:
     """Carry out a recipe, or go on with the run in its folder.
@@ -67,6 +75,7 @@ def train(
         recipe: what to do.
         resume: go on with the run in the folder, if there is one.
         allow_changes: go on even though the recipe has changed since.
+        inputs: files that are read besides those of the recipe, which is one of them.
         tell: is given every event of the log as it happens.
 
     Raises:
@@ -84,6 +93,7 @@ def train(
     folder = Path(recipe.output.folder).expanduser()
     with ExitStack() as stack:
         stack.enter_context(distributed.start(device.type))
+        distributed.on_main(lambda: claim_folders(recipe, inputs))
         if distributed.is_main():
             stack.enter_context(locked(folder))
         finished = prepared(folder, recipe, resume, allow_changes)

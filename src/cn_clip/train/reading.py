@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import tomllib
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from cn_clip.errors import UnknownNameError, UsageError
+from cn_clip.text import path_text
 from cn_clip.train.recipe import VERSION, Recipe, nested, spoken
 from cn_clip.train.requirements import check_recipe
+
+_MOST_BYTES = 1 << 16  # of a recipe; those shipped have a few thousand
+_LONGEST_LINE = 2000  # characters; tomllib takes minutes for a key of a hundred thousand dots
+_MOST_LEVELS = 16  # of tables and lists in it; a recipe has five
 
 
 def shipped() -> list[str]:
@@ -27,25 +32,70 @@ def read_recipe(name_or_path: str) -> dict[str, Any]:
     Raises:
         UsageError: there is none, or it is not TOML.
     """
-    known, path = shipped(), Path(name_or_path).expanduser()
+    known = shipped()
+    try:
+        path = Path(name_or_path).expanduser()
+        is_file = path.suffix == ".toml" or path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, no such user, a NUL
+        raise UsageError(f"{name_or_path!r} is no usable path: {error}") from None
     if name_or_path in known:
         text = files("cn_clip.train").joinpath("recipes", f"{name_or_path}.toml").read_text("utf-8")
-    elif path.suffix == ".toml" or path.is_file():
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"the recipe {path} cannot be read: {error}") from None
+    elif is_file:
+        text = _text_of(path)
     else:
         raise UnknownNameError("recipe", name_or_path, known)
+    return _tables(text, f"the recipe {name_or_path}")
+
+
+def _text_of(path: Path) -> str:
     try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"the recipe {name_or_path} is not TOML: {error}") from None
+        with path.open("rb") as stream:  # not all of what may be a disk
+            content = stream.read(_MOST_BYTES + 1)
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"the recipe {path} cannot be read: byte {error.start:,} is not UTF-8; save it as UTF-8"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the recipe {path} cannot be read: {error}") from None
+    if len(content) > _MOST_BYTES:
+        raise UsageError(f"the recipe {path} has more than {_MOST_BYTES:,} bytes; is it a recipe?")
+    if max(map(len, text.splitlines()), default=0) > _LONGEST_LINE:
+        raise UsageError(
+            f"the recipe {path} has a line of more than {_LONGEST_LINE:,} characters; break it"
+        )
+    return text
+
+
+def _tables(text: str, what: str) -> dict[str, Any]:
+    """Read TOML that nests no deeper than recipes do."""
+    try:
+        values = tomllib.loads(text)
+    except RecursionError:
+        raise UsageError(f"{what} is nested too deeply") from None
+    except ValueError as error:  # TOMLDecodeError, and numbers of thousands of digits
+        raise UsageError(f"{what} is not TOML: {error}") from None
+    level: list[Any] = [values]
+    for _ in range(_MOST_LEVELS):
+        level = [each for value in level for each in _inside(value)]
+    if level:
+        raise UsageError(f"{what} is nested too deeply")
+    return values
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def from_toml(text: str) -> Recipe:
-    """Read what ``Recipe.to_toml`` wrote."""
-    return build_recipe(tomllib.loads(text))
+    """Read what ``Recipe.to_toml`` wrote.
+
+    Raises:
+        UsageError: it is not TOML, or as ``build_recipe``.
+    """
+    return build_recipe(_tables(text, "the recipe"))
 
 
 def build_recipe(values: Mapping[str, Any]) -> Recipe:
@@ -56,7 +106,7 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
             newer version.
     """
     version = values.get("version", VERSION)
-    if isinstance(version, int) and version > VERSION:
+    if isinstance(version, int) and not isinstance(version, bool) and version > VERSION:
         raise UsageError(
             f"the recipe is of version {version}, this cn_clip reads up to {VERSION}; update with: "
             "pip install -U cn-clip"
@@ -111,7 +161,26 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UsageError(f"{where} is {value!r:.60}; expected a {spoken(kind)}")
+    if isinstance(value, str):
+        _check_text(value, where)
     return value
+
+
+def _check_text(value: str, where: str) -> None:
+    """Refuse texts that are no path, no name and no pattern, before anything is done with them."""
+    if not value.strip():
+        raise UsageError(f"{where} is empty; give a value, or leave it out")
+    if not value.isprintable() and any(c in value for c in "\0\r\n"):
+        raise UsageError(f"{where} is {value!r}; remove the line break or the NUL")
+    if (written := path_text(value)) != value:
+        raise UsageError(
+            f"{where} is {written!r}, a name that is not UTF-8, and a recipe is a file of UTF-8; "
+            "rename it, or make a link to it with another name"
+        )
+    try:
+        Path(value).expanduser()
+    except RuntimeError:  # it begins like a user's home
+        raise UsageError(f"{where} is {value!r}, the home of a user who is not known") from None
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from cn_clip.arrays import read_npz
 from cn_clip.data.page import data_uri, page, sheet, thumbnail
-from cn_clip.errors import CNClipError
+from cn_clip.errors import CNClipError, DataError
 from cn_clip.eval.pairs import EvalSet
 from cn_clip.publish import published
 from cn_clip.train.log import Event, read_log
@@ -19,6 +21,26 @@ from cn_clip.train.validate import Vectors
 _QUERIES, _SHOWN = 8, 5  # retrievals on the page, and pictures of each
 _MOST_POINTS = 600  # of a curve
 _WIDE, _HIGH, _EDGE = 860, 220, 64
+
+_NUMBER = (int, float)
+_LARGEST = 1e15
+_RECALLS = ("mean_recall", *(f"{way}_r{k}" for way in ("t2i", "i2t") for k in (1, 5, 10)))
+# What the report needs of an event; NaN, of a loss, is kept as null.
+_TOLD: dict[str, dict[str, Any]] = {
+    "start": {
+        "model": str,
+        "parameters": int,
+        "device": str,
+        "processes": int,
+        "pairs": int,
+        "origins": list,
+    },
+    "stage": {"stage": str, "step": int},
+    "step": dict.fromkeys(("mean_loss", "rate", "logit_scale"), (*_NUMBER, type(None))),
+    "score": {"stage": str, **dict.fromkeys(_RECALLS, _NUMBER)},
+    "warning": {"text": str},
+    "end": {"seconds": _NUMBER},
+}
 
 Point = tuple[float, float]
 
@@ -31,7 +53,7 @@ def write_report(
     Returns:
         The scores that it shows first: where measured, and the mean recall there.
     """
-    events = read_log(folder)
+    events = [event for event in read_log(folder) if _is_whole(event)]
     scores = headline(events, recipe)
     steps = [event for event in events if event["kind"] == "step"]
     marks = [
@@ -65,8 +87,22 @@ def write_report(
         f"<pre>{escape(recipe.to_toml())}</pre>",
     ]
     with published(folder / "report.html") as path:
-        path.write_text(page(f"Training: {recipe.name}", parts), encoding="utf-8")
+        path.write_text(page(f"Training: {recipe.name}", parts, "train"), encoding="utf-8")
     return scores
+
+
+def _is_whole(event: Event) -> bool:
+    """Tell whether an event has all that the page shows of its kind; a line may be damaged."""
+    return all(
+        name in event and _fits(event[name], types)
+        for name, types in (("total", int), *_TOLD.get(event["kind"], {}).items())
+    )
+
+
+def _fits(value: Any, types: Any) -> bool:
+    if isinstance(value, int | float) and not abs(value) < _LARGEST:  # nor NaN
+        return False
+    return isinstance(value, types) and not isinstance(value, bool)
 
 
 def headline(events: Sequence[Event], recipe: Recipe) -> list[tuple[str, float]]:
@@ -188,11 +224,8 @@ def _scores(events: Sequence[Event], recipe: Recipe) -> str:
 def _retrievals(folder: Path, validation: EvalSet | None) -> list[str]:
     """Show what some validation texts find, before and after."""
     try:
-        with np.load(folder / "before.npz") as held:
-            before = held["images"].astype(np.float32), held["texts"].astype(np.float32)
-        with np.load(folder / "after.npz") as held:
-            after = held["images"].astype(np.float32), held["texts"].astype(np.float32)
-    except OSError:
+        before, after = (_embeddings(folder / f"{when}.npz") for when in ("before", "after"))
+    except DataError:
         return []
     if validation is None:
         return []
@@ -206,6 +239,11 @@ def _retrievals(folder: Path, validation: EvalSet | None) -> list[str]:
             parts.append(f"<p>{name}</p>")
             parts.append(sheet(_found(images, texts[text], right, validation)))
     return parts
+
+
+def _embeddings(path: Path) -> tuple[Vectors, Vectors]:
+    held = read_npz(path, ("images", "texts"))
+    return held["images"].astype(np.float32), held["texts"].astype(np.float32)
 
 
 def _found(
@@ -222,7 +260,7 @@ def _found(
 
 
 def _listed(lines: Iterable[str]) -> str:
-    return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
+    return f"<ul>{''.join(f'<li>{escape(str(line))}</li>' for line in lines)}</ul>"
 
 
 def _short(value: float) -> str:

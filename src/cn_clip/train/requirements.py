@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from cn_clip.errors import UsageError
 from cn_clip.train.optim import rate_factor
-from cn_clip.train.recipe import Recipe, Stage
+from cn_clip.train.recipe import VERSION, Recipe, Stage
+
+_LONGEST_NAME = 64
 
 
 def check_recipe(recipe: Recipe) -> None:
     """Raise a ``UsageError`` that names the first option that cannot be, and what it can."""
     ranges: dict[str, tuple[float | None, float, float]] = {
+        "version": (recipe.version, 1, VERSION),
+        "seed": (recipe.seed, 0, (1 << 63) - 1),
         "data.workers": (recipe.data.workers, 0, 1024),
         "data.prefetch_mb": (recipe.data.prefetch_mb, 1, 1 << 30),
         "data.most_skipped": (recipe.data.most_skipped, 0, 1),
@@ -68,6 +72,8 @@ def check_recipe(recipe: Recipe) -> None:
             f"the stages are named {', '.join(names)}; give each a name of its own, of letters, "
             "digits and hyphens"
         )
+    if len(max(names, key=len)) > _LONGEST_NAME:  # folders are named after them
+        raise UsageError(f"a stage's name has more than {_LONGEST_NAME} characters; shorten it")
     for stage in recipe.stages:
         _check_stage(stage, recipe)
 

@@ -24,20 +24,21 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cn_clip.config import PUBLISHED, ModelConfig
+from cn_clip.config import PUBLISHED, ModelConfig, about_parameters, read_json
 from cn_clip.errors import CheckpointError, MissingWeightsError
 from cn_clip.model.clip import CLIP
-from cn_clip.publish import published, published_folder
+from cn_clip.publish import STAMP, published, published_folder
 from cn_clip.weights.huggingface import config_from, config_to, from_hugging_face, to_hugging_face
 from cn_clip.weights.official import (
     infer_config,
     named,
     official_names,
+    plain_names,
     resize_positions,
     told_by_shapes,
     unfuse_attention,
 )
-from cn_clip.weights.tensorfile import other_parts, read_tensors
+from cn_clip.weights.tensorfile import other_parts, read_tensors, state_dict_in
 from cn_clip.weights.towers import FILES, Tower, image_tower, text_tower, weights_file
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "save_hugging_face",
     "save_official",
     "save_state",
+    "state_dict_in",
     "text_tower",
     "unfuse_attention",
     "write_folder",
@@ -69,6 +71,9 @@ __all__ = [
 ]
 
 _PIECE = 256 << 10
+_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+_SLACK = 10_000_000  # parameters that may be missing before a config is another model's
+_PARTS = ("visual", "bert", "text_projection", "logit_scale")
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _SIDE_FILES = {"preprocessor_config.json", "tokenizer_config.json", "vocab.txt"}
 
@@ -93,9 +98,13 @@ def read(path: str | os.PathLike[str], *, mapped: bool = False) -> Checkpoint:
         CheckpointError: it is damaged, not a Chinese-CLIP, or holds more than tensors.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _read_folder(path, mapped)
-    tensors = read_tensors(path, mapped=mapped)
+    return _read_file(path, mapped)
+
+
+def _read_file(path: Path, mapped: bool) -> Checkpoint:
+    tensors = plain_names(read_tensors(path, mapped=mapped))
     if any(name.startswith("vision_model.") for name in tensors):
         tensors, dropped = from_hugging_face(tensors)
         return Checkpoint(infer_config(tensors, path), tensors, dropped, "Hugging Face weights")
@@ -113,6 +122,13 @@ def build(checkpoint: Checkpoint, *, dtype: torch.dtype | None = torch.float32) 
         CheckpointError: tensors are missing, unexpected or of another shape; all are counted and
             the first ones named.
     """
+    described = about_parameters(checkpoint.config)
+    held = sum(tensor.numel() for tensor in checkpoint.tensors.values())
+    if described > 2 * held + _SLACK:  # far off: not even laid out
+        raise CheckpointError(
+            f"the config describes about {described:,} parameters and the weights hold {held:,}; "
+            "give the two files that belong together"
+        )
     with torch.device("meta"):
         model = CLIP(checkpoint.config)
     check_fit(checkpoint.tensors, model.state_dict(), checkpoint.config.name)
@@ -147,7 +163,14 @@ def check_fit(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: 
         ),
     ]
     if problems:
-        raise CheckpointError(f"the weights do not fit {model}: {'; '.join(problems)}")
+        foreign = [n for n in given if n not in wanted and n.split(".")[0] not in _PARTS]
+        remedy = (
+            f"; {foreign[0]} is of no tower: if the model is whole without it, remove it and save "
+            "the rest"
+            if foreign
+            else ""
+        )
+        raise CheckpointError(f"the weights do not fit {model}: {'; '.join(problems)}{remedy}")
 
 
 def check_model(found: ModelConfig, wanted: ModelConfig, path: str | os.PathLike[str]) -> None:
@@ -175,7 +198,7 @@ def save_state(
 ) -> None:
     """Write what ``save_folder`` does, from a config and a state dict under official names."""
     path = Path(path)
-    with explained(path), published_folder(path) as folder:
+    with explained(path), published_folder(path, "model", objection=_objection) as folder:
         _write_state(config, state, folder)
 
 
@@ -202,7 +225,7 @@ def save_hugging_face(model: CLIP, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     check_own(path)
-    with explained(path), published_folder(path) as folder:
+    with explained(path), published_folder(path, "model", objection=_objection) as folder:
         write_hugging_face(model, folder)
 
 
@@ -254,23 +277,41 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
 
 def _read_config(folder: Path) -> tuple[ModelConfig, bool]:
     """Return a folder's config, and whether it is written as Hugging Face writes it."""
-    if not (folder / _CONFIG).is_file():
+    if not os.path.isfile(folder / _CONFIG):
         raise MissingWeightsError(
             f"the folder {folder} has no {_CONFIG}; a model folder holds {_CONFIG} and {_WEIGHTS}"
+            f"{_held_by(folder)}"
         )
-    values = _read_json(folder / _CONFIG)
+    values = read_json(folder / _CONFIG)
     if not isinstance(values, dict) or "model_type" not in values:
         return ModelConfig.from_dict(values), False
     preparation = folder / "preprocessor_config.json"
-    prepared = _read_json(preparation) if preparation.is_file() else None
+    prepared = read_json(preparation) if os.path.isfile(preparation) else None
     return named(config_from(values, prepared, str(folder))), True
 
 
+def _held_by(folder: Path) -> str:
+    """Say which file or folder in a folder to give instead of it."""
+    if os.path.isfile(folder / "latest"):
+        return "; it is DeepSpeed's: give the mp_rank_00_model_states.pt in the folder inside"
+    try:
+        inside = sorted(os.listdir(folder))
+    except (OSError, ValueError):  # none that can be listed, or a name that none can have
+        return ""
+    models = [n for n in inside if n.endswith(_SUFFIXES) or os.path.isfile(folder / n / _CONFIG)]
+    return f"; give one of these in it: {', '.join(models[:3])}" if models else ""
+
+
 def _read_folder(path: Path, mapped: bool) -> Checkpoint:
+    has_weights = any(os.path.isfile(path / name) for name in FILES)
+    if has_weights and not os.path.isfile(path / _CONFIG):  # as accelerate saves a model
+        return _read_file(weights_file(path), mapped)
     config, of_hugging_face = _read_config(path)
-    if not any((path / name).is_file() for name in FILES):
-        raise MissingWeightsError(f"the folder {path} has a {_CONFIG} but no {_WEIGHTS}")
-    tensors = read_tensors(weights_file(path), mapped=mapped)
+    if not has_weights:
+        raise MissingWeightsError(
+            f"the folder {path} has a {_CONFIG} but no {_WEIGHTS}{_held_by(path)}"
+        )
+    tensors = plain_names(read_tensors(weights_file(path), mapped=mapped))
     if of_hugging_face:
         return Checkpoint(config, *from_hugging_face(tensors), "Hugging Face folder")
     return Checkpoint(config, *official_names(tensors), "safetensors folder")
@@ -303,24 +344,22 @@ def _write_json(path: Path, values: Any) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-
-
 def check_own(path: Path) -> None:
     """Raise a ``CheckpointError`` for a folder that holds anything but a model written here."""
-    if path.is_dir() and {f.name for f in path.iterdir()} - {_CONFIG, _WEIGHTS, *_SIDE_FILES}:
-        raise CheckpointError(f"the folder {path} holds other files too; give a new folder")
+    if os.path.isdir(path) and _objection(path):
+        raise CheckpointError(f"the folder {path} {_objection(path)}; give a new folder")
+
+
+def _objection(path: Path) -> str | None:
+    own = {_CONFIG, _WEIGHTS, STAMP, *_SIDE_FILES}
+    return "holds other files too" if {file.name for file in path.iterdir()} - own else None
 
 
 def _is_float(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.dtype.itemsize > 1  # 8 bits need scales beside
 
 
-def _listed(what: str, names: list[str], shown: int = 5) -> Iterator[str]:
+def _listed(what: str, names: list[str], shown: int = 2) -> Iterator[str]:
     if names:
         more = f" and {len(names) - shown} more" if len(names) > shown else ""
         yield f"{len(names)} {what} ({', '.join(names[:shown])}{more})"

@@ -37,6 +37,9 @@ def from_hugging_face(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], tu
     """Return the tensors under their official names, and the names left out; empties ``tensors``.
 
     Queries, keys and values become one matrix, projections are transposed.
+
+    Raises:
+        CheckpointError: the shapes of queries, keys and values do not fit together.
     """
     official: dict[str, Tensor] = {}
     dropped: list[str] = []
@@ -48,15 +51,19 @@ def from_hugging_face(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], tu
         ):
             stem, kind = joint.groups()
             parts = [tensors.pop(f"{stem}{part}_proj.{kind}", None) for part in "qkv"]
-            if all(part is not None for part in parts):
+            present = [part for part in parts if part is not None]
+            if len(present) == 3:
+                if len({part.shape[1:] for part in present}) > 1 or not present[0].ndim:
+                    shapes = ", ".join(str(list(part.shape)) for part in present)
+                    raise CheckpointError(f"{stem}[qkv]_proj.{kind} do not fit together: {shapes}")
                 block = _renamed(stem.removesuffix(".self_attn."), _reversed(_NAMES))
-                official[f"{block}.attn.in_proj_{kind}"] = torch.cat(parts)  # type: ignore[arg-type]
+                official[f"{block}.attn.in_proj_{kind}"] = torch.cat(present)
         elif name in tensors:
             new = _renamed(name, _reversed(_NAMES))
             new = _renamed(new, _reversed(_BLOCK_NAMES)) if new.startswith("visual.") else new
             tensor = tensors.pop(name)
             for ours, theirs in _LINEAR.items():
-                if name == f"{theirs}.weight":
+                if name == f"{theirs}.weight" and tensor.ndim == 2:
                     new, tensor = ours, tensor.T.contiguous()
             official[new] = tensor
     return official, tuple(dropped)
@@ -98,8 +105,15 @@ def config_from(
             f"{where} holds a Hugging Face model of type {kind!r}, not 'chinese_clip'; a CLIP or "
             "BERT serves as initial weights only: clip.load(model, clip_path=..., bert_path=...)"
         )
-    vision = _VISION_DEFAULTS | dict(values.get("vision_config") or {})
-    text = _TEXT_DEFAULTS | dict(values.get("text_config") or {})
+    vision = _VISION_DEFAULTS | _object(values, "vision_config", where)
+    text = _TEXT_DEFAULTS | _object(values, "text_config", where)
+    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
+        for part, given in (("vision_config", vision), ("text_config", text)):
+            if type(given[key]) is not int or given[key] < 1:
+                raise CheckpointError(
+                    f"{where}: {part}.{key} = {given[key]!r} is an impossible value; it must be "
+                    "a count"
+                )
     fixed = {
         "vision_config.hidden_act": (vision["hidden_act"], "quick_gelu"),
         "vision_config.layer_norm_eps": (vision["layer_norm_eps"], 1e-5),
@@ -116,7 +130,8 @@ def config_from(
                 f"{where}: {key} = {given!r} is a variant of Chinese-CLIP that cannot be run "
                 f"here; it must be {ours!r}"
             )
-    preparation = preparation or {}
+    if not isinstance(preparation := preparation or {}, Mapping):
+        raise CheckpointError(f"{where}: preprocessor_config.json holds no object")
     config = ModelConfig(
         name="",
         embed_dim=values.get("projection_dim", 512),
@@ -126,7 +141,7 @@ def config_from(
             vision["hidden_size"],
             (vision["num_hidden_layers"],),
             vision["patch_size"],
-            vision["hidden_size"] // max(1, vision["num_attention_heads"]),
+            vision["hidden_size"] // vision["num_attention_heads"],
         ),
         text=TextConfig(
             text["hidden_size"],
@@ -138,8 +153,8 @@ def config_from(
             text["type_vocab_size"],
             text["hidden_dropout_prob"],
         ),
-        image_mean=tuple(preparation.get("image_mean", CLIP_MEAN)),
-        image_std=tuple(preparation.get("image_std", CLIP_STD)),
+        image_mean=_three(preparation.get("image_mean", CLIP_MEAN)),
+        image_std=_three(preparation.get("image_std", CLIP_STD)),
     )
     check_config(config, where)
     return config
@@ -237,6 +252,17 @@ _TEXT_DEFAULTS: dict[str, Any] = {
     "type_vocab_size": 2,
     "layer_norm_eps": 1e-12,
 }
+
+
+def _object(values: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+    inner = values.get(key) or {}
+    if not isinstance(inner, Mapping):
+        raise CheckpointError(f"{where}: {key} is {type(inner).__name__}, not an object")
+    return dict(inner)
+
+
+def _three(values: Any) -> Any:
+    return tuple(values) if isinstance(values, list) else values
 
 
 def _reversed(names: Mapping[str, str]) -> dict[str, str]:

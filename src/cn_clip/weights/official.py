@@ -29,20 +29,60 @@ _UNUSED = "bert.pooler."  # in files from the official training; the model has n
 def official_names(
     tensors: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Return the tensors under their official names, and the names left out (BERT's pooler)."""
-    plain = unfuse_attention({str(n).removeprefix("module."): t for n, t in tensors.items()})
+    """Return the tensors under their official names, and the names left out (BERT's pooler).
+
+    Raises:
+        CheckpointError: two names are the same without their prefixes, or fused attention weights
+            cannot be parted.
+    """
+    plain = unfuse_attention(plain_names(tensors))
     dropped = tuple(name for name in plain if name.startswith(_UNUSED))
     return {name: t for name, t in plain.items() if name not in dropped}, dropped
 
 
+# What wraps a model in training puts its own name before, or into, the names of the weights:
+# DataParallel, DDP and DeepSpeed; torch.compile; FSDP and activation checkpointing; and, in front
+# only, the attribute that a Lightning module or a script keeps the model in.
+_WRAPPERS = re.compile(
+    r"^(?:(?:model|clip|clip_model|net)\.)+(?=visual\.|bert\.|text_projection$|logit_scale$"
+    r"|vision_model\.|text_model\.|visual_projection\.|text_projection\.)"
+)
+_WRAPPED = re.compile(
+    r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+
+
+def plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors without what training frameworks put into their names.
+
+    Raises:
+        CheckpointError: two names are the same without it.
+    """
+    plain: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        short = _WRAPPERS.sub("", _WRAPPED.sub("", str(name)))
+        if short in plain:
+            raise CheckpointError(
+                f"the weights hold {short} twice, as {name!r} too; keep one model of the two"
+            )
+        plain[short] = tensor
+    return plain
+
+
 def unfuse_attention(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the joint ``Wqkv`` weights that official training with flash-attention writes."""
+    """Rename the joint ``Wqkv`` weights that official training with flash-attention writes.
+
+    Raises:
+        CheckpointError: such a weight is not three in one.
+    """
     plain: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         stem, _, kind = name.rpartition(".")
         if stem.endswith("attn.Wqkv"):
             plain[f"{stem.removesuffix('.Wqkv')}.in_proj_{kind}"] = tensor
         elif stem.endswith("attention.self.Wqkv"):
+            if not tensor.ndim or not len(tensor) or len(tensor) % 3:
+                raise CheckpointError(f"{name} {list(tensor.shape)} is not three weights in one")
             for part, chunk in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
                 plain[f"{stem.removesuffix('.Wqkv')}.{part}.{kind}"] = chunk
         elif stem.endswith("attention.self.out_proj"):
@@ -56,10 +96,18 @@ def resize_positions(positions: Tensor, length: int) -> Tensor:
     """Resize a ViT's position embeddings (1 + n*n, D) to another grid (``length`` = 1 + m*m, D).
 
     Bicubic with ``align_corners=True``, as the official training; the class token's stays.
+
+    Raises:
+        CheckpointError: one of the two grids is no square.
     """
-    if len(positions) == length:
+    if positions.ndim and len(positions) == length:
         return positions
-    old, new = math.isqrt(len(positions) - 1), math.isqrt(length - 1)
+    old, new = math.isqrt(max(0, len(positions) - 1)), math.isqrt(length - 1)
+    if positions.ndim != 2 or not old or old**2 != len(positions) - 1 or new**2 != length - 1:
+        raise CheckpointError(
+            f"position embeddings {list(positions.shape)} are no square grid that could be "
+            f"resized to {length - 1} patches"
+        )
     grid = positions[1:].float().T.reshape(1, -1, old, old)  # (1, D, n, n)
     grid = torch.nn.functional.interpolate(
         grid, size=(new, new), mode="bicubic", align_corners=True

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import mmap
 import os
 import pickle
 import re
+import tarfile
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
+from cn_clip.config import read_json, shards_of
 from cn_clip.errors import CheckpointError, MissingWeightsError
+from cn_clip.weights.content import content_of, members_of
+from cn_clip.weights.pickles import Refused, check_pickle
 
+_LARGEST_PICKLE = 64 << 20  # bytes, without the tensors' numbers, which lie beside it
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # how a file of torch before 1.6 begins: five pickles,
+_LEGACY_PICKLES = 5  # and the numbers behind them
 _CHUNK = 16 << 20
 _READERS = 2  # memory is touched for the first time while it fills, which is worth sharing
 
@@ -38,35 +46,33 @@ def read_tensors(path: str | os.PathLike[str], *, mapped: bool = False) -> dict[
         CheckpointError: it is damaged, or holds something else than tensors.
     """
     path = Path(path)
-    if not path.is_file():
+    if os.path.isdir(path):
+        raise MissingWeightsError(f"{path} is a folder; give the file of weights in it")
+    if not os.path.isfile(path):
         raise MissingWeightsError(f"no such file or folder: {path}")
     if path.name.endswith(".index.json"):
         return _read_shards(path, mapped)
-    read = _read_safetensors if path.suffix == ".safetensors" else _read_pt
+    read = _read_safetensors if content_of(path) == "safetensors" else _read_pt
     return read(path, mapped)
 
 
 def other_parts(path: str | os.PathLike[str]) -> tuple[str, ...]:
     """Name what a training checkpoint holds beside its state dict, such as ``optimizer``."""
     path = Path(path)
-    if path.is_dir() or path.suffix not in (".pt", ".pth", ".bin") or _is_torchscript(path):
+    if not os.path.isfile(path) or path.name.endswith(".json") or content_of(path) == "safetensors":
+        return ()
+    if content_of(path) == "archive" and _is_torchscript(members_of(path)):
         return ()
     blob = _load_pickle(path)
-    if not isinstance(blob, dict) or "state_dict" not in blob:
+    place = _state_dict_key(blob)
+    if place is None:
         return ()
-    return tuple(str(key) for key in blob if key not in ("state_dict", "epoch", "name"))
+    return tuple(str(key) for key in blob if key not in (place, "epoch", "name"))
 
 
 def _read_shards(index: Path, mapped: bool) -> dict[str, Tensor]:
-    try:
-        names = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{index} is not an index of shards: no weight_map in it") from None
-    shards = sorted({str(shard) for shard in names.values()})
-    strange = [shard for shard in shards if Path(shard).name != shard]
-    if strange:
-        raise CheckpointError(f"{index} names {strange[0]!r}, which is not a file beside it")
-    absent = [shard for shard in shards if not (index.parent / shard).is_file()]
+    shards = shards_of(index)
+    absent = [shard for shard in shards if not os.path.isfile(index.parent / shard)]
     if absent:
         raise MissingWeightsError(
             f"{len(absent)} of the {len(shards)} shards in {index} are missing: "
@@ -75,7 +81,7 @@ def _read_shards(index: Path, mapped: bool) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         tensors |= read_tensors(index.parent / shard, mapped=mapped)
-    lost = [name for name in names if name not in tensors]
+    lost = [name for name in read_json(index)["weight_map"] if name not in tensors]
     if lost:
         raise CheckpointError(f"{index} promises {lost[0]}, which no shard holds")
     return tensors
@@ -93,17 +99,19 @@ def _read_safetensors(path: Path, mapped: bool) -> dict[str, Tensor]:
                 header = json.loads(stream.read(start - 8))
                 places = {name: start + header[name]["data_offsets"][0] for name in views}
                 return _read_at(stream, views, places)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from None
+    except Exception as error:  # these bytes may be anything, and so may what they raise
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file: {_reason(error)}; download or copy it again"
+        ) from None
 
 
 def _read_pt(path: Path, mapped: bool) -> dict[str, Tensor]:
-    if _is_torchscript(path):
-        return _read_torchscript(path)
+    if content_of(path) == "archive" and _is_torchscript(members_of(path)):
+        return _checked(_read_torchscript(path), path)
     # Mapped, so that of a training checkpoint, three times the weights, the optimizer's part is
     # never read. What is kept is copied: a mapping would die with the file, should someone save
     # over it.
-    views = _state_dict(_load_pickle(path), path)
+    views = _checked(state_dict_in(_load_pickle(path), path), path)
     if mapped:
         return views
     places = _places(path, views)
@@ -114,6 +122,33 @@ def _read_pt(path: Path, mapped: bool) -> dict[str, Tensor]:
             return _read_at(stream, views, places)
     except OSError as error:
         raise CheckpointError(f"{path} is not a whole .pt file: {error}") from None
+
+
+def _checked(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Return the tensors if each lies in numbers that the file holds."""
+    size = path.stat().st_size
+    used, storages = 0, {}
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+            kind = "quantized" if tensor.is_quantized else str(tensor.layout)
+            kind = kind if tensor.device.type == "cpu" else f"on the {tensor.device} device"
+            raise CheckpointError(
+                f"{path}: {name} is {kind}, not a plain tensor; save it after .dequantize(), "
+                ".to_dense() or .cpu()"
+            )
+        storage, bytes_needed = tensor.untyped_storage(), tensor.numel() * tensor.itemsize
+        if bytes_needed > storage.nbytes():
+            raise CheckpointError(
+                f"{path}: {name} {list(tensor.shape)} needs {bytes_needed:,} bytes and has "
+                f"{storage.nbytes():,}; save it after .contiguous(), or download it again"
+            )
+        storages[storage.data_ptr()] = storage.nbytes()
+        used += bytes_needed
+    if sum(storages.values()) > size or used > 2 * size:  # weights that are tied count twice
+        raise CheckpointError(
+            f"{path} is not a whole .pt file: its tensors need {used:,} bytes, and it has {size:,}"
+        )
+    return tensors
 
 
 def _read_at(
@@ -182,23 +217,49 @@ def _records(stream: BinaryIO) -> Iterator[tuple[int, int]]:
         yield info.header_offset + 30 + name + extra, info.file_size
 
 
-def _state_dict(blob: Any, path: Path) -> dict[str, Tensor]:
-    state = blob.get("state_dict", blob) if isinstance(blob, dict) else blob
+# Where training programs keep the state dict: the official one and Lightning, many a script,
+# DeepSpeed.
+_STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict", "module")
+
+
+def _state_dict_key(blob: Any) -> str | None:
+    """Return the key of a training checkpoint that its state dict is under, if it is one."""
+    if not isinstance(blob, dict):
+        return None
+    under = (key for key in _STATE_DICT_KEYS if isinstance(blob.get(key), Mapping))
+    return next(under, None)
+
+
+def state_dict_in(blob: Any, where: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Return the state dict of a training checkpoint, or the one that ``blob`` is itself.
+
+    Raises:
+        CheckpointError: there is none, or it holds something else than tensors.
+    """
+    place = _state_dict_key(blob)
+    state = blob if place is None else blob[place]
     if not isinstance(state, Mapping) or not state:
-        raise CheckpointError(f"{path} holds no state dict, but {type(state).__name__}")
+        raise CheckpointError(f"{where} holds no state dict, but {type(state).__name__}")
     strange = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    if strange:
-        raise CheckpointError(f"{path} is not a state dict: {strange[0]!r} is not a tensor")
-    return dict(state)
+    if not strange:
+        return {str(name): tensor for name, tensor in state.items()}
+    dicts = [str(k) for k, v in state.items() if isinstance(v, Mapping)]
+    remedy = (
+        f'; if the weights are under {dicts[0]!r}: torch.save(torch.load(f)["{dicts[0]}"], g)'
+        if dicts and place is None
+        else f"; it holds {', '.join(str(name) for name in list(state)[:4])}"
+    )
+    raise CheckpointError(f"{where} is not a state dict: {strange[0]!r} is not a tensor{remedy}")
 
 
 def _load_pickle(path: Path) -> Any:
-    if not path.is_file():
-        raise MissingWeightsError(f"no such file or folder: {path}")
-    with path.open("rb") as stream:
-        zipped = zipfile.is_zipfile(stream)  # the format of torch before 1.6 cannot be mapped
+    zipped = content_of(path) == "archive"  # the format of torch before 1.6 cannot be mapped
+    _check_pickles(path, zipped)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        if path.suffix != ".safetensors":
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with path.open("rb") as stream:  # by that name torch would take it for safetensors
+            return torch.load(stream, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         if named is None:
@@ -208,8 +269,45 @@ def _load_pickle(path: Path) -> Any:
             "code; re-save it as a state dict where you trust it"
         ) from None
     except Exception as error:  # these bytes may be anything, and so may what they raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} is not a whole .pt file: {reason}") from None
+        raise CheckpointError(
+            f"{path} is not a whole .pt file: {_reason(error)}; download or copy it again"
+        ) from None
+
+
+def _check_pickles(path: Path, zipped: bool) -> None:
+    """Bound every pickle in a file before it is unpickled."""
+    size = path.stat().st_size
+    try:
+        if zipped:
+            pickled = [m for m in members_of(path) if m.orig_filename.lower().endswith(".pkl")]
+            if sum(member.file_size for member in pickled) > _LARGEST_PICKLE:
+                raise Refused("its pickle is too large for a state dict")
+            with zipfile.ZipFile(path) as archive:
+                for member in pickled:
+                    check_pickle(io.BytesIO(archive.read(member)), size=size)
+        else:
+            with (
+                path.open("rb") as stream,
+                mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as m,
+            ):
+                if tarfile.is_tarfile(path):
+                    raise Refused("it is a tar archive, as torch wrote before 0.1.10")
+                pickles = cast(BinaryIO, m)  # its reads end where the file does
+                if check_pickle(pickles, size=size) == _LEGACY_MAGIC:
+                    for _ in range(_LEGACY_PICKLES - 1):
+                        check_pickle(pickles, size=size)
+    except Refused as error:
+        raise CheckpointError(f"{path} is refused: {error}") from None
+    except CheckpointError:
+        raise
+    except Exception as error:  # these bytes may be anything, and so may what they raise
+        raise CheckpointError(
+            f"{path} is not a whole .pt file: {_reason(error)}; download or copy it again"
+        ) from None
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 # TorchScript: OpenAI published CLIP as programs. Their tensors are attributes of pickled modules;
@@ -230,15 +328,12 @@ class _Module:
     """Stands for a pickled module: holds its attributes, and can do nothing."""
 
 
-def _is_torchscript(path: Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except (OSError, zipfile.BadZipFile):
-        return False
+def _is_torchscript(members: Iterable[zipfile.ZipInfo]) -> bool:
+    return any(member.orig_filename.endswith("/constants.pkl") for member in members)
 
 
 def _read_torchscript(path: Path) -> dict[str, Tensor]:
+    _check_pickles(path, True)
     try:
         with zipfile.ZipFile(path) as archive:
             (pickled,) = (n for n in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", n))
@@ -276,7 +371,8 @@ class _Unpickler(pickle.Unpickler):
         _, dtype, key, _, _ = reference
         if key not in self._storages:
             raw = bytearray(self._archive.read(f"{self._folder}/{int(key)}"))
-            self._storages[key] = torch.frombuffer(raw, dtype=dtype)
+            empty = torch.empty(0, dtype=dtype)
+            self._storages[key] = torch.frombuffer(raw, dtype=dtype) if raw else empty
         return self._storages[key]
 
 

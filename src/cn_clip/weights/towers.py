@@ -7,7 +7,6 @@ tower or to a task of pre-training is left out by name; anything else unknown is
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -16,9 +15,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from cn_clip.config import read_json
 from cn_clip.errors import CheckpointError, MissingWeightsError
 from cn_clip.weights.huggingface import from_hugging_face
-from cn_clip.weights.official import unfuse_attention
+from cn_clip.weights.official import plain_names, unfuse_attention
 from cn_clip.weights.tensorfile import read_tensors
 
 FILES = (
@@ -89,10 +89,10 @@ def text_tower(path: str | os.PathLike[str]) -> Tower:
 def weights_file(path: str | os.PathLike[str]) -> Path:
     """Return the file of weights at ``path``, which may be the folder that holds it."""
     path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return path
     for name in FILES:
-        if (path / name).is_file():
+        if os.path.isfile(path / name):
             return path / name
     raise MissingWeightsError(
         f"the folder {path} holds no weights; expected one of {', '.join(FILES)}"
@@ -128,16 +128,16 @@ def _tower(
 
 
 def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return unfuse_attention({name.removeprefix("module."): t for name, t in tensors.items()})
+    return unfuse_attention(plain_names(tensors))
 
 
 def _check_activation(folder: Path) -> None:
     """Refuse towers trained with another activation: shapes do not tell, only a config does."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return
     for name in ("config.json", "open_clip_config.json"):
         try:
-            values = json.loads((folder / name).read_text(encoding="utf-8"))
+            values = read_json(folder / name)
             vision = values.get("vision_config")
             if name == "config.json" and isinstance(vision, dict):
                 activation = vision.get("hidden_act", "quick_gelu")
@@ -146,7 +146,7 @@ def _check_activation(folder: Path) -> None:
                 activation = "quick_gelu" if quick else "gelu"
             else:
                 continue
-        except (OSError, ValueError, AttributeError):
+        except (CheckpointError, AttributeError):
             continue
         if activation != "quick_gelu":
             raise CheckpointError(

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-from cn_clip.cli.show import Flag, console, print_json, progress
+from cn_clip.cli.loading import model_paths
+from cn_clip.cli.show import Flag, check_apart, console, print_json, progress
 from cn_clip.config import Precision
-from cn_clip.errors import UsageError
 
 _LISTED = 20  # pictures that failed; --json has all
 
@@ -67,20 +67,24 @@ def calibrate(
     download_root
         Where official weights are looked for, and downloaded to.
     overwrite
-        Replace what is at OUT.
+        Replace what this command wrote at OUT.
     json
         Print JSON instead of a table.
     """
-    from cn_clip.data.sources import open_mix
+    from cn_clip.data.page import claim_page
+    from cn_clip.data.sources import open_mix, paths_of
     from cn_clip.embedder import load
     from cn_clip.eval.calibrate import calibrate
-    from cn_clip.eval.calibration import write_calibration
+    from cn_clip.eval.calibration import claim_calibration, write_calibration
     from cn_clip.eval.embedded import embed_pairs
     from cn_clip.eval.pairs import eval_set_of
     from cn_clip.eval.reliability import write_report
 
-    if Path(out).exists() and not overwrite:
-        raise UsageError(f"{out} exists; give another place, or --overwrite to replace it")
+    inputs = [*paths_of(data), *map(Path, model_paths(model))]
+    claim_calibration(out, inputs=inputs, overwrite=overwrite)
+    if report is not None:
+        claim_page(report, "eval calibrate", inputs=inputs)
+        check_apart(out, report)
     found = eval_set_of(open_mix([data]))
     embedder = load(
         model,

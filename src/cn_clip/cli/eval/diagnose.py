@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 from rich.table import Table
 
-from cn_clip.cli.loading import DEFAULT, Loading
+from cn_clip.cli.loading import DEFAULT, Loading, model_paths
 from cn_clip.cli.show import Flag, console, print_json, progress
 from cn_clip.errors import UsageError
 
@@ -54,7 +54,8 @@ def diagnose(
     json
         Print JSON instead of tables.
     """
-    from cn_clip.data.sources import open_mix
+    from cn_clip.data.page import claim_page
+    from cn_clip.data.sources import open_mix, paths_of
     from cn_clip.eval.diagnosis import compare as compared
     from cn_clip.eval.diagnosis import diagnose
     from cn_clip.eval.diagnosis_page import write_diagnosis
@@ -65,6 +66,10 @@ def diagnose(
         raise UsageError(f"--report {report}: the page is HTML; give a name that ends in .html")
     if not -1 <= threshold <= 1:
         raise UsageError(f"--threshold {threshold} is no cosine; give a number from -1 to 1")
+    if report is not None:
+        pairs_at = [path for each in data for path in paths_of(each)]
+        models_at = model_paths(loading.model, compare)
+        claim_page(report, "eval diagnose", inputs=[*pairs_at, *models_at])
     pairs = eval_set_of(open_mix(data))
     names = [loading.model] if compare is None else [loading.model, compare]
     diagnoses: list[Diagnosis] = []

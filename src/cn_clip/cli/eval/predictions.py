@@ -27,12 +27,15 @@ def predictions(
         Print JSON instead of a table.
     """
     from cn_clip.eval.official_files import (
+        claim_metrics,
         read_predictions,
         read_truth,
         score_predictions,
         write_metrics,
     )
 
+    if out is not None:
+        claim_metrics(out, inputs=[predictions, truth])
     scored = score_predictions(read_predictions(Path(predictions)), read_truth(Path(truth)))
     if out is not None:
         write_metrics(scored.recall, Path(out))

@@ -75,6 +75,14 @@ def retrieval(
         from cn_clip.data.sources import split_of
 
         data = tuple(split_of(each, split) for each in data)
+    if out is not None:
+        from cn_clip.data.sources import paths_of
+        from cn_clip.eval.official_files import claim_official
+
+        inputs: list[str | Path] = [path for each in data for path in paths_of(each)]
+        inputs += [each for each in (images, texts, truth) if each is not None]
+        inputs += [] if images is not None else loading.paths
+        claim_official(out, inputs=inputs)
     if images is not None and texts is not None:
         measured = _of_features(Path(images), Path(texts), data, truth)
     else:

@@ -57,7 +57,7 @@ def zeroshot(
 
     from cn_clip.eval import zeroshot
     from cn_clip.eval.labelled import read_labelled
-    from cn_clip.publish import published
+    from cn_clip.publish import write_text
 
     known = zeroshot.datasets()
     name = dataset or Path(data).resolve().name
@@ -66,6 +66,9 @@ def zeroshot(
     about = known.get(name, zeroshot.Dataset())
     if submission is not None and name not in known:
         raise UsageError("--submission needs --dataset, the name of the dataset in ELEVATER")
+    if submission is not None:
+        given = [each for each in (data, truth, templates) if each is not None]
+        zeroshot.claim_submission(submission, inputs=[*given, *loading.paths])
     sentences = zeroshot.read_templates(templates or about.templates)
     labelled = read_labelled(Path(data), split=split, truth=None if truth is None else Path(truth))
     wrong = _unexpected(about, labelled, name) if split == "test" else None
@@ -103,8 +106,7 @@ def zeroshot(
             parameters=count.total,
             visual=count.image,
         )
-        with published(submission) as path:
-            path.write_text(json_format.dumps(document), encoding="utf-8")
+        write_text(submission, json_format.dumps(document))
     if json:
         shown = {
             "model": embedder.name,

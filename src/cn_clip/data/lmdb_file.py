@@ -1,0 +1,263 @@
+"""The file of an LMDB, read without mapping it: a damaged one cannot end the process.
+
+``data.mdb`` is a B+tree of pages (data version 1, LMDB 0.9, as 64-bit machines write it). Of its
+two meta pages the one of the later transaction holds; branch, leaf and overflow pages follow. The
+structures are those of ``mdb.c`` in https://git.openldap.org/openldap/openldap, branch mdb.RE/0.9.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import FileIO
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from cn_clip.errors import DataError
+
+_HEADER = struct.Struct("<QHHHH")  # page number, padding, kind, end of offsets, start of nodes
+_OVERFLOW_HEADER = struct.Struct("<QHHI")  # page number, padding, kind, count of pages
+_META = struct.Struct("<IIQQ")  # magic, version, address, size of the map; two trees follow
+_TREE = struct.Struct("<IHHQQQQQ")  # padding, flags, depth, 3 counts of pages, entries, root
+_TRANSACTION = struct.Struct("<QQ")  # last page, number; they follow the trees
+_META_SIZE = _HEADER.size + _META.size + 2 * _TREE.size + _TRANSACTION.size
+_NODE = struct.Struct("<HHHH")  # low and high half of size or child, flags, length of the key
+_MAGIC, _VERSION = 0xBEEFC0DE, 1
+_BRANCH, _LEAF, _OVERFLOW, _META_PAGE, _KINDS = 0x01, 0x02, 0x04, 0x08, 0x6F
+_ON_OVERFLOW_PAGES = 0x01  # flag of a node: its value is the number of the first of them
+_PAGE_SIZES = tuple(512 << shift for shift in range(7))
+_MAX_DEPTH = 32  # LMDB's own
+_MAX_VALUE = 1 << 30  # bytes; an image of this size is none
+
+
+class LmdbFile:
+    """The values of an LMDB by their keys.
+
+    Nothing stays open, so it can be pickled, forked and used by threads. A page is checked before
+    it is used: whatever the file holds, a value costs the pages on the way to it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Check the file's meta pages and its size.
+
+        Raises:
+            DataError: it is no LMDB, one of another kind of machine, or cut off.
+        """
+        self.path = path
+        with _opened(path) as pages:
+            pages.check_size()
+            self.size, self.entries = pages.size, pages.main.entries
+
+    def get(self, key: bytes) -> bytes | None:
+        """Return the value of a key, or ``None``.
+
+        Raises:
+            DataError: the file is damaged on the way to it.
+        """
+        with _opened(self.path) as pages:
+            return pages.value(key)
+
+
+class _Tree(NamedTuple):
+    flags: int
+    depth: int
+    entries: int
+    root: int
+
+
+class _Meta(NamedTuple):
+    """What a meta page states: pages in the file, its transaction, unused pages, the values."""
+
+    page_count: int
+    transaction: int
+    free: _Tree
+    main: _Tree
+
+
+class _Page(NamedTuple):
+    """A branch or leaf: its bytes, and where in them its nodes are, in the order of their keys."""
+
+    content: bytes
+    nodes: tuple[int, ...]
+
+    def key(self, node: int) -> bytes:
+        length = self.content[node + 6] | self.content[node + 7] << 8
+        return self.content[node + _NODE.size : node + _NODE.size + length]
+
+    def child(self, node: int) -> int:
+        low, middle, high, _ = _NODE.unpack_from(self.content, node)
+        return int(low | middle << 16 | high << 32)
+
+
+class _Pages:
+    """The pages of an open file, by number."""
+
+    def __init__(self, stream: FileIO, path: Path) -> None:
+        self._stream, self._path = stream, path
+        self._page_count = 2  # the meta pages, until they have said how many there are
+        self.size = os.fstat(stream.fileno()).st_size
+        first = self._read(0, min(_META_SIZE, self.size))
+        self._check_kind(first)
+        (self._page_size,) = struct.unpack_from("<I", first, _HEADER.size + _META.size)
+        if self._page_size not in _PAGE_SIZES:
+            raise self._damaged(f"its pages have {self._page_size} bytes")
+        second = self._read(self._page_size, _META_SIZE)
+        metas = self._meta(0, first), self._meta(1, second)
+        self._page_count, _, self._free, self.main = max(metas, key=lambda each: each.transaction)
+        if self.main.flags:
+            raise self._damaged(f"its keys have an order of their own, {self.main.flags:#x}")
+
+    def check_size(self) -> None:
+        """Raise a ``DataError`` unless the file has the pages that are in use.
+
+        LMDB never writes unused pages at the end, so those may be missing.
+        """
+        there = self.size // self._page_size
+        missing = self._page_count - there
+        if missing <= 0:
+            return
+        listed = 0
+        for value in self._values(self._free):  # a count, and the numbers of unused pages
+            listed += len(value)
+            if listed > self.size:
+                raise self._damaged("it lists more unused pages than it can hold")
+            numbers = np.frombuffer(value[: len(value) // 8 * 8], "<u8")[1:]
+            missing -= int((numbers >= there).sum())
+        if missing > 0:
+            raise self._cut_off()
+
+    def value(self, key: bytes) -> bytes | None:
+        number = self.main.root
+        for _ in range(self.main.depth - 1):
+            branch = self._page(number, _BRANCH)
+            # The first key of a branch is empty: it stands for all that are less than the second.
+            at = bisect_right(branch.nodes, key, 1, key=branch.key) - 1
+            number = branch.child(branch.nodes[at])
+        if not self.main.depth:
+            return None
+        leaf = self._page(number, _LEAF)
+        at = bisect_left(leaf.nodes, key, key=leaf.key)
+        if at == len(leaf.nodes) or leaf.key(leaf.nodes[at]) != key:
+            return None
+        return self._node_value(number, leaf.content, leaf.nodes[at])
+
+    def _values(self, tree: _Tree) -> Iterator[bytes]:
+        """Yield the values of a tree, in no order."""
+        waiting = [(tree.root, tree.depth)] if tree.depth else []
+        known = {tree.root}
+        while waiting:
+            number, depth = waiting.pop()
+            page = self._page(number, _BRANCH if depth > 1 else _LEAF)
+            if depth == 1:
+                yield from (self._node_value(number, page.content, node) for node in page.nodes)
+                continue
+            children = [page.child(node) for node in page.nodes]
+            if known.intersection(children) or len(set(children)) < len(children):
+                raise self._damaged(f"page {number} leads to one that is in the tree already")
+            known.update(children)
+            waiting += [(child, depth - 1) for child in children]
+
+    def _node_value(self, number: int, content: bytes, node: int) -> bytes:
+        low, high, flags, key_length = _NODE.unpack_from(content, node)
+        start, size = node + _NODE.size + key_length, low | high << 16
+        held = 8 if flags == _ON_OVERFLOW_PAGES else size
+        if flags not in (0, _ON_OVERFLOW_PAGES) or start + held > len(content):
+            raise self._damaged(f"page {number} has a value that is not within it")
+        if flags:
+            return self._overflow(int.from_bytes(content[start : start + 8], "little"), size)
+        return content[start : start + size]
+
+    def _overflow(self, number: int, size: int) -> bytes:
+        self._check_number(number)
+        start = number * self._page_size
+        found, _, kind, count = _OVERFLOW_HEADER.unpack(self._read(start, _HEADER.size))
+        if (found, kind & _KINDS) != (number, _OVERFLOW) or count > self._page_count - number:
+            raise self._damaged(f"page {number} is not the start of a large value")
+        if size > min(count * self._page_size - _HEADER.size, _MAX_VALUE):
+            raise self._damaged(f"the value at page {number} has {size:,} bytes")
+        return self._read(start + _HEADER.size, size)
+
+    def _page(self, number: int, kind: int) -> _Page:
+        self._check_number(number)
+        content = self._read(number * self._page_size, self._page_size)
+        found, _, flags, end, begin = _HEADER.unpack_from(content)
+        within = _HEADER.size < end <= begin <= self._page_size
+        if (found, flags & _KINDS) != (number, kind) or not within:
+            raise self._damaged(f"page {number} is not what the tree says")
+        nodes = struct.unpack_from(f"<{(end - _HEADER.size) // 2}H", content, _HEADER.size)
+        if min(nodes) < begin or max(nodes) > self._page_size - _NODE.size:
+            raise self._damaged(f"page {number} has nodes that are not within it")
+        return _Page(content, nodes)
+
+    def _meta(self, number: int, page: bytes) -> _Meta:
+        _, _, kind, _, _ = _HEADER.unpack_from(page)
+        magic, version, _, _ = _META.unpack_from(page, _HEADER.size)
+        if magic != _MAGIC or not kind & _META_PAGE:
+            raise self._damaged(f"page {number} is not a meta page")
+        if version != _VERSION:
+            raise DataError(
+                f"{self._path} has LMDB's data version {version}; version {_VERSION} is read: "
+                "copy it with a program that reads its version"
+            )
+        start = _HEADER.size + _META.size
+        last, transaction = _TRANSACTION.unpack_from(page, start + 2 * _TREE.size)
+        free, main = (self._tree(page, at) for at in (start, start + _TREE.size))
+        return _Meta(last + 1, transaction, free, main)
+
+    def _tree(self, page: bytes, at: int) -> _Tree:
+        _, flags, depth, _, _, _, entries, root = _TREE.unpack_from(page, at)
+        if depth > _MAX_DEPTH:
+            raise self._damaged(f"its tree has {depth} levels")
+        return _Tree(flags, depth, entries, root)
+
+    def _check_kind(self, start: bytes) -> None:
+        """Raise a ``DataError`` unless the file starts as an LMDB of such a machine as this."""
+        if start.startswith(b"version https://git-lfs"):
+            raise DataError(f"{self._path} is a Git LFS pointer; fetch the file: git lfs pull")
+        magic = _MAGIC.to_bytes(4, "little")
+        if start[12:16] == magic or start[12:20].find(magic[::-1]) >= 0:
+            raise DataError(
+                f"{self._path} is the LMDB of a 32-bit or big-endian machine; pack its pairs there "
+                "as tar or tsv"
+            )
+        if len(start) < _META_SIZE or start[16:20] != magic:
+            raise DataError(
+                f"{self._path} is not an LMDB ({self.size:,} bytes, its start is "
+                f"{start[:24].hex() or 'empty'}); copy it again, or write it anew"
+            )
+
+    def _check_number(self, number: int) -> None:
+        if not 2 <= number < self._page_count:
+            raise self._damaged(f"page {number} is asked for, of {self._page_count}")
+
+    def _read(self, start: int, size: int) -> bytes:
+        if start + size > self.size:
+            raise self._cut_off()
+        self._stream.seek(start)
+        content = self._stream.read(size)
+        if len(content) < size:
+            raise self._cut_off()
+        return content
+
+    def _cut_off(self) -> DataError:
+        return DataError(
+            f"{self._path} is cut off (the meta page names {self._page_count} pages, the file has "
+            f"{self.size // self._page_size}); copy it again"
+        )
+
+    def _damaged(self, how: str) -> DataError:
+        return DataError(f"{self._path} is damaged: {how}; copy it again, or write it anew")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[_Pages]:
+    try:
+        with path.open("rb", buffering=0) as stream:
+            yield _Pages(stream, path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None

@@ -1,0 +1,219 @@
+"""What decoding an image may cost, read from its header before anything is decoded.
+
+Pillow checks the number of pixels. A file of any size can still claim a table of millions of
+entries, thousands of scans over the same pixels, or a mode whose decoder keeps several copies.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from PIL import Image
+
+from cn_clip.errors import ImageError
+
+MAX_DECODED = 2**30  # bytes that decoders hold at one time in a process
+MAX_FILE = 600_000_000  # bytes of a file; uncompressed RGBA of the most pixels is 537 MB
+
+# Bytes a pixel at the peak, measured with Pillow 13: WebP keeps two canvases, the frame and the
+# image; libtiff a strip beside the image. 8 is the image and one copy, turned or made opaque.
+_BYTES_PER_PIXEL = {"WEBP": 16}
+_LEAST = 8
+_BYTES_PER_SIDE = 32  # of the filter that resizes: four doubles a pixel of the side
+
+_SCANNED = 2**31  # pixels of all scans of a JPEG together, some 4 s
+_SEGMENTS = 1 << 12  # of a JPEG before its pixels
+_HEADER = 1 << 24  # bytes of those segments: Pillow joins those of EXIF in quadratic time
+_JUNK = 1 << 20  # bytes between segments, which Pillow skips one by one
+_CHUNKS = 1 << 18  # of a PNG
+_COMMENTS = 1 << 21  # bytes before the first frame of a GIF, which Pillow joins in quadratic time
+_ENTRIES = 1 << 19  # of a table in a TIFF: so many tiles of 16 x 16 hold the most pixels
+_TAGS = 1 << 12
+_EXIF = 1 << 24
+_RLE = 1 << 24  # bytes of a run-length BMP, which Pillow decodes in Python
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # in a scan, 0 and restarts follow 0xff too
+_FILL = re.compile(rb"\xff+")  # before a marker; one is enough
+_BYTE_TYPES = (1, 2, 6, 7)  # of a TIFF tag: read as they are, not as a tuple of numbers
+
+
+def check_file(content: bytes, name: str) -> None:
+    """Look for structures that take a parser long before it knows the image's size.
+
+    Raises:
+        ImageError: there are more of them than any honest file has.
+    """
+    for magic, check in _CHECKS:
+        if content.startswith(magic):
+            if (found := check(content)) is not None:
+                raise ImageError(f"{name} {found}; save it anew with an image editor")
+            return
+
+
+def check_opened(image: Image.Image, content: bytes, name: str) -> None:
+    """Look for what makes decoding long, now that the header of a file has been read.
+
+    Raises:
+        ImageError: it would take more than some seconds, or much memory.
+    """
+    found = None
+    pixels = image.width * image.height
+    if len(image.info.get("exif", b"")) > _EXIF:
+        found = f"holds {len(image.info['exif']):,} bytes of EXIF data"
+    elif image.format == "BMP" and len(content) > _RLE:
+        if any(tile.codec_name == "bmp_rle" for tile in getattr(image, "tile", ())):
+            found = f"is a run-length encoded BMP of {len(content):,} bytes"
+    elif image.format in ("JPEG", "MPO") and content.count(b"\xff\xda") > 16:
+        scans = _scans(content)
+        if scans * pixels > _SCANNED or scans > 4 * _SEGMENTS:
+            found = f"has {scans:,} scans over {pixels:,} pixels"
+    if found is not None:
+        raise ImageError(f"{name} {found}; save it anew with an image editor")
+
+
+def decoding_bytes(image: Image.Image) -> int:
+    """Return how many bytes an image takes at most, from its header to its resized copy."""
+    pixels = image.width * image.height
+    each = _BYTES_PER_PIXEL.get(image.format or "", _LEAST)
+    layers = getattr(image, "layer", ())  # (id, horizontal, vertical sampling, table) of a JPEG
+    if layers and image.info.get("progressive"):  # all coefficients wait for the last scan
+        largest = max(layer[1] for layer in layers) * max(layer[2] for layer in layers)
+        shares = sum(layer[1] * layer[2] for layer in layers) / max(1, largest)
+        each = max(each, round(4 + 2 * shares))
+    cost = max(pixels * each, max(image.size) * _BYTES_PER_SIDE)
+    return max(cost, _tile_bytes(image))
+
+
+def _tile_bytes(image: Image.Image) -> int:
+    """Return the bytes of a TIFF's tile; it may be larger than the image."""
+    tags = getattr(image, "tag_v2", {})
+    width, height, samples = (tags.get(tag, 1) for tag in (322, 323, 277))
+    if not all(isinstance(each, int) for each in (width, height, samples)):
+        return 0  # several values: libtiff refuses them
+    return int(width * height * samples) * 4
+
+
+class Room:
+    """Bytes that threads share; one that wants more than are free waits.
+
+    What wants more than all there are takes all, so it is alone.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._start_anew()
+        if hasattr(os, "register_at_fork"):  # a forked worker has none of the threads
+            os.register_at_fork(after_in_child=self._start_anew)
+
+    def _start_anew(self) -> None:
+        self._free = self._size
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def taken(self, amount: int) -> Iterator[None]:
+        amount = min(amount, self._size)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= amount)
+            self._free -= amount
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += amount
+                self._changed.notify_all()
+
+
+def _jpeg(content: bytes) -> str | None:
+    at, segments, junk = 2, 0, 0
+    while at + 4 <= len(content):
+        found = _FILL.search(content, at)
+        if found is None:
+            junk, end = junk + len(content) - at, len(content)
+        else:
+            end = found.end()
+            junk += end - at - 1
+        segments += 1
+        if junk > _JUNK:
+            return "has a JPEG header with more than a megabyte of junk between its segments"
+        if segments > _SEGMENTS:
+            return f"has a JPEG header of more than {_SEGMENTS:,} segments"
+        if at > _HEADER:
+            return f"has a JPEG header of more than {_HEADER:,} bytes"
+        if end >= len(content) or content[end] in (0xDA, 0xD9):
+            return None
+        alone = content[end] in (0x00, 0x01) or 0xD0 <= content[end] <= 0xD8
+        at = end + 1
+        if not alone:
+            at += max(2, int.from_bytes(content[at : at + 2], "big"))
+    return None
+
+
+def _scans(content: bytes) -> int:
+    """Count the scans of a JPEG; segments, which may hold a JPEG too, are stepped over."""
+    at, scans = 2, 0
+    while (found := _MARKER.search(content, at)) is not None:
+        marker, at = content[found.start() + 1], found.end()
+        if marker == 0xD9:
+            break
+        scans += marker == 0xDA
+        at += max(2, int.from_bytes(content[at : at + 2], "big"))
+    return scans
+
+
+def _png(content: bytes) -> str | None:
+    if len(content) < 12 * _CHUNKS:
+        return None
+    at, chunks = 8, 0
+    while at + 8 <= len(content):
+        at += 12 + int.from_bytes(content[at : at + 4], "big")
+        chunks += 1
+        if chunks > _CHUNKS:
+            return f"has more than {_CHUNKS:,} PNG chunks"
+    return None
+
+
+def _gif(content: bytes) -> str | None:
+    if len(content) < _COMMENTS:
+        return None
+    flags = content[10]
+    begin = at = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+    while at + 2 <= len(content) and content[at] != 0x2C:
+        at += 2 if content[at] == 0x21 else 1
+        while content[at - 1 : at] != b"\0" and at < len(content) and content[at]:
+            at += 1 + content[at]
+        at += 1
+        if at - begin > _COMMENTS:
+            return "has more than two megabytes of comments before its first frame"
+    return None
+
+
+def _tiff(content: bytes) -> str | None:
+    order = "<" if content[:2] == b"II" else ">"
+    big = content[2:4] in (b"\x2b\0", b"\0\x2b")
+    head, entry, size = ("Q", "HHQ", 20) if big else ("H", "HHL", 12)
+    try:
+        (at,) = struct.unpack_from(order + ("Q" if big else "L"), content, 8 if big else 4)
+        (tags,) = struct.unpack_from(order + head, content, at)
+        if tags > _TAGS:
+            return f"has a TIFF directory of {tags:,} tags"
+        at += struct.calcsize(order + head)
+        for number in range(tags):
+            tag, kind, count = struct.unpack_from(order + entry, content, at + size * number)
+            if kind not in _BYTE_TYPES and count > _ENTRIES:
+                return f"has {count:,} values of TIFF tag {tag}"
+    except struct.error:
+        return None  # cut short: Pillow names it
+    return None
+
+
+_CHECKS: tuple[tuple[bytes, Callable[[bytes], str | None]], ...] = (
+    (b"\xff\xd8", _jpeg),
+    (b"\x89PNG", _png),
+    (b"GIF8", _gif),
+    (b"II", _tiff),
+    (b"MM", _tiff),
+)

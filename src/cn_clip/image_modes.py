@@ -1,0 +1,166 @@
+"""Any image as one of 8 bits a channel: 16-bit and float values by their real range.
+
+Pillow clips values above 255 when it converts them, which makes 16-bit images white.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageCms
+
+from cn_clip.errors import ImageError
+
+DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")  # more than 8 bits a pixel, one channel
+_PLAIN = ("1", "L", "P", "LA", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
+_STRIP = 1 << 22  # pixels that are converted at one time
+_SIXTEEN = 65_535
+_BITS, _PHOTOMETRIC = 258, 262  # tags of a TIFF
+
+
+@dataclass(frozen=True, slots=True)
+class Depth:
+    """What a file says of its grey values: the bits that they were stored with, if it does, and
+    whether 0 is white."""
+
+    bits: int | None = None
+    inverted: bool = False
+
+
+def depth_of(image: Image.Image) -> Depth:
+    """Read the depth of an image that was just opened; a copy of it does not know."""
+    if image.format == "PNG":
+        return Depth(16)
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(_BITS)
+    bits = bits[0] if isinstance(bits, tuple) and bits else bits
+    return Depth(bits if isinstance(bits, int) else None, tags.get(_PHOTOMETRIC) == 0)
+
+
+def eight_bits(image: Image.Image, name: str, depth: Depth) -> Image.Image:
+    """Return an image in a mode that converts to RGB, 8 bits a channel; most stay as they are.
+
+    16-bit grey is divided by 257, float in 0 to 1 multiplied by 255, LAB becomes sRGB.
+
+    Raises:
+        ImageError: the range of the values does not tell what is black and white, or the mode is
+            not known.
+    """
+    if image.mode in _PLAIN:
+        return image
+    if image.mode in DEEP:
+        return _grey(image, name, depth)
+    if image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+        assert converted is not None  # it is only in place
+        return converted
+    straight = {"La": "LA", "RGBa": "RGBA"}.get(image.mode)
+    if straight is None:
+        raise ImageError(f"{name} has mode {image.mode}; convert it to RGB first")
+    return image.convert(straight)
+
+
+def from_array(array: npt.NDArray[Any]) -> Image.Image:
+    """Return an array of shape (H, W), (H, W, 3) or (H, W, 4) as an image of 8 bits a channel.
+
+    uint8 stays as it is, uint16 is divided by 257, float in 0 to 1 multiplied by 255, and True is
+    white.
+
+    Raises:
+        ImageError: the shape, the dtype or the range is another.
+    """
+    shape_fits = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
+    name = f"an array of dtype {array.dtype} and shape {array.shape}"
+    if not shape_fits or not array.size or array.dtype.kind not in "buf":
+        raise ImageError(f"{name} is not a picture; expected {_EXPECTED}")
+    if array.dtype == np.uint8:
+        return Image.fromarray(array)
+    if array.dtype == bool:
+        return Image.fromarray(np.where(array, np.uint8(255), np.uint8(0)))
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # of either byte order
+        return Image.fromarray(_scaled(array, _SIXTEEN))
+    if array.dtype.kind != "f":
+        raise ImageError(f"{name} is not a picture; expected {_EXPECTED}")
+    _check_unit(name, float(array.min()), float(array.max()))
+    return Image.fromarray(_unit_scaled(array))
+
+
+_EXPECTED = "uint8, uint16, bool, or float in 0 to 1, of shape (H, W), (H, W, 3) or (H, W, 4)"
+
+
+def _grey(image: Image.Image, name: str, depth: Depth) -> Image.Image:
+    low, high = _range(image)
+    if image.mode == "F":
+        _check_unit(f"{name}, of mode F (float),", low, high)
+    top = _SIXTEEN if image.mode != "I" else _top_of_integers(name, low, high, depth)
+    if depth.bits == 12 and high < 4096:
+        top = 4095
+    clear = image.info.get("transparency")
+    grey = Image.new("L", image.size)
+    alpha = Image.new("L", image.size, 255) if isinstance(clear, int) else None
+    for upper, values in _strips(image):
+        pixels = _unit_scaled(values) if image.mode == "F" else _scaled(values, top)
+        if depth.inverted and image.mode != "F":
+            pixels = 255 - pixels
+        grey.paste(Image.fromarray(pixels), (0, upper))
+        if alpha is not None:
+            opaque = np.where(values == clear, np.uint8(0), np.uint8(255))
+            alpha.paste(Image.fromarray(opaque), (0, upper))
+    return grey if alpha is None else Image.merge("LA", (grey, alpha))
+
+
+def _range(image: Image.Image) -> tuple[float, float]:
+    """Return the least and the greatest value; NaN if there is one."""
+    pairs = [(values.min(), values.max()) for _, values in _strips(image)]
+    return float(np.min([low for low, _ in pairs])), float(np.max([high for _, high in pairs]))
+
+
+def _top_of_integers(name: str, low: float, high: float, depth: Depth) -> int:
+    """Return what is white in an image of mode I, which has room for 32 bits."""
+    sixteen = depth.bits == 16 or high > 255 or high == 0
+    if low < 0 or high > _SIXTEEN or not sixteen:
+        raise ImageError(
+            f"{name}, of mode I (32-bit integers), holds values from {low:.0f} to {high:.0f}, "
+            "which does not tell what is white; convert it to 8 bits (mode L) first"
+        )
+    return _SIXTEEN
+
+
+def _check_unit(name: str, low: float, high: float) -> None:
+    if np.isnan(low) or np.isnan(high) or np.isinf(low) or np.isinf(high):
+        raise ImageError(f"{name} holds NaN or infinite values; replace them first")
+    if low < 0 or high > 1:
+        raise ImageError(
+            f"{name} holds values from {low:.6g} to {high:.6g}; scale them to 0 to 1, or convert "
+            "them to 8 bits, first"
+        )
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    """Yield the rows of an image, some at a time, with the number of the first: a whole copy as an
+    array would be large."""
+    for _, upper, _, lower in strips(image.size):
+        yield upper, np.asarray(image.crop((0, upper, image.width, lower)))
+
+
+def strips(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
+    """Yield boxes (left, top, right, bottom) over the full width, of some million pixels each."""
+    width, height = size
+    rows = max(1, _STRIP // max(1, width))
+    for upper in range(0, height, rows):
+        yield 0, upper, width, min(height, upper + rows)
+
+
+def _scaled(values: npt.NDArray[Any], top: int) -> npt.NDArray[np.uint8]:
+    """Return integers of 0 to ``top`` as 0 to 255, rounded."""
+    wide = values.astype(np.uint32)
+    return ((wide * 255 + top // 2) // top).astype(np.uint8)
+
+
+def _unit_scaled(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    return np.rint(values.astype(np.float32) * 255).astype(np.uint8)

@@ -1,0 +1,398 @@
+"""No command touches what it did not write: every command with every place it can write to."""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tomli_w
+from conftest import TINY, make_model, make_picture
+from eval.labelled_folder import write_labelled
+from train.runs import CAPTIONS, recipe_values
+
+from cn_clip import weights
+from cn_clip.cli import app, run
+from cn_clip.train import recipe as recipes
+
+# Options with text that name no place to write to; --download-root gets files, and replaces none.
+READ = {
+    "--against", "--calibration", "--compare", "--data", "--dataset", "--device",
+    "--download-root", "--images", "--labels", "--labels-file", "--model", "--normalize",
+    "--recipe", "--resume", "--split", "--template", "--templates", "--texts", "--truth",
+    "--without", "FLAGS", "IMAGES", "INPUTS", "NAME", "PREDICTIONS", "SOURCE",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Output:
+    """A way to call a command that writes to ``{out}``, in a folder of inputs."""
+
+    words: str
+    suffix: str = ""
+    attacked: str = "photos"  # the input
+    code: int = 0
+
+    @property
+    def arguments(self) -> list[str]:
+        return self.words.split()
+
+    @property
+    def option(self) -> str:
+        before = self.arguments[self.arguments.index("{out}") - 1]
+        return before if before.startswith("--") else "OUT"
+
+    @property
+    def command(self) -> str:
+        words = self.arguments
+        return " ".join(words[: 2 if words[0] in ("data", "eval") else 1])
+
+
+MODEL = "--model model --device cpu"
+TRAIN = "train --recipe project/recipe.toml"
+OUTPUTS = [
+    Output(f"embed images photos --out {{out}} {MODEL} --overwrite", ".npz"),
+    Output(f"embed images photos --out {{out}} {MODEL} --overwrite", ".jsonl"),
+    Output(f"embed images photos --out {{out}} {MODEL} --overwrite"),
+    Output("convert model {out} --to official --overwrite", ".pt", "model"),
+    Output("convert model {out} --to hf --overwrite", "", "model"),
+    Output("convert model {out} --to safetensors --overwrite", "", "model"),
+    Output("data pack photos --out {out} --workers 0 --overwrite"),
+    Output("data pack photos --out {out} --to tsv --workers 0 --overwrite"),
+    Output("data pack photos --out {out} --to lmdb --workers 0 --overwrite"),
+    Output("data check photos --report {out} --workers 0", ".html"),
+    Output(
+        "data decontaminate photos --against test --out {out} --workers 0 --overwrite", ".jsonl"
+    ),
+    Output(
+        "data decontaminate photos --against test --out OTHER --report {out} --workers 0 "
+        "--overwrite",
+        ".html",
+    ),
+    Output(f"{TRAIN} --output.folder {{out}}"),
+    Output(f"{TRAIN} --output.folder OTHER --output.features {{out}}"),
+    Output(f"eval retrieval --data photos --out {{out}} {MODEL}"),
+    Output(
+        f"eval zeroshot --data pets --dataset pets --submission {{out}} {MODEL}", ".json", "pets"
+    ),
+    Output(
+        "eval predictions predictions.jsonl --truth truth.jsonl --out {out}", ".json", "truth.jsonl"
+    ),
+    Output(f"eval calibrate --data photos --out {{out}} {MODEL[:-13]} --overwrite", ".json"),
+    Output(
+        f"eval calibrate --data photos --out OTHER --report {{out}} {MODEL[:-13]} --overwrite",
+        ".html",
+    ),
+    Output(f"eval diagnose --data photos --report {{out}} {MODEL}", ".html"),
+]
+every_output = pytest.mark.parametrize(
+    "output", OUTPUTS, ids=lambda o: o.words.partition(" --w")[0]
+)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """Everything that the commands read."""
+    root = tmp_path_factory.mktemp("inputs")
+    for folder, numbers in (("photos", range(12)), ("test", range(20, 24))):
+        (root / folder / "album").mkdir(parents=True)
+        for n in numbers:
+            make_picture(n, (40, 40)).save(root / folder / f"{n}.jpg")
+            (root / folder / f"{n}.txt").write_text(CAPTIONS[n], encoding="utf-8")
+        (root / folder / "album" / "diary").write_text("mine")
+    weights.save_folder(make_model(TINY["vit"]), root / "model")
+    write_labelled(root / "pets")
+    ids = list(range(12))
+    rows = [{"text_id": n, "image_ids": ids[n:] + ids[:n]} for n in ids]
+    (root / "predictions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    rows = [{"text_id": n, "image_ids": [n]} for n in ids]
+    (root / "truth.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pairs = (f"folder:{root}/photos", f"folder:{root}/test")
+    stage = {"epochs": None, "steps": 1, "global_batch_size": 4, "freeze": ["visual.*"]}
+    values = recipe_values(pairs, root / "model", "run", stage | {"cached": True})
+    del values["stages"][0]["epochs"]
+    (root / "project").mkdir()
+    (root / "project" / "recipe.toml").write_text("# my notes\n" + tomli_w.dumps(values))
+    return root
+
+
+@pytest.fixture
+def command(inputs, tmp_path, monkeypatch, capsys) -> Callable[[Output, object], tuple[int, str]]:
+    """Run a command with an output, in the folder of inputs; return its code and stderr."""
+    from cn_clip.eval import embedded, zeroshot
+
+    known = {"pets": zeroshot.Dataset()}
+    monkeypatch.setattr(zeroshot, "datasets", lambda: known)
+    vectors = np.random.default_rng(0).normal(size=(60, 32)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    pairs = np.stack([np.arange(60)] * 2, axis=1)
+    told = SimpleNamespace(images=vectors, texts=vectors, pairs=pairs, digest="d", failed=[])
+    # An untrained model's cosines say nothing, and then there is nothing to calibrate.
+    monkeypatch.setattr(embedded, "embed_pairs", lambda *_, **__: told)
+    monkeypatch.chdir(inputs)
+
+    def call(output: Output, out: object, *more: str) -> tuple[int, str]:
+        other = str(tmp_path / "other")
+        words = {"{out}": str(out), "OTHER": other}
+        code = run([words.get(word, word) for word in output.arguments] + list(more))
+        return code, capsys.readouterr().err
+
+    return call
+
+
+def errors(err: str) -> list[str]:
+    """The lines on stderr, without the warning that a folder holds files of other formats."""
+    return [line for line in err.splitlines() if not line.startswith("cn-clip: warning: ")]
+
+
+def contents(*roots: Path) -> dict[str, object]:
+    """Every file, link and folder, with its bytes or where it leads, and its inode."""
+    found: dict[str, object] = {}
+    for root in roots:
+        for path in sorted(root.rglob("*")):
+            held = os.readlink(path) if path.is_symlink() else None
+            if held is None and path.is_file():
+                held = path.read_bytes()
+            found[str(path)] = (held, path.lstat().st_ino)
+    return found
+
+
+def text_options() -> set[tuple[str, str]]:
+    """(command, option) of every option of every command that takes text."""
+
+    def walk(group, path):
+        for name in group:
+            if name.startswith("-"):
+                continue
+            inner = group[name]
+            if any(not each.startswith("-") for each in inner):
+                yield from walk(inner, (*path, name))
+                continue
+            for argument in inner.assemble_argument_collection():
+                if "str" in str(argument.hint) and "Literal" not in str(argument.hint):
+                    yield " ".join((*path, name)), argument.name
+
+    return set(walk(app, ()))
+
+
+def test_every_option_that_may_name_a_place_to_write_to_is_in_these_tests():
+    options = {(command, option) for command, option in text_options() if option not in READ}
+    of_train = {
+        ("train", f"--{name}")
+        for name, kind, _, _ in recipes.options()
+        if name.startswith("output.") and "str" in str(kind)
+    }
+    assert options | of_train == {(each.command, each.option) for each in OUTPUTS}
+
+
+def test_every_source_of_a_recipe_is_known_as_an_input(tmp_path):
+    """So that a new option of [data] is not forgotten."""
+    from cn_clip.train.folder import _inputs
+
+    hints = {n: k for n, k, _, _ in recipes.options() if n.startswith("data.") and "str" in str(k)}
+    for name in hints:
+        given = tmp_path / f"{name}.csv"
+        option = name.removeprefix("data.")
+        recipe = recipes.Recipe(data=recipes.Data(**{option: (f"0.5@csv:{given}",)}))
+        assert given in _inputs(recipe), name
+
+
+def foreign(output: Output, place: Path) -> Path:
+    """Make something of a user's where the output would go."""
+    out = place / f"mine{output.suffix}"
+    if output.suffix:
+        out.write_text("mine")
+    else:
+        (out / "album").mkdir(parents=True)
+        (out / "album" / "diary").write_text("mine")
+    return out
+
+
+@every_output
+def test_nothing_is_touched_that_the_command_did_not_write(output, inputs, command, tmp_path):
+    photos, outs = inputs / output.attacked, tmp_path / "outs"
+    outs.mkdir()
+    (outs / "to-input").symlink_to(photos)
+    (outs / "a-file").write_text("mine")
+    hard = outs / f"hard{output.suffix}"
+    os.link(photos if photos.is_file() else next(photos.glob("*.*")), hard)
+    places = {
+        "the input": photos,
+        "inside the input": photos / f"new{output.suffix}",
+        "inside, deeper": photos / "a" / "b" / f"new{output.suffix}",
+        "the folder that holds the input": inputs,
+        "the current folder": ".",
+        "above the current folder": "..",
+        "a link to the input": outs / "to-input",
+        "through a link": outs / "to-input" / f"new{output.suffix}",
+        "with dots": f"{photos}/../{photos.name}/new{output.suffix}",
+        "another's": foreign(output, outs),
+        "a hard link to an input": hard,
+        "below a file": outs / "a-file" / f"new{output.suffix}",
+        "too long a name": outs / f"{'长' * 90}{output.suffix}",
+        "below too long a name": outs / ("x" * 300) / f"new{output.suffix}",
+        "no name": "",
+        "the null device": os.devnull,
+    }
+    before = contents(inputs, outs)
+    for name, place in places.items():
+        code, err = command(output, place)
+        assert (code, len(errors(err))) == (2, 1), f"{name}: {err}"
+        assert err.startswith("cn-clip: "), name
+        assert contents(inputs, outs) == before, f"{name}: {err}"
+    named = output.option if output.option.startswith("-") else "argument 3"
+    assert named in command(output, "")[1]
+    assert not (tmp_path / "other").exists()
+
+
+@every_output
+def test_a_command_replaces_what_it_wrote_and_nothing_beside_it(output, inputs, command, tmp_path):
+    before, out = contents(inputs), tmp_path / "outs" / f"out{output.suffix}"
+    for _ in range(2):
+        if output.command == "train":
+            shutil.rmtree(tmp_path / "other", ignore_errors=True)
+        code, err = command(output, out, *(["--resume", "auto"] * (output.command == "train")))
+        assert code == output.code, err
+        assert out.exists() and contents(inputs) == before
+    beside = [each.name for each in out.parent.iterdir() if each != out]
+    assert beside in ([], [f"{out.name}.about.json"])
+    diary = out / "diary" if out.is_dir() else out
+    diary.write_text("mine")
+    held = contents(out.parent)
+    code, err = command(output, out)
+    assert (code, len(errors(err))) == (2, 1), err
+    assert contents(out.parent) == held and contents(inputs) == before
+
+
+@pytest.mark.parametrize("kind", ["npz", "jsonl", "folder"])
+def test_parts_that_embed_did_not_write_are_not_touched(kind, command, tmp_path):
+    out = tmp_path / ("out" if kind == "folder" else f"out.{kind}")
+    parts = tmp_path / f"{out.name}.parts"
+    parts.mkdir()
+    for name in ("000000.npz", "about.json", "notes.txt"):
+        (parts / name).write_text("{}")
+        before = contents(parts)
+        code, err = command(OUTPUTS[0], out)
+        assert code == 2 and f".parts holds {name}, which no embed wrote" in err
+        assert contents(parts) == before
+        (parts / name).unlink()
+
+
+def test_the_companion_of_a_jsonl_is_not_touched_either(command, tmp_path):
+    (tmp_path / "out.jsonl.about.json").write_text('{"mine": 1}')
+    code, err = command(OUTPUTS[1], tmp_path / "out.jsonl")
+    assert code == 2 and "out.jsonl.about.json was not written by `cn-clip embed`" in err
+
+
+def test_overwriting_shards_leaves_the_users_own_tar_and_json(command, tmp_path):
+    pack = OUTPUTS[6]
+    assert command(pack, tmp_path / "out")[0] == 0
+    for name in ("mine.tar", "00007.tar", "00000.json", "labels.json"):
+        (tmp_path / "out" / name).write_text("mine")
+        before = contents(tmp_path / "out")
+        code, err = command(pack, tmp_path / "out")
+        assert code == 2 and f"holds {name}, which no pack wrote" in err
+        assert contents(tmp_path / "out") == before
+        (tmp_path / "out" / name).unlink()
+    assert command(pack, tmp_path / "out")[0] == 0
+
+
+def test_what_kill_9_left_of_a_pack_does_not_stop_the_same_command(command, tmp_path):
+    """Empty temporary folders, of this version and of earlier ones."""
+    pack = OUTPUTS[6]
+    for name in ("..plan.json.abcdefgh", "..plan.json.abcdefgh.cn-clip-tmp"):
+        (tmp_path / name / name).mkdir(parents=True)
+        (tmp_path / name / ".lock").touch()
+        words = Output(pack.words.removesuffix(" --overwrite"))
+        for each in (words, pack):
+            code, err = command(each, tmp_path / name)
+            assert code == 0, err
+        assert sorted(os.listdir(tmp_path / name)) == ["00000.tar", "manifest.json"]
+
+
+def test_a_hidden_folder_of_the_users_is_no_leftover(command, tmp_path):
+    for name in (".git.original", ".venv.abcdefgh"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        (tmp_path / "out" / name / "x").write_text("precious")
+        code, err = command(OUTPUTS[6], tmp_path / "out")
+        assert code == 2 and f"holds {name}/x, which no pack wrote" in err
+        shutil.rmtree(tmp_path / "out" / name)
+
+
+def test_a_split_is_no_path(inputs, command, tmp_path):
+    (tmp_path / "mine_imgs.tsv").write_text("mine")
+    code, err = command(OUTPUTS[7], tmp_path / "out", "--split", f"{tmp_path}/mine")
+    assert code == 2 and "is no name of a file" in err
+    assert (tmp_path / "mine_imgs.tsv").read_text() == "mine"
+
+
+def test_a_first_run_in_a_projects_own_folder_is_refused(inputs, tmp_path, monkeypatch, capsys):
+    for name in (".venv3.11", ".git.bak", "start", "final"):
+        (tmp_path / "p" / name).mkdir(parents=True)
+        (tmp_path / "p" / name / "x").write_text("precious")
+    (tmp_path / "p" / "outcome.json").write_text('{"mine": 1}')
+    (tmp_path / "p" / "log.jsonl").write_text("mine")
+    shutil.copy(inputs / "project" / "recipe.toml", tmp_path / "p" / "recipe.toml")
+    monkeypatch.chdir(tmp_path / "p")
+    before = contents(tmp_path)
+    for recipe in ("recipe.toml", str(inputs / "project" / "recipe.toml")):
+        assert run(["train", "--recipe", recipe, "--output.folder", "."]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+        assert contents(tmp_path) == before
+
+
+def test_a_run_goes_on_beside_notes_and_by_its_own_recipe(command, tmp_path, capsys):
+    train, out = next(each for each in OUTPUTS if "--output.folder {out}" in each.words), "run"
+    out = tmp_path / "run"
+    assert command(train, out, "--resume", "auto")[0] == 0
+    (out / "notes.txt").write_text("mine")
+    words = ["train", "--recipe", str(out / "recipe.toml"), "--output.folder", str(out)]
+    assert run([*words, "--resume", "auto"]) == 0
+    assert run([*words, "--resume", "auto", "--allow-changes", "--steps", "2"]) == 0
+    assert (out / "notes.txt").read_text() == "mine"
+    (out / "final" / "README.md").write_text("mine")
+    capsys.readouterr()
+    assert run([*words, "--resume", "auto", "--allow-changes", "--steps", "3"]) == 1
+    assert "final holds other files too" in capsys.readouterr().err
+    assert (out / "final" / "README.md").read_text() == "mine"
+
+
+def test_one_place_for_two_outputs_is_refused(command, tmp_path):
+    for words in ("data decontaminate photos --against test", "eval calibrate --data photos"):
+        output = Output(f"{words} --out {{out}} --report {{out}}")
+        code, err = command(output, tmp_path / "x.html")
+        assert code == 2 and "--out and --report are both" in err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no links without rights")
+def test_a_link_to_a_former_output_is_written_through(command, tmp_path):
+    (tmp_path / "disk").mkdir()
+    for output in (OUTPUTS[0], OUTPUTS[2]):
+        link = tmp_path / f"link{output.suffix}"
+        link.symlink_to(tmp_path / "disk" / f"real{output.suffix}")
+        for _ in range(2):
+            assert command(output, link)[0] == 0
+        assert link.is_symlink() and (tmp_path / "disk" / f"real{output.suffix}").exists()
+
+
+@pytest.mark.parametrize("name", ["data check", "eval diagnose", "eval retrieval", "data pack"])
+def test_a_full_disk_is_one_sentence_and_the_old_output_stays(name, command, tmp_path, monkeypatch):
+    import errno
+
+    from cn_clip import publish
+
+    output = next(each for each in OUTPUTS if each.command == name)
+    out = tmp_path / f"out{output.suffix}"
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(publish, "flush", full)
+    code, err = command(output, out)
+    assert code == 1 and "No space left on device" in err and len(errors(err)) == 1
+    assert not out.is_file()
