@@ -14,7 +14,7 @@ from cn_clip.train.optim import warmup_of
 from cn_clip.train.parallel import reshard, sharded, whole_state
 from cn_clip.train.recipe import Recipe
 from cn_clip.train.setup import Run, Training
-from cn_clip.train.stages import learns, set_modes
+from cn_clip.train.stages import learns
 from cn_clip.train.validate import Vectors, embed, score
 
 
@@ -59,7 +59,7 @@ def evaluate(run: Run, training: Training, progress: Progress) -> Retrieval:
     reshard(model)
     if average is not None:
         average.swap(model)
-    set_modes(model, training.stage.dropout)
+    training.set_modes()
     if not learns(model.visual):
         training.images = images
     found = distributed.on_main(lambda: score(images, texts, validation))
