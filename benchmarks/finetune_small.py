@@ -2,7 +2,7 @@
 
     python benchmarks/finetune_small.py --out DIR                  # both sets, three seeds each
     python benchmarks/finetune_small.py --out DIR --sets gcompris  # one set
-    python benchmarks/finetune_small.py --out DIR --keep-data      # the other set is to be kept
+    python benchmarks/finetune_small.py --out DIR --keep-data      # then: keep the other set, too
     python benchmarks/finetune_small.py --out DIR -- --epochs 3    # other options of the recipe
 
 Two sets that `mini` was not trained on:
@@ -18,6 +18,10 @@ A seed splits a set into training, validation and test pairs: 300 / 80 / 88 of t
 64 / 17 / 19 % of gcompris. The score is the mean recall of the test pairs, before and after: recall
 at 1, 5 and 10 in both directions. The interval (95 %) is that of the paired bootstrap over the
 distinct test pairs of all seeds; a pair that several seeds test counts once, by its mean.
+
+With --keep-data the weight of the mixture also heeds the other set's validation pairs, and the
+score of its test pairs is printed. Runs that have ended are not trained again: only mixtures are
+measured.
 """
 
 from __future__ import annotations
@@ -164,17 +168,18 @@ def pooled(rows: list[tuple[Pairs, np.ndarray, np.ndarray]]) -> tuple[float, flo
     return found.value, found.low, found.high
 
 
-def train(name: str, seed: int, out: Path, keep: Path | None, flags: list[str]) -> dict:
-    """Run the recipe, unless it has been run; return its outcome."""
-    run = out / f"run-{name}-{seed}"
-    data = out / name
+def train(name: str, seed: int, out: Path, other: str | None, flags: list[str]) -> dict:
+    """Run the recipe, or go on with its run; return the outcome."""
+    run, data = out / f"run-{name}-{seed}", out / name
     command = [sys.executable, "-m", "cn_clip", "train", "--recipe", "finetune-small"]
     command += ["--train-data", f"csv:{data / f'train-{seed}.csv'}"]
     command += ["--val-data", f"csv:{data / f'val-{seed}.csv'}"]
-    command += [] if keep is None else ["--keep-data", f"csv:{keep}"]
+    if other is not None:
+        command += ["--keep-data", f"csv:{out / other / f'val-{seed}.csv'}", "--allow-changes"]
     command += ["--output.folder", str(run), "--resume", "auto", "--seed", str(seed), *flags]
     print(f"$ cn-clip {shlex.join(command[3:])}", flush=True)
-    subprocess.run(command, check=True, stdout=(out / f"run-{name}-{seed}.log").open("a"))
+    with (out / f"run-{name}-{seed}.log").open("a") as log:
+        subprocess.run(command, check=True, stdout=log)
     return json.loads((run / "outcome.json").read_text("utf-8"))
 
 
@@ -191,34 +196,44 @@ def main() -> None:
     parser.add_argument("flags", nargs="*", help="other options of the recipe, after --")
     options = parser.parse_args()
     kinds = {"stamps": (stamps, options.stamps), "gcompris": (gcompris, options.gcompris)}
-    needed = list(kinds) if options.keep_data else options.sets
-    pairs = {name: kinds[name][0](kinds[name][1], options.out / name) for name in needed}
-    for name, each in pairs.items():
-        if not each:
-            parser.error(f"no captioned images in {kinds[name][1]}")
-        write_csv(each, options.out / name / "all.csv")
+    pairs = {}
+    for name in kinds if options.keep_data else options.sets:
+        make, source = kinds[name]
+        pairs[name] = make(source, options.out / name)
+        if not pairs[name]:
+            parser.error(f"no captioned images in {source}")
     for name in options.sets:
         other = next(each for each in kinds if each != name) if options.keep_data else None
-        keep = None if other is None else options.out / other / "all.csv"
         rows, kept = [], []
         for seed in options.seeds:
-            folder = options.out / name
-            test = split(pairs[name], seed, folder)["test"]
-            outcome = train(name, seed, options.out, keep, options.flags)
-            before, after = (recalls(m, test, folder) for m in ("mini", outcome["weights"]))
-            rows.append((test, before, after))
-            scores = " ".join(f"{100 * score:.1f}" for _, score in outcome["scores"])
-            line = f"{name} seed {seed}: validation {scores}; test {before.mean():.1f} -> "
-            print(f"{line}{after.mean():.1f} ({len(test)} pairs)", flush=True)
+            parts = {each: split(pairs[each], seed, options.out / each) for each in pairs}
+            outcome = train(name, seed, options.out, other, options.flags)
+            models = "mini", outcome["weights"]
+            test = parts[name]["test"]
+            rows.append((test, *(recalls(m, test, options.out / name) for m in models)))
+            weight = "".join(f" (mixture {each['weight']:g})" for each in outcome["mixtures"])
+            print(
+                f"{name} seed {seed}: validation {100 * outcome['scores'][0][1]:.1f} -> "
+                f"{100 * outcome['scores'][-1][1]:.1f}{weight}; test {rows[-1][1].mean():.1f} -> "
+                f"{rows[-1][2].mean():.1f} ({len(test)} pairs)",
+                flush=True,
+            )
             if other is not None:
-                whole = pairs[other], options.out / other
-                kept.append([recalls(m, *whole) for m in ("mini", outcome["weights"])])
-                print(f"  kept {other}: {kept[-1][0].mean():.1f} -> {kept[-1][1].mean():.1f}")
-        gain, low, high = pooled(rows)
-        print(f"{name}: gain {gain:+.1f} [{low:+.1f}, {high:+.1f}] points of mean recall")
+                test = parts[other]["test"]
+                kept.append((test, *(recalls(m, test, options.out / other) for m in models)))
+                print(f"  kept {other}: {kept[-1][1].mean():.1f} -> {kept[-1][2].mean():.1f}")
+        print_gain(f"{name}: gain", rows)
         if kept:
-            lost = np.mean([after.mean() - before.mean() for before, after in kept])
-            print(f"{name}: the kept set changes by {lost:+.1f} points of mean recall")
+            print_gain(f"{name}: kept {other}", kept)
+
+
+def print_gain(what: str, rows: list[tuple[Pairs, np.ndarray, np.ndarray]]) -> None:
+    mean = np.mean([after.mean() - before.mean() for _, before, after in rows])
+    value, low, high = pooled(rows)
+    print(
+        f"{what} {mean:+.1f} points of mean recall over seeds; {value:+.1f} [{low:+.1f}, ", end=""
+    )
+    print(f"{high:+.1f}] over distinct pairs")
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def test_processes_agree_on_what_batch_norm_has_seen(pairs, tmp_path, kind):
     """Resumed, each gets the statistics of one: so they must have been the same before."""
     begin = write_start(tmp_path / "start", kind)
     recipe = values(pairs, begin, tmp_path / "run", output={"log_every": 1, "save_every": 1})
-    recipe["stages"] = [recipe["stages"][1] | {"steps": 4}]
+    recipe["stages"] = [recipe["stages"][1] | {"steps": 4, "batch_norm": "train"}]
     assert torchrun(2, recipe, tmp_path).returncode == 0
     whole = logged(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "states" / "000000004")

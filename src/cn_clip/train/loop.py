@@ -295,9 +295,10 @@ def _after_step(run: Run, training: Training, progress: Progress) -> None:
 def _advanced(run: Run, progress: Progress) -> Progress:
     """Return the start of the next stage: the best weights so far, with their score to beat."""
     begun, best = progress.weights, progress.course.best
-    if progress.course.best_step > 0:
+    interpolate, course = run.recipe.stages[progress.stage].interpolate, progress.course
+    if course.best_step > 0 or (interpolate == "auto" and course.trained is not None):
         progress.weights = best_weights(progress, run.recipe)
-        if run.recipe.stages[progress.stage].interpolate is not None:
+        if interpolate is not None:
             best = mix_stage(run, progress, begun)
     return Progress(
         stage=progress.stage + 1,

@@ -85,7 +85,7 @@ def mix_stage(run: Run, progress: Progress, begun: str) -> float | None:
         weight = _swept(run, progress, model, old, new)
     else:
         weight = stage.interpolate
-    _mix(model.cpu(), old, new, weight)
+    mix(model.cpu(), old, new, weight)
     progress.weights = f"{progress.weights}-mixed"
     if distributed.is_main():
         weights.save_state(model.config, model.state_dict(), run.folder / progress.weights)
@@ -99,7 +99,7 @@ def mix_stage(run: Run, progress: Progress, begun: str) -> float | None:
 
 
 @torch.no_grad()
-def _mix(model: CLIP, old: State, new: State, weight: float) -> None:
+def mix(model: CLIP, old: State, new: State, weight: float) -> None:
     """Give a model the weights between ``old`` and ``new``, statistics of BatchNorm included."""
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
@@ -123,7 +123,7 @@ def _swept(run: Run, progress: Progress, model: CLIP, old: State, new: State) ->
                 "run goes on. Go on with: --resume auto",
                 128 + stop,
             )
-        _mix(model, old, new, weight)
+        mix(model, old, new, weight)
         scores: list[float | None] = [None, None]
         for n, pairs in enumerate((run.validation, run.kept)):
             if pairs is not None:

@@ -76,8 +76,8 @@ def check_recipe(recipe: Recipe) -> None:
         _check_stage(stage, recipe)
     if recipe.data.keep_data and all(stage.interpolate != "auto" for stage in recipe.stages):
         raise UsageError(
-            "data.keep_data is measured when mixtures of weights are; add --interpolate auto, or leave "
-            "--keep-data out"
+            "data.keep_data is measured when mixtures of weights are; add --interpolate auto, or "
+            "leave --keep-data out"
         )
 
 

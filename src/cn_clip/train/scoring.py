@@ -29,7 +29,9 @@ def measure(run: Run, training: Training, progress: Progress) -> None:
         # Within the warm-up a standstill says nothing.
         warm = progress.step > warmup_of(training.steps, stage.optimizer)
         plateau = stage.plateau if warm else None
-        if progress.course.add(found.mean_recall, progress.step, plateau, counts=warm):
+        best = progress.course.add(found.mean_recall, progress.step, plateau, counts=warm)
+        # Weights below the start's score may be above it when mixed with the start's.
+        if progress.course.add_trained(found.mean_recall) if stage.interpolate == "auto" else best:
             _keep(run, training, progress)
     elif progress.step >= training.steps:  # nothing tells which weights are best: the last ones
         progress.course.best_step = progress.step

@@ -111,13 +111,15 @@ class Course:
     """How a stage has gone so far, as its end is judged by it.
 
     ``best`` is the highest score and ``best_step`` when it was; ``waited`` counts the evaluations
-    since it last rose by the least gain that counts, which was to ``mark``.
+    since it last rose by the least gain that counts, which was to ``mark``. ``trained`` is the
+    highest score of weights that the stage itself came to, at or below ``best``.
     """
 
     best: float | None = None
     best_step: int = 0
     mark: float | None = None
     waited: int = 0
+    trained: float | None = None
 
     def add(self, score: float, step: int, plateau: Plateau | None, *, counts: bool = True) -> bool:
         """Take up a score; return whether it is the best so far.
@@ -132,6 +134,13 @@ class Course:
         if self.best is not None and score <= self.best:
             return False
         self.best, self.best_step = score, step
+        return True
+
+    def add_trained(self, score: float) -> bool:
+        """Take up a score of trained weights; return whether it is the best of those so far."""
+        if self.trained is not None and score <= self.trained:
+            return False
+        self.trained = score
         return True
 
     def ended(self, plateau: Plateau | None) -> bool:
