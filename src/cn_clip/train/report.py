@@ -223,18 +223,25 @@ def _mixtures(events: Sequence[Event]) -> Iterator[str]:
             + f". The weight of the new ones that was chosen: {weight:g}.</p>"
         )
         yield curve(
-            [(each["weight"], 100 * (each["score"] - first["score"])) for each in rows],
+            [(e["weight"], round(100 * (e["score"] - first["score"]), 2)) for e in rows],
             [(weight, "chosen")],
             "points of mean recall, by the weight of the new weights",
             dots=True,
-            second=[(e["weight"], 100 * (e["kept"] - first["kept"])) for e in rows if has_kept],
+            second=[
+                (e["weight"], round(100 * (e["kept"] - first["kept"]), 2)) for e in rows if has_kept
+            ],
             along="weight",
         )
-        lines = [("weight", [f"{each['weight']:g}" for each in rows])]
-        for name, key in (("validation", "score"), ("kept", "kept")):
-            if first[key] is not None:
-                lines.append((name, [f"{100 * each[key]:.1f}" for each in rows]))
-        yield f"<table>{''.join(_row(name, values) for name, values in lines)}</table>"
+        heads = ("weight", "validation", "kept") if has_kept else ("weight", "validation")
+        lines = [
+            _row(
+                f"{each['weight']:g}" + (", chosen" if each["weight"] == weight else ""),
+                [f"{100 * each[key]:.1f}" for key in ("score", "kept")[: 1 + has_kept]],
+            )
+            for each in rows
+        ]
+        head = "".join(f"<th>{each}</th>" for each in heads)
+        yield f"<table><tr>{head}</tr>{''.join(lines)}</table>"
 
 
 def _row(name: str, values: Iterable[str]) -> str:
