@@ -20,7 +20,7 @@ from cn_clip.train.report import write_report
 from cn_clip.train.validate import embed, score
 
 FAST = {"epochs": 6, "optimizer": {"learning_rate": 3e-3, "warmup": 4}}  # learns by heart
-AUTO = FAST | {"interpolate": "auto"}
+AUTO = FAST | {"epochs": 2, "interpolate": "auto"}
 
 
 def chosen(scores, kept=None):
