@@ -90,6 +90,23 @@ def test_weights_in_shares_give_the_losses_and_norms_of_one_process(pairs, start
     assert max(found["ddp"][1]) > 1  # something was clipped
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_several_processes_measure_the_mixtures_of_one(pairs, start, tmp_path, parallel):
+    found = []
+    for processes, way in ((1, "ddp"), (2, parallel)):
+        run = tmp_path / f"{processes}"
+        machine = {"device": "cpu", "precision": "fp32", "parallel": way}
+        data = {"val": [pairs[0]], "keep_data": [pairs[1]]}
+        recipe = values(pairs, start, run, machine=machine, data=data)
+        recipe["stages"] = [recipe["stages"][1] | {"interpolate": "auto"}]
+        done = torchrun(processes, recipe, tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found += [event["mixtures"] for event in read_log(run) if event["kind"] == "mixtures"]
+    for one, other in zip(*found, strict=True):
+        assert one == pytest.approx(other, abs=0.03)  # a tie may fall otherwise
+
+
 def test_weights_in_shares_are_measured_on_any_number_of_pictures(start, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
@@ -123,7 +140,7 @@ def test_processes_agree_on_what_batch_norm_has_seen(pairs, tmp_path, kind):
     """Resumed, each gets the statistics of one: so they must have been the same before."""
     begin = write_start(tmp_path / "start", kind)
     recipe = values(pairs, begin, tmp_path / "run", output={"log_every": 1, "save_every": 1})
-    recipe["stages"] = [recipe["stages"][1] | {"steps": 4}]
+    recipe["stages"] = [recipe["stages"][1] | {"steps": 4, "batch_norm": "train"}]
     assert torchrun(2, recipe, tmp_path).returncode == 0
     whole = logged(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "states" / "000000004")

@@ -103,6 +103,10 @@ def test_none_takes_an_option_away():
     values = apply_flags(TWO, ["--interpolate", "0.5"])
     assert both(build_recipe(values), "interpolate") == [0.5, 0.5]
     assert both(recipe_of("--interpolate", "none", values=values), "interpolate") == [None, None]
+    auto = apply_flags(TWO, ["--interpolate", "auto", "--val-data", "csv:x.csv"])
+    assert both(build_recipe(auto), "interpolate") == ["auto", "auto"]
+    with pytest.raises(UsageError, match=r"interpolate is 'atuo'; give a number or auto"):
+        apply_flags(TWO, ["--interpolate", "atuo"])
     assert both(recipe_of("--for-batch", "off"), "optimizer", "for_batch") == [None, None]
 
 

@@ -67,6 +67,42 @@ def test_the_resolved_recipe_lies_in_the_run(pairs, start, tmp_path):
     assert from_toml((tmp_path / "run" / "recipe.toml").read_text("utf-8")) == recipe
 
 
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("resnet", {"micro_batch_size": 6}),
+        ("efficientnet_lite", {"optimizer": FAST["optimizer"] | {"ema": 0.5}}),
+        ("efficientnet_lite", {"lora": {"layers": ["bert.*.self.*.weight", "text_projection"]}}),
+    ],
+)
+def test_fine_tuning_leaves_the_statistics_of_batch_norm_and_says_so(
+    pairs, tmp_path, kind, options
+):
+    """Also after evaluations, which put the model in another mode."""
+    begin, run = write_start(tmp_path / "start", kind), tmp_path / "run"
+    train(make_recipe(pairs, begin, run, {"epochs": 2} | options))
+    before = tensors(begin)
+    names = [name for name in before if name.endswith(STATISTICS)]
+    last = {name: torch.full_like(before[name], 7) for name in [*names, "logit_scale"]}
+    states_on_disk.load_tensors(states_on_disk.states(run)[-1], {"model": last})
+    assert names and all(torch.equal(before[name], last[name]) for name in names)
+    assert not torch.equal(before["logit_scale"], last["logit_scale"])
+    assert [event["batch_norm"] for event in events(run, "stage")] == ["frozen"]
+
+
+@pytest.mark.parametrize("kind", ["resnet", "efficientnet_lite"])
+def test_statistics_of_batch_norm_are_trained_where_the_recipe_says_so(pairs, tmp_path, kind):
+    begin, run = write_start(tmp_path / "start", kind), tmp_path / "run"
+    train(make_recipe(pairs, begin, run, {"batch_norm": "train"}, data={"val": []}))
+    before, after = tensors(begin), tensors(run / "final")
+    moved = [name for name in before if name.endswith(STATISTICS[:2])]
+    assert moved and not any(torch.equal(before[name], after[name]) for name in moved)
+    assert [event["batch_norm"] for event in events(run, "stage")] == ["train"]
+
+
 def test_cached_features_give_the_losses_of_the_pictures(pairs, start, tmp_path):
     online = make_recipe(pairs, start, tmp_path / "online", LOCKED, data={"val": []})
     cached = make_recipe(

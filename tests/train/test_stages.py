@@ -9,8 +9,15 @@ from torch import nn
 
 from cn_clip.errors import UsageError
 from cn_clip.model.text import SelfAttention
-from cn_clip.train.recipe import Plateau
-from cn_clip.train.stages import Course, freeze, set_modes
+from cn_clip.train.recipe import Plateau, Stage, Start
+from cn_clip.train.stages import (
+    Course,
+    batch_norm_mode,
+    freeze,
+    learns,
+    set_modes,
+    statistics_frozen,
+)
 
 
 def buffers(model):
@@ -86,6 +93,47 @@ def test_a_frozen_batch_norm_keeps_its_statistics_and_another_does_not(kind):
     freeze(model, ["visual.*"])
     set_modes(model)
     assert not changed_buffers(model)
+
+
+def test_of_trained_weights_the_best_are_taken_though_the_start_is_better():
+    course = Course(best=0.5, mark=0.5)
+    assert [course.add_trained(score) for score in (0.3, 0.2, 0.4, 0.4)] == [1, 0, 1, 0]
+    assert course.best == 0.5 and course.trained == 0.4
+
+
+@pytest.mark.parametrize("kind", ["resnet", "efficientnet_lite"])
+def test_frozen_statistics_stay_while_the_weights_of_batch_norm_learn(kind):
+    model = make_model(TINY[kind])
+    freeze(model, [])
+    model.train()
+    set_modes(model, frozen_statistics=True)
+    assert batch_norm_mode(model) == "frozen"
+    assert not changed_buffers(model)
+    assert all(learns(m) for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    set_modes(model)
+    assert batch_norm_mode(model) == "train"
+
+
+def test_a_model_without_batch_norm_has_no_mode_of_it(tiny_model):
+    set_modes(tiny_model)
+    assert batch_norm_mode(tiny_model) is None
+
+
+@pytest.mark.parametrize(
+    ("option", "start", "frozen"),
+    [
+        ("auto", {"checkpoint": "mini"}, True),
+        ("auto", {"checkpoint": "mini", "model": "mini"}, True),
+        ("auto", {"model": "RN50", "image": "RN50.pt", "text": "rbt3.pt"}, False),
+        ("auto", {"checkpoint": "RN50", "image": "RN50.pt"}, False),
+        ("auto", {"checkpoint": "RN50", "text": "rbt3.pt"}, False),
+        ("auto", {"model": "RN50"}, False),
+        ("frozen", {"model": "RN50"}, True),
+        ("train", {"checkpoint": "mini"}, False),
+    ],
+)
+def test_statistics_are_frozen_where_a_whole_checkpoint_is_trained_on(option, start, frozen):
+    assert statistics_frozen(Stage(batch_norm=option), Start(**start)) is frozen
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,19 @@ def test_batch_norm_counts_a_batch_once_with_gradient_caching():
     torch.testing.assert_close(moved, expected, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["resnet", "efficientnet_lite"])
+def test_with_frozen_statistics_gradient_caching_is_exact_with_batch_norm_too(kind):
+    stage, share = Stage(epochs=1), share_of(TINY[kind].vision.resolution)
+    towers = towers_of(kind, stage)
+    set_modes(towers.model, frozen_statistics=True)
+    before = {name: each.clone() for name, each in towers.model.named_buffers()}
+    plain_loss, plain = run(towers, share, stage, 1)
+    loss, cached = run(towers, share, stage, 3)
+    assert loss == pytest.approx(plain_loss, abs=1e-6)
+    assert_same(plain, cached, 1e-4)
+    assert all(torch.equal(before[name], each) for name, each in towers.model.named_buffers())
+
+
 def test_a_locked_image_tower_gets_no_gradients_and_its_features_may_stand_for_pictures():
     stage, share = Stage(epochs=1), share_of(32)
     towers = towers_of("vit", stage)

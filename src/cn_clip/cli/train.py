@@ -150,6 +150,7 @@ def _lines(event: dict[str, Any]) -> Iterator[str]:
             f"stage {event['stage']}: {event['steps']:,} steps of {event['batch']:,} pairs, "
             f"{event['learns'] / 1e6:,.1f} M parameters learn, peak rate {event['rate']:.2e} at "
             f"this batch after {event['warmup']:,} steps"
+            + (f", BatchNorm statistics: {event['batch_norm']}" if event["batch_norm"] else "")
         )
     elif kind == "step":
         yield (
@@ -158,6 +159,11 @@ def _lines(event: dict[str, Any]) -> Iterator[str]:
             f"{event['pairs_per_second']:,.0f} pairs/s"
             + (f", {event['skipped']:,} pairs skipped" if event["skipped"] else "")
         )
+    elif kind == "mixtures":
+        for each in event["mixtures"]:
+            kept = "" if each["kept"] is None else f", kept {100 * each['kept']:.2f} %"
+            chosen = ", chosen" if each["weight"] == event["weight"] else ""
+            yield f"  mixture {each['weight']:g}: {100 * each['score']:.2f} %{kept}{chosen}"
     elif kind == "score":
         where = "before training" if total == 0 else f"at step {event['step']:,}"
         where = "of the final weights" if event["stage"] == "final" else where

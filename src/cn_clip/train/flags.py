@@ -318,11 +318,11 @@ def _assign(
 
 
 def _parsed(kind: Any, text: str, name: str) -> Any:
-    (kind,) = (
-        [each for each in get_args(kind) if each is not type(None)] or [kind]
-        if (type(None) in get_args(kind))
-        else [kind]
-    )
+    expected = spoken(kind)
+    if type(None) in get_args(kind):
+        kind, *words = (each for each in get_args(kind) if each is not type(None))
+        if any(text in get_args(each) for each in words):  # such as auto, where a number can stand
+            return text
     if kind is bool:
         if text.lower() in (*_ON, *_OFF):
             return text.lower() in _ON
@@ -331,7 +331,7 @@ def _parsed(kind: Any, text: str, name: str) -> Any:
         try:
             return kind(text)
         except ValueError:
-            raise UsageError(f"--{name} is {text!r}; give a {spoken(kind)}") from None
+            raise UsageError(f"--{name} is {text!r}; give a {expected}") from None
     return text
 
 

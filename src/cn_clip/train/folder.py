@@ -6,8 +6,9 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -45,7 +46,9 @@ class Outcome:
 
     ``scores`` holds, in order, where each was measured and the mean recall there: ``before``, the
     best of each stage, its mixture (``NAME, mixed``) if it interpolates, and ``final``. ``weights``
-    is the folder of the final model.
+    is the folder of the final model. ``mixtures`` holds, for each stage with ``interpolate =
+    "auto"``, its ``stage``, the ``weight`` that was chosen, whether the kept pairs lose at most a
+    point of mean recall (``within``), and of every mixture its ``weight``, ``score`` and ``kept``.
     """
 
     folder: str
@@ -53,6 +56,7 @@ class Outcome:
     steps: int
     seconds: float
     scores: list[tuple[str, float]]
+    mixtures: list[dict[str, Any]] = field(default_factory=list)
 
 
 def write_outcome(folder: Path, outcome: Outcome) -> None:

@@ -16,7 +16,6 @@ from cn_clip.data.loader import dead_workers_named
 from cn_clip.data.sources import open_mix
 from cn_clip.errors import UsageError
 from cn_clip.eval.pairs import eval_set_of
-from cn_clip.publish import published
 from cn_clip.train.batches import Share, shares
 from cn_clip.train.checkpoint import Progress, load_tensors, read_progress, save_state, states
 from cn_clip.train.folder import (
@@ -28,7 +27,8 @@ from cn_clip.train.folder import (
     write_outcome,
 )
 from cn_clip.train.guard import Guard, InterruptedRun, signals
-from cn_clip.train.log import Event, Log
+from cn_clip.train.log import Event, Log, read_log
+from cn_clip.train.mixing import mix_stage
 from cn_clip.train.optim import clamp_logit_scale, rate_at, set_rate, warmup_of
 from cn_clip.train.parallel import (
     average_statistics,
@@ -37,7 +37,7 @@ from cn_clip.train.parallel import (
     pick,
 )
 from cn_clip.train.recipe import Recipe
-from cn_clip.train.report import write_report
+from cn_clip.train.report import mixtures, write_report
 from cn_clip.train.scoring import (
     best_weights,
     evaluate,
@@ -47,13 +47,12 @@ from cn_clip.train.scoring import (
     measure,
 )
 from cn_clip.train.setup import Run, Training, set_up
-from cn_clip.train.stages import Course
+from cn_clip.train.stages import Course, batch_norm_mode
 from cn_clip.train.start import initial_model
 from cn_clip.train.step import Numbers, backward
 from cn_clip.train.validate import embed, score, shared_pairs
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
-_LISTED = 5  # lines of a warning that are shown
 
 
 def train(
@@ -113,6 +112,7 @@ def train(
             stack.enter_context(signals()),
             open_mix(recipe.data.train),
             eval_set_of(open_mix(recipe.data.val)) if recipe.data.val else None,
+            eval_set_of(open_mix(recipe.data.keep_data)) if recipe.data.keep_data else None,
         )
         with dead_workers_named(), full_disk_named(folder):
             return _carried_out(run)
@@ -154,21 +154,10 @@ def _begin(run: Run) -> None:
     if run.validation is not None and distributed.is_main():
         shared = shared_pairs(run.validation, run.mix)
         what = "validation pairs are in the training data, so scores will be too high"
-        _warn(run, what, shared, "shared.txt")
+        run.warn(what, shared, "shared.txt")
     if distributed.is_main():
         weights.save_state(model.config, model.state_dict(), run.folder / "start")
     distributed.barrier()
-
-
-def _warn(run: Run, what: str, lines: list[str], file: str, total: int = 0) -> None:
-    """Name the first of some lines in the log, and write all of them to a file of the run's."""
-    if not lines or not distributed.is_main():
-        return
-    with published(run.folder / file) as path:
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    more = f" and {len(lines) - _LISTED:,} more" if len(lines) > _LISTED else ""
-    text = f"{len(lines):,} {what}: {'; '.join(lines[:_LISTED])}{more}; see {file}"
-    run.log.write("warning", total, text=text)
 
 
 def _stage(run: Run, progress: Progress, state: Path | None) -> None:
@@ -190,11 +179,12 @@ def _stage(run: Run, progress: Progress, state: Path | None) -> None:
         warmup=warmup_of(training.steps, stage.optimizer),
         batch=stage.global_batch_size,
         learns=sum(p.numel() for p in training.model.parameters() if p.requires_grad),
+        batch_norm=batch_norm_mode(training.model),
     )
     if progress.before is None and progress.total == 0 and run.validation is not None:
         found = evaluate(run, training, progress)
         what = "validation pairs or pictures cannot be read, and are left out"
-        _warn(run, what, run.validation.skipped, "unread.txt")
+        run.warn(what, run.validation.skipped, "unread.txt")
         progress.before = found.mean_recall
         progress.course.add(found.mean_recall, 0, stage.plateau)
         save_state(run.folder, progress, training.tensors(), keep=run.recipe.output.keep)
@@ -214,7 +204,7 @@ def _stage(run: Run, progress: Progress, state: Path | None) -> None:
     reasons = [
         each for some in distributed.all_gather_object(training.loader.reasons) for each in some
     ]
-    _warn(run, what, reasons, f"skipped-{stage.name}.txt", progress.total)
+    run.warn(what, reasons, f"skipped-{stage.name}.txt", progress.total)
 
 
 def _step(
@@ -315,11 +305,11 @@ def _after_step(run: Run, training: Training, progress: Progress) -> None:
 def _advanced(run: Run, progress: Progress) -> Progress:
     """Return the start of the next stage: the best weights so far, with their score to beat."""
     begun, best = progress.weights, progress.course.best
-    if progress.course.best_step > 0:
-        share = run.recipe.stages[progress.stage].interpolate
+    interpolate, course = run.recipe.stages[progress.stage].interpolate, progress.course
+    if course.best_step > 0 or (interpolate == "auto" and course.trained is not None):
         progress.weights = best_weights(progress, run.recipe)
-        if share is not None:
-            best = _mixed(run, progress, begun, share)
+        if interpolate is not None:
+            best = mix_stage(run, progress, begun)
     return Progress(
         stage=progress.stage + 1,
         total=progress.total,
@@ -328,30 +318,6 @@ def _advanced(run: Run, progress: Progress) -> Progress:
         weights=progress.weights,
         course=Course(best=best, mark=best),
     )
-
-
-def _mixed(run: Run, progress: Progress, begun: str, share: float) -> float | None:
-    """Mix the best weights of a stage with those it began with; return the score of the mixture.
-
-    They go to a folder of their own, so that a run that is stopped here mixes once all the same.
-    """
-    model = weights.build(weights.read(run.folder / progress.weights))
-    old = weights.build(weights.read(run.folder / begun)).state_dict()
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if tensor.is_floating_point():
-                tensor.lerp_(old[name].to(tensor), 1 - share)
-    progress.weights = f"{progress.weights}-mixed"
-    if distributed.is_main():
-        weights.save_state(model.config, model.state_dict(), run.folder / progress.weights)
-    distributed.barrier()
-    validation = run.validation
-    if validation is None:
-        return None
-    images, texts = embed(model.to(run.device), validation, autocast=run.scored)
-    found = distributed.on_main(lambda: score(images, texts, validation))
-    log_score(run, f"{run.recipe.stages[progress.stage].name}, mixed", progress, found)
-    return found.mean_recall
 
 
 def _end(run: Run, progress: Progress, seconds: float) -> Outcome:
@@ -370,7 +336,14 @@ def _end(run: Run, progress: Progress, seconds: float) -> Outcome:
     outcome = None
     if distributed.is_main():
         scores = write_report(run.folder, recipe, run.validation)
-        outcome = Outcome(str(run.folder), str(final), progress.total, round(seconds, 1), scores)
+        outcome = Outcome(
+            str(run.folder),
+            str(final),
+            progress.total,
+            round(seconds, 1),
+            scores,
+            mixtures(read_log(run.folder)),
+        )
         write_outcome(run.folder, outcome)
     whole = distributed.broadcast_object(outcome)
     assert whole is not None

@@ -144,8 +144,7 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None:
             return None
-        (kind,) = (each for each in get_args(kind) if each is not type(None))
-        return _value(kind, value, where)
+        return _value(_one_of(kind, value), value, where)
     if origin is tuple:
         rows = [value] if isinstance(value, str) else value
         if not isinstance(rows, list | tuple):
@@ -181,6 +180,13 @@ def _check_text(value: str, where: str) -> None:
         Path(value).expanduser()
     except RuntimeError:  # it begins like a user's home
         raise UsageError(f"{where} is {value!r}, the home of a user who is not known") from None
+
+
+def _one_of(kind: Any, value: Any) -> Any:
+    """Return the type of a union that a value is meant for; a string is a word, if it has words."""
+    kinds = [each for each in get_args(kind) if each is not type(None)]
+    words = [each for each in kinds if get_origin(each) is Literal]
+    return words[0] if words and isinstance(value, str) else kinds[0]
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -31,6 +31,11 @@ class Data:
 
     train: tuple[str, ...] = _option((), "Sources of pairs, such as `tar:shards/*.tar`, or several")
     val: tuple[str, ...] = _option((), "Sources of the pairs that scores are measured on")
+    keep_data: tuple[str, ...] = _option(
+        (),
+        "Sources of pairs of another kind whose score should be kept, which `interpolate = "
+        '"auto"` measures and heeds',
+    )
     workers: int = _option(2, "Processes that read and decode, beside each training process")
     prefetch_mb: int = _option(1024, "How many megabytes of prepared pairs may wait")
     fast_decode: bool = _option(False, "Decode large JPEG files at reduced size")
@@ -159,16 +164,21 @@ class Stage:
     )
     augment: bool = _option(False, "Crop and recolour pictures, as the official training does")
     flip: bool = _option(False, "Mirror half of the augmented pictures")
+    batch_norm: Literal["auto", "frozen", "train"] = _option(
+        "auto",
+        "Running statistics of BatchNorm: `frozen` keeps them, `train` updates them by the "
+        "batches; `auto` is `frozen` if training starts from `start.checkpoint` alone",
+    )
     mask_ratio: float = _option(0.0, "Share of patches left out at random (FLIP; ViT only)")
     dropout: float | None = _option(None, "Of the text tower; by default the model's own")
     cached: bool = _option(
         False, "Compute the features of the frozen image tower once, and keep them on disk"
     )
     views: int = _option(1, "Augmented versions of each picture to compute, if cached")
-    interpolate: float | None = _option(
+    interpolate: float | Literal["auto"] | None = _option(
         None,
-        "Mix the weights the stage ends with with those it began with: 1 is all new, 0 all old "
-        "(WiSE-FT, arXiv:2109.01903)",
+        "Mix the best weights of the stage with those it began with: 1 is all new, 0 all old, "
+        "`auto` what the validation pairs choose of 0, 0.1 ... 1 (WiSE-FT, arXiv:2109.01903)",
     )
     optimizer: Optimizer = _group(Optimizer, "AdamW and its rate")
     loss: Loss = _group(Loss, "What is minimised")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ def write_report(
             "mean recall, %",
             dots=True,
         ),
+        *_mixtures(events),
         "<h2>Loss</h2>",
         curve([(e["total"], e["mean_loss"]) for e in steps], marks, "loss"),
         "<h2>Learning rate</h2>",
@@ -130,14 +131,24 @@ def _chosen(events: Sequence[Event], recipe: Recipe) -> list[tuple[str, Event]]:
 
 
 def curve(
-    points: Sequence[Point], marks: Sequence[tuple[int, str]], what: str, dots: bool = False
+    points: Sequence[Point],
+    marks: Sequence[tuple[float, str]],
+    what: str,
+    dots: bool = False,
+    *,
+    second: Sequence[Point] = (),
+    along: str = "step",
 ) -> str:
-    """Return an SVG of a curve over steps; ``marks`` are where stages begin."""
+    """Return an SVG of a curve over steps; ``marks`` are where stages begin.
+
+    ``second`` is another curve, drawn dashed; ``along`` says what the points lie along, if not
+    steps.
+    """
     points = [(x, y) for x, y in points if isinstance(y, int | float)]
     if not points:
         return "<p>none</p>"
     points = points[:: max(1, len(points) // _MOST_POINTS)]
-    xs, ys = zip(*points, strict=True)
+    xs, ys = zip(*points, *second, strict=True)
     left, right = 0.0, max(1.0, max(xs))
     low, high = min(ys), max(ys)
     if high == low:
@@ -149,8 +160,14 @@ def curve(
             10 + (high - y) / (high - low) * (_HIGH - 40),
         )
 
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
-    shapes = [f'<polyline points="{line}" fill="none" stroke="var(--bar)" stroke-width="1.5"/>']
+    shapes = []
+    for some, dashes in ((points, ""), (second, ' stroke-dasharray="6 4"')):
+        if some:
+            line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in some))
+            shapes.append(
+                f'<polyline points="{line}" fill="none" stroke="var(--bar)" '
+                f'stroke-width="1.5"{dashes}/>'
+            )
     for value in (low, (low + high) / 2, high):
         _, y = place(0, value)
         shapes.append(
@@ -164,14 +181,14 @@ def curve(
             f'stroke-dasharray="3 3"/><text x="{x + 4:.1f}" y="{_HIGH - 16}">{escape(name)}</text>'
         )
     if dots:
-        for point in points:
+        for point in (*points, *second):
             x, y = place(*point)
             shapes.append(
                 f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="var(--bar)">'
-                f"<title>step {point[0]:,.0f}: {_short(point[1])}</title></circle>"
+                f"<title>{along} {_short(point[0])}: {_short(point[1])}</title></circle>"
             )
     shapes.append(
-        f'<text x="{_WIDE - 10}" y="{_HIGH - 2}" text-anchor="end">step {right:,.0f}</text>'
+        f'<text x="{_WIDE - 10}" y="{_HIGH - 2}" text-anchor="end">{along} {_short(right)}</text>'
     )
     return (
         f'<svg viewBox="0 0 {_WIDE} {_HIGH}" width="{_WIDE}" role="img" '
@@ -215,10 +232,56 @@ def _scores(events: Sequence[Event], recipe: Recipe) -> str:
         numbers = [event["mean_recall"], event["mean_recall"] - first, *(event[c] for c in columns)]
         shown = [f"{100 * n:.1f}" for n in numbers]
         shown[1] = "" if name == "before" else f"{100 * numbers[1]:+.1f}"
-        cells = "".join(f'<td class="number">{each}</td>' for each in shown)
-        rows.append(f"<tr><th>{escape(name)}</th>{cells}</tr>")
+        rows.append(_row(name, shown))
     head = "".join(f"<th>{each}</th>" for each in heads)
     return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+
+
+def mixtures(events: Sequence[Event]) -> list[dict[str, Any]]:
+    """Return the mixtures that were measured, of each stage the last time."""
+    names = ("stage", "weight", "within", "mixtures")
+    found = {e["stage"]: {n: e[n] for n in names} for e in events if e["kind"] == "mixtures"}
+    return list(found.values())
+
+
+def _mixtures(events: Sequence[Event]) -> Iterator[str]:
+    """Show what each mixture of old and new weights gains, and what the kept pairs lose by it."""
+    for sweep in mixtures(events):
+        rows, weight = sweep["mixtures"], sweep["weight"]
+        first = rows[0]
+        has_kept = first["kept"] is not None
+        yield f"<h2>Mixtures of stage {escape(sweep['stage'])}</h2>"
+        yield (
+            "<p>Mean recall when the new weights are mixed with those the stage began with, in "
+            "points above the latter: on the validation pairs"
+            + (" (line), and on the pairs to keep (dashes)" if has_kept else "")
+            + f". The weight of the new ones that was chosen: {weight:g}.</p>"
+        )
+        yield curve(
+            [(e["weight"], round(100 * (e["score"] - first["score"]), 2)) for e in rows],
+            [(weight, "chosen")],
+            "points of mean recall, by the weight of the new weights",
+            dots=True,
+            second=[
+                (e["weight"], round(100 * (e["kept"] - first["kept"]), 2)) for e in rows if has_kept
+            ],
+            along="weight",
+        )
+        heads = ("weight", "validation", "kept") if has_kept else ("weight", "validation")
+        lines = [
+            _row(
+                f"{each['weight']:g}" + (", chosen" if each["weight"] == weight else ""),
+                [f"{100 * each[key]:.1f}" for key in ("score", "kept")[: 1 + has_kept]],
+            )
+            for each in rows
+        ]
+        head = "".join(f"<th>{each}</th>" for each in heads)
+        yield f"<table><tr>{head}</tr>{''.join(lines)}</table>"
+
+
+def _row(name: str, values: Iterable[str]) -> str:
+    cells = "".join(f'<td class="number">{each}</td>' for each in values)
+    return f"<tr><th>{escape(name)}</th>{cells}</tr>"
 
 
 def _retrievals(folder: Path, validation: EvalSet | None) -> list[str]:

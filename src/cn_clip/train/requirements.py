@@ -37,7 +37,11 @@ def check_recipe(recipe: Recipe) -> None:
             f"{at}.mask_ratio": (stage.mask_ratio, 0, 0.99),
             f"{at}.dropout": (stage.dropout, 0, 0.99),
             f"{at}.views": (stage.views, 1, 1000),
-            f"{at}.interpolate": (stage.interpolate, 0, 1),
+            f"{at}.interpolate": (
+                None if isinstance(stage.interpolate, str) else stage.interpolate,
+                0,
+                1,
+            ),
             f"{at}.optimizer.learning_rate": (optimizer.learning_rate, 0, 10),
             f"{at}.optimizer.for_batch": (optimizer.for_batch, 1, 1 << 30),
             f"{at}.optimizer.warmup": (optimizer.warmup, 0, 1 << 40),
@@ -76,6 +80,11 @@ def check_recipe(recipe: Recipe) -> None:
         raise UsageError(f"a stage's name has more than {_LONGEST_NAME} characters; shorten it")
     for stage in recipe.stages:
         _check_stage(stage, recipe)
+    if recipe.data.keep_data and all(stage.interpolate != "auto" for stage in recipe.stages):
+        raise UsageError(
+            "data.keep_data is measured when mixtures of weights are; add --interpolate auto, or "
+            "leave --keep-data out"
+        )
 
 
 def _check_stage(stage: Stage, recipe: Recipe) -> None:
@@ -88,6 +97,11 @@ def _check_stage(stage: Stage, recipe: Recipe) -> None:
         raise UsageError(
             f"{at} ends by a plateau of the score, but there are no validation pairs; give "
             "--val-data, or remove the plateau with --plateau off"
+        )
+    if stage.interpolate == "auto" and not recipe.data.val:
+        raise UsageError(
+            f"{at}.interpolate is auto: the validation pairs choose the weight; give --val-data, "
+            "or a number with --interpolate 0.5"
         )
     if stage.plateau is not None and not (
         recipe.evaluation.every_epochs or recipe.evaluation.every_steps

@@ -14,7 +14,7 @@ from cn_clip.train.optim import warmup_of
 from cn_clip.train.parallel import reshard, sharded, whole_state
 from cn_clip.train.recipe import Recipe
 from cn_clip.train.setup import Run, Training
-from cn_clip.train.stages import learns, set_modes
+from cn_clip.train.stages import learns
 from cn_clip.train.validate import Vectors, embed, score
 
 
@@ -29,7 +29,9 @@ def measure(run: Run, training: Training, progress: Progress) -> None:
         # Within the warm-up a standstill says nothing.
         warm = progress.step > warmup_of(training.steps, stage.optimizer)
         plateau = stage.plateau if warm else None
-        if progress.course.add(found.mean_recall, progress.step, plateau, counts=warm):
+        best = progress.course.add(found.mean_recall, progress.step, plateau, counts=warm)
+        # Weights below the start's score may be above it when mixed with the start's.
+        if progress.course.add_trained(found.mean_recall) if stage.interpolate == "auto" else best:
             _keep(run, training, progress)
     elif progress.step >= training.steps:  # nothing tells which weights are best: the last ones
         progress.course.best_step = progress.step
@@ -59,7 +61,7 @@ def evaluate(run: Run, training: Training, progress: Progress) -> Retrieval:
     reshard(model)
     if average is not None:
         average.swap(model)
-    set_modes(model, training.stage.dropout)
+    training.set_modes()
     if not learns(model.visual):
         training.images = images
     found = distributed.on_main(lambda: score(images, texts, validation))

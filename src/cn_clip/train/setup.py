@@ -17,6 +17,7 @@ from cn_clip.embedder import Embedder, load
 from cn_clip.errors import UsageError
 from cn_clip.eval.pairs import EvalSet
 from cn_clip.model.clip import CLIP
+from cn_clip.publish import published
 from cn_clip.train.batches import CachedLoader
 from cn_clip.train.cache import cache_image_features, tower_fingerprint
 from cn_clip.train.checkpoint import Progress, tensors_of
@@ -27,9 +28,11 @@ from cn_clip.train.optim import Average, learning_rate, make_optimizer, paramete
 from cn_clip.train.parallel import shard, wrap
 from cn_clip.train.recipe import Recipe, Stage
 from cn_clip.train.sentences import SentenceBatches
-from cn_clip.train.stages import freeze, learns, set_modes
+from cn_clip.train.stages import freeze, learns, set_modes, statistics_frozen
 from cn_clip.train.step import Heads, Numbers, Towers
 from cn_clip.train.validate import Vectors
+
+_LISTED = 5  # lines of a warning that are shown
 
 
 @dataclass(slots=True)
@@ -46,6 +49,17 @@ class Run:
     stop: Stop
     mix: list[Weighted]
     validation: EvalSet | None
+    kept: EvalSet | None = None  # pairs whose score should not suffer
+
+    def warn(self, what: str, lines: list[str], file: str, total: int = 0) -> None:
+        """Name the first of some lines in the log, and write all of them to a file of the run's."""
+        if not lines or not distributed.is_main():
+            return
+        with published(self.folder / file) as path:
+            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        more = f" and {len(lines) - _LISTED:,} more" if len(lines) > _LISTED else ""
+        text = f"{len(lines):,} {what}: {'; '.join(lines[:_LISTED])}{more}; see {file}"
+        self.log.write("warning", total, text=text)
 
 
 @dataclass(slots=True)
@@ -62,11 +76,16 @@ class Training:
     sentences: SentenceBatches | None
     steps: int
     rate: float
+    frozen_statistics: bool  # of BatchNorm
     images: Vectors | None = None  # of the validation pictures, while the image tower is locked
 
     @property
     def model(self) -> CLIP:
         return self.towers.model
+
+    def set_modes(self) -> None:
+        """Put the model in the stage's training mode, at its start and after an evaluation."""
+        set_modes(self.model, self.stage.dropout, frozen_statistics=self.frozen_statistics)
 
     def tensors(self) -> dict[str, Any]:
         """Return all tensors that the next step depends on, sharing memory with them."""
@@ -99,7 +118,6 @@ def set_up(run: Run, progress: Progress) -> Training:
     if recipe.machine.parallel == "fsdp":
         shard(model)
     towers = Towers(model, heads, stage).to(run.device)
-    set_modes(model, stage.dropout)
     if recipe.machine.compile:
         model.visual.compile()
         model.bert.compile(dynamic=True)
@@ -107,7 +125,7 @@ def set_up(run: Run, progress: Progress) -> Training:
     groups = parameter_groups(names, stage.optimizer)
     optimizer = make_optimizer(groups, stage.optimizer)
     decay = stage.optimizer.ema
-    return Training(
+    training = Training(
         stage,
         towers,
         wrap(towers, run.device),
@@ -118,7 +136,10 @@ def set_up(run: Run, progress: Progress) -> Training:
         sentences,
         stage.steps or (stage.epochs or 1) * len(loader),
         learning_rate(stage.optimizer, stage.global_batch_size),
+        statistics_frozen(stage, recipe.start),
     )
+    training.set_modes()
+    return training
 
 
 def _teacher(stage: Stage, device: torch.device) -> Embedder | None:

@@ -12,7 +12,7 @@ from torch import nn
 from cn_clip.errors import UsageError
 from cn_clip.model.clip import CLIP
 from cn_clip.model.text import SelfAttention
-from cn_clip.train.recipe import Plateau
+from cn_clip.train.recipe import Plateau, Stage, Start
 
 _TOWERS = ("visual", "bert")
 
@@ -59,11 +59,26 @@ def freeze(model: CLIP, patterns: Sequence[str]) -> set[str]:
     return frozen
 
 
-def set_modes(model: CLIP, dropout: float | None = None) -> None:
+def statistics_frozen(stage: Stage, start: Start) -> bool:
+    """Tell whether a stage keeps the running statistics of BatchNorm.
+
+    Small batches of a narrow set move them away from what the trained weights expect, so a model
+    that comes whole from a checkpoint keeps its own; towers that first meet here are trained as
+    officially.
+    """
+    if stage.batch_norm == "auto":
+        return start.checkpoint is not None and start.image is None and start.text is None
+    return stage.batch_norm == "frozen"
+
+
+def set_modes(
+    model: CLIP, dropout: float | None = None, *, frozen_statistics: bool = False
+) -> None:
     """Put in training mode what learns, and in eval mode what is frozen.
 
     A tower without a learning parameter is deterministic, as at inference; a frozen BatchNorm keeps
-    its statistics, also in a tower that learns elsewhere.
+    its statistics, also in a tower that learns elsewhere. With ``frozen_statistics`` every
+    BatchNorm does; its weight and bias may learn all the same.
     """
     model.train()
     for name in _TOWERS:
@@ -71,12 +86,19 @@ def set_modes(model: CLIP, dropout: float | None = None) -> None:
         if not learns(tower):
             tower.eval()
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d) and not learns(module):
+        if isinstance(module, nn.BatchNorm2d) and (frozen_statistics or not learns(module)):
             module.eval()
         if dropout is not None and isinstance(module, nn.Dropout):
             module.p = dropout
         if dropout is not None and isinstance(module, SelfAttention):
             module.dropout = dropout
+
+
+def batch_norm_mode(model: CLIP) -> str | None:
+    """Return what a model in training does with the statistics of BatchNorm: ``"train"`` if any
+    are updated, ``"frozen"`` if none is, None if it has no BatchNorm."""
+    training = [m.training for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    return ("train" if any(training) else "frozen") if training else None
 
 
 def learns(module: nn.Module) -> bool:
@@ -89,13 +111,15 @@ class Course:
     """How a stage has gone so far, as its end is judged by it.
 
     ``best`` is the highest score and ``best_step`` when it was; ``waited`` counts the evaluations
-    since it last rose by the least gain that counts, which was to ``mark``.
+    since it last rose by the least gain that counts, which was to ``mark``. ``trained`` is the
+    highest score of weights that the stage itself came to, at or below ``best``.
     """
 
     best: float | None = None
     best_step: int = 0
     mark: float | None = None
     waited: int = 0
+    trained: float | None = None
 
     def add(self, score: float, step: int, plateau: Plateau | None, *, counts: bool = True) -> bool:
         """Take up a score; return whether it is the best so far.
@@ -110,6 +134,13 @@ class Course:
         if self.best is not None and score <= self.best:
             return False
         self.best, self.best_step = score, step
+        return True
+
+    def add_trained(self, score: float) -> bool:
+        """Take up a score of trained weights; return whether it is the best of those so far."""
+        if self.trained is not None and score <= self.trained:
+            return False
+        self.trained = score
         return True
 
     def ended(self, plateau: Plateau | None) -> bool:

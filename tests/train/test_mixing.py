@@ -1,0 +1,215 @@
+"""Mixtures of a stage's best weights with those it began with: chosen, measured, resumed."""
+
+import os
+import signal
+
+import pytest
+import torch
+from conftest import TINY, make_model
+from train.runs import make_recipe
+
+from cn_clip import weights
+from cn_clip.data.sources import open_mix
+from cn_clip.errors import UsageError
+from cn_clip.eval.pairs import eval_set_of
+from cn_clip.train.guard import InterruptedRun
+from cn_clip.train.log import read_log
+from cn_clip.train.loop import train
+from cn_clip.train.mixing import WEIGHTS, Choice, Mixture, choose, mix
+from cn_clip.train.report import write_report
+from cn_clip.train.validate import embed, score
+
+FAST = {"epochs": 6, "optimizer": {"learning_rate": 3e-3, "warmup": 4}}  # learns by heart
+AUTO = FAST | {"epochs": 2, "interpolate": "auto"}
+
+
+def chosen(scores, kept=None):
+    """The weight that is chosen, and whether the kept pairs lose a point at most."""
+    kept = kept or [None] * len(scores)
+    weights = [n / (len(scores) - 1) for n in range(len(scores))]
+    choice = choose([Mixture(*each) for each in zip(weights, scores, kept, strict=True)])
+    return choice.mixture.weight, choice.within
+
+
+@pytest.mark.parametrize(
+    ("scores", "kept", "expected"),
+    [
+        ([0.5, 0.6, 0.7], None, (1.0, True)),
+        ([0.5, 0.7, 0.6], None, (0.5, True)),
+        ([0.5, 0.7, 0.7], None, (0.5, True)),  # of equal ones the nearest to the old
+        ([0.5, 0.5, 0.5], None, (0.0, True)),
+        ([0.5, 0.4, 0.3], None, (0.0, True)),  # nothing gains: the old
+        ([0.5, 0.6, 0.7], [0.4, 0.39, 0.38], (0.5, True)),  # a point may be lost
+        ([0.5, 0.6, 0.7], [0.4, 0.42, 0.41], (1.0, True)),  # the kept pairs gain, too
+        ([0.5, 0.6, 0.7], [0.4, 0.389, 0.391], (1.0, True)),
+        ([0.5, 0.6, 0.7], [0.4, 0.38, 0.3], (1.0, False)),  # none within gains: the trade
+        ([0.5, 0.49, 0.7], [0.4, 0.4, 0.3], (1.0, False)),
+        ([0.5, 0.5, 0.4], [0.4, 0.3, 0.3], (0.0, True)),  # nothing gains at all
+    ],
+)
+def test_the_best_mixture_is_chosen_that_loses_at_most_a_point_of_the_kept_pairs(
+    scores, kept, expected
+):
+    assert chosen(scores, kept) == expected
+
+
+def swept(folder):
+    (event,) = (event for event in read_log(folder) if event["kind"] == "mixtures")
+    return event
+
+
+def assert_measured(found, config, states, validation, kept=None):
+    """The oracle: each mixture made by hand, and measured as any model is."""
+    old, new = states
+    for each in found["mixtures"]:
+        share = each["weight"]
+        mixed = {
+            n: (1 - share) * old[n] + share * new[n] if new[n].is_floating_point() else new[n]
+            for n in new
+        }
+        for key, pairs in (("score", validation), ("kept", kept)):
+            if pairs is None:
+                continue
+            model = weights.build(weights.Checkpoint(config, dict(mixed)))
+            recall = score(*embed(model, pairs, autocast=None), pairs).mean_recall
+            assert each[key] == pytest.approx(recall, abs=0.02)  # a tie may fall otherwise
+
+
+@pytest.mark.parametrize("kind", ["resnet", "efficientnet_lite"])
+def test_statistics_of_batch_norm_are_mixed_like_weights(kind):
+    old, new = (make_model(TINY[kind], seed=seed).state_dict() for seed in (0, 1))
+    for name, tensor in new.items():
+        if name.endswith(("running_mean", "running_var")):
+            tensor.add_(0.5)
+    model = make_model(TINY[kind])
+    mix(model, old, new, 0.25)
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, 0.75 * old[name] + 0.25 * new[name])
+    for weight, state in ((0.0, old), (1.0, new)):
+        mix(model, old, new, weight)
+        floats = [n for n, tensor in state.items() if tensor.is_floating_point()]
+        assert all(torch.equal(model.state_dict()[name], state[name]) for name in floats)
+
+
+def test_auto_measures_every_mixture_and_goes_on_with_the_best(pairs, start, tmp_path):
+    """With the pairs to keep measured, too."""
+    run, seen = tmp_path / "run", pairs[0]
+    recipe = make_recipe((seen, seen), start, run, AUTO, data={"keep_data": [pairs[1]]})
+    outcome = train(recipe)
+    found = swept(run)
+    assert [each["weight"] for each in found["mixtures"]] == list(WEIGHTS)
+    validation, kept = (eval_set_of(open_mix([uri])) for uri in (seen, pairs[1]))
+    states = [weights.read(f).tensors for f in (run / "start", run / "stages" / "1-train")]
+    config = weights.read(start).config
+    assert_measured(found, config, states, validation, kept)
+    best = choose([Mixture(**each) for each in found["mixtures"]])
+    assert (found["weight"], found["within"]) == (best.mixture.weight, best.within)
+    final = weights.read(run / "final").tensors
+    for name, tensor in final.items():
+        if tensor.is_floating_point():
+            wanted = torch.lerp(*(state[name].float() for state in states), best.mixture.weight)
+            torch.testing.assert_close(tensor.float(), wanted, atol=1e-5, rtol=1e-4)
+    scores = dict(outcome.scores)
+    assert scores["train, mixed"] == scores["final"] == pytest.approx(best.mixture.score)
+    names = ("stage", "weight", "within", "mixtures")
+    assert outcome.mixtures == [{name: found[name] for name in names}]
+    text = (run / "report.html").read_text("utf-8")
+    assert "Mixtures of stage train" in text and text.count("<polyline") == 4 + 2
+
+
+def test_a_locked_image_tower_is_run_once_for_all_mixtures(pairs, start, tmp_path):
+    """And the scores are those of mixtures whose images are embedded each time."""
+    stage = AUTO | {"freeze": ["visual.*"]}
+    train(make_recipe((pairs[0], pairs[0]), start, tmp_path / "run", stage))
+    states = [
+        weights.read(tmp_path / "run" / folder).tensors for folder in ("start", "stages/1-train")
+    ]
+    validation = eval_set_of(open_mix([pairs[0]]))
+    assert_measured(swept(tmp_path / "run"), weights.read(start).config, states, validation)
+
+
+def test_a_stop_among_the_mixtures_measures_them_again_and_ends_alike(pairs, start, tmp_path):
+    def stop(event):
+        if event["kind"] == "tick" and event["what"] == "measuring mixtures" and event["done"] == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    seen = (pairs[0], pairs[0])
+    recipe = make_recipe(seen, start, tmp_path / "run", AUTO)
+    with pytest.raises(InterruptedRun, match=r"mixtures.*--resume auto") as stopped:
+        train(recipe, tell=stop)
+    assert stopped.value.code == 130
+    outcome = train(recipe, resume=True)
+    whole = train(make_recipe(seen, start, tmp_path / "whole", AUTO))
+    assert outcome.scores == whole.scores and outcome.mixtures == whole.mixtures
+    final, wanted = (weights.read(tmp_path / n / "final").tensors for n in ("run", "whole"))
+    assert all(torch.equal(final[name], each) for name, each in wanted.items())
+
+
+def test_a_loss_of_the_kept_pairs_that_no_mixture_avoids_is_warned_of_and_shown(
+    pairs, start, tmp_path, monkeypatch
+):
+    taken = "cn_clip.train.mixing.choose"
+    monkeypatch.setattr(taken, lambda found: Choice(found[-1], within=False))
+    data = {"keep_data": [pairs[1]]}
+    train(make_recipe((pairs[0], pairs[0]), start, tmp_path / "run", AUTO, data=data))
+    found = swept(tmp_path / "run")
+    assert found["within"] is False and found["weight"] > 0
+    *_, warning = (e["text"] for e in read_log(tmp_path / "run") if e["kind"] == "warning")
+    assert warning.startswith("no mixture of stage train gains without costing the kept pairs")
+    assert warning in (tmp_path / "run" / "report.html").read_text("utf-8")
+
+
+def test_a_stage_that_gains_nothing_hands_on_what_it_began_with(pairs, start, tmp_path):
+    still = {"interpolate": "auto", "optimizer": {"learning_rate": 0.0}}
+    outcome = train(make_recipe(pairs, start, tmp_path / "run", still))
+    assert [each["weight"] for each in outcome.mixtures] == [0.0]
+    before, after = (weights.read(f).tensors for f in (start, tmp_path / "run" / "final"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_weights_that_score_below_the_start_are_mixed_too_and_never_harm(pairs, start, tmp_path):
+    """The best of those that were trained: the start's score is no bar to being mixed with it."""
+    wild = {"learning_rate": 0.05, "warmup": 0, "schedule": "constant"}
+    stage = {"epochs": 2, "optimizer": wild}
+    outcomes = {
+        name: train(make_recipe(pairs, start, tmp_path / name, stage | {"interpolate": option}))
+        for name, option in (("auto", "auto"), ("half", 0.5))
+    }
+    scores = [e["mean_recall"] for e in read_log(tmp_path / "auto") if e["kind"] == "score"]
+    before, trained = scores[0], scores[1:3]
+    assert max(trained) < before  # nothing that a number would mix
+    assert outcomes["half"].scores[-1] == ("final", before)
+    found = swept(tmp_path / "auto")["mixtures"]
+    assert found[0]["score"] == before and found[-1]["score"] == max(trained)
+    assert outcomes["auto"].scores[-1][1] == max(each["score"] for each in found) >= before
+
+
+def test_the_curve_says_the_weight_and_both_scores(pairs, start, tmp_path):
+    recipe = make_recipe(pairs, start, tmp_path / "run", AUTO)
+    (tmp_path / "run").mkdir()
+    line = (
+        '{"kind": "mixtures", "total": 3, "time": 1, "stage": "a<b", "weight": 0.5, "within": true,'
+        ' "mixtures": [{"weight": 0.0, "score": 0.25, "kept": 0.5},'
+        ' {"weight": 0.5, "score": 0.375, "kept": 0.4921}]}\n'
+    )
+    (tmp_path / "run" / "log.jsonl").write_text(line, encoding="utf-8")
+    write_report(tmp_path / "run", recipe, None)
+    text = (tmp_path / "run" / "report.html").read_text("utf-8")
+    assert "Mixtures of stage a&lt;b" in text
+    for each in ("37.5", "50.0", "49.2", "weight 0.5: 12.5", "weight 0.5: -0.79", "chosen"):
+        assert each in text
+
+
+@pytest.mark.parametrize(
+    ("stage", "data", "said"),
+    [
+        ({"interpolate": "auto"}, {"val": []}, r"stages\.train\.interpolate is auto: .*--val-data"),
+        ({}, {"keep_data": ["csv:x.csv"]}, r"data\.keep_data .*--interpolate auto.*--keep-data"),
+        ({"interpolate": 0.5}, {"keep_data": ["csv:x.csv"]}, r"data\.keep_data .*--keep-data"),
+        ({"interpolate": "best"}, {}, r"interpolate 'best'.*auto"),
+    ],
+)
+def test_what_cannot_be_chosen_is_refused(pairs, start, tmp_path, stage, data, said):
+    with pytest.raises(UsageError, match=said):
+        make_recipe(pairs, start, tmp_path / "run", stage, data=data)
