@@ -20,10 +20,10 @@ import numpy as np
 from things468 import fetch, on_white, things
 
 import cn_clip
-from cn_clip.data.sources import open_mix
-from cn_clip.eval.calibrate import calibrate
-from cn_clip.eval.embedded import embed_pairs
-from cn_clip.eval.pairs import eval_set_of
+from cn_clip.data.sources.open import open_mix
+from cn_clip.eval.calibration.fit import calibrate
+from cn_clip.eval.dataset import eval_set_of
+from cn_clip.eval.embedded_dataset import embed_pairs
 
 
 def write_pairs(stamps: Path, folder: Path) -> Path:

@@ -122,7 +122,7 @@ def _embed_all(model: Any, clip: Any, captions: list[str]) -> Callable[[], objec
 
 
 def _fast(path: Path) -> None:
-    from cn_clip.image import normalize, read_image, to_pixels
+    from cn_clip.image.decode import normalize, read_image, to_pixels
 
     normalize(to_pixels(read_image(path, fast_decode=224), 224))
 

@@ -41,8 +41,8 @@ def place(root: Path, kind: str) -> str:
 
 
 def ours(kind: str, root: Path, fast_decode: bool) -> Iterable[int]:
-    from cn_clip.data.loader import Loader, Preparation
-    from cn_clip.data.sources import open_mix
+    from cn_clip.data.loading.loader import Loader, Preparation
+    from cn_clip.data.sources.open import open_mix
 
     loader = Loader(
         open_mix([place(root, kind)]), Preparation(SIZE, fast_decode=fast_decode), BATCH, workers=0
@@ -123,8 +123,8 @@ def prepare(stamps: Path, root: Path, side: int, count: int) -> None:
     from things468 import things
 
     from cn_clip.data.pack import pack
-    from cn_clip.data.sources import open_source
-    from cn_clip.image import read_image
+    from cn_clip.data.sources.open import open_source
+    from cn_clip.image.decode import read_image
 
     pictures = root / "pictures"
     pictures.mkdir(parents=True)
@@ -183,7 +183,7 @@ def compare(options: argparse.Namespace, scratch: Path) -> None:
 
 def measure_large(what: str, root: Path) -> None:
     """Open a large source, read rows all over it; print seconds and the memory that it took."""
-    from cn_clip.data.sources import open_source
+    from cn_clip.data.sources.open import open_source
 
     before = peak_memory()
     seconds = []
@@ -205,7 +205,7 @@ def large(scratch: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    from cn_clip.data.archive import Sample, write_shard
+    from cn_clip.data.sources.tar import Sample, write_shard
 
     columns: dict[str, list[str]] = {"image": [], "text": []}
     writer = None

@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cn_clip.data.decontaminate import decontaminate, write_page
-from cn_clip.data.pair import Source
-from cn_clip.data.similar import THRESHOLD, build, search
-from cn_clip.data.sources import open_source
+from cn_clip.data.curate.decontaminate import decontaminate, write_page
+from cn_clip.data.curate.perceptual_hash import THRESHOLD, build, search
+from cn_clip.data.sources.base import Source
+from cn_clip.data.sources.open import open_source
 from cn_clip.errors import ImageError
-from cn_clip.image import find_images, read_image
+from cn_clip.image.decode import find_images, read_image
 
 RNG = np.random.default_rng(0)
 TOGETHER = 256  # hashes that `decontaminate` looks up at once

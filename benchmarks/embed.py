@@ -18,9 +18,9 @@ import numpy as np
 from PIL import Image
 
 from cn_clip import load
-from cn_clip.extract import extract
-from cn_clip.image import normalize, read_image, to_pixels
-from cn_clip.inputs import read_images
+from cn_clip.embeddings.extract import extract
+from cn_clip.embeddings.inputs import read_images
+from cn_clip.image.decode import normalize, read_image, to_pixels
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 BATCH = 32

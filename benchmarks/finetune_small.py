@@ -43,7 +43,7 @@ from PIL import Image
 from things468 import on_white, things
 
 import cn_clip
-from cn_clip.eval.bootstrap import paired_interval
+from cn_clip.eval.metrics.bootstrap import paired_interval
 
 CAPTIONS = Path(__file__).with_suffix(".tsv")
 STAMPS = Path("/usr/share/tuxpaint/stamps")

@@ -23,9 +23,9 @@ import lmdb
 import numpy as np
 from PIL import Image
 
-from cn_clip.data.archive import Sample
-from cn_clip.data.lmdb_source import Lmdb, write_lmdb
-from cn_clip.image import read_image, to_pixels
+from cn_clip.data.sources.lmdb import Lmdb, write_lmdb
+from cn_clip.data.sources.tar import Sample
+from cn_clip.image.decode import read_image, to_pixels
 
 READ = 4000
 

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 import cn_clip
-from cn_clip.eval.bootstrap import paired_interval
+from cn_clip.eval.metrics.bootstrap import paired_interval
 
 PACKAGE = "tuxpaint-stamps-default"
 CAPTION = re.compile(r"^zh_CN\.utf8=(.+)$", re.MULTILINE)

@@ -42,7 +42,7 @@ def embeddings(count: int, dim: int, seed: int) -> np.ndarray:
 
 
 def measure_ours(count: int, dim: int) -> dict[str, object]:
-    from cn_clip.eval.topk import top_k
+    from cn_clip.topk import top_k
 
     queries, gallery = embeddings(count, dim, 0), embeddings(count, dim, 1)
     start, busy = time.perf_counter(), time.process_time()

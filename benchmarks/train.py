@@ -119,17 +119,17 @@ def our_step(batch: int, captions: list[str], locked: bool, cached: bool, precis
     import torch
 
     from cn_clip.config import MODELS
-    from cn_clip.data.loader import stacked_keys, token_ids
-    from cn_clip.data.pair import Row
+    from cn_clip.data.loading.loader import stacked_keys, token_ids
+    from cn_clip.data.sources.base import Row
     from cn_clip.model.clip import CLIP, initialize
-    from cn_clip.train.batches import Share
+    from cn_clip.train.batches.batch import Share
+    from cn_clip.train.model.freeze import freeze, set_modes
     from cn_clip.train.optim import (
         clamp_logit_scale,
         make_optimizer,
         parameter_groups,
     )
-    from cn_clip.train.recipe import Stage
-    from cn_clip.train.stages import freeze, set_modes
+    from cn_clip.train.recipe.schema import Stage
     from cn_clip.train.step import Heads, Numbers, Towers, backward
 
     stage = Stage(epochs=1, freeze=("visual.*",) if locked else ())

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from cn_clip.train.flags import OFFICIAL
-from cn_clip.train.reading import read_recipe, shipped
-from cn_clip.train.recipe import options, spoken
+from cn_clip.train.recipe.flags import OFFICIAL
+from cn_clip.train.recipe.schema import options, spoken
+from cn_clip.train.recipe.toml import read_recipe, shipped
 
 PAGE = Path(__file__).parent / "recipe.md"
 HEAD = """\
@@ -84,7 +84,7 @@ def _first_comment(name: str) -> str:
     from importlib.resources import files
 
     read_recipe(name)  # it is one
-    text = files("cn_clip.train").joinpath("recipes", f"{name}.toml").read_text("utf-8")
+    text = files("cn_clip.train").joinpath("recipe", f"{name}.toml").read_text("utf-8")
     lines = []
     for line in text.splitlines():
         if not line.startswith("#"):

@@ -12,7 +12,7 @@ import cn_clip.clip as clip
 from cn_clip import config, weights
 from cn_clip.clip import available_models, load_from_name
 from cn_clip.errors import CheckpointError, MissingWeightsError, UnknownModelError, UsageError
-from cn_clip.image import normalize
+from cn_clip.image.decode import normalize
 
 
 def test_exported_names_and_signatures_are_the_official_ones():

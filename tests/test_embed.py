@@ -9,12 +9,12 @@ from conftest import TINY, make_model, make_picture
 from filelock import FileLock
 
 import cn_clip
-from cn_clip import extract as module
 from cn_clip import weights
 from cn_clip.cli import run
+from cn_clip.embeddings import extract as module
+from cn_clip.embeddings.extract import extract
+from cn_clip.embeddings.inputs import read_images, read_texts
 from cn_clip.errors import CNClipError, UsageError
-from cn_clip.extract import extract
-from cn_clip.inputs import read_images, read_texts
 
 
 @pytest.fixture(scope="module")

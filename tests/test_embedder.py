@@ -11,11 +11,11 @@ from PIL import Image
 
 import cn_clip
 from cn_clip import weights
+from cn_clip.calibration import read_calibration
 from cn_clip.embedder import Embedder
 from cn_clip.errors import CheckpointError, ImageError, UnknownModelError, UsageError
-from cn_clip.eval.calibration import read_calibration
 from cn_clip.hub import EMBEDDED_FOLDER
-from cn_clip.image import normalize, read_image, to_pixels
+from cn_clip.image.decode import normalize, read_image, to_pixels
 
 
 @pytest.fixture

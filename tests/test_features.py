@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 from train.runs import CAPTIONS
 
-from cn_clip.errors import DataError, UsageError
-from cn_clip.features import (
+from cn_clip.embeddings.files import (
     Features,
     read_captions,
     read_features,
     write_clip_retrieval,
     write_npz,
 )
+from cn_clip.errors import DataError, UsageError
 
 
 def written(folder, texts):

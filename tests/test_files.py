@@ -9,11 +9,11 @@ from urllib.parse import unquote_to_bytes
 import pytest
 from conftest import encoded, make_picture
 
-from cn_clip import image
 from cn_clip.cli import run
+from cn_clip.embeddings.inputs import read_images, read_texts
 from cn_clip.errors import ImageError, UsageError
 from cn_clip.files import as_path, beside, find, read_file, read_lines, walk
-from cn_clip.inputs import read_images, read_texts
+from cn_clip.image import decode as image
 from cn_clip.text import path_text, read_json, valid_text
 
 GBK = os.fsdecode("中文".encode("gbk"))
@@ -190,7 +190,7 @@ def test_lists_of_images_and_texts_hold_what_people_have(tmp_path):
 
 
 def test_a_line_without_an_end_is_not_read_whole(tmp_path, monkeypatch):
-    from cn_clip.data import lines
+    from cn_clip.data.sources import lines
     from cn_clip.errors import DataError
 
     with (tmp_path / "t.txt").open("wb") as stream:

@@ -1,6 +1,7 @@
 """The house itself: exported names, import bands, what imports cost."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,61 +11,63 @@ import pytest
 import cn_clip
 
 SOURCE = Path(cn_clip.__file__).parent
-
-# A file may import from lower bands, and from its own where the band is one folder's work.
-BANDS = {
-    "arrays": 0,
-    "errors": 0, "config": 0, "distributed": 0, "publish": 0, "tokenizer": 0, "image": 0,
-    "image_limits": 0, "image_modes": 0, "text": 0, "files": 0,
-    "successors": 0,
-    "processes": 0,
-    "model": 1,
-    "weights": 2, "hub": 2, "fingerprint": 2, "inputs": 2, "data": 2,
-    "embedder": 3, "backends": 3, "clip": 3, "zeroshot": 3, "convert": 3, "features": 3,
-    "extract": 4, "eval": 4,
-    "train": 5,
-    "cli": 6, "__main__": 6,
-}  # fmt: skip
-# The one road between siblings of different files in a band.
-SAME_BAND = {
-    ("config", "errors"), ("image", "config"), ("image", "errors"),
-    ("image", "image_limits"), ("image", "image_modes"), ("image_limits", "errors"),
-    ("image_modes", "errors"), ("tokenizer", "errors"),
-    ("distributed", "errors"), ("publish", "errors"),
-    ("files", "errors"), ("files", "text"), ("image", "files"), ("inputs", "data"),
-    ("distributed", "processes"),
-    ("arrays", "errors"),
-    ("embedder", "backends"), ("zeroshot", "embedder"), ("convert", "backends"),
-    ("convert", "embedder"), ("clip", "backends"),
-    ("__main__", "cli"),
-}  # fmt: skip
+DOCS = Path(__file__).parent.parent / "docs"
 
 
-def imports_of(path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def rows_of(page):
+    """The rows of the table in architecture.md: the paths of each, from top to bottom."""
+    table = re.findall(r"^\|[^|]*\| (`[^|]*`) \|", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return [re.findall(r"`([^`]+)`", paths) for paths in table]
+
+
+ROWS = rows_of(DOCS / "architecture.md")
+FILES = sorted(path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*.py"))
+
+
+def row_of(file):
+    """The number of the row that a file is in; None for the ``__init__.py`` above all rows."""
+    found = [n for n, paths in enumerate(ROWS) for path in paths if path_covers(path, file)]
+    if not found and file.endswith("__init__.py"):
+        return None
+    assert len(found) == 1, f"{file} is in {len(found)} rows of docs/architecture.md"
+    return found[0]
+
+
+def path_covers(path, file):
+    return file.startswith(path) if path.endswith("/") else file == path
+
+
+def imports_of(file):
+    """The files of ours that a file imports, and the other modules' names."""
+    for node in ast.walk(ast.parse((SOURCE / file).read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
-            if node.module == "cn_clip":
-                yield from (f"cn_clip.{alias.name}" for alias in node.names)
-            else:
-                yield node.module
+            for alias in node.names:
+                yield file_of(f"{node.module}.{alias.name}") or file_of(node.module) or node.module
         elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from (file_of(alias.name) or alias.name for alias in node.names)
 
 
-@pytest.mark.parametrize(
-    "path", sorted(SOURCE.rglob("*.py")), ids=lambda p: str(p.relative_to(SOURCE))
-)
-def test_imports_lead_to_lower_bands_only(path):
-    if path == SOURCE / "__init__.py":
-        return
-    home = path.relative_to(SOURCE).parts[0].removesuffix(".py")
-    for name in imports_of(path):
-        parts = name.split(".")
-        assert parts[0] not in ("torchvision", "timm"), f"{path} imports {name}"
-        if parts[0] != "cn_clip" or len(parts) == 1 or parts[1] in (home, "__version__"):
-            continue
-        allowed = BANDS[parts[1]] < BANDS[home] or (home, parts[1]) in SAME_BAND
-        assert allowed, f"{path.name} (band {BANDS[home]}) imports {name}"
+def file_of(module):
+    path = module.removeprefix("cn_clip").removeprefix(".").replace(".", "/")
+    options = (f"{path}.py", f"{path}/__init__.py" if path else "__init__.py")
+    return next((each for each in options if module.startswith("cn_clip") and each in FILES), None)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_imports_from_its_own_row_of_the_architecture_or_further_down(file):
+    here = row_of(file)
+    for name in imports_of(file):
+        assert name.split(".")[0] not in ("torchvision", "timm"), f"{file} imports {name}"
+        there = row_of(name) if name in FILES else None
+        if here is not None and there is not None:
+            assert there >= here, f"{file} imports {name}, which stands further up"
+
+
+def test_every_row_of_the_architecture_exists_and_both_languages_have_the_same():
+    for paths in ROWS:
+        for path in paths:
+            assert (SOURCE / path).exists(), path
+    assert rows_of(DOCS / "zh" / "architecture.md") == ROWS
 
 
 def test_public_names_are_these():

@@ -136,7 +136,7 @@ def test_the_tokenizer_written_gives_the_same_ids(tiny_model, tmp_path):
 def test_the_preprocessing_written_gives_the_same_pixels(tiny_model, tmp_path):
     from conftest import make_picture
 
-    from cn_clip.image import normalize, to_pixels
+    from cn_clip.image.decode import normalize, to_pixels
 
     weights.save_hugging_face(tiny_model, tmp_path / "hf")
     processor = transformers.ChineseCLIPImageProcessorPil.from_pretrained(tmp_path / "hf")

@@ -10,7 +10,7 @@ from conftest import GOLDEN, encoded, make_picture
 from PIL import Image
 
 from cn_clip.errors import ImageError
-from cn_clip.image import find_images, normalize, read_image, to_pixels
+from cn_clip.image.decode import find_images, normalize, read_image, to_pixels
 
 
 @pytest.mark.parametrize("name", sorted(p.name for p in (GOLDEN / "images").iterdir()))

@@ -12,16 +12,16 @@ import pytest
 from conftest import GOLDEN, encoded, make_picture
 from PIL import Image
 
-from cn_clip.data.check import check
-from cn_clip.data.decontaminate import decontaminate
+from cn_clip.data.curate.check import check
+from cn_clip.data.curate.decontaminate import decontaminate
 from cn_clip.data.encode import Encoding
 from cn_clip.data.encode import encoded as encoded_anew
 from cn_clip.data.pack import pack
-from cn_clip.data.page import thumbnail
-from cn_clip.data.sources import open_source
+from cn_clip.data.sources.open import open_source
 from cn_clip.errors import CNClipError, ImageError
-from cn_clip.image import read_file, read_image, read_pixels
-from cn_clip.image_limits import MAX_DECODED, Room, decoding_bytes
+from cn_clip.html.page import thumbnail
+from cn_clip.image.decode import read_file, read_image, read_pixels
+from cn_clip.image.limits import MAX_DECODED, Room, decoding_bytes
 
 BOMB = GOLDEN / "hostile" / "bomb_34_bytes.webp"
 

@@ -10,12 +10,12 @@ from PIL import Image, ImageCms
 import cn_clip
 import cn_clip.clip as clip
 from cn_clip.clip import _warn_of_clipping
+from cn_clip.data.curate.perceptual_hash import hash_image
 from cn_clip.data.encode import Encoding
 from cn_clip.data.encode import encoded as encoded_anew
-from cn_clip.data.page import thumbnail
-from cn_clip.data.similar import hash_image
 from cn_clip.errors import ImageError
-from cn_clip.image import read_image, read_pixels
+from cn_clip.html.page import thumbnail
+from cn_clip.image.decode import read_image, read_pixels
 
 GREY = np.asarray(make_picture(2).convert("L"))  # (60, 80)
 SIXTEEN = GREY.astype(np.uint16) * 257

@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 
 from cn_clip import weights
-from cn_clip.train.checkpoint import load_tensors, read_progress, states
-from cn_clip.train.log import read_log
+from cn_clip.train.run.checkpoint import load_tensors, read_progress, states
+from cn_clip.train.run.log import read_log
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 

@@ -42,8 +42,8 @@ from words import (
 import cn_clip
 from cn_clip import weights
 from cn_clip.config import ModelConfig, TextConfig, VisionConfig
-from cn_clip.eval.queries import simplified, traditional
-from cn_clip.features import Features, write_clip_retrieval
+from cn_clip.embeddings.files import Features, write_clip_retrieval
+from cn_clip.eval.robustness.rewrites import simplified, traditional
 from cn_clip.model.clip import CLIP, initialize
 from cn_clip.model.efficientnet import EfficientNetLite
 from cn_clip.publish import published

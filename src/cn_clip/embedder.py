@@ -27,7 +27,7 @@ from cn_clip.backends.pipeline import (
 from cn_clip.config import MODELS, BackendName, ModelConfig, Precision
 from cn_clip.errors import ImageError, UnknownModelError, UsageError
 from cn_clip.fingerprint import Fingerprint
-from cn_clip.image import MAX_PIXELS, ImageInput
+from cn_clip.image.decode import MAX_PIXELS, ImageInput
 from cn_clip.tokenizer import Tokenizer, default_tokenizer
 
 if TYPE_CHECKING:

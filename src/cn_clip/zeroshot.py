@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from cn_clip.embedder import Embedder
 from cn_clip.errors import UsageError
-from cn_clip.image import ImageInput
+from cn_clip.image.decode import ImageInput
 from cn_clip.text import valid_text
 
 

@@ -30,8 +30,8 @@ def cn_clip(capsys):
 @pytest.fixture
 def calibration(tiny_model, tmp_path):
     """A calibration of the tiny model, whatever it can do."""
+    from cn_clip.calibration import Calibration, Logistic, write_calibration
     from cn_clip.embedder import Embedder
-    from cn_clip.eval.calibration import Calibration, Logistic, write_calibration
 
     counts = dict.fromkeys(("images", "texts", "pairs", "non_pairs"), 100)
     thresholds = {"search": None, "labels": 0.99}

@@ -16,9 +16,9 @@ from cn_clip import cli
 from cn_clip.cli import run
 from cn_clip.cli.crash import unexpected
 from cn_clip.cli.show import print_json
-from cn_clip.data.sources import open_source
+from cn_clip.data.sources.open import open_source
 from cn_clip.errors import DataError, ImageError, UsageError
-from cn_clip.image import find_images, read_image
+from cn_clip.image.decode import find_images, read_image
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from train.runs import CAPTIONS, recipe_values
 
 from cn_clip import weights
 from cn_clip.cli import app, run
-from cn_clip.train import recipe as recipes
+from cn_clip.train.recipe import schema as recipes
 
 # Options with text that name no place to write to; --download-root gets files, and replaces none.
 READ = {
@@ -192,7 +192,7 @@ def test_every_option_that_may_name_a_place_to_write_to_is_in_these_tests():
 
 def test_every_source_of_a_recipe_is_known_as_an_input(tmp_path):
     """So that a new option of [data] is not forgotten."""
-    from cn_clip.train.folder import _inputs
+    from cn_clip.train.run.run_dir import _inputs
 
     hints = {n: k for n, k, _, _ in recipes.options() if n.startswith("data.") and "str" in str(k)}
     for name in hints:

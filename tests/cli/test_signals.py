@@ -158,7 +158,7 @@ def test_a_library_leaves_signals_alone():
 
 POOL = """
 import os, sys, time
-from cn_clip.data.workers import mapped
+from cn_clip.data.process_map import mapped
 
 def nap(seconds):
     try:
@@ -174,7 +174,7 @@ if __name__ == "__main__":
 
 LOADER = """
 import sys, time, torch
-from cn_clip.data.loader import worker_starts
+from cn_clip.data.loading.loader import worker_starts
 
 class Naps(torch.utils.data.Dataset):
     def __len__(self): return 2

@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 from PIL import Image
 
-from cn_clip.data.archive import Sample, write_shard
+from cn_clip.data.sources.tar import Sample, write_shard
 
 # (image_id, text_id, text): ids with leading zeros, a text with a tab, a comma and quotes.
 PAIRS = [

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cn_clip.data import augment as module
-from cn_clip.data.augment import (
+from cn_clip.data.loading import augment as module
+from cn_clip.data.loading.augment import (
     POLICY,
     apply_op,
     augment,
@@ -23,7 +23,7 @@ from cn_clip.data.augment import (
     random_resized_crop,
 )
 from cn_clip.errors import UsageError
-from cn_clip.image import to_pixels
+from cn_clip.image.decode import to_pixels
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "augment"
 OPS = np.load(GOLDEN / "ops.npz")
@@ -155,7 +155,7 @@ def test_the_same_picture_and_epoch_give_the_same_pixels_in_any_order():
 
 def test_another_process_gives_the_same_pixels():
     code = (
-        "import hashlib; from PIL import Image; from cn_clip.data.augment import *;"
+        "import hashlib; from PIL import Image; from cn_clip.data.loading.augment import *;"
         f"image = Image.open({str(GOLDEN / 'photo.png')!r});"
         "made = [augment(image, 20, generator_for(7, 2, f'图{i}')) for i in range(9)];"
         "print(hashlib.sha256(b''.join(p.tobytes() for p in made)).hexdigest())"

@@ -8,10 +8,10 @@ from data.formats import jpeg, write_csv, write_tsv
 from PIL import Image
 
 from cn_clip.cli import run
-from cn_clip.data import check as module
 from cn_clip.data.captions import language_of
-from cn_clip.data.check import KINDS, check
-from cn_clip.data.sources import open_source
+from cn_clip.data.curate import check as module
+from cn_clip.data.curate.check import KINDS, check
+from cn_clip.data.sources.open import open_source
 from cn_clip.errors import CNClipError
 
 

@@ -6,8 +6,8 @@ from PIL import Image
 
 from cn_clip.cli import run
 from cn_clip.data.captions import plain
-from cn_clip.data.decontaminate import decontaminate, read_removed, write_page, write_removed
-from cn_clip.data.sources import open_source
+from cn_clip.data.curate.decontaminate import decontaminate, read_removed, write_page, write_removed
+from cn_clip.data.sources.open import open_source
 from cn_clip.errors import DataError, UsageError
 
 

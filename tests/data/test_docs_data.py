@@ -17,7 +17,7 @@ import pytest
 from conftest import make_picture
 
 from cn_clip.cli import run
-from cn_clip.data.sources import open_source
+from cn_clip.data.sources.open import open_source
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

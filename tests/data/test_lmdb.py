@@ -17,13 +17,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cn_clip.cli import run
-from cn_clip.data.archive import Sample
-from cn_clip.data.check import check
-from cn_clip.data.lmdb_file import LmdbFile
-from cn_clip.data.lmdb_source import write_lmdb
-from cn_clip.data.pair import read_pair
-from cn_clip.data.pickled import unpickled_pair
-from cn_clip.data.sources import open_source
+from cn_clip.data.curate.check import check
+from cn_clip.data.sources.base import read_pair
+from cn_clip.data.sources.lmdb import write_lmdb
+from cn_clip.data.sources.lmdb_file import LmdbFile
+from cn_clip.data.sources.open import open_source
+from cn_clip.data.sources.pickled_pair import unpickled_pair
+from cn_clip.data.sources.tar import Sample
 from cn_clip.errors import CNClipError, DataError
 
 PAGE = 4096

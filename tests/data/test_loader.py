@@ -11,11 +11,17 @@ import torch
 from conftest import encoded, make_picture
 from data.formats import IMAGES, PAIRS, jpeg, write_csv
 
-from cn_clip.data.loader import Loader, Preparation, dead_workers_named, keys_of, stacked_keys
-from cn_clip.data.pair import Row
-from cn_clip.data.sources import Chain, Weighted, open_source
+from cn_clip.data.loading.loader import (
+    Loader,
+    Preparation,
+    dead_workers_named,
+    keys_of,
+    stacked_keys,
+)
+from cn_clip.data.sources.base import Row
+from cn_clip.data.sources.open import Chain, Weighted, open_source
 from cn_clip.errors import DataError
-from cn_clip.image import read_image, to_pixels
+from cn_clip.image.decode import read_image, to_pixels
 from cn_clip.tokenizer import Tokenizer
 
 SMALL = Preparation(resolution=32)

@@ -17,8 +17,8 @@ from PIL import Image
 from cn_clip.data import pack as module
 from cn_clip.data.encode import Encoding
 from cn_clip.data.pack import pack
-from cn_clip.data.pair import read_pair
-from cn_clip.data.sources import open_source
+from cn_clip.data.sources.base import read_pair
+from cn_clip.data.sources.open import open_source
 from cn_clip.errors import CNClipError, DataError, UsageError
 
 
@@ -221,7 +221,7 @@ def test_a_killed_worker_is_reported(pictures, tmp_path):
     script = tmp_path / "kill.py"
     script.write_text(
         "import os, signal\n"
-        "from cn_clip.data.folder import Folder\n"
+        "from cn_clip.data.sources.folder import Folder\n"
         "from cn_clip.data.pack import pack\n"
         "from pathlib import Path\n"
         "class Deadly(Folder):\n"

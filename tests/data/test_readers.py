@@ -17,12 +17,12 @@ from data.formats import IMAGES, WRITERS, jpeg, write_tsv
 from data.test_sources import link, manifest, tar_bytes
 
 from cn_clip.cli import run
-from cn_clip.data import cache
-from cn_clip.data.check import check
-from cn_clip.data.pair import read_pair
-from cn_clip.data.sources import open_source
+from cn_clip.data.curate.check import check
+from cn_clip.data.sources import index_cache as cache
+from cn_clip.data.sources.base import read_pair
+from cn_clip.data.sources.open import open_source
+from cn_clip.embeddings.inputs import read_images
 from cn_clip.errors import CNClipError, DataError, UsageError
-from cn_clip.inputs import read_images
 
 GBK = os.fsdecode("中文".encode("gbk"))
 

@@ -3,8 +3,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from cn_clip.data.sampler import Plan, batch_count, batches, permuted, plan_of
-from cn_clip.data.sources import Weighted
+from cn_clip.data.loading.sampler import Plan, batch_count, batches, permuted, plan_of
+from cn_clip.data.sources.open import Weighted
 from cn_clip.errors import UsageError
 
 

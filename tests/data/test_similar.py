@@ -5,7 +5,15 @@ import pytest
 from conftest import make_picture
 from PIL import Image
 
-from cn_clip.data.similar import THRESHOLD, build, hash_image, near_pairs, search, trimmed, variants
+from cn_clip.data.curate.perceptual_hash import (
+    THRESHOLD,
+    build,
+    hash_image,
+    near_pairs,
+    search,
+    trimmed,
+    variants,
+)
 
 
 def distance(a, b):

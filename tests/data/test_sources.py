@@ -10,8 +10,8 @@ import pytest
 from data.formats import IMAGES, PAIRS, WRITERS, jpeg, put, records, write_tsv
 from PIL import Image
 
-from cn_clip.data.pair import read_pair
-from cn_clip.data.sources import open_mix, open_source, split_of
+from cn_clip.data.sources.base import read_pair
+from cn_clip.data.sources.open import open_mix, open_source, split_of
 from cn_clip.errors import CNClipError, DataError, UsageError
 
 

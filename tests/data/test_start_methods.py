@@ -13,10 +13,10 @@ import pytest
 from data.formats import IMAGES, PAIRS, WRITERS
 
 import cn_clip
-from cn_clip.data.loader import Loader, Preparation
-from cn_clip.data.pair import read_pair
-from cn_clip.data.sources import KINDS, open_mix
-from cn_clip.image import read_image, to_pixels
+from cn_clip.data.loading.loader import Loader, Preparation
+from cn_clip.data.sources.base import read_pair
+from cn_clip.data.sources.open import KINDS, open_mix
+from cn_clip.image.decode import read_image, to_pixels
 
 # From Python 3.14 on, Linux starts with forkserver what it started with fork before.
 METHODS = sorted(multiprocessing.get_all_start_methods())
@@ -46,7 +46,9 @@ def read(mix, workers):
 @pytest.fixture
 def start_method():
     before = multiprocessing.get_start_method(allow_none=True)
-    multiprocessing.set_forkserver_preload(["cn_clip.data.loader"])  # torch once, not per worker
+    multiprocessing.set_forkserver_preload(
+        ["cn_clip.data.loading.loader"]
+    )  # torch once, not per worker
     yield lambda method: multiprocessing.set_start_method(method, force=True)
     multiprocessing.set_start_method(before, force=True)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cn_clip.errors import UsageError
-from cn_clip.eval.bootstrap import paired_interval
+from cn_clip.eval.metrics.bootstrap import paired_interval
 
 
 def test_the_interval_is_that_of_drawing_queries_one_by_one():

@@ -7,18 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from cn_clip.errors import UsageError
-from cn_clip.eval.answers import Answers, answered, best_answers, label_answers, threshold_for
-from cn_clip.eval.calibrate import (
-    Scored,
-    calibrate,
-    fit_isotonic,
-    fit_logistic,
-    halves,
-    judge,
-    score_pairs,
-)
-from cn_clip.eval.calibration import (
+from cn_clip.calibration import (
     Calibration,
     Isotonic,
     Logistic,
@@ -27,7 +16,24 @@ from cn_clip.eval.calibration import (
     read_calibration,
     write_calibration,
 )
-from cn_clip.eval.reliability import write_report
+from cn_clip.errors import UsageError
+from cn_clip.eval.calibration.fit import (
+    Scored,
+    calibrate,
+    fit_isotonic,
+    fit_logistic,
+    halves,
+    judge,
+    score_pairs,
+)
+from cn_clip.eval.calibration.report import write_report
+from cn_clip.eval.calibration.thresholds import (
+    Answers,
+    answered,
+    best_answers,
+    label_answers,
+    threshold_for,
+)
 
 
 def drawn(count=20_000, slope=8.0, intercept=-2.0, seed=0):

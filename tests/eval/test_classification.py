@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cn_clip.errors import UsageError
-from cn_clip.eval.classification import (
+from cn_clip.eval.metrics.classification import (
     confusions,
     map_11_points,
     mean_per_class,

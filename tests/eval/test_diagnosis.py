@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from cn_clip.errors import UsageError
-from cn_clip.eval import diagnosis
-from cn_clip.eval.diagnosis import alike, by_length, compare, diagnose, hubs_of
-from cn_clip.eval.metrics import retrieval
+from cn_clip.eval.diagnosis import measure as diagnosis
+from cn_clip.eval.diagnosis.measure import alike, by_length, compare, diagnose, hubs_of
+from cn_clip.eval.metrics.recall import retrieval
 
 
 def unit(rng, shape):

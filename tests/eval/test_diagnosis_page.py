@@ -5,11 +5,11 @@ import json
 import numpy as np
 from conftest import make_picture
 
-from cn_clip.data.sources import open_source
-from cn_clip.eval.diagnosis import diagnose
-from cn_clip.eval.diagnosis_page import write_diagnosis
-from cn_clip.eval.pairs import EvalSet
-from cn_clip.eval.pictures import Pictures
+from cn_clip.data.sources.open import open_source
+from cn_clip.eval.dataset import EvalSet
+from cn_clip.eval.diagnosis.measure import diagnose
+from cn_clip.eval.diagnosis.report import write_diagnosis
+from cn_clip.eval.images import Pictures
 
 
 def test_a_hub_without_a_caption_and_a_picture_gone_since_are_shown(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from test_docs import DOCS, code_in, read
 
 from cn_clip.cli import app
-from cn_clip.eval.queries import NORMALIZERS, variants
+from cn_clip.eval.robustness.rewrites import NORMALIZERS, variants
 
 
 @pytest.mark.parametrize("page", ["diagnosis.md", "flickr30k-gap.md"])

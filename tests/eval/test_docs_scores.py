@@ -4,7 +4,7 @@ import pytest
 from test_docs import DOCS, FENCE, ROOT, code_in, read
 
 from cn_clip import load
-from cn_clip.eval.calibration import USES, Calibration, Logistic, write_calibration
+from cn_clip.calibration import USES, Calibration, Logistic, write_calibration
 from cn_clip.eval.zeroshot import datasets, template_names
 
 

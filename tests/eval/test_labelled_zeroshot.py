@@ -9,8 +9,8 @@ from eval.labelled_folder import write_labelled
 
 from cn_clip.embedder import Embedder
 from cn_clip.errors import DataError, UnknownNameError, UsageError
-from cn_clip.eval.classification import map_11_points
 from cn_clip.eval.labelled import read_labelled
+from cn_clip.eval.metrics.classification import map_11_points
 from cn_clip.eval.zeroshot import datasets, read_templates, score, submission, template_names
 
 TEMPLATES = ["{}", "画面中有{}"]

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from cn_clip.errors import UsageError
-from cn_clip.eval.metrics import Recall, Retrieval, ranks_of_best, recall_at, retrieval
+from cn_clip.eval.metrics.recall import Recall, Retrieval, ranks_of_best, recall_at, retrieval
 
 
 def drawn(seed, queries=23, gallery=31, dim=3):

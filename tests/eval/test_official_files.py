@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from conftest import GOLDEN
 
+from cn_clip.embeddings.files import read_features
 from cn_clip.errors import DataError, UsageError
-from cn_clip.eval.metrics import retrieval
+from cn_clip.eval.metrics.recall import retrieval
 from cn_clip.eval.official_files import (
     read_predictions,
     read_truth,
@@ -16,7 +17,6 @@ from cn_clip.eval.official_files import (
     write_official,
 )
 from cn_clip.eval.retrieval import Measured, evaluate_features
-from cn_clip.features import read_features
 
 EVAL = GOLDEN / "eval"
 

@@ -10,7 +10,7 @@ from data.formats import write_tsv
 from cn_clip.config import MODELS
 from cn_clip.embedder import Embedder
 from cn_clip.errors import DataError, UnknownNameError
-from cn_clip.eval.metrics import Recall, Retrieval
+from cn_clip.eval.metrics.recall import Recall, Retrieval
 from cn_clip.eval.protocols import compare, open_split, protocol, protocols, run_protocol
 
 FIVE = ["RN50", "ViT-B-16", "ViT-L-14", "ViT-L-14-336", "ViT-H-14"]

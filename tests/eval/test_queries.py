@@ -6,7 +6,7 @@ import unicodedata
 import pytest
 
 from cn_clip.errors import UsageError
-from cn_clip.eval import queries
+from cn_clip.eval.robustness import rewrites as queries
 from cn_clip.tokenizer import default_tokenizer
 
 

@@ -7,15 +7,15 @@ import pytest
 from conftest import TINY, make_model
 from data.formats import IMAGES, PAIRS, WRITERS, write_csv, write_jsonl, write_tsv
 
-from cn_clip.data.sources import open_mix
+from cn_clip.data.sources.open import open_mix
 from cn_clip.embedder import Embedder
+from cn_clip.embeddings.extract import extract
+from cn_clip.embeddings.files import Stored, read_features
+from cn_clip.embeddings.inputs import read_images, read_texts
 from cn_clip.errors import DataError, UsageError
-from cn_clip.eval.metrics import retrieval
-from cn_clip.eval.pairs import eval_set_of
+from cn_clip.eval.dataset import eval_set_of
+from cn_clip.eval.metrics.recall import retrieval
 from cn_clip.eval.retrieval import evaluate_features, evaluate_retrieval, pairs_of
-from cn_clip.extract import extract
-from cn_clip.features import Stored, read_features
-from cn_clip.inputs import read_images, read_texts
 
 
 @pytest.fixture(scope="module")

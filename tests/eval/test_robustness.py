@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from cn_clip.eval.metrics import retrieval
-from cn_clip.eval.queries import Variant
-from cn_clip.eval.robustness import robustness
+from cn_clip.eval.metrics.recall import retrieval
+from cn_clip.eval.robustness.measure import robustness
+from cn_clip.eval.robustness.rewrites import Variant
 
 
 class Letters:

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from cn_clip.errors import UsageError
-from cn_clip.eval.metrics import retrieval
-from cn_clip.eval.topk import top_k
+from cn_clip.eval.metrics.recall import retrieval
+from cn_clip.topk import top_k
 
 QUICK = settings(deadline=None, max_examples=80)
 # Small whole numbers: products are exact whatever the order of summation, and many are equal.

@@ -354,8 +354,8 @@ def _given(rng: Random, path: tuple[str, ...], option: Option, odd: float) -> li
 
 
 def _recipe_flag(rng: Random) -> list[str]:
-    from cn_clip.train.flags import OFFICIAL
-    from cn_clip.train.recipe import options
+    from cn_clip.train.recipe.flags import OFFICIAL
+    from cn_clip.train.recipe.schema import options
 
     names = [name for name, *_ in options()] + [*OFFICIAL]
     name = rng.choice(names).replace("NAME", rng.choice(("one", "x", "0")))

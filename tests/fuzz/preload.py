@@ -12,7 +12,7 @@ from fuzz import readers  # noqa: E402, F401
 import cn_clip.backends.torch  # noqa: E402
 import cn_clip.cli  # noqa: E402
 import cn_clip.convert  # noqa: E402
-import cn_clip.data.check  # noqa: E402
+import cn_clip.data.curate.check  # noqa: E402
 import cn_clip.data.pack  # noqa: E402
 import cn_clip.train.loop  # noqa: E402, F401
 

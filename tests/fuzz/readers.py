@@ -74,10 +74,10 @@ def run_model(path: Path) -> None:
 
 
 def use_image(content: Any) -> None:
+    from cn_clip.data.curate.perceptual_hash import hash_image, trimmed, variants
     from cn_clip.data.encode import Encoding, encoded
-    from cn_clip.data.page import thumbnail
-    from cn_clip.data.similar import hash_image, trimmed, variants
-    from cn_clip.image import normalize, read_image, to_pixels
+    from cn_clip.html.page import thumbnail
+    from cn_clip.image.decode import normalize, read_image, to_pixels
 
     normalize(to_pixels(read_image(content), 32))
     step()
@@ -98,13 +98,18 @@ def use_image(content: Any) -> None:
 
 def use_source(uri: str, folder: Path) -> None:
     """Check, pack, decontaminate and measure a source, then make pixels and tokens of its pairs."""
-    from cn_clip.data.check import check
-    from cn_clip.data.decontaminate import decontaminate, read_removed, write_page, write_removed
+    from cn_clip.data.curate.check import check
+    from cn_clip.data.curate.check_report import write_report
+    from cn_clip.data.curate.decontaminate import (
+        decontaminate,
+        read_removed,
+        write_page,
+        write_removed,
+    )
     from cn_clip.data.encode import Encoding
     from cn_clip.data.pack import pack
-    from cn_clip.data.report import write_report
-    from cn_clip.data.sources import Weighted, open_source
-    from cn_clip.eval.pairs import eval_set_of
+    from cn_clip.data.sources.open import Weighted, open_source
+    from cn_clip.eval.dataset import eval_set_of
     from cn_clip.tokenizer import default_tokenizer
 
     source = open_source(uri)
@@ -148,9 +153,9 @@ def use_source(uri: str, folder: Path) -> None:
 
 def use_list(kind: str, path: Path) -> None:
     """Embed a list, as far as pixels and tokens, and write and read back the features."""
-    from cn_clip.extract import extract
-    from cn_clip.features import read_features
-    from cn_clip.inputs import read_images, read_texts
+    from cn_clip.embeddings.extract import extract
+    from cn_clip.embeddings.files import read_features
+    from cn_clip.embeddings.inputs import read_images, read_texts
 
     read = read_images if kind == "images" else read_texts
     out = path.parent / ".out.jsonl"
@@ -165,7 +170,7 @@ class _Still:
 
     def embed_images(self, images: Any, *, errors: Any = None) -> Any:
         from cn_clip.errors import ImageError
-        from cn_clip.image import normalize, read_image, to_pixels
+        from cn_clip.image.decode import normalize, read_image, to_pixels
 
         rows = []
         for number, each in enumerate(images):
@@ -389,7 +394,7 @@ def _odd_paths(rng: Random, folder: Path) -> None:
 
 def _uri(folder: Path) -> None:
     """Open what a URI of a file says."""
-    from cn_clip.data.sources import open_mix
+    from cn_clip.data.sources.open import open_mix
 
     if not (folder / "uri.txt").exists():
         return
@@ -429,7 +434,7 @@ def _write_uri(folder: Path) -> None:
 
 def _features(kind: str, write: str, name: str) -> Format:
     def make(folder: Path) -> None:
-        from cn_clip import features
+        from cn_clip.embeddings import files as features
 
         vectors = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
         ids: list[Any] = ["007", "a", "猫", "x", "8"]
@@ -440,7 +445,7 @@ def _features(kind: str, write: str, name: str) -> Format:
         getattr(features, write)(rows, folder / name)
 
     def read(folder: Path) -> None:
-        from cn_clip.features import read_features
+        from cn_clip.embeddings.files import read_features
 
         read_features(folder / name, kind)  # type: ignore[arg-type]
 
@@ -448,7 +453,7 @@ def _features(kind: str, write: str, name: str) -> Format:
 
 
 def _captions(folder: Path) -> None:
-    from cn_clip.features import read_captions
+    from cn_clip.embeddings.files import read_captions
 
     read_captions(folder / "features")
 
@@ -478,7 +483,7 @@ def _copied(*names: str) -> Callable[[Path], None]:
 
 def _calibration(kind: str) -> Format:
     def write(folder: Path) -> None:
-        from cn_clip.eval.calibration import Calibration, Isotonic, Logistic, write_calibration
+        from cn_clip.calibration import Calibration, Isotonic, Logistic, write_calibration
 
         curve: Any = Logistic(20.0, -6.0)
         if kind == "isotonic":
@@ -490,7 +495,7 @@ def _calibration(kind: str) -> Format:
         write_calibration(found, folder / "calibration.json")
 
     def read(folder: Path) -> None:
-        from cn_clip.eval.calibration import probability, read_calibration
+        from cn_clip.calibration import probability, read_calibration
 
         found = read_calibration(folder / "calibration.json")
         shares = probability(found.curve, np.linspace(-1, 1, 50))
@@ -568,16 +573,16 @@ rank = 4
 
 
 def _recipe(folder: Path) -> None:
-    from cn_clip.train.reading import build_recipe, from_toml, read_recipe
+    from cn_clip.train.recipe.toml import build_recipe, from_toml, read_recipe
 
     recipe = build_recipe(read_recipe(str(folder / "recipe.toml")))
     from_toml(recipe.to_toml())
 
 
 def _write_run(folder: Path) -> None:
-    from cn_clip.train.checkpoint import Progress, save_state
-    from cn_clip.train.folder import Outcome, write_outcome
-    from cn_clip.train.reading import from_toml
+    from cn_clip.train.recipe.toml import from_toml
+    from cn_clip.train.run.checkpoint import Progress, save_state
+    from cn_clip.train.run.run_dir import Outcome, write_outcome
 
     (folder / "recipe.toml").write_text(from_toml(_RECIPE).to_toml())
     for total in (3, 6):
@@ -611,10 +616,10 @@ def _run_tensors() -> dict[str, Any]:
 
 
 def _run(folder: Path) -> None:
-    from cn_clip.train.checkpoint import load_tensors, read_progress, states
-    from cn_clip.train.folder import prepared
-    from cn_clip.train.reading import from_toml
-    from cn_clip.train.report import write_report
+    from cn_clip.train.recipe.toml import from_toml
+    from cn_clip.train.run.checkpoint import load_tensors, read_progress, states
+    from cn_clip.train.run.report import write_report
+    from cn_clip.train.run.run_dir import prepared
 
     write_report(folder, from_toml(_RECIPE), None)
     for state in states(folder):
@@ -629,10 +634,10 @@ def _run(folder: Path) -> None:
 def _cache(folder: Path) -> None:
     import torch
 
-    from cn_clip.data.loader import Preparation
-    from cn_clip.data.sampler import BatchPart
-    from cn_clip.data.sources import open_mix
-    from cn_clip.train.cache import cache_image_features
+    from cn_clip.data.loading.loader import Preparation
+    from cn_clip.data.loading.sampler import BatchPart
+    from cn_clip.data.sources.open import open_mix
+    from cn_clip.train.batches.feature_cache import cache_image_features
 
     found = cache_image_features(
         open_mix([f"folder:{folder / 'photos'}"]),
@@ -655,7 +660,7 @@ def _write_cache(folder: Path) -> None:
 
 def _pack_again(folder: Path, stop: bool = False) -> None:
     from cn_clip.data.pack import pack
-    from cn_clip.data.sources import open_source
+    from cn_clip.data.sources.open import open_source
 
     def tick(done: int, _: int) -> None:
         if stop and done >= 2:
@@ -690,7 +695,7 @@ def _embed_again(folder: Path) -> None:
 
 
 def _write_embedded(folder: Path) -> None:
-    from cn_clip.extract import _Parts
+    from cn_clip.embeddings.extract import _Parts
 
     _write_photos(folder)
     lines = [f"photos/{n}.jpg" for n in range(3)]
@@ -705,15 +710,15 @@ def _write_embedded(folder: Path) -> None:
 
 
 def _removed(folder: Path) -> None:
-    from cn_clip.data.decontaminate import read_removed
-    from cn_clip.data.sources import open_source
+    from cn_clip.data.curate.decontaminate import read_removed
+    from cn_clip.data.sources.open import open_source
 
     read_removed(folder / "removed.jsonl", open_source(f"folder:{folder / 'photos'}"))
 
 
 def _write_removed(folder: Path) -> None:
-    from cn_clip.data.decontaminate import decontaminate, write_removed
-    from cn_clip.data.sources import open_source
+    from cn_clip.data.curate.decontaminate import decontaminate, write_removed
+    from cn_clip.data.sources.open import open_source
 
     _write_photos(folder)
     source = open_source(f"folder:{folder / 'photos'}")

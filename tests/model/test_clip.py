@@ -10,7 +10,7 @@ from fill import fill
 from PIL import Image
 
 from cn_clip.config import MODELS
-from cn_clip.image import normalize, to_pixels
+from cn_clip.image.decode import normalize, to_pixels
 from cn_clip.model.clip import CLIP, initialize
 from cn_clip.model.vision import keep_random_patches
 from cn_clip.tokenizer import Tokenizer

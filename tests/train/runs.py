@@ -7,8 +7,8 @@ import numpy as np
 from conftest import TINY, make_model, make_picture
 
 from cn_clip import weights
-from cn_clip.features import Features, write_clip_retrieval
-from cn_clip.train.reading import build_recipe
+from cn_clip.embeddings.files import Features, write_clip_retrieval
+from cn_clip.train.recipe.toml import build_recipe
 
 CAPTIONS = [chr(0x4E00 + 37 * n) + chr(0x5000 + 91 * n) + chr(0x5200 + 53 * n) for n in range(200)]
 

@@ -10,16 +10,16 @@ import torch.nn.functional as F
 from conftest import TINY, make_model
 from data.formats import PAIRS, jpeg, write_csv, write_jsonl
 
-from cn_clip.data.loader import Loader, Preparation, pixels_of, stacked_pixels
-from cn_clip.data.pair import Row
-from cn_clip.data.sampler import BatchPart
-from cn_clip.data.sources import Weighted, open_mix
+from cn_clip.data.loading.loader import Loader, Preparation, pixels_of, stacked_pixels
+from cn_clip.data.loading.sampler import BatchPart
+from cn_clip.data.sources.base import Row
+from cn_clip.data.sources.open import Weighted, open_mix
 from cn_clip.embedder import Embedder
 from cn_clip.errors import DataError, UsageError
-from cn_clip.train import cache
-from cn_clip.train.batches import CachedLoader, shares
-from cn_clip.train.cache import cache_image_features, pictures_of, tower_fingerprint
-from cn_clip.train.recipe import Stage
+from cn_clip.train.batches import feature_cache as cache
+from cn_clip.train.batches.batch import CachedLoader, shares
+from cn_clip.train.batches.feature_cache import cache_image_features, pictures_of, tower_fingerprint
+from cn_clip.train.recipe.schema import Stage
 from cn_clip.train.step import Heads, Towers
 
 SMALL = Preparation(resolution=32)

@@ -10,7 +10,7 @@ import torch
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from cn_clip.errors import CheckpointError
-from cn_clip.train.checkpoint import Progress, load_tensors, read_progress, save_state
+from cn_clip.train.run.checkpoint import Progress, load_tensors, read_progress, save_state
 
 
 class Odd:

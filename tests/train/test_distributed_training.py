@@ -10,8 +10,8 @@ import tomli_w
 from train.runs import recipe_values, write_pairs, write_sentences, write_start
 
 from cn_clip import weights
-from cn_clip.train.log import read_log
 from cn_clip.train.loop import train
+from cn_clip.train.run.log import read_log
 
 # 10 steps of stage 1 and 10 of stage 2; the last batch of each epoch has 8 of 20 pairs.
 STAGES = (
@@ -49,7 +49,7 @@ def logged(folder, name="loss"):
 @pytest.fixture(scope="module")
 def alone(pairs, start, tmp_path_factory):
     """The losses, lengths of gradients and weights that one process comes to."""
-    from cn_clip.train.reading import build_recipe
+    from cn_clip.train.recipe.toml import build_recipe
 
     folder = tmp_path_factory.mktemp("alone") / "run"
     train(build_recipe(values(pairs, start, folder, output={"log_every": 1})))

@@ -10,11 +10,11 @@ from train.test_recipe import SCRIPTS
 
 from cn_clip.cli import run
 from cn_clip.errors import UnknownNameError, UsageError
-from cn_clip.train import flags
-from cn_clip.train.flags import OFFICIAL, apply_flags
 from cn_clip.train.optim import learning_rate
-from cn_clip.train.reading import build_recipe, read_recipe
-from cn_clip.train.recipe import options
+from cn_clip.train.recipe import flags
+from cn_clip.train.recipe.flags import OFFICIAL, apply_flags
+from cn_clip.train.recipe.schema import options
+from cn_clip.train.recipe.toml import build_recipe, read_recipe
 
 TWO = {
     "data": {"train": ["csv:a.csv"], "val": ["csv:b.csv"]},

@@ -7,9 +7,9 @@ import pytest
 from train.runs import make_recipe
 
 from cn_clip.errors import UsageError
-from cn_clip.train.checkpoint import Progress, save_state
-from cn_clip.train.folder import Outcome, locked, prepared, write_outcome
-from cn_clip.train.reading import from_toml
+from cn_clip.train.recipe.toml import from_toml
+from cn_clip.train.run.checkpoint import Progress, save_state
+from cn_clip.train.run.run_dir import Outcome, locked, prepared, write_outcome
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from cn_clip.errors import TrainingError
-from cn_clip.train.guard import Guard, Stop, signals
-from cn_clip.train.recipe import Loss, Machine, Optimizer, Stage
+from cn_clip.train.recipe.schema import Loss, Machine, Optimizer, Stage
+from cn_clip.train.run.loss_watchdog import Guard, Stop, signals
 
 
 def guard_of(precision="bf16", stop_at_chance=100, loss=None, batch=64, warmup=0):

@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from cn_clip.errors import UsageError
-from cn_clip.train.log import Log, read_log
-from cn_clip.train.recipe import Output, Recipe
+from cn_clip.train.recipe.schema import Output, Recipe
+from cn_clip.train.run.log import Log, read_log
 
 
 def opened(folder, tell=lambda event: None, writes=True, **output):

@@ -15,13 +15,13 @@ from train.runs import CAPTIONS, make_recipe, write_pairs, write_start
 
 import cn_clip
 from cn_clip import weights
+from cn_clip.embeddings.files import read_captions
 from cn_clip.errors import CheckpointError, DataError, TrainingError, UsageError
-from cn_clip.features import read_captions
-from cn_clip.train import checkpoint as states_on_disk
-from cn_clip.train.folder import prepared
-from cn_clip.train.guard import InterruptedRun
-from cn_clip.train.log import Log, read_log
 from cn_clip.train.loop import train
+from cn_clip.train.run import checkpoint as states_on_disk
+from cn_clip.train.run.log import Log, read_log
+from cn_clip.train.run.loss_watchdog import InterruptedRun
+from cn_clip.train.run.run_dir import prepared
 
 OPTIMIZER = {"learning_rate": 1e-3, "warmup": 2}
 FAST = {"epochs": 6, "optimizer": {"learning_rate": 3e-3, "warmup": 4}}  # learns by heart
@@ -62,7 +62,7 @@ def test_what_a_stage_freezes_keeps_its_bits(pairs, start, tmp_path):
 def test_the_resolved_recipe_lies_in_the_run(pairs, start, tmp_path):
     recipe = make_recipe(pairs, start, tmp_path / "run", {"steps": 1, "epochs": None})
     train(recipe)
-    from cn_clip.train.reading import from_toml
+    from cn_clip.train.recipe.toml import from_toml
 
     assert from_toml((tmp_path / "run" / "recipe.toml").read_text("utf-8")) == recipe
 
@@ -151,9 +151,9 @@ def test_the_score_is_measured_before_training_and_shown_beside_later_ones(pairs
     train(make_recipe(pairs, start, tmp_path / "run"))
     first, *later = events(tmp_path / "run", "score")
     assert first["total"] == 0
-    from cn_clip.data.sources import open_mix
-    from cn_clip.eval.pairs import eval_set_of
-    from cn_clip.train.validate import embed, score
+    from cn_clip.data.sources.open import open_mix
+    from cn_clip.eval.dataset import eval_set_of
+    from cn_clip.train.validation import embed, score
 
     validation = eval_set_of(open_mix([pairs[1]]))
     model = weights.build(weights.read(start))
@@ -391,8 +391,8 @@ def test_a_batch_that_cannot_be_read_at_all_is_passed_over(start, tmp_path):
         (uri, uri), start, tmp_path / "run", {"epochs": 1},
         data={"val": [], "most_skipped": 0.5},
     )  # fmt: skip
-    from cn_clip.data.sampler import plan_of
-    from cn_clip.data.sources import open_mix
+    from cn_clip.data.loading.sampler import plan_of
+    from cn_clip.data.sources.open import open_mix
 
     last = plan_of(open_mix([uri]), recipe.seed).places(0, np.array([16]))[1][0]
     (tmp_path / f"{last}.png").write_bytes(b"broken")

@@ -7,10 +7,10 @@ from conftest import TINY, make_model
 from torch.nn.utils import parametrize
 
 from cn_clip.errors import UsageError
-from cn_clip.train.lora import add_lora, plain_state
+from cn_clip.train.model.freeze import freeze, set_modes
+from cn_clip.train.model.lora import add_lora, plain_state
 from cn_clip.train.optim import parameter_groups
-from cn_clip.train.recipe import Lora, Optimizer
-from cn_clip.train.stages import freeze, set_modes
+from cn_clip.train.recipe.schema import Lora, Optimizer
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 IDS = torch.tensor([[101, n, n + 1, 102] for n in (5, 60, 700, 8000)])

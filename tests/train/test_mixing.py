@@ -9,15 +9,15 @@ from conftest import TINY, make_model
 from train.runs import make_recipe
 
 from cn_clip import weights
-from cn_clip.data.sources import open_mix
+from cn_clip.data.sources.open import open_mix
 from cn_clip.errors import UsageError
-from cn_clip.eval.pairs import eval_set_of
-from cn_clip.train.guard import InterruptedRun
-from cn_clip.train.log import read_log
+from cn_clip.eval.dataset import eval_set_of
+from cn_clip.train.interpolation import WEIGHTS, Choice, Mixture, choose, mix
 from cn_clip.train.loop import train
-from cn_clip.train.mixing import WEIGHTS, Choice, Mixture, choose, mix
-from cn_clip.train.report import write_report
-from cn_clip.train.validate import embed, score
+from cn_clip.train.run.log import read_log
+from cn_clip.train.run.loss_watchdog import InterruptedRun
+from cn_clip.train.run.report import write_report
+from cn_clip.train.validation import embed, score
 
 FAST = {"epochs": 6, "optimizer": {"learning_rate": 3e-3, "warmup": 4}}  # learns by heart
 AUTO = FAST | {"epochs": 2, "interpolate": "auto"}
@@ -149,7 +149,7 @@ def test_a_stop_among_the_mixtures_measures_them_again_and_ends_alike(pairs, sta
 def test_a_loss_of_the_kept_pairs_that_no_mixture_avoids_is_warned_of_and_shown(
     pairs, start, tmp_path, monkeypatch
 ):
-    taken = "cn_clip.train.mixing.choose"
+    taken = "cn_clip.train.interpolation.choose"
     monkeypatch.setattr(taken, lambda found: Choice(found[-1], within=False))
     data = {"keep_data": [pairs[1]]}
     train(make_recipe((pairs[0], pairs[0]), start, tmp_path / "run", AUTO, data=data))

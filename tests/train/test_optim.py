@@ -20,7 +20,7 @@ from cn_clip.train.optim import (
     rate_at,
     set_rate,
 )
-from cn_clip.train.recipe import Optimizer
+from cn_clip.train.recipe.schema import Optimizer
 
 
 def official_rate(step, steps, base, warmup):

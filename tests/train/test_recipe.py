@@ -12,10 +12,10 @@ import pytest
 
 from cn_clip.config import MODELS, model_config
 from cn_clip.errors import UnknownNameError, UsageError
-from cn_clip.train.flags import apply_flags
 from cn_clip.train.optim import learning_rate
-from cn_clip.train.reading import build_recipe, difference, from_toml, read_recipe, shipped
-from cn_clip.train.recipe import Plateau, Recipe, options
+from cn_clip.train.recipe.flags import apply_flags
+from cn_clip.train.recipe.schema import Plateau, Recipe, options
+from cn_clip.train.recipe.toml import build_recipe, difference, from_toml, read_recipe, shipped
 
 # run_scripts/*_finetune_vit-b-16_rbt-base.sh of the official repository: all on 8 GPUs, with
 # ViT-B-16, RoBERTa-wwm-ext-base-chinese, --use-augment and --context-length 52.

@@ -8,10 +8,10 @@ import pytest
 from data.formats import jpeg
 from train.runs import make_recipe
 
-from cn_clip.data.sources import open_mix
-from cn_clip.eval.pairs import eval_set_of
-from cn_clip.train.log import Log
-from cn_clip.train.report import curve, headline, write_report
+from cn_clip.data.sources.open import open_mix
+from cn_clip.eval.dataset import eval_set_of
+from cn_clip.train.run.log import Log
+from cn_clip.train.run.report import curve, headline, write_report
 
 RECALLS = {f"{way}_r{k}": 0.125 for way in ("t2i", "i2t") for k in (1, 5, 10)}
 

@@ -10,10 +10,10 @@ import time
 import pytest
 from train.runs import make_recipe, recipe_values, write_start
 
-from cn_clip.train import checkpoint
-from cn_clip.train.guard import InterruptedRun
-from cn_clip.train.log import read_log
 from cn_clip.train.loop import train
+from cn_clip.train.run import checkpoint
+from cn_clip.train.run.log import read_log
+from cn_clip.train.run.loss_watchdog import InterruptedRun
 
 AVERAGED = {"learning_rate": 1e-3, "warmup": 2, "ema": 0.9, "clip_norm": 1.0}
 

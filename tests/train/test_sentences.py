@@ -5,10 +5,10 @@ import pytest
 from train.runs import write_sentences
 
 from cn_clip import distributed
-from cn_clip.data.loader import token_ids
+from cn_clip.data.loading.loader import token_ids
+from cn_clip.embeddings.files import read_captions
 from cn_clip.errors import UsageError
-from cn_clip.features import read_captions
-from cn_clip.train.sentences import SentenceBatches
+from cn_clip.train.batches.text_targets import SentenceBatches
 
 
 def batches(folder, size=8, *, dim=32, seed=0):

@@ -9,8 +9,7 @@ from torch import nn
 
 from cn_clip.errors import UsageError
 from cn_clip.model.text import SelfAttention
-from cn_clip.train.recipe import Plateau, Stage, Start
-from cn_clip.train.stages import (
+from cn_clip.train.model.freeze import (
     Course,
     batch_norm_mode,
     freeze,
@@ -18,6 +17,7 @@ from cn_clip.train.stages import (
     set_modes,
     statistics_frozen,
 )
+from cn_clip.train.recipe.schema import Plateau, Stage, Start
 
 
 def buffers(model):

@@ -10,8 +10,8 @@ from conftest import GOLDEN, TINY, make_model
 from cn_clip import weights
 from cn_clip.config import MODELS
 from cn_clip.errors import CheckpointError, MissingWeightsError, UnknownModelError, UsageError
-from cn_clip.train.recipe import Start
-from cn_clip.train.start import initial_model
+from cn_clip.train.model.init import initial_model
+from cn_clip.train.recipe.schema import Start
 
 IMAGE = str(GOLDEN / "towers" / "openai_vit.pt")
 
@@ -198,7 +198,7 @@ def test_a_start_that_says_too_little_or_what_is_unknown_is_refused(start, error
 
 
 def test_a_model_is_named_as_officially_too():
-    from cn_clip.train.start import _config
+    from cn_clip.train.model.init import _config
 
     assert _config(Start(model="RN50"), None) == MODELS["RN50"]
     struct = _config(Start(model="ViT-B/16@RoBERTa-wwm-ext-base-chinese"), None)

@@ -6,14 +6,14 @@ import pytest
 import torch
 from conftest import TINY, make_model
 
-from cn_clip.data.loader import stacked_keys, token_ids
-from cn_clip.data.pair import Row
+from cn_clip.data.loading.loader import stacked_keys, token_ids
+from cn_clip.data.sources.base import Row
 from cn_clip.embedder import Embedder
-from cn_clip.train.batches import Share
+from cn_clip.train.batches.batch import Share
+from cn_clip.train.batches.text_targets import Sentences
 from cn_clip.train.loss import clip_loss, sigmoid_loss
-from cn_clip.train.recipe import Loss, Stage
-from cn_clip.train.sentences import Sentences
-from cn_clip.train.stages import set_modes
+from cn_clip.train.model.freeze import set_modes
+from cn_clip.train.recipe.schema import Loss, Stage
 from cn_clip.train.step import Heads, Numbers, Towers, _seed_of, backward
 
 CPU = torch.device("cpu")

@@ -9,13 +9,13 @@ from conftest import TINY, make_model
 from data.formats import PAIRS, jpeg, write_csv, write_jsonl, write_tar
 from train.runs import write_pairs
 
-from cn_clip.data.pair import Row
-from cn_clip.data.sources import Weighted, open_mix
+from cn_clip.data.sources.base import Row
+from cn_clip.data.sources.open import Weighted, open_mix
 from cn_clip.embedder import Embedder
 from cn_clip.errors import DataError
-from cn_clip.eval.pairs import eval_set_of
-from cn_clip.train import validate
-from cn_clip.train.validate import embed, score, shared_pairs
+from cn_clip.eval.dataset import eval_set_of
+from cn_clip.train import validation as validate
+from cn_clip.train.validation import embed, score, shared_pairs
 
 
 class Made:

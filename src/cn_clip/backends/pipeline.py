@@ -16,7 +16,7 @@ from PIL import Image
 
 from cn_clip.config import ModelConfig
 from cn_clip.errors import ImageError
-from cn_clip.image import MAX_PIXELS, ImageInput, read_image, read_pixels
+from cn_clip.image.decode import MAX_PIXELS, ImageInput, read_image, read_pixels
 
 _COPIED = 1 << 22  # pixels of a PIL image, of which a copy may wait for a thread
 

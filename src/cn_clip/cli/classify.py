@@ -18,7 +18,7 @@ from cn_clip.files import MAX_TEXT, as_path, lines_of
 from cn_clip.text import path_text, valid_text
 
 if TYPE_CHECKING:
-    from cn_clip.eval.calibration import Calibration
+    from cn_clip.calibration import Calibration
 
 _CHUNK = 32
 
@@ -62,8 +62,8 @@ def classify(
         Print JSON instead of a table.
     """
     from cn_clip import zeroshot
-    from cn_clip.eval.calibration import check_model, read_calibration
-    from cn_clip.image import find_images
+    from cn_clip.calibration import check_model, read_calibration
+    from cn_clip.image.decode import find_images
 
     if top < 1:
         raise UsageError(f"--top {top} shows nothing; give 1 or more")
@@ -166,7 +166,7 @@ def _table(path: Path, best: list[tuple[str, float, float]], fitted: Calibration
 
 
 def _matches(best: list[tuple[str, float, float]], fitted: Calibration) -> list[float]:
-    from cn_clip.eval.calibration import probability
+    from cn_clip.calibration import probability
 
     return [float(probability(fitted.curve, cosine)) for _, _, cosine in best]
 

@@ -16,7 +16,7 @@ from cn_clip.cli.show import Flag, check_apart, console, print_json, progress
 from cn_clip.errors import one_line
 
 if TYPE_CHECKING:
-    from cn_clip.data.pair import Source
+    from cn_clip.data.sources.base import Source
 
 data = App(name="data", help="Pack, check and decontaminate training data.")
 
@@ -75,10 +75,10 @@ def pack(
     """
     from dataclasses import asdict
 
-    from cn_clip.data.decontaminate import read_removed
+    from cn_clip.data.curate.decontaminate import read_removed
     from cn_clip.data.encode import Encoding
     from cn_clip.data.pack import claim_pack, pack
-    from cn_clip.data.sources import open_source, paths_of
+    from cn_clip.data.sources.open import open_source, paths_of
 
     encodings = {None: None, "jpeg": "JPEG", "webp": "WEBP"}
     inputs = paths_of(source)
@@ -144,10 +144,10 @@ def check(
     json
         Print JSON instead of a table.
     """
-    from cn_clip.data.check import KINDS, check
-    from cn_clip.data.page import claim_page
-    from cn_clip.data.report import write_report
-    from cn_clip.data.sources import open_source, paths_of
+    from cn_clip.data.curate.check import KINDS, check
+    from cn_clip.data.curate.check_report import write_report
+    from cn_clip.data.sources.open import open_source, paths_of
+    from cn_clip.html.page import claim_page
 
     if report is not None:
         claim_page(report, "data check", inputs=paths_of(source))
@@ -239,9 +239,14 @@ def decontaminate(
     json
         Print JSON instead of a sentence.
     """
-    from cn_clip.data.decontaminate import claim_removed, decontaminate, write_page, write_removed
-    from cn_clip.data.page import claim_page
-    from cn_clip.data.sources import open_source, paths_of
+    from cn_clip.data.curate.decontaminate import (
+        claim_removed,
+        decontaminate,
+        write_page,
+        write_removed,
+    )
+    from cn_clip.data.sources.open import open_source, paths_of
+    from cn_clip.html.page import claim_page
 
     inputs = [*paths_of(source), *paths_of(against)]
     claim_removed(out, inputs=inputs, overwrite=overwrite)

@@ -41,8 +41,8 @@ def embed(
     json
         Print JSON instead of a sentence.
     """
-    from cn_clip.extract import claim_out, extract
-    from cn_clip.inputs import read_images, read_texts
+    from cn_clip.embeddings.extract import claim_out, extract
+    from cn_clip.embeddings.inputs import read_images, read_texts
 
     if not inputs:
         raise UsageError(f"nothing to embed; give the {kind} after `cn-clip embed {kind}`")

@@ -55,8 +55,8 @@ def train(
     json
         Print JSON instead of sentences.
     """
-    from cn_clip.train.flags import apply_flags
-    from cn_clip.train.reading import build_recipe, read_recipe, shipped
+    from cn_clip.train.recipe.flags import apply_flags
+    from cn_clip.train.recipe.toml import build_recipe, read_recipe, shipped
 
     if recipe is None:
         raise UsageError(
@@ -74,8 +74,8 @@ def train(
         return 0
     from dataclasses import asdict
 
-    from cn_clip.train.guard import InterruptedRun
     from cn_clip.train.loop import train as carry_out
+    from cn_clip.train.run.loss_watchdog import InterruptedRun
 
     quiet = json or os.environ.get("RANK", "0") != "0"
     try:
@@ -199,7 +199,7 @@ def _summary(outcome: Any) -> None:
 
 
 def _show_parameters(recipe: Any) -> None:
-    from cn_clip.train.start import initial_model
+    from cn_clip.train.model.init import initial_model
 
     model, _ = initial_model(recipe.start, recipe.seed)
     for name, parameter in model.named_parameters():

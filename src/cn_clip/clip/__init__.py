@@ -27,7 +27,7 @@ from cn_clip.backends.torch import pick_device
 from cn_clip.clip.transforms import Normalize, Resize, ToTensor, convert_to_rgb
 from cn_clip.config import PUBLISHED, ModelConfig, model_config
 from cn_clip.errors import CheckpointError, UnknownModelError, UsageError
-from cn_clip.image_modes import DEEP
+from cn_clip.image.modes import DEEP
 from cn_clip.model.clip import CLIP, initialize
 from cn_clip.model.vision import SelfAttention, VisionTransformer
 from cn_clip.tokenizer import default_tokenizer

@@ -9,7 +9,7 @@ from typing import Literal
 from PIL import Image
 
 from cn_clip.errors import DataError, ImageError
-from cn_clip.image import FORMATS, read_image
+from cn_clip.image.decode import FORMATS, read_image
 
 _SUFFIXES = {
     "JPEG": ".jpg",

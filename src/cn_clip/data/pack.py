@@ -20,15 +20,15 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
 
-from cn_clip.data.archive import Sample, write_shard
 from cn_clip.data.captions import digest as digest_of
+from cn_clip.data.curate.grouping import Groups, first_equal, grouped
 from cn_clip.data.encode import AS_THEY_ARE, Encoding, encoded
-from cn_clip.data.groups import Groups, first_equal, grouped
-from cn_clip.data.lmdb_source import write_lmdb
-from cn_clip.data.official import write_tsv
-from cn_clip.data.pair import Row, Source, located
-from cn_clip.data.sources import id_digest
-from cn_clip.data.workers import chunked, mapped
+from cn_clip.data.process_map import chunked, mapped
+from cn_clip.data.sources.base import Row, Source, located
+from cn_clip.data.sources.lmdb import write_lmdb
+from cn_clip.data.sources.official import write_tsv
+from cn_clip.data.sources.open import id_digest
+from cn_clip.data.sources.tar import Sample, write_shard
 from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.publish import (
     LOCK,

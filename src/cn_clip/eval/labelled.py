@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from cn_clip.errors import DataError
 from cn_clip.files import MAX_TEXT, passed_over, read_file, read_lines, walk
-from cn_clip.image import SUFFIXES
+from cn_clip.image.decode import SUFFIXES
 from cn_clip.text import read_json
 
 LABELS = "label_cn.txt"

@@ -10,13 +10,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cn_clip.data.lines import Lines, json_object
+from cn_clip.data.sources.lines import Lines, json_object
+from cn_clip.embeddings.files import Features, write_jsonl
+from cn_clip.embeddings.inputs import Kind
 from cn_clip.errors import DataError, UsageError
-from cn_clip.eval.metrics import Recall
+from cn_clip.eval.metrics.recall import Recall
 from cn_clip.eval.retrieval import Id, Measured
-from cn_clip.eval.topk import top_k
-from cn_clip.features import Features, write_jsonl
-from cn_clip.inputs import Kind
 from cn_clip.publish import (
     begins,
     claim,
@@ -27,6 +26,7 @@ from cn_clip.publish import (
     unwritable_named,
     write_text,
 )
+from cn_clip.topk import top_k
 
 Direction = Literal["text_to_image", "image_to_text"]
 K = 10  # what the official evaluator asks for

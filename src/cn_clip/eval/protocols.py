@@ -10,12 +10,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
-from cn_clip.data.sources import open_mix
+from cn_clip.data.sources.open import open_mix
 from cn_clip.embedder import Embedder
 from cn_clip.errors import DataError, UnknownNameError
-from cn_clip.eval.metrics import Recall
+from cn_clip.eval.dataset import EvalSet, eval_set_of
+from cn_clip.eval.metrics.recall import Recall
 from cn_clip.eval.official_files import Direction
-from cn_clip.eval.pairs import EvalSet, eval_set_of
 from cn_clip.eval.retrieval import Measured, Tick, measure
 
 Setup = Literal["zero-shot", "fine-tuned"]

@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from cn_clip.data.official import plain_id
-from cn_clip.data.sources import Weighted
+from cn_clip.data.sources.official import plain_id
+from cn_clip.data.sources.open import Weighted
 from cn_clip.embedder import Embedder
+from cn_clip.embeddings.files import Stored
 from cn_clip.errors import DataError
-from cn_clip.eval.metrics import Retrieval, Vectors, retrieval
-from cn_clip.eval.pairs import EvalSet, eval_set_of
-from cn_clip.eval.pictures import embed_pictures
-from cn_clip.features import Stored
+from cn_clip.eval.dataset import EvalSet, eval_set_of
+from cn_clip.eval.images import embed_pictures
+from cn_clip.eval.metrics.recall import Retrieval, retrieval
+from cn_clip.topk import Vectors
 
 Tick = Callable[[int, int], None]
 Id = str | int

@@ -19,7 +19,8 @@ import numpy.typing as npt
 
 from cn_clip.embedder import Embedder
 from cn_clip.errors import DataError, UnknownNameError, UsageError
-from cn_clip.eval.classification import (
+from cn_clip.eval.labelled import Labelled
+from cn_clip.eval.metrics.classification import (
     Confusion,
     confusions,
     map_11_points,
@@ -27,10 +28,9 @@ from cn_clip.eval.classification import (
     ranks_of_truth,
     roc_auc,
 )
-from cn_clip.eval.labelled import Labelled
-from cn_clip.eval.metrics import checked
 from cn_clip.files import MAX_TEXT, lines_of, read_file
 from cn_clip.publish import begins, claim, file_by
+from cn_clip.topk import checked
 from cn_clip.zeroshot import label_embeddings
 
 # The official script's factor before the softmax, whatever the model learned; what is submitted to

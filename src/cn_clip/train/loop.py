@@ -12,23 +12,14 @@ from pathlib import Path
 import torch
 
 from cn_clip import distributed, weights
-from cn_clip.data.loader import dead_workers_named
-from cn_clip.data.sources import open_mix
+from cn_clip.data.loading.loader import dead_workers_named
+from cn_clip.data.sources.open import open_mix
 from cn_clip.errors import UsageError
-from cn_clip.eval.pairs import eval_set_of
-from cn_clip.train.batches import Share, shares
-from cn_clip.train.checkpoint import Progress, load_tensors, read_progress, save_state, states
-from cn_clip.train.folder import (
-    Outcome,
-    claim_folders,
-    full_disk_named,
-    locked,
-    prepared,
-    write_outcome,
-)
-from cn_clip.train.guard import Guard, InterruptedRun, signals
-from cn_clip.train.log import Event, Log, read_log
-from cn_clip.train.mixing import mix_stage
+from cn_clip.eval.dataset import eval_set_of
+from cn_clip.train.batches.batch import Share, shares
+from cn_clip.train.interpolation import mix_stage
+from cn_clip.train.model.freeze import Course, batch_norm_mode
+from cn_clip.train.model.init import initial_model
 from cn_clip.train.optim import clamp_logit_scale, rate_at, set_rate, warmup_of
 from cn_clip.train.parallel import (
     average_statistics,
@@ -36,8 +27,19 @@ from cn_clip.train.parallel import (
     clip_gradients,
     pick,
 )
-from cn_clip.train.recipe import Recipe
-from cn_clip.train.report import mixtures, write_report
+from cn_clip.train.recipe.schema import Recipe
+from cn_clip.train.run.checkpoint import Progress, load_tensors, read_progress, save_state, states
+from cn_clip.train.run.log import Event, Log, read_log
+from cn_clip.train.run.loss_watchdog import Guard, InterruptedRun, signals
+from cn_clip.train.run.report import mixtures, write_report
+from cn_clip.train.run.run_dir import (
+    Outcome,
+    claim_folders,
+    full_disk_named,
+    locked,
+    prepared,
+    write_outcome,
+)
 from cn_clip.train.scoring import (
     best_weights,
     evaluate,
@@ -46,11 +48,9 @@ from cn_clip.train.scoring import (
     log_score,
     measure,
 )
-from cn_clip.train.setup import Run, Training, set_up
-from cn_clip.train.stages import Course, batch_norm_mode
-from cn_clip.train.start import initial_model
+from cn_clip.train.stage import Run, Training, set_up
 from cn_clip.train.step import Numbers, backward
-from cn_clip.train.validate import embed, score, shared_pairs
+from cn_clip.train.validation import embed, score, shared_pairs
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from cn_clip.errors import UsageError
 from cn_clip.model.clip import CLIP, MAX_LOGIT_SCALE
-from cn_clip.train.recipe import Optimizer
-from cn_clip.train.stages import matched
+from cn_clip.train.model.freeze import matched
+from cn_clip.train.recipe.checks import rate_factor
+from cn_clip.train.recipe.schema import Optimizer
 
 # What the official training does not decay, as it finds it: by these letters in the name. A norm
 # of BERT is called LayerNorm, so its weight is decayed, as it was when the weights were made.
@@ -92,25 +92,6 @@ def parameter_groups(
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())
-
-
-def rate_factor(entry: str) -> tuple[str, float]:
-    """Split an entry of ``rates``, ``PATTERN=FACTOR``.
-
-    Raises:
-        UsageError: it is none.
-    """
-    pattern, _, factor = entry.rpartition("=")
-    try:
-        value = float(factor)
-    except ValueError:
-        value = -1.0
-    if not pattern or not 0 <= value <= 1000:
-        raise UsageError(
-            f"stages.NAME.optimizer.rates holds {entry!r}; give PATTERN=FACTOR, such as "
-            "visual.backbone.*=0.1"
-        )
-    return pattern, value
 
 
 def _factors(names: list[str], rates: Sequence[str]) -> dict[str, float]:

@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 from cn_clip import distributed
 from cn_clip.errors import UsageError
 from cn_clip.model.clip import CLIP
-from cn_clip.train.lora import plain_state
-from cn_clip.train.recipe import Machine
+from cn_clip.train.model.lora import plain_state
+from cn_clip.train.recipe.schema import Machine
 from cn_clip.train.step import Towers
 
 _BLOCKS = ("visual.transformer.resblocks", "bert.encoder.layer")

@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 
 from cn_clip import distributed, weights
-from cn_clip.eval.metrics import Retrieval
+from cn_clip.eval.metrics.recall import Retrieval
 from cn_clip.publish import published
-from cn_clip.train.checkpoint import Progress
+from cn_clip.train.model.freeze import learns
 from cn_clip.train.optim import warmup_of
 from cn_clip.train.parallel import reshard, sharded, whole_state
-from cn_clip.train.recipe import Recipe
-from cn_clip.train.setup import Run, Training
-from cn_clip.train.stages import learns
-from cn_clip.train.validate import Vectors, embed, score
+from cn_clip.train.recipe.schema import Recipe
+from cn_clip.train.run.checkpoint import Progress
+from cn_clip.train.stage import Run, Training
+from cn_clip.train.validation import Vectors, embed, score
 
 
 def measure(run: Run, training: Training, progress: Progress) -> None:

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from cn_clip import distributed
 from cn_clip.embedder import Embedder
 from cn_clip.model.clip import CLIP
-from cn_clip.train.batches import Share
+from cn_clip.train.batches.batch import Share
+from cn_clip.train.batches.text_targets import Sentences
 from cn_clip.train.loss import Teacher, clip_loss, feature_loss, sigmoid_loss
-from cn_clip.train.recipe import Stage
-from cn_clip.train.sentences import Sentences
-from cn_clip.train.stages import learns
+from cn_clip.train.model.freeze import learns
+from cn_clip.train.recipe.schema import Stage
 
 _SIGMOID_BIAS = -10.0  # SigLIP's start: most pairs do not match
 

@@ -71,14 +71,14 @@ def calibrate(
     json
         Print JSON instead of a table.
     """
-    from cn_clip.data.page import claim_page
-    from cn_clip.data.sources import open_mix, paths_of
+    from cn_clip.calibration import claim_calibration, write_calibration
+    from cn_clip.data.sources.open import open_mix, paths_of
     from cn_clip.embedder import load
-    from cn_clip.eval.calibrate import calibrate
-    from cn_clip.eval.calibration import claim_calibration, write_calibration
-    from cn_clip.eval.embedded import embed_pairs
-    from cn_clip.eval.pairs import eval_set_of
-    from cn_clip.eval.reliability import write_report
+    from cn_clip.eval.calibration.fit import calibrate
+    from cn_clip.eval.calibration.report import write_report
+    from cn_clip.eval.dataset import eval_set_of
+    from cn_clip.eval.embedded_dataset import embed_pairs
+    from cn_clip.html.page import claim_page
 
     inputs = [*paths_of(data), *map(Path, model_paths(model))]
     claim_calibration(out, inputs=inputs, overwrite=overwrite)
@@ -147,7 +147,7 @@ def calibrate(
 
 
 def _print(calibration: Any, held_out: Any, out: str) -> None:
-    from cn_clip.eval.calibrate import FIXED_CUTOFF
+    from cn_clip.eval.calibration.fit import FIXED_CUTOFF
 
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("held-out half", "calibrated", f"cosine ≥ {FIXED_CUTOFF}"):

@@ -17,8 +17,8 @@ from cn_clip.cli.show import Flag, console, print_json, progress
 from cn_clip.errors import UsageError
 
 if TYPE_CHECKING:
-    from cn_clip.eval.diagnosis import Diagnosis, Difference, Length
-    from cn_clip.eval.metrics import Recall
+    from cn_clip.eval.diagnosis.measure import Diagnosis, Difference, Length
+    from cn_clip.eval.metrics.recall import Recall
 
 
 def diagnose(
@@ -54,13 +54,13 @@ def diagnose(
     json
         Print JSON instead of tables.
     """
-    from cn_clip.data.page import claim_page
-    from cn_clip.data.sources import open_mix, paths_of
-    from cn_clip.eval.diagnosis import compare as compared
-    from cn_clip.eval.diagnosis import diagnose
-    from cn_clip.eval.diagnosis_page import write_diagnosis
-    from cn_clip.eval.pairs import eval_set_of
-    from cn_clip.eval.pictures import embed_pictures
+    from cn_clip.data.sources.open import open_mix, paths_of
+    from cn_clip.eval.dataset import eval_set_of
+    from cn_clip.eval.diagnosis.measure import compare as compared
+    from cn_clip.eval.diagnosis.measure import diagnose
+    from cn_clip.eval.diagnosis.report import write_diagnosis
+    from cn_clip.eval.images import embed_pictures
+    from cn_clip.html.page import claim_page
 
     if report is not None and Path(report).suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--report {report}: the page is HTML; give a name that ends in .html")

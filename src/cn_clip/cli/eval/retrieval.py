@@ -16,7 +16,7 @@ from cn_clip.cli.show import Flag, console, print_json, progress
 from cn_clip.errors import UsageError
 
 if TYPE_CHECKING:
-    from cn_clip.eval.metrics import Recall
+    from cn_clip.eval.metrics.recall import Recall
     from cn_clip.eval.retrieval import Measured
 
 _LISTED = 20  # failures that are printed; --json has all
@@ -72,11 +72,11 @@ def retrieval(
             "which pairs? Give --data KIND:PATH, or with features --truth TEXTS.jsonl instead"
         )
     if split is not None:
-        from cn_clip.data.sources import split_of
+        from cn_clip.data.sources.open import split_of
 
         data = tuple(split_of(each, split) for each in data)
     if out is not None:
-        from cn_clip.data.sources import paths_of
+        from cn_clip.data.sources.open import paths_of
         from cn_clip.eval.official_files import claim_official
 
         inputs: list[str | Path] = [path for each in data for path in paths_of(each)]
@@ -86,7 +86,7 @@ def retrieval(
     if images is not None and texts is not None:
         measured = _of_features(Path(images), Path(texts), data, truth)
     else:
-        from cn_clip.data.sources import open_mix
+        from cn_clip.data.sources.open import open_mix
         from cn_clip.eval.retrieval import evaluate_retrieval
 
         mix = open_mix(data)
@@ -172,14 +172,14 @@ def _print(measured: Measured) -> None:
 
 
 def _of_features(images: Path, texts: Path, data: tuple[str, ...], truth: str | None) -> Measured:
+    from cn_clip.embeddings.files import read_features
     from cn_clip.eval.official_files import read_truth
     from cn_clip.eval.retrieval import evaluate_features, pairs_of
-    from cn_clip.features import read_features
 
     if truth is not None:
         pairs, where = read_truth(Path(truth)), truth
     else:
-        from cn_clip.data.sources import open_mix
+        from cn_clip.data.sources.open import open_mix
 
         pairs, where = pairs_of(open_mix(data)), ", ".join(data)
     stored = read_features(images, "images"), read_features(texts, "texts")

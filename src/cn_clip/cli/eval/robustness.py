@@ -13,8 +13,8 @@ from cn_clip.cli.loading import DEFAULT, Loading
 from cn_clip.cli.show import Flag, console, print_json, progress
 
 if TYPE_CHECKING:
-    from cn_clip.eval.metrics import Recall
-    from cn_clip.eval.robustness import Asked, Robustness
+    from cn_clip.eval.metrics.recall import Recall
+    from cn_clip.eval.robustness.measure import Asked, Robustness
 
 _OPENCC = ("simplified", "traditional", "taiwan")
 
@@ -50,11 +50,11 @@ def robustness(
     json
         Print JSON instead of a table.
     """
-    from cn_clip.data.sources import open_mix
-    from cn_clip.eval.pairs import eval_set_of
-    from cn_clip.eval.pictures import embed_pictures
-    from cn_clip.eval.queries import have_opencc, normalized, variants
-    from cn_clip.eval.robustness import robustness
+    from cn_clip.data.sources.open import open_mix
+    from cn_clip.eval.dataset import eval_set_of
+    from cn_clip.eval.images import embed_pictures
+    from cn_clip.eval.robustness.measure import robustness
+    from cn_clip.eval.robustness.rewrites import have_opencc, normalized, variants
 
     normalized("", normalize)  # names are checked before the work
     ways = variants(context_length=context_length)

@@ -1,0 +1,1 @@
+"""Checks, near-duplicates and decontamination of a dataset."""

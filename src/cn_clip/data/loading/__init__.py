@@ -1,0 +1,1 @@
+"""Training batches: order, augmentation, loading."""

@@ -1,0 +1,1 @@
+"""Readers of image-text pairs, one file per format."""

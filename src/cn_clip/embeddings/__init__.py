@@ -1,0 +1,1 @@
+"""Embeddings of many images or texts: inputs, files, resumable extraction."""

@@ -1,0 +1,1 @@
+"""Calibration of cosines: fit, thresholds, report."""

@@ -1,0 +1,1 @@
+"""Where retrieval fails, and its report."""

@@ -1,0 +1,1 @@
+"""HTML reports: page frame, tables, charts."""

@@ -1,0 +1,1 @@
+"""What a training step takes: batches, cached image features, text targets."""

@@ -1,0 +1,158 @@
+"""A stage's best weights mixed with those it began with (WiSE-FT, Wortsman et al.,
+arXiv:2109.01903): by a given weight, or by the one that the validation pairs choose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from cn_clip import distributed, weights
+from cn_clip.eval.dataset import EvalSet
+from cn_clip.eval.metrics.recall import Retrieval
+from cn_clip.model.clip import CLIP
+from cn_clip.train.run.checkpoint import Progress
+from cn_clip.train.run.loss_watchdog import InterruptedRun
+from cn_clip.train.scoring import log_score
+from cn_clip.train.stage import Run
+from cn_clip.train.validation import Vectors, embed, score
+
+WEIGHTS = tuple(n / 10 for n in range(11))  # tried by "auto"; 0 is all old, 1 all new
+MOST_LOST = 0.01  # mean recall that the kept pairs may lose
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """The mean recall of a mixture on the validation pairs, and on those to keep, if any."""
+
+    weight: float
+    score: float
+    kept: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which mixture is taken, and whether the kept pairs lose at most ``MOST_LOST`` by it."""
+
+    mixture: Mixture
+    within: bool = True
+
+
+def choose(mixtures: Sequence[Mixture]) -> Choice:
+    """Choose a mixture; the first one is that of weight 0, by which gain and loss are measured.
+
+    The best on the validation pairs is taken, of equal ones that nearest to the old weights. With
+    pairs to keep, it is the best of those that lose at most ``MOST_LOST`` of their mean recall,
+    if that gains anything; if none does, the best of all, at their cost.
+    """
+    start = mixtures[0]
+
+    def best(among: Sequence[Mixture]) -> Mixture:
+        return max(among, key=lambda each: (each.score, -each.weight))
+
+    if start.kept is None:
+        return Choice(best(mixtures))
+    limit = start.kept - MOST_LOST - 1e-9  # a loss of just so much is allowed
+    found = best([each for each in mixtures if each.kept is not None and each.kept >= limit])
+    if found.score > start.score:
+        return Choice(found)
+    found = best(mixtures)
+    return Choice(found, within=found.score == start.score)
+
+
+def mix_stage(run: Run, progress: Progress, begun: str) -> float | None:
+    """Mix the best weights of a stage, ``progress.weights``, with those it began with.
+
+    The mixture goes to a folder of its own, which ``progress.weights`` then names, so that a run
+    that is stopped here mixes once all the same.
+
+    Returns:
+        Its score, None without validation pairs.
+
+    Raises:
+        InterruptedRun: a signal came while mixtures were measured; they are measured again.
+    """
+    stage = run.recipe.stages[progress.stage]
+    assert stage.interpolate is not None
+    model = weights.build(weights.read(run.folder / progress.weights))
+    new = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    old = weights.build(weights.read(run.folder / begun)).state_dict()
+    if stage.interpolate == "auto":
+        weight = _swept(run, progress, model, old, new)
+    else:
+        weight = stage.interpolate
+    mix(model.cpu(), old, new, weight)
+    progress.weights = f"{progress.weights}-mixed"
+    if distributed.is_main():
+        weights.save_state(model.config, model.state_dict(), run.folder / progress.weights)
+    distributed.barrier()
+    if run.validation is None:
+        return None
+    model.to(run.device)
+    found, _ = _measured(run, model, run.validation, None)
+    log_score(run, f"{stage.name}, mixed", progress, found)
+    return found.mean_recall
+
+
+@torch.no_grad()
+def mix(model: CLIP, old: State, new: State, weight: float) -> None:
+    """Give a model the weights between ``old`` and ``new``, statistics of BatchNorm included."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.lerp(new[name], old[name].to(new[name]), 1 - weight))
+
+
+def _swept(run: Run, progress: Progress, model: CLIP, old: State, new: State) -> float:
+    """Measure mixtures of all ``WEIGHTS``, log them, and return the weight that is chosen."""
+    assert run.validation is not None
+    stage = run.recipe.stages[progress.stage].name
+    locked = all(torch.equal(old[n], t) for n, t in new.items() if n.startswith("visual."))
+    images: list[Vectors | None] = [None, None]  # the same for all mixtures, if it is locked
+    mixtures = []
+    model.to(run.device)
+    for number, weight in enumerate(WEIGHTS):
+        run.log.tick("measuring mixtures", number, len(WEIGHTS))
+        stop = run.stop.agreed(run.device)
+        if stop:
+            raise InterruptedRun(
+                "stopped while mixtures of weights were measured, which is done again when the "
+                "run goes on. Go on with: --resume auto",
+                128 + stop,
+            )
+        mix(model, old, new, weight)
+        scores: list[float | None] = [None, None]
+        for n, pairs in enumerate((run.validation, run.kept)):
+            if pairs is not None:
+                found, embedded = _measured(run, model, pairs, images[n])
+                scores[n] = found.mean_recall
+                images[n] = embedded if locked else None
+        assert scores[0] is not None
+        mixtures.append(Mixture(weight, scores[0], scores[1]))
+    choice = choose(mixtures)
+    run.log.write(
+        "mixtures",
+        progress.total,
+        stage=stage,
+        weight=choice.mixture.weight,
+        within=choice.within,
+        mixtures=[asdict(each) for each in mixtures],
+    )
+    if not choice.within:
+        text = f"no mixture of stage {stage} gains without costing the kept pairs over 1 point"
+        run.log.write("warning", progress.total, text=f"{text}; the best is taken")
+    if run.kept is not None:
+        what = "kept pairs or images cannot be read, and are left out"
+        run.warn(what, run.kept.skipped, f"unread-kept-{stage}.txt", progress.total)
+    return choice.mixture.weight
+
+
+def _measured(
+    run: Run, model: CLIP, pairs: EvalSet, images: Vectors | None
+) -> tuple[Retrieval, Vectors]:
+    """Return the score of a model, and the embeddings of the images."""
+    images, texts = embed(model, pairs, autocast=run.scored, images=images)
+    return distributed.on_main(lambda: score(images, texts, pairs)), images

@@ -1,0 +1,1 @@
+"""The model that a stage trains: initial weights, frozen parameters, LoRA."""

@@ -1,0 +1,146 @@
+"""The model that training starts from, and where each part of it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cn_clip import hub, weights
+from cn_clip.config import MODELS, ModelConfig, model_config
+from cn_clip.errors import MissingWeightsError, UsageError
+from cn_clip.model.clip import CLIP, initialize
+from cn_clip.train.recipe.schema import Start
+
+_POSITIONS = "visual.positional_embedding"
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Which tensors came from one place; ``dropped`` are those of the file left out."""
+
+    place: str
+    names: tuple[str, ...]
+    dropped: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        parts = {name.split(".")[0] for name in self.names}
+        left = f"; left out: {_listed(self.dropped)}" if self.dropped else ""
+        what = ", ".join(sorted(f"{p}.*" if p in ("visual", "bert") else p for p in parts))
+        return f"{what} ({len(self.names)} tensors) from {self.place}{left}"
+
+
+def initial_model(start: Start, seed: int) -> tuple[CLIP, list[Origin]]:
+    """Build the model and fill it: random first, then the checkpoint, then each tower's file.
+
+    Returns:
+        The model in float32, and where its tensors come from; what no file gave is last, as
+        ``"random numbers"``.
+
+    Raises:
+        UsageError: the recipe names no model.
+        UnknownModelError: it names one that is not known.
+        MissingWeightsError: a file is not there.
+        CheckpointError: a file does not fit.
+    """
+    checkpoint = None if start.checkpoint is None else weights.read(_locate(start.checkpoint))
+    config = _config(start, None if checkpoint is None else checkpoint.config)
+    given: dict[str, Tensor] = {}
+    origins: list[Origin] = []
+    shapes = _skeleton(config).state_dict()
+    if checkpoint is not None:
+        tensors = _resized(checkpoint.tensors, shapes)
+        weights.check_fit(tensors, shapes, f"{config.name}, which {start.checkpoint} should fill")
+        given |= tensors
+        origins.append(Origin(str(start.checkpoint), tuple(tensors), checkpoint.dropped))
+    for path, prefix, read in (
+        (start.image, "visual.", weights.image_tower),
+        (start.text, "bert.", weights.text_tower),
+    ):
+        if path is None:
+            continue
+        if not Path(path).expanduser().exists():
+            raise MissingWeightsError(f"no such file: {path}; it should hold the {prefix}* weights")
+        tower = read(Path(path).expanduser())
+        tensors = _resized(tower.tensors, shapes)
+        wanted = {n: t for n, t in shapes.items() if n.startswith(prefix) or n in tensors}
+        weights.check_fit(tensors, wanted, f"the {prefix}* tower of {config.name} from {path}")
+        given |= tensors
+        origins = [replace(o, names=tuple(n for n in o.names if n not in tensors)) for o in origins]
+        origins.append(Origin(path, tuple(tensors), tower.dropped))
+    with torch.device("meta"):
+        model = CLIP(config)
+    model.to_empty(device="cpu")
+    initialize(model, torch.Generator().manual_seed(seed))
+    model.load_state_dict(model.state_dict() | {n: t.float() for n, t in given.items()})
+    drawn = tuple(name for name, _ in model.named_parameters() if name not in given)
+    if drawn:
+        origins.append(Origin("random numbers", drawn))
+    return model, [origin for origin in origins if origin.names]
+
+
+def _config(start: Start, found: ModelConfig | None) -> ModelConfig:
+    if start.model is not None:
+        config = _named_config(start.model)
+        if found is not None and replace(found, name="") != replace(config, name=""):
+            towers = replace(config, name="", vision=replace(config.vision, resolution=0))
+            held = replace(found, name="", vision=replace(found.vision, resolution=0))
+            if towers != held:
+                weights.check_model(found, config, str(start.checkpoint))
+    elif found is not None:
+        config = found
+    else:
+        raise UsageError(
+            "the recipe names no model; give --start.model, such as ViT-B-16, or --start.checkpoint"
+        )
+    if start.resolution is not None:
+        config = replace(config, vision=replace(config.vision, resolution=start.resolution))
+    if start.context_length is not None:
+        config = replace(config, context_length=start.context_length)
+    return ModelConfig.from_dict(config.to_dict())  # checked
+
+
+def _named_config(model: str) -> ModelConfig:
+    name = model.replace("/", "-")
+    if name in MODELS:
+        return MODELS[name]
+    if "@" in model:
+        return model_config(model)
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return weights.read_config(folder)
+    return weights.read_config(hub.locate(name))
+
+
+def _locate(checkpoint: str) -> Path:
+    path = Path(checkpoint).expanduser()
+    if path.exists():
+        return path
+    if checkpoint.replace("/", "-") in hub.names():
+        return hub.locate(checkpoint.replace("/", "-"))
+    if hub.is_repository(checkpoint):
+        return hub.locate(checkpoint)
+    raise MissingWeightsError(f"no such file, folder or model: {checkpoint!r} (start.checkpoint)")
+
+
+def _skeleton(config: ModelConfig) -> CLIP:
+    with torch.device("meta"):
+        return CLIP(config)
+
+
+def _resized(tensors: Mapping[str, Tensor], shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Resize position embeddings to the wanted resolution; a ResNet's stay, and must fit."""
+    resized = dict(tensors)
+    if _POSITIONS in resized and _POSITIONS in shapes:
+        resized[_POSITIONS] = weights.resize_positions(
+            resized[_POSITIONS], shapes[_POSITIONS].shape[0]
+        )
+    return resized
+
+
+def _listed(names: tuple[str, ...], shown: int = 3) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return f"{', '.join(names[:shown])}{more}"

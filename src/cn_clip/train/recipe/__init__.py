@@ -1,0 +1,1 @@
+"""Recipes: schema, TOML, checks, flags, and the shipped recipes."""

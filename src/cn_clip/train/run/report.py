@@ -1,0 +1,330 @@
+"""A run as one page that needs nothing beside it: scores, curves, retrievals as pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cn_clip.arrays import read_npz
+from cn_clip.errors import CNClipError, DataError
+from cn_clip.eval.dataset import EvalSet
+from cn_clip.html.page import data_uri, page, sheet, thumbnail
+from cn_clip.publish import published
+from cn_clip.train.recipe.schema import Recipe
+from cn_clip.train.run.log import Event, read_log
+from cn_clip.train.validation import Vectors
+
+_QUERIES, _SHOWN = 8, 5  # retrievals on the page, and pictures of each
+_MOST_POINTS = 600  # of a curve
+_WIDE, _HIGH, _EDGE = 860, 220, 64
+
+_NUMBER = (int, float)
+_LARGEST = 1e15
+_RECALLS = ("mean_recall", *(f"{way}_r{k}" for way in ("t2i", "i2t") for k in (1, 5, 10)))
+# What the report needs of an event; NaN, of a loss, is kept as null.
+_TOLD: dict[str, dict[str, Any]] = {
+    "start": {
+        "model": str,
+        "parameters": int,
+        "device": str,
+        "processes": int,
+        "pairs": int,
+        "origins": list,
+    },
+    "stage": {"stage": str, "step": int},
+    "step": dict.fromkeys(("mean_loss", "rate", "logit_scale"), (*_NUMBER, type(None))),
+    "score": {"stage": str, **dict.fromkeys(_RECALLS, _NUMBER)},
+    "warning": {"text": str},
+    "end": {"seconds": _NUMBER},
+}
+
+Point = tuple[float, float]
+
+
+def write_report(
+    folder: Path, recipe: Recipe, validation: EvalSet | None
+) -> list[tuple[str, float]]:
+    """Write ``report.html`` into a run's folder.
+
+    Returns:
+        The scores that it shows first: where measured, and the mean recall there.
+    """
+    events = [event for event in read_log(folder) if _is_whole(event)]
+    scores = headline(events, recipe)
+    steps = [event for event in events if event["kind"] == "step"]
+    marks = [
+        (event["total"], event["stage"])
+        for event in events
+        if event["kind"] == "stage" and event["step"] == 0
+    ]
+    measured = [e for e in events if e["kind"] == "score" and e["stage"] != "final"]
+    parts = [
+        f"<h1>{escape(recipe.name)}</h1>",
+        _summary(events, recipe),
+        "<h2>Mean recall on the validation pairs</h2>",
+        _scores(events, recipe) if scores else "<p>There were no validation pairs.</p>",
+        curve(
+            [(e["total"], 100 * e["mean_recall"]) for e in measured],
+            marks,
+            "mean recall, %",
+            dots=True,
+        ),
+        *_mixtures(events),
+        "<h2>Loss</h2>",
+        curve([(e["total"], e["mean_loss"]) for e in steps], marks, "loss"),
+        "<h2>Learning rate</h2>",
+        curve([(e["total"], e["rate"]) for e in steps], marks, "rate"),
+        "<h2>Logit scale</h2>",
+        curve([(e["total"], e["logit_scale"]) for e in steps], marks, "factor on the cosine"),
+        *_retrievals(folder, validation),
+        "<h2>Where the weights came from</h2>",
+        _listed(line for e in events if e["kind"] == "start" for line in e["origins"]),
+        *(f'<p class="bad">{escape(e["text"])}</p>' for e in events if e["kind"] == "warning"),
+        "<h2>Recipe</h2>",
+        f"<pre>{escape(recipe.to_toml())}</pre>",
+    ]
+    with published(folder / "report.html") as path:
+        path.write_text(page(f"Training: {recipe.name}", parts, "train"), encoding="utf-8")
+    return scores
+
+
+def _is_whole(event: Event) -> bool:
+    """Tell whether an event has all that the page shows of its kind; a line may be damaged."""
+    return all(
+        name in event and _fits(event[name], types)
+        for name, types in (("total", int), *_TOLD.get(event["kind"], {}).items())
+    )
+
+
+def _fits(value: Any, types: Any) -> bool:
+    if isinstance(value, int | float) and not abs(value) < _LARGEST:  # nor NaN
+        return False
+    return isinstance(value, types) and not isinstance(value, bool)
+
+
+def headline(events: Sequence[Event], recipe: Recipe) -> list[tuple[str, float]]:
+    """Return the score before training, the best after each stage, mixed, and the final one."""
+    return [(name, event["mean_recall"]) for name, event in _chosen(events, recipe)]
+
+
+def _chosen(events: Sequence[Event], recipe: Recipe) -> list[tuple[str, Event]]:
+    measured = [event for event in events if event["kind"] == "score"]
+    chosen = [("before", event) for event in measured if event["total"] == 0]
+    best = chosen[0][1] if chosen else None
+    for stage in recipe.stages:
+        mine = [e for e in measured if e["stage"] == stage.name and e["total"]]
+        for event in mine:
+            if best is None or event["mean_recall"] > best["mean_recall"]:
+                best = event
+        if mine and best is not None:
+            chosen.append((stage.name, best))
+        mixed = [e for e in measured if e["stage"] == f"{stage.name}, mixed"]
+        for event in mixed[-1:]:  # a stage made longer is mixed again; the next begins with this
+            best = event
+            chosen.append((event["stage"], event))
+    chosen += [("final", event) for event in measured if event["stage"] == "final"][-1:]
+    return chosen
+
+
+def curve(
+    points: Sequence[Point],
+    marks: Sequence[tuple[float, str]],
+    what: str,
+    dots: bool = False,
+    *,
+    second: Sequence[Point] = (),
+    along: str = "step",
+) -> str:
+    """Return an SVG of a curve over steps; ``marks`` are where stages begin.
+
+    ``second`` is another curve, drawn dashed; ``along`` says what the points lie along, if not
+    steps.
+    """
+    points = [(x, y) for x, y in points if isinstance(y, int | float)]
+    if not points:
+        return "<p>none</p>"
+    points = points[:: max(1, len(points) // _MOST_POINTS)]
+    xs, ys = zip(*points, *second, strict=True)
+    left, right = 0.0, max(1.0, max(xs))
+    low, high = min(ys), max(ys)
+    if high == low:
+        low, high = low - 0.5, high + 0.5
+
+    def place(x: float, y: float) -> Point:
+        return (
+            _EDGE + (x - left) / (right - left) * (_WIDE - _EDGE - 10),
+            10 + (high - y) / (high - low) * (_HIGH - 40),
+        )
+
+    shapes = []
+    for some, dashes in ((points, ""), (second, ' stroke-dasharray="6 4"')):
+        if some:
+            line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in some))
+            shapes.append(
+                f'<polyline points="{line}" fill="none" stroke="var(--bar)" '
+                f'stroke-width="1.5"{dashes}/>'
+            )
+    for value in (low, (low + high) / 2, high):
+        _, y = place(0, value)
+        shapes.append(
+            f'<line x1="{_EDGE}" x2="{_WIDE - 10}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--line)"/>'
+            f'<text x="{_EDGE - 4}" y="{y + 4:.1f}" text-anchor="end">{_short(value)}</text>'
+        )
+    for at, name in marks:
+        x, _ = place(at, low)
+        shapes.append(
+            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="6" y2="{_HIGH - 28}" stroke="currentColor" '
+            f'stroke-dasharray="3 3"/><text x="{x + 4:.1f}" y="{_HIGH - 16}">{escape(name)}</text>'
+        )
+    if dots:
+        for point in (*points, *second):
+            x, y = place(*point)
+            shapes.append(
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="var(--bar)">'
+                f"<title>{along} {_short(point[0])}: {_short(point[1])}</title></circle>"
+            )
+    shapes.append(
+        f'<text x="{_WIDE - 10}" y="{_HIGH - 2}" text-anchor="end">{along} {_short(right)}</text>'
+    )
+    return (
+        f'<svg viewBox="0 0 {_WIDE} {_HIGH}" width="{_WIDE}" role="img" '
+        f'aria-label="{escape(what)}">{"".join(shapes)}</svg>'
+    )
+
+
+def _summary(events: Sequence[Event], recipe: Recipe) -> str:
+    start = next((e for e in events if e["kind"] == "start"), None)
+    end = next((e for e in events if e["kind"] == "end"), None)
+    told = []
+    if start is not None:
+        told.append(
+            f"{escape(start['model'])}, {start['parameters'] / 1e6:,.1f} M parameters, "
+            f"{start['pairs']:,} training pairs, on {escape(start['device'])}, "
+            f"{start['processes']} process(es), {recipe.machine.precision}."
+        )
+    if end is not None:
+        told.append(
+            f"{end['total']:,} steps; since it was last started, the run took "
+            f"{end['seconds'] / 60:,.1f} minutes."
+        )
+    return f"<p>{' '.join(told)}</p>"
+
+
+def _scores(events: Sequence[Event], recipe: Recipe) -> str:
+    chosen = _chosen(events, recipe)
+    first = chosen[0][1]["mean_recall"]
+    columns = ("t2i_r1", "t2i_r5", "t2i_r10", "i2t_r1", "i2t_r5", "i2t_r10")
+    heads = (
+        "",
+        "mean recall",
+        "gain",
+        *(
+            c.replace("_r", " R@").replace("t2i", "text→image").replace("i2t", "image→text")
+            for c in columns
+        ),
+    )
+    rows = []
+    for name, event in chosen:
+        numbers = [event["mean_recall"], event["mean_recall"] - first, *(event[c] for c in columns)]
+        shown = [f"{100 * n:.1f}" for n in numbers]
+        shown[1] = "" if name == "before" else f"{100 * numbers[1]:+.1f}"
+        rows.append(_row(name, shown))
+    head = "".join(f"<th>{each}</th>" for each in heads)
+    return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+
+
+def mixtures(events: Sequence[Event]) -> list[dict[str, Any]]:
+    """Return the mixtures that were measured, of each stage the last time."""
+    names = ("stage", "weight", "within", "mixtures")
+    found = {e["stage"]: {n: e[n] for n in names} for e in events if e["kind"] == "mixtures"}
+    return list(found.values())
+
+
+def _mixtures(events: Sequence[Event]) -> Iterator[str]:
+    """Show what each mixture of old and new weights gains, and what the kept pairs lose by it."""
+    for sweep in mixtures(events):
+        rows, weight = sweep["mixtures"], sweep["weight"]
+        first = rows[0]
+        has_kept = first["kept"] is not None
+        yield f"<h2>Mixtures of stage {escape(sweep['stage'])}</h2>"
+        yield (
+            "<p>Mean recall when the new weights are mixed with those the stage began with, in "
+            "points above the latter: on the validation pairs"
+            + (" (line), and on the pairs to keep (dashes)" if has_kept else "")
+            + f". The weight of the new ones that was chosen: {weight:g}.</p>"
+        )
+        yield curve(
+            [(e["weight"], round(100 * (e["score"] - first["score"]), 2)) for e in rows],
+            [(weight, "chosen")],
+            "points of mean recall, by the weight of the new weights",
+            dots=True,
+            second=[
+                (e["weight"], round(100 * (e["kept"] - first["kept"]), 2)) for e in rows if has_kept
+            ],
+            along="weight",
+        )
+        heads = ("weight", "validation", "kept") if has_kept else ("weight", "validation")
+        lines = [
+            _row(
+                f"{each['weight']:g}" + (", chosen" if each["weight"] == weight else ""),
+                [f"{100 * each[key]:.1f}" for key in ("score", "kept")[: 1 + has_kept]],
+            )
+            for each in rows
+        ]
+        head = "".join(f"<th>{each}</th>" for each in heads)
+        yield f"<table><tr>{head}</tr>{''.join(lines)}</table>"
+
+
+def _row(name: str, values: Iterable[str]) -> str:
+    cells = "".join(f'<td class="number">{each}</td>' for each in values)
+    return f"<tr><th>{escape(name)}</th>{cells}</tr>"
+
+
+def _retrievals(folder: Path, validation: EvalSet | None) -> list[str]:
+    """Show what some validation texts find, before and after."""
+    try:
+        before, after = (_embeddings(folder / f"{when}.npz") for when in ("before", "after"))
+    except DataError:
+        return []
+    if validation is None:
+        return []
+    count = len(validation.texts)
+    chosen = sorted({round(n * (count - 1) / max(1, _QUERIES - 1)) for n in range(_QUERIES)})
+    parts = ["<h2>What some texts find</h2>"]
+    for text in chosen:
+        parts.append(f"<h3>{escape(validation.texts[text])}</h3>")
+        right = set(validation.pairs[validation.pairs[:, 1] == text, 0].tolist())
+        for name, (images, texts) in (("before", before), ("after", after)):
+            parts.append(f"<p>{name}</p>")
+            parts.append(sheet(_found(images, texts[text], right, validation)))
+    return parts
+
+
+def _embeddings(path: Path) -> tuple[Vectors, Vectors]:
+    held = read_npz(path, ("images", "texts"))
+    return held["images"].astype(np.float32), held["texts"].astype(np.float32)
+
+
+def _found(
+    images: Vectors, text: Vectors, right: set[int], validation: EvalSet
+) -> Iterable[tuple[str, str]]:
+    cosines = images @ text
+    for image in np.argsort(-cosines, kind="stable")[:_SHOWN].tolist():
+        try:
+            address = data_uri(thumbnail(validation.image_bytes(image)))
+        except CNClipError:
+            continue
+        mark = " ✓" if image in right else ""
+        yield address, f"{cosines[image]:.3f}{mark}"
+
+
+def _listed(lines: Iterable[str]) -> str:
+    return f"<ul>{''.join(f'<li>{escape(str(line))}</li>' for line in lines)}</ul>"
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
