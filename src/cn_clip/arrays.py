@@ -40,13 +40,19 @@ def read_npy(path: str | os.PathLike[str], *, mapped: bool = False) -> npt.NDArr
             return np.empty(shape, dtype)
         return np.memmap(path, dtype, "r", offset, shape, order)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as an array: {_told(error)}") from None
+        raise DataError(f"{path} is not an array (.npy): {_told(error)}") from None
 
 
 def read_npz(
-    path: str | os.PathLike[str], names: Sequence[str], optional: Sequence[str] = ()
+    path: str | os.PathLike[str],
+    names: Sequence[str],
+    optional: Sequence[str] = (),
+    *,
+    what: str = "an .npz",
 ) -> dict[str, npt.NDArray[Any]]:
     """Read arrays out of an ``.npz`` file, by name; what is optional may be missing.
+
+    ``what`` describes the file in messages.
 
     Raises:
         DataError: an array is missing, or as for ``read_npy``.
@@ -63,7 +69,7 @@ def read_npz(
     # zipfile and what it unpacks with raise many kinds on damaged files: BadZipFile, zlib.error,
     # NotImplementedError, RuntimeError for a password, EOFError, struct.error, ...
     except Exception as error:
-        raise DataError(f"{path} cannot be read as an .npz: {_told(error)}") from None
+        raise DataError(f"{path} is not {what}: {_told(error)}") from None
     return found
 
 

@@ -21,6 +21,9 @@ from cn_clip.image.decode import read_image, to_pixels
 # From Python 3.14 on, Linux starts with forkserver what it started with fork before.
 METHODS = sorted(multiprocessing.get_all_start_methods())
 
+# The folder of images holds the LMDB and the tables too.
+pytestmark = pytest.mark.filterwarnings("ignore:.*passed over")
+
 
 @pytest.fixture
 def mix(pictures):

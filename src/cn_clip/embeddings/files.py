@@ -221,7 +221,8 @@ def _checked(stored: Stored) -> Stored:
 
 
 def _read_npz(path: Path, kind: Kind) -> Stored:
-    found = read_npz(path, ("embeddings", "ids"), optional=("about",))
+    what = "an .npz with embeddings and ids, as cn-clip embed writes it"
+    found = read_npz(path, ("embeddings", "ids"), optional=("about",), what=what)
     about: dict[str, Any] = {}
     try:
         ids = [str(each) for each in found["ids"].reshape(-1).tolist()]
@@ -304,7 +305,7 @@ def _column(table: Path, columns: Sequence[str]) -> list[str]:
     # pyarrow raises many kinds on damaged files: OSError, ArrowInvalid, KeyError, TypeError, ...
     except Exception as error:
         raise DataError(
-            f"{table} cannot be read as Parquet ({error}); embed anew, or fetch the file again"
+            f"{table} is not Parquet ({error}); embed anew, or fetch the file again"
         ) from None
     if column is None:
         raise DataError(f"{table} has no column {' or '.join(columns)}; its rows have no ids")
