@@ -92,7 +92,7 @@ def test_public_names_are_these():
 
 
 def loaded_by(statement):
-    code = f"import sys; {statement}; print(*sys.modules)"
+    code = f"import sys\n{statement}\nprint(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return set(run.stdout.split())
 
@@ -100,6 +100,20 @@ def loaded_by(statement):
 def test_import_cn_clip_loads_neither_torch_nor_numpy():
     assert not {"torch", "numpy", "PIL", "tokenizers"} & loaded_by("import cn_clip")
     assert "torch" not in loaded_by("import cn_clip; cn_clip.load; cn_clip.classify")
+
+
+def test_config_tokenizer_and_fingerprint_of_mini_need_no_torch():
+    statement = """
+from cn_clip.fingerprint import folder_fingerprint
+from cn_clip.hub import EMBEDDED_FOLDER
+from cn_clip.tokenizer import default_tokenizer
+from cn_clip.weights import read_config
+read_config(EMBEDDED_FOLDER)
+default_tokenizer()
+print(folder_fingerprint(EMBEDDED_FOLDER))
+"""
+    loaded = loaded_by(statement)
+    assert "torch" not in loaded and cn_clip.load().fingerprint in loaded
 
 
 def test_the_facade_loads_nothing_heavy_beside_torch():

@@ -1,19 +1,27 @@
 """A model's fingerprint: it changes whenever its embeddings may.
 
 Made of the weights in float32, the config, the vocabulary and the version of the preparation. The
-model's name and the file's format and precision do not count. Needs no torch for a folder with
-``model.safetensors``.
+model's name and the file's format and precision do not count.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+
 from cn_clip.config import ModelConfig
+from cn_clip.errors import CheckpointError
+from cn_clip.tokenizer import default_tokenizer
+from cn_clip.weights.folder_config import WEIGHTS, read_config_format
 
 _PREPARATION = 1  # counts changes of preprocessing or tokenization that change embeddings
 
@@ -49,6 +57,34 @@ def fingerprint_of(
         digest.update(head.encode())
         digest.update(tensor.data)
     return digest.hexdigest()[:32]
+
+
+def folder_fingerprint(folder: str | os.PathLike[str]) -> str:
+    """Return the fingerprint of a folder of ours (``config.json``, ``model.safetensors``), without
+    torch.
+
+    Equal to that of ``cn_clip.load(folder, precision="float32")``.
+
+    Raises:
+        CheckpointError: the folder is of another format, or its weights are damaged or in a
+            precision that numpy does not know.
+    """
+    config, of_hugging_face = read_config_format(Path(folder))
+    path = Path(folder) / WEIGHTS
+    if of_hugging_face:
+        raise CheckpointError(f"{folder} is a Hugging Face folder; load it to get its fingerprint")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            tensors = [_as_float32(name, file.get_tensor(name)) for name in file.keys()]  # noqa: SIM118
+    except (OSError, SafetensorError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read without torch: {error}") from None
+    return fingerprint_of(config, default_tokenizer().vocab, tensors)
+
+
+def _as_float32(name: str, array: npt.NDArray[Any]) -> TensorBytes:
+    if array.dtype.kind == "f":
+        array = array.astype(np.float32)
+    return TensorBytes(name, str(array.dtype), array.shape, array.tobytes())
 
 
 def derived(original: str, variants: Sequence[str]) -> Fingerprint:

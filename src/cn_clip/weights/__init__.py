@@ -36,9 +36,6 @@ if TYPE_CHECKING:
         read as read,
     )
     from cn_clip.weights.checkpoint import (
-        read_config as read_config,
-    )
-    from cn_clip.weights.checkpoint import (
         save_folder as save_folder,
     )
     from cn_clip.weights.checkpoint import (
@@ -59,6 +56,7 @@ if TYPE_CHECKING:
     from cn_clip.weights.checkpoint import (
         write_official as write_official,
     )
+    from cn_clip.weights.folder_config import read_config as read_config
     from cn_clip.weights.official import (
         infer_config as infer_config,
     )
@@ -105,7 +103,7 @@ _HOMES = {
     "official_names": "official",
     "other_parts": "tensorfile",
     "read": "checkpoint",
-    "read_config": "checkpoint",
+    "read_config": "folder_config",
     "read_tensors": "tensorfile",
     "resize_positions": "official",
     "save_folder": "checkpoint",

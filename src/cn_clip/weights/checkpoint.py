@@ -22,14 +22,20 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cn_clip.config import PUBLISHED, ModelConfig, about_parameters, read_json
+from cn_clip.config import PUBLISHED, ModelConfig, about_parameters
 from cn_clip.errors import CheckpointError, MissingWeightsError
 from cn_clip.model.clip import CLIP
 from cn_clip.publish import STAMP, published, published_folder
-from cn_clip.weights.huggingface import config_from, config_to, from_hugging_face, to_hugging_face
+from cn_clip.weights.folder_config import (
+    CONFIG,
+    WEIGHTS,
+    config_to,
+    read_config_format,
+    weights_in,
+)
+from cn_clip.weights.huggingface import from_hugging_face, to_hugging_face
 from cn_clip.weights.official import (
     infer_config,
-    named,
     official_names,
     plain_names,
     told_by_shapes,
@@ -38,10 +44,8 @@ from cn_clip.weights.tensorfile import read_tensors
 from cn_clip.weights.towers import FILES, weights_file
 
 _PIECE = 256 << 10
-_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 _SLACK = 10_000_000  # parameters that may be missing before a config is another model's
 _PARTS = ("visual", "bert", "text_projection", "logit_scale")
-_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _SIDE_FILES = {"preprocessor_config.json", "tokenizer_config.json", "vocab.txt"}
 
 
@@ -206,8 +210,8 @@ def write_folder(model: CLIP, folder: Path) -> None:
 
 def _write_state(config: ModelConfig, state: Mapping[str, Tensor], folder: Path) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
-    _write_json(folder / _CONFIG, config.to_dict())
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    _write_json(folder / CONFIG, config.to_dict())
 
 
 def write_official(model: CLIP, path: Path) -> None:
@@ -224,59 +228,22 @@ def write_official(model: CLIP, path: Path) -> None:
 
 def write_hugging_face(model: CLIP, folder: Path) -> None:
     """Write what ``save_hugging_face`` publishes into an empty folder; raises as it does."""
-    texts = config_to(model.config, model.dtype)
-    save_file(to_hugging_face(model.state_dict()), folder / _WEIGHTS, metadata={"format": "pt"})
+    texts = config_to(model.config, str(model.dtype).removeprefix("torch."))
+    save_file(to_hugging_face(model.state_dict()), folder / WEIGHTS, metadata={"format": "pt"})
     for name, values in texts.items():
         _write_json(folder / name, values)
     vocab = files("cn_clip").joinpath("assets", "vocab.txt").read_bytes()
     (folder / "vocab.txt").write_bytes(vocab)
 
 
-def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
-    """Read the ``config.json`` of our folder, or of a ``ChineseCLIPModel``.
-
-    Raises:
-        MissingWeightsError: there is none.
-        CheckpointError: it is damaged, or of another architecture.
-    """
-    return _read_config(Path(folder))[0]
-
-
-def _read_config(folder: Path) -> tuple[ModelConfig, bool]:
-    """Return a folder's config, and whether it is written as Hugging Face writes it."""
-    if not os.path.isfile(folder / _CONFIG):
-        raise MissingWeightsError(
-            f"the folder {folder} has no {_CONFIG}; a model folder holds {_CONFIG} and {_WEIGHTS}"
-            f"{_held_by(folder)}"
-        )
-    values = read_json(folder / _CONFIG)
-    if not isinstance(values, dict) or "model_type" not in values:
-        return ModelConfig.from_dict(values), False
-    preparation = folder / "preprocessor_config.json"
-    prepared = read_json(preparation) if os.path.isfile(preparation) else None
-    return named(config_from(values, prepared, str(folder))), True
-
-
-def _held_by(folder: Path) -> str:
-    """Say which file or folder in a folder to give instead of it."""
-    if os.path.isfile(folder / "latest"):
-        return "; it is DeepSpeed's: give the mp_rank_00_model_states.pt in the folder inside"
-    try:
-        inside = sorted(os.listdir(folder))
-    except (OSError, ValueError):  # none that can be listed, or a name that none can have
-        return ""
-    models = [n for n in inside if n.endswith(_SUFFIXES) or os.path.isfile(folder / n / _CONFIG)]
-    return f"; give one of these in it: {', '.join(models[:3])}" if models else ""
-
-
 def _read_folder(path: Path, mapped: bool) -> Checkpoint:
     has_weights = any(os.path.isfile(path / name) for name in FILES)
-    if has_weights and not os.path.isfile(path / _CONFIG):  # as accelerate saves a model
+    if has_weights and not os.path.isfile(path / CONFIG):  # as accelerate saves a model
         return _read_file(weights_file(path), mapped)
-    config, of_hugging_face = _read_config(path)
+    config, of_hugging_face = read_config_format(path)
     if not has_weights:
         raise MissingWeightsError(
-            f"the folder {path} has a {_CONFIG} but no {_WEIGHTS}{_held_by(path)}"
+            f"the folder {path} has a {CONFIG} but no {WEIGHTS}{weights_in(path)}"
         )
     tensors = plain_names(read_tensors(weights_file(path), mapped=mapped))
     if of_hugging_face:
@@ -318,7 +285,7 @@ def check_own(path: Path) -> None:
 
 
 def _objection(path: Path) -> str | None:
-    own = {_CONFIG, _WEIGHTS, STAMP, *_SIDE_FILES}
+    own = {CONFIG, WEIGHTS, STAMP, *_SIDE_FILES}
     return "holds other files too" if {file.name for file in path.iterdir()} - own else None
 
 

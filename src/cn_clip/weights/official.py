@@ -12,9 +12,6 @@ import torch
 from torch import Tensor
 
 from cn_clip.config import (
-    EMBED_DIMS,
-    MODELS,
-    TEXT_TOWERS,
     VISION_TOWERS,
     ModelConfig,
     TextConfig,
@@ -22,6 +19,7 @@ from cn_clip.config import (
     check_config,
 )
 from cn_clip.errors import CheckpointError
+from cn_clip.weights.folder_config import named
 
 _UNUSED = "bert.pooler."  # in files from the official training; the model has no pooler
 
@@ -180,18 +178,3 @@ def _infer_text(tensors: Mapping[str, Tensor]) -> TextConfig:
 def _count(tensors: Iterable[str], pattern: str) -> int:
     found = (re.match(pattern, name) for name in tensors)
     return 1 + max((int(match[1]) for match in found if match), default=-1)
-
-
-def named(config: ModelConfig) -> ModelConfig:
-    """Give a config the name of the model that it is, or of its towers."""
-    for name, known in MODELS.items():
-        if replace(config, name=name) == known:
-            return known
-    vision = next((n for n, tower in VISION_TOWERS.items() if tower == config.vision), None)
-    text = next((n for n, tower in TEXT_TOWERS.items() if tower == config.text), None)
-    if vision and text and EMBED_DIMS[vision] == config.embed_dim:
-        return replace(config, name=f"{vision}@{text}")
-    shape = config.vision
-    vision = vision or f"{shape.kind}-{shape.width}x{'-'.join(map(str, shape.layers))}"
-    text = text or f"bert-{config.text.hidden_size}x{config.text.layers}"
-    return replace(config, name=f"{vision}@{text}")
