@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from cn_clip.arrays import read_npz
 from cn_clip.data.cache import cached
 from cn_clip.data.lines import json_object, read_at
 from cn_clip.data.pair import Row
@@ -350,8 +351,6 @@ def _write_index(index: _Index, path: Path) -> None:
 
 
 def _read_index(path: Path) -> _Index:
-    with path.open("rb") as stream, np.load(stream) as stored:
-        keys = bytes(stored["keys"]).decode().split("\n")
-        return _Index(
-            keys, stored["spans"], stored["pairs"], json.loads(bytes(stored["unmatched"]))
-        )
+    stored = read_npz(path, ("keys", "spans", "pairs", "unmatched"))
+    keys = bytes(stored["keys"]).decode().split("\n")
+    return _Index(keys, stored["spans"], stored["pairs"], json.loads(bytes(stored["unmatched"])))
