@@ -18,14 +18,11 @@ MAX_FILE = 1 << 30  # bytes of one file that is read whole; an image of this siz
 MAX_TEXT = 1 << 26  # bytes of a text file that is read whole, or of one line or record
 
 # Files that belong beside images and are passed over without a word.
-_BESIDE = frozenset(
-    f".{suffix}"
-    for suffix in re.findall(
-        r"\w+",
-        "txt caption json jsonl csv tsv parquet arrow md rst xml html yaml yml toml ini log db pkl"
-        " npy npz pt pth safetensors py ipynb sh mat tar zip gz pdf",
-    )
-)
+_BESIDE = frozenset((
+    ".txt", ".caption", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".md", ".rst",
+    ".xml", ".html", ".yaml", ".yml", ".toml", ".ini", ".log", ".db", ".pkl", ".npy", ".npz", ".pt",
+    ".pth", ".safetensors", ".py", ".ipynb", ".sh", ".mat", ".tar", ".zip", ".gz", ".pdf",
+))  # fmt: skip
 
 
 # What is given for another file, by its first bytes, and what to do with it.
