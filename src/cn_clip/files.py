@@ -106,7 +106,7 @@ def check_plain(path: str | os.PathLike[str]) -> None:
 
 def mistaken(head: bytes) -> str | None:
     """Say what a file is by its first 32 bytes, if it is compressed or a pointer to another one."""
-    return next((said for start, said in _MISTAKEN.items() if head.startswith(start)), None)
+    return next((what for start, what in _MISTAKEN.items() if head.startswith(start)), None)
 
 
 def read_lines(path: str | os.PathLike[str], limit: int = MAX_TEXT) -> list[str]:

@@ -193,7 +193,7 @@ def describe(source: Any) -> str:
 
 
 def _expand(path: Path) -> tuple[list[Path], list[str]]:
-    """Return the images that a path stands for, and what is to be said of the files beside them."""
+    """Return the images that a path stands for, and notes on the files that are passed over."""
     notes: list[str] = []
     if path.is_dir():
         listing = walk(path)

@@ -99,7 +99,7 @@ class _Pages:
 
     def __init__(self, stream: FileIO, path: Path) -> None:
         self._stream, self._path = stream, path
-        self._page_count = 2  # the meta pages, until they have said how many there are
+        self._page_count = 2  # the meta pages, until their count is read
         self.size = os.fstat(stream.fileno()).st_size
         first = self._read(0, min(_META_SIZE, self.size))
         self._check_kind(first)
@@ -233,7 +233,7 @@ class _Pages:
 
     def _check_number(self, number: int) -> None:
         if not 2 <= number < self._page_count:
-            raise self._damaged(f"page {number} is asked for, of {self._page_count}")
+            raise self._damaged(f"page {number} is outside of its {self._page_count} pages")
 
     def _read(self, start: int, size: int) -> bytes:
         if start + size > self.size:
