@@ -23,6 +23,7 @@ _BESIDE = frozenset((
     ".xml", ".html", ".yaml", ".yml", ".toml", ".ini", ".log", ".db", ".pkl", ".npy", ".npz", ".pt",
     ".pth", ".safetensors", ".py", ".ipynb", ".sh", ".mat", ".tar", ".zip", ".gz", ".pdf",
 ))  # fmt: skip
+_NAMES_BESIDE = ("readme", "license", "licence", "copying", "notice", "authors", "makefile")
 
 
 # What is given for another file, by its first bytes, and what to do with it.
@@ -196,8 +197,8 @@ def passed_over(files: Iterable[Path], suffixes: Iterable[str], where: object) -
     known = {*suffixes, *_BESIDE}
     counts: dict[str, int] = {}
     for file in files:
-        suffix = file.suffix.lower()
-        if suffix not in known and not file.name.startswith("."):
+        name, suffix = file.name.lower(), file.suffix.lower()
+        if suffix not in known and not name.startswith(".") and name not in _NAMES_BESIDE:
             counts[suffix] = counts.get(suffix, 0) + 1
     if not counts:
         return None
