@@ -109,6 +109,12 @@ def test_secrets_are_in_neither_the_sentence_nor_the_file(failing, monkeypatch):
     assert "'--token', '***'" in details_of(said)
 
 
+def test_a_switch_in_the_environment_is_no_secret(failing, monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    _, said = failing(ValueError("a false alarm"), "models")
+    assert "a false alarm" in said and "a false alarm" in details_of(said)
+
+
 @pytest.mark.parametrize(
     ("error", "code", "sentence"),
     [

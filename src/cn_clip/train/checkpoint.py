@@ -189,7 +189,7 @@ class _Reader(FileSystemReader):
             stream.seek(0)
             metadata = _Metadata(stream).load()
         if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-            raise ValueError(".metadata tells of no tensors")
+            raise ValueError(".metadata describes no tensors")
         for place in metadata.storage_data.values():
             name = place.relative_path
             if not isinstance(name, str) or name != Path(name).name:

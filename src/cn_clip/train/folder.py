@@ -227,6 +227,7 @@ def _read_outcome(folder: Path) -> Outcome | None:
             int(values["steps"]),
             float(values["seconds"]),
             scores,
+            [dict(each) for each in values.get("mixtures", ())],  # none in those written before
         )
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None
