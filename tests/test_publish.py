@@ -134,6 +134,8 @@ def test_a_file_is_published_where_the_locale_cannot_say_its_name(tmp_path):
     script = "import sys; from cn_clip.publish import write_text; write_text(sys.argv[1], 'x')"
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / name)], check=True, env=os.environ | ascii_only
+        [sys.executable, "-c", script, str(tmp_path / name)],
+        check=True,
+        env=os.environ | ascii_only,
     )
     assert [path.name for path in tmp_path.iterdir()] == [name]
