@@ -228,3 +228,35 @@ def test_an_empty_name_or_path_is_not_the_current_folder(monkeypatch, tmp_path):
         find_images([""])
     with pytest.raises(ImageError, match="path of an image is empty"):
         read_image("")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "data pack P --out O --max-side 0",
+        "data pack P --out O --max-side -1",
+        "data pack P --out O --format webp --quality 101",
+        "data pack P --out O --format jpeg --quality -1",
+        "data pack P --out O --workers -1",
+        "data check P --workers 99999999999999999999",
+        "data check P --threshold -1",
+        "data check P --threshold 129",
+        "data check P --context-length 0",
+        "data decontaminate P --against P --out R.jsonl --min-caption -1",
+        "eval diagnose --data P --seed -1",
+        "eval calibrate --data P --out C.json --seed -1",
+        "eval robustness --data P --seed -1",
+        "eval robustness --data P --context-length 99999999999999999999",
+    ],
+)
+def test_a_number_out_of_its_range_is_refused_before_anything_is_done(
+    command, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    make_picture().save("a.png")
+    Path("p.jsonl").write_text('{"image": "a.png", "text": "a"}\n', encoding="utf-8")
+    arguments = [{"P": "jsonl:p.jsonl"}.get(each, each) for each in command.split()]
+    assert run(arguments) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and arguments[-1] in told
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "p.jsonl"]

@@ -379,6 +379,33 @@ def test_only_the_newest_states_are_kept(pairs, start, tmp_path):
     assert [p.name for p in states_on_disk.states(tmp_path / "run")] == ["000000011", "000000012"]
 
 
+def test_a_copy_of_a_state_and_notes_in_one_outlive_the_newer_states(pairs, start, tmp_path):
+    run = tmp_path / "run"
+    output = {"keep": 1, "save_every": 1}
+    train(make_recipe(pairs, start, run, {"steps": 2, "epochs": None}, output=output))
+    shutil.copytree(run / "states" / "000000002", run / "states" / "000000002.good")
+    (run / "states" / "000000002" / "notes.txt").write_text("mine", encoding="utf-8")
+    more = make_recipe(pairs, start, run, {"steps": 4, "epochs": None}, output=output)
+    assert train(more, resume=True, allow_changes=True).steps == 4
+    assert [path.name for path in states_on_disk.states(run)] == ["000000002", "000000004"]
+    assert (run / "states" / "000000002" / "notes.txt").read_text(encoding="utf-8") == "mine"
+    assert (run / "states" / "000000002.good" / "progress.json").is_file()
+
+
+def test_comments_in_the_recipe_of_a_run_outlive_its_going_on(pairs, start, tmp_path):
+    run = tmp_path / "run"
+    recipe = make_recipe(pairs, start, run, {"steps": 1, "epochs": None})
+    train(recipe)
+    written = (run / "recipe.toml").read_text(encoding="utf-8")
+    (run / "recipe.toml").write_text(f"# why\n{written}", encoding="utf-8")
+    (run / "outcome.json").unlink()
+    train(recipe, resume=True)
+    assert (run / "recipe.toml").read_text(encoding="utf-8") == f"# why\n{written}"
+    longer = make_recipe(pairs, start, run, {"steps": 2, "epochs": None})
+    train(longer, resume=True, allow_changes=True)
+    assert (run / "recipe.toml").read_text(encoding="utf-8") == longer.to_toml()
+
+
 def test_an_empty_source_is_refused(start, tmp_path, pairs):
     (tmp_path / "empty.jsonl").write_text("", encoding="utf-8")
     with pytest.raises((UsageError, DataError), match=r"no pair|holds no|empty"):
