@@ -16,6 +16,7 @@ from train.runs import CAPTIONS, make_recipe, write_pairs, write_start
 import cn_clip
 from cn_clip import weights
 from cn_clip.errors import CheckpointError, DataError, TrainingError, UsageError
+from cn_clip.eval.pairs import EvalSet
 from cn_clip.features import read_captions
 from cn_clip.train import checkpoint as states_on_disk
 from cn_clip.train.folder import prepared
@@ -369,6 +370,36 @@ def test_a_disk_full_inside_a_save_leaves_the_state_before_it(pairs, start, tmp_
     train(make_recipe(pairs, start, tmp_path / "whole", {"epochs": 3}))
     assert outcome.steps == 9
     assert losses(run) == losses(tmp_path / "whole")
+
+
+def test_a_signal_ends_a_score_at_the_next_image_and_the_run_goes_on_as_if_it_had_not(
+    pairs, start, tmp_path, monkeypatch
+):
+    read, count, fatal = EvalSet.image_bytes, 0, 0
+
+    def counted(self, number):
+        nonlocal count
+        count += 1
+        if count == fatal:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return read(self, number)
+
+    monkeypatch.setattr(EvalSet, "image_bytes", counted)
+    whole = train(make_recipe(pairs, start, tmp_path / "whole", {"epochs": 2}))
+    recipe = make_recipe(pairs, start, tmp_path / "run", {"epochs": 2})
+    images = 16  # of a score
+    # In the first score, in that after epoch 1, and again in that: each is measured again.
+    for at, states in ((2, 0), (images + 2, 2), (2, 2)):
+        count, fatal = 0, at
+        with pytest.raises(InterruptedRun, match="Go on with") as stopped:
+            train(recipe, resume=True)
+        assert stopped.value.code == 128 + signal.SIGTERM
+        assert count <= fatal + 1
+        assert len(states_on_disk.states(tmp_path / "run")) == states
+    fatal = 0
+    outcome = train(recipe, resume=True)
+    assert outcome.scores == whole.scores
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
 def test_only_the_newest_states_are_kept(pairs, start, tmp_path):

@@ -10,6 +10,7 @@ from cn_clip import distributed, weights
 from cn_clip.eval.metrics import Retrieval
 from cn_clip.publish import published
 from cn_clip.train.checkpoint import Progress
+from cn_clip.train.guard import InterruptedRun
 from cn_clip.train.optim import warmup_of
 from cn_clip.train.parallel import reshard, sharded, whole_state
 from cn_clip.train.recipe import Recipe
@@ -19,13 +20,21 @@ from cn_clip.train.validate import Vectors, embed, score
 
 
 def measure(run: Run, training: Training, progress: Progress) -> None:
-    """Evaluate if it is due, keep weights that are the best, and tell whether the stage is over."""
+    """Evaluate if it is due, keep weights that are the best, and tell whether the stage is over.
+
+    Raises:
+        InterruptedRun: a signal came meanwhile; it is due still.
+    """
     if not progress.due:
         return
     progress.due = False
     stage = training.stage
     if run.validation is not None:
-        found = evaluate(run, training, progress)
+        try:
+            found = evaluate(run, training, progress)
+        except InterruptedRun:
+            progress.due = True
+            raise
         # Within the warm-up a standstill says nothing.
         warm = progress.step > warmup_of(training.steps, stage.optimizer)
         plateau = stage.plateau if warm else None
@@ -51,17 +60,20 @@ def evaluate(run: Run, training: Training, progress: Progress) -> Retrieval:
     if average is not None:
         average.swap(model)
     model.eval()
-    images, texts = embed(
-        model,
-        validation,
-        autocast=run.scored,
-        images=training.images,
-        divided=not sharded(model),
-    )
-    reshard(model)
-    if average is not None:
-        average.swap(model)
-    training.set_modes()
+    try:
+        images, texts = embed(
+            model,
+            validation,
+            autocast=run.scored,
+            images=training.images,
+            divided=not sharded(model),
+            tick=run.stop_between,
+        )
+    finally:  # who stops here still saves the state
+        reshard(model)
+        if average is not None:
+            average.swap(model)
+        training.set_modes()
     if not learns(model.visual):
         training.images = images
     found = distributed.on_main(lambda: score(images, texts, validation))
