@@ -260,3 +260,13 @@ def test_a_number_out_of_its_range_is_refused_before_anything_is_done(
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and arguments[-1] in told
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "p.jsonl"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a folder in use cannot be deleted here")
+def test_a_deleted_current_folder_is_named(monkeypatch, tmp_path, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert run(["data", "check", f"folder:{tmp_path}", "--workers", "2"]) == 2
+    monkeypatch.chdir(tmp_path)
+    assert "the current folder does not exist any more" in capsys.readouterr().err
