@@ -13,6 +13,7 @@ from cn_clip.train.recipe.schema import options, spoken
 from cn_clip.train.recipe.toml import read_recipe, shipped
 
 PAGE = Path(__file__).parent / "recipe.md"
+_UNSET = {"use-bn-sync": "not done; with several processes, a warning says so"}
 HEAD = """\
 # Options of a recipe
 
@@ -44,7 +45,8 @@ def official() -> Iterator[str]:
         named |= {"*vision": "start.model", "*text": "start.model", "*logs": "output.folder"}
         named |= {"*distillation": "stages.NAME.loss.teacher"}
         names = ", ".join(dict.fromkeys(f"`{named.get(name, name)}`" for name, _ in sets))
-        yield f"| `--{flag}` | {names or 'nothing to set: always so, or never needed'} |"
+        unset = _UNSET.get(flag, "nothing to set: always so, or never needed")
+        yield f"| `--{flag}` | {names or unset} |"
 
 
 def render() -> str:

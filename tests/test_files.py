@@ -147,7 +147,7 @@ def test_globs_match_as_the_standard_library_does(tmp_path):
 
 def test_files_of_other_formats_are_counted_and_named(tmp_path):
     (tmp_path / "a.jpg").write_bytes(encoded(make_picture(), "JPEG"))
-    for name in ("b.HEIC", "c.heic", "d.avif", "a.txt", ".DS_Store", "e"):
+    for name in ("b.HEIC", "c.heic", "d.avif", "a.txt", ".DS_Store", "LICENSE", "e"):
         (tmp_path / name).touch()
     told = "4 files are passed over, of no image format that is read"
     with pytest.warns(UserWarning, match=rf"{told} \(2 .heic, 1 without a suffix, 1 .avif\)"):

@@ -269,3 +269,14 @@ def test_a_config_describes_no_more_than_the_weights_hold(tiny_model, tmp_path):
     values["text"] |= {"hidden_size": 16384, "layers": 256}
     with pytest.raises(CheckpointError, match="impossible value: about"):
         weights.read_config(written(tmp_path / "model", values))
+
+
+def test_tensors_that_were_saved_transposed_are_read_and_saved_again(tiny_model, tmp_path):
+    state = state_of(tiny_model)
+    turned = {n: t.t().contiguous().t() if t.dim() == 2 else t for n, t in state.items()}
+    assert not all(tensor.is_contiguous() for tensor in turned.values())
+    torch.save(turned, tmp_path / "file.pt")
+    read = weights.build(weights.read(tmp_path / "file.pt"))
+    assert_same(read.state_dict(), state)
+    weights.save_folder(read, tmp_path / "folder")
+    assert_same(weights.read(tmp_path / "folder").tensors, state)

@@ -1,6 +1,7 @@
 """Whole or not at all."""
 
 import os
+import subprocess
 import sys
 from functools import partial
 
@@ -114,3 +115,27 @@ def test_a_place_without_rights_is_told_before_the_work(tmp_path):
     (tmp_path / "read-only").mkdir(0o500)
     with pytest.raises(UsageError, match="is not writable"):
         claim(tmp_path / "read-only" / "file", file_by("test", begins(b"x")))
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/fd"), reason="pipes have no path here")
+def test_a_pipe_named_by_its_descriptor_is_told_before_the_work():
+    ends = os.pipe()
+    try:
+        with pytest.raises(UsageError, match="a pipe"):
+            claim(f"/dev/fd/{ends[1]}", file_by("test", begins(b"x")))
+    finally:
+        for end in ends:
+            os.close(end)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are of any bytes on Linux only")
+def test_a_file_is_published_where_the_locale_cannot_say_its_name(tmp_path):
+    name = "猫" * 30 + ".txt"
+    script = "import sys; from cn_clip.publish import write_text; write_text(sys.argv[1], 'x')"
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / name)],
+        check=True,
+        env=os.environ | ascii_only,
+    )
+    assert [path.name for path in tmp_path.iterdir()] == [name]

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from cn_clip.errors import DataError
 
 _KINDS = "fiuUS"  # numbers and strings; an object would be unpickled
-_MOST_FOLDED = 200  # numbers of embeddings are hardly compressible at all
+_MAX_RATIO = 200  # of compression, in members above _SMALL bytes; embeddings hardly compress
 _SMALL = 64 << 20
 
 
@@ -40,7 +40,7 @@ def read_npy(path: str | os.PathLike[str], *, mapped: bool = False) -> npt.NDArr
             return np.empty(shape, dtype)
         return np.memmap(path, dtype, "r", offset, shape, order)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not an array (.npy): {_told(error)}") from None
+        raise DataError(f"{path} is not an array (.npy): {_reason(error)}") from None
 
 
 def read_npz(
@@ -60,21 +60,21 @@ def read_npz(
     found = {}
     try:
         with zipfile.ZipFile(path) as archive:
-            held = {each.filename: each for each in archive.infolist()}
+            members = {each.filename: each for each in archive.infolist()}
             for name in (*names, *optional):
-                if f"{name}.npy" in held:
-                    found[name] = _member(archive, held[f"{name}.npy"])
+                if f"{name}.npy" in members:
+                    found[name] = _member(archive, members[f"{name}.npy"])
                 elif name in names:
                     raise ValueError(f"it has no array {name!r}")
     # zipfile and what it unpacks with raise many kinds on damaged files: BadZipFile, zlib.error,
     # NotImplementedError, RuntimeError for a password, EOFError, struct.error, ...
     except Exception as error:
-        raise DataError(f"{path} is not {what}: {_told(error)}") from None
+        raise DataError(f"{path} is not {what}: {_reason(error)}") from None
     return found
 
 
 def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> npt.NDArray[Any]:
-    if info.file_size > max(_SMALL, _MOST_FOLDED * info.compress_size):
+    if info.file_size > max(_SMALL, _MAX_RATIO * info.compress_size):
         raise ValueError(f"{info.filename} unfolds to {info.file_size:,} bytes; it is damaged")
     with archive.open(info) as stream:
         dtype, shape, order = _header(stream, info.file_size)
@@ -115,6 +115,6 @@ def _array(
     return np.frombuffer(raw, dtype).reshape(shape, order=order)
 
 
-def _told(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     reason = error.strerror if isinstance(error, OSError) else None
     return reason or str(error) or type(error).__name__

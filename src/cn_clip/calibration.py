@@ -17,7 +17,9 @@ import numpy.typing as npt
 
 from cn_clip.embedder import Embedder
 from cn_clip.errors import UsageError
+from cn_clip.files import MAX_TEXT, read_file
 from cn_clip.publish import begins, claim, file_by, write_text
+from cn_clip.text import read_json
 
 Kind = Literal["logistic", "isotonic"]
 KINDS: tuple[Kind, ...] = ("logistic", "isotonic")
@@ -141,10 +143,10 @@ def read_calibration(path: Path) -> Calibration:
         UsageError: it cannot be read, or is no calibration; the first reason is named.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(read_file(path, MAX_TEXT))
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}; {_REMEDY}") from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON
+    except ValueError as error:  # not UTF-8, not JSON
         raise UsageError(f"{path} is no calibration ({error}); {_REMEDY}") from None
     try:
         return _checked(values)

@@ -18,14 +18,12 @@ MAX_FILE = 1 << 30  # bytes of one file that is read whole; an image of this siz
 MAX_TEXT = 1 << 26  # bytes of a text file that is read whole, or of one line or record
 
 # Files that belong beside images and are passed over without a word.
-_BESIDE = frozenset(
-    f".{suffix}"
-    for suffix in re.findall(
-        r"\w+",
-        "txt caption json jsonl csv tsv parquet arrow md rst xml html yaml yml toml ini log db pkl"
-        " npy npz pt pth safetensors py ipynb sh mat tar zip gz pdf",
-    )
-)
+_BESIDE = frozenset((
+    ".txt", ".caption", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".md", ".rst",
+    ".xml", ".html", ".yaml", ".yml", ".toml", ".ini", ".log", ".db", ".pkl", ".npy", ".npz", ".pt",
+    ".pth", ".safetensors", ".py", ".ipynb", ".sh", ".mat", ".tar", ".zip", ".gz", ".pdf",
+))  # fmt: skip
+_NAMES_BESIDE = ("readme", "license", "licence", "copying", "notice", "authors", "makefile")
 
 
 # What is given for another file, by its first bytes, and what to do with it.
@@ -109,7 +107,7 @@ def check_plain(path: str | os.PathLike[str]) -> None:
 
 def mistaken(head: bytes) -> str | None:
     """Say what a file is by its first 32 bytes, if it is compressed or a pointer to another one."""
-    return next((said for start, said in _MISTAKEN.items() if head.startswith(start)), None)
+    return next((what for start, what in _MISTAKEN.items() if head.startswith(start)), None)
 
 
 def read_lines(path: str | os.PathLike[str], limit: int = MAX_TEXT) -> list[str]:
@@ -199,8 +197,8 @@ def passed_over(files: Iterable[Path], suffixes: Iterable[str], where: object) -
     known = {*suffixes, *_BESIDE}
     counts: dict[str, int] = {}
     for file in files:
-        suffix = file.suffix.lower()
-        if suffix not in known and not file.name.startswith("."):
+        name, suffix = file.name.lower(), file.suffix.lower()
+        if suffix not in known and not name.startswith(".") and name not in _NAMES_BESIDE:
             counts[suffix] = counts.get(suffix, 0) + 1
     if not counts:
         return None

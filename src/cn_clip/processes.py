@@ -30,7 +30,7 @@ class Interrupted(KeyboardInterrupt):
 
     @property
     def code(self) -> int:
-        """The exit code by which shells tell of a signal."""
+        """The exit code that shells give a process that a signal ended."""
         return 128 + self.number
 
 
@@ -74,7 +74,7 @@ def raise_on_signals() -> None:
         drop_dead_terminal()
         if os.getpid() == pid:
             _signals.answer(number)
-        elif number == signal.SIGTERM:  # forked, and has not said yet what it does with signals
+        elif number == signal.SIGTERM:  # forked, and not set up yet
             os._exit(128 + number)
 
     def unraisable(dropped: Any, before: Callable[[Any], object] = sys.unraisablehook) -> None:

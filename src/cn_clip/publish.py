@@ -377,14 +377,16 @@ def _temporary_beside(target: Path) -> Path:
 
 
 def _prefix(target: Path) -> str:
-    name = os.fsencode(target.name)[:_SHOWN_NAME].decode(errors="ignore")
+    name = target.name
+    while len(os.fsencode(name)) > _SHOWN_NAME:
+        name = name[:-1]
     return f".{name}."
 
 
 def _check_place(target: Path, given: str, kind: str, in_place: bool) -> None:
     """Refuse a place that cannot be written, or holds a thing of another kind."""
     try:
-        found = os.stat(target)
+        found = os.stat(given)  # not the target: that of a pipe, /dev/stdout say, is no file
     except FileNotFoundError:
         found = None
     except OSError as error:  # its parent is a file, its name is too long, its links are a loop

@@ -109,6 +109,12 @@ def test_secrets_are_in_neither_the_sentence_nor_the_file(failing, monkeypatch):
     assert "'--token', '***'" in details_of(said)
 
 
+def test_a_switch_in_the_environment_is_no_secret(failing, monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    _, said = failing(ValueError("a false alarm"), "models")
+    assert "a false alarm" in said and "a false alarm" in details_of(said)
+
+
 @pytest.mark.parametrize(
     ("error", "code", "sentence"),
     [
@@ -222,3 +228,45 @@ def test_an_empty_name_or_path_is_not_the_current_folder(monkeypatch, tmp_path):
         find_images([""])
     with pytest.raises(ImageError, match="path of an image is empty"):
         read_image("")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "data pack P --out O --max-side 0",
+        "data pack P --out O --max-side -1",
+        "data pack P --out O --format webp --quality 101",
+        "data pack P --out O --format jpeg --quality -1",
+        "data pack P --out O --workers -1",
+        "data check P --workers 99999999999999999999",
+        "data check P --threshold -1",
+        "data check P --threshold 129",
+        "data check P --context-length 0",
+        "data decontaminate P --against P --out R.jsonl --min-caption -1",
+        "eval diagnose --data P --seed -1",
+        "eval calibrate --data P --out C.json --seed -1",
+        "eval robustness --data P --seed -1",
+        "eval robustness --data P --context-length 99999999999999999999",
+    ],
+)
+def test_a_number_out_of_its_range_is_refused_before_anything_is_done(
+    command, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    make_picture().save("a.png")
+    Path("p.jsonl").write_text('{"image": "a.png", "text": "a"}\n', encoding="utf-8")
+    arguments = [{"P": "jsonl:p.jsonl"}.get(each, each) for each in command.split()]
+    assert run(arguments) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and arguments[-1] in told
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "p.jsonl"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a folder in use cannot be deleted here")
+def test_a_deleted_current_folder_is_named(monkeypatch, tmp_path, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert run(["data", "check", f"folder:{tmp_path}", "--workers", "2"]) == 2
+    monkeypatch.chdir(tmp_path)
+    assert "the current folder does not exist any more" in capsys.readouterr().err

@@ -94,6 +94,16 @@ def test_large_pictures_are_made_smaller_and_small_ones_kept(pictures, tmp_path)
     )
 
 
+def test_a_jpeg_of_a_camera_that_holds_a_second_image_is_kept_as_it_is(pictures, tmp_path):
+    one, other = (Image.new("RGB", (80, 60), color) for color in ("red", "blue"))
+    one.save(pictures / "007.jpg", "MPO", save_all=True, append_images=[other])
+    packed = pack(open_source(write_csv(pictures)), tmp_path / "out")
+    assert packed.skipped == []
+    with tarfile.open(tmp_path / "out" / "00000.tar") as archive:
+        kept = archive.extractfile("00000000.jpg").read()
+    assert kept == (pictures / "007.jpg").read_bytes()
+
+
 def test_pictures_can_all_be_encoded_anew(pictures, tmp_path):
     pack(open_source(write_csv(pictures)), tmp_path / "out", encoding=Encoding(format="WEBP"))
     with tarfile.open(tmp_path / "out" / "00000.tar") as archive:

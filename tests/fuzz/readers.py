@@ -88,6 +88,7 @@ def use_image(content: Any) -> None:
     step()
     for each in variants(trimmed(opaque)):
         hash_image(each)
+    del opaque, each  # no command holds it any longer
     step()
     data = content if isinstance(content, bytes) else Path(content).read_bytes()
     thumbnail(data)

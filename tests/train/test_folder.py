@@ -33,7 +33,9 @@ def recipe_in(folder):
 
 
 def outcome_of(folder):
-    return Outcome(str(folder), str(folder / "final"), 12, 1.5, [("before", 0.25), ("final", 0.5)])
+    scores = [("before", 0.25), ("final", 0.5)]
+    mixtures = [{"stage": "train", "weight": 0.5, "within": True, "mixtures": [{"weight": 0.5}]}]
+    return Outcome(str(folder), str(folder / "final"), 12, 1.5, scores, mixtures)
 
 
 def test_the_recipe_as_it_is_carried_out_is_in_the_folder(recipes, begun):

@@ -17,6 +17,7 @@ import cn_clip
 from cn_clip import weights
 from cn_clip.embeddings.files import read_captions
 from cn_clip.errors import CheckpointError, DataError, TrainingError, UsageError
+from cn_clip.eval.dataset import EvalSet
 from cn_clip.train.loop import train
 from cn_clip.train.run import checkpoint as states_on_disk
 from cn_clip.train.run.log import Log, read_log
@@ -371,12 +372,69 @@ def test_a_disk_full_inside_a_save_leaves_the_state_before_it(pairs, start, tmp_
     assert losses(run) == losses(tmp_path / "whole")
 
 
+def test_a_signal_ends_a_score_at_the_next_image_and_the_run_goes_on_as_if_it_had_not(
+    pairs, start, tmp_path, monkeypatch
+):
+    read, count, fatal = EvalSet.image_bytes, 0, 0
+
+    def counted(self, number):
+        nonlocal count
+        count += 1
+        if count == fatal:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return read(self, number)
+
+    monkeypatch.setattr(EvalSet, "image_bytes", counted)
+    whole = train(make_recipe(pairs, start, tmp_path / "whole", {"epochs": 2}))
+    recipe = make_recipe(pairs, start, tmp_path / "run", {"epochs": 2})
+    images = 16  # of a score
+    # In the first score, in that after epoch 1, and again in that: each is measured again.
+    for at, states in ((2, 0), (images + 2, 2), (2, 2)):
+        count, fatal = 0, at
+        with pytest.raises(InterruptedRun, match="Go on with") as stopped:
+            train(recipe, resume=True)
+        assert stopped.value.code == 128 + signal.SIGTERM
+        assert count <= fatal + 1
+        assert len(states_on_disk.states(tmp_path / "run")) == states
+    fatal = 0
+    outcome = train(recipe, resume=True)
+    assert outcome.scores == whole.scores
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
 def test_only_the_newest_states_are_kept(pairs, start, tmp_path):
     recipe = make_recipe(
         pairs, start, tmp_path / "run", {"epochs": 4}, output={"keep": 2, "save_every": 1}
     )
     train(recipe)
     assert [p.name for p in states_on_disk.states(tmp_path / "run")] == ["000000011", "000000012"]
+
+
+def test_a_copy_of_a_state_and_notes_in_one_outlive_the_newer_states(pairs, start, tmp_path):
+    run = tmp_path / "run"
+    output = {"keep": 1, "save_every": 1}
+    train(make_recipe(pairs, start, run, {"steps": 2, "epochs": None}, output=output))
+    shutil.copytree(run / "states" / "000000002", run / "states" / "000000002.good")
+    (run / "states" / "000000002" / "notes.txt").write_text("mine", encoding="utf-8")
+    more = make_recipe(pairs, start, run, {"steps": 4, "epochs": None}, output=output)
+    assert train(more, resume=True, allow_changes=True).steps == 4
+    assert [path.name for path in states_on_disk.states(run)] == ["000000002", "000000004"]
+    assert (run / "states" / "000000002" / "notes.txt").read_text(encoding="utf-8") == "mine"
+    assert (run / "states" / "000000002.good" / "progress.json").is_file()
+
+
+def test_comments_in_the_recipe_of_a_run_outlive_its_going_on(pairs, start, tmp_path):
+    run = tmp_path / "run"
+    recipe = make_recipe(pairs, start, run, {"steps": 1, "epochs": None})
+    train(recipe)
+    written = (run / "recipe.toml").read_text(encoding="utf-8")
+    (run / "recipe.toml").write_text(f"# why\n{written}", encoding="utf-8")
+    (run / "outcome.json").unlink()
+    train(recipe, resume=True)
+    assert (run / "recipe.toml").read_text(encoding="utf-8") == f"# why\n{written}"
+    longer = make_recipe(pairs, start, run, {"steps": 2, "epochs": None})
+    train(longer, resume=True, allow_changes=True)
+    assert (run / "recipe.toml").read_text(encoding="utf-8") == longer.to_toml()
 
 
 def test_an_empty_source_is_refused(start, tmp_path, pairs):

@@ -11,7 +11,7 @@ from train.runs import make_recipe
 from cn_clip.data.sources.open import open_mix
 from cn_clip.eval.dataset import eval_set_of
 from cn_clip.train.run.log import Log
-from cn_clip.train.run.report import curve, headline, write_report
+from cn_clip.train.run.report import curve, headline, mixtures, write_report
 
 RECALLS = {f"{way}_r{k}": 0.125 for way in ("t2i", "i2t") for k in (1, 5, 10)}
 
@@ -223,3 +223,26 @@ def test_a_long_curve_is_thinned_and_an_empty_one_says_so():
     drawn = points_of(curve([(n, float(n)) for n in range(10_000)], [], "x"))
     assert 300 <= len(drawn) <= 1200
     assert curve([], [], "x") == "<p>none</p>"
+
+
+ROW = {"weight": 0.5, "score": 0.25, "kept": None}
+SWEEP = {"stage": "train", "weight": 0.5, "within": True, "mixtures": [ROW, ROW]}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"mixtures": []},
+        {"mixtures": 5},
+        {"mixtures": [1]},
+        {"mixtures": [ROW, {**ROW, "kept": 0.5}]},
+        {"mixtures": [{"weight": 0.5, "score": 0.25}]},
+        {"mixtures": [{**ROW, "score": "0.25"}]},
+        {"weight": None},
+        {"within": 1},
+        {"stage": []},
+    ],
+)
+def test_a_damaged_line_of_mixtures_is_left_out(damage):
+    event = {"kind": "mixtures", "total": 8} | SWEEP
+    assert mixtures([event, event | damage]) == [SWEEP]

@@ -77,6 +77,7 @@ def run(arguments: Sequence[str]) -> int:
 def _run(arguments: Sequence[str]) -> int:
     try:
         refuse_empty(arguments)
+        _check_folder()
         code = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except KeyboardInterrupt as error:
         return _interrupted(error.number if isinstance(error, Interrupted) else signal.SIGINT)
@@ -85,6 +86,14 @@ def _run(arguments: Sequence[str]) -> int:
             return _interrupted(number)
         return _failed(error, arguments)
     return code if isinstance(code, int) else 0
+
+
+def _check_folder() -> None:
+    """Raise a ``UsageError`` if the current folder was deleted: no process can start in it."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UsageError("the current folder does not exist any more; change to another") from None
 
 
 def _interrupted(number: int) -> int:

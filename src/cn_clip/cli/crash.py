@@ -22,7 +22,10 @@ _FORMS = (
     (re.compile(r"([?&][\w.-]*(?:token|key|sig|secret|passw)[\w.-]*=)[^&\s'\"]+", re.I), r"\1***"),
     (re.compile(r"\bhf_\w{8,}"), "***"),
 )  # fmt: skip
-_SHORTEST = 4  # characters of a secret in the environment; a "1" there hides nothing
+# Values in the environment that are no secrets: short ones, and switches such as
+# TOKENIZERS_PARALLELISM=false, whose words may stand anywhere in the details.
+_SHORTEST = 4  # characters
+_SWITCHES = ("true", "false", "none", "auto")
 
 
 def unexpected(error: Exception, arguments: Sequence[str]) -> str:
@@ -66,7 +69,8 @@ class _Hiding:
 
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
         values = {v for name, v in environment.items() if _SECRET.search(name)}
-        values = {value for value in values if len(value) >= _SHORTEST} | {*_given(arguments)}
+        values = {v for v in values if len(v) >= _SHORTEST and v.lower() not in _SWITCHES}
+        values |= {*_given(arguments)}
         # The longest first: one may be in another.
         self._values = sorted(values - {""}, key=len, reverse=True)
 

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Literal
 from cyclopts import App
 from rich.table import Table
 
-from cn_clip.cli.show import Flag, check_apart, console, print_json, progress
+from cn_clip.cli.show import (
+    Amount,
+    ContextLength,
+    Flag,
+    Workers,
+    check_apart,
+    console,
+    print_json,
+    progress,
+)
 from cn_clip.errors import one_line
 
 if TYPE_CHECKING:
@@ -36,7 +45,7 @@ def pack(
     without: str | None = None,
     images_per_shard: int = 5000,
     split: str = "train",
-    workers: int | None = None,
+    workers: Workers = None,
     overwrite: Flag = False,
     json: Flag = False,
 ) -> int:
@@ -119,9 +128,9 @@ def check(
     /,
     *,
     report: str | None = None,
-    context_length: int = 52,
+    context_length: ContextLength = 52,
     threshold: int = 19,
-    workers: int | None = None,
+    workers: Workers = None,
     json: Flag = False,
 ) -> int:
     """Read every row and every picture of a source, and tell what is wrong with it.
@@ -207,8 +216,8 @@ def decontaminate(
     out: str,
     report: str | None = None,
     threshold: int = 52,
-    min_caption: int = 5,
-    workers: int | None = None,
+    min_caption: Amount = 5,
+    workers: Workers = None,
     overwrite: Flag = False,
     json: Flag = False,
 ) -> int:

@@ -8,6 +8,7 @@ import sys
 from typing import Annotated, Any
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -16,6 +17,11 @@ from cn_clip.errors import UsageError
 BAR_WIDTH = 20
 
 Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
+
+# Whole numbers that mean something: what is outside would fail late, or never.
+Amount = Annotated[int, Parameter(validator=Number(gte=0))]
+ContextLength = Annotated[int, Parameter(validator=Number(gte=2, lte=65536))]
+Workers = Annotated[int | None, Parameter(validator=Number(gte=0, lte=1024))]
 
 
 def console() -> Console:

@@ -8,11 +8,12 @@ from typing import Literal
 
 from PIL import Image
 
-from cn_clip.errors import DataError, ImageError
+from cn_clip.errors import DataError, ImageError, UsageError
 from cn_clip.image.decode import FORMATS, read_image
 
 _SUFFIXES = {
     "JPEG": ".jpg",
+    "MPO": ".jpg",  # a JPEG of a camera, with a preview or a depth map after it
     "PNG": ".png",
     "WEBP": ".webp",
     "GIF": ".gif",
@@ -30,12 +31,21 @@ class Encoding:
     """How pictures are kept: as they are, or with ``max_side`` or ``format``, encoded anew.
 
     ``max_side`` is the longer side in pixels; smaller pictures stay as they are. ``quality`` is
-    that of JPEG and WebP.
+    that of JPEG and WebP, from 0 to 100.
+
+    Raises:
+        UsageError: there is no such side or quality.
     """
 
     max_side: int | None = None
     format: Literal["JPEG", "WEBP"] | None = None
     quality: int = 92
+
+    def __post_init__(self) -> None:
+        if self.max_side is not None and self.max_side < 1:
+            raise UsageError(f"a longer side of {self.max_side} pixels is none; give 1 or more")
+        if not 0 <= self.quality <= 100:
+            raise UsageError(f"the quality is {self.quality}; give 0 to 100")
 
 
 AS_THEY_ARE = Encoding()

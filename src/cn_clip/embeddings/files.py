@@ -229,7 +229,7 @@ def _read_npz(path: Path, kind: Kind) -> Stored:
         text = str(found["about"]) if "about" in found else None
     except ValueError:  # numbers of characters that there are none of
         raise DataError(
-            f"{path}: its ids or what it tells of itself is no text; embed anew"
+            f"{path}: its ids or its description (about) are no text; embed anew"
         ) from None
     if text is not None:
         about = json_object(text, f"{path}: about")

@@ -194,20 +194,18 @@ def describe(source: Any) -> str:
 
 
 def _expand(path: Path) -> tuple[list[Path], list[str]]:
-    """Return the images that a path stands for, and what is to be said of the files beside them."""
+    """Return the images that a path stands for, and notes on the files that are passed over."""
     notes: list[str] = []
     if path.is_dir():
         listing = walk(path)
-        files, notes = listing.files, listing.closed
+        listed, notes = listing.files, listing.closed
     elif path.exists() or not any(c in str(path) for c in "*?["):
         return [path] if path.exists() else [], notes
     else:
-        files = [each for each in find(str(path)) if each.suffix or each.is_file()]
-    passed = passed_over(files, SUFFIXES, path)
-    return [p for p in files if p.suffix.lower() in SUFFIXES], [
-        *notes,
-        *([passed] if passed else []),
-    ]
+        listed = [each for each in find(str(path)) if each.suffix or each.is_file()]
+    if passed := passed_over(listed, SUFFIXES, path):
+        notes.append(passed)
+    return [each for each in listed if each.suffix.lower() in SUFFIXES], notes
 
 
 def _open(source: ImageInput, name: str) -> Image.Image:

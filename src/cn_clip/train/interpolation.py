@@ -154,5 +154,5 @@ def _measured(
     run: Run, model: CLIP, pairs: EvalSet, images: Vectors | None
 ) -> tuple[Retrieval, Vectors]:
     """Return the score of a model, and the embeddings of the images."""
-    images, texts = embed(model, pairs, autocast=run.scored, images=images)
+    images, texts = embed(model, pairs, autocast=run.scored, images=images, tick=run.stop_between)
     return distributed.on_main(lambda: score(images, texts, pairs)), images

@@ -284,7 +284,10 @@ def _after_step(run: Run, training: Training, progress: Progress) -> None:
     )
     stop = run.stop.agreed(run.device)
     if not stop:  # who is told to stop has little time: what is due is done when it goes on
-        measure(run, training, progress)
+        try:
+            measure(run, training, progress)
+        except InterruptedRun:
+            stop = run.stop.agreed(run.device)
     save_every = recipe.output.save_every
     if (
         stop
@@ -327,7 +330,9 @@ def _end(run: Run, progress: Progress, seconds: float) -> Outcome:
     if distributed.is_main():
         weights.save_state(model.config, model.state_dict(), final)
     if run.validation is not None:
-        images, texts = embed(model.to(run.device), run.validation, autocast=run.scored)
+        images, texts = embed(
+            model.to(run.device), run.validation, autocast=run.scored, tick=run.stop_between
+        )
         found = score(images, texts, run.validation)
         log_score(run, "final", progress, found)
         if distributed.is_main():

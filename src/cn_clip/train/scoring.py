@@ -14,18 +14,27 @@ from cn_clip.train.optim import warmup_of
 from cn_clip.train.parallel import reshard, sharded, whole_state
 from cn_clip.train.recipe.schema import Recipe
 from cn_clip.train.run.checkpoint import Progress
+from cn_clip.train.run.loss_watchdog import InterruptedRun
 from cn_clip.train.stage import Run, Training
 from cn_clip.train.validation import Vectors, embed, score
 
 
 def measure(run: Run, training: Training, progress: Progress) -> None:
-    """Evaluate if it is due, keep weights that are the best, and tell whether the stage is over."""
+    """Evaluate if it is due, keep weights that are the best, and tell whether the stage is over.
+
+    Raises:
+        InterruptedRun: a signal came meanwhile; it is due still.
+    """
     if not progress.due:
         return
     progress.due = False
     stage = training.stage
     if run.validation is not None:
-        found = evaluate(run, training, progress)
+        try:
+            found = evaluate(run, training, progress)
+        except InterruptedRun:
+            progress.due = True
+            raise
         # Within the warm-up a standstill says nothing.
         warm = progress.step > warmup_of(training.steps, stage.optimizer)
         plateau = stage.plateau if warm else None
@@ -51,17 +60,20 @@ def evaluate(run: Run, training: Training, progress: Progress) -> Retrieval:
     if average is not None:
         average.swap(model)
     model.eval()
-    images, texts = embed(
-        model,
-        validation,
-        autocast=run.scored,
-        images=training.images,
-        divided=not sharded(model),
-    )
-    reshard(model)
-    if average is not None:
-        average.swap(model)
-    training.set_modes()
+    try:
+        images, texts = embed(
+            model,
+            validation,
+            autocast=run.scored,
+            images=training.images,
+            divided=not sharded(model),
+            tick=run.stop_between,
+        )
+    finally:  # who stops here still saves the state
+        reshard(model)
+        if average is not None:
+            average.swap(model)
+        training.set_modes()
     if not learns(model.visual):
         training.images = images
     found = distributed.on_main(lambda: score(images, texts, validation))

@@ -51,6 +51,19 @@ class Run:
     validation: EvalSet | None
     kept: EvalSet | None = None  # pairs whose score should not suffer
 
+    def stop_between(self) -> None:
+        """Stop between two pictures of a score, if asked to; of several processes, none does alone.
+
+        Raises:
+            InterruptedRun: a signal came.
+        """
+        if self.stop.signal and distributed.world_size() == 1:
+            raise InterruptedRun(
+                "stopped while a score was measured, which is done again when the run goes on. Go "
+                "on with: --resume auto",
+                128 + self.stop.signal,
+            )
+
     def warn(self, what: str, lines: list[str], file: str, total: int = 0) -> None:
         """Name the first of some lines in the log, and write all of them to a file of the run's."""
         if not lines or not distributed.is_main():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -32,12 +32,14 @@ def embed(
     autocast: torch.dtype | None,
     images: Vectors | None = None,
     divided: bool = True,
+    tick: Callable[[], None] = lambda: None,
 ) -> tuple[Vectors, Vectors]:
     """Return the embeddings of all pictures (N, D) and all texts (M, D), on every process.
 
     Each process embeds its share; or all of them everything, if not ``divided``: a model whose
     weights are in shares must run as often on each. A picture that cannot be read has zeros.
     ``images`` from an earlier call are returned as they are, if the image tower has not changed.
+    ``tick`` is called before each picture is read, and before the texts; what it raises ends this.
     """
     embedder = Embedder.from_model(model)
     device = model.text_projection.device.type
@@ -45,7 +47,7 @@ def embed(
         if images is None:
             mine = _my_share(len(validation.images), divided)
             said: list[str] = []
-            rows, errors = embedder.embed_readable(_bytes(validation, mine))
+            rows, errors = embedder.embed_readable(_bytes(validation, mine, tick))
             whole = np.zeros((len(mine), rows.shape[1]), np.float32)
             whole[[n for n in range(len(mine)) if n not in errors]] = rows
             for n, error in errors.items():
@@ -55,6 +57,7 @@ def embed(
             for each in (one for many in distributed.all_gather_object(said) for one in many):
                 if each not in validation.skipped:  # at an evaluation before
                     validation.skipped.append(each)
+        tick()
         mine = _my_share(len(validation.texts), divided)
         texts = _joined(embedder.embed_texts([validation.texts[n] for n in mine]), divided)
     return images, texts
@@ -98,8 +101,11 @@ def shared_pairs(validation: EvalSet, training: Sequence[Weighted]) -> list[str]
     return found
 
 
-def _bytes(validation: EvalSet, numbers: Sequence[int]) -> Iterator[bytes]:
+def _bytes(
+    validation: EvalSet, numbers: Sequence[int], tick: Callable[[], None]
+) -> Iterator[bytes]:
     for number in numbers:
+        tick()
         try:
             yield validation.image_bytes(number)
         except CNClipError:

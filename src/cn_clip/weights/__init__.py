@@ -12,115 +12,78 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cn_clip.weights.checkpoint import (
-        Checkpoint as Checkpoint,
+        Checkpoint,
+        add_to_digest,
+        build,
+        check_fit,
+        check_model,
+        check_own,
+        explained,
+        read,
+        save_folder,
+        save_hugging_face,
+        save_official,
+        save_state,
+        write_folder,
+        write_hugging_face,
+        write_official,
     )
-    from cn_clip.weights.checkpoint import (
-        add_to_digest as add_to_digest,
-    )
-    from cn_clip.weights.checkpoint import (
-        build as build,
-    )
-    from cn_clip.weights.checkpoint import (
-        check_fit as check_fit,
-    )
-    from cn_clip.weights.checkpoint import (
-        check_model as check_model,
-    )
-    from cn_clip.weights.checkpoint import (
-        check_own as check_own,
-    )
-    from cn_clip.weights.checkpoint import (
-        explained as explained,
-    )
-    from cn_clip.weights.checkpoint import (
-        read as read,
-    )
-    from cn_clip.weights.checkpoint import (
-        save_folder as save_folder,
-    )
-    from cn_clip.weights.checkpoint import (
-        save_hugging_face as save_hugging_face,
-    )
-    from cn_clip.weights.checkpoint import (
-        save_official as save_official,
-    )
-    from cn_clip.weights.checkpoint import (
-        save_state as save_state,
-    )
-    from cn_clip.weights.checkpoint import (
-        write_folder as write_folder,
-    )
-    from cn_clip.weights.checkpoint import (
-        write_hugging_face as write_hugging_face,
-    )
-    from cn_clip.weights.checkpoint import (
-        write_official as write_official,
-    )
-    from cn_clip.weights.folder_config import read_config as read_config
-    from cn_clip.weights.official import (
-        infer_config as infer_config,
+    from cn_clip.weights.folder_config import (
+        read_config,
     )
     from cn_clip.weights.official import (
-        official_names as official_names,
-    )
-    from cn_clip.weights.official import (
-        resize_positions as resize_positions,
-    )
-    from cn_clip.weights.official import (
-        unfuse_attention as unfuse_attention,
+        infer_config,
+        official_names,
+        resize_positions,
+        unfuse_attention,
     )
     from cn_clip.weights.tensorfile import (
-        other_parts as other_parts,
-    )
-    from cn_clip.weights.tensorfile import (
-        read_tensors as read_tensors,
-    )
-    from cn_clip.weights.tensorfile import (
-        state_dict_in as state_dict_in,
+        other_parts,
+        read_tensors,
+        state_dict_in,
     )
     from cn_clip.weights.towers import (
-        Tower as Tower,
-    )
-    from cn_clip.weights.towers import (
-        image_tower as image_tower,
-    )
-    from cn_clip.weights.towers import (
-        text_tower as text_tower,
+        Tower,
+        image_tower,
+        text_tower,
     )
 
-# Found on first use, since they load torch: a config is read without it.
-_HOMES = {
-    "Checkpoint": "checkpoint",
-    "Tower": "towers",
-    "add_to_digest": "checkpoint",
-    "build": "checkpoint",
-    "check_fit": "checkpoint",
-    "check_model": "checkpoint",
-    "check_own": "checkpoint",
-    "explained": "checkpoint",
-    "image_tower": "towers",
-    "infer_config": "official",
-    "official_names": "official",
-    "other_parts": "tensorfile",
-    "read": "checkpoint",
-    "read_config": "folder_config",
-    "read_tensors": "tensorfile",
-    "resize_positions": "official",
-    "save_folder": "checkpoint",
-    "save_hugging_face": "checkpoint",
-    "save_official": "checkpoint",
-    "save_state": "checkpoint",
-    "state_dict_in": "tensorfile",
-    "text_tower": "towers",
-    "unfuse_attention": "official",
-    "write_folder": "checkpoint",
-    "write_hugging_face": "checkpoint",
-    "write_official": "checkpoint",
-}
+__all__ = [
+    "Checkpoint",
+    "Tower",
+    "add_to_digest",
+    "build",
+    "check_fit",
+    "check_model",
+    "check_own",
+    "explained",
+    "image_tower",
+    "infer_config",
+    "official_names",
+    "other_parts",
+    "read",
+    "read_config",
+    "read_tensors",
+    "resize_positions",
+    "save_folder",
+    "save_hugging_face",
+    "save_official",
+    "save_state",
+    "state_dict_in",
+    "text_tower",
+    "unfuse_attention",
+    "write_folder",
+    "write_hugging_face",
+    "write_official",
+]
+
+# In this order: a config is read without torch, which the others load.
+_MODULES = ("folder_config", "checkpoint", "official", "tensorfile", "towers")
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'cn_clip.weights' has no attribute {name!r}")
-    value: object = getattr(import_module(f"cn_clip.weights.{_HOMES[name]}"), name)
-    return value
+    for module in _MODULES if name in __all__ else ():
+        value: object = vars(import_module(f"cn_clip.weights.{module}")).get(name)
+        if value is not None:
+            return value
+    raise AttributeError(f"module 'cn_clip.weights' has no attribute {name!r}")

@@ -106,7 +106,8 @@ def build(checkpoint: Checkpoint, *, dtype: torch.dtype | None = torch.float32) 
     state = {}
     for name in list(checkpoint.tensors):
         tensor = checkpoint.tensors.pop(name)
-        state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        # In the usual order: what was saved transposed could be neither viewed nor saved again.
+        state[name] = (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
     model.load_state_dict(state, assign=True)
     return model.eval()
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from rich.table import Table
 
 from cn_clip.cli.loading import model_paths
-from cn_clip.cli.show import Flag, check_apart, console, print_json, progress
+from cn_clip.cli.show import Amount, Flag, check_apart, console, print_json, progress
 from cn_clip.config import Precision
 
 _LISTED = 20  # pictures that failed; --json has all
@@ -24,7 +24,7 @@ def calibrate(
     precision: float = 0.9,
     kind: Literal["logistic", "isotonic"] = "logistic",
     prior: float = 0.5,
-    seed: int = 0,
+    seed: Amount = 0,
     report: str | None = None,
     model: str = "mini",
     device: str = "auto",

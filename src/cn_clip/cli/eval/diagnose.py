@@ -13,7 +13,7 @@ from cyclopts import Parameter
 from rich.table import Table
 
 from cn_clip.cli.loading import DEFAULT, Loading, model_paths
-from cn_clip.cli.show import Flag, console, print_json, progress
+from cn_clip.cli.show import Amount, Flag, console, print_json, progress
 from cn_clip.errors import UsageError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def diagnose(
     report: str | None = None,
     compare: str | None = None,
     threshold: float = 0.95,
-    seed: int = 0,
+    seed: Amount = 0,
     json: Flag = False,
 ) -> int:
     """Tell where a model's recall is lost, and show it on a page.

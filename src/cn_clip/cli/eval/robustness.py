@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from rich.table import Table
 
 from cn_clip.cli.loading import DEFAULT, Loading
-from cn_clip.cli.show import Flag, console, print_json, progress
+from cn_clip.cli.show import Amount, ContextLength, Flag, console, print_json, progress
 
 if TYPE_CHECKING:
     from cn_clip.eval.metrics.recall import Recall
@@ -24,8 +24,8 @@ def robustness(
     data: Annotated[list[str], Parameter(negative=())],
     loading: Loading = DEFAULT,
     normalize: Annotated[tuple[str, ...], Parameter(negative=(), show_default=False)] = (),
-    context_length: int = 52,
-    seed: int = 0,
+    context_length: ContextLength = 52,
+    seed: Amount = 0,
     json: Flag = False,
 ) -> int:
     """Ask for the same pictures in other ways, and print the recall that is lost.

@@ -113,16 +113,18 @@ def check(
     Args:
         source: from ``open_source``.
         context_length: captions with more tokens than that are named.
-        threshold: bits of a perceptual hash in which near-duplicates may differ; 0 turns the
-            search off.
+        threshold: bits of a perceptual hash in which near-duplicates may differ, at most 128; 0
+            turns the search off.
         workers: processes beside this one; 0 does it here.
         tick: called with what is done, rows and then pictures, and how much there is.
 
     Raises:
-        UsageError: the source is empty.
+        UsageError: the source is empty, or the threshold is out of its range.
         DataError: a worker died.
         CNClipError: there is no space for a temporary file of 288 bytes a picture.
     """
+    if not 0 <= threshold <= 128:
+        raise UsageError(f"the threshold is {threshold} bits of 256; give 0 to 128")
     if not len(source):
         raise UsageError(f"{source.name} holds no pair")
     found = Checked(source.name, pairs=len(source), context_length=context_length)

@@ -106,7 +106,7 @@ def trimmed(image: Image.Image) -> Image.Image:
 
     Margins have the colour that most corners share. A picture of one colour stays as it is.
     """
-    image = image.convert("RGB")
+    image = image if image.mode == "RGB" else image.convert("RGB")  # a copy may be 500 MB
     right, bottom = image.width - 1, image.height - 1
     corners = [image.getpixel(at) for at in ((0, 0), (right, 0), (0, bottom), (right, bottom))]
     box = _content_box(image, max(corners, key=corners.count))

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cn_clip.errors import DataError
+from cn_clip.files import MAX_FILE
 
 _HEADER = struct.Struct("<QHHHH")  # page number, padding, kind, end of offsets, start of nodes
 _OVERFLOW_HEADER = struct.Struct("<QHHI")  # page number, padding, kind, count of pages
@@ -32,7 +33,6 @@ _BRANCH, _LEAF, _OVERFLOW, _META_PAGE, _KINDS = 0x01, 0x02, 0x04, 0x08, 0x6F
 _ON_OVERFLOW_PAGES = 0x01  # flag of a node: its value is the number of the first of them
 _PAGE_SIZES = tuple(512 << shift for shift in range(7))
 _MAX_DEPTH = 32  # LMDB's own
-_MAX_VALUE = 1 << 30  # bytes; an image of this size is none
 
 
 class LmdbFile:
@@ -99,7 +99,7 @@ class _Pages:
 
     def __init__(self, stream: FileIO, path: Path) -> None:
         self._stream, self._path = stream, path
-        self._page_count = 2  # the meta pages, until they have said how many there are
+        self._page_count = 2  # the meta pages, until their count is read
         self.size = os.fstat(stream.fileno()).st_size
         first = self._read(0, min(_META_SIZE, self.size))
         self._check_kind(first)
@@ -178,7 +178,7 @@ class _Pages:
         found, _, kind, count = _OVERFLOW_HEADER.unpack(self._read(start, _HEADER.size))
         if (found, kind & _KINDS) != (number, _OVERFLOW) or count > self._page_count - number:
             raise self._damaged(f"page {number} is not the start of a large value")
-        if size > min(count * self._page_size - _HEADER.size, _MAX_VALUE):
+        if size > min(count * self._page_size - _HEADER.size, MAX_FILE):
             raise self._damaged(f"the value at page {number} has {size:,} bytes")
         return self._read(start + _HEADER.size, size)
 
@@ -233,7 +233,7 @@ class _Pages:
 
     def _check_number(self, number: int) -> None:
         if not 2 <= number < self._page_count:
-            raise self._damaged(f"page {number} is asked for, of {self._page_count}")
+            raise self._damaged(f"page {number} is outside of its {self._page_count} pages")
 
     def _read(self, start: int, size: int) -> bytes:
         if start + size > self.size:

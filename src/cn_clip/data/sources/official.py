@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from cn_clip.data.sources.base import Row
-from cn_clip.data.sources.lines import Lines
+from cn_clip.data.sources.lines import Lines, json_object
 from cn_clip.data.sources.tar import Sample
 from cn_clip.errors import DataError
 from cn_clip.files import MAX_FILE
-from cn_clip.text import path_text, read_json
+from cn_clip.text import path_text
 
 _ID_BYTES = 256  # an id longer than this is none
 
@@ -113,13 +113,7 @@ class Tsv:
         ]
 
     def _values(self, line: int) -> dict[str, Any]:
-        try:
-            values = read_json(self._texts[line])
-        except ValueError as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(f"{self._texts.where(line)} is not JSON: {error}") from None
-        return values if isinstance(values, dict) else {}
+        return json_object(self._texts[line], self._texts.where(line))
 
     def _ids(self, line: int) -> list[str]:
         try:

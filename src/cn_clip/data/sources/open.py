@@ -103,17 +103,14 @@ def open_mix(uris: Sequence[str]) -> list[Weighted]:
         raise UsageError("no source of pairs; name one, such as folder:photos or tar:shards/*.tar")
     mix = []
     for uri in uris:
-        weight = re.match(r"([\d.]+)@(.+)", uri, re.DOTALL)
-        if weight is None:
-            mix.append(Weighted(open_source(uri)))
-            continue
+        weight, alone = _weight_of(uri)
         try:
-            factor = float(weight[1])
+            factor = float(weight)
         except ValueError:
             factor = 0.0
         if not 0 < factor < math.inf:
-            raise UsageError(f"{uri}: the weight {weight[1]} is not a number above zero")
-        mix.append(Weighted(open_source(weight[2]), factor))
+            raise UsageError(f"{uri}: the weight {weight} is not a number above zero")
+        mix.append(Weighted(open_source(alone), factor))
     return mix
 
 
@@ -123,10 +120,15 @@ def paths_of(uri: str) -> list[Path]:
     Raises:
         UsageError: the string cannot be understood.
     """
-    weight = re.match(r"([\d.]+)@(.+)", uri, re.DOTALL)
-    _, path, options = _parsed(weight[2] if weight else uri)
-    texts = [Path(options["texts"]).expanduser()] if "texts" in options else []
+    _, path, options = _parsed(_weight_of(uri)[1])
+    texts = [as_path(options["texts"])] if "texts" in options else []
     return [*_expanded(path), *texts]
+
+
+def _weight_of(uri: str) -> tuple[str, str]:
+    """Return the weight before a source, ``"1"`` if there is none, and the source without it."""
+    match = re.match(r"([\d.]+)@(.+)", uri, re.DOTALL)
+    return (match[1], match[2]) if match else ("1", uri)
 
 
 class Chain:
@@ -231,7 +233,7 @@ def _told(path: str, uri: str) -> str:
         return known[suffix]
     if re.search(r"\.(tgz|tbz2?|txz|tar\.\w+)$", path.lower()):
         return "tar"  # which says what to do with it
-    place = os.path.expanduser(path) if path else str(as_path(path))
+    place = os.path.expanduser(path)
     if os.path.isdir(os.path.join(place, "pairs")) and os.path.isdir(os.path.join(place, "imgs")):
         return "lmdb"
     if os.path.isdir(place):

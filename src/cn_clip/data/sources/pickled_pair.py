@@ -100,8 +100,8 @@ def _pair(stack: list[Any]) -> PickledPair:
     found = _top(stack)
     if isinstance(found, tuple | list) and len(found) == 3 and isinstance(found[2], str):
         return found[0], found[1], found[2]
-    said = f"{found!r:.80}" if found is not _MARK else "nothing"
-    raise ValueError(f"its pickle holds {said}; expected {_SHAPE}")
+    what = f"{found!r:.80}" if found is not _MARK else "nothing"
+    raise ValueError(f"its pickle holds {what}; expected {_SHAPE}")
 
 
 def _top(stack: list[Any]) -> Any:

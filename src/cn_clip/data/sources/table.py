@@ -208,7 +208,7 @@ def _dialect(path: Path, given: Given, encoding: str | None) -> tuple[str, int]:
     try:
         head = read_head(path).decode(encoding or "utf-8", "replace").removeprefix("\ufeff")
     except (LookupError, UnicodeError):
-        return default, 0  # said by who reads the file
+        return default, 0  # reading the file reports it
     lines = [line for line in re.split(r"[\r\n]+", head) if line.strip()]
     if not lines:
         return default, 0

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from cn_clip.arrays import read_npz
 from cn_clip.data.sources.base import Row
 from cn_clip.data.sources.index_cache import cached
 from cn_clip.data.sources.lines import json_object, read_at
@@ -147,7 +148,7 @@ class _Index:
 
 
 @dataclass(slots=True)
-class _Held:
+class _Group:
     """The members of one name: image, text and JSON, by suffix, in the order they were met."""
 
     key: str
@@ -161,7 +162,7 @@ class _Held:
         return self.part(SUFFIXES)
 
     @property
-    def told(self) -> bool:
+    def has_text(self) -> bool:
         """Whether there is a text or JSON."""
         return self.part((*_TEXT, *_JSON)) is not None
 
@@ -196,14 +197,14 @@ def _indexed(stream: BinaryIO, path: Path) -> _Index:
     )
 
 
-def _gathered(stream: BinaryIO, path: Path, unmatched: list[str]) -> list[_Held]:
+def _gathered(stream: BinaryIO, path: Path, unmatched: list[str]) -> list[_Group]:
     """Return the members of each name, wherever they stand in the archive.
 
     A name that comes again, as in archives joined to one, begins another sample.
     """
-    latest: dict[str, _Held] = {}
+    latest: dict[str, _Group] = {}
     count: Counter[str] = Counter()
-    found: list[_Held] = []
+    found: list[_Group] = []
     others: list[Path] = []
     for member in _members(stream, path):
         if refused := _refused(member):
@@ -219,7 +220,7 @@ def _gathered(stream: BinaryIO, path: Path, unmatched: list[str]) -> list[_Held]
         key = f"{folder}/{stem}" if folder else stem
         if key not in latest or suffix in latest[key].parts:
             count[key] += 1
-            latest[key] = _Held(key if count[key] == 1 else f"{key}#{count[key]}")
+            latest[key] = _Group(key if count[key] == 1 else f"{key}#{count[key]}")
             found.append(latest[key])
         latest[key].parts[suffix] = (member.offset_data, member.size)
     if passed := passed_over(others, (".cls", ".index"), path):
@@ -227,30 +228,30 @@ def _gathered(stream: BinaryIO, path: Path, unmatched: list[str]) -> list[_Held]
     return found
 
 
-def _matched(held: list[_Held]) -> tuple[list[_Held], list[_Held]]:
+def _matched(found: list[_Group]) -> tuple[list[_Group], list[_Group]]:
     """Return the samples, in the order of their first members, and the names that make none."""
-    groups: dict[str, list[_Held]] = {}
-    for each in held:
+    groups: dict[str, list[_Group]] = {}
+    for each in found:
         folder, _, base = each.key.rpartition("/")
         key = f"{folder}/{base.partition('.')[0]}" if folder else base.partition(".")[0]
         groups.setdefault(key, []).append(each)
-    samples: list[_Held] = []
-    alone: list[_Held] = []
+    samples: list[_Group] = []
+    alone: list[_Group] = []
     for key, group in groups.items():
-        whole = [each for each in group if each.image is not None and each.told]
+        whole = [each for each in group if each.image is not None and each.has_text]
         images = [each for each in group if each.image is not None]
-        told = [each for each in group if each.told]
-        if not whole and len(images) == 1 and told:
+        texts = [each for each in group if each.has_text]
+        if not whole and len(images) == 1 and texts:
             parts = {
-                suffix: span for each in (*told, *images) for suffix, span in each.parts.items()
+                suffix: span for each in (*texts, *images) for suffix, span in each.parts.items()
             }
             if sum(len(each.parts) for each in group) == len(parts):
-                samples.append(_Held(key, parts))
+                samples.append(_Group(key, parts))
                 continue
         samples += whole
         # Beside KEY.jpg, KEY.seg.png is another part of its sample.
         if not any(each.key == key for each in whole):
-            alone += [each for each in group if each.image is None or not each.told]
+            alone += [each for each in group if each.image is None or not each.has_text]
     return samples, alone
 
 
@@ -350,8 +351,6 @@ def _write_index(index: _Index, path: Path) -> None:
 
 
 def _read_index(path: Path) -> _Index:
-    with path.open("rb") as stream, np.load(stream) as stored:
-        keys = bytes(stored["keys"]).decode().split("\n")
-        return _Index(
-            keys, stored["spans"], stored["pairs"], json.loads(bytes(stored["unmatched"]))
-        )
+    stored = read_npz(path, ("keys", "spans", "pairs", "unmatched"))
+    keys = bytes(stored["keys"]).decode().split("\n")
+    return _Index(keys, stored["spans"], stored["pairs"], json.loads(bytes(stored["unmatched"])))

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import warnings
 import zipfile
@@ -38,6 +39,7 @@ from cn_clip.weights.pickles import check_pickle
 
 _STATES = "states"
 _PROGRESS = "progress.json"
+_STEP = re.compile(r"[0-9]{9,}")
 _TENSORS = "tensors"
 _LARGEST_PICKLE = 1 << 20  # of one tensor; some 200 bytes
 # What tensors are described with; a path, because the folder that was saved to is named.
@@ -122,15 +124,18 @@ def save_state(folder: Path, progress: Progress, tensors: Mapping[str, Any], *, 
         ) from error
     if distributed.is_main():
         for old in states(folder)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            if _objection(old) is None:
+                shutil.rmtree(old, ignore_errors=True)
     distributed.barrier()
     return path
 
 
 def states(folder: Path) -> list[Path]:
-    """Return the whole states of a run, oldest first."""
-    found = (folder / _STATES).glob("[0-9]*")
-    return sorted(path for path in found if (path / _PROGRESS).is_file())
+    """Return the whole states of a run, oldest first; a copy that somebody keeps under another name
+    is none."""
+    found = (path for path in (folder / _STATES).glob("[0-9]*") if _STEP.fullmatch(path.name))
+    whole = (path for path in found if (path / _PROGRESS).is_file())
+    return sorted(whole, key=lambda path: int(path.name))
 
 
 def _objection(state: Path) -> str | None:
@@ -189,7 +194,7 @@ class _Reader(FileSystemReader):
             stream.seek(0)
             metadata = _Metadata(stream).load()
         if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-            raise ValueError(".metadata tells of no tensors")
+            raise ValueError(".metadata describes no tensors")
         for place in metadata.storage_data.values():
             name = place.relative_path
             if not isinstance(name, str) or name != Path(name).name:

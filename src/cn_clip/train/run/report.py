@@ -238,10 +238,28 @@ def _scores(events: Sequence[Event], recipe: Recipe) -> str:
 
 
 def mixtures(events: Sequence[Event]) -> list[dict[str, Any]]:
-    """Return the mixtures that were measured, of each stage the last time."""
+    """Return the mixtures that were measured, of each stage the last time.
+
+    Damaged events are left out.
+    """
     names = ("stage", "weight", "within", "mixtures")
-    found = {e["stage"]: {n: e[n] for n in names} for e in events if e["kind"] == "mixtures"}
-    return list(found.values())
+    whole = (each for each in events if each["kind"] == "mixtures" and _is_sweep(each))
+    return list({each["stage"]: {n: each[n] for n in names} for each in whole}.values())
+
+
+def _is_sweep(event: Event) -> bool:
+    """Tell whether an event of mixtures has all that the page shows of them."""
+    rows = event.get("mixtures")
+    if not isinstance(rows, list) or not rows or not all(isinstance(each, dict) for each in rows):
+        return False
+    kept = type(None) if rows[0].get("kept") is None else _NUMBER
+    kinds = {"weight": _NUMBER, "score": _NUMBER, "kept": kept}
+    return (
+        isinstance(event.get("within"), bool)
+        and _fits(event.get("stage"), str)
+        and _fits(event.get("weight"), _NUMBER)
+        and all(n in each and _fits(each[n], kind) for each in rows for n, kind in kinds.items())
+    )
 
 
 def _mixtures(events: Sequence[Event]) -> Iterator[str]:

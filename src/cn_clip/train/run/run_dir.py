@@ -210,9 +210,18 @@ def _looked_into(folder: Path, recipe: Recipe, resume: bool, allow_changes: bool
     (folder / _OUTCOME).unlink(missing_ok=True)  # of the recipe before
     if not states(folder):  # what came of an earlier try is no part of this run
         (folder / "log.jsonl").unlink(missing_ok=True)
-    with published(path) as new:
-        new.write_text(recipe.to_toml(), encoding="utf-8")
+    if not _is_written(path, recipe):
+        with published(path) as new:
+            new.write_text(recipe.to_toml(), encoding="utf-8")
     return None
+
+
+def _is_written(path: Path, recipe: Recipe) -> bool:
+    """Tell whether a file holds a recipe already, perhaps with comments, which are to stay."""
+    try:
+        return not difference(build_recipe(read_recipe(str(path))), recipe)
+    except CNClipError:  # there is none, or it is damaged
+        return False
 
 
 def _read_outcome(folder: Path) -> Outcome | None:
@@ -227,6 +236,7 @@ def _read_outcome(folder: Path) -> Outcome | None:
             int(values["steps"]),
             float(values["seconds"]),
             scores,
+            [dict(each) for each in values.get("mixtures", ())],  # none in those written before
         )
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None
