@@ -34,7 +34,10 @@ def test_every_usual_key_and_prefix_is_read(tiny_model, tmp_path, key, prefix):
     blob = {"epoch": 1, key: state, "optimizer": {"state": {}}, "pytorch-lightning_version": "2.5"}
     torch.save(blob, tmp_path / "file.pt")
     assert_same(weights.read(tmp_path / "file.pt").tensors, state_of(tiny_model))
-    assert weights.other_parts(tmp_path / "file.pt") == ("optimizer", "pytorch-lightning_version")
+    assert weights.other_checkpoint_keys(tmp_path / "file.pt") == (
+        "optimizer",
+        "pytorch-lightning_version",
+    )
 
 
 def test_a_compiled_or_wrapped_part_of_the_model_is_read(tiny_model, tmp_path):
@@ -101,13 +104,13 @@ def test_the_content_decides_not_the_suffix(tiny_model, tmp_path):
             "is a Git LFS pointer of 63 bytes, not the file: git lfs pull",
         ),
         (b"", r"is empty \(0 bytes\); download or copy it again"),
-        (bytes(5000), "begins with zeros, as after a broken download"),
+        (bytes(5000), "starts with zeros, as after a broken download"),
         (b"\n<!DOCTYPE html><html></html>", "is a web page, not the file; .*/resolve/"),
         (b'<?xml version="1.0"?><Error><Code>AccessDenied', "is an XML page"),
         (b'{"model_type": "chinese_clip"}', "is a JSON file, no weights; give the folder"),
-        (gzip.compress(b"x"), "is packed with gzip; unpack it first"),
-        (b"PK\x03\x04" + bytes(100), "is not a whole .*its end is missing.*download"),
-        (b"hello", "is not a whole .*begins as none does; download or copy it again"),
+        (gzip.compress(b"x"), "is compressed with gzip; unpack it first"),
+        (b"PK\x03\x04" + bytes(100), "is not a valid .*its end is missing.*download"),
+        (b"hello", "is not a valid .*unknown first bytes; download or copy it again"),
     ],
 )
 def test_what_is_no_weights_is_named_as_what_it_is(tmp_path, content, message, suffix):
@@ -127,7 +130,7 @@ def test_a_file_that_is_cut_off_says_so_with_the_remedy(tiny_model, tmp_path, ki
         torch.save(state_of(tiny_model), path, _use_new_zipfile_serialization=kind == "zip")
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(CheckpointError, match=r"not a whole .*download"):
+    with pytest.raises(CheckpointError, match=r"not a valid .*download"):
         weights.read(path)
 
 
@@ -172,7 +175,7 @@ def test_a_device_that_is_not_here_is_said_before_any_weight_is_read(
         monkeypatch.setattr(f"cn_clip.hub.{name}", fail)
     monkeypatch.setattr(weights, "read", fail)
     monkeypatch.setattr(weights, "image_tower", fail)
-    message = rf"device '{device}' cannot be used here; torch \S+ has: cpu"
+    message = rf"device '{device}' is not available; torch \S+ has: cpu"
     with pytest.raises(UsageError, match=message):
         cn_clip.load("ViT-B-16", device=device)
     with pytest.raises(UsageError, match=message):
@@ -180,7 +183,7 @@ def test_a_device_that_is_not_here_is_said_before_any_weight_is_read(
     with pytest.raises(UsageError, match=message):
         clip.load(make_model(TINY["vit"]), device=device, clip_path="x.pt")
     assert run(["classify", str(image), "--labels", "猫,狗", "--device", device or "''"]) == 2
-    assert "cannot be used here" in capsys.readouterr().err
+    assert "is not available" in capsys.readouterr().err
 
 
 def available(device):
@@ -196,7 +199,9 @@ def test_a_path_that_no_file_can_have_is_a_missing_file(tmp_path, name):
         weights.read_config(tmp_path / name)
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"x": name.rpartition("/")[2]}}))
-    with pytest.raises(CheckpointError, match=r"is missing|are missing|is no weights beside it"):
+    with pytest.raises(
+        CheckpointError, match=r"is missing|are missing|not a weights file in its folder"
+    ):
         weights.read_tensors(index)
 
 

@@ -182,7 +182,7 @@ def test_no_room_is_said_and_the_next_try_is_not_spoilt_by_it(tmp_path, server):
     path, error = locate(tmp_path, server.address, "RN50", first=first)
     assert not path
     root = tmp_path / "root"
-    assert f"no room in {root} to download RN50" in error
+    assert f"no space in {root} to download RN50" in error
     assert error.endswith("Free some space, or give another place: download_root")
     left = [file for file in root.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in left) < 10_000  # the disk is not kept full
@@ -260,9 +260,9 @@ def test_a_repository_without_weights_says_what_it_has(tmp_path, server):
 
 def test_a_repository_that_is_not_there(tmp_path, server):
     _, error = locate(tmp_path, server.address, "someone/nothing")
-    assert "neither a file or folder here nor could it be fetched from Hugging Face" in error
+    assert "is not a file or folder, and could not be downloaded from Hugging Face" in error
 
 
 def test_a_hub_that_is_none(tmp_path, server):
     _, error = locate(tmp_path, server.address, "RN50", CN_CLIP_HUB="github")
-    assert "CN_CLIP_HUB='github' is no hub known here; give huggingface or modelscope" in error
+    assert "CN_CLIP_HUB='github' is not a known hub; give huggingface or modelscope" in error

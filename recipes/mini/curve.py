@@ -39,7 +39,7 @@ def main() -> None:
                 continue
             load_tensors(path, {"average": learned})
             folder = Path(scratch) / path.name
-            weights.save_state(model.config, state, folder)
+            weights.save_weights(model.config, state, folder)
             cells = [*map(things468.cell, things468.measure(str(folder), pairs).values())]
             drawings = 100 * held_out[progress.total]
             print(f"| {progress.total:,} | {cells[0]} | {cells[1]} | {drawings:.1f} |", flush=True)

@@ -276,7 +276,7 @@ def write_start(
     reduced = known @ axes[: config.text.hidden_size].T
     table = state["bert.embeddings.word_embeddings.weight"]
     table[list(at)] = torch.from_numpy(reduced * (0.03 / reduced.std())).float()
-    weights.save_state(config, state, out / "start")
+    weights.save_weights(config, state, out / "start")
     print(f"start: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters")
 
 

@@ -14,7 +14,7 @@ from conftest import make_picture
 import cn_clip
 from cn_clip import cli
 from cn_clip.cli import run
-from cn_clip.cli.crash import unexpected
+from cn_clip.cli.crash import report_crash
 from cn_clip.cli.show import print_json
 from cn_clip.data.sources.open import open_source
 from cn_clip.errors import DataError, ImageError, UsageError
@@ -134,7 +134,7 @@ def test_a_very_long_message_leaves_the_place_whole(failing):
 def test_the_sentence_can_be_asked_for_without_an_environment(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     error = ValueError("\udcff 猫")
-    assert r"\udcff 猫" in details_of(unexpected(error, ["\udcff"]))
+    assert r"\udcff 猫" in details_of(report_crash(error, ["\udcff"]))
 
 
 def shell(line, **environment):

@@ -23,7 +23,7 @@ from cyclopts import App, CycloptsError
 from cn_clip import __version__
 from cn_clip.cli.classify import classify
 from cn_clip.cli.convert import convert
-from cn_clip.cli.crash import DEBUG, unexpected
+from cn_clip.cli.crash import DEBUG, report_crash
 from cn_clip.cli.data import data
 from cn_clip.cli.doctor import doctor
 from cn_clip.cli.embed import embed
@@ -110,7 +110,7 @@ def _failed(error: Exception, arguments: Sequence[str]) -> int:
     if isinstance(error, OSError) and error.errno in _REFUSED:
         what = error.filename if error.filename is not None else "a file or the output"
         return _fail(f"{what} cannot be read or written: {error.strerror}", 1)
-    return _fail(unexpected(error, arguments), 1)
+    return _fail(report_crash(error, arguments), 1)
 
 
 def _fail(sentence: str, code: int) -> int:

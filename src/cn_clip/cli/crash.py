@@ -25,7 +25,7 @@ _FORMS = (
 _SHORTEST = 4  # characters of a secret in the environment; a "1" there hides nothing
 
 
-def unexpected(error: Exception, arguments: Sequence[str]) -> str:
+def report_crash(error: Exception, arguments: Sequence[str]) -> str:
     """Write the details of an error to a new file, and return the sentence that names it."""
     hide = _Hiding(arguments, os.environ)
     said = one_line(hide(str(error)), limit=110)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from cyclopts import App
 from rich.table import Table
 
-from cn_clip.cli.show import Flag, check_apart, console, print_json, progress
+from cn_clip.cli.show import Flag, check_different_paths, console, print_json, progress
 from cn_clip.errors import one_line
 
 if TYPE_CHECKING:
@@ -252,7 +252,7 @@ def decontaminate(
     claim_removed(out, inputs=inputs, overwrite=overwrite)
     if report is not None:
         claim_page(report, "data decontaminate", inputs=inputs)
-        check_apart(out, report)
+        check_different_paths(out, report)
     train, test = open_source(source), open_source(against)
     for opened in (train, test):
         _note_unmatched(opened)

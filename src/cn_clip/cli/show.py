@@ -43,7 +43,7 @@ def progress() -> Progress:
     )
 
 
-def check_apart(out: str, report: str) -> None:
+def check_different_paths(out: str, report: str) -> None:
     """Refuse one place for two outputs of a command."""
     if os.path.realpath(out) == os.path.realpath(report):
         raise UsageError(f"--out and --report are both {out}; give each a place of its own")

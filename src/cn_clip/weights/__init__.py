@@ -1,8 +1,8 @@
-"""Weights in and out, to and from the model: official ``.pt`` files, Hugging Face folders, ours.
+"""Reading and writing weights: official ``.pt`` files, Hugging Face folders and our folders.
 
-``checkpoint`` reads and writes whole models, ``tensorfile`` reads any file's tensors, ``official``
-and ``huggingface`` know the names and configs of a format, ``towers`` finds the initial weights of
-one tower in files of CLIP or BERT.
+``checkpoint`` reads and writes whole models, ``tensorfile`` reads the tensors of any file,
+``official`` and ``huggingface`` convert the names and configs of a format, and ``towers`` reads
+the initial weights of one tower from CLIP or BERT files.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
         check_model as check_model,
     )
     from cn_clip.weights.checkpoint import (
-        check_own as check_own,
-    )
-    from cn_clip.weights.checkpoint import (
-        explained as explained,
+        describe_write_errors as describe_write_errors,
     )
     from cn_clip.weights.checkpoint import (
         read as read,
+    )
+    from cn_clip.weights.checkpoint import (
+        refuse_foreign_folder as refuse_foreign_folder,
     )
     from cn_clip.weights.checkpoint import (
         save_folder as save_folder,
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
         save_official as save_official,
     )
     from cn_clip.weights.checkpoint import (
-        save_state as save_state,
+        save_weights as save_weights,
     )
     from cn_clip.weights.checkpoint import (
         write_folder as write_folder,
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
         write_hugging_face as write_hugging_face,
     )
     from cn_clip.weights.checkpoint import (
-        write_official as write_official,
+        write_official_checkpoint as write_official_checkpoint,
     )
     from cn_clip.weights.folder_config import read_config as read_config
     from cn_clip.weights.official import (
@@ -70,7 +70,7 @@ if TYPE_CHECKING:
         unfuse_attention as unfuse_attention,
     )
     from cn_clip.weights.tensorfile import (
-        other_parts as other_parts,
+        other_checkpoint_keys as other_checkpoint_keys,
     )
     from cn_clip.weights.tensorfile import (
         read_tensors as read_tensors,
@@ -88,20 +88,20 @@ if TYPE_CHECKING:
         text_tower as text_tower,
     )
 
-# Found on first use, since they load torch: a config is read without it.
-_HOMES = {
+# Imported on first use, because they import torch; reading a config does not need it.
+_MODULES = {
     "Checkpoint": "checkpoint",
     "Tower": "towers",
     "add_to_digest": "checkpoint",
     "build": "checkpoint",
     "check_fit": "checkpoint",
     "check_model": "checkpoint",
-    "check_own": "checkpoint",
-    "explained": "checkpoint",
+    "refuse_foreign_folder": "checkpoint",
+    "describe_write_errors": "checkpoint",
     "image_tower": "towers",
     "infer_config": "official",
     "official_names": "official",
-    "other_parts": "tensorfile",
+    "other_checkpoint_keys": "tensorfile",
     "read": "checkpoint",
     "read_config": "folder_config",
     "read_tensors": "tensorfile",
@@ -109,18 +109,18 @@ _HOMES = {
     "save_folder": "checkpoint",
     "save_hugging_face": "checkpoint",
     "save_official": "checkpoint",
-    "save_state": "checkpoint",
+    "save_weights": "checkpoint",
     "state_dict_in": "tensorfile",
     "text_tower": "towers",
     "unfuse_attention": "official",
     "write_folder": "checkpoint",
     "write_hugging_face": "checkpoint",
-    "write_official": "checkpoint",
+    "write_official_checkpoint": "checkpoint",
 }
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'cn_clip.weights' has no attribute {name!r}")
-    value: object = getattr(import_module(f"cn_clip.weights.{_HOMES[name]}"), name)
+    value: object = getattr(import_module(f"cn_clip.weights.{_MODULES[name]}"), name)
     return value
