@@ -75,7 +75,7 @@ def test_what_disagrees_is_not_written(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setitem(
         module._WRITERS, "official", lambda _, path: weights.save_official(other, path)
     )
-    with pytest.raises(CheckpointError, match="was not written: it would give vectors that differ"):
+    with pytest.raises(CheckpointError, match="was not written: its embeddings would differ"):
         convert(tmp_path / "in", tmp_path / "out.pt", "official")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
@@ -136,7 +136,7 @@ def test_a_full_disk_in_the_midst_keeps_the_old_output(
     assert run(["convert", str(given), str(out), "--to", to, "--overwrite"]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"cn-clip: could not write {out}: ")
-    assert error.endswith("nothing was changed. Free some space or choose another place\n")
+    assert error.endswith("nothing was changed. Free some space or choose another path\n")
     assert error.count("\n") == 1
     assert re.search("File too large|No space left on device", error)
     assert contents(out) == before
@@ -146,7 +146,7 @@ def test_a_full_disk_in_the_midst_keeps_the_old_output(
 def test_a_format_without_a_place_for_the_model_says_so(tmp_path, capsys):
     weights.save_folder(make_model(TINY["resnet"]), tmp_path / "in")
     assert run(["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--to", "hf"]) == 1
-    assert "ViT image towers only, not for resnet" in capsys.readouterr().err
+    assert "supports only ViT image towers, not resnet" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -192,7 +192,7 @@ def test_embedding_again_gives_the_same(folder):
         ({"name_or_path": "no/such/model.pt"}, UsageError, "no such file or folder"),
         ({"name_or_path": "./mini"}, UsageError, "no such file or folder"),
         ({"backend": "tensorrt"}, UsageError, "unknown backend 'tensorrt'"),
-        ({"device": "toaster"}, UsageError, "device 'toaster' cannot be used"),
+        ({"device": "toaster"}, UsageError, "device 'toaster' is not available"),
         ({"precision": "int3"}, UsageError, "unknown precision 'int3'"),
     ],
 )

@@ -61,7 +61,9 @@ def test_prefixes_are_left_off_the_towers_of_other_models_too(tiny_model, tmp_pa
 def test_two_models_in_one_state_dict_are_not_mixed(tiny_model, tmp_path):
     state = state_of(tiny_model)
     torch.save(state | {f"module.{n}": t for n, t in state.items()}, tmp_path / "file.pt")
-    with pytest.raises(CheckpointError, match=r"twice, as 'module.* keep one model of the two"):
+    with pytest.raises(
+        CheckpointError, match=r"twice, also as 'module.*; keep only one"
+    ):
         weights.read(tmp_path / "file.pt")
 
 
@@ -107,7 +109,7 @@ def test_the_content_decides_not_the_suffix(tiny_model, tmp_path):
         (bytes(5000), "starts with zeros, as after a broken download"),
         (b"\n<!DOCTYPE html><html></html>", "is a web page, not the file; .*/resolve/"),
         (b'<?xml version="1.0"?><Error><Code>AccessDenied', "is an XML page"),
-        (b'{"model_type": "chinese_clip"}', "is a JSON file, no weights; give the folder"),
+        (b'{"model_type": "chinese_clip"}', "is a JSON file, not weights; give its folder"),
         (gzip.compress(b"x"), "is compressed with gzip; unpack it first"),
         (b"PK\x03\x04" + bytes(100), "is not a valid .*its end is missing.*download"),
         (b"hello", "is not a valid .*unknown first bytes; download or copy it again"),
@@ -136,9 +138,9 @@ def test_a_file_that_is_cut_off_says_so_with_the_remedy(tiny_model, tmp_path, ki
 
 def test_a_folder_and_a_file_in_each_others_place_are_named(tiny_model, tmp_path):
     weights.save_folder(tiny_model, tmp_path / "model")
-    with pytest.raises(CheckpointError, match=r"config\.json is a JSON file.*give the folder"):
+    with pytest.raises(CheckpointError, match=r"config\.json is a JSON file.*give its folder"):
         weights.read(tmp_path / "model" / "config.json")
-    with pytest.raises(MissingWeightsError, match="is a folder; give the file"):
+    with pytest.raises(MissingWeightsError, match="is a folder; give the weights file"):
         weights.read_tensors(tmp_path / "model")
     with pytest.raises(MissingWeightsError, match=r"give one of these in it: model"):
         weights.read(tmp_path)
@@ -268,7 +270,7 @@ def test_a_config_describes_no_more_than_the_weights_hold(tiny_model, tmp_path):
     values["text"] |= {"hidden_size": 4096, "heads": 64, "layers": 20}
     written(tmp_path / "model", values)
     with pytest.raises(
-        CheckpointError, match=r"about [\d,]+ parameters and the weights hold 1,569,"
+        CheckpointError, match=r"about [\d,]+ parameters and the weights have 1,569,"
     ):
         weights.build(weights.read(tmp_path / "model"))
     values["text"] |= {"hidden_size": 16384, "layers": 256}

@@ -61,8 +61,8 @@ def checked(pickled, size=1000):
     ("pickled", "message"),
     [
         (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}b.", "changes a class"),
-        (b"\x80\x02]q\x00]h\x00ah\x00K\x01a.", "changes a class, or an object that another"),
-        (b"\x80\x02]r\xff\xff\xff\x7f.", "impossible place"),
+        (b"\x80\x02]q\x00]h\x00ah\x00K\x01a.", "changes a class, or an object inside another"),
+        (b"\x80\x02]r\xff\xff\xff\x7f.", "impossible memo index"),
         (
             b"\x80\x02c__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85R.",
             r"names __builtin__\.bytearray",
@@ -144,7 +144,7 @@ def test_an_archive_with_two_members_of_one_name_is_refused(whole):
 
 def test_a_zip_archive_of_something_else_is_named(whole):
     rewritten(whole, change=lambda name: name.replace("data.pkl", "notes.txt"))
-    with pytest.raises(CheckpointError, match="is a zip archive, but none of torch"):
+    with pytest.raises(CheckpointError, match="is a zip archive, but not one of torch"):
         weights.read(whole)
 
 
@@ -207,7 +207,7 @@ def test_fused_or_parted_weights_of_impossible_shapes_are_named(tiny_model, tmp_
     for shape in ((), (2, 64), (0, 64)):
         state = dict(tiny_model.state_dict()) | {name: torch.zeros(shape)}
         torch.save(state, tmp_path / "file.pt")
-        with pytest.raises(CheckpointError, match="is not three weights in one"):
+        with pytest.raises(CheckpointError, match="cannot be split in three"):
             weights.read(tmp_path / "file.pt")
-    with pytest.raises(CheckpointError, match="no square grid"):
+    with pytest.raises(CheckpointError, match="not a square grid"):
         weights.resize_positions(torch.zeros(7, 4), 17)

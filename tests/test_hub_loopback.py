@@ -183,7 +183,7 @@ def test_no_room_is_said_and_the_next_try_is_not_spoilt_by_it(tmp_path, server):
     assert not path
     root = tmp_path / "root"
     assert f"no space in {root} to download RN50" in error
-    assert error.endswith("Free some space, or give another place: download_root")
+    assert error.endswith("Free some space, or give another folder: download_root")
     left = [file for file in root.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in left) < 10_000  # the disk is not kept full
     assert locate(tmp_path, server.address, "RN50")[0] == str(root / FILE)

@@ -148,6 +148,6 @@ def test_the_preprocessing_written_gives_the_same_pixels(tiny_model, tmp_path):
 
 @pytest.mark.parametrize("kind", ["resnet", "efficientnet_lite"])
 def test_towers_that_the_format_has_no_place_for_are_refused(kind, tmp_path):
-    with pytest.raises(CheckpointError, match=f"ViT image towers only, not for {kind}"):
+    with pytest.raises(CheckpointError, match=f"supports only ViT image towers, not {kind}"):
         weights.save_hugging_face(make_model(TINY[kind]), tmp_path / "hf")
     assert not list(tmp_path.iterdir())

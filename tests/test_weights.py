@@ -201,10 +201,10 @@ def test_weights_of_something_else_are_named_as_such(tmp_path):
 @pytest.mark.parametrize(
     ("name", "tensor", "message"),
     [
-        ("visual.conv1.weight", torch.zeros(()), "make no model"),
-        ("text_projection", torch.zeros(3), "make no model"),
+        ("visual.conv1.weight", torch.zeros(()), "are those of no model"),
+        ("text_projection", torch.zeros(3), "are those of no model"),
         ("visual.conv1.weight", torch.zeros(64, 3, 0, 0), "impossible value"),
-        ("bert.embeddings.word_embeddings.weight", torch.zeros(3), "make no model"),
+        ("bert.embeddings.word_embeddings.weight", torch.zeros(3), "are those of no model"),
         ("text_projection", torch.zeros(64, 32, dtype=torch.int64), "1 not of floating point"),
     ],
 )
@@ -263,7 +263,7 @@ def test_saving_over_a_folder_replaces_it_but_not_one_with_other_files(tiny_mode
     weights.save_folder(make_model(TINY["resnet"]), tmp_path / "model")
     assert weights.read(tmp_path / "model").config.vision.kind == "resnet"
     (tmp_path / "model" / "notes.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match="holds other files"):
+    with pytest.raises(CheckpointError, match="has other files"):
         weights.save_folder(tiny_model, tmp_path / "model")
     assert (tmp_path / "model" / "notes.txt").read_text() == "mine"
 

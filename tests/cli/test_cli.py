@@ -181,8 +181,8 @@ def test_doctor_names_what_is_missing_or_too_old_with_the_command(cn_clip, monke
     monkeypatch.setattr(module, "_version", lambda name: versions.get(name, real(name)))
     code, out, _ = cn_clip("doctor", "--offline")
     assert code == 1 and "not ready" in out
-    assert "missing; add it: pip install 'torch>=2.6'" in out
-    assert "9.5.0 is too old; add it: pip install 'pillow>=13'" in out
+    assert "missing; install it: pip install 'torch>=2.6'" in out
+    assert "9.5.0 is too old; install it: pip install 'pillow>=13'" in out
 
 
 def test_a_console_that_knows_no_chinese_gets_escapes_not_a_crash(model, folder_of_pictures):

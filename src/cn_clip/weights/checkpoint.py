@@ -150,7 +150,7 @@ def check_model(actual: ModelConfig, expected: ModelConfig, path: str | os.PathL
     if replace(actual, name="") != replace(expected, name=""):
         struct = PUBLISHED[actual.name].struct if actual.name in PUBLISHED else actual.name
         raise CheckpointError(
-            f"{path} is {struct} for {actual.vision.resolution} pixels, not {expected.name} for "
+            f"{path} holds {struct} for {actual.vision.resolution} pixels, not {expected.name} for "
             f"{expected.vision.resolution}; load it by its path, or replace the file"
         )
 
