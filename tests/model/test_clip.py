@@ -1,4 +1,4 @@
-"""The towers against the reference's features, and what must never change them."""
+"""Features of the towers compared with the reference, and their invariants."""
 
 import json
 
@@ -74,7 +74,7 @@ def test_padding_never_changes_a_text_feature(tiny_model):
 
 
 @torch.inference_mode()
-def test_a_text_of_nothing_but_padding_is_finite(tiny_model):
+def test_features_of_padding_only_are_finite(tiny_model):
     assert tiny_model.encode_text(torch.zeros(2, 52, dtype=torch.long)).isfinite().all()
 
 
@@ -124,7 +124,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind):
     for enable in (False, True):
         model = make_model(TINY[kind])
         model.bert.train()
-        if kind == "vit":  # frozen statistics elsewhere: BatchNorm must not see a batch twice
+        if kind == "vit":  # elsewhere statistics are frozen: BatchNorm must not count a batch twice
             model.visual.train()
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
@@ -145,7 +145,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind):
             assert difference < 1e-4, name
 
 
-def test_flip_keeps_the_class_token_and_its_share_of_distinct_patches():
+def test_patch_masking_keeps_the_class_token_and_a_fraction_of_distinct_patches():
     x = torch.arange(2 * 17 * 3, dtype=torch.float32).view(2, 17, 3)
     kept = keep_random_patches(x, 0.5, torch.Generator().manual_seed(0))
     assert kept.shape == (2, 9, 3)
@@ -153,11 +153,13 @@ def test_flip_keeps_the_class_token_and_its_share_of_distinct_patches():
         assert (row[0] == original[0]).all()
         patches = {tuple(patch.tolist()) for patch in row[1:]}
         assert len(patches) == 8 and patches <= {tuple(p.tolist()) for p in original[1:]}
-    assert not (kept[0, 1:] - x[0, 0] == kept[1, 1:] - x[1, 0]).all()  # each image its own
+    assert not (
+        kept[0, 1:] - x[0, 0] == kept[1, 1:] - x[1, 0]
+    ).all()  # images drop different patches
 
 
 @torch.inference_mode()
-def test_mask_ratio_reaches_the_vit_and_no_other_tower(any_tiny_model):
+def test_mask_ratio_affects_only_the_vit(any_tiny_model):
     images, _ = inputs(any_tiny_model)
     masked = any_tiny_model.encode_image(images, mask_ratio=0.5)
     changed = not torch.equal(masked, any_tiny_model.encode_image(images))
@@ -188,7 +190,7 @@ def test_the_same_seed_initializes_the_same_weights():
 
 
 @pytest.mark.parametrize("kind", sorted(TINY))
-def test_initialize_leaves_no_weight_undrawn(kind):
+def test_initialize_sets_every_weight(kind):
     model = CLIP(TINY[kind])
     with torch.no_grad():
         for parameter in model.parameters():
