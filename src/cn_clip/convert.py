@@ -73,7 +73,7 @@ def convert(
         overwrite: replace ``out`` if this function wrote it.
 
     Raises:
-        UsageError: ``out`` exists, is an input or holds other files; see ``publish.claim``.
+        UsageError: ``out`` exists, is an input or has other files; see ``publish.claim``.
         CheckpointError: ``source`` is not a Chinese-CLIP, the format cannot represent it, or the
             embeddings differ. ``out`` is unchanged.
     """

@@ -262,18 +262,18 @@ def load(
         from cn_clip.backends.torch import pick_device
 
         pick_device(device)
-    given = os.fspath(name_or_path)
-    if not given.strip():
+    reference = os.fspath(name_or_path)
+    if not reference.strip():
         raise UsageError(
             f"the model name is empty; give a path or one of: {', '.join(hub.names())}"
         )
-    name = given.replace("/", "-")  # OpenAI writes ViT-B/16
+    name = reference.replace("/", "-")  # OpenAI writes ViT-B/16
     if name in hub.names():
         path = hub.locate(name, download_root=download_root)
-    elif hub.is_repository(given) and not os.path.exists(given):
-        path = hub.locate(given, download_root=download_root)
+    elif hub.is_repository(reference) and not os.path.exists(reference):
+        path = hub.locate(reference, download_root=download_root)
     else:
-        path = _existing(given)
+        path = _existing_path(reference)
     from cn_clip.backends.torch import (  # torch takes a second to import
         TorchBackend,
         file_fingerprint,
@@ -292,13 +292,13 @@ def load(
     return Embedder(torch_backend, model.config, fingerprint=fingerprint, fast_decode=fast_decode)
 
 
-def _existing(given: str) -> Path:
+def _existing_path(reference: str) -> Path:
     try:
-        path = Path(given).expanduser()
+        path = Path(reference).expanduser()
         if path.exists():
             return path
     except (OSError, ValueError, RuntimeError) as error:  # too long, no such user
-        raise UsageError(f"{given!r:.80} is not a valid path: {error}") from None
-    if path.suffix or "/" in given or os.sep in given:
-        raise UsageError(f"no such file or folder: {given!r}")
-    raise UnknownModelError("model", given, hub.names())
+        raise UsageError(f"{reference!r:.80} is not a valid path: {error}") from None
+    if path.suffix or "/" in reference or os.sep in reference:
+        raise UsageError(f"no such file or folder: {reference!r}")
+    raise UnknownModelError("model", reference, hub.names())

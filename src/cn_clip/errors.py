@@ -24,12 +24,12 @@ class UsageError(CNClipError, ValueError):
 class UnknownNameError(UsageError):
     """A name is unknown; the message suggests the nearest known names."""
 
-    def __init__(self, what: str, name: str, known: Iterable[str]) -> None:
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         known = list(known)
         by_lower_case = {candidate.lower(): candidate for candidate in known}
         near = difflib.get_close_matches(name.lower(), by_lower_case, n=2, cutoff=0.6)
         hint = f"did you mean {' or '.join(by_lower_case[n] for n in near)}? " if near else ""
-        super().__init__(f"unknown {what} {name!r}; {hint}available: {', '.join(known)}")
+        super().__init__(f"unknown {kind} {name!r}; {hint}available: {', '.join(known)}")
 
 
 class UnknownModelError(UnknownNameError, RuntimeError):

@@ -110,32 +110,32 @@ def build(checkpoint: Checkpoint, *, dtype: torch.dtype | None = torch.float32) 
     return model.eval()
 
 
-def check_fit(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], model: str) -> None:
-    """Raise a ``CheckpointError`` that lists all differences of ``given`` from ``expected``."""
+def check_fit(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], model: str) -> None:
+    """Raise a ``CheckpointError`` that lists all differences of ``actual`` from ``expected``."""
     problems = [
-        *_listed("missing", [name for name in expected if name not in given]),
-        *_listed("unexpected", [name for name in given if name not in expected]),
+        *_listed("missing", [name for name in expected if name not in actual]),
+        *_listed("unexpected", [name for name in actual if name not in expected]),
         *_listed(
             "wrongly shaped",
             [
-                f"{name} {list(given[name].shape)} instead of {list(expected[name].shape)}"
+                f"{name} {list(actual[name].shape)} instead of {list(expected[name].shape)}"
                 for name in expected
-                if name in given and given[name].shape != expected[name].shape
+                if name in actual and actual[name].shape != expected[name].shape
             ],
         ),
         *_listed(
             "not of floating point",
             [
-                f"{name} {given[name].dtype}"
+                f"{name} {actual[name].dtype}"
                 for name in expected
-                if name in given
+                if name in actual
                 and expected[name].is_floating_point()
-                and not _is_float(given[name])
+                and not _is_float(actual[name])
             ],
         ),
     ]
     if problems:
-        foreign = [n for n in given if n not in expected and n.split(".")[0] not in _PARTS]
+        foreign = [n for n in actual if n not in expected and n.split(".")[0] not in _PARTS]
         remedy = (
             f"; {foreign[0]} belongs to no tower: if the model works without it, remove it and "
             "save the rest"

@@ -89,16 +89,16 @@ def check_pickle(stream: BinaryIO, *, size: int) -> Any:
         elif name == "MARK":
             stack.append(_MARK)
         elif kind == "make":
-            stack.append(_made(name, _popped(stack, _TAKES[name]), size))
+            stack.append(_build(name, _pop(stack, _TAKES[name]), size))
         elif kind == "make of marked":
-            stack.append(_made(name, _popped_to_mark(stack), size))
+            stack.append(_build(name, _pop_to_mark(stack), size))
         elif kind == "fill":
-            _fill(_popped(stack, _TAKES[name]), stack[-1])
+            _fill(_pop(stack, _TAKES[name]), stack[-1])
         elif kind == "fill with marked":
-            _fill(_popped_to_mark(stack), stack[-1])
+            _fill(_pop_to_mark(stack), stack[-1])
         elif kind == "class":
             if name == "STACK_GLOBAL":
-                argument = " ".join(str(value.content) for value in _popped(stack, 2))
+                argument = " ".join(str(value.content) for value in _pop(stack, 2))
             stack.append(_Value(mutable=False, content=argument))
         elif name == "POP":
             stack.pop()
@@ -113,7 +113,7 @@ def check_pickle(stream: BinaryIO, *, size: int) -> Any:
     raise ValueError("the pickle has no end")
 
 
-def _popped(stack: list[_Value], count: int) -> list[_Value]:
+def _pop(stack: list[_Value], count: int) -> list[_Value]:
     values = stack[-count:]
     if len(values) < count or any(value is _MARK for value in values):
         raise ValueError("the pickle pops more than its stack has")
@@ -121,21 +121,21 @@ def _popped(stack: list[_Value], count: int) -> list[_Value]:
     return values
 
 
-def _popped_to_mark(stack: list[_Value]) -> list[_Value]:
+def _pop_to_mark(stack: list[_Value]) -> list[_Value]:
     values = []
     while (value := stack.pop()) is not _MARK:
         values.append(value)
     return values[::-1]
 
 
-def _made(name: str, parts: list[_Value], size: int) -> _Value:
-    made = _Value()
-    _fill(parts, made)
+def _build(name: str, parts: list[_Value], size: int) -> _Value:
+    value = _Value()
+    _fill(parts, value)
     if name.startswith("TUPLE") and len(parts) <= 8:
-        made.content = tuple(part.content for part in parts)
+        value.content = tuple(part.content for part in parts)
     elif name == "BINPERSID":
         values = parts[0].content if isinstance(parts[0].content, tuple) else ()
-        elements = max((value for value in values if isinstance(value, int)), default=0)
+        elements = max((v for v in values if isinstance(v, int)), default=0)
         if elements > size:
             raise ValueError(f"it declares {elements:,} elements in {size:,} bytes")
     elif name == "REDUCE":
@@ -144,7 +144,7 @@ def _made(name: str, parts: list[_Value], size: int) -> _Value:
         if called in _ALLOCATE or (called == "_codecs encode" and encoding not in _ENCODINGS):
             function = called.replace(" ", ".")
             raise RefusedPickle(f"its pickle names {function}; only tensors are read, never code")
-    return made
+    return value
 
 
 def _fill(parts: list[_Value], target: _Value) -> None:
