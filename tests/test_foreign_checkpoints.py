@@ -147,7 +147,7 @@ def test_a_folder_given_as_a_file_and_a_file_as_a_folder_are_named(tiny_model, t
     with pytest.raises(MissingWeightsError, match=r"has no config.json.*in it: epoch_9\.pt"):
         weights.read(tmp_path / "runs")
     (tmp_path / "runs" / "latest").write_text("global_step9")
-    with pytest.raises(MissingWeightsError, match=r"DeepSpeed's: give the mp_rank_00"):
+    with pytest.raises(MissingWeightsError, match=r"DeepSpeed wrote it: give the mp_rank_00"):
         weights.read(tmp_path / "runs")
 
 

@@ -30,7 +30,7 @@ def test_features_have_one_row_per_image_at_any_resolution():
 
 
 def test_a_resolution_that_is_not_a_multiple_of_32_is_refused():
-    with pytest.raises(ValueError, match="divides by 32, not 100"):
+    with pytest.raises(ValueError, match="multiple of 32, not 100"):
         EfficientNetLite(replace(LITE.vision, resolution=100), 8)
 
 
