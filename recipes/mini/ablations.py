@@ -55,9 +55,9 @@ def main() -> None:
     for without in (None, *WITHOUT):
         images_left = ablated_images(images, without)
         space = ablated_space(encode, *ablated_things(without), without)
-        texts = sorted({text for each in images_left for text in each.words.texts})
+        texts = sorted({text for image in images_left for text in image.words.texts})
         targets = dict(zip(texts, space.targets(texts), strict=True))
-        features_left = np.stack([features[file_stem(each)] for each in images_left])
+        features_left = np.stack([features[file_stem(image)] for image in images_left])
         tower = fitted_tower(images_left, features_left, targets, space.prototypes)
         x = torch.from_numpy(stamp_features)
         with torch.no_grad():

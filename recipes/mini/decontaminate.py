@@ -70,7 +70,7 @@ def main() -> None:
     subprocess.run(["dpkg", "-x", package.name, "unpacked"], cwd=work, check=True)
     root = work / "unpacked/usr/share/tuxpaint/stamps"
     stamps = [(str(p.relative_to(root)), p.read_bytes()) for p in sorted(root.rglob("*.png"))]
-    images = [(each.name, each.data) for each in all_images(options.packages)]
+    images = [(image.name, image.data) for image in all_images(options.packages)]
     against, train = write_set("stamps", stamps, work), write_set("images", images, work)
     out = work / "removed.jsonl"
     command = [sys.executable, "-m", "cn_clip", "data", "decontaminate", f"jsonl:{train}"]

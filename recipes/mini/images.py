@@ -68,11 +68,19 @@ def all_images(packages: Path) -> Iterator[SourceImage]:
     yield from iconify(modules / "@iconify-json/emojione", "emojione", words, chars=noto)
     debian = packages / "debian"
     png = debian / "openclipart-png/usr/share/openclipart/png"
-    for key, each in labels("clip_art.tsv").items():
-        yield SourceImage("clip-art", key, each.names[0], each, (png / f"{key}.png").read_bytes())
+    for key, words_of_image in labels("clip_art.tsv").items():
+        yield SourceImage(
+            "clip-art",
+            key,
+            words_of_image.names[0],
+            words_of_image,
+            (png / f"{key}.png").read_bytes(),
+        )
     games = debian / "pysiogame/usr/share/games/pysiogame/res/images"
-    for key, each in labels("games.tsv").items():
-        yield SourceImage("games", key, each.names[0], each, (games / key).read_bytes())
+    for key, words_of_image in labels("games.tsv").items():
+        yield SourceImage(
+            "games", key, words_of_image.names[0], words_of_image, (games / key).read_bytes()
+        )
 
 
 def emoji_words(modules: Path) -> dict[str, Words]:

@@ -86,9 +86,9 @@ def first_name_only(words: Words) -> Words:
 def ablated_images(images: list[SourceImage], without: str | None) -> list[SourceImage]:
     """Return the images and words that an ablation keeps."""
     if without == "clip-art":
-        return [each for each in images if each.source != "clip-art"]
+        return [image for image in images if image.source != "clip-art"]
     if without == "synonyms":
-        return [replace(each, words=first_name_only(each.words)) for each in images]
+        return [replace(image, words=first_name_only(image.words)) for image in images]
     return images
 
 
@@ -100,8 +100,8 @@ def ablated_things(without: str | None) -> tuple[list[Thing], list[Thing]]:
     return named, known
 
 
-def with_one_name(some: list[Thing]) -> list[Thing]:
-    return [replace(each, words=first_name_only(each.words)) for each in some]
+def with_one_name(things: list[Thing]) -> list[Thing]:
+    return [replace(thing, words=first_name_only(thing.words)) for thing in things]
 
 
 def ablated_space(
@@ -140,14 +140,14 @@ def write_images(packages: Path, out: Path) -> list[SourceImage]:
     excluded = {json.loads(line)["picture"] for line in lines}
     folder = out / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
-    images = [each for each in all_images(packages) if each.name not in excluded]
+    images = [image for image in all_images(packages) if image.name not in excluded]
     with ProcessPoolExecutor(2) as pool:
         good = pool.map(partial(write_image, folder=folder), images, chunksize=16)
         written = [replace(p, data=b"") for p, ok in zip(images, good, strict=True) if ok]
     by_content: dict[bytes, list[SourceImage]] = defaultdict(list)
-    for each in written:
-        content = (folder / f"{file_stem(each)}.png").read_bytes()
-        by_content[hashlib.sha256(content).digest()].append(each)
+    for image in written:
+        content = (folder / f"{file_stem(image)}.png").read_bytes()
+        by_content[hashlib.sha256(content).digest()].append(image)
     return [merge(duplicates) for duplicates in by_content.values()]
 
 
@@ -156,7 +156,7 @@ def merge(duplicates: list[SourceImage]) -> SourceImage:
     duplicates = sorted(duplicates, key=lambda image: len(image.words.names[0]))
 
     def all_of(kind: str) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(t for each in duplicates for t in getattr(each.words, kind)))
+        return tuple(dict.fromkeys(t for image in duplicates for t in getattr(image.words, kind)))
 
     words = Words(all_of("names"), all_of("broader"), all_of("captions"))
     return replace(duplicates[0], words=words)
@@ -199,10 +199,10 @@ def write_pairs(images: list[SourceImage], out: Path) -> None:
     for split, split_rows in rows.items():
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in split_rows]
         (out / f"{split}.jsonl").write_text("".join(lines), "utf-8")
-        shown = [p for p in images if (p.words.names[0] in validation) == (split == "val")]
+        split_images = [p for p in images if (p.words.names[0] in validation) == (split == "val")]
         print(
-            f"{split}: {len(split_rows)} pairs of {len(shown)} images "
-            f"({dict(Counter(p.source for p in shown))}), "
+            f"{split}: {len(split_rows)} pairs of {len(split_images)} images "
+            f"({dict(Counter(p.source for p in split_images))}), "
             f"{len({r['text'] for r in split_rows})} texts"
         )
 
@@ -211,11 +211,11 @@ def write_sentences(
     space: Space, known: list[Thing], images: list[SourceImage], packages: Path, out: Path
 ) -> dict[str, np.ndarray]:
     """Write texts and their target embeddings; return the targets by text."""
-    named = [name for each in known for name in each.words.names]
-    said = [text for each in known for text in each.words.broader + each.words.captions]
-    shown = [text for each in images for text in each.words.texts]
-    of_things = list(dict.fromkeys([*named, *said, *shown]))
-    chinese = list(dict.fromkeys(named + [p.words.names[0] for p in images]))
+    names = [name for thing in known for name in thing.words.names]
+    other_texts = [text for thing in known for text in thing.words.broader + thing.words.captions]
+    image_texts = [text for image in images for text in image.words.texts]
+    of_things = list(dict.fromkeys([*names, *other_texts, *image_texts]))
+    chinese = list(dict.fromkeys(names + [p.words.names[0] for p in images]))
     words, nouns = jieba_words(FREQUENT_WORDS)
     tokens = vocabulary(VOCABULARY)
     patterned = fill_templates(chinese, 4, seed=1) | fill_templates(
@@ -319,7 +319,7 @@ def target_of(image: SourceImage, targets: dict[str, np.ndarray]) -> np.ndarray:
 def checksum(part: Path) -> str:
     """Return the SHA-256 of a file, or of the names and contents of all files in a folder."""
     digest = hashlib.sha256()
-    for path in sorted(each for each in (part, *part.rglob("*")) if each.is_file()):
+    for path in sorted(path for path in (part, *part.rglob("*")) if path.is_file()):
         digest.update(f"{path.relative_to(part)}\0{path.stat().st_size}\0".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -34,8 +34,8 @@ class Space:
     ) -> None:
         """Take a sentence encoder, texts to (N, D), and things with known looks."""
         self._encode = encode
-        names = encode([name for each in classes for name in each.words.names])
-        counts = [len(each.words.names) for each in classes]
+        names = encode([name for thing in classes for name in thing.words.names])
+        counts = [len(thing.words.names) for thing in classes]
         means = np.add.reduceat(names, np.cumsum([0, *counts[:-1]])) / np.array(counts)[:, None]
         self._common = means.mean(0)
         self.prototypes = unit(means - self._common).astype(np.float32)

@@ -52,7 +52,7 @@ def rows(name: str) -> list[list[str]]:
 
 
 def parse_words(names: str, broader: str, captions: str) -> Words:
-    return Words(*(tuple(filter(None, each.split(","))) for each in (names, broader, captions)))
+    return Words(*(tuple(filter(None, field.split(","))) for field in (names, broader, captions)))
 
 
 def classes() -> list[Thing]:
@@ -66,15 +66,15 @@ def classes() -> list[Thing]:
 def things() -> list[Thing]:
     """Return everyday things that are not classes of ImageNet."""
     number = {row[0].split(",")[0]: n for n, row in enumerate(rows("imagenet.tsv"))}
-    found = []
+    result = []
     for names, broader, captions, looks in rows("things.tsv"):
         look = np.zeros(CLASSES, np.float32)
         for entry in filter(None, looks.split(",")):
             name, _, weight = entry.partition(":")
             look[number[name]] += float(weight)
         known = look / look.sum() if look.any() else None
-        found.append(Thing(parse_words(names, broader, captions), known))
-    return found
+        result.append(Thing(parse_words(names, broader, captions), known))
+    return result
 
 
 def labels(name: str) -> dict[str, Words]:
@@ -95,26 +95,26 @@ def looks(known: Iterable[Thing]) -> tuple[list[str], np.ndarray]:
         weight = 1.0 if thing.look.max() == 1 else BROADER_WEIGHT
         for text in thing.words.broader:
             below[text].append((weight, thing.look))
-    table = {text: np.mean(each, 0) for text, each in own.items()}
-    for text, each in below.items():
+    table = {text: np.mean(values, 0) for text, values in own.items()}
+    for text, values in below.items():
         if text not in table:
-            table[text] = np.average([look for _, look in each], 0, [w for w, _ in each])
+            table[text] = np.average([look for _, look in values], 0, [w for w, _ in values])
     return list(table), np.stack([*table.values()]).astype(np.float32)
 
 
 def jieba_words(count: int) -> tuple[list[str], list[str]]:
     """Return the `count` most frequent words (nouns weigh threefold), and their short nouns."""
     path = Path(importlib.util.find_spec("jieba").origin).parent / "dict.txt"
-    found = []
+    entries = []
     for line in path.read_text("utf-8").splitlines():
         word, frequency, tag = line.split(" ")
         if tag in WORD_TAGS and len(word) <= MAX_WORD_LENGTH:
-            found.append((int(frequency) * (3 if tag in NOUN_TAGS else 1), word, tag))
-    found.sort(key=lambda row: (-row[0], row[1]))
-    found = found[:count]
+            entries.append((int(frequency) * (3 if tag in NOUN_TAGS else 1), word, tag))
+    entries.sort(key=lambda row: (-row[0], row[1]))
+    entries = entries[:count]
     return (
-        [word for _, word, _ in found],
-        [word for _, word, tag in found if tag in NOUN_TAGS and len(word) <= 4],
+        [word for _, word, _ in entries],
+        [word for _, word, tag in entries if tag in NOUN_TAGS and len(word) <= 4],
     )
 
 
@@ -125,11 +125,11 @@ def vocabulary(path: Path) -> list[str]:
     return [token for token in dict.fromkeys(plain) if token]
 
 
-def fill_templates(words: Sequence[str], each: int, seed: int) -> dict[str, str]:
-    """Fill every word into `each` random templates; return the word by text."""
+def fill_templates(words: Sequence[str], count: int, seed: int) -> dict[str, str]:
+    """Fill every word into `count` random templates; return the word by text."""
     templates = (DATA / "templates.txt").read_text("utf-8").splitlines()
     rng = random.Random(seed)
-    return {t.format(word): word for word in words for t in rng.sample(templates, each)}
+    return {t.format(word): word for word in words for t in rng.sample(templates, count)}
 
 
 def captions(nouns: Sequence[str], count: int, seed: int) -> list[str]:
