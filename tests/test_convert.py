@@ -30,9 +30,9 @@ def path_for(folder, kind, name):
 @pytest.mark.parametrize("to", SAVERS)
 @pytest.mark.parametrize("source", SAVERS)
 def test_every_format_converts_to_every_other(tiny_model, tmp_path, source, to):
-    given, out = path_for(tmp_path, source, "given"), path_for(tmp_path, to, "out")
-    SAVERS[source](tiny_model, given)
-    done = convert(given, out, to)
+    source_path, out = path_for(tmp_path, source, "source"), path_for(tmp_path, to, "out")
+    SAVERS[source](tiny_model, source_path)
+    done = convert(source_path, out, to)
     assert done.largest_difference == 0
     assert (done.kept, done.dropped, done.dtype) == (len(tiny_model.state_dict()), (), "float32")
     again = weights.build(weights.read(out)).state_dict()
@@ -123,8 +123,8 @@ def fsync_without_room(_):
 def test_a_disk_that_fills_up_keeps_the_old_output(
     tiny_model, tmp_path, monkeypatch, capsys, request, to, moment
 ):
-    given, out = tmp_path / "in", path_for(tmp_path, to, "out")
-    weights.save_folder(tiny_model, given)
+    source_path, out = tmp_path / "in", path_for(tmp_path, to, "out")
+    weights.save_folder(tiny_model, source_path)
     weights.save_folder(make_model(TINY["vit"], seed=1), tmp_path / "other")
     convert(tmp_path / "other", out, to)
     shutil.rmtree(tmp_path / "other")
@@ -133,7 +133,7 @@ def test_a_disk_that_fills_up_keeps_the_old_output(
         request.getfixturevalue("full_disk")
     else:
         monkeypatch.setattr(os, "fsync", fsync_without_room)
-    assert run(["convert", str(given), str(out), "--to", to, "--overwrite"]) == 1
+    assert run(["convert", str(source_path), str(out), "--to", to, "--overwrite"]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"cn-clip: could not write {out}: ")
     assert error.endswith("nothing was changed. Free some space or choose another path\n")
@@ -159,19 +159,19 @@ def test_conversion_restores_the_number_of_threads(tiny_model, tmp_path):
 
 def test_the_command_line_reports_the_conversion(tiny_model, tmp_path, capsys):
     weights.save_folder(tiny_model, tmp_path / "in")
-    given, out = str(tmp_path / "in"), str(tmp_path / "out.pt")
-    assert run(["convert", given, out, "--to", "official"]) == 0
+    source_path, out = str(tmp_path / "in"), str(tmp_path / "out.pt")
+    assert run(["convert", source_path, out, "--to", "official"]) == 0
     assert "verified" in capsys.readouterr().out
-    assert run(["convert", given, out, "--to", "official", "--overwrite", "--json"]) == 0
+    assert run(["convert", source_path, out, "--to", "official", "--overwrite", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["source_format"] == "safetensors folder"
     assert report["largest_difference"] == 0
-    assert run(["convert", given, out, "--to", "official"]) == 2
+    assert run(["convert", source_path, out, "--to", "official"]) == 2
     assert run(["convert", str(tmp_path / "no.pt"), str(tmp_path / "x"), "--to", "hf"]) == 1
     assert "no such file or folder" in capsys.readouterr().err
 
 
 def test_an_openai_clip_is_refused(tmp_path, capsys):
-    given = str(GOLDEN / "towers" / "openai_vit.pt")
-    assert run(["convert", given, str(tmp_path / "out"), "--to", "hf"]) == 1
+    source_path = str(GOLDEN / "towers" / "openai_vit.pt")
+    assert run(["convert", source_path, str(tmp_path / "out"), "--to", "hf"]) == 1
     assert "is not a Chinese-CLIP checkpoint" in capsys.readouterr().err

@@ -60,8 +60,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(429, b"", {"Retry-After": "0"})
         etag = hashlib.sha256(content).hexdigest()
         start = 0
-        if asked := re.match(r"bytes=(\d+)-", self.headers.get("Range") or ""):
-            start = int(asked[1])
+        if range_match := re.match(r"bytes=(\d+)-", self.headers.get("Range") or ""):
+            start = int(range_match[1])
         sent = content[start:]
         if trouble == "wrong bytes":
             sent = bytes(len(sent))

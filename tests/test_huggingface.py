@@ -67,9 +67,8 @@ def check_both_ways(config, folder):
     assert_equal_features(ours_of(again), theirs_of(theirs, config))
     back = again.state_dict()
     for name, tensor in model.state_dict().items():
-        row = (
-            1 if name == "bert.embeddings.word_embeddings.weight" else 0
-        )  # transformers zeroes [PAD]'s
+        # transformers sets the embedding of [PAD] to zero.
+        row = 1 if name == "bert.embeddings.word_embeddings.weight" else 0
         kept, sent = (back[name][row:], tensor[row:]) if row else (back[name], tensor)
         assert torch.equal(kept, sent), name
     assert replace(again.config, name="") == replace(config, name="")

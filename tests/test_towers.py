@@ -143,8 +143,8 @@ def test_another_resolution_resizes_the_positions():
 
     config = replace(VIT, vision=replace(VIT.vision, resolution=48))
     model = clip.load(make_model(config), "cpu", clip_path=str(TOWERS / "openai_vit.pt"))
-    given = weights.image_tower(TOWERS / "openai_vit.pt").tensors["visual.positional_embedding"]
-    expected = weights.resize_positions(given, 37).float()
+    positions = weights.image_tower(TOWERS / "openai_vit.pt").tensors["visual.positional_embedding"]
+    expected = weights.resize_positions(positions, 37).float()
     torch.testing.assert_close(model.visual.positional_embedding.detach(), expected)
 
 

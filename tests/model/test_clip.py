@@ -47,10 +47,10 @@ def test_features_equal_the_reference(name, golden_strings):
         text_features = model.encode_text(torch.from_numpy(ids))
         logits, _ = model.get_similarity(torch.from_numpy(images), torch.from_numpy(ids))
     golden = np.load(GOLDEN / "features.npz")
-    for kind, got in (("image", image_features), ("text", text_features), ("logits", logits)):
+    for kind, features in (("image", image_features), ("text", text_features), ("logits", logits)):
         expected = golden[f"{name}/{kind}"]
-        np.testing.assert_allclose(got.numpy(), expected, rtol=0, atol=1e-4)
-        assert cosines(got.numpy(), expected).min() >= 0.999999
+        np.testing.assert_allclose(features.numpy(), expected, rtol=0, atol=1e-4)
+        assert cosines(features.numpy(), expected).min() >= 0.999999
 
 
 def inputs(model, batch=3, seed=0):
@@ -112,9 +112,9 @@ def test_half_precision_stays_close_to_float32(any_tiny_model, dtype):
     images, ids = inputs(any_tiny_model)
     exact = any_tiny_model.encode_image(images), any_tiny_model.encode_text(ids)
     half = any_tiny_model.to(dtype)
-    got = half.encode_image(images), half.encode_text(ids)
-    assert half.dtype == got[0].dtype == got[1].dtype == dtype
-    for a, b in zip(got, exact, strict=True):
+    features = half.encode_image(images), half.encode_text(ids)
+    assert half.dtype == features[0].dtype == features[1].dtype == dtype
+    for a, b in zip(features, exact, strict=True):
         assert cosines(a.float().numpy(), b.numpy()).min() > 0.999
 
 
