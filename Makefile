@@ -4,24 +4,24 @@ BIN := .venv/bin
 .DEFAULT_GOAL := help
 .PHONY: help setup check test bench docs
 
-help: ## list these words
+help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)$$/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
 
-setup: ## make .venv with everything needed to work on the package
+setup: ## create .venv with all development dependencies
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -c constraints.txt -e '.[dev]'
 	if [ -d .git ]; then $(BIN)/pre-commit install; fi
 
-check: ## the gate: format, lint, types, tests
+check: ## format, lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
-test: ## the tests alone
+test: ## only the tests
 	$(BIN)/python -m pytest
 
-bench: ## measure the core
+bench: ## run the core benchmark
 	$(BIN)/python benchmarks/core.py
 
 docs: ## regenerate docs/cli.md and docs/recipe.md

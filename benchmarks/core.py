@@ -1,11 +1,11 @@
-"""The core beside the official package: import, load, tokenize, preprocess, embed.
+"""The core compared with the official package: import, load, tokenize, preprocess, embed.
 
     python benchmarks/core.py --peer OTHER/bin/python --weights FOLDER
 
-The peer is any Python in which the official `cn-clip` is installed; without one, only our side is
-measured. FOLDER holds `clip_cn_vit-b-16.pt`; without one, a file of that shape is made from the
-deterministic weights of the tests. Both sides run the same calls of the same names, in processes of
-their own, in turns; the best of all rounds counts. Ratios above 1 are in our favour.
+The peer is a Python with the official `cn-clip`; without it, only our package is measured. FOLDER
+has `clip_cn_vit-b-16.pt`; without it, a file of the same shapes is generated from the deterministic
+weights of the tests. Both packages run the same calls, alternately in separate processes; the best
+of all rounds counts. Ratios above 1 are in our favour.
 """
 
 from __future__ import annotations
@@ -79,31 +79,39 @@ def measure_work(weights: str, captions: list[str]) -> dict[str, float]:
 
     ids = [clip.tokenize(captions[start : start + 64]) for start in range(0, len(captions), 64)]
     images = torch.randn(16, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    rates = {"tokenize": _rate(lambda: clip.tokenize(captions), len(captions))}
-    rates["preprocess, photos"] = _rate(lambda: [prepare(p) for p in photos], len(photos))
+    results = {"tokenize": _items_per_second(lambda: clip.tokenize(captions), len(captions))}
+    results["preprocess, photos"] = _items_per_second(
+        lambda: [prepare(p) for p in photos], len(photos)
+    )
     with tempfile.TemporaryDirectory() as folder:
         large = Path(folder) / "large.jpg"
         Image.open(photos[0]).resize((4000, 3000)).save(large, quality=92)
-        rates["preprocess, 12 megapixels"] = _rate(lambda: prepare(large), 1)
+        results["preprocess, 12 megapixels"] = _items_per_second(lambda: prepare(large), 1)
         if _is_ours():
-            rates["preprocess, 12 megapixels, fast_decode"] = _rate(lambda: _fast(large), 1)
-        else:  # the official package has no such option: its exact pixels are what it can do
-            rates["preprocess, 12 megapixels, fast_decode"] = rates["preprocess, 12 megapixels"]
+            results["preprocess, 12 megapixels, fast_decode"] = _items_per_second(
+                lambda: _fast(large), 1
+            )
+        else:  # the official package has no such option
+            results["preprocess, 12 megapixels, fast_decode"] = results["preprocess, 12 megapixels"]
     with torch.inference_mode():
         for batch in (1, 16):
-            rates[f"image embedding, batch {batch}"] = _rate(
+            results[f"image embedding, batch {batch}"] = _items_per_second(
                 lambda batch=batch: model.encode_image(images[:batch]), batch
             )
-        rates["text embedding, batch 1"] = _rate(lambda: model.encode_text(ids[0][:1]), 1)
-        rates["text embedding, batch 64"] = _rate(lambda: model.encode_text(ids[0]), 64)
-    rates["text embedding, all captions"] = _rate(
-        _embed_all(model, clip, captions), len(captions), least=1
+        results["text embedding, batch 1"] = _items_per_second(
+            lambda: model.encode_text(ids[0][:1]), 1
+        )
+        results["text embedding, batch 64"] = _items_per_second(
+            lambda: model.encode_text(ids[0]), 64
+        )
+    results["text embedding, all captions"] = _items_per_second(
+        _embed_all(model, clip, captions), len(captions), min_calls=1
     )
-    return rates | {"peak memory of all of it": _peak_memory()}
+    return results | {"peak memory of all of it": _peak_memory()}
 
 
 def _embed_all(model: Any, clip: Any, captions: list[str]) -> Callable[[], object]:
-    """From strings to unit vectors, by each package's own best way."""
+    """Return a function from strings to embeddings, in each package's fastest way."""
     import torch
 
     if _is_ours():
@@ -133,15 +141,17 @@ def _is_ours() -> bool:
     return hasattr(cn_clip, "load")
 
 
-def _rate(call: Callable[[], object], items: int, *, least: int = 3, seconds: float = 1.0) -> float:
-    """Items per second of the fastest of several calls, after one to warm up."""
+def _items_per_second(
+    call: Callable[[], object], items: int, *, min_calls: int = 3, seconds: float = 1.0
+) -> float:
+    """Return the items per second of the fastest of several calls, after one to warm up."""
     call()
-    best, spent, calls = float("inf"), 0.0, 0
-    while calls < least or spent < seconds:
+    best, total, calls = float("inf"), 0.0, 0
+    while calls < min_calls or total < seconds:
         start = time.perf_counter()
         call()
-        took = time.perf_counter() - start
-        best, spent, calls = min(best, took), spent + took, calls + 1
+        elapsed = time.perf_counter() - start
+        best, total, calls = min(best, elapsed), total + elapsed, calls + 1
     return items / best
 
 
@@ -151,7 +161,7 @@ def _peak_memory() -> float:
 
 
 def make_weights(folder: Path) -> Path:
-    """Write a checkpoint of the official names and shapes, with the weights of the golden tests."""
+    """Write a checkpoint with official names and shapes, and the weights of the golden tests."""
     import numpy as np
     import torch
 
@@ -167,15 +177,15 @@ def make_weights(folder: Path) -> Path:
     return folder
 
 
-def run_side(python: str, what: str, weights: Path, captions: Path) -> dict[str, float]:
-    command = [python, __file__, "--measure", what]
+def run_measurement(python: str, name: str, weights: Path, captions: Path) -> dict[str, float]:
+    command = [python, __file__, "--measure", name]
     command += ["--weights", str(weights), "--captions", str(captions)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+    process = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    return json.loads(process.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
 def measure_here(options: argparse.Namespace) -> None:
-    """One measurement in this process, printed as JSON: what the processes of each side run."""
+    """Run one measurement in this process and print it as JSON."""
     if options.measure == "import":
         result = measure_import()
     elif options.measure == "load":
@@ -185,28 +195,28 @@ def measure_here(options: argparse.Namespace) -> None:
     print(json.dumps(result))
 
 
-def compare(options: argparse.Namespace, scratch: Path) -> None:
+def compare_packages(options: argparse.Namespace, scratch: Path) -> None:
     from things468 import fetch, things
 
     weights = options.weights or make_weights(scratch)
     texts = list(dict.fromkeys(c for _, c in things(options.stamps or fetch(scratch))))
     (scratch / "captions.txt").write_text("\n".join(texts), "utf-8")
-    sides = {"ours": sys.executable} | ({"peer": options.peer} if options.peer else {})
-    best: dict[str, dict[str, float]] = {side: {} for side in sides}
+    pythons = {"ours": sys.executable} | ({"peer": options.peer} if options.peer else {})
+    best: dict[str, dict[str, float]] = {package: {} for package in pythons}
     for _ in range(options.rounds):
-        for what in ("import", "load", "work"):
-            for side, python in sides.items():
-                got = run_side(python, what, weights, scratch / "captions.txt")
-                for name, value in got.items():
-                    pick = max if ROWS[name][1] else min
-                    best[side][name] = pick(value, best[side].get(name, value))
+        for measurement in ("import", "load", "work"):
+            for package, python in pythons.items():
+                values = run_measurement(python, measurement, weights, scratch / "captions.txt")
+                for name, value in values.items():
+                    better = max if ROWS[name][1] else min
+                    best[package][name] = better(value, best[package].get(name, value))
     mean = sum(map(len, texts)) / len(texts)
     print(f"ViT-B/16, float32; {len(texts)} captions of {mean:.1f} characters on average; ", end="")
     print(f"best of {options.rounds} rounds; {platform.machine()}, Python {sys.version.split()[0]}")
     print(f"{'':<40} {'peer':>10} {'ours':>10} {'ratio':>7}")
-    for name, (unit, more) in ROWS.items():
+    for name, (unit, more_is_better) in ROWS.items():
         ours, peer = best["ours"][name], best.get("peer", {}).get(name)
-        ratio = (ours / peer if more else peer / ours) if peer else None
+        ratio = (ours / peer if more_is_better else peer / ours) if peer else None
         columns = f"{_cell(peer)} {_cell(ours)} " + (f"{ratio:6.1f}x" if ratio else f"{'-':>7}")
         print(f"{name:<40} {columns} {unit}")
 
@@ -223,7 +233,7 @@ def main() -> None:
     )
     parser.add_argument("--peer", help="a Python with the official cn-clip")
     parser.add_argument("--weights", type=Path, help="folder with clip_cn_vit-b-16.pt")
-    parser.add_argument("--stamps", type=Path, help="Tux Paint's stamps; fetched if not given")
+    parser.add_argument("--stamps", type=Path, help="Tux Paint's stamps; downloaded by default")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--measure", choices=("import", "load", "work"), help=argparse.SUPPRESS)
     parser.add_argument("--captions", type=Path, help=argparse.SUPPRESS)
@@ -232,7 +242,7 @@ def main() -> None:
         measure_here(options)
         return
     with tempfile.TemporaryDirectory() as scratch:
-        compare(options, Path(scratch))
+        compare_packages(options, Path(scratch))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tiny models and pictures, made in place: the tests need no network and no large file."""
+"""Fixtures: tiny models and generated images, without network or large files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image
 from cn_clip.config import ModelConfig, TextConfig, VisionConfig
 from cn_clip.model.clip import CLIP, initialize
 
-torch.set_num_threads(1)  # tiny models gain nothing by more, and would wait for each other
+torch.set_num_threads(1)  # more threads do not help tiny models
 
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))  # for fill.py
@@ -47,8 +47,8 @@ def any_tiny_model(request: pytest.FixtureRequest) -> CLIP:
     return make_model(TINY[request.param])
 
 
-def make_picture(seed: int = 0, size: tuple[int, int] = (80, 60), mode: str = "RGB") -> Image.Image:
-    """Smooth noise: like a photo, it survives JPEG and resizing."""
+def make_image(seed: int = 0, size: tuple[int, int] = (80, 60), mode: str = "RGB") -> Image.Image:
+    """Return smooth noise, which JPEG and resizing hardly change, like a photo."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
     return coarse.resize(size, Image.Resampling.BICUBIC).convert(mode)
@@ -61,11 +61,11 @@ def encoded(image: Image.Image, format: str, **options: object) -> bytes:
 
 
 @pytest.fixture
-def folder_of_pictures(tmp_path: Path) -> Path:
-    folder = tmp_path / "pictures"
+def image_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
     folder.mkdir()
     for seed in range(3):
-        make_picture(seed).save(folder / f"{seed}.jpg")
+        make_image(seed).save(folder / f"{seed}.jpg")
     return folder
 
 
@@ -85,8 +85,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def no_room() -> Iterator[None]:
-    """Let this process write files of 100 kB at most, as a full disk would."""
+def full_disk() -> Iterator[None]:
+    """Limit files of this process to 100 kB, like a full disk."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
@@ -96,7 +96,7 @@ def no_room() -> Iterator[None]:
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """A folder with the pictures of ``data.formats``."""
+    """Return a folder with the images of ``data.formats``."""
     from data.formats import IMAGES
 
     folder = tmp_path / "pictures"
@@ -108,7 +108,7 @@ def pictures(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """URIs of 48 training and 16 validation pairs."""
+    """Return the URIs of 48 training and 16 validation pairs."""
     from train.runs import write_pairs
 
     folder = tmp_path_factory.mktemp("pairs")
@@ -117,7 +117,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny model's weights, without dropout."""
+    """Return a folder with the weights of a tiny model without dropout."""
     from train.runs import write_start
 
     return write_start(tmp_path_factory.mktemp("start") / "tiny")
@@ -125,7 +125,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 40 texts with vectors as wide as the tiny models'."""
+    """Return a folder of 40 texts with target embeddings for the tiny models."""
     from train.runs import write_sentences
 
     return write_sentences(tmp_path_factory.mktemp("sentences") / "texts")

@@ -1,4 +1,4 @@
-"""The official package's calls, unchanged."""
+"""The functions of the official package."""
 
 import inspect
 
@@ -58,17 +58,17 @@ def test_exported_names_and_signatures_are_the_official_ones():
         ("import cn_clip.preprocess.build_lmdb_dataset", "cn-clip data"),
     ],
 )
-def test_an_official_module_that_is_not_here_names_what_to_use(statement, successor):
-    with pytest.raises(ModuleNotFoundError, match=rf"official package is not here; .*{successor}"):
+def test_importing_a_removed_official_module_names_its_replacement(statement, successor):
+    with pytest.raises(ModuleNotFoundError, match=rf"official package is gone; .*{successor}"):
         exec(statement, {})
 
 
-def test_a_module_that_never_was_is_reported_as_python_does():
+def test_an_unknown_module_gives_pythons_own_error():
     with pytest.raises(ModuleNotFoundError, match=r"^No module named 'cn_clip\.clip\.nothing'$"):
         exec("import cn_clip.clip.nothing", {})
 
 
-def test_the_tables_of_the_official_utils_are_there(tmp_path):
+def test_the_official_utils_tables_exist(tmp_path):
     from cn_clip.clip.utils import _MODEL_INFO, _MODELS, _download
 
     assert _MODELS["RN50"] == ("chinese-clip-rn50", "clip_cn_rn50.pt")
@@ -81,12 +81,12 @@ def test_the_tables_of_the_official_utils_are_there(tmp_path):
     assert _download("RN50", str(tmp_path)) == str(tmp_path / "clip_cn_rn50.pt")
 
 
-def test_the_tokenizer_converts_both_ways_as_the_official_one():
+def test_the_tokenizer_converts_tokens_and_ids_like_the_official_one():
     assert clip._tokenizer.convert_tokens_to_ids(["皮", "卡"]) == [4649, 1305]
     assert clip._tokenizer.convert_ids_to_tokens([101, 4649]) == ["[CLS]", "皮"]
 
 
-def test_the_steps_of_the_preprocessing_are_the_official_ones():
+def test_preprocessing_steps_are_the_official_ones():
     preprocess = clip.image_transform(64)
     resize, rgb, to_tensor, normalized = preprocess.transforms
     assert resize.size == (64, 64) and resize.interpolation == Image.Resampling.BICUBIC
@@ -96,7 +96,7 @@ def test_the_steps_of_the_preprocessing_are_the_official_ones():
     pixels = to_tensor(rgb(resize(image)))
     assert pixels.min() >= 0 and pixels.max() <= 1
     assert torch.equal(normalized(pixels), preprocess(image))
-    preprocess.transforms.pop()  # as scripts do that look at pixels
+    preprocess.transforms.pop()  # as scripts do to get pixels
     assert torch.equal(preprocess(image), pixels)
 
 
@@ -113,7 +113,7 @@ def test_tokenize_returns_a_padded_long_tensor():
 
 
 @pytest.mark.parametrize("name", sorted(p.name for p in (GOLDEN / "images").iterdir()))
-@pytest.mark.filterwarnings("ignore:an image of mode I;16")
+@pytest.mark.filterwarnings("ignore:in an image of mode I;16")
 def test_image_transform_equals_the_reference(name):
     tensor = clip.image_transform()(Image.open(GOLDEN / "images" / name))
     pixels = np.load(GOLDEN / "pixels.npz")[name].transpose(1, 2, 0)
@@ -123,7 +123,7 @@ def test_image_transform_equals_the_reference(name):
 
 @pytest.fixture
 def small_official(monkeypatch):
-    """Give the name ViT-B-16 towers that are small enough to write and read in a test."""
+    """Make ViT-B-16 the name of a tiny model."""
     tiny = TINY["vit"]
     monkeypatch.setitem(config.VISION_TOWERS, "ViT-B-16", tiny.vision)
     monkeypatch.setitem(config.TEXT_TOWERS, "RoBERTa-wwm-ext-base-chinese", TEXT)
@@ -143,7 +143,7 @@ def test_the_official_example_runs_from_download_root(small_official, tmp_path):
         again, _ = model.get_similarity(image, text)
     assert logits_per_image.shape == (1, 4) and logits_per_text.shape == (4, 1)
     assert torch.equal(logits_per_image, again)
-    # As the official package: most weights rounded to float16, the rest exact, all float32.
+    # As in the official package: most weights rounded to float16, the others exact, all float32.
     state = model.state_dict()
     for name, tensor in small_official.state_dict().items():
         exact = any(part in name for part in ("ln_", "class_emb", "visual.pos", "logit"))
@@ -169,20 +169,20 @@ def test_a_checkpoint_loads_by_path_and_its_names_are_checked(small_official, tm
         load_from_name(path, device="cpu", input_resolution=64)
 
 
-def test_a_file_of_another_model_under_an_official_name_says_which_it_is(tmp_path):
+def test_a_file_of_another_model_under_an_official_name_is_refused_with_its_model(tmp_path):
     weights.save_official(make_model(TINY["resnet"]), tmp_path / "clip_cn_vit-b-16.pt")
     with pytest.raises(CheckpointError, match=r"holds resnet.*, not ViT-B-16@RoBERTa"):
         load_from_name("ViT-B-16", device="cpu", download_root=str(tmp_path))
 
 
-def test_an_unknown_name_offers_the_nearest():
+def test_an_unknown_name_suggests_the_nearest():
     with pytest.raises(UnknownModelError, match="'ViT-B-61'; did you mean ViT-B-16"):
         load_from_name("ViT-B-61")
     with pytest.raises(RuntimeError):  # the official type
         load_from_name("nope")
 
 
-def test_offline_and_missing_says_which_file_goes_where(tmp_path, monkeypatch):
+def test_missing_weights_offline_name_the_file_and_folder(tmp_path, monkeypatch):
     monkeypatch.setattr("cn_clip.hub.CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(MissingWeightsError) as error:
@@ -192,7 +192,7 @@ def test_offline_and_missing_says_which_file_goes_where(tmp_path, monkeypatch):
     assert "OFA-Sys/chinese-clip-rn50" in message and "\n" not in message
 
 
-def test_create_model_without_a_checkpoint_draws_weights(small_official):
+def test_create_model_without_a_checkpoint_has_random_weights(small_official):
     model = clip.create_model("ViT-B-16@RoBERTa-wwm-ext-base-chinese")
     assert not model.training and model.dtype == torch.float32
     assert all(p.isfinite().all() for p in model.parameters())
@@ -226,7 +226,7 @@ def test_load_fills_both_towers_from_two_files(small_official, tmp_path):
         assert torch.equal(tensor, expected), name
 
 
-def test_load_refuses_a_tower_that_is_not_whole(small_official, tmp_path):
+def test_load_refuses_an_incomplete_tower(small_official, tmp_path):
     bert = {n: t for n, t in small_official.state_dict().items() if n.startswith("bert.enc")}
     torch.save(bert, tmp_path / "bert.pt")
     with pytest.raises(CheckpointError, match=r"do not fit the bert\.\* tower.*5 missing"):

@@ -1,4 +1,4 @@
-"""``convert``: every format into every other, what it refuses, and what it never loses."""
+"""``convert``: every format to every other, refusals, and full disks."""
 
 import errno
 import json
@@ -23,23 +23,23 @@ SAVERS = {
 }
 
 
-def place(folder, kind, name):
+def path_for(folder, kind, name):
     return folder / (f"{name}.pt" if kind == "official" else name)
 
 
 @pytest.mark.parametrize("to", SAVERS)
 @pytest.mark.parametrize("source", SAVERS)
-def test_every_format_goes_into_every_other(tiny_model, tmp_path, source, to):
-    given, out = place(tmp_path, source, "given"), place(tmp_path, to, "out")
-    SAVERS[source](tiny_model, given)
-    done = convert(given, out, to)
+def test_every_format_converts_to_every_other(tiny_model, tmp_path, source, to):
+    source_path, out = path_for(tmp_path, source, "source"), path_for(tmp_path, to, "out")
+    SAVERS[source](tiny_model, source_path)
+    done = convert(source_path, out, to)
     assert done.largest_difference == 0
     assert (done.kept, done.dropped, done.dtype) == (len(tiny_model.state_dict()), (), "float32")
     again = weights.build(weights.read(out)).state_dict()
     assert all(torch.equal(again[name], t) for name, t in tiny_model.state_dict().items())
 
 
-def test_a_training_checkpoint_loses_its_optimizer_and_says_so(tiny_model, tmp_path):
+def test_a_training_checkpoint_loses_its_optimizer_state_and_reports_it(tiny_model, tmp_path):
     state = {f"module.{name}": t for name, t in tiny_model.state_dict().items()}
     state["module.bert.pooler.dense.bias"] = torch.zeros(64)
     moments = {"state": {0: {"exp_avg": torch.zeros(3_000_000)}}}
@@ -69,18 +69,18 @@ def test_weights_in_mixed_precision_become_float32(tiny_model, tmp_path):
     assert convert(tmp_path / "in", tmp_path / "out", "safetensors").dtype == "float32"
 
 
-def test_what_disagrees_is_not_written(tiny_model, tmp_path, monkeypatch):
+def test_a_conversion_whose_embeddings_differ_is_not_written(tiny_model, tmp_path, monkeypatch):
     weights.save_folder(tiny_model, tmp_path / "in")
     other = make_model(TINY["vit"], seed=9)
     monkeypatch.setitem(
         module._WRITERS, "official", lambda _, path: weights.save_official(other, path)
     )
-    with pytest.raises(CheckpointError, match="was not written: it would give vectors that differ"):
+    with pytest.raises(CheckpointError, match="was not written: its embeddings would differ"):
         convert(tmp_path / "in", tmp_path / "out.pt", "official")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_an_existing_output_stays_unless_overwrite(tiny_model, tmp_path):
+def test_an_existing_output_is_kept_without_overwrite(tiny_model, tmp_path):
     weights.save_folder(tiny_model, tmp_path / "in")
     (tmp_path / "out.pt").write_text("mine")
     with pytest.raises(UsageError, match="exists; give another place, or --overwrite"):
@@ -101,7 +101,7 @@ def test_an_existing_output_stays_unless_overwrite(tiny_model, tmp_path):
     assert (tmp_path / "folder" / "thesis.doc").read_text() == "mine"
 
 
-def test_a_place_that_cannot_be_written_is_said(tiny_model, tmp_path):
+def test_an_unwritable_path_is_reported(tiny_model, tmp_path):
     weights.save_folder(tiny_model, tmp_path / "in")
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match=r"could not write .*nothing was changed"):
@@ -117,61 +117,61 @@ def fsync_without_room(_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-# A file may be refused while it is written, or, where room is given late, when it is flushed.
+# A full disk gives an error on write, or on flush where space is allocated late.
 @pytest.mark.parametrize("moment", ["written", "flushed"])
 @pytest.mark.parametrize("to", SAVERS)
-def test_a_full_disk_in_the_midst_keeps_the_old_output(
+def test_a_disk_that_fills_up_keeps_the_old_output(
     tiny_model, tmp_path, monkeypatch, capsys, request, to, moment
 ):
-    given, out = tmp_path / "in", place(tmp_path, to, "out")
-    weights.save_folder(tiny_model, given)
+    source_path, out = tmp_path / "in", path_for(tmp_path, to, "out")
+    weights.save_folder(tiny_model, source_path)
     weights.save_folder(make_model(TINY["vit"], seed=1), tmp_path / "other")
     convert(tmp_path / "other", out, to)
     shutil.rmtree(tmp_path / "other")
     before = contents(out)
     if moment == "written":
-        request.getfixturevalue("no_room")
+        request.getfixturevalue("full_disk")
     else:
         monkeypatch.setattr(os, "fsync", fsync_without_room)
-    assert run(["convert", str(given), str(out), "--to", to, "--overwrite"]) == 1
+    assert run(["convert", str(source_path), str(out), "--to", to, "--overwrite"]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"cn-clip: could not write {out}: ")
-    assert error.endswith("nothing was changed. Free some space or choose another place\n")
+    assert error.endswith("nothing was changed. Free some space or choose another path\n")
     assert error.count("\n") == 1
     assert re.search("File too large|No space left on device", error)
     assert contents(out) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["in", out.name])
 
 
-def test_a_format_without_a_place_for_the_model_says_so(tmp_path, capsys):
+def test_a_format_that_cannot_represent_the_model_is_refused(tmp_path, capsys):
     weights.save_folder(make_model(TINY["resnet"]), tmp_path / "in")
     assert run(["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--to", "hf"]) == 1
-    assert "ViT image towers only, not for resnet" in capsys.readouterr().err
+    assert "supports only ViT image towers, not resnet" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_both_runs_leave_the_number_of_threads_as_it_was(tiny_model, tmp_path):
+def test_conversion_restores_the_number_of_threads(tiny_model, tmp_path):
     weights.save_folder(tiny_model, tmp_path / "in")
     threads = torch.get_num_threads()
     convert(tmp_path / "in", tmp_path / "out", "hf")
     assert torch.get_num_threads() == threads
 
 
-def test_the_command_line_tells_what_was_done(tiny_model, tmp_path, capsys):
+def test_the_command_line_reports_the_conversion(tiny_model, tmp_path, capsys):
     weights.save_folder(tiny_model, tmp_path / "in")
-    given, out = str(tmp_path / "in"), str(tmp_path / "out.pt")
-    assert run(["convert", given, out, "--to", "official"]) == 0
+    source_path, out = str(tmp_path / "in"), str(tmp_path / "out.pt")
+    assert run(["convert", source_path, out, "--to", "official"]) == 0
     assert "verified" in capsys.readouterr().out
-    assert run(["convert", given, out, "--to", "official", "--overwrite", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["source_format"] == "safetensors folder"
-    assert told["largest_difference"] == 0
-    assert run(["convert", given, out, "--to", "official"]) == 2
+    assert run(["convert", source_path, out, "--to", "official", "--overwrite", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["source_format"] == "safetensors folder"
+    assert report["largest_difference"] == 0
+    assert run(["convert", source_path, out, "--to", "official"]) == 2
     assert run(["convert", str(tmp_path / "no.pt"), str(tmp_path / "x"), "--to", "hf"]) == 1
     assert "no such file or folder" in capsys.readouterr().err
 
 
-def test_a_clip_of_openai_is_no_chinese_clip(tmp_path, capsys):
-    given = str(GOLDEN / "towers" / "openai_vit.pt")
-    assert run(["convert", given, str(tmp_path / "out"), "--to", "hf"]) == 1
+def test_an_openai_clip_is_refused(tmp_path, capsys):
+    source_path = str(GOLDEN / "towers" / "openai_vit.pt")
+    assert run(["convert", source_path, str(tmp_path / "out"), "--to", "hf"]) == 1
     assert "is not a Chinese-CLIP checkpoint" in capsys.readouterr().err

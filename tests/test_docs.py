@@ -1,4 +1,4 @@
-"""What the pages say about commands, output, links and help texts is checked, so it stays true."""
+"""Commands, output, links and help texts in the docs are up to date."""
 
 import json
 import re
@@ -37,7 +37,7 @@ def read(page):
 
 
 def code_in(page):
-    """The fenced blocks, without comments: those are in the page's language."""
+    """Return the code blocks without comments, which are translated."""
     return [
         (language, re.sub(r"(^|[ ]+)# .*$", "", block, flags=re.MULTILINE))
         for language, block in FENCE.findall(read(page))
@@ -45,14 +45,14 @@ def code_in(page):
 
 
 def anchors_in(page):
-    """The names that headings get: lower case, hyphens for spaces, no punctuation."""
+    """Return the anchors of headings: lower case, hyphens for spaces, no punctuation."""
     headings = re.findall(r"^#+ (.*)$", FENCE.sub("", read(page)), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.fixture
 def clone(tmp_path, monkeypatch):
-    """A folder to run a page's code in, with what a clone has and a checkpoint of one's own."""
+    """Return a folder for the code of a page, with the examples and a checkpoint."""
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     weights.save_official(make_model(TINY["vit"]), tmp_path / "checkpoint.pt")
     monkeypatch.chdir(tmp_path)
@@ -61,15 +61,15 @@ def clone(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["cli", "recipe"])
-def test_a_generated_page_is_what_the_code_says(name):
+def test_generated_pages_are_up_to_date(name):
     page = runpy.run_path(str(DOCS / f"generate_{name}.py"))
     assert read(page["PAGE"]) == page["render"](), (
-        f"docs/{name}.md is stale; renew it with: python docs/generate_{name}.py"
+        f"docs/{name}.md is out of date; regenerate it: python docs/generate_{name}.py"
     )
 
 
 @pytest.mark.parametrize("page", TRAINING, ids=name_of)
-def test_the_commands_of_the_training_page_are_understood(page, capsys):
+def test_the_commands_of_the_training_page_are_valid(page, capsys):
     commands = [
         line.partition("train ")[2]
         for language, block in code_in(page)
@@ -84,7 +84,7 @@ def test_the_commands_of_the_training_page_are_understood(page, capsys):
 
 
 @pytest.mark.parametrize("page", TRAINING, ids=name_of)
-def test_the_recipe_and_the_options_of_the_training_page_are_real(page, tmp_path):
+def test_the_recipe_and_the_options_of_the_training_page_are_valid(page, tmp_path):
     (recipe,) = (block for language, block in code_in(page) if language == "toml")
     path = tmp_path / "mine.toml"
     path.write_text(recipe, encoding="utf-8")
@@ -106,7 +106,7 @@ def test_the_readme_has_one_command_to_try_and_one_to_test(readme):
     [READMES, GUIDES, COMING, DATA, TRAINING],
     ids=["README", "guide", "coming from", "data", "training"],
 )
-def test_both_languages_hold_the_same_code(english, chinese):
+def test_both_languages_have_the_same_code(english, chinese):
     assert code_in(english) == code_in(chinese)
 
 
@@ -114,17 +114,17 @@ def test_the_readme_shows_what_its_command_prints(capsys, clone):
     demo = dict(MARKED.findall(read(READMES[0])))["demo"].splitlines()[-1]
     assert run([*shlex.split(demo)[1:], "--json"]) == 0
     (image,) = json.loads(capsys.readouterr().out)["images"]
-    shown = next(block for language, block in FENCE.findall(read(READMES[0])) if language == "text")
-    rows = PREDICTION.findall(shown)
+    table = next(block for language, block in FENCE.findall(read(READMES[0])) if language == "text")
+    rows = PREDICTION.findall(table)
     assert [label for label, _, _ in rows] == [row["label"] for row in image["predictions"]]
     for (_, probability, cosine), row in zip(rows, image["predictions"], strict=True):
-        # A hundredth apart: processors differ in rounding.
+        # Rounding differs between processors.
         assert abs(float(probability) / 100 - row["probability"]) < 0.01
         assert abs(float(cosine) - row["cosine"]) < 0.01
 
 
 @pytest.mark.parametrize("readme", READMES, ids=name_of)
-def test_the_readmes_table_is_what_models_lists(capsys, readme):
+def test_the_readme_table_matches_the_models_command(capsys, readme):
     assert run(["models", "--json"]) == 0
     listed = [
         (m["name"], f"{m['parameters'] / 1e6:.0f} M", str(m["resolution"]), str(m["dim"]))
@@ -153,7 +153,7 @@ def test_the_short_example_of_the_readme_runs(clone):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_every_relative_link_leads_somewhere(page):
+def test_every_relative_link_has_a_target(page):
     dead = []
     for link in LINK.findall(FENCE.sub("", read(page))):
         if re.match(r"[a-z]+:", link):
@@ -162,4 +162,4 @@ def test_every_relative_link_leads_somewhere(page):
         target = page.parent / path if path else page
         if not target.exists() or (anchor and anchor not in anchors_in(target)):
             dead.append(link)
-    assert not dead, f"{name_of(page)} links to what is not there: {', '.join(dead)}"
+    assert not dead, f"{name_of(page)} has dead links: {', '.join(dead)}"

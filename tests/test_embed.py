@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import TINY, make_model, make_picture
+from conftest import TINY, make_image, make_model
 from filelock import FileLock
 
 import cn_clip
@@ -29,7 +29,7 @@ def pictures(tmp_path):
     folder = tmp_path / "pictures"
     folder.mkdir()
     for index in range(8):
-        make_picture(index).save(folder / f"{index}.png")
+        make_image(index).save(folder / f"{index}.png")
     return folder
 
 
@@ -119,8 +119,8 @@ def test_a_broken_off_run_is_taken_up_where_it_stopped(embedder, pictures, tmp_p
     with pytest.raises(KeyboardInterrupt):
         extract(embedder, "images", read_images([str(pictures)]), out, tick=stop)
     assert not out.exists()
-    make_picture(99).save(pictures / "1.png")  # changed since
-    make_picture(98).save(pictures / "0a.png")  # new, between old ones
+    make_image(99).save(pictures / "1.png")  # changed since
+    make_image(98).save(pictures / "0a.png")  # new, between old ones
     done = extract(embedder, "images", read_images([str(pictures)]), out)
     assert (done.resumed, done.embedded, done.written) == (5, 4, 9)
     rows, ids, _ = vectors(out)

@@ -21,7 +21,7 @@ def test_a_long_value_keeps_the_start_and_the_remedy() -> None:
     assert len(line) < 150
 
 
-def test_a_long_list_is_cut_in_its_middle() -> None:
+def test_a_long_list_is_shortened_in_the_middle() -> None:
     line = str(DataError(f"unknown key 'x'; available: {', '.join(map(str, range(999)))}; see y"))
     assert line.startswith("unknown key 'x'; available: 0, 1") and line.endswith("998; see y")
     assert len(line) == MAX_MESSAGE

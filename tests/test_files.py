@@ -7,7 +7,7 @@ import time
 from urllib.parse import unquote_to_bytes
 
 import pytest
-from conftest import encoded, make_picture
+from conftest import encoded, make_image
 
 from cn_clip.cli import run
 from cn_clip.embeddings.inputs import read_images, read_texts
@@ -35,7 +35,7 @@ def test_half_an_emoji_becomes_one_replacement_and_two_halves_an_emoji(text, exp
 
 
 def test_labels_and_templates_of_the_command_line_enter_as_valid_text(tmp_path, capsys):
-    make_picture().save(tmp_path / "a.png")
+    make_image().save(tmp_path / "a.png")
     command = ["classify", str(tmp_path / "a.png"), "--labels", "猫\ud83d,狗", "--json"]
     assert run([*command, "--template", "{}\ude00"]) == 0
     said = json.loads(capsys.readouterr().out)
@@ -146,7 +146,7 @@ def test_globs_match_as_the_standard_library_does(tmp_path):
 
 
 def test_files_of_other_formats_are_counted_and_named(tmp_path):
-    (tmp_path / "a.jpg").write_bytes(encoded(make_picture(), "JPEG"))
+    (tmp_path / "a.jpg").write_bytes(encoded(make_image(), "JPEG"))
     for name in ("b.HEIC", "c.heic", "d.avif", "a.txt", ".DS_Store", "LICENSE", "e"):
         (tmp_path / name).touch()
     told = "4 files are passed over, of no image format that is read"
@@ -177,7 +177,7 @@ def test_a_path_from_windows_is_found_if_the_one_with_slashes_exists(tmp_path):
 def test_lists_of_images_and_texts_hold_what_people_have(tmp_path):
     (tmp_path / "p").mkdir()
     name = f"p/{GBK}.jpg"
-    (tmp_path / name).write_bytes(encoded(make_picture(), "JPEG"))
+    (tmp_path / name).write_bytes(encoded(make_image(), "JPEG"))
     (tmp_path / "list.txt").write_bytes(os.fsencode(name) + b"\rp\\" + os.fsencode(f"{GBK}.jpg"))
     items = list(read_images([str(tmp_path / "list.txt")]))
     assert [item.id for item in items] == ["p/%D6%D0%CE%C4.jpg", "p\\%D6%D0%CE%C4.jpg"]

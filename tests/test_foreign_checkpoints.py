@@ -1,11 +1,11 @@
-"""What people have for a checkpoint: other wrappings are read, other files are named."""
+"""Checkpoints of other programs are read, and other files are refused by kind."""
 
 import gzip
 import json
 
 import pytest
 import torch
-from conftest import TINY, make_model, make_picture
+from conftest import TINY, make_image, make_model
 from safetensors.torch import save_file
 
 import cn_clip
@@ -29,12 +29,15 @@ def assert_same(a, b):
     "prefix",
     ["", "module.", "_orig_mod.", "model.", "module._orig_mod.", "model._orig_mod.module."],
 )
-def test_every_usual_key_and_prefix_is_read(tiny_model, tmp_path, key, prefix):
+def test_every_common_key_and_prefix_is_read(tiny_model, tmp_path, key, prefix):
     state = {prefix + name: tensor for name, tensor in state_of(tiny_model).items()}
     blob = {"epoch": 1, key: state, "optimizer": {"state": {}}, "pytorch-lightning_version": "2.5"}
     torch.save(blob, tmp_path / "file.pt")
     assert_same(weights.read(tmp_path / "file.pt").tensors, state_of(tiny_model))
-    assert weights.other_parts(tmp_path / "file.pt") == ("optimizer", "pytorch-lightning_version")
+    assert weights.other_checkpoint_keys(tmp_path / "file.pt") == (
+        "optimizer",
+        "pytorch-lightning_version",
+    )
 
 
 def test_a_compiled_or_wrapped_part_of_the_model_is_read(tiny_model, tmp_path):
@@ -48,21 +51,21 @@ def test_a_compiled_or_wrapped_part_of_the_model_is_read(tiny_model, tmp_path):
     assert_same(weights.read(tmp_path / "file.pt").tensors, state_of(tiny_model))
 
 
-def test_prefixes_are_left_off_the_towers_of_other_models_too(tiny_model, tmp_path):
+def test_prefixes_are_removed_from_towers_of_other_models_too(tiny_model, tmp_path):
     bert = {f"_orig_mod.{n}": t for n, t in state_of(tiny_model).items() if n.startswith("bert.")}
     torch.save(bert, tmp_path / "bert.pt")
     plain = {name.removeprefix("_orig_mod.") for name in bert}
     assert weights.text_tower(tmp_path / "bert.pt").tensors.keys() == plain
 
 
-def test_two_models_in_one_state_dict_are_not_mixed(tiny_model, tmp_path):
+def test_two_models_in_one_state_dict_are_refused(tiny_model, tmp_path):
     state = state_of(tiny_model)
     torch.save(state | {f"module.{n}": t for n, t in state.items()}, tmp_path / "file.pt")
-    with pytest.raises(CheckpointError, match=r"twice, as 'module.* keep one model of the two"):
+    with pytest.raises(CheckpointError, match=r"twice, also as 'module.*; keep only one"):
         weights.read(tmp_path / "file.pt")
 
 
-def test_what_belongs_to_no_tower_is_named_with_the_remedy(tiny_model, tmp_path):
+def test_tensors_of_no_tower_are_named_with_the_remedy(tiny_model, tmp_path):
     torch.save(state_of(tiny_model) | {"head.weight": torch.zeros(2)}, tmp_path / "file.pt")
     with pytest.raises(
         CheckpointError, match=r"1 unexpected \(head\.weight\); .*remove it"
@@ -71,21 +74,21 @@ def test_what_belongs_to_no_tower_is_named_with_the_remedy(tiny_model, tmp_path)
     assert len(str(error.value)) < 300
 
 
-def test_a_state_dict_under_an_unusual_key_is_pointed_at(tiny_model, tmp_path):
+def test_a_state_dict_under_an_unknown_key_is_suggested(tiny_model, tmp_path):
     torch.save({"net_ema": state_of(tiny_model), "epoch": 1}, tmp_path / "file.pt")
     with pytest.raises(CheckpointError, match=r'torch\.save\(torch\.load\(f\)\["net_ema"\], g\)'):
         weights.read(tmp_path / "file.pt")
 
 
-def test_create_model_finds_the_state_dict_too(monkeypatch):
+def test_create_model_finds_the_state_dict_in_a_checkpoint(monkeypatch):
     state = make_model(TINY["vit"]).state_dict()
-    with pytest.raises(CheckpointError, match="the checkpoint holds"):  # found, and another model
+    with pytest.raises(CheckpointError, match="the checkpoint holds"):  # read, and another model
         clip.create_model("RN50@RBT3-chinese", {"model": state})
     with pytest.raises(CheckpointError, match="the checkpoint is not a state dict"):
         clip.create_model("RN50@RBT3-chinese", {"epoch": 3})
 
 
-def test_the_content_decides_not_the_suffix(tiny_model, tmp_path):
+def test_the_format_is_detected_from_the_content_not_the_suffix(tiny_model, tmp_path):
     save_file(state_of(tiny_model), tmp_path / "really_safetensors.pt")
     torch.save(state_of(tiny_model), tmp_path / "really_torch.safetensors")
     for name in ("really_safetensors.pt", "really_torch.safetensors"):
@@ -101,16 +104,16 @@ def test_the_content_decides_not_the_suffix(tiny_model, tmp_path):
             "is a Git LFS pointer of 63 bytes, not the file: git lfs pull",
         ),
         (b"", r"is empty \(0 bytes\); download or copy it again"),
-        (bytes(5000), "begins with zeros, as after a broken download"),
+        (bytes(5000), "starts with zeros, as after a broken download"),
         (b"\n<!DOCTYPE html><html></html>", "is a web page, not the file; .*/resolve/"),
         (b'<?xml version="1.0"?><Error><Code>AccessDenied', "is an XML page"),
-        (b'{"model_type": "chinese_clip"}', "is a JSON file, no weights; give the folder"),
-        (gzip.compress(b"x"), "is packed with gzip; unpack it first"),
-        (b"PK\x03\x04" + bytes(100), "is not a whole .*its end is missing.*download"),
-        (b"hello", "is not a whole .*begins as none does; download or copy it again"),
+        (b'{"model_type": "chinese_clip"}', "is a JSON file, not weights; give its folder"),
+        (gzip.compress(b"x"), "is compressed with gzip; unpack it first"),
+        (b"PK\x03\x04" + bytes(100), "is not a valid .*its end is missing.*download"),
+        (b"hello", "is not a valid .*unknown first bytes; download or copy it again"),
     ],
 )
-def test_what_is_no_weights_is_named_as_what_it_is(tmp_path, content, message, suffix):
+def test_a_file_that_is_not_weights_is_named_by_its_kind(tmp_path, content, message, suffix):
     path = tmp_path / f"model{suffix}"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=rf"model\{suffix} {message}"):
@@ -119,7 +122,7 @@ def test_what_is_no_weights_is_named_as_what_it_is(tmp_path, content, message, s
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
 @pytest.mark.parametrize("share", [0.002, 0.5, 0.95])
-def test_a_file_that_is_cut_off_says_so_with_the_remedy(tiny_model, tmp_path, kind, share):
+def test_a_truncated_file_is_reported_with_the_remedy(tiny_model, tmp_path, kind, share):
     path = tmp_path / "model.pt"
     if kind == "safetensors":
         save_file(state_of(tiny_model), path)
@@ -127,15 +130,15 @@ def test_a_file_that_is_cut_off_says_so_with_the_remedy(tiny_model, tmp_path, ki
         torch.save(state_of(tiny_model), path, _use_new_zipfile_serialization=kind == "zip")
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(CheckpointError, match=r"not a whole .*download"):
+    with pytest.raises(CheckpointError, match=r"not a valid .*download"):
         weights.read(path)
 
 
-def test_a_folder_and_a_file_in_each_others_place_are_named(tiny_model, tmp_path):
+def test_a_folder_given_as_a_file_and_a_file_as_a_folder_are_named(tiny_model, tmp_path):
     weights.save_folder(tiny_model, tmp_path / "model")
-    with pytest.raises(CheckpointError, match=r"config\.json is a JSON file.*give the folder"):
+    with pytest.raises(CheckpointError, match=r"config\.json is a JSON file.*give its folder"):
         weights.read(tmp_path / "model" / "config.json")
-    with pytest.raises(MissingWeightsError, match="is a folder; give the file"):
+    with pytest.raises(MissingWeightsError, match="is a folder; give the weights file"):
         weights.read_tensors(tmp_path / "model")
     with pytest.raises(MissingWeightsError, match=r"give one of these in it: model"):
         weights.read(tmp_path)
@@ -144,11 +147,11 @@ def test_a_folder_and_a_file_in_each_others_place_are_named(tiny_model, tmp_path
     with pytest.raises(MissingWeightsError, match=r"has no config.json.*in it: epoch_9\.pt"):
         weights.read(tmp_path / "runs")
     (tmp_path / "runs" / "latest").write_text("global_step9")
-    with pytest.raises(MissingWeightsError, match=r"DeepSpeed's: give the mp_rank_00"):
+    with pytest.raises(MissingWeightsError, match=r"DeepSpeed wrote it: give the mp_rank_00"):
         weights.read(tmp_path / "runs")
 
 
-def test_a_folder_of_weights_without_a_config_is_read_by_their_shapes(tiny_model, tmp_path):
+def test_a_folder_without_a_config_is_read_by_the_shapes_of_its_weights(tiny_model, tmp_path):
     save_file(state_of(tiny_model), tmp_path / "model.safetensors")  # as accelerate saves a model
     assert_same(weights.read(tmp_path).tensors, state_of(tiny_model))
 
@@ -157,13 +160,13 @@ DEVICES = ["cuda", "cuda:7", "mps", "xpu", "meta", "nonsense", ""]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_device_that_is_not_here_is_said_before_any_weight_is_read(
+def test_an_unavailable_device_is_reported_before_weights_are_read(
     device, capsys, monkeypatch, tmp_path
 ):
     if device.partition(":")[0] in ("cuda", "mps") and available(device):
         pytest.skip("it is here")
     image = tmp_path / "x.jpg"
-    make_picture().save(image)
+    make_image().save(image)
 
     def fail(*_, **__):
         raise AssertionError("weights were looked for")
@@ -172,7 +175,7 @@ def test_a_device_that_is_not_here_is_said_before_any_weight_is_read(
         monkeypatch.setattr(f"cn_clip.hub.{name}", fail)
     monkeypatch.setattr(weights, "read", fail)
     monkeypatch.setattr(weights, "image_tower", fail)
-    message = rf"device '{device}' cannot be used here; torch \S+ has: cpu"
+    message = rf"device '{device}' is not available; torch \S+ has: cpu"
     with pytest.raises(UsageError, match=message):
         cn_clip.load("ViT-B-16", device=device)
     with pytest.raises(UsageError, match=message):
@@ -180,7 +183,7 @@ def test_a_device_that_is_not_here_is_said_before_any_weight_is_read(
     with pytest.raises(UsageError, match=message):
         clip.load(make_model(TINY["vit"]), device=device, clip_path="x.pt")
     assert run(["classify", str(image), "--labels", "猫,狗", "--device", device or "''"]) == 2
-    assert "cannot be used here" in capsys.readouterr().err
+    assert "is not available" in capsys.readouterr().err
 
 
 def available(device):
@@ -188,7 +191,7 @@ def available(device):
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "a/" + "x" * 300, "a\0b"])
-def test_a_path_that_no_file_can_have_is_a_missing_file(tmp_path, name):
+def test_an_invalid_path_is_a_missing_file(tmp_path, name):
     for read in (weights.read, weights.read_tensors, weights.image_tower, weights.text_tower):
         with pytest.raises(MissingWeightsError):
             read(tmp_path / name)
@@ -196,7 +199,9 @@ def test_a_path_that_no_file_can_have_is_a_missing_file(tmp_path, name):
         weights.read_config(tmp_path / name)
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"x": name.rpartition("/")[2]}}))
-    with pytest.raises(CheckpointError, match=r"is missing|are missing|is no weights beside it"):
+    with pytest.raises(
+        CheckpointError, match=r"is missing|are missing|not a weights file in its folder"
+    ):
         weights.read_tensors(index)
 
 
@@ -219,7 +224,7 @@ def written(folder, values):
     return folder
 
 
-def test_whatever_a_config_says_nothing_but_an_error_that_names_it_comes_of_it(tmp_path):
+def test_any_config_value_loads_or_gives_an_error_that_names_it(tmp_path):
     model = make_model(TINY["vit"])
     weights.save_folder(model, tmp_path / "ours")
     weights.save_hugging_face(model, tmp_path / "hf")
@@ -247,7 +252,7 @@ def test_whatever_a_config_says_nothing_but_an_error_that_names_it_comes_of_it(t
     "content",
     [b"[" * 100_000, b'{"a":' * 100_000, b"\xff\xfe", b"9" * 10_000, b'{"name": "\\ud800"}', b""],
 )
-def test_json_that_is_deep_damaged_or_no_object_is_refused(tmp_path, content):
+def test_json_that_is_deep_damaged_or_not_an_object_is_refused(tmp_path, content):
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(CheckpointError):
@@ -257,13 +262,13 @@ def test_json_that_is_deep_damaged_or_no_object_is_refused(tmp_path, content):
         weights.read_tensors(tmp_path / "model.safetensors.index.json")
 
 
-def test_a_config_describes_no_more_than_the_weights_hold(tiny_model, tmp_path):
+def test_a_config_larger_than_its_weights_is_refused(tiny_model, tmp_path):
     weights.save_folder(tiny_model, tmp_path / "model")
     values = json.loads((tmp_path / "model" / "config.json").read_text())
     values["text"] |= {"hidden_size": 4096, "heads": 64, "layers": 20}
     written(tmp_path / "model", values)
     with pytest.raises(
-        CheckpointError, match=r"about [\d,]+ parameters and the weights hold 1,569,"
+        CheckpointError, match=r"about [\d,]+ parameters and the weights have 1,569,"
     ):
         weights.build(weights.read(tmp_path / "model"))
     values["text"] |= {"hidden_size": 16384, "layers": 256}

@@ -1,4 +1,4 @@
-"""The house itself: exported names, import bands, what imports cost."""
+"""The package as a whole: public names, import bands, cost of imports."""
 
 import ast
 import re
@@ -15,7 +15,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 
 def rows_of(page):
-    """The rows of the table in architecture.md: the paths of each, from top to bottom."""
+    """Return the rows of the table in architecture.md, each as its paths, from top to bottom."""
     table = re.findall(r"^\|[^|]*\| (`[^|]*`) \|", page.read_text(encoding="utf-8"), re.MULTILINE)
     return [re.findall(r"`([^`]+)`", paths) for paths in table]
 
@@ -25,12 +25,12 @@ FILES = sorted(path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*.p
 
 
 def row_of(file):
-    """The number of the row that a file is in; None for the ``__init__.py`` above all rows."""
-    found = [n for n, paths in enumerate(ROWS) for path in paths if path_covers(path, file)]
-    if not found and file.endswith("__init__.py"):
+    """Return the row number of a file; None for an ``__init__.py`` that is in no row."""
+    rows = [n for n, paths in enumerate(ROWS) for path in paths if path_covers(path, file)]
+    if not rows and file.endswith("__init__.py"):
         return None
-    assert len(found) == 1, f"{file} is in {len(found)} rows of docs/architecture.md"
-    return found[0]
+    assert len(rows) == 1, f"{file} is in {len(rows)} rows of docs/architecture.md"
+    return rows[0]
 
 
 def path_covers(path, file):
@@ -38,7 +38,7 @@ def path_covers(path, file):
 
 
 def imports_of(file):
-    """The files of ours that a file imports, and the other modules' names."""
+    """Yield the imports of a file: paths of our files, and names of other modules."""
     for node in ast.walk(ast.parse((SOURCE / file).read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
             for alias in node.names:
@@ -50,27 +50,27 @@ def imports_of(file):
 def file_of(module):
     path = module.removeprefix("cn_clip").removeprefix(".").replace(".", "/")
     options = (f"{path}.py", f"{path}/__init__.py" if path else "__init__.py")
-    return next((each for each in options if module.startswith("cn_clip") and each in FILES), None)
+    return next((path for path in options if module.startswith("cn_clip") and path in FILES), None)
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_file_imports_from_its_own_row_of_the_architecture_or_further_down(file):
-    here = row_of(file)
+def test_a_file_imports_only_from_its_own_row_or_rows_below(file):
+    own_row = row_of(file)
     for name in imports_of(file):
         assert name.split(".")[0] not in ("torchvision", "timm"), f"{file} imports {name}"
-        there = row_of(name) if name in FILES else None
-        if here is not None and there is not None:
-            assert there >= here, f"{file} imports {name}, which stands further up"
+        row = row_of(name) if name in FILES else None
+        if own_row is not None and row is not None:
+            assert row >= own_row, f"{file} imports {name}, which is in a higher row"
 
 
-def test_every_row_of_the_architecture_exists_and_both_languages_have_the_same():
+def test_every_path_of_the_architecture_exists_in_both_languages():
     for paths in ROWS:
         for path in paths:
             assert (SOURCE / path).exists(), path
     assert rows_of(DOCS / "zh" / "architecture.md") == ROWS
 
 
-def test_public_names_are_these():
+def test_the_public_names():
     assert sorted(cn_clip.__all__) == [
         "CNClipError",
         "CheckpointError",
@@ -97,7 +97,7 @@ def loaded_by(statement):
     return set(run.stdout.split())
 
 
-def test_import_cn_clip_loads_neither_torch_nor_numpy():
+def test_import_cn_clip_imports_neither_torch_nor_numpy():
     assert not {"torch", "numpy", "PIL", "tokenizers"} & loaded_by("import cn_clip")
     assert "torch" not in loaded_by("import cn_clip; cn_clip.load; cn_clip.classify")
 
@@ -116,11 +116,11 @@ print(folder_fingerprint(EMBEDDED_FOLDER))
     assert "torch" not in loaded and cn_clip.load().fingerprint in loaded
 
 
-def test_the_facade_loads_nothing_heavy_beside_torch():
+def test_the_facade_imports_nothing_heavy_except_torch():
     heavy = {"torchvision", "timm", "huggingface_hub", "modelscope", "rich", "cyclopts", "sympy"}
     extra = loaded_by("import cn_clip.clip") - loaded_by("import torch")
     assert not heavy & extra
 
 
-def test_the_command_lines_help_does_not_wait_for_torch():
+def test_help_does_not_import_torch():
     assert "torch" not in loaded_by("from cn_clip.cli import run; run(['--help'])")

@@ -1,4 +1,4 @@
-"""Names to files."""
+"""Local files of named models."""
 
 import sys
 
@@ -32,7 +32,7 @@ def test_a_missing_modelscope_package_is_named_with_its_command(tmp_path, monkey
         hub.locate("RN50", download_root=tmp_path, use_modelscope=True)
 
 
-def test_what_is_written_like_a_repository():
+def test_names_of_repositories_are_recognised():
     assert hub.is_repository("TencentARC/QA-CLIP-ViT-B-16")
     for name in ("ViT-B/16", "RN50", "models/fine.pt", "./models/mine", "a/b/c", "/tmp/x", "~/x"):
         assert not hub.is_repository(name), name
@@ -40,7 +40,7 @@ def test_what_is_written_like_a_repository():
 
 @pytest.fixture
 def hugging_face_cache(tmp_path, monkeypatch):
-    """Keep files as Hugging Face's library keeps them, with no network to ask."""
+    """Create a cache in the layout of Hugging Face's library, without network."""
     cache = tmp_path / "huggingface"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -58,7 +58,7 @@ def hugging_face_cache(tmp_path, monkeypatch):
     return keep
 
 
-def test_what_is_in_the_hugging_face_cache_is_found_offline(hugging_face_cache, tmp_path):
+def test_a_model_in_the_hugging_face_cache_loads_offline(hugging_face_cache, tmp_path):
     official = hugging_face_cache("OFA-Sys/chinese-clip-rn50", "README.md", "clip_cn_rn50.pt")
     assert hub.locate("RN50", download_root=tmp_path) == official / "clip_cn_rn50.pt"
     names = ("config.json", "pytorch_model.bin")
@@ -68,7 +68,7 @@ def test_what_is_in_the_hugging_face_cache_is_found_offline(hugging_face_cache, 
     assert hub.locate("someone/QA-CLIP", download_root=tmp_path) == other
 
 
-def test_a_hugging_face_cache_without_the_weights_does_not_count(hugging_face_cache, tmp_path):
+def test_a_hugging_face_cache_without_weights_is_ignored(hugging_face_cache, tmp_path):
     hugging_face_cache("OFA-Sys/chinese-clip-rn50", "README.md")
     for name in ("RN50", "ViT-H-14"):
         assert hub.find(name) is None

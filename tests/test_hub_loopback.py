@@ -1,4 +1,4 @@
-"""Fetching from a hub served on loopback, which breaks off, lies, stalls and refuses."""
+"""Downloads from a hub on loopback that interrupts, sends wrong data, stalls and refuses."""
 
 import hashlib
 import os
@@ -19,7 +19,7 @@ FILE = "clip_cn_rn50.pt"
 
 
 class Hub(ThreadingHTTPServer):
-    """Speaks as much of the hub's protocol as downloads need; ``troubles`` come first."""
+    """Serves the part of the hub's protocol that downloads use; ``troubles`` come first."""
 
     def __init__(self, repositories):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -52,16 +52,16 @@ class Handler(BaseHTTPRequestHandler):
             trouble = troubles.pop(0)[1]
         if listed := re.fullmatch(r"/api/models/([^/]+/[^/?]+)", self.path):
             return self.send_listing(listed[1])
-        found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/main/(.+)", self.path)
-        content = self.server.repositories.get(found[1], {}).get(found[2]) if found else None
+        match = re.fullmatch(r"/([^/]+/[^/]+)/resolve/main/(.+)", self.path)
+        content = self.server.repositories.get(match[1], {}).get(match[2]) if match else None
         if content is None:
             return self.send(404, b"", {"X-Error-Code": "EntryNotFound"})
         if trouble == "429":
             return self.send(429, b"", {"Retry-After": "0"})
         etag = hashlib.sha256(content).hexdigest()
         start = 0
-        if asked := re.match(r"bytes=(\d+)-", self.headers.get("Range") or ""):
-            start = int(asked[1])
+        if range_match := re.match(r"bytes=(\d+)-", self.headers.get("Range") or ""):
+            start = int(range_match[1])
         sent = content[start:]
         if trouble == "wrong bytes":
             sent = bytes(len(sent))
@@ -82,8 +82,8 @@ class Handler(BaseHTTPRequestHandler):
         files = self.server.repositories.get(repository)
         if files is None:
             return self.send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-        told = {"id": repository, "siblings": [{"rfilename": name} for name in files]}
-        self.send(200, json.dumps(told).encode(), {"Content-Type": "application/json"})
+        metadata = {"id": repository, "siblings": [{"rfilename": name} for name in files]}
+        self.send(200, json.dumps(metadata).encode(), {"Content-Type": "application/json"})
 
     def send(self, code, content, headers, length=None):
         self.send_response(code)
@@ -96,7 +96,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A Hugging Face folder and an official file, as bytes by name."""
+    """Return the files of a Hugging Face folder and an official file, as bytes by name."""
     path = tmp_path_factory.mktemp("models")
     weights.save_hugging_face(make_model(TINY["vit"]), path / "hf")
     weights.save_official(make_model(TINY["resnet"]), path / "model.pt")
@@ -124,7 +124,7 @@ def server(folder):
 
 
 def start(tmp_path, address, name, *, first="", **environment):
-    """Locate a model in a process of its own: the hub's address is read once, at import.
+    """Locate a model in a separate process, because the hub's URL is read once, at import.
 
     The process runs the code ``first`` before.
     """
@@ -153,7 +153,7 @@ def downloads(server):
     return [r for r in server.requests if r[0] == "GET" and "/resolve/" in r[1]]
 
 
-def test_a_published_model_is_fetched_once_to_its_place(tmp_path, server, folder):
+def test_a_published_model_is_downloaded_once(tmp_path, server, folder):
     path, error = locate(tmp_path, server.address, "RN50")
     assert (path, error) == (str(tmp_path / "root" / FILE), "")
     assert (tmp_path / "root" / FILE).read_bytes() == folder[1]
@@ -162,8 +162,8 @@ def test_a_published_model_is_fetched_once_to_its_place(tmp_path, server, folder
     assert len(server.requests) == count
 
 
-def test_a_break_in_the_middle_is_resumed_not_begun_anew(tmp_path, server):
-    content = os.urandom(30_000_000)  # the hub's library keeps what came in pieces of 10 MB
+def test_an_interrupted_download_resumes(tmp_path, server):
+    content = os.urandom(30_000_000)  # the hub's library saves chunks of 10 MB
     server.repositories[REPOSITORY] = {FILE: content}
     server.troubles = [("GET", "break off")]
     path, error = locate(tmp_path, server.address, "RN50")
@@ -174,7 +174,7 @@ def test_a_break_in_the_middle_is_resumed_not_begun_anew(tmp_path, server):
     assert int(second[2].removeprefix("bytes=").split("-")[0]) > 0
 
 
-def test_no_room_is_said_and_the_next_try_is_not_spoilt_by_it(tmp_path, server):
+def test_a_full_disk_is_reported_and_the_next_download_works(tmp_path, server):
     pytest.importorskip("resource")
     content = os.urandom(30_000_000)
     server.repositories[REPOSITORY] = {FILE: content}
@@ -182,30 +182,30 @@ def test_no_room_is_said_and_the_next_try_is_not_spoilt_by_it(tmp_path, server):
     path, error = locate(tmp_path, server.address, "RN50", first=first)
     assert not path
     root = tmp_path / "root"
-    assert f"no room in {root} to download RN50" in error
-    assert error.endswith("Free some space, or give another place: download_root")
+    assert f"no space in {root} to download RN50" in error
+    assert error.endswith("Free some space, or give another folder: download_root")
     left = [file for file in root.rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in left) < 10_000  # the disk is not kept full
+    assert sum(file.stat().st_size for file in left) < 10_000  # the disk does not stay full
     assert locate(tmp_path, server.address, "RN50")[0] == str(root / FILE)
     assert (root / FILE).read_bytes() == content
 
 
 @pytest.mark.parametrize("trouble", ["wrong bytes", "wrong size"])
-def test_what_the_hub_did_not_promise_never_takes_its_place(tmp_path, server, trouble):
+def test_a_file_that_differs_from_the_hubs_metadata_is_refused(tmp_path, server, trouble):
     server.troubles = [("GET", trouble)]
     path, error = locate(tmp_path, server.address, "RN50")
     assert not path
     assert re.search(r"SHA-256 0?\w+\.\.\. instead of|consistency|instead of|size", error), error
     assert not (tmp_path / "root" / FILE).exists()
-    assert locate(tmp_path, server.address, "RN50")[0]  # and the next try is not spoilt by it
+    assert locate(tmp_path, server.address, "RN50")[0]  # the next download works
 
 
-def test_429_is_waited_for(tmp_path, server):
+def test_429_is_retried(tmp_path, server):
     server.troubles = [("HEAD", "429")]
     assert locate(tmp_path, server.address, "RN50")[0]
 
 
-def test_404_says_which_file_from_where_to_where(tmp_path, server):
+def test_404_names_the_file_repository_and_folder(tmp_path, server):
     path, error = locate(tmp_path, server.address, "ViT-H-14")
     published = PUBLISHED["ViT-H-14"]
     assert not path
@@ -214,7 +214,7 @@ def test_404_says_which_file_from_where_to_where(tmp_path, server):
     assert f"put it into {tmp_path / 'root'}" in error
 
 
-def test_offline_is_said_at_once(tmp_path, server):
+def test_offline_fails_at_once(tmp_path, server):
     import time
 
     begin = time.monotonic()
@@ -224,10 +224,10 @@ def test_offline_is_said_at_once(tmp_path, server):
     _, error = locate(tmp_path, server.address, "RN50", HF_HUB_OFFLINE="1")
     assert "offline" in error.lower()
     assert server.requests == []
-    assert time.monotonic() - begin < 20  # two processes; retries alone would take 23 s
+    assert time.monotonic() - begin < 20  # two processes; retries would take 23 s
 
 
-def test_two_processes_at_once_download_once(tmp_path, server):
+def test_two_parallel_processes_download_once(tmp_path, server):
     processes = [start(tmp_path, server.address, "RN50") for _ in range(2)]
     answers = [process.communicate(timeout=120)[0].strip() for process in processes]
     assert answers == [str(tmp_path / "root" / FILE)] * 2
@@ -246,23 +246,23 @@ def test_any_repository_with_a_chinese_clip_loads_by_its_name(tmp_path, server, 
     assert len(server.requests) == count
 
 
-def test_another_architecture_is_named_before_its_weights_are_fetched(tmp_path, server):
+def test_another_architecture_is_refused_before_its_weights_are_downloaded(tmp_path, server):
     _, error = locate(tmp_path, server.address, "someone/blip")
     assert "someone/blip is a model of type 'blip', not a Chinese-CLIP" in error
     assert not any("safetensors" in path for _, path, _ in server.requests)
 
 
-def test_a_repository_without_weights_says_what_it_has(tmp_path, server):
+def test_a_repository_without_weights_lists_its_files(tmp_path, server):
     _, error = locate(tmp_path, server.address, "someone/data")
     assert "no Chinese-CLIP in a known format" in error
     assert "it has train.tsv" in error
 
 
-def test_a_repository_that_is_not_there(tmp_path, server):
+def test_a_missing_repository_is_reported(tmp_path, server):
     _, error = locate(tmp_path, server.address, "someone/nothing")
-    assert "neither a file or folder here nor could it be fetched from Hugging Face" in error
+    assert "is not a file or folder, and could not be downloaded from Hugging Face" in error
 
 
-def test_a_hub_that_is_none(tmp_path, server):
+def test_an_unknown_hub_is_refused(tmp_path, server):
     _, error = locate(tmp_path, server.address, "RN50", CN_CLIP_HUB="github")
-    assert "CN_CLIP_HUB='github' is no hub known here; give huggingface or modelscope" in error
+    assert "CN_CLIP_HUB='github' is not a known hub; give huggingface or modelscope" in error

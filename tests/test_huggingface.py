@@ -1,4 +1,4 @@
-"""Folders of Hugging Face's ChineseCLIPModel both ways, beside the real transformers."""
+"""Hugging Face's ChineseCLIPModel folders in both directions, compared with transformers."""
 
 import json
 from dataclasses import replace
@@ -19,7 +19,7 @@ VITS = ["ViT-B-16", "ViT-L-14", "ViT-L-14-336", "ViT-H-14"]
 
 
 def shallow(name, layers=1):
-    """The widths of a published model; few layers, so that it is quick."""
+    """Return a published model with few layers, to be fast."""
     config = MODELS[name]
     vision = replace(config.vision, layers=(layers,))
     return replace(config, vision=vision, text=replace(config.text, layers=layers, vocab_size=300))
@@ -67,20 +67,21 @@ def check_both_ways(config, folder):
     assert_equal_features(ours_of(again), theirs_of(theirs, config))
     back = again.state_dict()
     for name, tensor in model.state_dict().items():
-        row = 1 if name == "bert.embeddings.word_embeddings.weight" else 0  # they zero [PAD]'s
+        # transformers sets the embedding of [PAD] to zero.
+        row = 1 if name == "bert.embeddings.word_embeddings.weight" else 0
         kept, sent = (back[name][row:], tensor[row:]) if row else (back[name], tensor)
         assert torch.equal(kept, sent), name
     assert replace(again.config, name="") == replace(config, name="")
 
 
 @pytest.mark.parametrize("name", VITS)
-def test_the_widths_of_every_vit_go_both_ways(name, tmp_path):
+def test_every_vit_width_converts_both_ways(name, tmp_path):
     check_both_ways(shallow(name), tmp_path)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", VITS)
-def test_every_whole_vit_goes_both_ways(name, tmp_path):
+def test_every_complete_vit_converts_both_ways(name, tmp_path):
     check_both_ways(MODELS[name], tmp_path)
     assert weights.read_config(tmp_path / "theirs") == MODELS[name]
 
@@ -113,41 +114,41 @@ def test_shards_are_read_and_a_missing_one_is_named(tiny_model, tmp_path):
         weights.read(tmp_path / "many")
 
 
-def test_a_file_of_weights_alone_tells_its_model(tiny_model, tmp_path):
+def test_the_model_is_detected_from_a_weights_file_alone(tiny_model, tmp_path):
     weights.save_hugging_face(tiny_model, tmp_path / "hf")
     (tmp_path / "hf" / "config.json").unlink()
     model = weights.build(weights.read(tmp_path / "hf" / "model.safetensors"))
     assert_equal_features(ours_of(model), ours_of(tiny_model))
 
 
-def test_the_tokenizer_written_gives_the_same_ids(tiny_model, tmp_path):
+def test_the_written_tokenizer_gives_the_same_ids(tiny_model, tmp_path):
     weights.save_hugging_face(tiny_model, tmp_path / "hf")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     strings = json.loads((GOLDEN / "strings.json").read_text(encoding="utf-8"))
-    # Their lowercasing also strips accents and drops what it does not know: plain text only.
+    # Its normalizer also strips accents and drops some characters: plain text only.
     plain = [t for t in strings if all(" " <= c <= "~" or "一" <= c <= "鿿" for c in t)]
-    # None is cut; theirs takes a literal [MASK] for the token.
+    # No truncation; it parses a literal [MASK] as the special token.
     plain = [text for text in plain if len(text) <= 50 and "[" not in text]
     assert len(plain) > 100
     ids = theirs(plain, max_length=52, truncation=True, padding="max_length")["input_ids"]
     np.testing.assert_array_equal(default_tokenizer()(plain, 52), ids)
 
 
-def test_the_preprocessing_written_gives_the_same_pixels(tiny_model, tmp_path):
-    from conftest import make_picture
+def test_the_written_preprocessing_gives_the_same_pixels(tiny_model, tmp_path):
+    from conftest import make_image
 
     from cn_clip.image.decode import normalize, to_pixels
 
     weights.save_hugging_face(tiny_model, tmp_path / "hf")
     processor = transformers.ChineseCLIPImageProcessorPil.from_pretrained(tmp_path / "hf")
-    picture = make_picture(3, (90, 61))
+    picture = make_image(3, (90, 61))
     theirs = processor(picture, return_tensors="np")["pixel_values"][0]
     ours = normalize(to_pixels(picture, tiny_model.config.vision.resolution))
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["resnet", "efficientnet_lite"])
-def test_towers_that_the_format_has_no_place_for_are_refused(kind, tmp_path):
-    with pytest.raises(CheckpointError, match=f"ViT image towers only, not for {kind}"):
+def test_towers_that_the_format_does_not_support_are_refused(kind, tmp_path):
+    with pytest.raises(CheckpointError, match=f"supports only ViT image towers, not {kind}"):
         weights.save_hugging_face(make_model(TINY[kind]), tmp_path / "hf")
     assert not list(tmp_path.iterdir())

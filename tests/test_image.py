@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, encoded, make_picture
+from conftest import GOLDEN, encoded, make_image
 from PIL import Image
 
 from cn_clip.errors import ImageError
@@ -34,14 +34,14 @@ def test_normalize_is_the_plain_formula():
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_every_allowed_format_opens_from_path_and_bytes(tmp_path, format):
-    raw = encoded(make_picture(), format)
+    raw = encoded(make_image(), format)
     path = tmp_path / "picture"
     path.write_bytes(raw)
     assert read_image(path).size == read_image(raw).size == (80, 60)
 
 
 def test_arrays_and_pil_images_are_pictures_too():
-    picture = make_picture()
+    picture = make_image()
     array = np.asarray(picture)
     for source in (picture, array, array[..., 0], np.dstack([array, array[..., :1]])):
         assert read_image(source).size == (80, 60)
@@ -49,14 +49,14 @@ def test_arrays_and_pil_images_are_pictures_too():
 
 def test_other_formats_are_refused():
     with pytest.raises(ImageError, match="not a picture in a known format"):
-        read_image(encoded(make_picture(), "PPM"))
+        read_image(encoded(make_image(), "PPM"))
     with pytest.raises(ImageError, match="not a picture in a known format"):
         read_image(b"%PDF-1.7 not a picture")
 
 
 def test_cmyk_becomes_rgb_and_an_animation_its_first_frame():
-    cmyk = encoded(make_picture(mode="CMYK"), "JPEG")
-    difference = to_pixels(read_image(cmyk), 16).astype(int) - to_pixels(make_picture(), 16)
+    cmyk = encoded(make_image(mode="CMYK"), "JPEG")
+    difference = to_pixels(read_image(cmyk), 16).astype(int) - to_pixels(make_image(), 16)
     assert np.abs(difference).mean() < 8
     frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
     animated = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
@@ -70,7 +70,7 @@ def test_to_pixels_clips_sixteen_bits_at_255_as_the_reference_does():
 
 
 def test_exif_orientation_is_applied():
-    picture = make_picture(size=(40, 20))
+    picture = make_image(size=(40, 20))
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees
     turned = read_image(encoded(picture, "JPEG", exif=exif))
@@ -80,13 +80,13 @@ def test_exif_orientation_is_applied():
 def test_a_callers_image_is_not_turned_in_place():
     exif = Image.Exif()
     exif[0x0112] = 6
-    image = Image.open(io.BytesIO(encoded(make_picture(size=(40, 20)), "JPEG", exif=exif)))
+    image = Image.open(io.BytesIO(encoded(make_image(size=(40, 20)), "JPEG", exif=exif)))
     assert read_image(image).size == (20, 40)
     assert image.size == (40, 20)
 
 
 def test_a_jpeg_cut_in_half_is_damaged():
-    raw = encoded(make_picture(size=(200, 200)), "JPEG")
+    raw = encoded(make_image(size=(200, 200)), "JPEG")
     with pytest.raises(ImageError, match="is damaged"):
         read_image(raw[: len(raw) // 2])
 
@@ -105,14 +105,14 @@ def test_a_huge_header_is_refused_before_decoding(monkeypatch):
 
 
 def test_the_pixel_limit_is_the_callers():
-    raw = encoded(make_picture(size=(100, 100)), "PNG")
+    raw = encoded(make_image(size=(100, 100)), "PNG")
     with pytest.raises(ImageError, match="100 x 100 pixels, above the limit of 9,999"):
         read_image(raw, max_pixels=9_999)
     assert read_image(raw, max_pixels=10_000).size == (100, 100)
 
 
 def test_fast_decode_reads_large_jpegs_at_reduced_size_and_nearly_the_same_pixels():
-    raw = encoded(make_picture(size=(1600, 1200)), "JPEG", quality=95)
+    raw = encoded(make_image(size=(1600, 1200)), "JPEG", quality=95)
     fast = read_image(raw, fast_decode=224)
     assert fast.size == (800, 600)
     exact = to_pixels(read_image(raw), 224).astype(float)
@@ -120,7 +120,7 @@ def test_fast_decode_reads_large_jpegs_at_reduced_size_and_nearly_the_same_pixel
 
 
 def test_fast_decode_leaves_a_callers_image_as_it_is():
-    image = Image.open(io.BytesIO(encoded(make_picture(size=(1600, 1200)), "JPEG")))
+    image = Image.open(io.BytesIO(encoded(make_image(size=(1600, 1200)), "JPEG")))
     assert read_image(image, fast_decode=224).size == image.size == (1600, 1200)
 
 
@@ -149,11 +149,9 @@ def test_what_is_not_a_picture_is_said_in_one_sentence(source, message):
     assert "\n" not in str(error.value)
 
 
-def test_folders_and_globs_expand_in_order_without_repeats(folder_of_pictures):
-    (folder_of_pictures / "notes.txt").write_text("no picture")
-    found = find_images(
-        [folder_of_pictures / "1.jpg", folder_of_pictures, f"{folder_of_pictures}/*"]
-    )
+def test_folders_and_globs_expand_in_order_without_repeats(image_folder):
+    (image_folder / "notes.txt").write_text("no picture")
+    found = find_images([image_folder / "1.jpg", image_folder, f"{image_folder}/*"])
     assert [path.name for path in found] == ["1.jpg", "0.jpg", "2.jpg"]
 
 

@@ -9,7 +9,7 @@ import zlib
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, encoded, make_picture
+from conftest import GOLDEN, encoded, make_image
 from PIL import Image
 
 from cn_clip.data.curate.check import check
@@ -58,7 +58,7 @@ def scans_jpeg(count):
     return raw[:-2] + raw[raw.rindex(b"\xff\xda") : -2] * count + raw[-2:]
 
 
-JPEG = encoded(make_picture(), "JPEG")
+JPEG = encoded(make_image(), "JPEG")
 COSTLY = {
     "34 bytes for 134 million pixels": (BOMB.read_bytes(), "2,146,828,320 bytes to decode as WEBP"),
     "scans": (scans_jpeg(6_000), "scans over 409,600 pixels"),
@@ -162,7 +162,7 @@ def test_an_image_too_long_for_its_format_gets_one_that_holds_it(size, wanted, s
 def bad_images(folder):
     """Good pairs, and an image of each kind that ended a command."""
     for seed in range(3):
-        make_picture(seed).save(folder / f"good{seed}.png")
+        make_image(seed).save(folder / f"good{seed}.png")
     (folder / "bomb.webp").write_bytes(BOMB.read_bytes())
     (folder / "comment.gif").write_bytes(comment_gif(300))
     (folder / "lab.tif").write_bytes((GOLDEN / "hostile" / "lab.tif").read_bytes())
@@ -189,7 +189,7 @@ def test_one_bad_image_ends_no_command(tmp_path):
     assert {each.size for each in map(read_image, images_of(tmp_path / "packed"))} >= {(16_400, 3)}
     tests = tmp_path / "tests"
     tests.mkdir()
-    make_picture(1).save(tests / "x.png")
+    make_image(1).save(tests / "x.png")
     (tests / "x.txt").write_text("测试图", encoding="utf-8")
     clean = decontaminate(source, open_source(f"folder:{tests}"))
     assert len(clean.unreadable) == 2 and [each.reason for each in clean.removed] == ["picture"]
@@ -215,9 +215,7 @@ def test_a_file_of_absurd_size_is_refused_unread(tmp_path):
         read_image(tmp_path / "huge.jpg")
 
 
-@pytest.mark.parametrize(
-    "content", [encoded(make_picture(), "JPEG"), encoded(make_picture(), "PNG")]
-)
+@pytest.mark.parametrize("content", [encoded(make_image(), "JPEG"), encoded(make_image(), "PNG")])
 def test_base64_where_a_path_or_bytes_belong_is_called_base64(content):
     text = base64.b64encode(content).decode()
     for given in (text, text[:200], base64.encodebytes(content).decode(), text.encode()):
@@ -271,7 +269,7 @@ def mutants(content, count, rng):
 def test_a_damaged_image_is_read_or_named_and_raises_nothing_else(seed):
     """The larger corpus over all formats of the package is in tests/fuzz."""
     rng = np.random.default_rng(seed)
-    image = make_picture(seed, (24, 20))
+    image = make_image(seed, (24, 20))
     deep = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
     originals = [encoded(image, format) for format in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")]
     originals += [encoded(deep, "PNG", transparency=257), encoded(deep, "TIFF")]

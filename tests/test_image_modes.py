@@ -4,7 +4,7 @@ import struct
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, cosines, encoded, make_picture
+from conftest import GOLDEN, cosines, encoded, make_image
 from PIL import Image, ImageCms
 
 import cn_clip
@@ -17,7 +17,7 @@ from cn_clip.errors import ImageError
 from cn_clip.html.page import thumbnail
 from cn_clip.image.decode import read_image, read_pixels
 
-GREY = np.asarray(make_picture(2).convert("L"))  # (60, 80)
+GREY = np.asarray(make_image(2).convert("L"))  # (60, 80)
 SIXTEEN = GREY.astype(np.uint16) * 257
 UNIT = GREY.astype(np.float32) / 255
 
@@ -67,7 +67,7 @@ def test_the_cosine_is_that_of_the_eight_bit_image():
 
 
 def test_colours_of_sixteen_bits_are_those_of_eight():
-    colours = np.asarray(make_picture(1))
+    colours = np.asarray(make_image(1))
     np.testing.assert_array_equal(np.asarray(read_image(colours.astype(np.uint16) * 257)), colours)
     np.testing.assert_array_equal(np.asarray(read_image(colours / 255.0)), colours)
 
@@ -143,7 +143,7 @@ def test_true_is_white():
 
 
 def test_lab_becomes_the_colours_it_was_made_of():
-    colours = make_picture(3)
+    colours = make_image(3)
     lab = ImageCms.profileToProfile(
         colours,
         ImageCms.createProfile("sRGB"),
@@ -160,7 +160,7 @@ def test_lab_becomes_the_colours_it_was_made_of():
 def test_every_mode_goes_every_way(mode, background):
     """Hashed, made small, encoded anew; none of them raises."""
     steps = {"La": ["RGBA", "LA", "La"], "RGBa": ["RGBA", "RGBa"], "PA": ["P", "PA"]}
-    image = make_picture(1)
+    image = make_image(1)
     for step in steps.get(mode, [mode]):
         image = image.convert(step)
     read = read_image(image, background=background)
@@ -170,7 +170,7 @@ def test_every_mode_goes_every_way(mode, background):
 
 @pytest.mark.parametrize("mode", ["YCbCr", "HSV"])
 def test_colour_spaces_keep_their_colours(mode):
-    colours = make_picture(1)
+    colours = make_image(1)
     found = read_pixels(colours.convert(mode), 60).astype(int)
     assert np.abs(found - read_pixels(colours, 60)).mean() < 4
 

@@ -1,4 +1,4 @@
-"""Token ids against the reference's, and what a tokenizer must survive."""
+"""Token ids compared with the reference; threads, forks and unusual input."""
 
 import multiprocessing
 import os
@@ -41,7 +41,7 @@ def test_a_word_of_more_than_200_characters_is_one_unknown(tokenizer):
 
 
 def test_every_ideograph_block_is_split_into_single_characters(tokenizer):
-    # The last one lies in the 256 characters that BertNormalizer's table misses.
+    # The last one is one of the 256 characters that BertNormalizer misses.
     for character in "㐀一豈𠀀𪜀𫝀𫠠":
         assert len(tokenizer.tokenize(f"a{character}b")) == 3, character
 
@@ -90,7 +90,7 @@ def test_a_short_context_keeps_both_ends(tokenizer):
 
 
 @pytest.mark.parametrize("texts", [[1], ["好", None], [b"bytes"]])
-def test_what_is_not_a_string_is_named(tokenizer, texts):
+def test_an_input_that_is_not_a_string_is_named(tokenizer, texts):
     with pytest.raises(UsageError, match=r"text \d is .*expected a string"):
         tokenizer(texts)
 
@@ -130,7 +130,7 @@ def test_a_forked_worker_tokenizes(capfd):
     assert "TOKENIZERS_PARALLELISM" not in capfd.readouterr().err
 
 
-def test_a_file_that_is_no_vocabulary_is_refused(tmp_path):
+def test_a_file_that_is_not_a_vocabulary_is_refused(tmp_path):
     (tmp_path / "vocab.txt").write_text("猫\n狗\n", encoding="utf-8")
     with pytest.raises(UsageError, match=r"\[PAD\]"):
         Tokenizer(tmp_path / "vocab.txt")

@@ -1,4 +1,4 @@
-"""Initial weights: files that the owners' own libraries wrote, beside those libraries' features."""
+"""Initial weights: files written by the original libraries, compared with their features."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def test_image_towers_of_openai_and_open_clip_give_their_own_features(file, conf
     np.testing.assert_allclose(ours, golden[features], atol=1e-5, rtol=1e-5)
 
 
-def test_a_state_dict_of_openai_is_read_as_the_archive_is(tmp_path):
+def test_an_openai_state_dict_reads_like_the_archive(tmp_path):
     tensors = weights.read_tensors(TOWERS / "openai_vit.pt")
     torch.save(tensors, tmp_path / "state.pt")
     tower = weights.image_tower(tmp_path / "state.pt")
@@ -46,7 +46,7 @@ def test_a_state_dict_of_openai_is_read_as_the_archive_is(tmp_path):
 
 
 def test_the_code_of_an_archive_is_never_run(tmp_path):
-    """An archive whose pickle calls a function is refused before that function is found."""
+    """An archive whose pickle calls a function is refused before the function is looked up."""
     import zipfile
 
     path = tmp_path / "evil.pt"
@@ -61,7 +61,7 @@ def test_the_code_of_an_archive_is_never_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_an_archive_cut_short_or_lying_is_refused(tmp_path):
+def test_a_truncated_or_inconsistent_archive_is_refused(tmp_path):
     import zipfile
 
     path = tmp_path / "cut.pt"
@@ -70,7 +70,7 @@ def test_an_archive_cut_short_or_lying_is_refused(tmp_path):
             content = good.read(info)
             cut = info.filename.endswith("/data/6")
             bad.writestr(info.filename, content[:100] if cut else content)
-    with pytest.raises(CheckpointError, match="not a whole TorchScript archive"):
+    with pytest.raises(CheckpointError, match="not a valid TorchScript archive"):
         weights.read_tensors(path)
 
 
@@ -143,12 +143,12 @@ def test_another_resolution_resizes_the_positions():
 
     config = replace(VIT, vision=replace(VIT.vision, resolution=48))
     model = clip.load(make_model(config), "cpu", clip_path=str(TOWERS / "openai_vit.pt"))
-    given = weights.image_tower(TOWERS / "openai_vit.pt").tensors["visual.positional_embedding"]
-    expected = weights.resize_positions(given, 37).float()
+    positions = weights.image_tower(TOWERS / "openai_vit.pt").tensors["visual.positional_embedding"]
+    expected = weights.resize_positions(positions, 37).float()
     torch.testing.assert_close(model.visual.positional_embedding.detach(), expected)
 
 
-def test_a_file_without_the_tower_says_so(tmp_path):
+def test_a_file_without_the_tower_is_refused(tmp_path):
     torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match=r"no image tower of a CLIP; .* conv\.weight"):
         clip.load(make_model(VIT), "cpu", clip_path=str(tmp_path / "other.pt"))

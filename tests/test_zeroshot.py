@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import make_picture
+from conftest import make_image
 
 import cn_clip
 from cn_clip.embedder import Embedder
@@ -14,7 +14,7 @@ def embedder(tiny_model):
     return Embedder.from_model(tiny_model)
 
 
-PICTURES = [make_picture(seed) for seed in range(3)]
+PICTURES = [make_image(seed) for seed in range(3)]
 
 
 def test_probabilities_are_the_softmax_of_scaled_cosines(embedder):

@@ -1,10 +1,9 @@
-"""What each part of the data gives, before any training:
+"""Ablations of the data, before any training:
 
     python recipes/mini/ablations.py --packages mini/packages --data mini
 
-The image tower is that which training starts from, fitted anew to what is left of the data, and the
-text tower is replaced by where texts belong. So a row tells what the words and pictures are worth,
-and the last steps of the recipe are free to make more of it. Scores are those of the 468 things.
+The image tower is the initial one of training, fitted to the remaining data. The target embeddings
+of texts replace the text tower. Scores are those of the 468 things.
 """
 
 import argparse
@@ -19,13 +18,13 @@ from prepare import (
     CONFIG,
     EMBED_DIM,
     WITHOUT,
-    file_of,
+    ablated_images,
+    ablated_space,
+    ablated_things,
+    backbone_features,
+    file_stem,
     fitted_tower,
-    kept,
-    known_things,
-    picture_features,
-    space_of,
-    write_pictures,
+    write_images,
 )
 from sentence_encoder import EmbeddingCache
 
@@ -36,39 +35,39 @@ import things468
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--packages", type=Path, required=True, help="what run.sh fetched")
-    parser.add_argument("--data", type=Path, required=True, help="what prepare.py wrote")
-    parser.add_argument("--stamps", type=Path, help="folder of the stamps; fetched if not given")
+    parser.add_argument("--packages", type=Path, required=True, help="packages of run.sh")
+    parser.add_argument("--data", type=Path, required=True, help="output folder of prepare.py")
+    parser.add_argument("--stamps", type=Path, help="folder of the stamps; downloaded by default")
     options = parser.parse_args()
     torch.set_num_threads(2)
     with tempfile.TemporaryDirectory() as scratch:
         pairs = things468.things(options.stamps or things468.fetch(Path(scratch)))
-        shown = [things468.on_white(path) for path, _ in pairs]
+        stamp_images = [things468.on_white(path) for path, _ in pairs]
     captions = list(dict.fromkeys(caption for _, caption in pairs))
     correct = np.array([[caption == own for _, own in pairs] for caption in captions])
-    pictures = write_pictures(options.packages, options.data)
+    images = write_images(options.packages, options.data)
     features = dict(
-        zip(map(file_of, pictures), picture_features(pictures, options.data), strict=True)
+        zip(map(file_stem, images), backbone_features(images, options.data), strict=True)
     )
     tower = imagenet_tower(CONFIG.vision, EMBED_DIM)
-    asked = features_of(shown, tower, CONFIG.vision.resolution)
+    stamp_features = features_of(stamp_images, tower, CONFIG.vision.resolution)
     encode = EmbeddingCache(options.packages / "sentence_encoder")
-    for what in (None, *WITHOUT):
-        mine = kept(pictures, what)
-        space = space_of(encode, *known_things(what), what)
-        texts = sorted({text for each in mine for text in each.words.texts})
-        places = dict(zip(texts, space.places(texts), strict=True))
-        seen = np.stack([features[file_of(each)] for each in mine])
-        tower = fitted_tower(mine, seen, places, space.prototypes)
-        x = torch.from_numpy(asked)
+    for without in (None, *WITHOUT):
+        images_left = ablated_images(images, without)
+        space = ablated_space(encode, *ablated_things(without), without)
+        texts = sorted({text for image in images_left for text in image.words.texts})
+        targets = dict(zip(texts, space.targets(texts), strict=True))
+        features_left = np.stack([features[file_stem(image)] for image in images_left])
+        tower = fitted_tower(images_left, features_left, targets, space.prototypes)
+        x = torch.from_numpy(stamp_features)
         with torch.no_grad():
-            shares = (tower.sharpness * tower.classifier(x)).softmax(-1)
-            images = shares @ tower.prototypes + tower.residual(x)
-        images = torch.nn.functional.normalize(images, dim=-1).numpy()
-        scores = space.places(captions) @ images.T
+            probabilities = (tower.sharpness * tower.classifier(x)).softmax(-1)
+            embeddings = probabilities @ tower.prototypes + tower.residual(x)
+        embeddings = torch.nn.functional.normalize(embeddings, dim=-1).numpy()
+        scores = space.targets(captions) @ embeddings.T
         rows = [things468.hits(scores, correct), things468.hits(scores.T, correct.T)]
         cells = [*map(things468.cell, rows)]
-        print(f"| {'all' if what is None else f'without {what}'} | {cells[0]} | {cells[1]} |")
+        print(f"| {'all' if without is None else f'without {without}'} | {cells[0]} | {cells[1]} |")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/bin/sh
-# What the sentences and the text tower's depth give, on the 468 things after 1,000 steps of stage 1:
-# after run.sh, sh recipes/mini/ablations.sh. Options are passed on, such as --device cuda.
-# What the data gives: ablations.py.
+# Ablations of text distillation and of the depth of the text tower, on the 468 things after 1,000
+# steps of stage 1. Run after run.sh: sh recipes/mini/ablations.sh. Options, such as --device cuda,
+# are passed on. Ablations of the data: ablations.py.
 set -eu
 recipe=$(dirname "$0")
 python=mini/venv/bin/python

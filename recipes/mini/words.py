@@ -1,8 +1,7 @@
-"""The words written for this recipe (data/*.tsv), and the texts that are made of them.
+"""The words written for this recipe (data/*.tsv), and the texts made of them.
 
-What a word looks like is written down in classes of ImageNet: a giraffe is none of them, but a
-classifier that has seen a thousand things would call its picture a leopard or a gazelle. So every
-thing in `imagenet.tsv` and `things.tsv` has a distribution over the classes, its look.
+A thing in `imagenet.tsv` or `things.tsv` has a look: a distribution over the ImageNet classes. For
+example, a giraffe is not a class, but a classifier would predict leopard or gazelle for its image.
 """
 
 import importlib.util
@@ -16,17 +15,17 @@ import numpy as np
 
 DATA = Path(__file__).resolve().parent / "data"
 CLASSES = 1000
-BELOW = 0.5  # how much a thing outside ImageNet says of its broader words, beside a class
+BROADER_WEIGHT = 0.5  # of a thing outside ImageNet in the look of a broader word; a class has 1
 
-# Parts of speech of jieba's list that can name or describe something.
+# Part-of-speech tags of jieba for words that can name or describe something.
 WORD_TAGS = frozenset(("n", "nz", "ng", "v", "vn", "a", "an", "i", "l", "ns", "s", "b", "z", "nrt"))
 NOUN_TAGS = ("n", "nz")
-LONGEST_WORD = 8
+MAX_WORD_LENGTH = 8
 
 
 @dataclass(frozen=True)
 class Words:
-    """What can be said of a thing: names best first, broader words near to far, captions."""
+    """Texts of a thing: names, the best first; broader words, the nearest first; captions."""
 
     names: tuple[str, ...]
     broader: tuple[str, ...] = ()
@@ -34,56 +33,58 @@ class Words:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """All of them."""
+        """All texts."""
         return self.names + self.broader + self.captions
 
 
 @dataclass(frozen=True)
 class Thing:
-    """Words, and how their pictures look: (1000,) shares of the ImageNet classes, or none."""
+    """Words and their look: probabilities (1000,) of the ImageNet classes, or None."""
 
     words: Words
     look: np.ndarray | None
 
 
 def rows(name: str) -> list[list[str]]:
-    """The lines of a table in data/, split at tabs; lines that start with # are left out."""
+    """Return the rows of a table in data/, split at tabs; lines that start with # are comments."""
     lines = (DATA / name).read_text("utf-8").splitlines()
     return [line.split("\t") for line in lines if line and not line.startswith("#")]
 
 
-def words_of(names: str, broader: str, captions: str) -> Words:
-    return Words(*(tuple(filter(None, each.split(","))) for each in (names, broader, captions)))
+def parse_words(names: str, broader: str, captions: str) -> Words:
+    return Words(*(tuple(filter(None, field.split(","))) for field in (names, broader, captions)))
 
 
 def classes() -> list[Thing]:
-    """The 1,000 classes of ImageNet in their order."""
+    """Return the 1,000 classes of ImageNet in order."""
     looks = np.eye(CLASSES, dtype=np.float32)
-    return [Thing(words_of(*row), looks[number]) for number, row in enumerate(rows("imagenet.tsv"))]
+    return [
+        Thing(parse_words(*row), looks[number]) for number, row in enumerate(rows("imagenet.tsv"))
+    ]
 
 
 def things() -> list[Thing]:
-    """Everyday things that are no class of ImageNet."""
+    """Return everyday things that are not classes of ImageNet."""
     number = {row[0].split(",")[0]: n for n, row in enumerate(rows("imagenet.tsv"))}
-    found = []
+    result = []
     for names, broader, captions, looks in rows("things.tsv"):
         look = np.zeros(CLASSES, np.float32)
         for entry in filter(None, looks.split(",")):
             name, _, weight = entry.partition(":")
             look[number[name]] += float(weight)
         known = look / look.sum() if look.any() else None
-        found.append(Thing(words_of(names, broader, captions), known))
-    return found
+        result.append(Thing(parse_words(names, broader, captions), known))
+    return result
 
 
 def labels(name: str) -> dict[str, Words]:
-    """The words of pictures, by their key: `clip_art.tsv` or `games.tsv`."""
-    return {key: words_of(*rest) for key, *rest in rows(name)}
+    """Return the words of images by key, from `clip_art.tsv` or `games.tsv`."""
+    return {key: parse_words(*rest) for key, *rest in rows(name)}
 
 
 def looks(known: Iterable[Thing]) -> tuple[list[str], np.ndarray]:
-    """Every text with a look, and the looks (N, 1000): names and captions have their thing's, a
-    broader word the mean of all below it, in which a class counts twice."""
+    """Return texts and their looks (N, 1000): names and captions have the look of their thing, a
+    broader word the weighted mean of all things below it."""
     own: dict[str, list[np.ndarray]] = defaultdict(list)
     below: dict[str, list[tuple[float, np.ndarray]]] = defaultdict(list)
     for thing in known:
@@ -91,48 +92,48 @@ def looks(known: Iterable[Thing]) -> tuple[list[str], np.ndarray]:
             continue
         for text in thing.words.names + thing.words.captions:
             own[text].append(thing.look)
-        weight = 1.0 if thing.look.max() == 1 else BELOW
+        weight = 1.0 if thing.look.max() == 1 else BROADER_WEIGHT
         for text in thing.words.broader:
             below[text].append((weight, thing.look))
-    table = {text: np.mean(each, 0) for text, each in own.items()}
-    for text, each in below.items():
+    table = {text: np.mean(values, 0) for text, values in own.items()}
+    for text, values in below.items():
         if text not in table:
-            table[text] = np.average([look for _, look in each], 0, [w for w, _ in each])
+            table[text] = np.average([look for _, look in values], 0, [w for w, _ in values])
     return list(table), np.stack([*table.values()]).astype(np.float32)
 
 
 def jieba_words(count: int) -> tuple[list[str], list[str]]:
-    """The `count` most frequent words (nouns count threefold), and the short nouns among them."""
+    """Return the `count` most frequent words (nouns weigh threefold), and their short nouns."""
     path = Path(importlib.util.find_spec("jieba").origin).parent / "dict.txt"
-    found = []
+    entries = []
     for line in path.read_text("utf-8").splitlines():
         word, frequency, tag = line.split(" ")
-        if tag in WORD_TAGS and len(word) <= LONGEST_WORD:
-            found.append((int(frequency) * (3 if tag in NOUN_TAGS else 1), word, tag))
-    found.sort(key=lambda row: (-row[0], row[1]))
-    found = found[:count]
+        if tag in WORD_TAGS and len(word) <= MAX_WORD_LENGTH:
+            entries.append((int(frequency) * (3 if tag in NOUN_TAGS else 1), word, tag))
+    entries.sort(key=lambda row: (-row[0], row[1]))
+    entries = entries[:count]
     return (
-        [word for _, word, _ in found],
-        [word for _, word, tag in found if tag in NOUN_TAGS and len(word) <= 4],
+        [word for _, word, _ in entries],
+        [word for _, word, tag in entries if tag in NOUN_TAGS and len(word) <= 4],
     )
 
 
 def vocabulary(path: Path) -> list[str]:
-    """The tokens of the BERT vocabulary as texts, without its special and empty ones."""
+    """Return the tokens of the BERT vocabulary as texts, without special and empty tokens."""
     tokens = (token.strip() for token in path.read_text("utf-8").rstrip("\n").split("\n"))
     plain = (token.removeprefix("##") for token in tokens if not token.startswith("["))
     return [token for token in dict.fromkeys(plain) if token]
 
 
-def templated(words: Sequence[str], each: int, seed: int) -> dict[str, str]:
-    """Every word in `each` sentence patterns, drawn anew for each word: the text to its word."""
+def fill_templates(words: Sequence[str], count: int, seed: int) -> dict[str, str]:
+    """Fill every word into `count` random templates; return the word by text."""
     templates = (DATA / "templates.txt").read_text("utf-8").splitlines()
     rng = random.Random(seed)
-    return {t.format(word): word for word in words for t in rng.sample(templates, each)}
+    return {t.format(word): word for word in words for t in rng.sample(templates, count)}
 
 
 def captions(nouns: Sequence[str], count: int, seed: int) -> list[str]:
-    """Short captions drawn from hand-written lists; one in ten is a long one of several parts."""
+    """Return random captions from hand-written lists; one in ten is a long one of several parts."""
     lists: dict[str, list[str]] = {}
     for line in (DATA / "captions.txt").read_text("utf-8").splitlines():
         if line.startswith("["):
@@ -147,8 +148,8 @@ def captions(nouns: Sequence[str], count: int, seed: int) -> list[str]:
         form = rng.choice(forms).split()
         return "".join(rng.choice(lists[part]) if part in lists else part for part in form)
 
-    drawn = list(lists["scene"])
+    sentences = list(lists["scene"])
     for i in range(count):
         parts = [draw() for _ in range(rng.randint(2, 5) if i % 10 == 0 else 1)]
-        drawn.append("，".join(parts) + rng.choice(("", "。")))
-    return drawn
+        sentences.append("，".join(parts) + rng.choice(("", "。")))
+    return sentences

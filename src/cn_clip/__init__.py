@@ -1,11 +1,11 @@
-"""Pictures and Chinese text in one space.
+"""Image and Chinese text embeddings in one space.
 
 >>> import cn_clip
 >>> embedder = cn_clip.load()  # the embedded model, no download
 >>> result = cn_clip.classify(embedder, ["cat.jpg"], ["猫", "狗"])
 >>> result.top(1)
 
-The official package's functions are in ``cn_clip.clip``.
+``cn_clip.clip`` has the functions of the official package.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 
 sys.meta_path.append(Successors)
 
-# Loaded on first use, so that `import cn_clip` costs nothing and imports neither torch nor numpy.
-_HOMES = {
+# Imported on first use: `import cn_clip` imports neither torch nor numpy.
+_MODULES = {
     "CNClipError": "errors",
     "CheckpointError": "errors",
     "Classification": "zeroshot",
@@ -62,10 +62,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'cn_clip' has no attribute {name!r}")
-    value: object = getattr(import_module(f"cn_clip.{_HOMES[name]}"), name)
-    globals()[name] = value  # found directly from now on
+    value: object = getattr(import_module(f"cn_clip.{_MODULES[name]}"), name)
+    globals()[name] = value
     return value
 
 

@@ -1,6 +1,6 @@
-"""``python -m cn_clip`` is ``cn-clip``: the program, from its first line to its exit code.
+"""Entry point of ``cn-clip`` and ``python -m cn_clip``.
 
-It answers signals before anything large is imported.
+Signal handlers are set before anything large is imported.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ def main() -> None:
         from cn_clip.cli import main as run_and_exit
 
         run_and_exit()
-    except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else 1
-    except Interrupted as error:  # before or after the command itself
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except Interrupted as error:  # before or after the command runs
         code = error.code
     exit_on_signals()
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""The shapes of every model: frozen values, derived from one another, readable from JSON."""
+"""Model configs: frozen dataclasses, read from and written to JSON."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class VisionConfig:
     """Shape of an image tower.
 
-    ``layers`` counts the residual blocks: one number for a ViT, one per stage for a ResNet;
-    an EfficientNet-Lite0 has a fixed plan and ignores it, together with ``width``.
+    ``layers`` is the number of residual blocks: one value for a ViT, one per stage for a ResNet.
+    EfficientNet-Lite0 has a fixed architecture and ignores ``layers`` and ``width``.
     """
 
     kind: VisionKind
@@ -52,8 +52,8 @@ class TextConfig:
 class ModelConfig:
     """Everything needed to build a model and to prepare its input.
 
-    ``background`` is the colour that transparent pixels are laid on by our own API;
-    ``None`` drops the alpha channel, which is what the official weights were trained with.
+    ``background`` is the colour behind transparent pixels; None drops the alpha channel, as in
+    the training of the official weights. ``cn_clip.clip`` ignores it.
     """
 
     name: str
@@ -66,7 +66,7 @@ class ModelConfig:
     background: Literal["white"] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values; ``from_dict`` reads them back."""
+        """Return JSON values, the input of ``from_dict``."""
         return asdict(self)
 
     @classmethod
@@ -74,11 +74,11 @@ class ModelConfig:
         """Build a config from JSON values.
 
         Raises:
-            CheckpointError: a key is missing, unknown or of the wrong kind.
+            CheckpointError: a key is missing or unknown, or a value is invalid.
         """
-        top = _known(cls, values, "config.json")
-        vision = _known(VisionConfig, top.pop("vision", {}), "config.json, vision")
-        text = _known(TextConfig, top.pop("text", {}), "config.json, text")
+        top = _checked_keys(cls, values, "config.json")
+        vision = _checked_keys(VisionConfig, top.pop("vision", {}), "config.json, vision")
+        text = _checked_keys(TextConfig, top.pop("text", {}), "config.json, text")
         for values, key in ((vision, "layers"), (top, "image_mean"), (top, "image_std")):
             if isinstance(values.get(key), list):
                 values[key] = tuple(values[key])
@@ -91,47 +91,47 @@ class ModelConfig:
 
 
 def check_config(config: ModelConfig, where: str) -> None:
-    """Raise a ``CheckpointError`` for a value that would fail later, far from where it stands."""
+    """Raise a ``CheckpointError`` for a value that no model can have; ``where`` is its file."""
     vision, text = config.vision, config.text
     bad = [
-        f"{key} = {value!r}, not an integer from 1 to {most:,}"
-        for key, most in _LARGEST.items()
-        if not _is_count(value := _value(config, key), most)
+        f"{key} = {value!r}, not an integer from 1 to {maximum:,}"
+        for key, maximum in _MAXIMUM.items()
+        if not _is_count(value := _value(config, key), maximum)
     ]
     if not isinstance(config.name, str) or not config.name.isprintable():
         bad.append(f"name = {config.name!r}")
     if vision.kind not in get_args(VisionKind):
         bad.append(f"vision.kind = {vision.kind!r}")
     layers, stages = vision.layers, 4 if vision.kind == "resnet" else 1
-    if not isinstance(layers, tuple) or not all(_is_count(n, _MOST_LAYERS) for n in layers):
+    if not isinstance(layers, tuple) or not all(_is_count(n, _MAX_LAYERS) for n in layers):
         bad.append(f"vision.layers = {layers!r}")
     elif len(layers) != stages and vision.kind != "efficientnet_lite":
         bad.append(f"vision.layers = {layers!r}; a {vision.kind} has {stages}")
     if not _is_number(text.dropout, 0, 0.999):
         bad.append(f"text.dropout = {text.dropout!r}")
-    for key, numbers, least in (
+    for key, values, minimum in (
         ("image_mean", config.image_mean, -1000),
         ("image_std", config.image_std, 1e-6),
     ):
-        three = isinstance(numbers, tuple) and len(numbers) == 3
-        if not three or not all(_is_number(n, least, 1000) for n in numbers):
-            bad.append(f"{key} = {numbers!r}")
+        three = isinstance(values, tuple) and len(values) == 3
+        if not three or not all(_is_number(n, minimum, 1000) for n in values):
+            bad.append(f"{key} = {values!r}")
     if config.background not in (None, "white"):
         bad.append(f"background = {config.background!r}")
-    bad = bad or _bad_together(config)
+    bad = bad or _contradictions(config)
     if bad:
         raise CheckpointError(f"{where} has an impossible value: {bad[0]}")
 
 
-def _bad_together(config: ModelConfig) -> list[str]:
-    """List values that are possible each by itself, but make no model together."""
+def _contradictions(config: ModelConfig) -> list[str]:
+    """List valid values that contradict each other."""
     vision, text = config.vision, config.text
     bad = []
     if text.hidden_size % text.heads:
         bad.append(f"text.heads = {text.heads}, which does not divide {text.hidden_size}")
     if config.context_length > text.max_positions:
         bad.append(f"context_length = {config.context_length}, above text.max_positions")
-    width = vision.width if vision.kind == "vit" else vision.width * 32  # where heads attend
+    width = vision.width if vision.kind == "vit" else vision.width * 32  # input of the attention
     if vision.kind != "efficientnet_lite" and width % vision.head_width:
         bad.append(f"vision.head_width = {vision.head_width}, which does not divide {width}")
     if vision.kind == "resnet" and vision.width % 2:
@@ -139,14 +139,14 @@ def _bad_together(config: ModelConfig) -> list[str]:
     if vision.kind == "vit" and vision.patch_size > vision.resolution:
         bad.append(f"vision.patch_size = {vision.patch_size}, above vision.resolution")
     if vision.kind != "vit" and vision.resolution % 32:
-        bad.append(f"vision.resolution = {vision.resolution}, which does not divide by 32")
-    if (parameters := about_parameters(config)) > _MOST_PARAMETERS:
-        bad.append(f"about {parameters:,} parameters, above {_MOST_PARAMETERS:,}")
+        bad.append(f"vision.resolution = {vision.resolution}, not a multiple of 32")
+    if (parameters := estimate_parameters(config)) > _MAX_PARAMETERS:
+        bad.append(f"about {parameters:,} parameters, above {_MAX_PARAMETERS:,}")
     return bad
 
 
-def about_parameters(config: ModelConfig) -> int:
-    """Return how many numbers the model holds, to a few percent, without building it."""
+def estimate_parameters(config: ModelConfig) -> int:
+    """Return the number of parameters within a few percent, without building the model."""
     vision, text, embed_dim = config.vision, config.text, config.embed_dim
     width = vision.width
     if vision.kind == "vit":
@@ -167,10 +167,10 @@ def read_json(path: Path) -> Any:
     """Read a JSON file of a model folder.
 
     Raises:
-        CheckpointError: it cannot be read, is no JSON, or is far larger than any such file.
+        CheckpointError: the file is unreadable, not JSON, or too large for a config.
     """
     try:
-        if path.stat().st_size > _LARGEST_JSON:
+        if path.stat().st_size > _MAX_JSON_BYTES:
             raise CheckpointError(
                 f"{path} has {path.stat().st_size:,} bytes, too many for a config; is it the "
                 "right file?"
@@ -182,31 +182,31 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def shards_of(index: Path) -> list[str]:
-    """Return the names of the files that an index of shards spreads its tensors over.
+def shard_names(index: Path) -> list[str]:
+    """Return the file names of the shards in an index.
 
     Raises:
-        CheckpointError: it is no index, or names what is no file of weights beside it.
+        CheckpointError: the file is not an index, or names a file outside its folder.
     """
     values = read_json(index)
     names = values.get("weight_map") if isinstance(values, dict) else None
     if not isinstance(names, dict):
-        raise CheckpointError(f"{index} is not an index of shards: no weight_map in it")
+        raise CheckpointError(f"{index} is not an index of shards: it has no weight_map")
     shards = sorted({str(shard) for shard in names.values()})
-    strange = [s for s in shards if Path(s).name != s or s.endswith(".json") or "\0" in s]
-    if strange:
-        raise CheckpointError(f"{index} names {strange[0]!r}, which is no weights beside it")
+    invalid = [s for s in shards if Path(s).name != s or s.endswith(".json") or "\0" in s]
+    if invalid:
+        raise CheckpointError(f"{index} names {invalid[0]!r}, not a weights file in its folder")
     return shards
 
 
-def _is_count(value: object, most: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
+def _is_count(value: object, maximum: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= maximum
 
 
-def _is_number(value: object, least: float, most: float) -> bool:
-    """Whether a value is a number in that range; NaN is in none."""
+def _is_number(value: object, minimum: float, maximum: float) -> bool:
+    """Whether a value is a number in this range; False for NaN."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and least <= value <= most  # type: ignore[operator]
+    return number and minimum <= value <= maximum  # type: ignore[operator]
 
 
 def _value(config: ModelConfig, key: str) -> object:
@@ -216,7 +216,7 @@ def _value(config: ModelConfig, key: str) -> object:
     return value
 
 
-def _known(cls: type, values: Any, where: str) -> dict[str, Any]:
+def _checked_keys(cls: type, values: Any, where: str) -> dict[str, Any]:
     if not isinstance(values, Mapping):
         raise CheckpointError(f"{where}: expected an object, found {type(values).__name__}")
     unknown = sorted(set(values) - {field.name for field in fields(cls)})
@@ -228,9 +228,8 @@ def _known(cls: type, values: Any, where: str) -> dict[str, Any]:
     return dict(values)
 
 
-# Far above every published model, and small enough that building a model, and an image of its
-# resolution, stay within bounds whatever a config says.
-_LARGEST = {
+# Far above every published model; they bound the memory of a model and of its input.
+_MAXIMUM = {
     "embed_dim": 16_384,
     "context_length": 65_536,
     "vision.resolution": 2048,
@@ -245,9 +244,9 @@ _LARGEST = {
     "text.max_positions": 65_536,
     "text.token_types": 1024,
 }
-_MOST_LAYERS = 256
-_MOST_PARAMETERS = 5_000_000_000
-_LARGEST_JSON = 32 << 20  # bytes; an index of shards names every tensor
+_MAX_LAYERS = 256
+_MAX_PARAMETERS = 5_000_000_000
+_MAX_JSON_BYTES = 32 << 20  # an index of shards names every tensor
 
 _VIT_B_16 = VisionConfig("vit", 224, width=768, layers=(12,), patch_size=16)
 _VIT_L_14 = VisionConfig("vit", 224, width=1024, layers=(24,), patch_size=14)
@@ -283,7 +282,7 @@ EMBED_DIMS = {
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A published model: its towers by their official names, and the file its weights come in."""
+    """A published model: official tower names, repository and weights file."""
 
     vision: str
     text: str
@@ -296,7 +295,7 @@ class Published:
         return f"{self.vision}@{self.text}"
 
 
-# What the authors released: Yang et al., "Chinese CLIP", arXiv:2211.01335, and their hub pages.
+# Released by the authors: Yang et al., "Chinese CLIP", arXiv:2211.01335, and their hub pages.
 PUBLISHED: dict[str, Published] = {
     "ViT-B-16": Published(
         "ViT-B-16",
@@ -329,8 +328,8 @@ PUBLISHED: dict[str, Published] = {
 def model_config(struct: str, *, resolution: int | None = None) -> ModelConfig:
     """Return the config of ``"VISION@TEXT"``, such as ``"ViT-B-16@RoBERTa-wwm-ext-base-chinese"``.
 
-    The two names may hold ``/`` for ``-``, as OpenAI writes them. ``resolution`` is the side of
-    the square input in pixels; by default the tower's own.
+    ``/`` is accepted for ``-``, as in OpenAI's names. ``resolution`` is the side of the square
+    input in pixels; the default is the tower's own.
 
     Raises:
         UsageError: ``struct`` has no ``@``.
@@ -339,7 +338,7 @@ def model_config(struct: str, *, resolution: int | None = None) -> ModelConfig:
     vision_name, at, text_name = struct.replace("/", "-").partition("@")
     if not at:
         raise UsageError(
-            f"{struct!r} names no text tower; write both, as ViT-B-16@RoBERTa-wwm-ext-base-chinese"
+            f"{struct!r} names no text tower; name both: ViT-B-16@RoBERTa-wwm-ext-base-chinese"
         )
     if vision_name not in VISION_TOWERS:
         raise UnknownModelError("image tower", vision_name, VISION_TOWERS)
@@ -353,8 +352,8 @@ def model_config(struct: str, *, resolution: int | None = None) -> ModelConfig:
     )
 
 
-# Every model that has a name. ViT-B-32 has towers but no published weights; `mini` is embedded in
-# the package, with a config.json of its own beside its weights.
+# Every named model except `mini`, which has its own config.json in the package. ViT-B-32 has no
+# published weights.
 MODELS: dict[str, ModelConfig] = {
     **{
         name: replace(model_config(published.struct), name=name)

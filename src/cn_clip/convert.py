@@ -1,4 +1,4 @@
-"""One checkpoint format to another, proven by running both on a photo and a few sentences."""
+"""Checkpoint conversion, verified by running both models on a photo and two sentences."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from cn_clip.publish import claim, file_by, flush, folder_by, published, publish
 Format = Literal["official", "hf", "safetensors"]
 
 _WRITERS: dict[str, Callable[[CLIP, Path], None]] = {
-    "official": weights.write_official,
+    "official": weights.write_official_checkpoint,
     "hf": weights.write_hugging_face,
     "safetensors": weights.write_folder,
 }
-# How the pickle in an official file of ours begins: {"epoch": 0, "name": ..., "state_dict": ...}
-_PICKLED = b"epochq\x01K\x00X\x04\x00\x00\x00nameq\x02X"
+# First bytes of the pickle that we write: {"epoch": 0, "name": ..., "state_dict": ...}
+_PICKLE_START = b"epochq\x01K\x00X\x04\x00\x00\x00nameq\x02X"
 _TEXTS = ["一只坐着的猫", "a photo of 火箭发射"]
-# How far unit vectors may move by rounding the weights; the same weights give the same vectors.
+# Maximum difference of an embedding after rounding the weights to a precision.
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What a conversion did; sizes in bytes."""
+    """Result of a conversion; sizes in bytes."""
 
     source: str
     source_format: str
@@ -49,7 +49,7 @@ class Conversion:
     size_before: int
     size_after: int
     largest_difference: float
-    """Largest difference of any number in the unit vectors that both gave."""
+    """Largest absolute difference of any value in the embeddings of both models."""
 
 
 def convert(
@@ -60,99 +60,101 @@ def convert(
     dtype: str | None = None,
     overwrite: bool = False,
 ) -> Conversion:
-    """Read any known checkpoint and write it in another format, whole or not at all.
+    """Read a checkpoint of any known format and write it in another; the write is atomic.
 
-    Both are run on a photo and two sentences; ``out`` appears only if they agree. Optimizer
-    state and whatever else is not the model is left out.
+    Both are run on a photo and two sentences, and ``out`` is written only if they agree. Only the
+    model is kept, not the optimizer state.
 
     Args:
         source: an official ``.pt``, a Hugging Face ``ChineseCLIPModel`` folder, our folder.
         out: a ``.pt`` file for ``"official"``, a folder for ``"hf"`` and ``"safetensors"``.
         to: the format to write.
-        dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``; by default that of ``source``.
-        overwrite: replace what this function wrote to ``out``.
+        dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``; the default is that of ``source``.
+        overwrite: replace ``out`` if this function wrote it.
 
     Raises:
-        UsageError: ``out`` exists, is an input or holds other files; see ``publish.claim``.
-        CheckpointError: ``source`` is no Chinese-CLIP, the format has no place for it, or the two
-            disagree. ``out`` is as it was before.
+        UsageError: ``out`` exists, is an input or has other files; see ``publish.claim``.
+        CheckpointError: ``source`` is not a Chinese-CLIP, the format cannot represent it, or the
+            embeddings differ. ``out`` is unchanged.
     """
     if to not in get_args(Format):
         raise UsageError(f"unknown format {to!r}; available: {', '.join(get_args(Format))}")
-    wanted = None if dtype is None else pick_precision(dtype, torch.device("cpu"))
+    target_dtype = None if dtype is None else pick_precision(dtype, torch.device("cpu"))
     source = Path(source)
     out = _claimed(out, to, source, overwrite)
-    parts = weights.other_parts(source)
+    other_keys = weights.other_checkpoint_keys(source)
     checkpoint = weights.read(source, mapped=True)
-    before = _size(source)
+    size_before = _size(source)
     kept = len(checkpoint.tensors)
     model = weights.build(checkpoint, dtype=None)
     if len({parameter.dtype for parameter in model.parameters()}) > 1:
-        model.float()  # such as the official package has on a GPU; nothing runs them as they are
-    if wanted == torch.float32:
-        model.float()  # exact; and a half-precision run would not be
-    given = model.dtype
+        model.float()  # mixed dtypes, as the official package has on a GPU, cannot run
+    if target_dtype == torch.float32:
+        model.float()  # exact, and so is the comparison
+    source_dtype = model.dtype
     with (
-        weights.explained(out),
-        ThreadPoolExecutor(1) as beside,  # the disk works while the model runs
+        weights.describe_write_errors(out),
+        ThreadPoolExecutor(1) as worker,  # run the model while the disk writes
         published(out) if to == "official" else published_folder(out, "convert") as target,
     ):
-        running = beside.submit(_run, model)
-        if wanted is not None:  # rounds the weights, so the run comes first
+        running = worker.submit(_run, model)
+        if target_dtype is not None:  # rounding changes the weights: run the model first
             running.result()
-            model.to(wanted)
-        name, written = model.config.name, model.dtype
+            model.to(target_dtype)
+        name, written_dtype = model.config.name, model.dtype
         _WRITERS[to](model, target)
-        reference = running.result()
+        expected = running.result()
         del model, running
-        flushing = beside.submit(flush, target)
-        again = _run(weights.build(weights.read(target, mapped=True), dtype=None))
-        difference = max(float(np.abs(a - b).max()) for a, b in zip(reference, again, strict=True))
-        tolerance = max(_TOLERANCE[given], _TOLERANCE[written])
+        flushing = worker.submit(flush, target)
+        actual = _run(weights.build(weights.read(target, mapped=True), dtype=None))
+        difference = max(float(np.abs(a - b).max()) for a, b in zip(expected, actual, strict=True))
+        tolerance = max(_TOLERANCE[source_dtype], _TOLERANCE[written_dtype])
         if not difference <= tolerance:
             raise CheckpointError(
-                f"{out} was not written: it would give vectors that differ by {difference:.1e} "
-                f"from those of {source}, above {tolerance:.0e}"
+                f"{out} was not written: its embeddings would differ by {difference:.1e} from "
+                f"those of {source}, above {tolerance:.0e}"
             )
         flushing.result()
-        after = _size(target)
+        size_after = _size(target)
     return Conversion(
         source=str(source),
         source_format=checkpoint.format,
         out=str(out),
         to=to,
         model=name,
-        dtype=str(written).removeprefix("torch."),
+        dtype=str(written_dtype).removeprefix("torch."),
         kept=kept,
-        dropped=(*parts, *checkpoint.dropped),
-        size_before=before,
-        size_after=after,
+        dropped=(*other_keys, *checkpoint.dropped),
+        size_before=size_before,
+        size_after=size_after,
         largest_difference=difference,
     )
 
 
 def _claimed(out: str | os.PathLike[str], to: Format, source: Path, overwrite: bool) -> Path:
     if to == "official":
-        own = file_by("convert", _is_official)
+        own = file_by("convert", _is_own_official)
         return claim(out, own, option="OUT", inputs=[source], overwrite=overwrite)
     own = folder_by("convert")
     return claim(out, own, kind="folder", option="OUT", inputs=[source], overwrite=overwrite)
 
 
-def _is_official(path: Path) -> bool:
-    """Tell whether a file begins as what ``weights.write_official`` writes; checkpoints of a
-    training have an epoch above 0, or more than a name and weights."""
+def _is_own_official(path: Path) -> bool:
+    """Whether ``weights.write_official_checkpoint`` wrote a file.
+
+    Training checkpoints have an epoch above 0, or more than a name and weights.
+    """
     with path.open("rb") as stream:
         head = stream.read(4096)
-    return head.startswith(b"PK") and _PICKLED in head
+    return head.startswith(b"PK") and _PICKLE_START in head
 
 
 def _run(model: CLIP) -> tuple[np.ndarray, np.ndarray]:
     embedder = Embedder.from_model(model)
     photo = files("cn_clip").joinpath("assets", "probe.jpg").read_bytes()
     threads = torch.get_num_threads()
-    # A core for the disk's work beside: threads of the run that must wait for theirs are waited
-    # for by the others, spinning, which takes several times longer than one thread less.
+    # Leave a core to the thread that writes: torch threads without a core make the others spin,
+    # which is several times slower than running with one thread less.
     torch.set_num_threads(max(1, threads - 1))
     try:
         return embedder.embed_images([photo]), embedder.embed_texts(_TEXTS)
@@ -161,5 +163,5 @@ def _run(model: CLIP) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _size(path: Path) -> int:
-    every = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in every if file.is_file())
+    files_in_path = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files_in_path if file.is_file())

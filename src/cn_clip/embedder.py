@@ -1,4 +1,4 @@
-"""Images and texts to comparable vectors, whatever backend runs the model."""
+"""``Embedder``: image and text embeddings, whatever backend runs the model."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from cn_clip.backends.pipeline import (
     ImagePreparation,
     PreparedImage,
     batches_by_length,
-    each_image,
-    prepared_ahead,
+    iter_images,
+    prepare_ahead,
     unit_length,
 )
 from cn_clip.config import MODELS, BackendName, ModelConfig, Precision
@@ -37,20 +37,20 @@ Embeddings = npt.NDArray[np.float32]
 
 _TEXTS_PER_BATCH = 256
 _TOKENS_PER_BATCH = 4096
-_TEXTS_AT_ONCE = 65_536  # tokenized and sorted by length together
+_TEXTS_PER_CHUNK = 65_536  # tokenized and sorted by length together
 
 
 class Embedder:
-    """A loaded model: images and Chinese texts to vectors of unit length in one space.
+    """A loaded model: embeds images and Chinese texts as unit vectors in one space.
 
-    Images are decoded in threads beside the model and run in batches; texts are run in batches of
-    similar length. Results keep the order of the inputs. Safe to use from several threads.
+    Images are decoded in threads while the model runs. Texts are batched by length. Results keep
+    the order of the inputs. Thread-safe.
 
     Attributes:
         backend: runs the two towers.
-        config: the model's shape and preprocessing.
-        tokenizer: counts the texts it had to cut, in ``Tokenizer.truncated``.
-        batch_size: images in a batch.
+        config: the model's architecture and preprocessing.
+        tokenizer: counts truncated texts in ``Tokenizer.truncated``.
+        batch_size: images per batch.
     """
 
     def __init__(
@@ -64,16 +64,16 @@ class Embedder:
         max_pixels: int = MAX_PIXELS,
         batch_size: int = 32,
     ) -> None:
-        """Join a backend with the preparation of its inputs.
+        """Create an embedder from a backend.
 
         Args:
             backend: runs the towers.
-            config: of the model that it runs.
-            fingerprint: called once, on first use: it reads all weights.
-            tokenizer: by default the one of every Chinese-CLIP.
+            config: config of the backend's model.
+            fingerprint: called once, on first use, because it reads all weights.
+            tokenizer: the default is the tokenizer shared by all Chinese-CLIP models.
             fast_decode: decode large JPEG files at reduced size.
             max_pixels: larger images are refused before they are decoded.
-            batch_size: images in a batch.
+            batch_size: images per batch.
         """
         if batch_size < 1:
             raise UsageError(f"batch_size {batch_size} is below 1; the default is 32")
@@ -91,7 +91,7 @@ class Embedder:
     def from_model(
         cls, model: CLIP, *, fast_decode: bool = False, batch_size: int = 32
     ) -> Embedder:
-        """Wrap a ``CLIP`` that is already in memory; it runs where and as it is."""
+        """Wrap a ``CLIP`` in memory; it keeps its device and precision."""
         from cn_clip.backends.torch import TorchBackend, model_fingerprint
 
         return cls(
@@ -114,27 +114,27 @@ class Embedder:
 
     @property
     def logit_scale(self) -> float:
-        """The factor on cosines before a softmax, learned in training."""
+        """The learned factor on cosines before a softmax."""
         return self.backend.logit_scale
 
     @property
     def context_length(self) -> int:
-        """Longest text in tokens, [CLS] and [SEP] included; longer ones are cut."""
+        """Maximum number of tokens, [CLS] and [SEP] included; longer texts are truncated."""
         return self.config.context_length
 
     @property
     def parameter_count(self) -> ParameterCount:
-        """Parameters of the image tower, and of the whole model."""
+        """Number of parameters of the image tower and of the whole model."""
         return self.backend.parameter_count
 
     @property
     def fingerprint(self) -> str:
-        """Changes whenever embeddings may: made of weights, precision and preprocessing."""
+        """Hash of weights, precision and preprocessing: it changes if embeddings may change."""
         return self._fingerprints.value
 
     @property
     def derived_from(self) -> str | None:
-        """Fingerprint of the float32 model that this is another precision or runtime of."""
+        """Fingerprint of the float32 original, if this is another precision or runtime of it."""
         return self._fingerprints.derived_from
 
     @cached_property
@@ -144,38 +144,38 @@ class Embedder:
     def embed_images(self, images: ImageInput | Iterable[ImageInput]) -> Embeddings:
         """Return unit vectors, float32 (N, D), of paths, bytes, PIL images or uint8 arrays.
 
-        Any number of them, or one alone. EXIF orientation is applied.
+        ``images`` is one image or any number of them. EXIF orientation is applied.
 
         Raises:
-            ImageError: one of them cannot be used; it is named.
+            ImageError: an image is unreadable; the message names it.
         """
         return self._embed_images(images, raise_errors=True)[0]
 
     def embed_readable(
         self, images: ImageInput | Iterable[ImageInput]
     ) -> tuple[Embeddings, dict[int, ImageError]]:
-        """Embed the images that can be used; return their rows, and the errors by index.
+        """Embed the readable images; return their embeddings (N, D) and the errors by index.
 
-        Rows are in the order of ``images``, without those whose index is among the errors.
+        Embeddings are in the order of ``images``, without those that have an error.
         """
         return self._embed_images(images, raise_errors=False)
 
     def embed_texts(self, texts: str | Iterable[str]) -> Embeddings:
-        """Return unit vectors, float32 (N, D). Any number; batched by length inside.
+        """Return unit vectors, float32 (N, D), of one text or any number of them.
 
         Raises:
-            UsageError: one of them is not a string.
+            UsageError: a text is not a string.
         """
         if not isinstance(texts, Iterable):
             raise UsageError(f"{texts!r:.60} is neither a string nor a list of strings")
-        every = iter([texts] if isinstance(texts, str) else texts)
-        rows = [np.empty((0, self.dim), dtype=np.float32)]
-        while some := list(islice(every, _TEXTS_AT_ONCE)):
-            rows.append(self.embed_prepared_texts(self.prepare_texts(some)))
-        return np.concatenate(rows)
+        remaining = iter([texts] if isinstance(texts, str) else texts)
+        embeddings = [np.empty((0, self.dim), dtype=np.float32)]
+        while chunk := list(islice(remaining, _TEXTS_PER_CHUNK)):
+            embeddings.append(self.embed_prepared_texts(self.prepare_texts(chunk)))
+        return np.concatenate(embeddings)
 
     def prepare_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text, unpadded, for ``embed_prepared_texts``."""
+        """Return the token ids of each text, without padding, for ``embed_prepared_texts``."""
         return self.tokenizer.encode(texts, self.context_length)
 
     def embed_prepared_images(self, images: Sequence[PreparedImage]) -> Embeddings:
@@ -185,24 +185,24 @@ class Embedder:
     def embed_prepared_texts(self, ids: Sequence[Sequence[int]]) -> Embeddings:
         """Return unit vectors (N, D) of texts from ``prepare_texts``, in batches by length."""
         out = np.empty((len(ids), self.dim), dtype=np.float32)
-        lengths = [len(each) for each in ids]
-        for batch, longest in batches_by_length(
+        lengths = [len(text_ids) for text_ids in ids]
+        for batch, length in batches_by_length(
             lengths, max_rows=_TEXTS_PER_BATCH, max_tokens=_TOKENS_PER_BATCH
         ):
-            padded = self.tokenizer.pad([ids[i] for i in batch], longest)
-            mask = np.arange(longest) < np.array([lengths[i] for i in batch])[:, None]
+            padded = self.tokenizer.pad([ids[i] for i in batch], length)
+            mask = np.arange(length) < np.array([lengths[i] for i in batch])[:, None]
             out[batch] = unit_length(self.backend.run_texts(padded, mask))
         return out
 
     def _embed_images(
         self, images: ImageInput | Iterable[ImageInput], *, raise_errors: bool
     ) -> tuple[Embeddings, dict[int, ImageError]]:
-        rows = [np.empty((0, self.dim), dtype=np.float32)]
+        embeddings = [np.empty((0, self.dim), dtype=np.float32)]
         batch: list[PreparedImage] = []
         errors: dict[int, ImageError] = {}
         depth = 2 * self.batch_size
         with closing(
-            prepared_ahead(self._pool(), self.prepare_image, each_image(images), depth)
+            prepare_ahead(self._pool(), self.prepare_image, iter_images(images), depth)
         ) as ahead:
             for index, prepared in enumerate(ahead):
                 if not isinstance(prepared, ImageError):
@@ -212,14 +212,14 @@ class Embedder:
                 else:
                     errors[index] = prepared
                 if len(batch) == self.batch_size:
-                    rows.append(self.embed_prepared_images(batch))
+                    embeddings.append(self.embed_prepared_images(batch))
                     batch = []
         if batch:
-            rows.append(self.embed_prepared_images(batch))
-        return np.concatenate(rows), errors
+            embeddings.append(self.embed_prepared_images(batch))
+        return np.concatenate(embeddings), errors
 
     def _pool(self) -> ThreadPoolExecutor:
-        """Return the decoding threads, which live as long as the embedder; a fork has its own."""
+        """Return the decoding threads; they are reused, but never by a forked process."""
         if self._threads is None or self._process != os.getpid():
             workers = min(4, os.cpu_count() or 1)
             self._threads = ThreadPoolExecutor(workers, thread_name_prefix="cn_clip-decode")
@@ -242,38 +242,38 @@ def load(
         name_or_path: ``"mini"`` (in the package, no download), an official name such as
             ``"ViT-B-16"``, the path of an official ``.pt`` file, of a folder that this package
             wrote or of a Hugging Face ``ChineseCLIPModel``, or ``"org/name"`` of a repository that
-            holds one. Files say themselves which model they hold.
-        backend: what runs the model.
+            has one. The model is detected from the file.
+        backend: the runtime.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; ``"auto"`` takes a GPU if there is
             one.
         precision: ``"auto"`` is float16 on CUDA and float32 elsewhere.
         fast_decode: decode large JPEG files at reduced size. Faster; embeddings differ slightly.
-        download_root: where official files are looked for first, and fetched to.
+        download_root: the folder that is searched first, and downloaded to.
 
     Raises:
-        UnknownModelError: no such name and no such path; the nearest name is offered.
-        MissingWeightsError: the weights are neither here nor to be fetched.
-        CheckpointError: the file is damaged, refused or of no known model.
-        UsageError: the device, backend or precision cannot be had.
+        UnknownModelError: no such name and no such path; the nearest name is suggested.
+        MissingWeightsError: the weights are neither on this machine nor downloadable.
+        CheckpointError: the file is damaged, refused or not a known model.
+        UsageError: the device, backend or precision is not available.
     """
     if backend not in ("auto", "torch"):
         raise UsageError(f"unknown backend {backend!r}; available: auto, torch")
-    if device not in ("auto", "cpu"):  # before anything is read, or even fetched
+    if device not in ("auto", "cpu"):  # fail before anything is read or downloaded
         from cn_clip.backends.torch import pick_device
 
         pick_device(device)
-    given = os.fspath(name_or_path)
-    if not given.strip():
+    reference = os.fspath(name_or_path)
+    if not reference.strip():
         raise UsageError(
-            f"the model's name is empty; give a path or one of: {', '.join(hub.names())}"
+            f"the model name is empty; give a path or one of: {', '.join(hub.names())}"
         )
-    name = given.replace("/", "-")  # OpenAI writes ViT-B/16
+    name = reference.replace("/", "-")  # OpenAI writes ViT-B/16
     if name in hub.names():
         path = hub.locate(name, download_root=download_root)
-    elif hub.is_repository(given) and not os.path.exists(given):
-        path = hub.locate(given, download_root=download_root)
+    elif hub.is_repository(reference) and not os.path.exists(reference):
+        path = hub.locate(reference, download_root=download_root)
     else:
-        path = _existing(given)
+        path = _existing_path(reference)
     from cn_clip.backends.torch import (  # torch takes a second to import
         TorchBackend,
         file_fingerprint,
@@ -282,23 +282,23 @@ def load(
     )
 
     model = load_model(path, expected=MODELS.get(name), device=device, precision=precision)
-    running = TorchBackend(model)
+    torch_backend = TorchBackend(model)
 
     def fingerprint() -> Fingerprint:
-        if running.precision == "float32":
+        if torch_backend.precision == "float32":
             return model_fingerprint(model, fast_decode=fast_decode)
-        return file_fingerprint(path, running.precision, fast_decode=fast_decode)
+        return file_fingerprint(path, torch_backend.precision, fast_decode=fast_decode)
 
-    return Embedder(running, model.config, fingerprint=fingerprint, fast_decode=fast_decode)
+    return Embedder(torch_backend, model.config, fingerprint=fingerprint, fast_decode=fast_decode)
 
 
-def _existing(given: str) -> Path:
+def _existing_path(reference: str) -> Path:
     try:
-        path = Path(given).expanduser()
+        path = Path(reference).expanduser()
         if path.exists():
             return path
     except (OSError, ValueError, RuntimeError) as error:  # too long, no such user
-        raise UsageError(f"{given!r:.80} is no usable path: {error}") from None
-    if path.suffix or "/" in given or os.sep in given:
-        raise UsageError(f"no such file or folder: {given!r}")
-    raise UnknownModelError("model", given, hub.names())
+        raise UsageError(f"{reference!r:.80} is not a valid path: {error}") from None
+    if path.suffix or "/" in reference or os.sep in reference:
+        raise UsageError(f"no such file or folder: {reference!r}")
+    raise UnknownModelError("model", reference, hub.names())

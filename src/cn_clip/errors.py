@@ -11,49 +11,49 @@ _WORD_LIMITS = (80, 60, 40)  # of one value or path in a message that is too lon
 
 
 class CNClipError(Exception):
-    """Base of every error that this package raises on purpose. Its text is one short line."""
+    """Base class of all errors of this package. The message is one short line."""
 
     def __str__(self) -> str:
         return one_line(super().__str__())
 
 
 class UsageError(CNClipError, ValueError):
-    """An argument has a value that cannot be used."""
+    """An argument has an invalid value."""
 
 
 class UnknownNameError(UsageError):
-    """A name is not known; the nearest known names are offered."""
+    """A name is unknown; the message suggests the nearest known names."""
 
-    def __init__(self, what: str, name: str, known: Iterable[str]) -> None:
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         known = list(known)
-        lowered = {each.lower(): each for each in known}
-        near = difflib.get_close_matches(name.lower(), lowered, n=2, cutoff=0.6)
-        hint = f"did you mean {' or '.join(lowered[each] for each in near)}? " if near else ""
-        super().__init__(f"unknown {what} {name!r}; {hint}available: {', '.join(known)}")
+        by_lower_case = {candidate.lower(): candidate for candidate in known}
+        near = difflib.get_close_matches(name.lower(), by_lower_case, n=2, cutoff=0.6)
+        hint = f"did you mean {' or '.join(by_lower_case[n] for n in near)}? " if near else ""
+        super().__init__(f"unknown {kind} {name!r}; {hint}available: {', '.join(known)}")
 
 
 class UnknownModelError(UnknownNameError, RuntimeError):
-    """The name of a model is not known. The official package raises a ``RuntimeError`` here."""
+    """A model name is unknown. A ``RuntimeError`` too, as in the official package."""
 
 
 class ImageError(CNClipError, ValueError):
-    """A picture cannot be decoded, or is refused before it is decoded."""
+    """An image is unreadable, or exceeds a limit and is not decoded."""
 
 
 class DataError(CNClipError, ValueError):
-    """Training data cannot be read, or a row of it cannot be used."""
+    """A dataset is unreadable, or one of its rows is invalid."""
 
 
 class TrainingError(CNClipError, RuntimeError):
-    """A training run cannot go on: its loss is no number, or the model learns nothing."""
+    """Training cannot continue: the loss is NaN or infinite, or the model does not learn."""
 
 
 class CheckpointError(CNClipError, RuntimeError):
-    """Weights cannot be read, or do not fit the model."""
+    """Weights are unreadable, or do not fit the model."""
 
 
 class MissingWeightsError(CheckpointError, FileNotFoundError):
-    """No file holds the weights, here or where they could be fetched from."""
+    """The weights are neither on this machine nor downloadable."""
 
     # FileNotFoundError formats (errno, text) pairs; ours is one sentence.
     def __str__(self) -> str:
@@ -63,9 +63,9 @@ class MissingWeightsError(CheckpointError, FileNotFoundError):
 def one_line(message: str, *, limit: int = MAX_MESSAGE) -> str:
     """Return a message as one printable line of at most ``limit`` characters.
 
-    Line breaks become spaces and unprintable characters are escaped. If the line is too long, long
-    words (base64, paths) are shortened in their middle first, then the line itself, so that its
-    start, which names the value, and its end, which names the remedy, both stay.
+    Line breaks become spaces and unprintable characters are escaped. In a line that is too long,
+    long words (base64, paths) are shortened in the middle, then the line itself: its start names
+    the value and its end the remedy.
     """
     line = " ".join(_shortened(message, 100 * limit).split())
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
@@ -78,7 +78,7 @@ def one_line(message: str, *, limit: int = MAX_MESSAGE) -> str:
 
 
 def _shortened(text: str, limit: int) -> str:
-    """Cut the middle out of a text."""
+    """Replace the middle of a text that is too long by an ellipsis."""
     if len(text) <= limit:
         return text
     head = limit // 2

@@ -1,7 +1,7 @@
-"""A model's fingerprint: it changes whenever its embeddings may.
+"""A model's fingerprint: it changes whenever the embeddings may change.
 
-Made of the weights in float32, the config, the vocabulary and the version of the preparation. The
-model's name and the file's format and precision do not count.
+It is a hash of the float32 weights, the config, the vocabulary and the version of the
+preprocessing. The model's name and the file's format and precision are not part of it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ from cn_clip.errors import CheckpointError
 from cn_clip.tokenizer import default_tokenizer
 from cn_clip.weights.folder_config import WEIGHTS, read_config_format
 
-_PREPARATION = 1  # counts changes of preprocessing or tokenization that change embeddings
+_PREPROCESSING_VERSION = 1  # raise it when preprocessing or tokenization changes embeddings
 
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """``value`` names one model in one precision on one runtime; ``derived_from`` is the
-    fingerprint of the float32 model that it was made from, None for that model itself."""
+    """``value`` identifies a model in one precision on one runtime.
+
+    ``derived_from`` is the fingerprint of the float32 original, None for the original itself.
+    """
 
     value: str
     derived_from: str | None = None
@@ -47,31 +49,30 @@ class TensorBytes(NamedTuple):
 def fingerprint_of(
     config: ModelConfig, vocab: Mapping[str, int], tensors: Iterable[TensorBytes]
 ) -> str:
-    """Return 32 hexadecimal digits; the tensors' order does not count."""
+    """Return 32 hexadecimal digits, independent of the order of the tensors."""
     digest = hashlib.sha256()
     values = config.to_dict() | {"name": None, "fast_decode": False}
-    values |= {"vocab": dict(vocab), "preparation": _PREPARATION}
+    values |= {"vocab": dict(vocab), "preparation": _PREPROCESSING_VERSION}
     digest.update(json.dumps(values, sort_keys=True).encode())
-    for tensor in sorted(tensors, key=lambda each: each.name):
-        head = f"{tensor.name} torch.{tensor.precision} {list(tensor.shape)}"
-        digest.update(head.encode())
+    for tensor in sorted(tensors, key=lambda tensor: tensor.name):
+        header = f"{tensor.name} torch.{tensor.precision} {list(tensor.shape)}"
+        digest.update(header.encode())
         digest.update(tensor.data)
     return digest.hexdigest()[:32]
 
 
 def folder_fingerprint(folder: str | os.PathLike[str]) -> str:
-    """Return the fingerprint of a folder of ours (``config.json``, ``model.safetensors``), without
-    torch.
+    """Return the fingerprint of our folder (``config.json``, ``model.safetensors``) without torch.
 
-    Equal to that of ``cn_clip.load(folder, precision="float32")``.
+    It equals that of ``cn_clip.load(folder, precision="float32")``.
 
     Raises:
-        CheckpointError: the folder is of another format, or its weights are damaged or in a
-            precision that numpy does not know.
+        CheckpointError: the folder has another format, or its weights are damaged or in a
+            precision that numpy does not support.
     """
-    config, of_hugging_face = read_config_format(Path(folder))
+    config, is_hugging_face = read_config_format(Path(folder))
     path = Path(folder) / WEIGHTS
-    if of_hugging_face:
+    if is_hugging_face:
         raise CheckpointError(f"{folder} is a Hugging Face folder; load it to get its fingerprint")
     try:
         with safe_open(path, framework="numpy") as file:

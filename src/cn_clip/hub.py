@@ -1,8 +1,8 @@
-"""From a model's name to verified files on this machine: embedded, kept, or fetched from a hub.
+"""Local files of a named model: in the package, in a cache, or downloaded from a hub.
 
-A name is ``mini``, one of the published models, or ``org/name`` of any repository that holds a
-Chinese-CLIP. The hubs' own libraries download, resume and wait their turn; here files are
-compared with the SHA-256 that the hub states before they take their place.
+A name is ``mini``, a published model, or ``org/name`` of a repository that has a Chinese-CLIP. The
+hubs' own libraries download and resume; this module checks the SHA-256 and moves the files to
+their folder.
 """
 
 from __future__ import annotations
@@ -16,47 +16,47 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from cn_clip.config import PUBLISHED, read_json, shards_of
+from cn_clip.config import PUBLISHED, read_json, shard_names
 from cn_clip.errors import CheckpointError, MissingWeightsError, UnknownModelError, UsageError
 
 EMBEDDED = "mini"
-_MAX_REASON = 60  # characters of a hub's own error in ours; it begins with what matters
+_MAX_REASON = 60  # characters of a hub's error message in ours
 EMBEDDED_FOLDER = Path(str(files("cn_clip").joinpath("assets", EMBEDDED)))
-CACHE = "~/.cache/clip"  # the official package's, so that files fetched by it are found
+CACHE = "~/.cache/clip"  # the official package's cache
 HUBS = ("huggingface", "modelscope")
 
 _OWNERS = {"huggingface": "OFA-Sys", "modelscope": "AI-ModelScope"}
 _TITLES = {"huggingface": "Hugging Face", "modelscope": "ModelScope"}
-_FETCHING = ".fetching"  # in the folder that files are fetched to: what is not whole yet
-_INDEX = ".index.json"  # names the shards of a file
+_INCOMPLETE = ".fetching"  # folder of incomplete downloads, in the target folder
+_INDEX = ".index.json"  # suffix of an index of shards
 _WEIGHTS = (
     "model.safetensors",
     f"model.safetensors{_INDEX}",
     "pytorch_model.bin",
     f"pytorch_model.bin{_INDEX}",
 )
-_BESIDE = ("config.json", "preprocessor_config.json")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, one's share of it, a limit
+_CONFIGS = ("config.json", "preprocessor_config.json")
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def names() -> list[str]:
-    """Every short name that ``locate`` knows, the embedded model first."""
+    """Return all short names that ``locate`` knows, the embedded model first."""
     return [EMBEDDED, *PUBLISHED]
 
 
 def is_repository(name: str) -> bool:
-    """Whether a name is written like a hub's repository, ``org/name``, rather than like a file."""
-    spelled = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name)
+    """Whether a name has the form of a repository, ``org/name``, and not of a file."""
+    match = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name)
     if name.replace("/", "-") in names():  # OpenAI writes ViT-B/16
         return False
-    return spelled is not None and not re.search(r"\.(pth?|bin|safetensors|onnx)$", name)
+    return match is not None and not re.search(r"\.(pth?|bin|safetensors|onnx)$", name)
 
 
 def find(name: str, download_root: str | os.PathLike[str] | None = None) -> Path | None:
-    """Return the local file or folder of a model, or None when it would have to be fetched.
+    """Return the local file or folder of a model, None if it is not on this machine.
 
     Raises:
-        UnknownModelError: no model has that name.
+        UnknownModelError: no model has this name.
     """
     if name == EMBEDDED:
         return EMBEDDED_FOLDER
@@ -64,7 +64,7 @@ def find(name: str, download_root: str | os.PathLike[str] | None = None) -> Path
         raise UnknownModelError("model", name, names())
     roots = [download_root] if download_root is not None else []
     for root in [*roots, CACHE]:
-        path = _found(name, Path(root).expanduser())
+        path = _find_in(name, Path(root).expanduser())
         if path is not None:
             return path
     return _in_hugging_face_cache(name)
@@ -76,41 +76,41 @@ def locate(
     download_root: str | os.PathLike[str] | None = None,
     use_modelscope: bool | None = None,
 ) -> Path:
-    """Return the local path of a model's weights; fetch them into ``download_root`` if needed.
+    """Return the local path of a model's weights; download them to ``download_root`` if needed.
 
     Args:
         name: one of ``names()``, or ``org/name`` of a repository.
-        download_root: looked into before ``~/.cache/clip``, and fetched to.
-        use_modelscope: fetch from ModelScope; False is Hugging Face. By default the environment
-            decides: ``CN_CLIP_HUB=modelscope``. ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` are
-            honoured.
+        download_root: searched before ``~/.cache/clip``, and downloaded to.
+        use_modelscope: True downloads from ModelScope, False from Hugging Face. The default is
+            the environment variable ``CN_CLIP_HUB``. ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` are
+            respected.
 
     Raises:
-        UnknownModelError: no model has that name.
-        MissingWeightsError: they are not here and no hub gave them; says what to put where.
-        CheckpointError: the hub gave something else than it promised, or no Chinese-CLIP.
-        UsageError: ``CN_CLIP_HUB`` names no hub.
+        UnknownModelError: no model has this name.
+        MissingWeightsError: the download failed; the message names the file and its folder.
+        CheckpointError: a downloaded file is damaged, or the model is not a Chinese-CLIP.
+        UsageError: ``CN_CLIP_HUB`` is not a known hub.
     """
-    found = find(name, download_root)
-    if found is not None:
-        return found
+    path = find(name, download_root)
+    if path is not None:
+        return path
     hub = _preferred() if use_modelscope is None else HUBS[use_modelscope]
     root = Path(download_root if download_root is not None else CACHE).expanduser()
     try:
         from filelock import FileLock  # comes with huggingface_hub
 
-        work = root / _FETCHING / name.replace("/", "--")
-        work.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{work}.lock"):  # a second process waits, then finds what the first fetched
-            found = find(name, download_root)
-            return found if found is not None else _fetch(name, hub, root, work)
+        incomplete = root / _INCOMPLETE / name.replace("/", "--")
+        incomplete.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{incomplete}.lock"):  # a second process waits for the first download
+            path = find(name, download_root)
+            return path if path is not None else _download(name, hub, root, incomplete)
     except CheckpointError:
         raise
     except OSError as error:
-        if error.errno in _FULL:
-            raise _no_room(name, root, error) from error
+        if error.errno in _DISK_FULL:
+            raise _disk_full(name, root, error) from error
         raise _missing(name, hub, root, error) from error
-    except Exception as error:  # the hub libraries raise many kinds; all mean "not here"
+    except Exception as error:  # the hub libraries raise many kinds for a failed download
         raise _missing(name, hub, root, error) from error
 
 
@@ -122,7 +122,7 @@ def modelscope_endpoint() -> str:
 # Local files
 
 
-def _found(name: str, root: Path) -> Path | None:
+def _find_in(name: str, root: Path) -> Path | None:
     if name in PUBLISHED:
         path = root / PUBLISHED[name].filename
         return path if os.path.isfile(path) else None
@@ -130,7 +130,7 @@ def _found(name: str, root: Path) -> Path | None:
 
 
 def _in_hugging_face_cache(name: str) -> Path | None:
-    """Return what transformers or another user of Hugging Face's library fetched already."""
+    """Return the model from the cache that Hugging Face's libraries share, if it is there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -140,76 +140,77 @@ def _in_hugging_face_cache(name: str) -> Path | None:
         repository = f"{owner}/{published.repository}" if published else name
         folder = Path(snapshot_download(repository, local_files_only=True))
     except (LocalEntryNotFoundError, OSError, ValueError):
-        return None  # ValueError: the name is none that Hugging Face could have
+        return None  # ValueError: not a valid name of a repository
     if published and os.path.isfile(folder / published.filename):
         return folder / published.filename
     return _model_in(folder)
 
 
 def _model_in(folder: Path) -> Path | None:
-    """Return the folder of a model in a known format, or the only file of weights in it."""
+    """Return the folder if its format is known, or the only weights file in it."""
     try:
-        inside = sorted(os.listdir(folder))
-    except (OSError, ValueError):  # there is none, or its name is none that a folder can have
+        entries = sorted(os.listdir(folder))
+    except (OSError, ValueError):  # no such folder, or not a valid name
         return None
-    chosen = _choose(inside)
+    chosen = _choose(entries)
     if chosen is None:
         return None
     return folder if "config.json" in chosen else folder / chosen[-1]
 
 
 def _choose(names: list[str]) -> list[str] | None:
-    """Choose what to load out of a repository's files; the weights, or their index, come last."""
+    """Return the files of a repository that a model needs; the weights or their index are last."""
     if "config.json" in names:
         for weights in _WEIGHTS:
             if weights in names:
-                return [*(name for name in _BESIDE if name in names), weights]
-    alone = [name for name in names if name.endswith((".pt", ".pth"))]
-    return alone if len(alone) == 1 else None
+                return [*(name for name in _CONFIGS if name in names), weights]
+    checkpoints = [name for name in names if name.endswith((".pt", ".pth"))]
+    return checkpoints if len(checkpoints) == 1 else None
 
 
-# Fetching
+# Downloads
 
 
-def _fetch(name: str, hub: str, root: Path, work: Path) -> Path:
-    """Fetch into ``work``, which keeps what a break leaves, and move what is whole to its place."""
-    get = _from_modelscope if hub == "modelscope" else _from_hugging_face
+def _download(name: str, hub: str, root: Path, incomplete: Path) -> Path:
+    """Download to ``incomplete``, then move the complete files to ``root``; resumable."""
+    download = _from_modelscope if hub == "modelscope" else _from_hugging_face
     if name in PUBLISHED:
         published = PUBLISHED[name]
-        file = get(f"{_OWNERS[hub]}/{published.repository}", published.filename, work)
+        file = download(f"{_OWNERS[hub]}/{published.repository}", published.filename, incomplete)
         target = root / published.filename
         os.replace(file, target)
-        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(incomplete, ignore_errors=True)
         return target
-    listed = _list_modelscope(name) if hub == "modelscope" else _list_hugging_face(name)
-    chosen = _choose(listed)
+    names = _list_modelscope(name) if hub == "modelscope" else _list_hugging_face(name)
+    chosen = _choose(names)
     if chosen is None:
-        shown = ", ".join(sorted(listed)[:8]) or "nothing"
+        first_names = ", ".join(sorted(names)[:8]) or "nothing"
         raise CheckpointError(
-            f"{name} on {_TITLES[hub]} holds no Chinese-CLIP in a known format (config.json with "
-            f"model.safetensors or pytorch_model.bin, or one .pt file); it has {shown}"
+            f"{name} on {_TITLES[hub]} has no Chinese-CLIP in a known format (config.json with "
+            f"model.safetensors or pytorch_model.bin, or one .pt file); it has {first_names}"
         )
     for file_name in chosen:
-        file = get(name, file_name, work)
+        file = download(name, file_name, incomplete)
         if file_name == "config.json":
-            _check_kind(name, file)
+            _check_model_type(name, file)
         if file_name.endswith(_INDEX):
-            for shard in shards_of(file):
-                get(name, shard, work)
+            for shard in shard_names(file):
+                download(name, shard, incomplete)
     target = root / name.replace("/", "--")
-    shutil.rmtree(work / ".cache", ignore_errors=True)
-    os.replace(work, target)
+    shutil.rmtree(incomplete / ".cache", ignore_errors=True)
+    os.replace(incomplete, target)
     return target if "config.json" in chosen else target / chosen[-1]
 
 
-def _check_kind(name: str, config: Path) -> None:
-    """Refuse another architecture before its weights are fetched."""
+def _check_model_type(name: str, config: Path) -> None:
+    """Refuse another architecture before its weights are downloaded."""
     values = read_json(config)
-    kind = values.get("model_type") if isinstance(values, dict) else None
+    model_type = values.get("model_type") if isinstance(values, dict) else None
     ours = isinstance(values, dict) and "embed_dim" in values
-    if kind != "chinese_clip" and not ours:
+    if model_type != "chinese_clip" and not ours:
         raise CheckpointError(
-            f"{name} is a model of type {kind!r}, not a Chinese-CLIP; its weights were not fetched"
+            f"{name} is a model of type {model_type!r}, not a Chinese-CLIP; its weights were not "
+            "downloaded"
         )
 
 
@@ -225,24 +226,24 @@ def _from_hugging_face(repository: str, filename: str, folder: Path) -> Path:
 
     url = hf_hub_url(repository, filename)
     try:
-        stated = get_hf_file_metadata(url)  # says at once when there is no network
+        metadata = get_hf_file_metadata(url)  # fails at once without a network
     except HfHubHTTPError as error:
         if error.response.status_code not in (408, 429, 500, 502, 503, 504):
             raise
-        stated = get_hf_file_metadata(url, retry_on_errors=True)
+        metadata = get_hf_file_metadata(url, retry_on_errors=True)
     file = Path(hf_hub_download(repository, filename, local_dir=folder))
-    wrong = _difference(file, stated.size, stated.etag)
-    if wrong:
+    difference = _difference(file, metadata.size, metadata.etag)
+    if difference:
         file.unlink()
         raise CheckpointError(
-            f"{filename} of {repository} came with {wrong}; it was thrown away. Try again, or "
-            "another hub: CN_CLIP_HUB=modelscope, or a mirror by HF_ENDPOINT"
+            f"{filename} of {repository} came with {difference}; it was deleted. Try again, or "
+            "try another hub (CN_CLIP_HUB=modelscope) or a mirror (HF_ENDPOINT)"
         )
     return file
 
 
 def _difference(file: Path, size: int | None, etag: str | None) -> str | None:
-    """Say how a file differs from what the hub states; small files come without a SHA-256."""
+    """Return how a file differs from the hub's metadata; small files have no SHA-256 there."""
     if size is not None and file.stat().st_size != size:
         return f"{file.stat().st_size:,} bytes instead of {size:,}"
     if etag is None or not re.fullmatch("[0-9a-f]{64}", etag):
@@ -274,14 +275,14 @@ def _modelscope(module: str) -> Any:
 def _preferred() -> str:
     hub = os.environ.get("CN_CLIP_HUB") or HUBS[0]
     if hub not in HUBS:
-        raise UsageError(f"CN_CLIP_HUB={hub!r} is no hub known here; give {' or '.join(HUBS)}")
+        raise UsageError(f"CN_CLIP_HUB={hub!r} is not a known hub; give {' or '.join(HUBS)}")
     return hub
 
 
-def _no_room(name: str, root: Path, error: OSError) -> MissingWeightsError:
+def _disk_full(name: str, root: Path, error: OSError) -> MissingWeightsError:
     return MissingWeightsError(
-        f"no room in {root} to download {name} ({error.strerror}). Free some space, or give "
-        "another place: download_root"
+        f"no space in {root} to download {name} ({error.strerror}). Free some space, or give "
+        "another folder: download_root"
     )
 
 
@@ -292,12 +293,12 @@ def _missing(name: str, hub: str, root: Path, error: Exception) -> MissingWeight
     if name in PUBLISHED:
         published = PUBLISHED[name]
         return MissingWeightsError(
-            f"{name} needs {published.filename}, not found here and not fetched ({reason}). "
+            f"{name} needs {published.filename}, not found and not downloaded ({reason}). "
             f"Get it from {_OWNERS['huggingface']}/{published.repository} on Hugging Face "
             f"({_OWNERS['modelscope']} on ModelScope) and put it into {root}"
         )
     return MissingWeightsError(
-        f"{name} is neither a file or folder here nor could it be fetched from {_TITLES[hub]} "
+        f"{name} is not a file or folder, and could not be downloaded from {_TITLES[hub]} "
         f"({reason}). Download config.json and model.safetensors (or pytorch_model.bin) of {name} "
         f"and put them into {root / name.replace('/', '--')}"
     )

@@ -1,4 +1,4 @@
-"""What takes the place of the official package's modules that are not here."""
+"""Replacements of official modules that this package does not have."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _SUCCESSORS = {
 
 
 class Successors:
-    """The last finder of modules: where the others found none, it names what to use instead."""
+    """A last import finder whose error names the replacement of an official module."""
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> None:
         if name in _SUCCESSORS:
             raise ModuleNotFoundError(
-                f"{name} of the official package is not here; use {_SUCCESSORS[name]}", name=name
+                f"{name} of the official package is gone; use {_SUCCESSORS[name]}", name=name
             )

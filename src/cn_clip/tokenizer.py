@@ -1,7 +1,7 @@
-"""Chinese text to token ids: BERT WordPiece over 21,128 tokens, by the Rust `tokenizers` library.
+"""Chinese text to token ids: BERT WordPiece over 21,128 tokens, with the `tokenizers` library.
 
-The ids equal those that the published weights saw in training, for every caller: text is
-lowercased and the quotes “ ” become ``"`` in here, not in some of the places that call it.
+The ids equal those that the published weights were trained with: the tokenizer itself lowercases
+text and replaces the quotes “ ” by ``"``, so no caller has to.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from cn_clip.errors import UsageError
 
 CONTEXT_LENGTH = 52
 
-# The blocks that BERT splits into single characters; kana and hangul are not among them.
+# Unicode blocks that BERT splits into single characters; kana and hangul are not among them.
 _IDEOGRAPHS = (
     r"\x{3400}-\x{4DBF}\x{4E00}-\x{9FFF}\x{F900}-\x{FAFF}\x{20000}-\x{2A6DF}"
     r"\x{2A700}-\x{2CEAF}\x{2F800}-\x{2FA1F}"
 )
 
-# A forked worker (a DataLoader's, say) tokenizes on its own thread; saying so silences the
-# library's warning about the thread pool that did not survive the fork.
+# A forked worker, such as a DataLoader's, tokenizes on one thread. Setting this silences the
+# library's warning that its thread pool does not survive a fork.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         after_in_child=lambda: os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -38,19 +38,19 @@ if hasattr(os, "register_at_fork"):
 
 
 class TruncationWarning(UserWarning):
-    """A text was longer than the context length, and its end was cut off."""
+    """A text was longer than the context length and was truncated."""
 
 
 class Tokenizer:
-    """Turns texts into ids; safe to share between threads, to pickle and to fork.
+    """Converts texts to token ids; can be shared between threads, pickled and forked.
 
     Attributes:
         vocab: token to id.
-        truncated: how many texts were cut so far. The first one warns, the rest only count.
+        truncated: number of texts truncated so far. The first one warns, the rest only count.
     """
 
     def __init__(self, vocab_file: str | os.PathLike[str] | None = None) -> None:
-        """Read a vocabulary, one token a line; by default the one all Chinese-CLIP models share."""
+        """Read a vocabulary, one token per line; the default is that of all Chinese-CLIP models."""
         self._vocab_file = vocab_file
         self.vocab = _read_vocab(vocab_file)
         self.truncated = 0
@@ -67,61 +67,61 @@ class Tokenizer:
         """Return ids of shape (N, ``context_length``): ``[CLS]`` text ``[SEP]``, padded with 0.
 
         Raises:
-            UsageError: something in ``texts`` is not a string, or the length leaves no room.
+            UsageError: a text is not a string, or ``context_length`` is too small.
         """
         return self.pad(self.encode(texts, context_length), context_length)
 
     def encode(
         self, texts: str | Sequence[str], context_length: int = CONTEXT_LENGTH
     ) -> list[list[int]]:
-        """Return the ids of each text, unpadded, at most ``context_length`` of them."""
+        """Return at most ``context_length`` ids per text, without padding."""
         if context_length < 2:
             raise UsageError(
                 f"context_length {context_length} leaves no room for [CLS] and [SEP]; use 52"
             )
-        room = context_length - 2
-        cut = 0
+        max_pieces = context_length - 2
+        truncated = 0
         rows = []
         for encoding in self._rust.encode_batch_fast(_lowered(texts), add_special_tokens=False):
             ids = encoding.ids
-            cut += len(ids) > room
-            rows.append([self._cls, *ids[:room], self._sep])
-        if cut:
-            self._count_truncated(cut, context_length)
+            truncated += len(ids) > max_pieces
+            rows.append([self._cls, *ids[:max_pieces], self._sep])
+        if truncated:
+            self._count_truncated(truncated, context_length)
         return rows
 
     def pad(self, rows: Sequence[Sequence[int]], length: int) -> npt.NDArray[np.int64]:
-        """Return ``rows`` as one array of shape (N, ``length``), filled up with the padding id."""
+        """Return ``rows`` as one array of shape (N, ``length``), padded with the padding id."""
         padded = np.full((len(rows), length), self._pad, dtype=np.int64)
-        for target, row in zip(padded, rows, strict=True):
-            target[: len(row)] = row
+        for padded_row, row in zip(padded, rows, strict=True):
+            padded_row[: len(row)] = row
         return padded
 
     def tokenize(self, text: str) -> list[str]:
-        """Return the pieces of one text, such as ``['皮', '卡', '丘']``, without special tokens."""
+        """Return the tokens of one text, such as ``['皮', '卡', '丘']``, without special tokens."""
         pieces: list[str] = self._rust.encode_batch(_lowered(text), add_special_tokens=False)[
             0
         ].tokens
         return pieces
 
     def convert_tokens_to_ids(self, tokens: Iterable[str]) -> list[int]:
-        """Return the ids of pieces, as the official tokenizer; a ``KeyError`` if one is unknown."""
+        """Return ids of tokens, as the official tokenizer; ``KeyError`` if one is unknown."""
         return [self.vocab[token] for token in tokens]
 
     def convert_ids_to_tokens(self, ids: Iterable[int]) -> list[str]:
-        """Return the pieces of ids, as the official tokenizer; a ``KeyError`` if one is unknown."""
-        pieces = {index: token for token, index in self.vocab.items()}
-        return [pieces[int(index)] for index in ids]
+        """Return tokens of ids, as the official tokenizer; ``KeyError`` if one is unknown."""
+        tokens = {index: token for token, index in self.vocab.items()}
+        return [tokens[int(index)] for index in ids]
 
-    def _count_truncated(self, cut: int, context_length: int) -> None:
+    def _count_truncated(self, count: int, context_length: int) -> None:
         with self._lock:
             first = self.truncated == 0
-            self.truncated += cut
+            self.truncated += count
         if first:
             warnings.warn(
-                f"{cut} text(s) longer than {context_length} tokens were cut; shorten them, or "
-                "raise context_length if the model was trained with more. Further cuts are only "
-                "counted, in Tokenizer.truncated",
+                f"{count} text(s) longer than {context_length} tokens were truncated; shorten "
+                "them, or raise context_length if the model was trained with more. Further texts "
+                "are only counted, in Tokenizer.truncated",
                 TruncationWarning,
                 stacklevel=4,
             )
@@ -129,13 +129,13 @@ class Tokenizer:
 
 @cache
 def default_tokenizer() -> Tokenizer:
-    """The tokenizer of every Chinese-CLIP model, built once."""
+    """Return the tokenizer that all Chinese-CLIP models share, built once."""
     return Tokenizer()
 
 
 def _read_vocab(path: str | os.PathLike[str] | None) -> dict[str, int]:
     source = files("cn_clip").joinpath("assets/vocab.txt") if path is None else Path(path)
-    # Not splitlines(): one of the tokens is itself a line separator, U+2028.
+    # Not splitlines(): one token is itself a line separator, U+2028.
     try:
         tokens = source.read_bytes().decode("utf-8").rstrip("\n").split("\n")
     except (OSError, ValueError) as error:
@@ -151,8 +151,8 @@ def _word_piece(vocab: dict[str, int]) -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer(
         models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=200)
     )
-    # BertNormalizer and BertPreTokenizer would do nearly the same, but they drop private-use
-    # characters (these weights saw [UNK]), misplace 256 ideographs and know an older Unicode.
+    # Not BertNormalizer and BertPreTokenizer: they drop private-use characters (in training these
+    # were [UNK]), miss 256 ideographs and use an older Unicode version.
     tokenizer.normalizer = normalizers.Sequence(
         [
             normalizers.Replace(Regex("[“”]"), '"'),
@@ -178,7 +178,7 @@ def _lowered(texts: str | Sequence[str]) -> list[str]:
             raise UsageError(
                 f"text {index} is {text!r:.40} ({type(text).__name__}); expected a string"
             )
-    # str.lower() knows a final sigma, which the per-character lowering in Rust does not.
+    # str.lower() handles a final sigma; the per-character lowering in Rust does not.
     lowered = [text.lower() for text in texts]
     try:
         "".join(lowered).encode()

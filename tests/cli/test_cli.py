@@ -1,4 +1,4 @@
-"""Each verb as a user runs it: output, exit codes, one sentence on stderr."""
+"""Commands as a user runs them: output, exit codes, one sentence on stderr."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import time
 from importlib.metadata import PackageNotFoundError
 
 import pytest
-from conftest import encoded, make_picture
+from conftest import encoded, make_image
 
 from cn_clip import hub, weights
 from cn_clip.cli import run
@@ -33,10 +33,10 @@ def cn_clip(capsys, model):
     return command
 
 
-def test_classify_prints_probabilities_cosines_and_bars(cn_clip, model, folder_of_pictures):
+def test_classify_prints_probabilities_cosines_and_bars(cn_clip, model, image_folder):
     code, out, err = cn_clip(
         "classify",
-        folder_of_pictures,
+        image_folder,
         "--labels",
         "猫,狗，火箭、咖啡",
         "--model",
@@ -52,9 +52,9 @@ def test_classify_prints_probabilities_cosines_and_bars(cn_clip, model, folder_o
     )
 
 
-def test_classify_json_is_one_document(cn_clip, model, folder_of_pictures):
+def test_classify_json_is_one_document(cn_clip, model, image_folder):
     code, out, _ = cn_clip(
-        "classify", folder_of_pictures / "*.jpg", "--labels", "猫,狗", "--model", model, "--json",
+        "classify", image_folder / "*.jpg", "--labels", "猫,狗", "--model", model, "--json",
         "--template", "一张{}的照片", "--template", "{}",
     )  # fmt: skip
     assert code == 0
@@ -69,34 +69,34 @@ def test_classify_json_is_one_document(cn_clip, model, folder_of_pictures):
 
 
 def test_labels_come_from_a_file_with_or_without_byte_order_mark(
-    cn_clip, model, folder_of_pictures, tmp_path
+    cn_clip, model, image_folder, tmp_path
 ):
     file = tmp_path / "labels.txt"
     for encoding in ("utf-8", "utf-8-sig"):
         file.write_text("猫\n\n狗\r\n", encoding=encoding)
-        picture = folder_of_pictures / "0.jpg"
-        _, out, _ = cn_clip("classify", picture, "--labels-file", file, "--model", model, "--json")
+        image = image_folder / "0.jpg"
+        _, out, _ = cn_clip("classify", image, "--labels-file", file, "--model", model, "--json")
         assert json.loads(out)["labels"] == ["猫", "狗"]
     file.write_text("猫\n狗", encoding="gb18030")
-    code, _, err = cn_clip("classify", folder_of_pictures, "--labels-file", file)
+    code, _, err = cn_clip("classify", image_folder, "--labels-file", file)
     assert code == 2 and "is not UTF-8" in err
 
 
-def test_a_damaged_picture_is_told_and_the_rest_classified(cn_clip, model, folder_of_pictures):
-    (folder_of_pictures / "cut.jpg").write_bytes(encoded(make_picture(), "JPEG")[:400])
-    code, out, err = cn_clip("classify", folder_of_pictures, "--labels", "猫,狗", "--model", model)
+def test_a_damaged_image_is_reported_and_the_others_are_classified(cn_clip, model, image_folder):
+    (image_folder / "cut.jpg").write_bytes(encoded(make_image(), "JPEG")[:400])
+    code, out, err = cn_clip("classify", image_folder, "--labels", "猫,狗", "--model", model)
     assert code == 1
     assert out.count("probability") == 3
     assert "cut.jpg is damaged" in err and "1 of 4 pictures failed" in err
     code, out, _ = cn_clip(
-        "classify", folder_of_pictures, "--labels", "猫,狗", "--model", model, "--json"
+        "classify", image_folder, "--labels", "猫,狗", "--model", model, "--json"
     )
     assert code == 1 and len(json.loads(out)["failed"]) == 1
 
 
-def test_repeated_labels_are_counted_once_and_told(cn_clip, model, folder_of_pictures):
+def test_repeated_labels_are_counted_once_with_a_warning(cn_clip, model, image_folder):
     code, out, err = cn_clip(
-        "classify", folder_of_pictures, "--labels", "猫,狗,狗", "--model", model, "--json"
+        "classify", image_folder, "--labels", "猫,狗,狗", "--model", model, "--json"
     )
     assert code == 0 and json.loads(out)["labels"] == ["猫", "狗"]
     assert err == "cn-clip: warning: label '狗' is given more than once; counted once\n"
@@ -124,16 +124,16 @@ def test_repeated_labels_are_counted_once_and_told(cn_clip, model, folder_of_pic
     ],
 )
 def test_bad_usage_is_one_sentence_and_the_right_code(
-    cn_clip, folder_of_pictures, tmp_path, arguments, code, message
+    cn_clip, image_folder, tmp_path, arguments, code, message
 ):
     (tmp_path / "empty").mkdir()
-    places = {"{folder}": folder_of_pictures, "{empty}": tmp_path / "empty"}
-    got, out, err = cn_clip(*(places.get(argument, argument) for argument in arguments))
-    assert (got, out) == (code, "")
+    places = {"{folder}": image_folder, "{empty}": tmp_path / "empty"}
+    exit_code, out, err = cn_clip(*(places.get(argument, argument) for argument in arguments))
+    assert (exit_code, out) == (code, "")
     assert message in err and err.startswith("cn-clip: ") and err.count("\n") == 1
 
 
-def test_models_lists_every_name_with_its_place(cn_clip, tmp_path, monkeypatch):
+def test_models_lists_every_name_with_its_path(cn_clip, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "CACHE", str(tmp_path / "cache"))
     (tmp_path / "clip_cn_rn50.pt").touch()
     code, out, _ = cn_clip("models", "--download-root", tmp_path, "--json")
@@ -149,7 +149,7 @@ def test_models_lists_every_name_with_its_place(cn_clip, tmp_path, monkeypatch):
     assert code == 0 and "in the package" in out and "to be downloaded: clip_cn_vit-b-16.pt" in out
 
 
-def test_doctor_finds_a_working_environment_ready(cn_clip):
+def test_doctor_reports_a_working_environment_as_ready(cn_clip):
     code, out, _ = cn_clip("doctor", "--offline", "--json")
     report = json.loads(out)
     states = {finding["what"]: finding["state"] for finding in report["findings"]}
@@ -159,13 +159,13 @@ def test_doctor_finds_a_working_environment_ready(cn_clip):
     assert code == 0 and out.rstrip().endswith("ready")
 
 
-def test_doctor_tells_a_broken_embedded_model(cn_clip, monkeypatch, tmp_path):
+def test_doctor_reports_a_broken_embedded_model(cn_clip, monkeypatch, tmp_path):
     monkeypatch.setattr(hub, "EMBEDDED_FOLDER", tmp_path)
     code, out, _ = cn_clip("doctor", "--offline")
     assert code == 1 and "no config.json" in out and "not ready" in out
 
 
-def test_doctor_looks_at_source_code_that_is_not_installed(cn_clip, monkeypatch):
+def test_doctor_works_without_an_installed_distribution(cn_clip, monkeypatch):
     def requires(name):
         raise PackageNotFoundError(name)
 
@@ -174,19 +174,19 @@ def test_doctor_looks_at_source_code_that_is_not_installed(cn_clip, monkeypatch)
     assert code == 0 and "cn-clip is not installed; pip install -e ." in out
 
 
-def test_doctor_names_what_is_missing_or_too_old_with_the_command(cn_clip, monkeypatch):
-    module = sys.modules["cn_clip.cli.doctor"]  # the package's attribute is the verb
+def test_doctor_names_missing_and_old_packages_with_the_command(cn_clip, monkeypatch):
+    module = sys.modules["cn_clip.cli.doctor"]  # the package's attribute is the command
     versions = {"torch": None, "pillow": "9.5.0"}
     real = module._version
     monkeypatch.setattr(module, "_version", lambda name: versions.get(name, real(name)))
     code, out, _ = cn_clip("doctor", "--offline")
     assert code == 1 and "not ready" in out
-    assert "missing; add it: pip install 'torch>=2.6'" in out
-    assert "9.5.0 is too old; add it: pip install 'pillow>=13'" in out
+    assert "missing; install it: pip install 'torch>=2.6'" in out
+    assert "9.5.0 is too old; install it: pip install 'pillow>=13'" in out
 
 
-def test_a_console_that_knows_no_chinese_gets_escapes_not_a_crash(model, folder_of_pictures):
-    command = [sys.executable, "-m", "cn_clip", "classify", str(folder_of_pictures)]
+def test_a_console_without_chinese_gets_escapes(model, image_folder):
+    command = [sys.executable, "-m", "cn_clip", "classify", str(image_folder)]
     command += ["--labels", "猫,狗", "--model", model]
     run = subprocess.run(
         command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "cp1252"}
@@ -203,18 +203,18 @@ def test_a_hub_that_cannot_be_reached_is_a_note_not_a_failure(cn_clip, monkeypat
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a named pipe")
-def test_ctrl_c_ends_with_130_and_no_traceback(model, folder_of_pictures, tmp_path):
+def test_ctrl_c_ends_with_130_and_no_traceback(model, image_folder, tmp_path):
     os.mkfifo(tmp_path / "labels")
     command = [sys.executable, "-m", "cn_clip", "classify"]
-    command += [str(folder_of_pictures), "--labels-file", str(tmp_path / "labels")]
+    command += [str(image_folder), "--labels-file", str(tmp_path / "labels")]
     process = subprocess.Popen(
         command,
         stderr=subprocess.PIPE,
         text=True,
-        # Where the tests are a background job of a shell, it would be ignored.
+        # A background job of a shell ignores SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    with open(tmp_path / "labels", "w"):  # opens when the command does: it waits for labels now
+    with open(tmp_path / "labels", "w"):  # opens when the command opens it and waits for labels
         time.sleep(0.2)
         process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)

@@ -5,7 +5,7 @@ import re
 import sys
 
 import pytest
-from conftest import make_picture
+from conftest import make_image
 from train.runs import write_start
 
 from cn_clip.cli import run
@@ -28,7 +28,7 @@ CAPTIONS = [
 def data(tmp_path):
     rows = []
     for n, caption in enumerate(CAPTIONS):
-        make_picture(n, (40, 40)).save(tmp_path / f"{n}.png")
+        make_image(n, (40, 40)).save(tmp_path / f"{n}.png")
         rows.append({"image": f"{n}.png", "text": caption})
     rows.append({"image": "0.png", "text": "一只貓"})
     path = tmp_path / "pairs.jsonl"
@@ -116,7 +116,7 @@ def test_two_checkpoints_of_one_model_are_told_apart_by_their_places(cn_clip, da
 
 
 def test_captions_and_names_cannot_write_html(cn_clip, data, tmp_path):
-    make_picture(99).save(tmp_path / "99.png")
+    make_image(99).save(tmp_path / "99.png")
     evil = {"image": "99.png", "text": "<script>alert(1)</script>"}
     with data.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(evil) + "\n")

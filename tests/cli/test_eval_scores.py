@@ -4,7 +4,7 @@ import csv
 import json
 
 import pytest
-from conftest import encoded, make_picture
+from conftest import encoded, make_image
 from eval.labelled_folder import write_labelled
 
 from cn_clip import weights
@@ -64,7 +64,7 @@ def test_zeroshot_takes_metric_and_submission_from_the_dataset(cn_clip, model, t
     about = datasets()["hateful-memes"]
     write_labelled(tmp_path / "memes", ("好", "坏"), ("0", "1"))
     for at in range(about.pictures - 4):
-        make_picture(at, (8, 8)).save(tmp_path / "memes/test/0" / f"more{at}.png")
+        make_image(at, (8, 8)).save(tmp_path / "memes/test/0" / f"more{at}.png")
     out_file = tmp_path / "s.json"
     code, out, err = cn_clip("eval", "zeroshot", "--data", tmp_path / "memes", "--model", model,
                              "--dataset", "hateful-memes", "--submission", out_file)  # fmt: skip
@@ -76,7 +76,7 @@ def test_zeroshot_takes_metric_and_submission_from_the_dataset(cn_clip, model, t
 
 def test_zeroshot_lists_damaged_pictures_and_ends_with_1(cn_clip, model, tmp_path):
     root = write_labelled(tmp_path / "pets")
-    (root / "test/000/0.jpg").write_bytes(encoded(make_picture(), "JPEG")[:300])
+    (root / "test/000/0.jpg").write_bytes(encoded(make_image(), "JPEG")[:300])
     code, _, err = cn_clip("eval", "zeroshot", "--data", root, "--model", model)
     assert code == 1 and "0.jpg is damaged" in err
 
@@ -108,7 +108,7 @@ def test_calibrate_refuses_a_model_whose_cosines_say_nothing_or_writes_the_file(
         rows = csv.writer(stream)
         rows.writerow(["image", "text"])
         for seed in range(80):
-            make_picture(seed, (24, 24)).save(tmp_path / f"{seed}.png")
+            make_image(seed, (24, 24)).save(tmp_path / f"{seed}.png")
             rows.writerow([f"{seed}.png", f"第{seed}张图"])
     out = tmp_path / "c.json"
     code, shown, err = cn_clip("eval", "calibrate", "--data", tmp_path / "pairs.csv", "--out", out,
@@ -119,10 +119,8 @@ def test_calibrate_refuses_a_model_whose_cosines_say_nothing_or_writes_the_file(
         assert code == 2 and "no higher cosines" in err and not out.exists()
 
 
-def test_classify_shows_the_match_and_says_none_of_these(
-    cn_clip, model, calibration, folder_of_pictures
-):
-    common = ("classify", folder_of_pictures, "--labels", "猫,狗", "--model", model,
+def test_classify_shows_the_match_and_says_none_of_these(cn_clip, model, calibration, image_folder):
+    common = ("classify", image_folder, "--labels", "猫,狗", "--model", model,
               "--calibration", calibration)  # fmt: skip
     code, out, err = cn_clip(*common)
     assert code == 0 and err == ""
@@ -133,11 +131,9 @@ def test_classify_shows_the_match_and_says_none_of_these(
         assert all(0 < row["match"] < 1 for row in image["predictions"])
 
 
-def test_classify_refuses_a_calibration_of_another_model(
-    cn_clip, model, calibration, folder_of_pictures
-):
+def test_classify_refuses_a_calibration_of_another_model(cn_clip, model, calibration, image_folder):
     values = json.loads(calibration.read_text()) | {"fingerprint": "0" * 32}
     calibration.write_text(json.dumps(values))
-    code, out, err = cn_clip("classify", folder_of_pictures, "--labels", "猫,狗", "--model", model,
+    code, out, err = cn_clip("classify", image_folder, "--labels", "猫,狗", "--model", model,
                              "--calibration", calibration)  # fmt: skip
     assert (code, out) == (2, "") and "eval calibrate" in err and err.count("\n") == 1

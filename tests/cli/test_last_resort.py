@@ -1,4 +1,4 @@
-"""Whatever happens, a command ends with one sentence and its exit code, and never a traceback."""
+"""Every error of a command gives one sentence and an exit code, never a traceback."""
 
 import io
 import json
@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_picture
+from conftest import make_image
 
 import cn_clip
 from cn_clip import cli
 from cn_clip.cli import run
-from cn_clip.cli.crash import unexpected
+from cn_clip.cli.crash import report_crash
 from cn_clip.cli.show import print_json
 from cn_clip.data.sources.open import open_source
 from cn_clip.errors import DataError, ImageError, UsageError
@@ -23,7 +23,7 @@ from cn_clip.image.decode import find_images, read_image
 
 @pytest.fixture
 def failing(monkeypatch, tmp_path, capsys):
-    """Run a command that raises an error; return its exit code and what it says."""
+    """Run a command that raises an error; return its exit code and stderr."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.delenv("CN_CLIP_DEBUG", raising=False)
@@ -34,15 +34,15 @@ def failing(monkeypatch, tmp_path, capsys):
 
         monkeypatch.setattr(cli, "app", raises)
         code = run(arguments or ["models"])
-        told = capsys.readouterr()
-        assert told.out == ""
-        return code, told.err
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        return code, captured.err
 
     return command
 
 
-def details_of(said):
-    return Path(re.search(r"\S+\.txt", said)[0]).read_text(encoding="utf-8")
+def details_of(message):
+    return Path(re.search(r"\S+\.txt", message)[0]).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -58,22 +58,22 @@ def details_of(said):
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_an_error_that_nobody_foresaw_is_one_sentence_that_names_its_details(failing, error):
-    code, said = failing(error, "models", "--json")
-    assert code == 1 and said.count("\n") == 1 and len(said) <= 310
-    assert said.startswith(f"cn-clip: unexpected {type(error).__name__}")
-    assert "please report it with the details in " in said
-    details = details_of(said)
+def test_an_unexpected_error_is_one_sentence_that_names_a_file_with_details(failing, error):
+    code, message = failing(error, "models", "--json")
+    assert code == 1 and message.count("\n") == 1 and len(message) <= 310
+    assert message.startswith(f"cn-clip: unexpected {type(error).__name__}")
+    assert "please report it with the details in " in message
+    details = details_of(message)
     assert "Traceback" in details and "['models', '--json']" in details
     assert cn_clip.__version__ in details and "Python 3" in details
 
 
-def test_each_error_has_a_file_of_its_own(failing):
+def test_every_error_has_its_own_file(failing):
     first, second = (failing(KeyError("x"))[1] for _ in range(2))
     assert first != second and details_of(first) and details_of(second)
 
 
-def test_details_that_cannot_be_written_are_shown_by_a_variable(failing, monkeypatch):
+def test_unwritable_details_suggest_the_debug_variable(failing, monkeypatch):
     monkeypatch.setattr("tempfile.mkstemp", lambda **_: (_ for _ in ()).throw(OSError("full")))
     assert failing(KeyError("x")) == (
         1,
@@ -81,7 +81,7 @@ def test_details_that_cannot_be_written_are_shown_by_a_variable(failing, monkeyp
     )
 
 
-def test_a_variable_shows_the_traceback(failing, monkeypatch):
+def test_the_debug_variable_shows_the_traceback(failing, monkeypatch):
     monkeypatch.setenv("CN_CLIP_DEBUG", "1")
     with pytest.raises(KeyError):
         failing(KeyError("x"))
@@ -94,19 +94,19 @@ def test_a_variable_shows_the_traceback(failing, monkeypatch):
 def test_secrets_are_in_neither_the_sentence_nor_the_file(failing, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hush-hush")
     monkeypatch.setenv("MY_PASSWORD", "sesame9")
-    monkeypatch.setenv("USE_AUTH", "1")  # too short to be one, and in every text
+    monkeypatch.setenv("USE_AUTH", "1")  # too short for a secret
     error = ValueError(
         "GET https://me:pw123@host/x?access_token=qwerty&size=1 with hush-hush: hf_abcdefghij1"
     )
     arguments = ["models", "--token", "argtok", "--api-key=argkey", "--json", "sesame9"]
-    _, said = failing(error, *arguments)
-    for text in (said, details_of(said)):
+    _, message = failing(error, *arguments)
+    for text in (message, details_of(message)):
         for secret in (
             *("hush-hush", "sesame9", "pw123", "qwerty", "hf_abcdefghij1", "argtok", "argkey"),
         ):
             assert secret not in text
-    assert "https://***@host/x?access_token=***&size=1" in said
-    assert "'--token', '***'" in details_of(said)
+    assert "https://***@host/x?access_token=***&size=1" in message
+    assert "'--token', '***'" in details_of(message)
 
 
 def test_a_switch_in_the_environment_is_no_secret(failing, monkeypatch):
@@ -127,24 +127,25 @@ def test_a_switch_in_the_environment_is_no_secret(failing, monkeypatch):
         (UsageError("give two labels"), 2, "give two labels"),
     ],
 )
-def test_what_has_a_remedy_is_no_error_to_report(failing, error, code, sentence):
-    got, said = failing(error)
-    assert got == code and said.startswith(f"cn-clip: {sentence}") and "report" not in said
+def test_an_error_with_a_remedy_needs_no_report(failing, error, code, sentence):
+    exit_code, message = failing(error)
+    assert exit_code == code
+    assert message.startswith(f"cn-clip: {sentence}") and "report" not in message
 
 
-def test_a_very_long_message_leaves_the_place_whole(failing):
-    _, said = failing(ValueError("x" * 100_000), "models", "y" * 100_000)
-    assert details_of(said)
+def test_a_very_long_message_keeps_the_path_of_the_details(failing):
+    _, message = failing(ValueError("x" * 100_000), "models", "y" * 100_000)
+    assert details_of(message)
 
 
-def test_the_sentence_can_be_asked_for_without_an_environment(tmp_path, monkeypatch):
+def test_report_crash_handles_surrogates(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     error = ValueError("\udcff 猫")
-    assert r"\udcff 猫" in details_of(unexpected(error, ["\udcff"]))
+    assert r"\udcff 猫" in details_of(report_crash(error, ["\udcff"]))
 
 
 def shell(line, **environment):
-    """Run a line of a shell in which $CN is cn-clip; return its exit code, output and errors."""
+    """Run a shell command in which $CN is cn-clip; return its exit code, stdout and stderr."""
     values = os.environ | {"CN": f"{sys.executable} -m cn_clip"} | environment
     done = subprocess.run(["bash", "-c", line], capture_output=True, env=values)
     assert b"Traceback" not in done.stderr and b"Exception ignored" not in done.stderr
@@ -156,7 +157,7 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a shell
 
 @linux
 @pytest.mark.parametrize(
-    ("line", "code", "said"),
+    ("line", "code", "message"),
     [
         ("$CN --version > /dev/full", 1, "No space left on device"),
         ("$CN modles 2> /dev/full", 2, ""),
@@ -165,13 +166,13 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a shell
         ("$CN classify x --labels-file - <&-", 2, "at least two different labels"),
     ],
 )
-def test_outputs_that_cannot_be_written_are_told_by_the_exit_code(line, code, said):
-    got, _, err = shell(line)
-    assert got == code and said in err and err.count("\n") == bool(said)
+def test_unwritable_output_gives_an_exit_code(line, code, message):
+    exit_code, _, err = shell(line)
+    assert exit_code == code and message in err and err.count("\n") == bool(message)
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "gb18030", "utf-8"])
-def test_json_is_json_on_every_console(monkeypatch, encoding):
+def test_json_is_valid_on_every_console(monkeypatch, encoding):
     written = io.BytesIO()
     console = io.TextIOWrapper(written, encoding=encoding, errors="backslashreplace")
     monkeypatch.setattr("sys.stdout", console)
@@ -183,11 +184,11 @@ def test_json_is_json_on_every_console(monkeypatch, encoding):
     assert ("猫".encode() in written.getvalue()) == (encoding == "utf-8")
 
 
-def leaves(app, before=()):
+def commands_of(app, before=()):
     """Yield the words of every command, and its options."""
     names = [name for name in app if not name.startswith("-")]
     for name in names:
-        yield from leaves(app[name], [*before, name])
+        yield from commands_of(app[name], [*before, name])
     if not names:
         options = {
             name
@@ -199,14 +200,14 @@ def leaves(app, before=()):
 
 
 def test_an_empty_argument_of_any_command_is_named(capsys):
-    """What a shell makes of a variable that is not set is never the current folder."""
+    """An unset shell variable never means the current folder."""
     seen = 0
-    for words, options in leaves(cli.app):
+    for words, options in commands_of(cli.app):
         for option in options:
             for given in ([option, ""], [f"{option}="], [option, " "]):
                 assert run([*words, *given]) == 2
-                said = capsys.readouterr().err
-                assert f"{option} is empty" in said and said.count("\n") == 1
+                message = capsys.readouterr().err
+                assert f"{option} is empty" in message and message.count("\n") == 1
                 seen += 1
         assert run([*words, ""]) == 2
         assert f"argument {len(words) + 1} is empty" in capsys.readouterr().err
@@ -214,13 +215,13 @@ def test_an_empty_argument_of_any_command_is_named(capsys):
 
 
 @pytest.mark.parametrize("uri", ["", " ", "folder:", "csv:", "csv:?root=x", "csv:a.csv?root="])
-def test_a_source_without_a_path_is_refused(uri):
+def test_a_source_uri_without_a_path_is_refused(uri):
     with pytest.raises(UsageError, match=r"names no path|is empty"):
         open_source(uri)
 
 
 def test_an_empty_name_or_path_is_not_the_current_folder(monkeypatch, tmp_path):
-    make_picture().save(tmp_path / "a.png")
+    make_image().save(tmp_path / "a.png")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="name is empty"):
         cn_clip.load("")
@@ -253,7 +254,7 @@ def test_a_number_out_of_its_range_is_refused_before_anything_is_done(
     command, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    make_picture().save("a.png")
+    make_image().save("a.png")
     Path("p.jsonl").write_text('{"image": "a.png", "text": "a"}\n', encoding="utf-8")
     arguments = [{"P": "jsonl:p.jsonl"}.get(each, each) for each in command.split()]
     assert run(arguments) == 2

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tomli_w
-from conftest import TINY, make_model, make_picture
+from conftest import TINY, make_image, make_model
 from eval.labelled_folder import write_labelled
 from train.runs import CAPTIONS, recipe_values
 
@@ -102,7 +102,7 @@ def inputs(tmp_path_factory) -> Path:
     for folder, numbers in (("photos", range(12)), ("test", range(20, 24))):
         (root / folder / "album").mkdir(parents=True)
         for n in numbers:
-            make_picture(n, (40, 40)).save(root / folder / f"{n}.jpg")
+            make_image(n, (40, 40)).save(root / folder / f"{n}.jpg")
             (root / folder / f"{n}.txt").write_text(CAPTIONS[n], encoding="utf-8")
         (root / folder / "album" / "diary").write_text("mine")
     weights.save_folder(make_model(TINY["vit"]), root / "model")

@@ -3,7 +3,7 @@ import errno
 import json
 
 import pytest
-from conftest import make_picture
+from conftest import make_image
 from data.formats import jpeg, write_csv, write_tsv
 from PIL import Image
 
@@ -22,7 +22,7 @@ def bad(pictures):
     def coded(content):
         return base64.b64encode(content).decode()
 
-    like, big = make_picture(3, (200, 150)), make_picture(3, (400, 300))
+    like, big = make_image(3, (200, 150)), make_image(3, (400, 300))
     like.save(pictures / "like.png")
     big.save(pictures / "big.png")
     with (pictures / "train_imgs.tsv").open("a", encoding="utf-8") as stream:
@@ -81,7 +81,7 @@ def test_a_clean_source_is_fit(pictures, tmp_path):
 
 def test_a_picture_that_is_there_often_is_told_of_each_time(tmp_path):
     """Under ids of their own; plain ones too, by their pixels, and none is compared twice."""
-    photo, white = make_picture(5, (200, 150)), Image.new("RGB", (90, 90), "white")
+    photo, white = make_image(5, (200, 150)), Image.new("RGB", (90, 90), "white")
     for number in range(6):
         (photo if number % 2 else white).save(tmp_path / f"{number}.png")
         (tmp_path / f"{number}.txt").write_text(f"第{number}个", encoding="utf-8")

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from conftest import make_picture
+from conftest import make_image
 from PIL import Image
 
 from cn_clip.cli import run
@@ -25,24 +25,24 @@ def folder(root, pairs):
 
 @pytest.fixture
 def test_set(tmp_path):
-    pairs = [(f"t{n}", make_picture(n, (240, 200)), [f"测试集里的第{n}句话"]) for n in range(4)]
+    pairs = [(f"t{n}", make_image(n, (240, 200)), [f"测试集里的第{n}句话"]) for n in range(4)]
     return folder(tmp_path / "test", pairs)
 
 
 @pytest.fixture
 def train_set(tmp_path):
-    first = make_picture(0, (240, 200))
+    first = make_image(0, (240, 200))
     return folder(
         tmp_path / "train",
         [
-            ("a-clean", make_picture(50, (240, 200)), ["干净的图", "也干净"]),
+            ("a-clean", make_image(50, (240, 200)), ["干净的图", "也干净"]),
             ("b-resized", first.resize((100, 90)), ["一", "二"]),
             (
                 "c-mirrored",
-                make_picture(1, (240, 200)).transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+                make_image(1, (240, 200)).transpose(Image.Transpose.FLIP_LEFT_RIGHT),
                 ["三"],
             ),
-            ("d-caption", make_picture(60, (240, 200)), ["测试集里的，第２句话！", "别的话"]),
+            ("d-caption", make_image(60, (240, 200)), ["测试集里的，第２句话！", "别的话"]),
             ("e-broken", b"no picture", ["四"]),
         ],
     )
@@ -76,7 +76,7 @@ def on_paper(picture, size, at):
 
 
 def test_a_drawing_is_found_with_other_margins(tmp_path):
-    drawing, other, third = (make_picture(seed, (120, 100)) for seed in range(3))
+    drawing, other, third = (make_image(seed, (120, 100)) for seed in range(3))
     test = folder(
         tmp_path / "test",
         [("t", on_paper(drawing, (300, 200), (20, 60)), ["图"]), ("u", third, ["图"])],
@@ -97,7 +97,7 @@ def test_a_drawing_is_found_with_other_margins(tmp_path):
 def test_photos_of_one_shape_are_not_alike_for_the_bars_beside_them(tmp_path):
     """Laid on squares, long dark pictures are a dark band on white, all of them."""
     dark = [
-        Image.eval(make_picture(seed, (360, 120)), lambda level: 60 + level // 6)
+        Image.eval(make_image(seed, (360, 120)), lambda level: 60 + level // 6)
         for seed in range(12)
     ]
     test = folder(tmp_path / "test", [(f"t{n}", each, ["图"]) for n, each in enumerate(dark[:6])])
@@ -116,8 +116,8 @@ def test_a_plain_picture_is_found_by_its_pixels(tmp_path):
 def test_two_files_may_number_their_pictures_alike(tmp_path):
     """The second test set's picture 1 is compared too, and stays another one in training."""
     for seed, name in enumerate(["a", "b", "c", "d"]):
-        folder(tmp_path / name, [("1", make_picture(seed, (240, 200)), [f"第{name}个图片的描述"])])
-    copy = make_picture(1, (240, 200)).resize((100, 90))
+        folder(tmp_path / name, [("1", make_image(seed, (240, 200)), [f"第{name}个图片的描述"])])
+    copy = make_image(1, (240, 200)).resize((100, 90))
     folder(tmp_path / "e", [("1", copy, ["缩小的"])])
     train = open_source(f"folder:{tmp_path}/{{c,e}}")
     found = decontaminate(train, open_source(f"folder:{tmp_path}/{{a,b}}"))

@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import make_picture
+from conftest import make_image
 
 from cn_clip.cli import run
 from cn_clip.data.sources.open import open_source
@@ -25,7 +25,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 def jpeg(seed, size=(200, 150)):
     stream = io.BytesIO()
-    make_picture(seed, size).save(stream, "JPEG", quality=92)
+    make_image(seed, size).save(stream, "JPEG", quality=92)
     return stream.getvalue()
 
 

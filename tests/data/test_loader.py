@@ -8,7 +8,7 @@ from multiprocessing import resource_sharer
 import numpy as np
 import pytest
 import torch
-from conftest import encoded, make_picture
+from conftest import encoded, make_image
 from data.formats import IMAGES, PAIRS, jpeg, write_csv
 
 from cn_clip.data.loading.loader import (
@@ -137,7 +137,7 @@ def test_what_cannot_be_read_is_skipped_counted_and_listed(workers):
 def corrupted(folder):
     """240 pairs of which twelve are damaged, each in another way."""
     good = jpeg(1, (200, 160))
-    header = bytearray(encoded(make_picture(), "PNG"))
+    header = bytearray(encoded(make_image(), "PNG"))
     header[16:24] = (50_000).to_bytes(4) * 2
     header[29:33] = zlib.crc32(header[12:29]).to_bytes(4)
     pictures = {

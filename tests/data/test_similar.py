@@ -2,7 +2,7 @@ import io
 
 import numpy as np
 import pytest
-from conftest import make_picture
+from conftest import make_image
 from PIL import Image
 
 from cn_clip.data.curate.perceptual_hash import (
@@ -91,10 +91,10 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("seed", range(5))
 def test_a_changed_copy_stays_near_and_another_picture_is_far(change, seed):
-    image = make_picture(seed, (240, 200))
+    image = make_image(seed, (240, 200))
     index = build(np.stack([hash_image(each) for each in variants(image)]))
     copy = hash_image(CHANGES[change](image))
-    other = hash_image(make_picture(seed + 100, (240, 200)))
+    other = hash_image(make_image(seed + 100, (240, 200)))
     assert len(search(index, copy[None], THRESHOLD)[0])
     assert not len(search(index, other[None], THRESHOLD)[0])
 
@@ -112,7 +112,7 @@ def test_a_plain_picture_matches_its_own_pixels_only():
     faint = white.copy()
     faint.putpixel((4, 4), (255, 255, 250))
     others = [faint, Image.new("RGB", (90, 90), "red"), Image.new("RGB", (91, 90), "white")]
-    hashes = np.stack([hash_image(each) for each in [white, *others, make_picture(1)]])
+    hashes = np.stack([hash_image(each) for each in [white, *others, make_image(1)]])
     asked, held, distances = search(build(hashes), hash_image(recompressed(white))[None])
     assert (asked.tolist(), held.tolist(), distances.tolist()) == ([0], [0], [0])
     assert [len(each) for each in near_pairs(hashes, THRESHOLD)] == [0, 0]
@@ -134,7 +134,7 @@ def test_margins_of_one_colour_go(box, paper):
 
 @pytest.mark.parametrize("size", [(30, 20), (20, 30)])
 def test_what_has_no_margins_is_only_laid_on_a_square(size):
-    image = make_picture(1, size)
+    image = make_image(1, size)
     found = trimmed(image)
     assert found.size == (30, 30)
     left, top = (30 - size[0]) // 2, (30 - size[1]) // 2
@@ -149,12 +149,12 @@ def test_a_picture_of_one_colour_stays_as_it_is(size):
 
 @pytest.mark.parametrize("size", [(60_000, 1), (3, 40_000)])
 def test_a_strip_becomes_no_huge_square(size):
-    assert sorted(trimmed(make_picture(2, size)).size) == [1, 256]
+    assert sorted(trimmed(make_image(2, size)).size) == [1, 256]
 
 
 def test_recompressed_margins_go_too():
     image = Image.new("RGB", (160, 160), "white")
-    image.paste(make_picture(3, (80, 80)), (40, 40))
+    image.paste(make_image(3, (80, 80)), (40, 40))
     assert 80 <= trimmed(recompressed(image)).width <= 96
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from conftest import make_picture
+from conftest import make_image
 
 
 def write_labelled(root: Path, labels=("猫", "狗", "鸟"), folders=("000", "001", "002")) -> Path:
@@ -13,5 +13,5 @@ def write_labelled(root: Path, labels=("猫", "狗", "鸟"), folders=("000", "00
         folder = root / "test" / name
         folder.mkdir(parents=True)
         for at in range(2):
-            make_picture(2 * number + at).save(folder / f"{2 * number + at}.jpg")
+            make_image(2 * number + at).save(folder / f"{2 * number + at}.jpg")
     return root

@@ -3,7 +3,7 @@
 import json
 
 import numpy as np
-from conftest import make_picture
+from conftest import make_image
 
 from cn_clip.data.sources.open import open_source
 from cn_clip.eval.dataset import EvalSet
@@ -15,7 +15,7 @@ from cn_clip.eval.images import Pictures
 def test_a_hub_without_a_caption_and_a_picture_gone_since_are_shown(tmp_path):
     rows = []
     for n in range(3):
-        make_picture(n, (40, 40)).save(tmp_path / f"{n}.png")
+        make_image(n, (40, 40)).save(tmp_path / f"{n}.png")
         rows.append({"image": f"{n}.png", "text": f"第{n}张"})
     path = tmp_path / "pairs.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")

@@ -9,7 +9,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from conftest import encoded, make_picture
+from conftest import encoded, make_image
 
 from cn_clip.cli import run
 
@@ -23,7 +23,7 @@ def downloads(tmp_path, monkeypatch):
     """A folder with photos, a small Flickr30k-CN and a small Crossmodal-3600."""
     for folder in ("photos", "Flickr30k-CN", "xm3600/images"):
         (tmp_path / folder).mkdir(parents=True)
-    jpegs = [encoded(make_picture(seed), "JPEG") for seed in range(COUNT)]
+    jpegs = [encoded(make_image(seed), "JPEG") for seed in range(COUNT)]
     rows, tsv, texts, captions = [], [], [], []
     for number, content in enumerate(jpegs):
         said = f"第{number}张图片"

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import encoded, make_picture
+from conftest import encoded, make_image
 from eval.labelled_folder import write_labelled
 
 from cn_clip.embedder import Embedder
@@ -56,7 +56,7 @@ def test_the_submission_is_laid_out_as_the_official_script_writes_it(embedder, r
 
 
 def test_a_damaged_picture_is_left_out_and_told_and_not_submitted(embedder, root):
-    (root / "test/001/2.jpg").write_bytes(encoded(make_picture(), "JPEG")[:300])
+    (root / "test/001/2.jpg").write_bytes(encoded(make_image(), "JPEG")[:300])
     data = read_labelled(root)
     found = score(embedder, data, ["{}"])
     assert found.pictures == 5 and len(found.probabilities) == 5

@@ -283,10 +283,10 @@ def _write_vocab(folder: Path) -> None:
 
 def _image(suffix: str, mode: str = "RGB", **options: Any) -> Format:
     def write(folder: Path) -> None:
-        from conftest import make_picture
+        from conftest import make_image
         from PIL import Image
 
-        image = make_picture(3, (40, 30), "RGB")
+        image = make_image(3, (40, 30), "RGB")
         if mode == "I;16":
             image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
         elif mode == "F":
@@ -295,7 +295,7 @@ def _image(suffix: str, mode: str = "RGB", **options: Any) -> Format:
             image = image.convert("RGBA").quantize(16) if mode == "Pa" else image.convert(mode)
         if options.get("append"):
             more = {k: v for k, v in options.items() if k != "append"}
-            frames = [make_picture(n, (40, 30)).convert(mode) for n in range(3)]
+            frames = [make_image(n, (40, 30)).convert(mode) for n in range(3)]
             image.save(folder / f"image{suffix}", save_all=True, append_images=frames, **more)
         else:
             image.save(folder / f"image{suffix}", **options)
@@ -304,13 +304,13 @@ def _image(suffix: str, mode: str = "RGB", **options: Any) -> Format:
 
 
 def _exif(folder: Path) -> None:
-    from conftest import make_picture
+    from conftest import make_image
     from PIL import Image
 
     exif = Image.Exif()
     exif[0x0112] = 6
     exif[0x010E] = "x" * 40
-    make_picture(1, (40, 30)).save(folder / "image.jpg", exif=exif, icc_profile=b"\0" * 140)
+    make_image(1, (40, 30)).save(folder / "image.jpg", exif=exif, icc_profile=b"\0" * 140)
 
 
 # Sources

@@ -1,4 +1,4 @@
-"""The towers against the reference's features, and what must never change them."""
+"""Features of the towers compared with the reference, and their invariants."""
 
 import json
 
@@ -47,10 +47,10 @@ def test_features_equal_the_reference(name, golden_strings):
         text_features = model.encode_text(torch.from_numpy(ids))
         logits, _ = model.get_similarity(torch.from_numpy(images), torch.from_numpy(ids))
     golden = np.load(GOLDEN / "features.npz")
-    for kind, got in (("image", image_features), ("text", text_features), ("logits", logits)):
+    for kind, features in (("image", image_features), ("text", text_features), ("logits", logits)):
         expected = golden[f"{name}/{kind}"]
-        np.testing.assert_allclose(got.numpy(), expected, rtol=0, atol=1e-4)
-        assert cosines(got.numpy(), expected).min() >= 0.999999
+        np.testing.assert_allclose(features.numpy(), expected, rtol=0, atol=1e-4)
+        assert cosines(features.numpy(), expected).min() >= 0.999999
 
 
 def inputs(model, batch=3, seed=0):
@@ -74,7 +74,7 @@ def test_padding_never_changes_a_text_feature(tiny_model):
 
 
 @torch.inference_mode()
-def test_a_text_of_nothing_but_padding_is_finite(tiny_model):
+def test_features_of_padding_only_are_finite(tiny_model):
     assert tiny_model.encode_text(torch.zeros(2, 52, dtype=torch.long)).isfinite().all()
 
 
@@ -112,9 +112,9 @@ def test_half_precision_stays_close_to_float32(any_tiny_model, dtype):
     images, ids = inputs(any_tiny_model)
     exact = any_tiny_model.encode_image(images), any_tiny_model.encode_text(ids)
     half = any_tiny_model.to(dtype)
-    got = half.encode_image(images), half.encode_text(ids)
-    assert half.dtype == got[0].dtype == got[1].dtype == dtype
-    for a, b in zip(got, exact, strict=True):
+    features = half.encode_image(images), half.encode_text(ids)
+    assert half.dtype == features[0].dtype == features[1].dtype == dtype
+    for a, b in zip(features, exact, strict=True):
         assert cosines(a.float().numpy(), b.numpy()).min() > 0.999
 
 
@@ -124,7 +124,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind):
     for enable in (False, True):
         model = make_model(TINY[kind])
         model.bert.train()
-        if kind == "vit":  # frozen statistics elsewhere: BatchNorm must not see a batch twice
+        if kind == "vit":  # elsewhere statistics are frozen: BatchNorm must not count a batch twice
             model.visual.train()
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
@@ -145,7 +145,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind):
             assert difference < 1e-4, name
 
 
-def test_flip_keeps_the_class_token_and_its_share_of_distinct_patches():
+def test_patch_masking_keeps_the_class_token_and_a_fraction_of_distinct_patches():
     x = torch.arange(2 * 17 * 3, dtype=torch.float32).view(2, 17, 3)
     kept = keep_random_patches(x, 0.5, torch.Generator().manual_seed(0))
     assert kept.shape == (2, 9, 3)
@@ -153,11 +153,13 @@ def test_flip_keeps_the_class_token_and_its_share_of_distinct_patches():
         assert (row[0] == original[0]).all()
         patches = {tuple(patch.tolist()) for patch in row[1:]}
         assert len(patches) == 8 and patches <= {tuple(p.tolist()) for p in original[1:]}
-    assert not (kept[0, 1:] - x[0, 0] == kept[1, 1:] - x[1, 0]).all()  # each image its own
+    assert not (
+        kept[0, 1:] - x[0, 0] == kept[1, 1:] - x[1, 0]
+    ).all()  # images drop different patches
 
 
 @torch.inference_mode()
-def test_mask_ratio_reaches_the_vit_and_no_other_tower(any_tiny_model):
+def test_mask_ratio_affects_only_the_vit(any_tiny_model):
     images, _ = inputs(any_tiny_model)
     masked = any_tiny_model.encode_image(images, mask_ratio=0.5)
     changed = not torch.equal(masked, any_tiny_model.encode_image(images))
@@ -188,7 +190,7 @@ def test_the_same_seed_initializes_the_same_weights():
 
 
 @pytest.mark.parametrize("kind", sorted(TINY))
-def test_initialize_leaves_no_weight_undrawn(kind):
+def test_initialize_sets_every_weight(kind):
     model = CLIP(TINY[kind])
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""The image tower of `mini`: its parts against torch's own, and the shipped weights on photos."""
+"""The image tower of `mini`: layers compared with torch's, and the shipped weights on photos."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ def mini():
     return cn_clip.load("mini", device="cpu")
 
 
-def test_features_have_one_row_per_picture_whatever_the_resolution():
+def test_features_have_one_row_per_image_at_any_resolution():
     tower = make_model(LITE).visual
     for side in (32, 64, 96):
         features = tower(torch.zeros(2, 3, side, side))
@@ -29,14 +29,14 @@ def test_features_have_one_row_per_picture_whatever_the_resolution():
         assert torch.isfinite(features).all()
 
 
-def test_a_resolution_that_does_not_divide_by_32_is_refused():
-    with pytest.raises(ValueError, match="divides by 32, not 100"):
+def test_a_resolution_that_is_not_a_multiple_of_32_is_refused():
+    with pytest.raises(ValueError, match="multiple of 32, not 100"):
         EfficientNetLite(replace(LITE.vision, resolution=100), 8)
 
 
 @pytest.mark.parametrize("kernel", [3, 5])
-def test_padding_at_stride_two_is_tensorflows(kernel):
-    """Right and bottom get the odd pixel: what a centred kernel sees starts at pixel 0 or -1."""
+def test_padding_at_stride_two_equals_tensorflow(kernel):
+    """The odd pixel of padding is on the right and bottom."""
     layer = ConvNorm(1, 1, kernel, stride=2).eval()
     image = torch.arange(36.0).reshape(1, 1, 6, 6)
     with torch.no_grad():
@@ -55,7 +55,7 @@ def test_the_backbone_has_the_shape_of_lite0():
     assert count == 4_652_008
 
 
-def test_eval_mode_keeps_a_picture_apart_from_its_batch():
+def test_in_eval_mode_features_do_not_depend_on_the_batch():
     tower = make_model(LITE).visual
     images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -77,13 +77,13 @@ def test_recomputing_activations_changes_no_gradient():
 @pytest.mark.parametrize(
     ("photo", "label"), [("cat", "猫"), ("coffee", "咖啡"), ("rocket", "火箭")]
 )
-def test_mini_names_what_a_photo_shows(mini, photo, label):
+def test_mini_classifies_photos(mini, photo, label):
     labels = ["猫", "狗", "兔子", "咖啡", "火箭", "宇航员", "汽车", "苹果"]
     result = cn_clip.classify(mini, EXAMPLES / f"{photo}.jpg", labels)
     assert labels[int(result.probabilities[0].argmax())] == label
 
 
-def test_mini_finds_the_photo_that_a_text_tells_of(mini):
+def test_mini_finds_the_photo_of_a_text(mini):
     photos = ["cat", "coffee", "rocket"]
     images = mini.embed_images([EXAMPLES / f"{name}.jpg" for name in photos])
     texts = mini.embed_texts(["一只猫。", "一杯咖啡", "火箭的照片"])
@@ -97,7 +97,7 @@ def test_mini_ignores_the_full_stop_and_knows_synonyms(mini):
     assert cosines[2] > cosines[3]
 
 
-def test_mini_computes_the_same_embedding_again(mini):
+def test_mini_is_deterministic(mini):
     photo = EXAMPLES / "cat.jpg"
     assert np.array_equal(mini.embed_images(photo), mini.embed_images(photo))
     assert F.cosine_similarity(*torch.from_numpy(mini.embed_images([photo, photo])), dim=0) > 0.9999

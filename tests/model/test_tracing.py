@@ -1,4 +1,4 @@
-"""What is recorded from one example must hold for every other: lengths, batches, paddings."""
+"""Models traced with one example work for other lengths, batch sizes and paddings."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_a_text_tower_traced_with_a_short_text_embeds_long_ones(tiny_model):
     ids = clip.tokenize(["一只猫", "一只飞机飞过蓝天", "猫", ""])
     close(traced(ids), tiny_model.encode_text(ids))
     assert not torch.equal(*traced(ids)[:2])
-    close(traced(ids[:, :20]), tiny_model.encode_text(ids))  # and of another length
+    close(traced(ids[:, :20]), tiny_model.encode_text(ids))  # also of another length
 
 
 @torch.no_grad()
@@ -50,13 +50,13 @@ def test_an_image_tower_traced_with_one_image_embeds_several(kind):
 
 
 @torch.no_grad()
-def test_torch_fx_records_the_text_tower_as_it_is(tiny_model):
+def test_torch_fx_traces_the_text_tower(tiny_model):
     ids = clip.tokenize(["一只猫", "一只飞机飞过蓝天"])
     close(torch.fx.symbolic_trace(Text(tiny_model))(ids), tiny_model.encode_text(ids))
 
 
 @torch.no_grad()
-def test_what_the_older_onnx_exporter_records_is_not_trimmed(tiny_model, monkeypatch):
+def test_the_older_onnx_exporter_records_untrimmed_text(tiny_model, monkeypatch):
     ids = clip.tokenize(["猫"])
     lengths = []
     monkeypatch.setattr(
@@ -74,7 +74,7 @@ def test_what_the_older_onnx_exporter_records_is_not_trimmed(tiny_model, monkeyp
 
 
 @torch.inference_mode()
-def test_bert_is_called_as_the_official_one(tiny_model):
+def test_bert_has_the_official_signature(tiny_model):
     ids = clip.tokenize(["一只猫", "一只飞机飞过蓝天"])
     output = tiny_model.bert(ids, attention_mask=(ids != 0).float())
     assert len(output) == 2 and output[1] is None

@@ -1,4 +1,4 @@
-"""The tables written for recipes/mini: well-formed, and consistent with one another."""
+"""The tables of recipes/mini are well-formed and consistent."""
 
 import json
 from collections import Counter
@@ -14,14 +14,14 @@ def table(name: str) -> list[list[str]]:
     return [line.split("\t") for line in lines if not line.startswith("#")]
 
 
-def test_there_is_a_line_for_each_class_and_no_two_have_the_same_first_name():
+def test_every_class_has_one_line_and_a_unique_first_name():
     rows = table("imagenet.tsv")
     assert len(rows) == 1000
     first = Counter(names.split(",")[0] for names, _, _ in rows)
     assert [name for name, count in first.items() if count > 1] == []
 
 
-def test_what_a_thing_looks_like_is_told_in_classes():
+def test_looks_are_weights_of_known_classes():
     known = {names.split(",")[0] for names, _, _ in table("imagenet.tsv")}
     for names, _, _, looks in table("things.tsv"):
         entries = [entry.partition(":") for entry in looks.split(",") if entry]
@@ -29,13 +29,13 @@ def test_what_a_thing_looks_like_is_told_in_classes():
         assert all(int(weight) > 0 for _, _, weight in entries), names
 
 
-def test_no_thing_stands_there_twice():
+def test_every_thing_has_a_unique_first_name():
     first = Counter(row[0].split(",")[0] for row in table("things.tsv"))
     assert [name for name, count in first.items() if count > 1] == []
 
 
 @pytest.mark.parametrize("name", ["clip_art.tsv", "games.tsv"])
-def test_each_picture_has_a_name_and_one_line(name):
+def test_every_image_has_a_name_and_one_line(name):
     rows = table(name)
     assert all(len(row) == 4 and row[1].split(",")[0] for row in rows)
     assert max(Counter(row[0] for row in rows).values()) == 1
@@ -49,12 +49,12 @@ def test_no_field_has_stray_blanks_or_empty_entries(name):
             assert all(entry == entry.strip() and entry for entry in entries), row
 
 
-def test_each_picture_left_out_names_the_stamp_it_repeats():
+def test_every_excluded_image_names_its_stamp():
     rows = [json.loads(line) for line in (DATA / "excluded.jsonl").read_text("utf-8").splitlines()]
     assert rows and all(row["picture"] and row["stamp"] for row in rows)
 
 
-def test_each_form_of_a_caption_is_of_lists_that_are_there_and_of_chinese():
+def test_caption_forms_use_known_lists_and_chinese():
     lists: dict[str, list[str]] = {"thing": ["猫"]}
     for line in (DATA / "captions.txt").read_text("utf-8").splitlines():
         if line.startswith("["):

@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import numpy as np
-from conftest import TINY, make_model, make_picture
+from conftest import TINY, make_image, make_model
 
 from cn_clip import weights
 from cn_clip.embeddings.files import Features, write_clip_retrieval
@@ -19,7 +19,7 @@ def write_pairs(folder, name, numbers, **changes):
     for n in numbers:
         picture = folder / f"{n}.png"
         if not picture.exists():
-            make_picture(n, (40, 40)).save(picture)
+            make_image(n, (40, 40)).save(picture)
         row = {"image": picture.name, "text": CAPTIONS[n], "image_id": str(n), "text_id": str(n)}
         rows.append(row | changes)
     path = folder / f"{name}.jsonl"

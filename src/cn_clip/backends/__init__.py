@@ -1,4 +1,4 @@
-"""What runs a model: each backend implements two calls, one for each tower."""
+"""The backend protocol: a runtime implements one method for each tower."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import numpy as np
 import numpy.typing as npt
 
 Pixels = npt.NDArray[Any]  # uint8 or float32 (B, 3, S, S)
-Rows = npt.NDArray[np.float32]  # (B, D)
+Features = npt.NDArray[np.float32]  # (B, D)
 
 
 class ParameterCount(NamedTuple):
-    """Parameters of the image tower, and of the whole model."""
+    """Number of parameters of the image tower and of the whole model."""
 
     image: int
     total: int
 
 
 class Backend(Protocol):
-    """Runs the two towers of one model. Preparation, batching and normalisation are not its job."""
+    """Runs the two towers of one model; preparation, batching and normalisation happen outside."""
 
     @property
     def dim(self) -> int:
@@ -37,11 +37,11 @@ class Backend(Protocol):
     def parameter_count(self) -> ParameterCount:
         """Number of parameters."""
 
-    def run_images(self, pixels: Pixels) -> Rows:
+    def run_images(self, pixels: Pixels) -> Features:
         """Return features (B, D) of images (B, 3, S, S).
 
         uint8 pixels are normalised by the backend; float32 pixels are already normalised.
         """
 
-    def run_texts(self, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.bool_]) -> Rows:
+    def run_texts(self, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.bool_]) -> Features:
         """Return features (B, D) of token ids (B, L); ``mask`` (B, L) is False for padding."""

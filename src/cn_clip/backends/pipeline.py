@@ -1,4 +1,4 @@
-"""From images and texts to batches for a backend: decoding ahead, order, batches by length."""
+"""Batches for a backend: decoding ahead, order, texts batched by length, unit length."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from cn_clip.config import ModelConfig
 from cn_clip.errors import ImageError
 from cn_clip.image.decode import MAX_PIXELS, ImageInput, read_image, read_pixels
 
-_COPIED = 1 << 22  # pixels of a PIL image, of which a copy may wait for a thread
+_MAX_COPIED_PIXELS = 1 << 22  # a larger PIL image is prepared at once instead of copied
 
 PreparedImage = npt.NDArray[np.uint8]  # (3, S, S)
 
 
 @dataclass(frozen=True, slots=True)
 class ImagePreparation:
-    """How an image becomes pixels: decoded, turned upright, squashed to the model's resolution."""
+    """Image to pixels: decode, apply EXIF orientation, squash to the model's resolution."""
 
     config: ModelConfig
     fast_decode: bool = False
@@ -35,7 +35,7 @@ class ImagePreparation:
         """Return uint8 pixels (3, S, S).
 
         Raises:
-            ImageError: the image cannot be used.
+            ImageError: the image is unreadable or refused.
         """
         pixels = read_pixels(
             source,
@@ -47,8 +47,8 @@ class ImagePreparation:
         return np.ascontiguousarray(np.moveaxis(pixels, -1, 0))
 
 
-def each_image(images: ImageInput | Iterable[ImageInput]) -> Iterator[ImageInput]:
-    """Yield one image, or each of several; a 4-dimensional array is a batch already."""
+def iter_images(images: ImageInput | Iterable[ImageInput]) -> Iterator[ImageInput]:
+    """Yield one image, or each of several; a 4-dimensional array is a batch of images."""
     if isinstance(images, np.ndarray):
         yield from [images] if images.ndim < 4 else images
     elif isinstance(images, str | os.PathLike | bytes | bytearray | Image.Image):
@@ -59,13 +59,13 @@ def each_image(images: ImageInput | Iterable[ImageInput]) -> Iterator[ImageInput
         yield from images
 
 
-def prepared_ahead(
+def prepare_ahead(
     pool: ThreadPoolExecutor,
     prepare: Callable[[ImageInput], PreparedImage],
     images: Iterable[ImageInput],
     depth: int,
 ) -> Generator[PreparedImage | ImageError]:
-    """Yield each image prepared, or its error, in order; prepare at most ``depth`` ahead."""
+    """Yield prepared images, or their errors, in order; prepare at most ``depth`` ahead."""
 
     def attempt(image: ImageInput) -> PreparedImage | ImageError:
         try:
@@ -78,10 +78,11 @@ def prepared_ahead(
         for image in images:
             if not isinstance(image, Image.Image):
                 waiting.append(pool.submit(attempt, image))
-            elif image.width * image.height > _COPIED:
+            elif image.width * image.height > _MAX_COPIED_PIXELS:
                 waiting.append(_done(attempt(image)))
             else:
-                # Opened lazily, it must be decoded by one thread; a bad one fails below again.
+                # PIL images decode lazily and not thread-safely: decode here. An unreadable one
+                # fails again in attempt().
                 with suppress(ImageError):
                     image = read_image(image)
                 waiting.append(pool.submit(attempt, image))
@@ -89,7 +90,7 @@ def prepared_ahead(
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-    finally:  # on an error or Ctrl-C, do not decode images that nobody waits for
+    finally:  # after an error or Ctrl-C, stop decoding
         for future in waiting:
             future.cancel()
 
@@ -103,7 +104,7 @@ def _done(result: PreparedImage | ImageError) -> Future[PreparedImage | ImageErr
 def batches_by_length(
     lengths: Sequence[int], *, max_rows: int, max_tokens: int
 ) -> Iterator[tuple[list[int], int]]:
-    """Yield (positions, length) of batches of texts, the longest first.
+    """Yield (indexes, padded length) of batches of texts, the longest texts first.
 
     A batch has at most ``max_rows`` texts and ``max_tokens`` tokens, padding included.
     """
@@ -116,7 +117,7 @@ def batches_by_length(
 
 
 def unit_length(features: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """Return features (N, D) divided by their length, as float32; zeros stay zeros."""
+    """Return features (N, D) divided by their norm, as float32; zeros stay zeros."""
     features = features.astype(np.float32, copy=False)
     norms = np.sqrt(np.square(features).sum(axis=-1, keepdims=True))
     unit: npt.NDArray[np.float32] = features / np.maximum(norms, np.float32(1e-12))

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from cn_clip import weights
-from cn_clip.backends import ParameterCount, Pixels, Rows
+from cn_clip.backends import Features, ParameterCount, Pixels
 from cn_clip.config import ModelConfig
 from cn_clip.errors import UsageError
 from cn_clip.fingerprint import Fingerprint, TensorBytes, derived, fingerprint_of
@@ -46,20 +46,20 @@ class TorchBackend:
 
     @property
     def parameter_count(self) -> ParameterCount:
-        image = sum(each.numel() for each in self.model.visual.parameters())
-        return ParameterCount(image, sum(each.numel() for each in self.model.parameters()))
+        image = sum(parameter.numel() for parameter in self.model.visual.parameters())
+        return ParameterCount(image, sum(p.numel() for p in self.model.parameters()))
 
-    # Not inference_mode: weights that training has sharded (FSDP2) could not be gathered in it.
+    # Not inference_mode: sharded weights (FSDP2) cannot be gathered in it.
     @torch.no_grad()
-    def run_images(self, pixels: Pixels) -> Rows:
+    def run_images(self, pixels: Pixels) -> Features:
         images = torch.from_numpy(pixels).to(self._device)
         if images.dtype == torch.uint8:
             images = (images.float() / 255 - self._mean) / self._std
         return self.model.encode_image(images).float().cpu().numpy()
 
     @torch.no_grad()
-    def run_texts(self, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.bool_]) -> Rows:
-        # The model masks padding by its id, 0, which is what ``mask`` says.
+    def run_texts(self, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.bool_]) -> Features:
+        # ``mask`` is not needed: the model masks padding by its id, 0.
         features = self.model.encode_text(torch.from_numpy(ids).to(self._device))
         return features.float().cpu().numpy()
 
@@ -71,7 +71,7 @@ def load_model(
     device: str = "auto",
     precision: str = "auto",
 ) -> CLIP:
-    """Load a checkpoint for inference on a device; the rest is as for ``cn_clip.load``."""
+    """Load a checkpoint for inference; arguments and errors are those of ``cn_clip.load``."""
     target = pick_device(device)
     dtype = pick_precision(precision, target)
     checkpoint = weights.read(path)
@@ -83,7 +83,7 @@ def load_model(
 def model_fingerprint(model: CLIP, *, fast_decode: bool = False) -> Fingerprint:
     """Return the fingerprint of a model in memory.
 
-    In another precision than float32 it is of the rounded weights, and derived from none.
+    Rounded weights are fingerprinted as they are, without ``derived_from``.
     """
     original = _fingerprint(model.config, model.state_dict())
     return derived(original, ["fast_decode"] if fast_decode else [])
@@ -114,10 +114,10 @@ def _fingerprint(config: ModelConfig, state: Mapping[str, torch.Tensor]) -> str:
 
 
 def pick_device(device: str | torch.device) -> torch.device:
-    """Return the device of that name; ``"auto"`` is CUDA, then Apple's MPS, then the CPU.
+    """Return the device of this name; ``"auto"`` is CUDA, then Apple's MPS, then the CPU.
 
     Raises:
-        UsageError: there is no such device here.
+        UsageError: the device does not exist on this machine.
     """
     if device == "auto":
         if torch.cuda.is_available():
@@ -127,10 +127,10 @@ def pick_device(device: str | torch.device) -> torch.device:
         picked = torch.device(device)
         usable = picked.type != "meta" and bool(torch.ones(1, device=picked).cpu())
     except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError):
-        usable = False  # each kind of device says in its own way, at length, that there is none
+        usable = False  # each device type raises its own error
     if not usable:
         raise UsageError(
-            f"device {str(device)!r} cannot be used here; torch {torch.__version__} has: "
+            f"device {str(device)!r} is not available; torch {torch.__version__} has: "
             f"{', '.join(_devices())}"
         )
     return picked
@@ -142,10 +142,10 @@ def _devices() -> list[str]:
 
 
 def pick_precision(precision: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of that name; ``"auto"`` is float16 on CUDA and float32 elsewhere.
+    """Return the dtype of this name; ``"auto"`` is float16 on CUDA and float32 elsewhere.
 
     Raises:
-        UsageError: there is no such precision.
+        UsageError: the precision is unknown.
     """
     if precision == "auto":
         return torch.float16 if device.type == "cuda" else torch.float32

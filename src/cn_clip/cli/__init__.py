@@ -1,7 +1,7 @@
-"""The command line, ``cn-clip VERB``: each file parses one verb, calls functions, prints.
+"""The command line, ``cn-clip COMMAND``: each file parses one command, calls functions, prints.
 
 Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted, 143 and 129 ended by SIGTERM and SIGHUP.
-Errors are one sentence on stderr.
+An error is one sentence on stderr.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cyclopts import App, CycloptsError
 from cn_clip import __version__
 from cn_clip.cli.classify import classify
 from cn_clip.cli.convert import convert
-from cn_clip.cli.crash import DEBUG, unexpected
+from cn_clip.cli.crash import DEBUG, report_crash
 from cn_clip.cli.data import data
 from cn_clip.cli.doctor import doctor
 from cn_clip.cli.embed import embed
@@ -37,8 +37,8 @@ from cn_clip.processes import Interrupted, heard
 app = App(
     name="cn-clip",
     version=__version__,
-    help="Chinese-CLIP: pictures and Chinese text in one space.",
-    suppress_keyboard_interrupt=False,  # run() answers it
+    help="Chinese-CLIP: image and Chinese text embeddings in one space.",
+    suppress_keyboard_interrupt=False,  # run() handles it
 )
 app.command(models)
 app.command(classify)
@@ -50,8 +50,8 @@ app.command(eval_app)
 app.command(doctor)
 
 
-# What the system refuses, rather than a fault of this program.
-_REFUSED = (
+# Errors of the system, not faults of this program.
+_SYSTEM_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE,
     errno.ENFILE, errno.ENAMETOOLONG, errno.EFBIG,
 )  # fmt: skip
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
     _open_streams()
     code = run(sys.argv[1:] if arguments is None else arguments)
-    sys.exit(_flushed(code))
+    sys.exit(_flush(code))
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -70,7 +70,7 @@ def run(arguments: Sequence[str]) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("once", UserWarning)
-        warnings.showwarning = _one_line
+        warnings.showwarning = _print_warning
         return _run(arguments)
 
 
@@ -82,7 +82,7 @@ def _run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt as error:
         return _interrupted(error.number if isinstance(error, Interrupted) else signal.SIGINT)
     except Exception as error:
-        if number := heard():  # the signal came where only another error gets through
+        if number := heard():  # a library turned the exception of the signal into another error
             return _interrupted(number)
         return _failed(error, arguments)
     return code if isinstance(code, int) else 0
@@ -97,83 +97,83 @@ def _check_folder() -> None:
 
 
 def _interrupted(number: int) -> int:
-    said = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
-    return _fail(said, 128 + number)
+    interrupted = number == signal.SIGINT
+    message = "interrupted" if interrupted else f"ended by {signal.Signals(number).name}"
+    return _fail(message, 128 + number)
 
 
 def _failed(error: Exception, arguments: Sequence[str]) -> int:
-    """Tell of an error in one sentence; return the exit code."""
+    """Print an error as one sentence; return the exit code."""
     if isinstance(error, CycloptsError):
         return _fail(f"{str(error).strip()} See: cn-clip --help", 2)
     if isinstance(error, CNClipError):
         return _fail(str(error), 2 if isinstance(error, UsageError) else 1)
-    if isinstance(error, BrokenPipeError) and _reader_is_gone():  # `head`, say, has seen enough
-        _discard(sys.stdout)
+    if isinstance(error, BrokenPipeError) and _reader_is_gone():  # such as `head`
+        _redirect_to_null(sys.stdout)
         return 1
     if os.environ.get(DEBUG, "0") not in ("", "0"):
         raise error
     if isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(said in str(error) for said in _NO_MEMORY)
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
     ):
-        return _fail("out of memory; give smaller pictures, a smaller model or another device", 1)
-    if isinstance(error, OSError) and error.errno in _REFUSED:
-        what = error.filename if error.filename is not None else "a file or the output"
-        return _fail(f"{what} cannot be read or written: {error.strerror}", 1)
-    return _fail(unexpected(error, arguments), 1)
+        return _fail("out of memory; give smaller images, a smaller model or another device", 1)
+    if isinstance(error, OSError) and error.errno in _SYSTEM_ERRORS:
+        file = error.filename if error.filename is not None else "a file or the output"
+        return _fail(f"{file} cannot be read or written: {error.strerror}", 1)
+    return _fail(report_crash(error, arguments), 1)
 
 
 def _fail(sentence: str, code: int) -> int:
-    _tell(f"cn-clip: {one_line(sentence)}")
+    _print_to_stderr(f"cn-clip: {one_line(sentence)}")
     return code
 
 
-def _one_line(message: Warning | str, *_: object, **__: object) -> None:
-    _tell(f"cn-clip: warning: {one_line(str(message))}")
+def _print_warning(message: Warning | str, *_: object, **__: object) -> None:
+    _print_to_stderr(f"cn-clip: warning: {one_line(str(message))}")
 
 
-def _tell(line: str) -> None:
-    """Print to stderr; if nobody can read it, the exit code must do."""
-    with suppress(OSError, ValueError):  # a full disk, a terminal that is gone, a closed stream
+def _print_to_stderr(line: str) -> None:
+    with suppress(OSError, ValueError):  # a full disk, a closed terminal, a closed stream
         print(line, file=sys.stderr)
 
 
 def _open_streams() -> None:
-    """Make the standard streams usable, whatever started this process."""
+    """Open closed standard streams, and let them print any character."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed: else the next file would take its number
+        if getattr(sys, name) is None:  # closed: else the next opened file gets its descriptor
             stream = Path(os.devnull).open(mode, encoding="utf-8")  # noqa: SIM115
             setattr(sys, name, stream)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # labels are Chinese, consoles may not be
+        if isinstance(stream, io.TextIOWrapper):  # the console may not support Chinese
             stream.reconfigure(errors="backslashreplace")
 
 
-def _flushed(code: int) -> int:
-    """Write out what is printed; return the exit code, which tells if that cannot be done."""
+def _flush(code: int) -> int:
+    """Flush the output; return the exit code, 1 if the output cannot be written."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError) as error:
-        _discard(sys.stdout)
+        _redirect_to_null(sys.stdout)
         code = code or 1
         if not isinstance(error, BrokenPipeError):
             _fail(f"the output cannot be written: {getattr(error, 'strerror', error)}", code)
     try:
         sys.stderr.flush()
     except (OSError, ValueError):
-        _discard(sys.stderr)
+        _redirect_to_null(sys.stderr)
     return code
 
 
-def _discard(stream: TextIO) -> None:
-    """Send a stream that cannot be written nowhere: Python would try again when it ends."""
+def _redirect_to_null(stream: TextIO) -> None:
+    """Redirect a stream that cannot be written, since Python flushes it again at exit."""
     with suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
 
 
 def _reader_is_gone() -> bool:
-    """Whether it is the output that nobody reads any more, and no other pipe."""
+    """Whether the broken pipe is stdout, and not another one."""
     if not hasattr(select, "poll"):
         return True
     try:

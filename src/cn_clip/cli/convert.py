@@ -1,4 +1,4 @@
-"""``cn-clip convert``: a checkpoint from one format to another."""
+"""``cn-clip convert``: checkpoint conversion."""
 
 from __future__ import annotations
 
@@ -23,43 +23,43 @@ def convert(
 ) -> None:
     """Write a checkpoint in another format, without optimizer state.
 
-    The format of the input is detected. Both files are run on a photo and two sentences, and the
-    output appears only if they agree.
+    The format of the input is detected. Both models are run on a photo and two sentences, and the
+    output is written only if they agree.
 
     Parameters
     ----------
     source
-        An official .pt file, a training checkpoint, a Hugging Face ChineseCLIPModel folder, or a
-        folder of ours.
+        An official .pt file, a training checkpoint, a Hugging Face ChineseCLIPModel folder, or
+        our folder.
     out
         A .pt file for --to official; a folder for hf and safetensors.
     to
         The format to write: official (.pt), hf (transformers' ChineseCLIPModel) or safetensors
         (ours, for every model).
     dtype
-        The precision to write; by default that of the input.
+        The precision to write. The default is that of the input.
     overwrite
-        Replace what this command wrote at OUT.
+        Replace OUT if this command wrote it.
     json
         Print JSON instead of a table.
     """
     from cn_clip.convert import convert as run
 
-    done = run(source, out, to, dtype=dtype, overwrite=overwrite)
+    result = run(source, out, to, dtype=dtype, overwrite=overwrite)
     if json:
-        print_json(asdict(done))
+        print_json(asdict(result))
         return
     table = Table(box=None, show_header=False)
     table.add_column(style="dim")
     table.add_column()
-    dropped = ", ".join(done.dropped[:8]) + (" ..." if len(done.dropped) > 8 else "")
+    dropped = ", ".join(result.dropped[:8]) + (" ..." if len(result.dropped) > 8 else "")
     for key, value in {
-        "read": f"{done.source} ({done.source_format}, {done.size_before / 1e6:,.1f} MB)",
-        "wrote": f"{done.out} ({done.to}, {done.dtype}, {done.size_after / 1e6:,.1f} MB)",
-        "model": done.model,
-        "kept": f"{done.kept} tensors",
+        "read": f"{result.source} ({result.source_format}, {result.size_before / 1e6:,.1f} MB)",
+        "wrote": f"{result.out} ({result.to}, {result.dtype}, {result.size_after / 1e6:,.1f} MB)",
+        "model": result.model,
+        "kept": f"{result.kept} tensors",
         "dropped": dropped or "nothing",
-        "verified": f"unit vectors of both differ by {done.largest_difference:.1e} at most",
+        "verified": f"embeddings of both differ by {result.largest_difference:.1e} at most",
     }.items():
         table.add_row(key, escape(value))
     console().print(table)

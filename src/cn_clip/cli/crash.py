@@ -1,4 +1,4 @@
-"""Errors that nobody foresaw: one sentence for people, and the details in a file to report."""
+"""Unexpected errors: one sentence for the user, and a file with the details for a bug report."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from cn_clip.errors import one_line
 DEBUG = "CN_CLIP_DEBUG"
 _LIBRARIES = ("torch", "numpy", "PIL", "tokenizers", "cyclopts", "huggingface_hub", "lmdb")
 _SECRET = re.compile(r"token|secret|passw|credential|api.?key|access.?key|auth", re.IGNORECASE)
-# Secrets by their form: a name and password in an address, its query, tokens of a hub.
-_FORMS = (
+# Forms of secrets: user and password in a URL, query parameters, tokens of a hub.
+_SECRET_FORMS = (
     (re.compile(r"(?<=://)[^/@\s'\"]+@"), "***@"),
     (re.compile(r"([?&][\w.-]*(?:token|key|sig|secret|passw)[\w.-]*=)[^&\s'\"]+", re.I), r"\1***"),
     (re.compile(r"\bhf_\w{8,}"), "***"),
 )  # fmt: skip
-# Values in the environment that are no secrets: short ones, and switches such as
-# TOKENIZERS_PARALLELISM=false, whose words may stand anywhere in the details.
-_SHORTEST = 4  # characters
+# Not secrets: short values, and switches such as TOKENIZERS_PARALLELISM=false, whose words may
+# be anywhere in the details.
+_MIN_SECRET = 4  # characters
 _SWITCHES = ("true", "false", "none", "auto")
 
 
-def unexpected(error: Exception, arguments: Sequence[str]) -> str:
-    """Write the details of an error to a new file, and return the sentence that names it."""
-    hide = _Hiding(arguments, os.environ)
-    said = one_line(hide(str(error)), limit=110)
-    what = f"unexpected {type(error).__name__}" + (f": {said}" if said else "")
+def report_crash(error: Exception, arguments: Sequence[str]) -> str:
+    """Write the details of an error to a new file; return the sentence that names the file."""
+    redact = _Redactor(arguments, os.environ)
+    message = one_line(redact(str(error)), limit=110)
+    summary = f"unexpected {type(error).__name__}" + (f": {message}" if message else "")
     try:
-        place = _written(hide(_details(error, arguments)))
+        path = _write(redact(_details(error, arguments)))
     except OSError:
-        return f"{what}; please report it. {DEBUG}=1 shows the details"
-    return f"{what}; please report it with the details in {place}"
+        return f"{summary}; please report it. {DEBUG}=1 shows the details"
+    return f"{summary}; please report it with the details in {path}"
 
 
-def _written(text: str) -> str:
-    handle, place = tempfile.mkstemp(prefix="cn-clip-error-", suffix=".txt")
+def _write(text: str) -> str:
+    handle, path = tempfile.mkstemp(prefix="cn-clip-error-", suffix=".txt")
     with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as stream:
         stream.write(text)
-    return place
+    return path
 
 
 def _details(error: Exception, arguments: Sequence[str]) -> str:
@@ -64,27 +64,27 @@ def _details(error: Exception, arguments: Sequence[str]) -> str:
     )
 
 
-class _Hiding:
-    """Hides secrets of the arguments and of the environment in a text."""
+class _Redactor:
+    """Replaces secrets of the arguments and of the environment in a text."""
 
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
         values = {v for name, v in environment.items() if _SECRET.search(name)}
-        values = {v for v in values if len(v) >= _SHORTEST and v.lower() not in _SWITCHES}
-        values |= {*_given(arguments)}
-        # The longest first: one may be in another.
+        values = {v for v in values if len(v) >= _MIN_SECRET and v.lower() not in _SWITCHES}
+        values |= {*_secret_options(arguments)}
+        # The longest first, since one may contain another.
         self._values = sorted(values - {""}, key=len, reverse=True)
 
     def __call__(self, text: str) -> str:
         for value in self._values:
             text = text.replace(value, "***")
-        for form, replacement in _FORMS:
+        for form, replacement in _SECRET_FORMS:
             text = form.sub(replacement, text)
         return text
 
 
-def _given(arguments: Sequence[str]) -> Iterator[str]:
-    """Yield the values of options whose names speak of secrets."""
-    for at, argument in enumerate(arguments):
+def _secret_options(arguments: Sequence[str]) -> Iterator[str]:
+    """Yield the values of options that are named like secrets."""
+    for index, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name.startswith("-") and _SECRET.search(name):
-            yield value if equals else "".join(arguments[at + 1 : at + 2])
+            yield value if equals else "".join(arguments[index + 1 : index + 2])

@@ -17,7 +17,7 @@ from cn_clip.cli.show import (
     ContextLength,
     Flag,
     Workers,
-    check_apart,
+    check_different_paths,
     console,
     print_json,
     progress,
@@ -261,7 +261,7 @@ def decontaminate(
     claim_removed(out, inputs=inputs, overwrite=overwrite)
     if report is not None:
         claim_page(report, "data decontaminate", inputs=inputs)
-        check_apart(out, report)
+        check_different_paths(out, report)
     train, test = open_source(source), open_source(against)
     for opened in (train, test):
         _note_unmatched(opened)

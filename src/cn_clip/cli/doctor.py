@@ -1,4 +1,4 @@
-"""``cn-clip doctor``: is this environment ready?"""
+"""``cn-clip doctor``: checks of the environment."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _COLOURS = {"ok": "green", "note": "yellow", "fail": "red"}
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing looked at; only ``fail`` makes the environment not ready."""
+    """The result of one check; only ``fail`` means that the environment is not ready."""
 
     what: str
     state: Literal["ok", "note", "fail"]
@@ -39,8 +39,8 @@ def doctor(
 ) -> int:
     """Check that this environment is ready: versions, devices, the embedded model, the hubs.
 
-    Exits with 0 when everything needed works and with 1 when something is missing; what only
-    costs convenience, such as a hub that cannot be reached, is a note.
+    The exit code is 0 if everything required works, else 1. Something optional that is missing,
+    such as a hub that cannot be reached, is a note.
 
     Parameters
     ----------
@@ -51,31 +51,31 @@ def doctor(
     """
     findings = []
     out = console()
-    for finding in _look(offline):
+    for finding in _check_all(offline):
         findings.append(finding)
         if not json:
-            # Rich reads square brackets as markup; details may hold some, as in cn-clip[extra].
-            mark = f"[{_COLOURS[finding.state]}]{finding.state:<6}[/]"
-            out.print(f"{mark}{finding.what:<17}{escape(finding.detail)}", soft_wrap=True)
+            # Rich reads square brackets as markup; details may have some, as in cn-clip[extra].
+            state = f"[{_COLOURS[finding.state]}]{finding.state:<6}[/]"
+            out.print(f"{state}{finding.what:<17}{escape(finding.detail)}", soft_wrap=True)
     ready = all(finding.state != "fail" for finding in findings)
     if json:
         print_json({"ready": ready, "findings": [asdict(finding) for finding in findings]})
     else:
-        out.print("ready" if ready else "[red]not ready[/]: mend what is marked fail")
+        out.print("ready" if ready else "[red]not ready[/]: fix the checks marked fail")
     return 0 if ready else 1
 
 
-def _look(offline: bool) -> Iterator[Finding]:
+def _check_all(offline: bool) -> Iterator[Finding]:
     yield Finding("cn-clip", "ok", f"{__version__}, Python {platform.python_version()}")
     requirements = _requirements()
     if requirements is None:
         yield Finding(
             "packages",
             "note",
-            "only torch is looked at: cn-clip is not installed; pip install -e .",
+            "only torch is checked, because cn-clip is not installed; pip install -e .",
         )
         requirements = [Requirement("torch")]
-    required = [_check(requirement) for requirement in requirements]
+    required = [_check_package(requirement) for requirement in requirements]
     yield from required
     for name, (purpose, command) in _OPTIONAL.items():
         if importlib.util.find_spec(name):
@@ -88,30 +88,30 @@ def _look(offline: bool) -> Iterator[Finding]:
     yield _embedded_model()
     for name in hub.names()[1:]:
         path = hub.find(name)
-        absent = f"not on this machine; fetched on first use, or put the file into {hub.CACHE}"
-        yield Finding(name, "ok" if path else "note", str(path or absent))
+        missing = f"not on this machine; downloaded on first use, or put the file into {hub.CACHE}"
+        yield Finding(name, "ok" if path else "note", str(path or missing))
     if not offline:
         yield from _hubs()
 
 
 def _requirements() -> list[Requirement] | None:
-    """Return what the installed distribution needs, extras aside; None of bare source code."""
+    """Return the requirements without extras; None if the package is not installed."""
     try:
-        every = map(Requirement, metadata.requires("cn-clip") or [])
+        requirements = map(Requirement, metadata.requires("cn-clip") or [])
     except metadata.PackageNotFoundError:
         return None
-    return [each for each in every if each.marker is None or each.marker.evaluate({"extra": ""})]
+    return [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
 
 
-def _check(requirement: Requirement) -> Finding:
+def _check_package(requirement: Requirement) -> Finding:
     version = _version(requirement.name)
     if version and requirement.specifier.contains(version, prereleases=True):
         return Finding(requirement.name, "ok", version)
-    found = f"{version} is too old" if version else "missing"
+    problem = f"{version} is too old" if version else "missing"
     remedy = f"pip install '{requirement}'"
     if requirement.name == "torch":
         remedy += ", or a smaller build for the CPU: see constraints.txt"
-    return Finding(requirement.name, "fail", f"{found}; add it: {remedy}")
+    return Finding(requirement.name, "fail", f"{problem}; install it: {remedy}")
 
 
 def _version(distribution: str) -> str | None:
@@ -142,7 +142,7 @@ def _devices() -> Iterator[Finding]:
 
 
 def _embedded_model() -> Finding:
-    """Load `mini` and let it tell two colours apart."""
+    """Load `mini`, and check its embeddings of three texts and an image."""
     import numpy as np
 
     from cn_clip.embedder import load
@@ -152,13 +152,13 @@ def _embedded_model() -> Finding:
         embedder = load(hub.EMBEDDED, device="cpu")
         seconds = time.perf_counter() - start
         cat, kitten, rocket = embedder.embed_texts(["猫", "小猫", "火箭"])
-        picture = embedder.embed_images(np.full((64, 64, 3), 128, dtype=np.uint8))
-        works = cat @ kitten > cat @ rocket and abs(float(np.linalg.norm(picture)) - 1) < 1e-3
-    except Exception as error:  # whatever is wrong, the doctor's work is to say so
+        image = embedder.embed_images(np.full((64, 64, 3), 128, dtype=np.uint8))
+        works = cat @ kitten > cat @ rocket and abs(float(np.linalg.norm(image)) - 1) < 1e-3
+    except Exception as error:  # report any error
         return Finding("embedded model", "fail", f"{error}; reinstall: pip install -I cn-clip")
     if not works:
         return Finding(
-            "embedded model", "fail", "gives wrong vectors; reinstall: pip install -I cn-clip"
+            "embedded model", "fail", "wrong embeddings; reinstall: pip install -I cn-clip"
         )
     return Finding("embedded model", "ok", f"{hub.EMBEDDED} loads in {seconds:.2f} s and works")
 
@@ -167,13 +167,13 @@ def _hubs() -> Iterator[Finding]:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        yield Finding("Hugging Face", "note", "not asked: HF_HUB_OFFLINE is set")
+        yield Finding("Hugging Face", "note", "not checked: HF_HUB_OFFLINE is set")
     else:
-        yield _reach("Hugging Face", constants.ENDPOINT)
-    yield _reach("ModelScope", hub.modelscope_endpoint())
+        yield _check_hub("Hugging Face", constants.ENDPOINT)
+    yield _check_hub("ModelScope", hub.modelscope_endpoint())
 
 
-def _reach(name: str, endpoint: str) -> Finding:
+def _check_hub(name: str, endpoint: str) -> Finding:
     request = urllib.request.Request(endpoint, method="HEAD", headers={"User-Agent": "cn-clip"})
     try:
         with urllib.request.urlopen(request, timeout=_TIMEOUT_S):

@@ -1,4 +1,4 @@
-"""Arguments that are empty, as a shell makes them of a variable that is not set."""
+"""Refusal of empty arguments, which come from unset shell variables."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from cn_clip.errors import UsageError
 
 
 def refuse_empty(arguments: Sequence[str]) -> None:
-    """Raise a ``UsageError`` for an empty argument; no command has a use for one.
+    """Raise a ``UsageError`` for an empty argument, which no command accepts.
 
-    Else an empty path would be the current folder.
+    An empty path would otherwise mean the current folder.
     """
-    for at, argument in enumerate(arguments):
+    for index, argument in enumerate(arguments):
         option, equals, value = argument.partition("=")
         if equals and option.startswith("--") and not value.strip():
             raise UsageError(
                 f"{option} is empty; give a value, or check the variable in {argument}"
             )
         if not argument.strip():
-            before = arguments[at - 1] if at else ""
-            where = before if before.startswith("-") else f"argument {at + 1}"
-            raise UsageError(f"{where} is empty; give a value. Is a variable of the shell not set?")
+            previous = arguments[index - 1] if index else ""
+            name = previous if previous.startswith("-") else f"argument {index + 1}"
+            raise UsageError(f"{name} is empty; give a value. Is a variable of the shell not set?")

@@ -1,4 +1,4 @@
-"""The options by which verbs load a model."""
+"""The options of all commands that load a model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Loading:
-    """Which model, and how it runs.
+    """The model and how it runs.
 
     Parameters
     ----------
@@ -30,7 +30,7 @@ class Loading:
     fast_decode
         Decode large JPEG files at reduced size: faster, results differ slightly.
     download_root
-        Where official weights are looked for, and downloaded to.
+        The folder that is searched first for weights, and downloaded to.
     """
 
     model: str = "mini"
@@ -41,12 +41,12 @@ class Loading:
 
     @property
     def paths(self) -> list[str]:
-        """What is read of one's own files, so that no output may touch it."""
+        """Input files and folders, which no output may overwrite."""
         return model_paths(self.model)
 
     def load(self, model: str | None = None) -> Embedder:
         """Load the model, or another one in the same way."""
-        from cn_clip.embedder import load  # not before: it waits for numpy
+        from cn_clip.embedder import load  # slow to import
 
         return load(
             model or self.model,
@@ -58,11 +58,11 @@ class Loading:
 
 
 def model_paths(*models: str | None) -> list[str]:
-    """Return those of some models that are given by a path, not by a name."""
+    """Return the models that are given as paths, not as names."""
     from cn_clip import hub
 
-    named = hub.names()
-    return [each for each in models if each is not None and each.replace("/", "-") not in named]
+    names = hub.names()
+    return [m for m in models if m is not None and m.replace("/", "-") not in names]
 
 
 DEFAULT = Loading()

@@ -1,4 +1,4 @@
-"""``cn-clip models``: what can be loaded by name."""
+"""``cn-clip models``: the models that load by name."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def models(
         print_json(rows)
         return
     table = Table(box=None, header_style="dim")
-    for heading in ("name", "image tower", "text tower", "parameters", "pixels", "dim", "found"):
-        table.add_column(heading, justify="right" if heading in _NUMBERS else "left")
+    for heading in ("name", "image tower", "text tower", "parameters", "pixels", "dim", "path"):
+        table.add_column(heading, justify="right" if heading in _RIGHT_ALIGNED else "left")
     for row in rows:
-        found = row["path"] or f"to be downloaded: {row['file']}"
+        path = row["path"] or f"to be downloaded: {row['file']}"
         table.add_row(
             row["name"],
             row["image_tower"],
@@ -42,12 +42,12 @@ def models(
             f"{row['parameters'] / 1e6:.0f} M",
             str(row["resolution"]),
             str(row["dim"]),
-            "in the package" if row["name"] == hub.EMBEDDED else found,
+            "in the package" if row["name"] == hub.EMBEDDED else path,
         )
     console().print(table)
 
 
-_NUMBERS = ("parameters", "pixels", "dim")
+_RIGHT_ALIGNED = ("parameters", "pixels", "dim")
 _KINDS = {"vit": "ViT", "resnet": "ResNet", "efficientnet_lite": "EfficientNet-Lite0"}
 
 

@@ -1,4 +1,4 @@
-"""How verbs print: tables for people, JSON for machines, progress on stderr."""
+"""Output of commands: tables, JSON, and progress on stderr."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ Workers = Annotated[int | None, Parameter(validator=Number(gte=0, lte=1024))]
 
 
 def console() -> Console:
-    """Return the console for stdout; a pipe gets lines as long as they are."""
+    """Return the console for stdout; output to a pipe is 160 characters wide."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON document, with Chinese readable where the output can hold it."""
-    # Elsewhere the console's own escapes, such as \xe9, are no JSON.
+    """Print one JSON document; Chinese is not escaped if the output supports it."""
+    # With another encoding, the stream would escape as \xe9, which is not JSON.
     unicode = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
     print(json.dumps(value, ensure_ascii=not unicode, indent=2))
 
 
 def progress() -> Progress:
-    """Return a progress bar on stderr; silent when stderr is not a terminal."""
+    """Return a progress bar on stderr, disabled if stderr is not a terminal."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -49,14 +49,14 @@ def progress() -> Progress:
     )
 
 
-def check_apart(out: str, report: str) -> None:
-    """Refuse one place for two outputs of a command."""
+def check_different_paths(out: str, report: str) -> None:
+    """Raise a ``UsageError`` if two outputs of a command have the same path."""
     if os.path.realpath(out) == os.path.realpath(report):
-        raise UsageError(f"--out and --report are both {out}; give each a place of its own")
+        raise UsageError(f"--out and --report are both {out}; give two different paths")
 
 
-def bar(share: float) -> str:
-    """Draw a share between 0 and 1 as a bar of up to ``BAR_WIDTH`` cells, in eighths of a cell."""
-    eighths = round(share * BAR_WIDTH * 8)
-    full, rest = divmod(eighths, 8)
-    return "█" * full + ("▏▎▍▌▋▊▉"[rest - 1] if rest else "")
+def bar(fraction: float) -> str:
+    """Return a bar for a fraction from 0 to 1: up to ``BAR_WIDTH`` cells, in eighths of a cell."""
+    eighths = round(fraction * BAR_WIDTH * 8)
+    full, remainder = divmod(eighths, 8)
+    return "█" * full + ("▏▎▍▌▋▊▉"[remainder - 1] if remainder else "")

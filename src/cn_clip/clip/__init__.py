@@ -1,12 +1,12 @@
 """The official package's functions under their names: ``import cn_clip.clip as clip``.
 
-A thin facade for code written against the official ``cn_clip``; new code is better served by
-``cn_clip.load``. Differences, all on purpose: models come in eval mode and float32 on every
-device, quotes are normalised, files are never executed, and what does not fit is an error.
+A thin facade for code written against the official ``cn_clip``; new code should use
+``cn_clip.load``. Intended differences: models are in eval mode and float32 on every device, quotes
+are normalised, code in files is never run, and weights that do not fit are an error.
 
-One thing is kept although nobody would choose it: the official package rounds most weights to
-float16 while it loads them, on the CPU too. Here they are rounded likewise, so that scores agree
-with those on record; ``cn_clip.load`` keeps the precision of the file.
+The official package rounds most weights to float16 when it loads them, on the CPU too. This
+facade does the same, so that published scores are reproduced. ``cn_clip.load`` keeps the precision
+of the file.
 """
 
 from __future__ import annotations
@@ -42,15 +42,14 @@ __all__ = [
     "tokenize",
 ]
 
-_tokenizer = default_tokenizer()  # under the name that scripts reach for
+_tokenizer = default_tokenizer()  # scripts use this name
 
 
 class ImageTransform:
     """PIL image to a float32 tensor (3, S, S), exactly as the official preprocessing.
 
-    That clips 16-bit and float values at 255, which the first such image warns of.
-
-    ``transforms`` are its steps, a list as torchvision's ``Compose`` has it.
+    16-bit and float values are clipped at 255, with a warning for the first such image.
+    ``transforms`` is the list of steps, as in torchvision's ``Compose``.
     """
 
     def __init__(self, image_size: int, normalize: Normalize) -> None:
@@ -76,11 +75,11 @@ class ImageTransform:
 
 @cache
 def _warn_of_clipping(mode: str) -> None:
-    """Warn once of each mode."""
+    """Warn once per mode."""
     warnings.warn(
-        f"an image of mode {mode}: values above 255 become white, as in the official "
+        f"in an image of mode {mode}, values above 255 become white, as in the official "
         "preprocessing; convert it to 8 bits first, or use cn_clip.load().embed_images, which "
-        "scales it",
+        "scales the values",
         stacklevel=3,
     )
 
@@ -91,15 +90,15 @@ def available_models() -> list[str]:
 
 
 def image_transform(image_size: int = 224) -> ImageTransform:
-    """Return the preprocessing: squash bicubic, RGB, ``/255``, CLIP mean and std."""
+    """Return the preprocessing: bicubic squash, RGB, ``/255``, CLIP mean and std."""
     return ImageTransform(image_size, Normalize())
 
 
 def tokenize(texts: str | Sequence[str], context_length: int = 52) -> torch.LongTensor:
     """Return token ids (N, ``context_length``), padded with 0.
 
-    Longer texts are cut; the first time this warns, and
-    ``cn_clip.tokenizer.default_tokenizer().truncated`` counts them all.
+    Longer texts are truncated. The first one warns, and
+    ``cn_clip.tokenizer.default_tokenizer().truncated`` counts all of them.
     """
     ids = torch.from_numpy(default_tokenizer()(texts, context_length))
     assert isinstance(ids, torch.LongTensor)
@@ -118,27 +117,27 @@ def load_from_name(
     """Return ``(model, preprocess)`` of a published model or of a checkpoint file.
 
     Args:
-        name: one of ``available_models()``, a path, or ``org/name`` of a repository; a file needs
-            no further names, but those given are checked against it.
-        device: by default CUDA if there is one, else the CPU.
-        download_root: where the file is looked for and downloaded to; ``~/.cache/clip`` by default.
+        name: one of ``available_models()``, a path, or ``org/name`` of a repository. The model is
+            detected from the file; the names below are optional and checked.
+        device: the default is CUDA if available, else the CPU.
+        download_root: searched first and downloaded to; the default is ``~/.cache/clip``.
         vision_model_name: such as ``"ViT-B-16"``.
         text_model_name: such as ``"RoBERTa-wwm-ext-base-chinese"``.
         input_resolution: side of the square input in pixels.
-        use_modelscope: download from ModelScope instead of Hugging Face; by default the
-            environment's ``CN_CLIP_HUB`` decides.
+        use_modelscope: download from ModelScope instead of Hugging Face; the default is the
+            environment variable ``CN_CLIP_HUB``.
 
     Raises:
-        UnknownModelError: neither a name nor a path.
-        MissingWeightsError: the weights are neither here nor to be downloaded.
-        CheckpointError: the file is damaged, refused, or holds another model.
-        UsageError: the device cannot be had.
+        UnknownModelError: ``name`` is neither a known name nor a path.
+        MissingWeightsError: the weights are neither on this machine nor downloadable.
+        CheckpointError: the file is damaged, refused, or has another model.
+        UsageError: the device is not available.
     """
-    target = _device(device)
-    wanted: ModelConfig | None = None
+    target_device = _device(device)
+    expected: ModelConfig | None = None
     if name in PUBLISHED:
         path = hub.locate(name, download_root=download_root, use_modelscope=use_modelscope or None)
-        wanted = model_config(PUBLISHED[name].struct)
+        expected = model_config(PUBLISHED[name].struct)
     elif os.path.exists(name) or hub.is_repository(name):
         path = Path(name)
         if not path.exists():
@@ -146,7 +145,7 @@ def load_from_name(
                 name, download_root=download_root, use_modelscope=use_modelscope or None
             )
         if vision_model_name and text_model_name:
-            wanted = model_config(
+            expected = model_config(
                 f"{vision_model_name}@{text_model_name}", resolution=input_resolution
             )
         elif vision_model_name or text_model_name:
@@ -154,16 +153,16 @@ def load_from_name(
     else:
         raise UnknownModelError("model", name, available_models())
     checkpoint = weights.read(path)
-    if wanted is not None:
-        weights.check_model(checkpoint.config, wanted, path)
+    if expected is not None:
+        weights.check_model(checkpoint.config, expected, path)
     if input_resolution not in (None, checkpoint.config.vision.resolution):
         raise CheckpointError(
             f"{path} takes {checkpoint.config.vision.resolution} pixels, "
             f"not input_resolution={input_resolution}"
         )
     model = _round_as_official(weights.build(checkpoint))
-    model.to(target)
-    return model, _transform_of(model.config)
+    model.to(target_device)
+    return model, _transform_for(model.config)
 
 
 def create_model(model_name: str, checkpoint: Mapping[str, Any] | None = None) -> CLIP:
@@ -171,12 +170,12 @@ def create_model(model_name: str, checkpoint: Mapping[str, Any] | None = None) -
 
     Args:
         model_name: such as ``"ViT-B-16@RoBERTa-wwm-ext-base-chinese"``.
-        checkpoint: what ``torch.load`` of an official file returns, the state dict or a dict that
-            holds it; without it the weights are drawn at random, from torch's global generator.
+        checkpoint: what ``torch.load`` returns for an official file, a state dict or a dict that
+            contains one. Without it, the weights are random, from torch's global generator.
 
     Raises:
         UnknownModelError: a tower is unknown.
-        CheckpointError: the weights are of another model.
+        CheckpointError: the weights belong to another model.
     """
     config = model_config(model_name)
     if checkpoint is None:
@@ -187,8 +186,8 @@ def create_model(model_name: str, checkpoint: Mapping[str, Any] | None = None) -
         return model.eval()
     tensors, dropped = weights.official_names(weights.state_dict_in(checkpoint, "the checkpoint"))
     weights.check_model(weights.infer_config(tensors, "the checkpoint"), config, "the checkpoint")
-    own = {name: tensor.clone() for name, tensor in tensors.items()}
-    return _round_as_official(weights.build(weights.Checkpoint(config, own, dropped)))
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}
+    return _round_as_official(weights.build(weights.Checkpoint(config, copies, dropped)))
 
 
 def load(
@@ -198,25 +197,25 @@ def load(
     bert_path: str | None = None,
     use_flash_attention: bool = False,
 ) -> CLIP:
-    """Fill a model's image tower and text tower from two files, and return it in eval mode.
+    """Load a model's image tower and text tower from two files; return it in eval mode.
 
     Args:
         model: from ``create_model``.
-        device: by default CUDA if there is one, else the CPU.
-        clip_path: a file, or the folder that holds it, of OpenAI's CLIP (a TorchScript archive
-            too), Hugging Face's ``CLIPModel``, open_clip or Chinese-CLIP. Position embeddings are
-            resized to the model's resolution; ``logit_scale`` is taken where there is one.
-        bert_path: a file, or the folder that holds it, of a ``BertModel`` such as RoBERTa-wwm-ext
-            or RBT3. The pooler and the heads of pre-training are left out.
-        use_flash_attention: accepted and ignored; attention picks the fastest kernel by itself.
+        device: the default is CUDA if available, else the CPU.
+        clip_path: file or folder of OpenAI's CLIP (also a TorchScript archive), Hugging Face's
+            ``CLIPModel``, open_clip or Chinese-CLIP. Position embeddings are resized to the
+            model's resolution; ``logit_scale`` is loaded if the file has it.
+        bert_path: file or folder of a ``BertModel`` such as RoBERTa-wwm-ext or RBT3. The pooler
+            and the pre-training heads are ignored.
+        use_flash_attention: accepted and ignored; torch picks the fastest kernel.
 
     Raises:
-        CheckpointError: a tower in a file is not whole, or of another shape.
-        UsageError: the device cannot be had.
+        CheckpointError: a tower in a file is incomplete or has other shapes.
+        UsageError: the device is not available.
     """
-    target = _device(device)
+    target_device = _device(device)
     state = model.state_dict()
-    given: dict[str, Tensor] = {}
+    loaded: dict[str, Tensor] = {}
     for path, prefix, read in (
         (clip_path, "visual.", weights.image_tower),
         (bert_path, "bert.", weights.text_tower),
@@ -228,24 +227,24 @@ def load(
         if positions in tower and positions in state:
             length = state[positions].shape[0]
             tower[positions] = weights.resize_positions(tower[positions], length)
-        wanted = {n: t for n, t in state.items() if n.startswith(prefix) or n in tower}
-        weights.check_fit(tower, wanted, f"the {prefix}* tower from {path}")
-        given |= tower
-    model.load_state_dict(state | given)
-    return model.to(target).eval()
+        expected = {n: t for n, t in state.items() if n.startswith(prefix) or n in tower}
+        weights.check_fit(tower, expected, f"the {prefix}* tower from {path}")
+        loaded |= tower
+    model.load_state_dict(state | loaded)
+    return model.to(target_device).eval()
 
 
 def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights under their plain names, from those that flash-attention training wrote.
+    """Rename the weights of official flash-attention training to the plain official names.
 
-    The official function also converts the other way; here no code path wants those names.
+    The official function also converts the other way, which this package never needs.
     """
     return weights.unfuse_attention(state_dict)
 
 
 @torch.no_grad()
 def _round_as_official(model: CLIP) -> CLIP:
-    """Round to float16, in place, what the official ``convert_weights`` halves."""
+    """Round to float16, in place, the parameters that the official ``convert_weights`` rounds."""
     halved = [*model.bert.parameters(), model.text_projection]
     for module in model.visual.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
@@ -255,10 +254,8 @@ def _round_as_official(model: CLIP) -> CLIP:
         elif isinstance(module, VisionTransformer):
             halved.append(module.proj)
     for parameter in halved:
-        for piece in torch.split(
-            parameter.view(-1), 1 << 18
-        ):  # what fits the cache needs no new memory
-            piece.copy_(piece.half())
+        for chunk in torch.split(parameter.view(-1), 1 << 18):  # small chunks stay in the cache
+            chunk.copy_(chunk.half())
     return model
 
 
@@ -268,5 +265,5 @@ def _device(device: str | torch.device | None) -> torch.device:
     return pick_device(device)
 
 
-def _transform_of(config: ModelConfig) -> ImageTransform:
+def _transform_for(config: ModelConfig) -> ImageTransform:
     return ImageTransform(config.vision.resolution, Normalize(config.image_mean, config.image_std))

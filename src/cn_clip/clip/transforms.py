@@ -1,4 +1,4 @@
-"""The steps of the official preprocessing, each as ``preprocess.transforms`` lists it."""
+"""The steps of the official preprocessing, as in ``preprocess.transforms``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Resize:
 
 
 def convert_to_rgb(image: Image.Image) -> Image.Image:
-    """Drop the alpha channel, look palettes up; after resizing, as these weights saw it."""
+    """Drop the alpha channel, resolve palettes; after resizing, as in training."""
     return image.convert("RGB")
 
 

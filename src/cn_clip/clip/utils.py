@@ -1,4 +1,4 @@
-"""Where the official package keeps the same functions, for scripts that import them from here."""
+"""The official module path of the same functions, for scripts that import it."""
 
 from cn_clip import hub
 from cn_clip.clip import (
@@ -11,15 +11,15 @@ from cn_clip.clip import (
 )
 from cn_clip.config import MODELS, PUBLISHED
 
-_MODELS = {name: (it.repository, it.filename) for name, it in PUBLISHED.items()}
+_MODELS = {name: (model.repository, model.filename) for name, model in PUBLISHED.items()}
 _MODEL_INFO = {
-    name: {"struct": it.struct, "input_resolution": MODELS[name].vision.resolution}
-    for name, it in PUBLISHED.items()
+    name: {"struct": model.struct, "input_resolution": MODELS[name].vision.resolution}
+    for name, model in PUBLISHED.items()
 }
 
 
 def _download(modelname: str, root: str, use_modelscope: bool = False) -> str:
-    """Return the path of a published model's file, fetched into ``root`` if it is nowhere."""
+    """Return the path of a published model's file; download it to ``root`` if needed."""
     return str(hub.locate(modelname, download_root=root, use_modelscope=use_modelscope))
 
 

@@ -1,4 +1,4 @@
-"""The model: an image tower and a text tower that meet in one space.
+"""The model: an image tower and a text tower that project to one space.
 
 Yang et al., "Chinese CLIP", arXiv:2211.01335.
 """
@@ -31,7 +31,7 @@ _TOWERS: dict[str, Callable[..., nn.Module]] = {
 
 
 class CLIP(nn.Module):
-    """Image and text tower with the official state-dict names, shapes and methods."""
+    """Image and text towers with the official state-dict names, shapes and methods."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class CLIP(nn.Module):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that all these models share, under the official attribute."""
+        """The tokenizer that all models share, under the official attribute name."""
         return default_tokenizer()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -59,8 +59,8 @@ class CLIP(nn.Module):
     def encode_image(self, image: Tensor, mask_ratio: float = 0) -> Tensor:
         """Return features (B, D), not normalised, of prepared images (B, 3, S, S).
 
-        ``mask_ratio`` drops that share of the patches at random (FLIP); only a ViT has patches,
-        other towers ignore it, as the official package does.
+        ``mask_ratio`` is the fraction of patches dropped at random (FLIP). Towers other than ViT
+        ignore it, as in the official package.
         """
         image = image.to(self.dtype)
         if isinstance(self.visual, VisionTransformer):
@@ -70,9 +70,9 @@ class CLIP(nn.Module):
     def encode_text(self, text: Tensor) -> Tensor:
         """Return features (B, D), not normalised, of token ids (B, L), 0 for padding.
 
-        The feature is the last layer's [CLS] times ``text_projection``. Columns that hold only
-        padding are cut off first: positions are absolute from 0 and padding is masked, so this
-        saves time and changes nothing else.
+        The feature is the last layer's [CLS] times ``text_projection``. Columns that have only
+        padding are removed first. This saves time and changes no feature: positions are absolute
+        and padding is masked.
         """
         text, mask = _trim(text)
         hidden, _ = cast(tuple[Tensor, None], self.bert(text, attention_mask=mask))
@@ -83,8 +83,8 @@ class CLIP(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Return ``(image embeddings, text embeddings, logit scale)``, or one tower's features.
 
-        With both inputs, the embeddings have unit length and the scale is the factor on their
-        cosine. With one input None, the other's unnormalised features, as the official call.
+        With both inputs, the embeddings have unit length and the scale is the factor on cosines.
+        If one input is None, the result is the other tower's features, as in the official package.
         """
         if image is None:
             if text is None:
@@ -107,18 +107,18 @@ class CLIP(nn.Module):
 
 
 def _trim(ids: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Cut columns of padding; return ids (B, L') and a mask (B, L'), None if all are real."""
-    real = ids != _PADDING_ID
-    if _traced(ids):  # the example's length would become every text's, or break the graph
-        return ids, real
-    columns = real.any(dim=0).nonzero()
+    """Remove columns of padding; return ids (B, L') and a mask (B, L'), None without padding."""
+    mask = ids != _PADDING_ID
+    if _is_traced(ids):  # the length would become a constant of the graph, or break it
+        return ids, mask
+    columns = mask.any(dim=0).nonzero()
     longest = int(columns[-1]) + 1 if len(columns) else 1
-    ids, real = ids[:, :longest], real[:, :longest]
-    return ids, None if bool(real.all()) else real
+    ids, mask = ids[:, :longest], mask[:, :longest]
+    return ids, None if bool(mask.all()) else mask
 
 
-def _traced(tensor: Tensor) -> bool:
-    """Whether the computation is being recorded, to be run later on other values."""
+def _is_traced(tensor: Tensor) -> bool:
+    """Whether the computation is being traced, exported or compiled."""
     return (
         torch.compiler.is_compiling()  # torch.compile, torch.export
         or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
@@ -128,9 +128,9 @@ def _traced(tensor: Tensor) -> bool:
 
 
 def initialize(model: CLIP, generator: torch.Generator | None = None) -> None:
-    """Draw all weights anew, for training from nothing or towers that come without weights.
+    """Initialize all weights at random, in place.
 
-    ViT and projections as in CLIP, BERT as in its paper; ``generator`` makes it repeatable.
+    ViT and projections are initialized as in CLIP, BERT as in its paper.
     """
 
     def normal(tensor: Tensor, std: float) -> None:

@@ -1,11 +1,10 @@
 """EfficientNet-Lite0 with a bank of text-space prototypes: the image tower of `mini`.
 
-The backbone is EfficientNet (Tan & Le, 2019, arXiv:1905.11946) in its Lite0 form: no
-squeeze-and-excitation, ReLU6 instead of swish, a stem and a head that do not scale. What makes it
-an image-*text* tower stands on top. A classifier over visual concepts (the 1,000 ImageNet classes)
-is a table of visual prototypes, so its probabilities, averaged over one text-space vector per
-class, give a feature that text can be compared with (ConSE, Norouzi et al., 2013,
-arXiv:1312.5650). A linear residual from the pooled features carries what no class names.
+The backbone is EfficientNet-Lite0 (Tan & Le, 2019, arXiv:1905.11946): no squeeze-and-excitation,
+ReLU6 instead of swish, a stem and a head that do not scale. A classifier over the 1,000 ImageNet
+classes maps its pooled features to probabilities. The feature is the average of one text-space
+vector per class, weighted by these probabilities (ConSE, Norouzi et al., 2013, arXiv:1312.5650),
+plus a linear residual from the pooled features for content that no class describes.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from torch import Tensor, nn
 from cn_clip.config import VisionConfig
 from cn_clip.model.layers import run_blocks
 
-BATCH_NORM_EPS = 1e-3  # TensorFlow's, which these weights were trained with
+BATCH_NORM_EPS = 1e-3  # TensorFlow's default, used in the training of these weights
 STEM_CHANNELS = 32
 FEATURES = 1280
 CONCEPTS = 1000
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageShape:
     """One row of table 1 of the EfficientNet paper."""
 
     blocks: int
@@ -37,13 +36,13 @@ class Stage:
 
 
 STAGES = (
-    Stage(1, 3, 1, 1, 16),
-    Stage(2, 3, 2, 6, 24),
-    Stage(2, 5, 2, 6, 40),
-    Stage(3, 3, 2, 6, 80),
-    Stage(3, 5, 1, 6, 112),
-    Stage(4, 5, 2, 6, 192),
-    Stage(1, 3, 1, 6, 320),
+    StageShape(1, 3, 1, 1, 16),
+    StageShape(2, 3, 2, 6, 24),
+    StageShape(2, 5, 2, 6, 40),
+    StageShape(3, 3, 2, 6, 80),
+    StageShape(3, 5, 1, 6, 112),
+    StageShape(4, 5, 2, 6, 192),
+    StageShape(1, 3, 1, 6, 320),
 )
 
 
@@ -54,8 +53,8 @@ class ConvNorm(nn.Module):
         self, channels: int, out_channels: int, kernel: int, *, stride: int = 1, groups: int = 1
     ) -> None:
         super().__init__()
-        # TensorFlow's "SAME" padding: an even input at stride 2 gets its odd pixel of padding
-        # on the right and at the bottom, which Conv2d's own symmetric padding cannot say.
+        # TensorFlow's "SAME" padding: an even input at stride 2 is padded by one more pixel on
+        # the right and bottom. Conv2d's padding is symmetric.
         total = kernel - stride
         self.padding = (total // 2, total - total // 2) * 2 if stride > 1 else (0, 0, 0, 0)
         self.conv = nn.Conv2d(
@@ -77,24 +76,24 @@ class ConvNorm(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """MBConv without squeeze-and-excitation: widen, filter each channel, narrow, add the input."""
+    """MBConv without squeeze-and-excitation: expand, depthwise filter, project, add the input."""
 
-    def __init__(self, channels: int, stage: Stage, *, stride: int) -> None:
+    def __init__(self, channels: int, stage: StageShape, *, stride: int) -> None:
         super().__init__()
-        wide = channels * stage.expansion
-        self.expand = ConvNorm(channels, wide, 1) if stage.expansion > 1 else None
-        self.depthwise = ConvNorm(wide, wide, stage.kernel, stride=stride, groups=wide)
-        self.project = ConvNorm(wide, stage.channels, 1)
+        expanded = channels * stage.expansion
+        self.expand = ConvNorm(channels, expanded, 1) if stage.expansion > 1 else None
+        self.depthwise = ConvNorm(expanded, expanded, stage.kernel, stride=stride, groups=expanded)
+        self.project = ConvNorm(expanded, stage.channels, 1)
         self.adds_input = stride == 1 and channels == stage.channels
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x if self.expand is None else F.relu6(self.expand(x))
-        narrow: Tensor = self.project(F.relu6(self.depthwise(wide)))
-        return x + narrow if self.adds_input else narrow
+        expanded = x if self.expand is None else F.relu6(self.expand(x))
+        projected: Tensor = self.project(F.relu6(self.depthwise(expanded)))
+        return x + projected if self.adds_input else projected
 
 
 class Backbone(nn.Module):
-    """EfficientNet-Lite0 up to its pooled features: (B, 3, S, S) -> (B, 1280); S divides by 32."""
+    """EfficientNet-Lite0 up to pooled features: (B, 3, S, S) to (B, 1280); S divides by 32."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,14 +123,15 @@ class EfficientNetLite(nn.Module):
     pooled features (B, 1280) of the backbone; ``prototypes`` has one text-space vector per class.
 
     Raises:
-        ValueError: S does not divide by 32.
+        ValueError: S is not a multiple of 32.
     """
 
     def __init__(self, config: VisionConfig, embed_dim: int) -> None:
         super().__init__()
         if config.resolution % 32:
             raise ValueError(
-                f"EfficientNet-Lite needs a resolution that divides by 32, not {config.resolution}"
+                f"EfficientNet-Lite needs a resolution that is a multiple of 32, not "
+                f"{config.resolution}"
             )
         self.input_resolution = config.resolution
         self.output_dim = embed_dim
@@ -144,8 +144,8 @@ class EfficientNetLite(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations in the backward pass, to save memory.
 
-        Batch norm would count a recomputed batch twice in its running statistics, so this takes
-        effect only while the backbone is in eval mode.
+        Batch norm would count a recomputed batch twice in its running statistics, so it has an
+        effect only in eval mode.
         """
         self.backbone.grad_checkpointing = enable
 

@@ -1,4 +1,4 @@
-"""What the towers share: the only attention, LayerNorm in float32, QuickGELU, checkpointing."""
+"""Layers that the towers share: attention, LayerNorm in float32, QuickGELU, checkpointing."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def attention(
 ) -> Tensor:
     """Scaled dot-product attention: (B, Lq, D), (B, L, D), (B, L, D) to (B, Lq, D).
 
-    ``mask`` is boolean, of shape (B, 1, 1, L): True where a key may be looked at.
+    ``mask`` is boolean, of shape (B, 1, 1, L): True where a key may be attended to.
     """
-    # The width of a head spelled out: of an empty batch, -1 could not tell it.
+    # The head width is explicit: reshape cannot infer -1 for an empty batch.
     q, k, v = (
         x.reshape(x.shape[0], x.shape[1], heads, x.shape[2] // heads).transpose(1, 2)
         for x in (query, key, value)
@@ -33,7 +33,7 @@ def attention(
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm that computes in float32 whatever the input, as the published weights expect."""
+    """LayerNorm computed in float32 for any input dtype, as in the official training."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight.float(), self.bias.float()
@@ -50,8 +50,8 @@ class QuickGELU(nn.Module):
 def run_blocks(
     blocks: nn.ModuleList, x: Tensor, *extra: Tensor | None, recompute: bool = False
 ) -> Tensor:
-    """Run ``blocks`` one after the other; ``recompute`` trades time for memory in the backward."""
-    for block in blocks:
-        step: Callable[..., Tensor] = block
-        x = checkpoint(step, x, *extra, use_reentrant=False) if recompute else step(x, *extra)
+    """Run ``blocks`` in order; ``recompute`` recomputes activations in the backward pass."""
+    for module in blocks:
+        block: Callable[..., Tensor] = module
+        x = checkpoint(block, x, *extra, use_reentrant=False) if recompute else block(x, *extra)
     return x

@@ -20,7 +20,7 @@ _EXPANSION = 4
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions; all have stride 1, pooling does the downsampling."""
+    """1x1, 3x3, 1x1 convolutions with stride 1; average pooling downsamples."""
 
     def __init__(self, channels: int, planes: int, stride: int) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool2d(nn.Module):
-    """One query, the mean over the grid, attends to all positions: (B, C, H, W) to (B, D)."""
+    """Attention pooling with the mean over the grid as query: (B, C, H, W) to (B, D)."""
 
     def __init__(self, grid: int, width: int, heads: int, embed_dim: int) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class ModifiedResNet(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations in the backward pass, to save memory.
 
-        BatchNorm would count a recomputed batch twice in its running statistics, so this takes
+        Batch norm would count a recomputed batch twice in its running statistics, so it has an
         effect only while the tower's statistics are frozen.
         """
         self.grad_checkpointing = enable

@@ -34,8 +34,8 @@ class Embeddings(nn.Module):
 
 
 def _embedding(rows: int, width: int) -> nn.Embedding:
-    # Undrawn: drawing normal numbers on the meta device makes torch import its compiler, which
-    # takes longer than reading the weights.
+    # Uninitialized: normal_() on the meta device makes torch import its compiler, which takes
+    # longer than reading the weights.
     return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
 
 
@@ -48,7 +48,7 @@ class _Projections(nn.Module):
 
 
 class _Output(nn.Module):
-    """Linear, dropout, residual, LayerNorm: the end of both halves of a BERT layer."""
+    """Linear, dropout, residual and LayerNorm, after the attention and after the MLP."""
 
     def __init__(self, inner: int, width: int, dropout: float) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class _Output(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with BERT's three projections."""
+    """Multi-head self-attention with separate query, key and value projections."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -118,8 +118,8 @@ class Encoder(nn.Module):
 class Bert(nn.Module):
     """Token ids (B, L) to hidden states (B, L, D).
 
-    Called as the official one: ``attention_mask`` (B, L) is 1 or True where a token is real, and
-    the hidden states come in a pair with None, in the place of the pooler's output.
+    The signature is the official one: ``attention_mask`` (B, L) is 0 or False for padding, and
+    the result is ``(hidden states, None)``, with None for the missing pooler output.
     """
 
     def __init__(self, config: TextConfig) -> None:

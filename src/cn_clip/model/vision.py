@@ -17,7 +17,7 @@ from cn_clip.model.layers import LayerNorm, QuickGELU, attention, run_blocks
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with one joint projection, named as ``nn.MultiheadAttention``'s."""
+    """Multi-head self-attention with the parameter names of ``nn.MultiheadAttention``."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -102,8 +102,8 @@ def keep_random_patches(
 ) -> Tensor:
     """Keep the class token and a random ``1 - mask_ratio`` of the patches (FLIP, section 3).
 
-    (B, 1 + N, D) to (B, 1 + int(N * (1 - mask_ratio)), D); patches of one image are dropped
-    independently of another's. ``generator`` must live on the device of ``x``.
+    (B, 1 + N, D) to (B, 1 + int(N * (1 - mask_ratio)), D). Each image drops its own patches.
+    ``generator`` must be on the device of ``x``.
     """
     batch, length, width = x.shape
     kept = int((length - 1) * (1 - mask_ratio))

@@ -88,7 +88,7 @@ def mix_stage(run: Run, progress: Progress, begun: str) -> float | None:
     mix(model.cpu(), old, new, weight)
     progress.weights = f"{progress.weights}-mixed"
     if distributed.is_main():
-        weights.save_state(model.config, model.state_dict(), run.folder / progress.weights)
+        weights.save_weights(model.config, model.state_dict(), run.folder / progress.weights)
     distributed.barrier()
     if run.validation is None:
         return None

@@ -156,7 +156,7 @@ def _begin(run: Run) -> None:
         what = "validation pairs are in the training data, so scores will be too high"
         run.warn(what, shared, "shared.txt")
     if distributed.is_main():
-        weights.save_state(model.config, model.state_dict(), run.folder / "start")
+        weights.save_weights(model.config, model.state_dict(), run.folder / "start")
     distributed.barrier()
 
 
@@ -328,7 +328,7 @@ def _end(run: Run, progress: Progress, seconds: float) -> Outcome:
     recipe, final = run.recipe, run.folder / "final"
     model = weights.build(weights.read(run.folder / progress.weights))
     if distributed.is_main():
-        weights.save_state(model.config, model.state_dict(), final)
+        weights.save_weights(model.config, model.state_dict(), final)
     if run.validation is not None:
         images, texts = embed(
             model.to(run.device), run.validation, autocast=run.scored, tick=run.stop_between

@@ -104,7 +104,7 @@ def _keep(run: Run, training: Training, progress: Progress) -> None:
         average.swap(model)
     state = whole_state(model)  # on a CPU, the model's own memory: swapped back when written
     if distributed.is_main():
-        weights.save_state(model.config, state, run.folder / best_weights(progress, run.recipe))
+        weights.save_weights(model.config, state, run.folder / best_weights(progress, run.recipe))
     if average is not None:
         average.swap(model)
     distributed.barrier()

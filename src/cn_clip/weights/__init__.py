@@ -1,8 +1,8 @@
-"""Weights in and out, to and from the model: official ``.pt`` files, Hugging Face folders, ours.
+"""Reading and writing weights: official ``.pt`` files, Hugging Face folders and our folders.
 
-``checkpoint`` reads and writes whole models, ``tensorfile`` reads any file's tensors, ``official``
-and ``huggingface`` know the names and configs of a format, ``towers`` finds the initial weights of
-one tower in files of CLIP or BERT.
+``checkpoint`` reads and writes whole models, ``tensorfile`` reads the tensors of any file,
+``official`` and ``huggingface`` convert the names and configs of a format, and ``towers`` reads
+the initial weights of one tower from CLIP or BERT files.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
         build,
         check_fit,
         check_model,
-        check_own,
-        explained,
+        describe_write_errors,
         read,
+        refuse_foreign_folder,
         save_folder,
         save_hugging_face,
         save_official,
-        save_state,
+        save_weights,
         write_folder,
         write_hugging_face,
-        write_official,
+        write_official_checkpoint,
     )
     from cn_clip.weights.folder_config import (
         read_config,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         unfuse_attention,
     )
     from cn_clip.weights.tensorfile import (
-        other_parts,
+        other_checkpoint_keys,
         read_tensors,
         state_dict_in,
     )
@@ -55,29 +55,29 @@ __all__ = [
     "build",
     "check_fit",
     "check_model",
-    "check_own",
-    "explained",
+    "describe_write_errors",
     "image_tower",
     "infer_config",
     "official_names",
-    "other_parts",
+    "other_checkpoint_keys",
     "read",
     "read_config",
     "read_tensors",
+    "refuse_foreign_folder",
     "resize_positions",
     "save_folder",
     "save_hugging_face",
     "save_official",
-    "save_state",
+    "save_weights",
     "state_dict_in",
     "text_tower",
     "unfuse_attention",
     "write_folder",
     "write_hugging_face",
-    "write_official",
+    "write_official_checkpoint",
 ]
 
-# In this order: a config is read without torch, which the others load.
+# Searched in this order on first use: reading a config needs no torch, the others import it.
 _MODULES = ("folder_config", "checkpoint", "official", "tensorfile", "towers")
 
 

@@ -1,7 +1,7 @@
-"""Whole models in and out: official ``.pt`` files, Hugging Face folders, ours.
+"""Reading and writing whole models: official ``.pt`` files, Hugging Face folders, our folders.
 
-A file is data, never a program. What it holds is read off its tensors' names and shapes, or its
-config, so no caller needs to say which model it is.
+No code in a file is run. The model is detected from the config, or from the names and shapes of
+the tensors.
 """
 
 from __future__ import annotations
@@ -22,37 +22,36 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cn_clip.config import PUBLISHED, ModelConfig, about_parameters
+from cn_clip.config import PUBLISHED, ModelConfig, estimate_parameters
 from cn_clip.errors import CheckpointError, MissingWeightsError
 from cn_clip.model.clip import CLIP
 from cn_clip.publish import STAMP, published, published_folder
 from cn_clip.weights.folder_config import (
     CONFIG,
     WEIGHTS,
-    config_to,
+    config_to_hugging_face,
     read_config_format,
-    weights_in,
+    suggest_weights,
 )
 from cn_clip.weights.huggingface import from_hugging_face, to_hugging_face
 from cn_clip.weights.official import (
     infer_config,
+    inferable_from_shapes,
     official_names,
     plain_names,
-    told_by_shapes,
 )
 from cn_clip.weights.tensorfile import read_tensors
-from cn_clip.weights.towers import FILES, weights_file
+from cn_clip.weights.towers import FILES, find_weights_file
 
-_PIECE = 256 << 10
-_SLACK = 10_000_000  # parameters that may be missing before a config is another model's
+_WRITE_BYTES = 256 << 10
+_MAX_MISSING_PARAMETERS = 10_000_000  # more missing ones mean that the config is another model's
 _PARTS = ("visual", "bert", "text_projection", "logit_scale")
 _SIDE_FILES = {"preprocessor_config.json", "tokenizer_config.json", "vocab.txt"}
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Weights under their official names, the model they make, what was left out, and its format
-    in words."""
+    """Weights under official names, their config, the names that were dropped, and the format."""
 
     config: ModelConfig
     tensors: dict[str, Tensor]
@@ -62,11 +61,11 @@ class Checkpoint:
 
 def read(path: str | os.PathLike[str], *, mapped: bool = False) -> Checkpoint:
     """Read an official ``.pt`` file, our folder, a ``ChineseCLIPModel`` folder of Hugging Face, or
-    a file of weights out of one of them. ``mapped`` is as for ``read_tensors``.
+    a weights file of one of them. ``mapped`` is that of ``read_tensors``.
 
     Raises:
-        MissingWeightsError: there is nothing at ``path``, or a shard is missing.
-        CheckpointError: it is damaged, not a Chinese-CLIP, or holds more than tensors.
+        MissingWeightsError: ``path`` does not exist, or a shard is missing.
+        CheckpointError: the file is damaged, not a Chinese-CLIP, or has more than tensors.
     """
     path = Path(path)
     if os.path.isdir(path):
@@ -84,21 +83,21 @@ def _read_file(path: Path, mapped: bool) -> Checkpoint:
 
 
 def build(checkpoint: Checkpoint, *, dtype: torch.dtype | None = torch.float32) -> CLIP:
-    """Make the model of a checkpoint, in eval mode; ``dtype`` None keeps the file's precision.
+    """Build the model of a checkpoint, in eval mode; ``dtype`` None keeps the file's precision.
 
-    The model is laid out on the meta device, so no weight is drawn that the file replaces.
-    ``checkpoint.tensors`` is emptied on the way, so that memory holds the weights once.
+    The model is created on the meta device, so no weights are initialized in vain.
+    ``checkpoint.tensors`` is emptied, so that memory has the weights only once.
 
     Raises:
-        CheckpointError: tensors are missing, unexpected or of another shape; all are counted and
-            the first ones named.
+        CheckpointError: tensors are missing, unexpected or have another shape; the message counts
+            all and names the first ones.
     """
-    described = about_parameters(checkpoint.config)
-    held = sum(tensor.numel() for tensor in checkpoint.tensors.values())
-    if described > 2 * held + _SLACK:  # far off: not even laid out
+    described = estimate_parameters(checkpoint.config)
+    actual = sum(tensor.numel() for tensor in checkpoint.tensors.values())
+    if described > 2 * actual + _MAX_MISSING_PARAMETERS:  # do not create a model that large
         raise CheckpointError(
-            f"the config describes about {described:,} parameters and the weights hold {held:,}; "
-            "give the two files that belong together"
+            f"the config describes about {described:,} parameters and the weights have "
+            f"{actual:,}; give the two files that belong together"
         )
     with torch.device("meta"):
         model = CLIP(checkpoint.config)
@@ -112,100 +111,108 @@ def build(checkpoint: Checkpoint, *, dtype: torch.dtype | None = torch.float32) 
     return model.eval()
 
 
-def check_fit(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: str) -> None:
-    """Raise a ``CheckpointError`` that lists every way in which ``given`` is not ``wanted``."""
+def check_fit(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], model: str) -> None:
+    """Raise a ``CheckpointError`` that lists all differences of ``actual`` from ``expected``."""
     problems = [
-        *_listed("missing", [name for name in wanted if name not in given]),
-        *_listed("unexpected", [name for name in given if name not in wanted]),
+        *_listed("missing", [name for name in expected if name not in actual]),
+        *_listed("unexpected", [name for name in actual if name not in expected]),
         *_listed(
             "wrongly shaped",
             [
-                f"{name} {list(given[name].shape)} instead of {list(wanted[name].shape)}"
-                for name in wanted
-                if name in given and given[name].shape != wanted[name].shape
+                f"{name} {list(actual[name].shape)} instead of {list(expected[name].shape)}"
+                for name in expected
+                if name in actual and actual[name].shape != expected[name].shape
             ],
         ),
         *_listed(
             "not of floating point",
             [
-                f"{name} {given[name].dtype}"
-                for name in wanted
-                if name in given and wanted[name].is_floating_point() and not _is_float(given[name])
+                f"{name} {actual[name].dtype}"
+                for name in expected
+                if name in actual
+                and expected[name].is_floating_point()
+                and not _is_float(actual[name])
             ],
         ),
     ]
     if problems:
-        foreign = [n for n in given if n not in wanted and n.split(".")[0] not in _PARTS]
+        foreign = [n for n in actual if n not in expected and n.split(".")[0] not in _PARTS]
         remedy = (
-            f"; {foreign[0]} is of no tower: if the model is whole without it, remove it and save "
-            "the rest"
+            f"; {foreign[0]} belongs to no tower: if the model works without it, remove it and "
+            "save the rest"
             if foreign
             else ""
         )
         raise CheckpointError(f"the weights do not fit {model}: {'; '.join(problems)}{remedy}")
 
 
-def check_model(found: ModelConfig, wanted: ModelConfig, path: str | os.PathLike[str]) -> None:
-    """Raise a ``CheckpointError`` unless ``found``, which is in ``path``, is ``wanted``."""
-    if replace(found, name="") != replace(wanted, name=""):
-        struct = PUBLISHED[found.name].struct if found.name in PUBLISHED else found.name
+def check_model(actual: ModelConfig, expected: ModelConfig, path: str | os.PathLike[str]) -> None:
+    """Raise a ``CheckpointError`` unless the config of ``path`` is the expected one."""
+    if replace(actual, name="") != replace(expected, name=""):
+        struct = PUBLISHED[actual.name].struct if actual.name in PUBLISHED else actual.name
         raise CheckpointError(
-            f"{path} holds {struct} for {found.vision.resolution} pixels, not {wanted.name} for "
-            f"{wanted.vision.resolution}; load it by its path, or put the right file there"
+            f"{path} holds {struct} for {actual.vision.resolution} pixels, not {expected.name} for "
+            f"{expected.vision.resolution}; load it by its path, or replace the file"
         )
 
 
 def save_folder(model: CLIP, path: str | os.PathLike[str]) -> None:
-    """Write ``config.json`` and ``model.safetensors`` into the folder ``path``, all or nothing.
+    """Write ``config.json`` and ``model.safetensors`` to the folder ``path``; atomic.
 
     Raises:
-        CheckpointError: the disk is full or the place not writable; ``path`` is as it was before.
+        CheckpointError: the disk is full or ``path`` is not writable; ``path`` is unchanged.
     """
-    check_own(Path(path))
-    save_state(model.config, model.state_dict(), path)
+    refuse_foreign_folder(Path(path))
+    save_weights(model.config, model.state_dict(), path)
 
 
-def save_state(
+def save_weights(
     config: ModelConfig, state: Mapping[str, Tensor], path: str | os.PathLike[str]
 ) -> None:
-    """Write what ``save_folder`` does, from a config and a state dict under official names."""
+    """Write the folder of ``save_folder`` from a config and an official state dict."""
     path = Path(path)
-    with explained(path), published_folder(path, "model", objection=_objection) as folder:
+    with (
+        describe_write_errors(path),
+        published_folder(path, "model", objection=_objection) as folder,
+    ):
         _write_state(config, state, folder)
 
 
 def save_official(model: CLIP, path: str | os.PathLike[str]) -> None:
-    """Write a ``.pt`` file that the official package loads, all or nothing.
+    """Write a ``.pt`` file that the official package loads; atomic.
 
     Raises:
-        CheckpointError: the model has something that such a file cannot tell, as ``mini`` has; or
-            the disk is full or the place not writable. ``path`` is as it was before.
+        CheckpointError: the format cannot represent the model, as with ``mini``; or the disk is
+            full or ``path`` is not writable. ``path`` is unchanged.
     """
-    with explained(path), published(path) as temporary:
-        write_official(model, temporary)
+    with describe_write_errors(path), published(path) as temporary:
+        write_official_checkpoint(model, temporary)
 
 
 def save_hugging_face(model: CLIP, path: str | os.PathLike[str]) -> None:
-    """Write a folder that ``transformers.ChineseCLIPModel`` loads, all or nothing.
+    """Write a folder that ``transformers.ChineseCLIPModel`` loads; atomic.
 
-    It holds ``config.json``, ``model.safetensors``, ``preprocessor_config.json`` and the
-    tokenizer's files.
+    It has ``config.json``, ``model.safetensors``, ``preprocessor_config.json`` and the tokenizer's
+    files.
 
     Raises:
-        CheckpointError: the image tower is no ViT, for which alone the format has a place; or the
-            disk is full or the place not writable. ``path`` is as it was before.
+        CheckpointError: the image tower is not a ViT, the only one that the format supports; or
+            the disk is full or ``path`` is not writable. ``path`` is unchanged.
     """
     path = Path(path)
-    check_own(path)
-    with explained(path), published_folder(path, "model", objection=_objection) as folder:
+    refuse_foreign_folder(path)
+    with (
+        describe_write_errors(path),
+        published_folder(path, "model", objection=_objection) as folder,
+    ):
         write_hugging_face(model, folder)
 
 
-# The three formats themselves, into a place that somebody else publishes.
+# The three formats without atomic publishing, which is up to the caller.
 
 
 def write_folder(model: CLIP, folder: Path) -> None:
-    """Write what ``save_folder`` publishes into an empty folder."""
+    """Write the files of ``save_folder`` to an empty folder."""
     _write_state(model.config, model.state_dict(), folder)
 
 
@@ -215,23 +222,23 @@ def _write_state(config: ModelConfig, state: Mapping[str, Tensor], folder: Path)
     _write_json(folder / CONFIG, config.to_dict())
 
 
-def write_official(model: CLIP, path: Path) -> None:
-    """Write what ``save_official`` publishes; raises as it does."""
-    if not told_by_shapes(model.config, model.state_dict()):
+def write_official_checkpoint(model: CLIP, path: Path) -> None:
+    """Write the file of ``save_official``, with the same errors."""
+    if not inferable_from_shapes(model.config, model.state_dict()):
         raise CheckpointError(
-            f"{model.config.name} cannot be written as an official .pt file: its tensors' shapes "
-            "do not tell all of its config; use save_folder"
+            f"{model.config.name} cannot be written as an official .pt file: its config cannot be "
+            "inferred from the shapes of its tensors; use save_folder"
         )
     state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
-    with _InPieces(path, "wb") as stream:
+    with _SmallWrites(path, "wb") as stream:
         torch.save({"epoch": 0, "name": model.config.name, "state_dict": state}, stream)
 
 
 def write_hugging_face(model: CLIP, folder: Path) -> None:
-    """Write what ``save_hugging_face`` publishes into an empty folder; raises as it does."""
-    texts = config_to(model.config, str(model.dtype).removeprefix("torch."))
+    """Write the files of ``save_hugging_face`` to an empty folder, with the same errors."""
+    json_files = config_to_hugging_face(model.config, str(model.dtype).removeprefix("torch."))
     save_file(to_hugging_face(model.state_dict()), folder / WEIGHTS, metadata={"format": "pt"})
-    for name, values in texts.items():
+    for name, values in json_files.items():
         _write_json(folder / name, values)
     vocab = files("cn_clip").joinpath("assets", "vocab.txt").read_bytes()
     (folder / "vocab.txt").write_bytes(vocab)
@@ -240,31 +247,31 @@ def write_hugging_face(model: CLIP, folder: Path) -> None:
 def _read_folder(path: Path, mapped: bool) -> Checkpoint:
     has_weights = any(os.path.isfile(path / name) for name in FILES)
     if has_weights and not os.path.isfile(path / CONFIG):  # as accelerate saves a model
-        return _read_file(weights_file(path), mapped)
-    config, of_hugging_face = read_config_format(path)
+        return _read_file(find_weights_file(path), mapped)
+    config, is_hugging_face = read_config_format(path)
     if not has_weights:
         raise MissingWeightsError(
-            f"the folder {path} has a {CONFIG} but no {WEIGHTS}{weights_in(path)}"
+            f"the folder {path} has a {CONFIG} but no {WEIGHTS}{suggest_weights(path)}"
         )
-    tensors = plain_names(read_tensors(weights_file(path), mapped=mapped))
-    if of_hugging_face:
+    tensors = plain_names(read_tensors(find_weights_file(path), mapped=mapped))
+    if is_hugging_face:
         return Checkpoint(config, *from_hugging_face(tensors), "Hugging Face folder")
     return Checkpoint(config, *official_names(tensors), "safetensors folder")
 
 
-class _InPieces(io.FileIO):
-    """A file that writes megabytes in small pieces, and all of them.
+class _SmallWrites(io.FileIO):
+    """A file that splits large writes, and writes all bytes.
 
-    Linux keeps a large write in pages of 2 MB. Those are what a virtual machine's host takes back
-    while they are free, and then such a write takes up to seven times as long. And an error here
-    tells its cause, as torch's own writing to a path does not.
+    Linux caches a large write in pages of 2 MB. On a virtual machine whose host reclaims free
+    pages of that size, this takes up to seven times as long. Errors name their cause, unlike those
+    of torch's own writer.
     """
 
     def write(self, data: Any) -> int:
-        rest = memoryview(data).cast("B")
-        size = len(rest)
-        while rest:
-            rest = rest[super().write(rest[:_PIECE]) :]
+        remaining = memoryview(data).cast("B")
+        size = len(remaining)
+        while remaining:
+            remaining = remaining[super().write(remaining[:_WRITE_BYTES]) :]
         return size
 
 
@@ -279,38 +286,38 @@ def _write_json(path: Path, values: Any) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def check_own(path: Path) -> None:
-    """Raise a ``CheckpointError`` for a folder that holds anything but a model written here."""
+def refuse_foreign_folder(path: Path) -> None:
+    """Raise a ``CheckpointError`` for a folder that has files other than a model's."""
     if os.path.isdir(path) and _objection(path):
         raise CheckpointError(f"the folder {path} {_objection(path)}; give a new folder")
 
 
 def _objection(path: Path) -> str | None:
     own = {CONFIG, WEIGHTS, STAMP, *_SIDE_FILES}
-    return "holds other files too" if {file.name for file in path.iterdir()} - own else None
+    return "has other files too" if {file.name for file in path.iterdir()} - own else None
 
 
 def _is_float(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.dtype.itemsize > 1  # 8 bits need scales beside
+    return tensor.is_floating_point() and tensor.dtype.itemsize > 1  # 8-bit floats need scales
 
 
-def _listed(what: str, names: list[str], shown: int = 2) -> Iterator[str]:
+def _listed(problem: str, names: list[str], shown: int = 2) -> Iterator[str]:
     if names:
         more = f" and {len(names) - shown} more" if len(names) > shown else ""
-        yield f"{len(names)} {what} ({', '.join(names[:shown])}{more})"
+        yield f"{len(names)} {problem} ({', '.join(names[:shown])}{more})"
 
 
 @contextmanager
-def explained(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn what fails while ``path`` is written into a ``CheckpointError`` of one sentence."""
+def describe_write_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn errors of writing ``path`` into a ``CheckpointError`` of one sentence."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise
-        # torch's writer fails once more when it is closed, by a line of its own source.
+        # torch's writer fails again when it is closed, with an error about its own source.
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         raise CheckpointError(
             f"could not write {path}: {reason}; nothing was changed. Free some space or choose "
-            "another place"
+            "another path"
         ) from error

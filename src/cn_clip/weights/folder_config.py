@@ -1,4 +1,4 @@
-"""The config of a model folder, ours or Hugging Face's; reading it needs no torch."""
+"""Configs of model folders, ours and Hugging Face's; this module does not import torch."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from cn_clip.errors import CheckpointError, MissingWeightsError
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 
+# Defaults of transformers, for keys that a config.json omits.
 _VISION_DEFAULTS: dict[str, Any] = {
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -54,54 +55,54 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
     """Read the ``config.json`` of our folder, or of a ``ChineseCLIPModel``.
 
     Raises:
-        MissingWeightsError: there is none.
-        CheckpointError: it is damaged, or of another architecture.
+        MissingWeightsError: the folder has no ``config.json``.
+        CheckpointError: the config is damaged, or of another architecture.
     """
     return read_config_format(Path(folder))[0]
 
 
 def read_config_format(folder: Path) -> tuple[ModelConfig, bool]:
-    """Return a folder's config, and whether it is written as Hugging Face writes it."""
+    """Return a folder's config, and whether it has Hugging Face's format."""
     if not os.path.isfile(folder / CONFIG):
         raise MissingWeightsError(
-            f"the folder {folder} has no {CONFIG}; a model folder holds {CONFIG} and {WEIGHTS}"
-            f"{weights_in(folder)}"
+            f"the folder {folder} has no {CONFIG}; a model folder has {CONFIG} and {WEIGHTS}"
+            f"{suggest_weights(folder)}"
         )
     values = read_json(folder / CONFIG)
     if not isinstance(values, dict) or "model_type" not in values:
         return ModelConfig.from_dict(values), False
-    preparation = folder / "preprocessor_config.json"
-    prepared = read_json(preparation) if os.path.isfile(preparation) else None
-    return named(config_from(values, prepared, str(folder))), True
+    path = folder / "preprocessor_config.json"
+    preprocessor = read_json(path) if os.path.isfile(path) else None
+    return with_known_name(config_from_hugging_face(values, preprocessor, str(folder))), True
 
 
-def config_from(
-    values: Mapping[str, Any], preparation: Mapping[str, Any] | None, where: str
+def config_from_hugging_face(
+    values: Mapping[str, Any], preprocessor: Mapping[str, Any] | None, where: str
 ) -> ModelConfig:
     """Return the config of a ``ChineseCLIPModel`` from its ``config.json``.
 
     Args:
-        values: what ``config.json`` holds.
-        preparation: what ``preprocessor_config.json`` holds, if there is one.
+        values: content of ``config.json``.
+        preprocessor: content of ``preprocessor_config.json``, None without one.
         where: the folder, for messages.
 
     Raises:
-        CheckpointError: it is another architecture (named), or a variant that ours is not.
+        CheckpointError: it is another architecture, or an unsupported variant.
     """
-    kind = values.get("model_type")
-    if kind != "chinese_clip":
+    model_type = values.get("model_type")
+    if model_type != "chinese_clip":
         raise CheckpointError(
-            f"{where} holds a Hugging Face model of type {kind!r}, not 'chinese_clip'; a CLIP or "
-            "BERT serves as initial weights only: clip.load(model, clip_path=..., bert_path=...)"
+            f"{where} has a Hugging Face model of type {model_type!r}, not 'chinese_clip'; a CLIP "
+            "or BERT can only be initial weights: clip.load(model, clip_path=..., bert_path=...)"
         )
     vision = _VISION_DEFAULTS | _object(values, "vision_config", where)
     text = _TEXT_DEFAULTS | _object(values, "text_config", where)
     for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
-        for part, given in (("vision_config", vision), ("text_config", text)):
-            if type(given[key]) is not int or given[key] < 1:
+        for part, tower in (("vision_config", vision), ("text_config", text)):
+            if type(tower[key]) is not int or tower[key] < 1:
                 raise CheckpointError(
-                    f"{where}: {part}.{key} = {given[key]!r} is an impossible value; it must be "
-                    "a count"
+                    f"{where}: {part}.{key} = {tower[key]!r} is an impossible value; it must be "
+                    "a positive integer"
                 )
     fixed = {
         "vision_config.hidden_act": (vision["hidden_act"], "quick_gelu"),
@@ -113,14 +114,14 @@ def config_from(
         "text_config.hidden_act": (text["hidden_act"], "gelu"),
         "text_config.layer_norm_eps": (text["layer_norm_eps"], 1e-12),
     }
-    for key, (given, ours) in fixed.items():
-        if given != ours:
+    for key, (value, supported) in fixed.items():
+        if value != supported:
             raise CheckpointError(
-                f"{where}: {key} = {given!r} is a variant of Chinese-CLIP that cannot be run "
-                f"here; it must be {ours!r}"
+                f"{where}: {key} = {value!r} is an unsupported variant of Chinese-CLIP; it must "
+                f"be {supported!r}"
             )
-    if not isinstance(preparation := preparation or {}, Mapping):
-        raise CheckpointError(f"{where}: preprocessor_config.json holds no object")
+    if not isinstance(preprocessor := preprocessor or {}, Mapping):
+        raise CheckpointError(f"{where}: preprocessor_config.json is not an object")
     config = ModelConfig(
         name="",
         embed_dim=values.get("projection_dim", 512),
@@ -142,28 +143,28 @@ def config_from(
             text["type_vocab_size"],
             text["hidden_dropout_prob"],
         ),
-        image_mean=_three(preparation.get("image_mean", CLIP_MEAN)),
-        image_std=_three(preparation.get("image_std", CLIP_STD)),
+        image_mean=_as_tuple(preprocessor.get("image_mean", CLIP_MEAN)),
+        image_std=_as_tuple(preprocessor.get("image_std", CLIP_STD)),
     )
     check_config(config, where)
     return config
 
 
-def config_to(config: ModelConfig, dtype: str) -> dict[str, dict[str, Any]]:
-    """Return the JSON files of a ``ChineseCLIPModel`` folder by their names.
+def config_to_hugging_face(config: ModelConfig, dtype: str) -> dict[str, dict[str, Any]]:
+    """Return the JSON files of a ``ChineseCLIPModel`` folder, by file name.
 
     Raises:
-        CheckpointError: the format has no place for the model: only ViT image towers, on pixels
-            without a background.
+        CheckpointError: the format cannot represent the model: it supports only ViT image towers
+            without a background colour.
     """
     vision, text = config.vision, config.text
     if vision.kind != "vit" or config.background is not None:
         raise CheckpointError(
-            f"{config.name} cannot be written as a Hugging Face ChineseCLIPModel: that format has "
-            f"a place for ViT image towers only, not for {vision.kind}; write --to safetensors"
+            f"{config.name} cannot be written as a Hugging Face ChineseCLIPModel: that format "
+            f"supports only ViT image towers, not {vision.kind}; write --to safetensors"
             f"{' or official' if vision.kind == 'resnet' else ''} instead"
         )
-    side = {"height": vision.resolution, "width": vision.resolution}
+    size = {"height": vision.resolution, "width": vision.resolution}
     return {
         "config.json": {
             "architectures": ["ChineseCLIPModel"],
@@ -200,7 +201,7 @@ def config_to(config: ModelConfig, dtype: str) -> dict[str, dict[str, Any]]:
         "preprocessor_config.json": {
             "image_processor_type": "ChineseCLIPImageProcessor",
             "do_resize": True,
-            "size": side,
+            "size": size,
             "resample": 3,
             "do_center_crop": False,
             "do_convert_rgb": True,
@@ -218,9 +219,8 @@ def config_to(config: ModelConfig, dtype: str) -> dict[str, dict[str, Any]]:
     }
 
 
-# What a config.json leaves out has these values, which are transformers' own.
-def named(config: ModelConfig) -> ModelConfig:
-    """Give a config the name of the model that it is, or of its towers."""
+def with_known_name(config: ModelConfig) -> ModelConfig:
+    """Return the config with the name of the known model or towers that it matches."""
     for name, known in MODELS.items():
         if replace(config, name=name) == known:
             return known
@@ -234,15 +234,15 @@ def named(config: ModelConfig) -> ModelConfig:
     return replace(config, name=f"{vision}@{text}")
 
 
-def weights_in(folder: Path) -> str:
-    """Say which file or folder in a folder to give instead of it."""
+def suggest_weights(folder: Path) -> str:
+    """Return the end of a message: the file or folder in ``folder`` to give instead."""
     if os.path.isfile(folder / "latest"):
-        return "; it is DeepSpeed's: give the mp_rank_00_model_states.pt in the folder inside"
+        return "; DeepSpeed wrote it: give the mp_rank_00_model_states.pt in its subfolder"
     try:
-        inside = sorted(os.listdir(folder))
-    except (OSError, ValueError):  # none that can be listed, or a name that none can have
+        entries = sorted(os.listdir(folder))
+    except (OSError, ValueError):  # not a readable folder, or not a valid name
         return ""
-    models = [n for n in inside if n.endswith(_SUFFIXES) or os.path.isfile(folder / n / CONFIG)]
+    models = [n for n in entries if n.endswith(_SUFFIXES) or os.path.isfile(folder / n / CONFIG)]
     return f"; give one of these in it: {', '.join(models[:3])}" if models else ""
 
 
@@ -253,5 +253,5 @@ def _object(values: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
     return dict(inner)
 
 
-def _three(values: Any) -> Any:
+def _as_tuple(values: Any) -> Any:
     return tuple(values) if isinstance(values, list) else values

@@ -1,5 +1,4 @@
-"""Hugging Face's names and configs for the same models: ``ChineseCLIPModel``, and ``CLIPModel``'s
-image tower, which is spelled alike."""
+"""Tensor names of Hugging Face's ``ChineseCLIPModel``, and of the image tower of ``CLIPModel``."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from cn_clip.errors import CheckpointError
 
-_POSITION_IDS = ".embeddings.position_ids"  # a buffer, 0 to n: older versions stored it
+_POSITION_IDS = ".embeddings.position_ids"  # a buffer, 0 to n, that older versions saved
 _LINEAR = {"text_projection": "text_projection", "visual.proj": "visual_projection"}  # transposed
 _NAMES = {
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
@@ -32,12 +31,12 @@ _BLOCK_NAMES = {
 
 
 def from_hugging_face(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Return the tensors under their official names, and the names left out; empties ``tensors``.
+    """Return the tensors under their official names, and the dropped names; empties ``tensors``.
 
-    Queries, keys and values become one matrix, projections are transposed.
+    Query, key and value weights are joined, projections are transposed.
 
     Raises:
-        CheckpointError: the shapes of queries, keys and values do not fit together.
+        CheckpointError: the shapes of query, key and value weights do not match.
     """
     official: dict[str, Tensor] = {}
     dropped: list[str] = []
@@ -53,7 +52,7 @@ def from_hugging_face(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], tu
             if len(present) == 3:
                 if len({part.shape[1:] for part in present}) > 1 or not present[0].ndim:
                     shapes = ", ".join(str(list(part.shape)) for part in present)
-                    raise CheckpointError(f"{stem}[qkv]_proj.{kind} do not fit together: {shapes}")
+                    raise CheckpointError(f"the shapes of {stem}[qkv]_proj.{kind} differ: {shapes}")
                 block = _renamed(stem.removesuffix(".self_attn."), _reversed(_NAMES))
                 official[f"{block}.attn.in_proj_{kind}"] = torch.cat(present)
         elif name in tensors:
@@ -68,7 +67,7 @@ def from_hugging_face(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], tu
 
 
 def to_hugging_face(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return official tensors under the names that ``ChineseCLIPModel`` gives them."""
+    """Return official tensors under the names of ``ChineseCLIPModel``."""
     theirs: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         new = _renamed(name, _NAMES)
@@ -77,8 +76,8 @@ def to_hugging_face(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             theirs[f"{_LINEAR[name]}.weight"] = tensor.T.contiguous()
         elif ".attn.in_proj_" in new:
             stem, kind = new.split(".attn.in_proj_")
-            for part, third in zip("qkv", tensor.chunk(3), strict=True):
-                theirs[f"{stem}.self_attn.{part}_proj.{kind}"] = third.clone()
+            for part, chunk in zip("qkv", tensor.chunk(3), strict=True):
+                theirs[f"{stem}.self_attn.{part}_proj.{kind}"] = chunk.clone()
         else:
             theirs[new] = tensor.contiguous()
     return theirs

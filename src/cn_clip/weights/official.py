@@ -1,4 +1,4 @@
-"""The official names: what they tell about the model, and other spellings brought to them."""
+"""The official tensor names: other spellings renamed, and the config inferred from the shapes."""
 
 from __future__ import annotations
 
@@ -19,59 +19,59 @@ from cn_clip.config import (
     check_config,
 )
 from cn_clip.errors import CheckpointError
-from cn_clip.weights.folder_config import named
+from cn_clip.weights.folder_config import with_known_name
 
-_UNUSED = "bert.pooler."  # in files from the official training; the model has no pooler
+_UNUSED = "bert.pooler."  # in files of the official training; the model has no pooler
 
 
 def official_names(
     tensors: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Return the tensors under their official names, and the names left out (BERT's pooler).
+    """Return the tensors under their official names, and the dropped names (BERT's pooler).
 
     Raises:
-        CheckpointError: two names are the same without their prefixes, or fused attention weights
-            cannot be parted.
+        CheckpointError: two names are equal without their prefixes, or fused attention weights
+            cannot be split.
     """
     plain = unfuse_attention(plain_names(tensors))
     dropped = tuple(name for name in plain if name.startswith(_UNUSED))
     return {name: t for name, t in plain.items() if name not in dropped}, dropped
 
 
-# What wraps a model in training puts its own name before, or into, the names of the weights:
-# DataParallel, DDP and DeepSpeed; torch.compile; FSDP and activation checkpointing; and, in front
-# only, the attribute that a Lightning module or a script keeps the model in.
-_WRAPPERS = re.compile(
+# Prefixes that training adds to weight names: at the start, the attribute of a Lightning module
+# or script; anywhere, the wrappers of DataParallel, DDP and DeepSpeed, of torch.compile, of FSDP
+# and of activation checkpointing.
+_ATTRIBUTES = re.compile(
     r"^(?:(?:model|clip|clip_model|net)\.)+(?=visual\.|bert\.|text_projection$|logit_scale$"
     r"|vision_model\.|text_model\.|visual_projection\.|text_projection\.)"
 )
-_WRAPPED = re.compile(
+_WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
 
 
 def plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors without what training frameworks put into their names.
+    """Return the tensors without the prefixes that training frameworks add.
 
     Raises:
-        CheckpointError: two names are the same without it.
+        CheckpointError: two names are equal without their prefixes.
     """
     plain: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        short = _WRAPPERS.sub("", _WRAPPED.sub("", str(name)))
+        short = _ATTRIBUTES.sub("", _WRAPPERS.sub("", str(name)))
         if short in plain:
             raise CheckpointError(
-                f"the weights hold {short} twice, as {name!r} too; keep one model of the two"
+                f"the weights have {short} twice, also as {name!r}; keep only one of the two models"
             )
         plain[short] = tensor
     return plain
 
 
 def unfuse_attention(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the joint ``Wqkv`` weights that official training with flash-attention writes.
+    """Rename or split the joint ``Wqkv`` weights of official training with flash-attention.
 
     Raises:
-        CheckpointError: such a weight is not three in one.
+        CheckpointError: a joint weight cannot be split in three.
     """
     plain: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -80,7 +80,7 @@ def unfuse_attention(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             plain[f"{stem.removesuffix('.Wqkv')}.in_proj_{kind}"] = tensor
         elif stem.endswith("attention.self.Wqkv"):
             if not tensor.ndim or not len(tensor) or len(tensor) % 3:
-                raise CheckpointError(f"{name} {list(tensor.shape)} is not three weights in one")
+                raise CheckpointError(f"{name} {list(tensor.shape)} cannot be split in three")
             for part, chunk in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
                 plain[f"{stem.removesuffix('.Wqkv')}.{part}.{kind}"] = chunk
         elif stem.endswith("attention.self.out_proj"):
@@ -93,17 +93,18 @@ def unfuse_attention(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def resize_positions(positions: Tensor, length: int) -> Tensor:
     """Resize a ViT's position embeddings (1 + n*n, D) to another grid (``length`` = 1 + m*m, D).
 
-    Bicubic with ``align_corners=True``, as the official training; the class token's stays.
+    Bicubic with ``align_corners=True``, as in the official training. The class token's embedding
+    is kept.
 
     Raises:
-        CheckpointError: one of the two grids is no square.
+        CheckpointError: one of the grids is not square.
     """
     if positions.ndim and len(positions) == length:
         return positions
     old, new = math.isqrt(max(0, len(positions) - 1)), math.isqrt(length - 1)
     if positions.ndim != 2 or not old or old**2 != len(positions) - 1 or new**2 != length - 1:
         raise CheckpointError(
-            f"position embeddings {list(positions.shape)} are no square grid that could be "
+            f"position embeddings {list(positions.shape)} are not a square grid and cannot be "
             f"resized to {length - 1} patches"
         )
     grid = positions[1:].float().T.reshape(1, -1, old, old)  # (1, D, n, n)
@@ -114,10 +115,10 @@ def resize_positions(positions: Tensor, length: int) -> Tensor:
 
 
 def infer_config(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> ModelConfig:
-    """Tell from names and shapes which model the official weights ``tensors`` make.
+    """Infer the config from the names and shapes of official weights.
 
     Raises:
-        CheckpointError: they make none; ``path`` is named in the message.
+        CheckpointError: the tensors are not a model's; the message names ``path``.
     """
     try:
         vision, text = _infer_vision(tensors), _infer_text(tensors)
@@ -126,26 +127,26 @@ def infer_config(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) ->
         first = ", ".join(list(tensors)[:3]) or "nothing"
         raise CheckpointError(
             f"{path} is not a Chinese-CLIP checkpoint: it has no {error.args[0]} "
-            f"(it begins with {first})"
+            f"(it starts with {first})"
         ) from None
     except (IndexError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(
-            f"{path} is not a Chinese-CLIP checkpoint: the shapes of its tensors make no model "
-            f"({error})"
+            f"{path} is not a Chinese-CLIP checkpoint: the shapes of its tensors are those of no "
+            f"model ({error})"
         ) from None
     config = ModelConfig(name="", embed_dim=embed_dim, vision=vision, text=text)
     check_config(config, str(path))
-    return named(config)
+    return with_known_name(config)
 
 
-def told_by_shapes(config: ModelConfig, state: Mapping[str, Tensor]) -> bool:
-    """Whether ``infer_config`` would read this config off the weights."""
+def inferable_from_shapes(config: ModelConfig, state: Mapping[str, Tensor]) -> bool:
+    """Whether ``infer_config`` would infer this config from the weights."""
     try:
-        told = infer_config(state, "the model")
+        inferred = infer_config(state, "the model")
     except CheckpointError:
         return False
-    text = replace(told.text, dropout=config.text.dropout)  # matters in training only
-    return replace(told, name=config.name, text=text) == config
+    text = replace(inferred.text, dropout=config.text.dropout)  # for training only
+    return replace(inferred, name=config.name, text=text) == config
 
 
 def _infer_vision(tensors: Mapping[str, Tensor]) -> VisionConfig:
@@ -157,7 +158,7 @@ def _infer_vision(tensors: Mapping[str, Tensor]) -> VisionConfig:
     width, patch = conv[0], conv[-1]
     grid = math.isqrt(tensors["visual.positional_embedding"].shape[0] - 1)
     layers = (_count(tensors, r"visual\.transformer\.resblocks\.(\d+)\."),)
-    # Head widths leave no trace in the shapes; 80 is ViT-H-14's, 64 all others'.
+    # Shapes do not show the head width: it is 80 for ViT-H-14 and 64 for all others.
     head_width = VISION_TOWERS["ViT-H-14"].head_width if width == 1280 else 64
     return VisionConfig("vit", grid * patch, width, layers, patch, head_width)
 
@@ -176,5 +177,5 @@ def _infer_text(tensors: Mapping[str, Tensor]) -> TextConfig:
 
 
 def _count(tensors: Iterable[str], pattern: str) -> int:
-    found = (re.match(pattern, name) for name in tensors)
-    return 1 + max((int(match[1]) for match in found if match), default=-1)
+    matches = (re.match(pattern, name) for name in tensors)
+    return 1 + max((int(match[1]) for match in matches if match), default=-1)

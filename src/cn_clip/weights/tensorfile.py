@@ -1,4 +1,4 @@
-"""The tensors of a file under the names in the file, whatever wrote it; nothing in it is run."""
+"""Tensors of a weights file of any format, under the names in the file; no code in it is run."""
 
 from __future__ import annotations
 
@@ -22,68 +22,72 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from cn_clip.config import read_json, shards_of
+from cn_clip.config import read_json, shard_names
 from cn_clip.errors import CheckpointError, MissingWeightsError
-from cn_clip.weights.content import content_of, members_of
-from cn_clip.weights.pickles import Refused, check_pickle
+from cn_clip.weights.content import checked_members, detect_format
+from cn_clip.weights.pickles import RefusedPickle, check_pickle
 
-_LARGEST_PICKLE = 64 << 20  # bytes, without the tensors' numbers, which lie beside it
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # how a file of torch before 1.6 begins: five pickles,
-_LEGACY_PICKLES = 5  # and the numbers behind them
-_CHUNK = 16 << 20
-_READERS = 2  # memory is touched for the first time while it fills, which is worth sharing
+_MAX_PICKLE_BYTES = 64 << 20  # without the data of the tensors, which is in other members
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file of torch before 1.6
+_LEGACY_PICKLES = 5  # pickles in such a file, before the data
+_READ_BYTES = 16 << 20
+_READERS = 2  # threads: the page faults of fresh memory are worth sharing
 
 
 def read_tensors(path: str | os.PathLike[str], *, mapped: bool = False) -> dict[str, Tensor]:
     """Read all tensors of a file: ``.safetensors``, a ``.pt`` or ``.bin`` state dict (alone or in
-    a training checkpoint), a TorchScript archive, or the ``.index.json`` of a file in shards.
+    a training checkpoint), a TorchScript archive, or the ``.index.json`` of shards.
 
-    With ``mapped``, they may lie in the file itself: quicker, but whoever saves over the file while
-    they are used ends the process.
+    With ``mapped``, tensors may be memory-mapped. This is faster, but the process crashes if the
+    file is overwritten while they are used.
 
     Raises:
-        MissingWeightsError: there is no such file, or a shard is missing.
-        CheckpointError: it is damaged, or holds something else than tensors.
+        MissingWeightsError: the file or a shard is missing.
+        CheckpointError: the file is damaged, or has something other than tensors.
     """
     path = Path(path)
     if os.path.isdir(path):
-        raise MissingWeightsError(f"{path} is a folder; give the file of weights in it")
+        raise MissingWeightsError(f"{path} is a folder; give the weights file in it")
     if not os.path.isfile(path):
         raise MissingWeightsError(f"no such file or folder: {path}")
     if path.name.endswith(".index.json"):
         return _read_shards(path, mapped)
-    read = _read_safetensors if content_of(path) == "safetensors" else _read_pt
+    read = _read_safetensors if detect_format(path) == "safetensors" else _read_pt
     return read(path, mapped)
 
 
-def other_parts(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """Name what a training checkpoint holds beside its state dict, such as ``optimizer``."""
+def other_checkpoint_keys(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Return the keys of a training checkpoint other than its state dict, such as ``optimizer``."""
     path = Path(path)
-    if not os.path.isfile(path) or path.name.endswith(".json") or content_of(path) == "safetensors":
+    if (
+        not os.path.isfile(path)
+        or path.name.endswith(".json")
+        or detect_format(path) == "safetensors"
+    ):
         return ()
-    if content_of(path) == "archive" and _is_torchscript(members_of(path)):
+    if detect_format(path) == "archive" and _is_torchscript(checked_members(path)):
         return ()
     blob = _load_pickle(path)
-    place = _state_dict_key(blob)
-    if place is None:
+    state_dict_key = _state_dict_key(blob)
+    if state_dict_key is None:
         return ()
-    return tuple(str(key) for key in blob if key not in (place, "epoch", "name"))
+    return tuple(str(key) for key in blob if key not in (state_dict_key, "epoch", "name"))
 
 
 def _read_shards(index: Path, mapped: bool) -> dict[str, Tensor]:
-    shards = shards_of(index)
-    absent = [shard for shard in shards if not os.path.isfile(index.parent / shard)]
-    if absent:
+    shards = shard_names(index)
+    missing = [shard for shard in shards if not os.path.isfile(index.parent / shard)]
+    if missing:
         raise MissingWeightsError(
-            f"{len(absent)} of the {len(shards)} shards in {index} are missing: "
-            f"{', '.join(absent)}; download them into {index.parent}"
+            f"{len(missing)} of the {len(shards)} shards in {index} are missing: "
+            f"{', '.join(missing)}; download them into {index.parent}"
         )
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         tensors |= read_tensors(index.parent / shard, mapped=mapped)
-    lost = [name for name in read_json(index)["weight_map"] if name not in tensors]
-    if lost:
-        raise CheckpointError(f"{index} promises {lost[0]}, which no shard holds")
+    missing = [name for name in read_json(index)["weight_map"] if name not in tensors]
+    if missing:
+        raise CheckpointError(f"{index} lists {missing[0]}, which is in no shard")
     return tensors
 
 
@@ -97,37 +101,36 @@ def _read_safetensors(path: Path, mapped: bool) -> dict[str, Tensor]:
                 start = 8 + int.from_bytes(stream.read(8), "little")
                 stream.seek(8)
                 header = json.loads(stream.read(start - 8))
-                places = {name: start + header[name]["data_offsets"][0] for name in views}
-                return _read_at(stream, views, places)
-    except Exception as error:  # these bytes may be anything, and so may what they raise
+                offsets = {name: start + header[name]["data_offsets"][0] for name in views}
+                return _read_at(stream, views, offsets)
+    except Exception as error:  # the parser raises many kinds on damaged files
         raise CheckpointError(
-            f"{path} is not a whole safetensors file: {_reason(error)}; download or copy it again"
+            f"{path} is not a valid safetensors file: {_reason(error)}; download or copy it again"
         ) from None
 
 
 def _read_pt(path: Path, mapped: bool) -> dict[str, Tensor]:
-    if content_of(path) == "archive" and _is_torchscript(members_of(path)):
+    if detect_format(path) == "archive" and _is_torchscript(checked_members(path)):
         return _checked(_read_torchscript(path), path)
-    # Mapped, so that of a training checkpoint, three times the weights, the optimizer's part is
-    # never read. What is kept is copied: a mapping would die with the file, should someone save
-    # over it.
+    # Memory-mapped, so the optimizer state of a training checkpoint is never read. The weights are
+    # then copied, since a mapping is lost when the file is overwritten.
     views = _checked(state_dict_in(_load_pickle(path), path), path)
     if mapped:
         return views
-    places = _places(path, views)
-    if places is None:
+    offsets = _storage_offsets(path, views)
+    if offsets is None:
         return {name: tensor.clone() for name, tensor in views.items()}
     try:
         with path.open("rb") as stream:
-            return _read_at(stream, views, places)
+            return _read_at(stream, views, offsets)
     except OSError as error:
-        raise CheckpointError(f"{path} is not a whole .pt file: {error}") from None
+        raise CheckpointError(f"{path} is not a valid .pt file: {error}") from None
 
 
 def _checked(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Return the tensors if each lies in numbers that the file holds."""
+    """Return the tensors; raise a ``CheckpointError`` if one exceeds its storage or the file."""
     size = path.stat().st_size
-    used, storages = 0, {}
+    bytes_used, storages = 0, {}
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
             kind = "quantized" if tensor.is_quantized else str(tensor.layout)
@@ -143,54 +146,59 @@ def _checked(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
                 f"{storage.nbytes():,}; save it after .contiguous(), or download it again"
             )
         storages[storage.data_ptr()] = storage.nbytes()
-        used += bytes_needed
-    if sum(storages.values()) > size or used > 2 * size:  # weights that are tied count twice
+        bytes_used += bytes_needed
+    if sum(storages.values()) > size or bytes_used > 2 * size:  # tied weights count twice
         raise CheckpointError(
-            f"{path} is not a whole .pt file: its tensors need {used:,} bytes, and it has {size:,}"
+            f"{path} is not a valid .pt file: its tensors need {bytes_used:,} bytes, and it has "
+            f"{size:,}"
         )
     return tensors
 
 
 def _read_at(
-    stream: BinaryIO, views: Mapping[str, Tensor], places: Mapping[str, int]
+    stream: BinaryIO, views: Mapping[str, Tensor], offsets: Mapping[str, int]
 ) -> dict[str, Tensor]:
-    """Read the tensors that start at ``places`` in a file; the views tell their layout.
+    """Read the tensors at these offsets of a file, with the layout of the views.
 
-    Several times faster than copying a mapping page by page, and memory holds the file once.
+    This is several times faster than copying a mapping page by page.
     """
-    ends = [places[name] + t.untyped_storage().nbytes() for name, t in views.items() if t.numel()]
+    ends = [offsets[name] + t.untyped_storage().nbytes() for name, t in views.items() if t.numel()]
     if not ends or not hasattr(os, "preadv"):  # nothing to read, or Windows
         return {name: tensor.clone() for name, tensor in views.items()}
-    first, last = min(places.values()), max(ends)
-    block = mmap.mmap(-1, last - first)
-    if hasattr(mmap, "MADV_HUGEPAGE"):  # 2 MB at a first touch instead of 4 KB: 3 times quicker
-        with suppress(OSError):  # a kernel without them
-            block.madvise(mmap.MADV_HUGEPAGE)
-    view = memoryview(block)
+    first, last = min(offsets.values()), max(ends)
+    buffer = mmap.mmap(-1, last - first)
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # page faults of 2 MB instead of 4 KB: 3 times faster
+        with suppress(OSError):  # a kernel without huge pages
+            buffer.madvise(mmap.MADV_HUGEPAGE)
+    view = memoryview(buffer)
 
     def fill(start: int) -> None:
-        end = min(last - first, start + _CHUNK)
+        end = min(last - first, start + _READ_BYTES)
         while start < end:
-            got = os.preadv(stream.fileno(), [view[start:end]], first + start)
-            if not got:
+            count = os.preadv(stream.fileno(), [view[start:end]], first + start)
+            if not count:
                 raise OSError("it ends too early")
-            start += got
+            start += count
 
     with ThreadPoolExecutor(_READERS) as pool:
-        list(pool.map(fill, range(0, last - first, _CHUNK)))
+        list(pool.map(fill, range(0, last - first, _READ_BYTES)))
     tensors = {}
     for name, tensor in views.items():
         if not tensor.numel():
             tensors[name] = tensor.clone()
             continue
         count = tensor.untyped_storage().nbytes() // tensor.itemsize
-        flat = torch.frombuffer(block, dtype=tensor.dtype, count=count, offset=places[name] - first)
+        offset = offsets[name] - first
+        flat = torch.frombuffer(buffer, dtype=tensor.dtype, count=count, offset=offset)
         tensors[name] = flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
     return tensors
 
 
-def _places(path: Path, views: Mapping[str, Tensor]) -> dict[str, int] | None:
-    """Tell where in a ``.pt`` archive the tensors' storages lie, if they are all that it holds."""
+def _storage_offsets(path: Path, views: Mapping[str, Tensor]) -> dict[str, int] | None:
+    """Return the offsets of the tensors' storages in a ``.pt`` archive.
+
+    None if the archive has other storages too.
+    """
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in views.values()
     }
@@ -208,80 +216,80 @@ def _places(path: Path, views: Mapping[str, Tensor]) -> dict[str, int] | None:
 
 
 def _records(stream: BinaryIO) -> Iterator[tuple[int, int]]:
-    """Yield (offset, size) of an archive's storages, in the order of the file."""
+    """Yield (offset, size) of an archive's storages, in file order."""
     with zipfile.ZipFile(stream) as archive:
         infos = [i for i in archive.infolist() if re.search(r"/data/\d+$", i.filename)]
     for info in sorted(infos, key=lambda info: info.header_offset):
-        stream.seek(info.header_offset + 26)  # the lengths of the name and of the extra field
-        name, extra = (int.from_bytes(stream.read(2), "little") for _ in range(2))
-        yield info.header_offset + 30 + name + extra, info.file_size
+        stream.seek(info.header_offset + 26)  # lengths of the name and of the extra field
+        name_length, extra_length = (int.from_bytes(stream.read(2), "little") for _ in range(2))
+        yield info.header_offset + 30 + name_length + extra_length, info.file_size
 
 
-# Where training programs keep the state dict: the official one and Lightning, many a script,
+# Keys of the state dict in checkpoints of the official training and Lightning, of scripts, and of
 # DeepSpeed.
 _STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict", "module")
 
 
 def _state_dict_key(blob: Any) -> str | None:
-    """Return the key of a training checkpoint that its state dict is under, if it is one."""
+    """Return the key of the state dict in a training checkpoint, None if ``blob`` is not one."""
     if not isinstance(blob, dict):
         return None
-    under = (key for key in _STATE_DICT_KEYS if isinstance(blob.get(key), Mapping))
-    return next(under, None)
+    keys = (key for key in _STATE_DICT_KEYS if isinstance(blob.get(key), Mapping))
+    return next(keys, None)
 
 
 def state_dict_in(blob: Any, where: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Return the state dict of a training checkpoint, or the one that ``blob`` is itself.
+    """Return the state dict of a training checkpoint, or ``blob`` if it is a state dict itself.
 
     Raises:
-        CheckpointError: there is none, or it holds something else than tensors.
+        CheckpointError: there is no state dict, or it has something other than tensors.
     """
-    place = _state_dict_key(blob)
-    state = blob if place is None else blob[place]
+    state_dict_key = _state_dict_key(blob)
+    state = blob if state_dict_key is None else blob[state_dict_key]
     if not isinstance(state, Mapping) or not state:
-        raise CheckpointError(f"{where} holds no state dict, but {type(state).__name__}")
-    strange = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    if not strange:
+        raise CheckpointError(f"{where} has no state dict, but {type(state).__name__}")
+    others = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if not others:
         return {str(name): tensor for name, tensor in state.items()}
     dicts = [str(k) for k, v in state.items() if isinstance(v, Mapping)]
     remedy = (
         f'; if the weights are under {dicts[0]!r}: torch.save(torch.load(f)["{dicts[0]}"], g)'
-        if dicts and place is None
-        else f"; it holds {', '.join(str(name) for name in list(state)[:4])}"
+        if dicts and state_dict_key is None
+        else f"; it has {', '.join(str(name) for name in list(state)[:4])}"
     )
-    raise CheckpointError(f"{where} is not a state dict: {strange[0]!r} is not a tensor{remedy}")
+    raise CheckpointError(f"{where} is not a state dict: {others[0]!r} is not a tensor{remedy}")
 
 
 def _load_pickle(path: Path) -> Any:
-    zipped = content_of(path) == "archive"  # the format of torch before 1.6 cannot be mapped
+    zipped = detect_format(path) == "archive"  # the format of torch before 1.6 cannot be mapped
     _check_pickles(path, zipped)
     try:
         if path.suffix != ".safetensors":
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-        with path.open("rb") as stream:  # by that name torch would take it for safetensors
+        with path.open("rb") as stream:  # torch would read a .safetensors path as safetensors
             return torch.load(stream, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if named is None:
-            raise CheckpointError(f"{path} is not a checkpoint, or a damaged one") from None
+        match = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if match is None:
+            raise CheckpointError(f"{path} is not a checkpoint, or is damaged") from None
         raise CheckpointError(
-            f"{path} is refused: its pickle names {named[1]}, and only tensors are read, never "
-            "code; re-save it as a state dict where you trust it"
+            f"{path} is refused: its pickle names {match[1]}; only tensors are read, never code. "
+            "If you trust the file, re-save it as a state dict"
         ) from None
-    except Exception as error:  # these bytes may be anything, and so may what they raise
+    except Exception as error:  # the parser raises many kinds on damaged files
         raise CheckpointError(
-            f"{path} is not a whole .pt file: {_reason(error)}; download or copy it again"
+            f"{path} is not a valid .pt file: {_reason(error)}; download or copy it again"
         ) from None
 
 
 def _check_pickles(path: Path, zipped: bool) -> None:
-    """Bound every pickle in a file before it is unpickled."""
+    """Check every pickle in a file before it is unpickled."""
     size = path.stat().st_size
     try:
         if zipped:
-            pickled = [m for m in members_of(path) if m.orig_filename.lower().endswith(".pkl")]
-            if sum(member.file_size for member in pickled) > _LARGEST_PICKLE:
-                raise Refused("its pickle is too large for a state dict")
+            pickled = [m for m in checked_members(path) if m.orig_filename.lower().endswith(".pkl")]
+            if sum(member.file_size for member in pickled) > _MAX_PICKLE_BYTES:
+                raise RefusedPickle("its pickle is too large for a state dict")
             with zipfile.ZipFile(path) as archive:
                 for member in pickled:
                     check_pickle(io.BytesIO(archive.read(member)), size=size)
@@ -291,18 +299,18 @@ def _check_pickles(path: Path, zipped: bool) -> None:
                 mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as m,
             ):
                 if tarfile.is_tarfile(path):
-                    raise Refused("it is a tar archive, as torch wrote before 0.1.10")
-                pickles = cast(BinaryIO, m)  # its reads end where the file does
+                    raise RefusedPickle("it is a tar archive, as torch wrote before 0.1.10")
+                pickles = cast(BinaryIO, m)  # its reads return at most the rest of the file
                 if check_pickle(pickles, size=size) == _LEGACY_MAGIC:
                     for _ in range(_LEGACY_PICKLES - 1):
                         check_pickle(pickles, size=size)
-    except Refused as error:
+    except RefusedPickle as error:
         raise CheckpointError(f"{path} is refused: {error}") from None
     except CheckpointError:
         raise
-    except Exception as error:  # these bytes may be anything, and so may what they raise
+    except Exception as error:  # the parser raises many kinds on damaged files
         raise CheckpointError(
-            f"{path} is not a whole .pt file: {_reason(error)}; download or copy it again"
+            f"{path} is not a valid .pt file: {_reason(error)}; download or copy it again"
         ) from None
 
 
@@ -310,8 +318,8 @@ def _reason(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-# TorchScript: OpenAI published CLIP as programs. Their tensors are attributes of pickled modules;
-# the modules become plain namespaces here, and the code beside them is not looked at.
+# TorchScript: the format of OpenAI's CLIP. The tensors are attributes of pickled modules, which
+# become empty namespaces here. The code in the archive is ignored.
 
 _DTYPES = {
     "FloatStorage": torch.float32,
@@ -325,7 +333,7 @@ _DTYPES = {
 
 
 class _Module:
-    """Stands for a pickled module: holds its attributes, and can do nothing."""
+    """A pickled module: only its attributes, without code."""
 
 
 def _is_torchscript(members: Iterable[zipfile.ZipInfo]) -> bool:
@@ -342,12 +350,12 @@ def _read_torchscript(path: Path) -> dict[str, Tensor]:
             return dict(_tensors_of(root, ""))
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} is refused: {error}") from None
-    except Exception as error:  # these bytes may be anything, and so may what they raise
-        raise CheckpointError(f"{path} is not a whole TorchScript archive: {error}") from None
+    except Exception as error:  # the parser raises many kinds on damaged files
+        raise CheckpointError(f"{path} is not a valid TorchScript archive: {error}") from None
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds tensors and empty namespaces, and nothing else."""
+    """Builds only tensors and namespaces."""
 
     def __init__(self, stream: Any, archive: zipfile.ZipFile, folder: str) -> None:
         super().__init__(stream)
@@ -364,7 +372,7 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and name in _DTYPES:
             return _DTYPES[name]
         raise pickle.UnpicklingError(
-            f"its pickle names {module}.{name}, and only tensors are read, never code"
+            f"its pickle names {module}.{name}; only tensors are read, never code"
         )
 
     def persistent_load(self, reference: Any) -> Tensor:
@@ -377,9 +385,9 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _strided(storage: Tensor, offset: int, shape: Any, stride: Any, *_: Any) -> Tensor:
-    needed = offset + 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-    if math.prod(shape) and not 0 <= offset < needed <= len(storage):
-        raise ValueError("a tensor reaches beyond its data")
+    end = offset + 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+    if math.prod(shape) and not 0 <= offset < end <= len(storage):
+        raise ValueError("a tensor exceeds its storage")
     return storage.as_strided(tuple(shape), tuple(stride), offset)
 
 

@@ -1,8 +1,8 @@
-"""Initial weights of one tower, out of the files in which CLIP and BERT are published.
+"""Initial weights of one tower, from published files of CLIP and BERT.
 
-Image towers: OpenAI's CLIP, Hugging Face's ``CLIPModel``, open_clip, and our own formats. Text
-towers: BERT, RoBERTa-wwm-ext and RBT3 of Hugging Face, and our own. What belongs to the other
-tower or to a task of pre-training is left out by name; anything else unknown is an error.
+Image towers: OpenAI's CLIP, Hugging Face's ``CLIPModel``, open_clip, and our formats. Text towers:
+BERT, RoBERTa-wwm-ext and RBT3 of Hugging Face, and our formats. The other tower and the heads of
+pre-training are dropped by name; other unknown names are errors.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ FILES = (
     "open_clip_pytorch_model.bin",
 )
 
-_NO_IMAGE_TOWER = re.compile(  # of a CLIP: its text side, and scalars that describe it
+_NOT_IMAGE_TOWER = re.compile(  # the text tower of a CLIP, and its metadata
     r"(transformer|text|text_model|text_projection|token_embedding|ln_final|bert)\b"
     r"|positional_embedding$|attn_mask$|logit_bias$|input_resolution$|context_length$|vocab_size$"
 )
-_NO_TEXT_TOWER = re.compile(  # heads of a BERT for pre-training, and a CLIP's image side
+_NOT_TEXT_TOWER = re.compile(  # pre-training heads of a BERT, and the image tower of a CLIP
     r"(bert\.)?((pooler|cls)\.|embeddings\.position_ids$)"
     r"|visual\b|text_projection$|logit_scale$"
 )
@@ -42,52 +42,52 @@ _NO_TEXT_TOWER = re.compile(  # heads of a BERT for pre-training, and a CLIP's i
 
 @dataclass(frozen=True, slots=True)
 class Tower:
-    """The tensors of one tower under official names, and the names in the file left out."""
+    """The tensors of one tower under official names, and the dropped names of the file."""
 
     tensors: dict[str, Tensor]
     dropped: tuple[str, ...]
 
 
 def image_tower(path: str | os.PathLike[str]) -> Tower:
-    """Read ``visual.*``, and ``logit_scale`` if there is one.
+    """Read ``visual.*``, and ``logit_scale`` if the file has it.
 
     Raises:
-        MissingWeightsError: there is no such file.
-        CheckpointError: it holds no image tower of CLIP, or a variant that ours is not.
+        MissingWeightsError: the file does not exist.
+        CheckpointError: the file has no image tower of a CLIP, or an unsupported variant.
     """
-    file = weights_file(path)
+    file = find_weights_file(path)
     _check_activation(Path(path))
     tensors = _unwrapped(read_tensors(file))
     dropped: tuple[str, ...] = ()
     if any(name.startswith("vision_model.") for name in tensors):
         tensors, dropped = from_hugging_face(tensors)
-    return _tower(tensors, "visual.", _NO_IMAGE_TOWER, dropped, file, extra="logit_scale")
+    return _tower(tensors, "visual.", _NOT_IMAGE_TOWER, dropped, file, extra="logit_scale")
 
 
 def text_tower(path: str | os.PathLike[str]) -> Tower:
     """Read ``bert.*``.
 
     Raises:
-        MissingWeightsError: there is no such file.
-        CheckpointError: it holds no BERT.
+        MissingWeightsError: the file does not exist.
+        CheckpointError: the file has no BERT.
     """
-    file = weights_file(path)
-    given = _unwrapped(read_tensors(file))
+    file = find_weights_file(path)
+    file_tensors = _unwrapped(read_tensors(file))
     dropped: tuple[str, ...] = ()
-    if any(name.startswith("text_model.encoder.layer.") for name in given):
-        given, dropped = from_hugging_face(given)
+    if any(name.startswith("text_model.encoder.layer.") for name in file_tensors):
+        file_tensors, dropped = from_hugging_face(file_tensors)
     tensors = {}
-    for name, tensor in given.items():
+    for name, tensor in file_tensors.items():
         plain = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
         plain = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", plain)
         plain = plain.removeprefix("bert.")
         ours = plain.startswith(("embeddings.", "encoder.", "pooler."))
         tensors[f"bert.{plain}" if ours else plain] = tensor
-    return _tower(tensors, "bert.", _NO_TEXT_TOWER, dropped, file)
+    return _tower(tensors, "bert.", _NOT_TEXT_TOWER, dropped, file)
 
 
-def weights_file(path: str | os.PathLike[str]) -> Path:
-    """Return the file of weights at ``path``, which may be the folder that holds it."""
+def find_weights_file(path: str | os.PathLike[str]) -> Path:
+    """Return the weights file at ``path``, a file or its folder."""
     path = Path(path)
     if not os.path.isdir(path):
         return path
@@ -95,36 +95,36 @@ def weights_file(path: str | os.PathLike[str]) -> Path:
         if os.path.isfile(path / name):
             return path / name
     raise MissingWeightsError(
-        f"the folder {path} holds no weights; expected one of {', '.join(FILES)}"
+        f"the folder {path} has no weights; expected one of {', '.join(FILES)}"
     )
 
 
 def _tower(
     tensors: Mapping[str, Tensor],
     prefix: str,
-    left_out: re.Pattern[str],
+    not_in_tower: re.Pattern[str],
     dropped: tuple[str, ...],
     file: Path,
     extra: str = "",
 ) -> Tower:
-    kept, out, strange = {}, list(dropped), []
+    kept, all_dropped, unknown = {}, list(dropped), []
     for name, tensor in tensors.items():
-        if left_out.match(name):
-            out.append(name)
+        if not_in_tower.match(name):
+            all_dropped.append(name)
         elif name.startswith(prefix) or name == extra:
             kept[name] = tensor
         else:
-            strange.append(name)
-    what = {"visual.": "image tower of a CLIP", "bert.": "BERT"}[prefix]
+            unknown.append(name)
+    tower = {"visual.": "image tower of a CLIP", "bert.": "BERT"}[prefix]
     if not any(name.startswith(prefix) for name in kept):
         first = ", ".join(list(tensors)[:3])
-        raise CheckpointError(f"{file} holds no {what}; it begins with {first}")
-    if strange:
+        raise CheckpointError(f"{file} has no {tower}; it starts with {first}")
+    if unknown:
         raise CheckpointError(
-            f"{file} is no {what} known here: it also holds {strange[0]}"
-            + (f" and {len(strange) - 1} more unknown tensors" if len(strange) > 1 else "")
+            f"{file} is not a known {tower}: it also has {unknown[0]}"
+            + (f" and {len(unknown) - 1} more unknown tensors" if len(unknown) > 1 else "")
         )
-    return Tower(kept, tuple(out))
+    return Tower(kept, tuple(all_dropped))
 
 
 def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -132,7 +132,7 @@ def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_activation(folder: Path) -> None:
-    """Refuse towers trained with another activation: shapes do not tell, only a config does."""
+    """Refuse towers of another activation, which only a config shows."""
     if not os.path.isdir(folder):
         return
     for name in ("config.json", "open_clip_config.json"):
@@ -150,6 +150,6 @@ def _check_activation(folder: Path) -> None:
             continue
         if activation != "quick_gelu":
             raise CheckpointError(
-                f"{folder / name} says that its image tower was trained with {activation}; the ViT "
-                "here computes quick_gelu, so its features would be wrong. Take a quick_gelu one"
+                f"{folder / name}: the image tower was trained with {activation}, and the ViT here "
+                "computes quick_gelu, so features would be wrong; use a quick_gelu model"
             )

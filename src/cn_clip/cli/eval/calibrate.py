@@ -10,7 +10,7 @@ from typing import Any, Literal
 from rich.table import Table
 
 from cn_clip.cli.loading import model_paths
-from cn_clip.cli.show import Amount, Flag, check_apart, console, print_json, progress
+from cn_clip.cli.show import Amount, Flag, check_different_paths, console, print_json, progress
 from cn_clip.config import Precision
 
 _LISTED = 20  # pictures that failed; --json has all
@@ -84,7 +84,7 @@ def calibrate(
     claim_calibration(out, inputs=inputs, overwrite=overwrite)
     if report is not None:
         claim_page(report, "eval calibrate", inputs=inputs)
-        check_apart(out, report)
+        check_different_paths(out, report)
     found = eval_set_of(open_mix([data]))
     embedder = load(
         model,

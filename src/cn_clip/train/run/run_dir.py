@@ -204,7 +204,7 @@ def _looked_into(folder: Path, recipe: Recipe, resume: bool, allow_changes: bool
             return outcome
     _sweep(folder)
     for place in (folder / "final", *(folder / "stages").glob("[0-9]*")):
-        weights.check_own(place)  # now, and not when the run has ended
+        weights.refuse_foreign_folder(place)  # now, and not when the run has ended
     if not _is_run(folder):
         stamp(folder, "train")
     (folder / _OUTCOME).unlink(missing_ok=True)  # of the recipe before

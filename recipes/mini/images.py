@@ -1,6 +1,6 @@
-"""Pictures with words: emoji by several hands, Open Clip Art, and pictures of a children's game.
+"""Source images with Chinese words: emoji sets, Open Clip Art, and images of a children's game.
 
-Emoji have their Chinese names and keywords from CLDR; the words of the others are in data/.
+Chinese names and keywords of emoji are CLDR's; the words of the others are in data/.
 """
 
 import io
@@ -12,9 +12,9 @@ from pathlib import Path
 from PIL import Image
 from words import Words, labels
 
-RENDERED = 320  # width that SVGs are drawn at
-LARGEST = 50_000_000  # pixels of a picture worth decoding
-KEYWORDS = 4  # of an emoji; the later ones say little of what is to be seen
+SVG_WIDTH = 320  # pixels of a rendered SVG
+MAX_PIXELS = 50_000_000  # larger images are skipped
+KEYWORDS = 4  # per emoji; later ones hardly describe the image
 SKIN_TONES = {f"{code:x}" for code in range(0x1F3FB, 0x1F400)}
 JOINERS = {"200d", "2640", "2642", "27a1"}  # joiner, female, male, "facing right"
 GROWN_UP, CHILD = "1f9d1", "1f9d2"
@@ -22,32 +22,32 @@ PEOPLE = {"1f468": GROWN_UP, "1f469": GROWN_UP, "1f466": CHILD, "1f467": CHILD}
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture: `group` names what it shows, so that a split can keep its drawings together."""
+class SourceImage:
+    """One image; images of one `group` show the same object and stay in one split."""
 
     source: str
     key: str
     group: str
     words: Words
-    data: bytes  # an encoded picture, or SVG text
+    data: bytes  # an encoded image, or SVG text
 
     @property
     def name(self) -> str:
         return f"{self.source}/{self.key}"
 
 
-def drawn(data: bytes, side: int) -> Image.Image:
-    """The picture on a white square, side x side, nothing cut off.
+def render(data: bytes, side: int) -> Image.Image:
+    """Return the image on a white square, side x side, without cropping.
 
     Raises:
-        OSError, ValueError: it cannot be decoded, or is far too large.
+        OSError, ValueError: the image is unreadable or too large.
     """
     if data.lstrip()[:1] == b"<":
         import resvg_py
 
-        data = bytes(resvg_py.svg_to_bytes(svg_string=data.decode("utf-8"), width=RENDERED))
+        data = bytes(resvg_py.svg_to_bytes(svg_string=data.decode("utf-8"), width=SVG_WIDTH))
     with Image.open(io.BytesIO(data)) as image:
-        if image.width * image.height > LARGEST:
+        if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels")
         layer = image.convert("RGBA")
     longer = max(layer.size)
@@ -56,8 +56,8 @@ def drawn(data: bytes, side: int) -> Image.Image:
     return square.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
 
 
-def all_pictures(packages: Path) -> Iterator[Picture]:
-    """Every picture that has words, each key once in a source."""
+def all_images(packages: Path) -> Iterator[SourceImage]:
+    """Yield all images that have words; a key is unique within a source."""
     modules = packages / "node_modules"
     words = emoji_words(modules)
     noto = modules / "@iconify-json/noto"
@@ -68,15 +68,23 @@ def all_pictures(packages: Path) -> Iterator[Picture]:
     yield from iconify(modules / "@iconify-json/emojione", "emojione", words, chars=noto)
     debian = packages / "debian"
     png = debian / "openclipart-png/usr/share/openclipart/png"
-    for key, each in labels("clip_art.tsv").items():
-        yield Picture("clip-art", key, each.names[0], each, (png / f"{key}.png").read_bytes())
+    for key, words_of_image in labels("clip_art.tsv").items():
+        yield SourceImage(
+            "clip-art",
+            key,
+            words_of_image.names[0],
+            words_of_image,
+            (png / f"{key}.png").read_bytes(),
+        )
     games = debian / "pysiogame/usr/share/games/pysiogame/res/images"
-    for key, each in labels("games.tsv").items():
-        yield Picture("games", key, each.names[0], each, (games / key).read_bytes())
+    for key, words_of_image in labels("games.tsv").items():
+        yield SourceImage(
+            "games", key, words_of_image.names[0], words_of_image, (games / key).read_bytes()
+        )
 
 
 def emoji_words(modules: Path) -> dict[str, Words]:
-    """Code points (`1f600-200d-...`, without FE0F) -> Chinese name, keywords as broader words."""
+    """Return Chinese names and keywords by code points (`1f600-200d-...`, without FE0F)."""
     words: dict[str, Words] = {}
     for package, root in (
         ("cldr-annotations-full/annotations", "annotations"),
@@ -97,7 +105,7 @@ def emoji_words(modules: Path) -> dict[str, Words]:
 
 
 def english_names(modules: Path) -> dict[str, str]:
-    """English names of emoji -> their code points."""
+    """Return code points of emoji by English name."""
     path = modules / "cldr-annotations-full/annotations/en/annotations.json"
     table = json.loads(path.read_text("utf-8"))["annotations"]["annotations"]
     return {
@@ -108,24 +116,24 @@ def english_names(modules: Path) -> dict[str, str]:
 
 
 def family(code: str) -> str:
-    """What variants of an emoji share: policeman, policewoman and police officer are one."""
+    """Return a key that variants of an emoji share, such as policeman and policewoman."""
     parts = {PEOPLE.get(part, part) for part in code.split("-")} - JOINERS
     return "-".join(sorted(parts)) or code
 
 
-def _wanted(code: str) -> bool:
-    """Skin tones repeat one picture five times, so only the yellow one stays; signs of up to three
-    hexadecimal digits are letters and numbers."""
+def _is_used(code: str) -> bool:
+    """Whether an emoji is used: skin tones repeat one image five times, and code points of up to
+    three hexadecimal digits are letters and digits."""
     return not SKIN_TONES & set(code.split("-")) and len(code) > 3
 
 
 def iconify(
     folder: Path, source: str, words: dict[str, Words], *, chars: Path | None = None
-) -> Iterator[Picture]:
-    """Emoji of an `@iconify-json/*` package.
+) -> Iterator[SourceImage]:
+    """Yield emoji of an `@iconify-json/*` package.
 
-    `chars.json` maps code points to icons; a package without one borrows another's, since Iconify
-    names the same emoji alike everywhere.
+    `chars.json` maps code points to icons. A package without it uses that of another package,
+    because Iconify uses the same names in all.
     """
     icons = json.loads((folder / "icons.json").read_text("utf-8"))
     size = icons.get("width", 16), icons.get("height", 16)
@@ -134,7 +142,7 @@ def iconify(
     for raw, icon in table.items():
         code = "-".join(part for part in raw.lower().split("-") if part != "fe0f")
         entry = icons["icons"].get(icon)
-        if entry is None or code in seen or code not in words or not _wanted(code):
+        if entry is None or code in seen or code not in words or not _is_used(code):
             continue
         seen.add(code)
         width, height = entry.get("width", size[0]), entry.get("height", size[1])
@@ -143,14 +151,14 @@ def iconify(
             f'viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
             f"{entry['body']}</svg>"
         )
-        yield Picture(source, code, family(code), words[code], svg.encode())
+        yield SourceImage(source, code, family(code), words[code], svg.encode())
 
 
-def fluent_3d(folder: Path, words: dict[str, Words]) -> Iterator[Picture]:
-    """Emoji of `@lobehub/fluent-emoji-3d`: one WebP for each code point sequence."""
+def fluent_3d(folder: Path, words: dict[str, Words]) -> Iterator[SourceImage]:
+    """Yield emoji of `@lobehub/fluent-emoji-3d`: one WebP per code point sequence."""
     seen = set()
     for path in sorted((folder / "assets").glob("*.webp")):
         code = "-".join(part for part in path.stem.lower().split("-") if part != "fe0f")
-        if code in words and code not in seen and _wanted(code):
+        if code in words and code not in seen and _is_used(code):
             seen.add(code)
-            yield Picture("fluent-3d", code, family(code), words[code], path.read_bytes())
+            yield SourceImage("fluent-3d", code, family(code), words[code], path.read_bytes())
