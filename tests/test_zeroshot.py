@@ -1,4 +1,4 @@
-"""Classification against its definition, and labels that make no sense."""
+"""Classification against its definition; invalid labels are refused."""
 
 import numpy as np
 import pytest
@@ -14,12 +14,12 @@ def embedder(tiny_model):
     return Embedder.from_model(tiny_model)
 
 
-PICTURES = [make_picture(seed) for seed in range(3)]
+IMAGES = [make_picture(seed) for seed in range(3)]
 
 
 def test_probabilities_are_the_softmax_of_scaled_cosines(embedder):
-    result = cn_clip.classify(embedder, PICTURES, ["猫", "狗", "火箭"])
-    cosines = embedder.embed_images(PICTURES) @ embedder.embed_texts(["猫", "狗", "火箭"]).T
+    result = cn_clip.classify(embedder, IMAGES, ["猫", "狗", "火箭"])
+    cosines = embedder.embed_images(IMAGES) @ embedder.embed_texts(["猫", "狗", "火箭"]).T
     np.testing.assert_allclose(result.cosines, cosines, atol=1e-6)
     expected = np.exp(embedder.logit_scale * cosines.astype(float))
     expected /= expected.sum(1, keepdims=True)
@@ -28,48 +28,48 @@ def test_probabilities_are_the_softmax_of_scaled_cosines(embedder):
 
 
 def test_templates_are_averaged_as_unit_vectors(embedder):
-    result = cn_clip.classify(embedder, PICTURES, ["猫", "狗"], templates=["{}", "一张{}的照片"])
+    result = cn_clip.classify(embedder, IMAGES, ["猫", "狗"], templates=["{}", "一张{}的照片"])
     texts = embedder.embed_texts(["猫", "一张猫的照片", "狗", "一张狗的照片"]).reshape(2, 2, -1)
     mean = texts.mean(1)
     mean /= np.linalg.norm(mean, axis=1, keepdims=True)
-    np.testing.assert_allclose(result.cosines, embedder.embed_images(PICTURES) @ mean.T, atol=1e-6)
+    np.testing.assert_allclose(result.cosines, embedder.embed_images(IMAGES) @ mean.T, atol=1e-6)
 
 
 def test_top_is_sorted_and_no_longer_than_the_labels(embedder):
-    result = cn_clip.classify(embedder, PICTURES, ["猫", "狗", "火箭"])
+    result = cn_clip.classify(embedder, IMAGES, ["猫", "狗", "火箭"])
     for row, probabilities in zip(result.top(9), result.probabilities, strict=True):
         assert [p for _, p, _ in row] == pytest.approx(sorted(probabilities, reverse=True))
         assert row[0][0] == result.labels[int(probabilities.argmax())]
 
 
-def test_no_pictures_give_no_rows(embedder):
+def test_no_images_give_no_rows(embedder):
     result = cn_clip.classify(embedder, [], ["猫", "狗"])
     assert result.probabilities.shape == (0, 2) and result.top(1) == []
 
 
 def test_a_repeated_label_is_counted_once_with_a_warning(embedder):
     with pytest.warns(UserWarning, match="'猫' is given more than once"):
-        result = cn_clip.classify(embedder, PICTURES, ["猫", " 猫", "狗"])
+        result = cn_clip.classify(embedder, IMAGES, ["猫", " 猫", "狗"])
     assert result.labels == ("猫", "狗")
 
 
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (["猫"], "one label '猫' cannot be compared"),
-        (["猫", "猫 "], "one label '猫' cannot be compared"),
-        ([], "no label cannot be compared"),
+        (["猫"], "only the label '猫' given; give at least two"),
+        (["猫", "猫 "], "only the label '猫' given; give at least two"),
+        ([], "no labels given"),
         (["猫", " "], "label 2 of 2 is empty"),
         ("猫,狗", "give a list"),
         (["猫", 3], "label 3 is not a string"),
     ],
 )
-def test_labels_that_make_no_sense_are_refused(embedder, labels, message):
+def test_invalid_labels_are_refused(embedder, labels, message):
     with pytest.raises(UsageError, match=message):
-        cn_clip.classify(embedder, PICTURES, labels)
+        cn_clip.classify(embedder, IMAGES, labels)
 
 
 @pytest.mark.parametrize("templates", [["照片"], [], "一张{}的照片"])
 def test_a_template_needs_a_place_for_the_label(embedder, templates):
     with pytest.raises(UsageError, match="template"):
-        cn_clip.classify(embedder, PICTURES, ["猫", "狗"], templates=templates)
+        cn_clip.classify(embedder, IMAGES, ["猫", "狗"], templates=templates)

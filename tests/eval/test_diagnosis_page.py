@@ -9,7 +9,7 @@ from cn_clip.data.sources.open import open_source
 from cn_clip.eval.dataset import EvalSet
 from cn_clip.eval.diagnosis.measure import diagnose
 from cn_clip.eval.diagnosis.report import write_diagnosis
-from cn_clip.eval.images import Pictures
+from cn_clip.eval.images import EmbeddedImages
 
 
 def test_a_hub_without_a_caption_and_a_picture_gone_since_are_shown(tmp_path):
@@ -28,7 +28,7 @@ def test_a_hub_without_a_caption_and_a_picture_gone_since_are_shown(tmp_path):
     found = diagnose("m", vectors, texts, data.texts, pairs)
     assert found.hubs.counts.tolist() == [2, 2, 2]
     write_diagnosis(
-        tmp_path / "out.html", "pairs", data, Pictures(np.arange(3), vectors, pairs), [found]
+        tmp_path / "out.html", "pairs", data, EmbeddedImages(np.arange(3), vectors, pairs), [found]
     )
     html = (tmp_path / "out.html").read_text(encoding="utf-8")
     assert "(without a caption)" in html

@@ -523,7 +523,7 @@ def _labelled(folder: Path) -> None:
     from cn_clip.eval.labelled import read_labelled
 
     found = read_labelled(folder, truth=folder / "test_ic.txt")
-    scores = zeroshot.score(
+    scores = zeroshot.evaluate_zeroshot(
         _Still(), found, zeroshot.read_templates(str(folder / "templates.txt")),  # type: ignore[arg-type]
         metric="11-point-map",
     )  # fmt: skip

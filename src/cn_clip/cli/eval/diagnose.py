@@ -33,9 +33,9 @@ def diagnose(
 ) -> int:
     """Tell where a model's recall is lost, and show it on a page.
 
-    Recall by length of the caption; hubs, which are pictures found for too many texts; captions of
-    different pictures that are hardly told apart; cosines of what belongs together and what does
-    not; the worst misses, with their pictures. With --compare, all of it for two models side by
+    Recall by length of the caption; hubs, which are images found for too many texts; captions of
+    different images that are hardly told apart; cosines of what belongs together and what does
+    not; the worst misses, with their images. With --compare, all of it for two models side by
     side, and the difference of their recalls with the 95 % interval of a paired bootstrap. The exit
     code is 1 if some of the data cannot be read.
 
@@ -44,7 +44,7 @@ def diagnose(
     data
         KIND:PATH, with KIND folder, csv, jsonl, parquet, tsv, lmdb or tar; repeat it for several.
     report
-        Write the page to this .html file. It holds small copies of some of the pictures.
+        Write the page to this .html file. It holds small copies of some of the images.
     compare
         Another model, named likewise.
     threshold
@@ -59,7 +59,7 @@ def diagnose(
     from cn_clip.eval.diagnosis.measure import compare as compared
     from cn_clip.eval.diagnosis.measure import diagnose
     from cn_clip.eval.diagnosis.report import write_diagnosis
-    from cn_clip.eval.images import embed_pictures
+    from cn_clip.eval.images import embed_eval_images
     from cn_clip.html.page import claim_page
 
     if report is not None and Path(report).suffix.lower() not in (".html", ".htm"):
@@ -76,18 +76,18 @@ def diagnose(
     with progress() as bars:
         for name in names:
             embedder = loading.load(name)
-            task = bars.add_task(f"{embedder.name}: pictures", total=len(pairs.images))
-            pictures = embed_pictures(embedder, pairs, tick=partial(bars.advance, task))
+            task = bars.add_task(f"{embedder.name}: images", total=len(pairs.images))
+            images = embed_eval_images(embedder, pairs, tick=partial(bars.advance, task))
             texts = embedder.embed_texts(pairs.texts)
-            total = len(pictures.numbers) + len(texts)
+            total = len(images.numbers) + len(texts)
             task = bars.add_task(f"{embedder.name}: answers", total=total)
             diagnoses.append(
                 diagnose(
                     embedder.name,
-                    pictures.vectors,
+                    images.vectors,
                     texts,
                     pairs.texts,
-                    pictures.pairs,
+                    images.pairs,
                     threshold=threshold,
                     seed=seed,
                     tick=partial(bars.advance, task),
@@ -96,12 +96,12 @@ def diagnose(
     diagnoses = _named(diagnoses, names)
     differences = compared(*diagnoses, seed=seed) if compare is not None else ()
     if report is not None:
-        write_diagnosis(Path(report), ", ".join(data), pairs, pictures, diagnoses, differences)
+        write_diagnosis(Path(report), ", ".join(data), pairs, images, diagnoses, differences)
     if json:
         print_json(
             {
                 "data": data,
-                "images": len(pictures.numbers),
+                "images": len(images.numbers),
                 "texts": len(diagnoses[0].texts),
                 "models": [_as_json(each) for each in diagnoses],
                 "differences": [_difference(each) for each in differences],
@@ -170,9 +170,9 @@ _ROWS: tuple[tuple[str, Callable[[Diagnosis], str]], ...] = (
     ("text to image, R@1 / 5 / 10", lambda d: _percent(d.text_to_image)),
     ("image to text, R@1 / 5 / 10", lambda d: _percent(d.image_to_text)),
     ("hubs: skewness of N_10", lambda d: f"{d.hubs.skewness:.2f}"),
-    ("hubs: most answers a picture is among", lambda d: f"{d.hubs.counts.max():,}"),
-    ("hubs: pictures among no answers", lambda d: f"{d.hubs.never:.1%}"),
-    ("captions of different pictures that are alike", lambda d: f"{d.alike.texts:,}"),
+    ("hubs: most answers an image is among", lambda d: f"{d.hubs.counts.max():,}"),
+    ("hubs: images among no answers", lambda d: f"{d.hubs.never:.1%}"),
+    ("captions of different images that are alike", lambda d: f"{d.alike.texts:,}"),
     ("median cosine, belong together", lambda d: f"{d.cosines.medians[0]:.3f}"),
     ("median cosine, do not", lambda d: f"{d.cosines.medians[1]:.3f}"),
 )

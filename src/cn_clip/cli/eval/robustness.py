@@ -1,4 +1,4 @@
-"""``cn-clip eval robustness``: the same pictures, asked for in other ways."""
+"""``cn-clip eval robustness``: the same images, asked for in other ways."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def robustness(
     seed: int = 0,
     json: Flag = False,
 ) -> int:
-    """Ask for the same pictures in other ways, and print the recall that is lost.
+    """Ask for the same images in other ways, and print the recall that is lost.
 
     The ways: simplified and traditional characters, half and full width, with and without
     punctuation, synonyms, English and mixed with English, and long texts up to and beyond what the
@@ -52,7 +52,7 @@ def robustness(
     """
     from cn_clip.data.sources.open import open_mix
     from cn_clip.eval.dataset import eval_set_of
-    from cn_clip.eval.images import embed_pictures
+    from cn_clip.eval.images import embed_eval_images
     from cn_clip.eval.robustness.measure import robustness
     from cn_clip.eval.robustness.rewrites import have_opencc, normalized, variants
 
@@ -63,15 +63,15 @@ def robustness(
     pairs = eval_set_of(open_mix(data))
     embedder = loading.load()
     with progress() as bars:
-        task = bars.add_task("embedding pictures", total=len(pairs.images))
-        pictures = embed_pictures(embedder, pairs, tick=partial(bars.advance, task))
+        task = bars.add_task("embedding images", total=len(pairs.images))
+        images = embed_eval_images(embedder, pairs, tick=partial(bars.advance, task))
         rounds = len(ways) + (1 + len(ways)) * bool(normalize)
         asking = bars.add_task("asking in other ways", total=rounds)
         found = robustness(
             embedder,
-            pictures.vectors,
+            images.vectors,
             pairs.texts,
-            pictures.pairs,
+            images.pairs,
             ways,
             normalizers=normalize,
             seed=seed,
@@ -82,7 +82,7 @@ def robustness(
             {
                 "model": embedder.name,
                 "data": data,
-                "images": len(pictures.numbers),
+                "images": len(images.numbers),
                 "queries": found.queries,
                 "plain": _recall(found.plain),
                 "asked": [_as_json(each) for each in found.asked],
@@ -93,7 +93,7 @@ def robustness(
             }
         )
     else:
-        _print(found, embedder.name, len(pictures.numbers))
+        _print(found, embedder.name, len(images.numbers))
     if left_out:
         print(
             f"cn-clip: left out {', '.join(left_out)}, for which OpenCC is needed: "
@@ -108,7 +108,7 @@ def robustness(
 def _print(found: Robustness, model: str, images: int) -> None:
     out = console()
     out.print(
-        f"{model}: {found.queries:,} texts ask for {images:,} pictures. R@1 "
+        f"{model}: {found.queries:,} texts ask for {images:,} images. R@1 "
         f"{found.plain.r1:.1%}, R@5 {found.plain.r5:.1%}, R@10 {found.plain.r10:.1%}, mean recall "
         f"{found.plain.mean:.1%}",
         markup=False,

@@ -16,7 +16,7 @@ from cn_clip.topk import TopK, Vectors, top_k
 
 K = 10  # how many of the first answers a hub is counted in
 _EDGES = (1, 3, 5, 7, 9, 12, 16, 24, 32, 48)  # characters, where the classes of length begin
-_SAMPLE = 2_000  # texts whose cosines to every picture are counted
+_SAMPLE = 2_000  # texts whose cosines to every image are counted
 _BLOCK = 1 << 22  # cosines at a time, 16 MiB
 _ALIKE = 1_000_000  # pairs of captions alike that are held, 16 MB
 BINS = np.linspace(-1, 1, 201)  # of the histograms of cosines
@@ -36,12 +36,12 @@ class Length:
 
 @dataclass(frozen=True, slots=True)
 class Hubs:
-    """How often each picture is among the first ``k`` answers of all texts.
+    """How often each image is among the first ``k`` answers of all texts.
 
     ``counts`` (N,) are the k-occurrences N_k, ``right`` (N,) how many of them were right.
-    ``skewness`` is their third standardised moment: 0 if all pictures are found alike, above 1 is
+    ``skewness`` is their third standardised moment: 0 if all images are found alike, above 1 is
     much (Radovanović, Nanopoulos and Ivanović, "Hubs in Space", JMLR 11, 2010, section 2).
-    ``never`` is the share of pictures that no text finds.
+    ``never`` is the share of images that no text finds.
     """
 
     k: int
@@ -51,16 +51,16 @@ class Hubs:
     never: float
 
     def most(self, number: int) -> Numbers:
-        """Return the pictures that are found most often, the most frequent first."""
+        """Return the images that are found most often, the most frequent first."""
         return np.argsort(-self.counts, kind="stable")[:number]
 
 
 @dataclass(frozen=True, slots=True)
 class Alike:
-    """Captions of different pictures that the model hardly tells apart.
+    """Captions of different images that the model hardly tells apart.
 
     ``pairs`` (P, 2) of texts with their ``cosines`` (P,), the most alike first; no two of them have
-    a picture in common. ``texts`` have such another. ``complete`` is whether all were held.
+    an image in common. ``texts`` have such another. ``complete`` is whether all were held.
     """
 
     threshold: float
@@ -73,7 +73,7 @@ class Alike:
 @dataclass(frozen=True, slots=True)
 class Cosines:
     """Counts of cosines between the edges ``BINS``: of what belongs together, of what does not
-    (texts drawn with a seed, each with every picture), and of each text's first answer, where it
+    (texts drawn with a seed, each with every image), and of each text's first answer, where it
     is right and where it is wrong. The ``medians`` are of the same four."""
 
     matching: Numbers
@@ -85,11 +85,11 @@ class Cosines:
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """What one model does with the pictures and texts of a set.
+    """What one model does with the images and texts of a set.
 
-    ``texts`` (Q,) are the numbers of those that have a picture, and ask for it; ``to_image`` (Q,)
+    ``texts`` (Q,) are the numbers of those that have an image, and ask for it; ``to_image`` (Q,)
     are the ranks of their best positives, ``images_found`` (Q, k) their first answers. Likewise
-    ``images`` (R,), ``to_text`` and ``texts_found`` of the pictures that have a text.
+    ``images`` (R,), ``to_text`` and ``texts_found`` of the images that have a text.
     """
 
     model: str
@@ -141,7 +141,7 @@ def diagnose(
         images: unit vectors (N, D). What is in no pair is there to be found by mistake.
         texts: unit vectors (M, D), likewise.
         captions: the M texts.
-        pairs: rows (P, 2), a picture's and a text's, of all that belong together.
+        pairs: rows (P, 2), an image's and a text's, of all that belong together.
         threshold: two captions are alike from this cosine on.
         seed: of the texts drawn for the histogram.
         tick: called with the number of queries just done.
@@ -223,7 +223,7 @@ def hubs_of(found: Numbers, right: npt.NDArray[np.bool_], gallery: int) -> Hubs:
 
 
 def alike(texts: Vectors, pairs: Pairs, *, threshold: float, block: int = _BLOCK) -> Alike:
-    """Find texts (M, D) with a cosine of ``threshold`` or more that have no picture in common.
+    """Find texts (M, D) with a cosine of ``threshold`` or more that have no image in common.
 
     No (M, M) array is made; once a million pairs are held, the search ends.
     """
@@ -254,11 +254,11 @@ def alike(texts: Vectors, pairs: Pairs, *, threshold: float, block: int = _BLOCK
 
 
 def share(texts: Numbers, pairs: Pairs) -> npt.NDArray[np.bool_]:
-    """Tell which pairs (P, 2) of texts have a picture in common."""
+    """Tell which pairs (P, 2) of texts have an image in common."""
     pairs = pairs[np.argsort(pairs[:, 1], kind="stable")]
     first = np.searchsorted(pairs[:, 1], texts[:, 0], side="left")
     count = np.searchsorted(pairs[:, 1], texts[:, 0], side="right") - first
-    row = np.repeat(np.arange(len(texts)), count)  # a row for each picture of the first text
+    row = np.repeat(np.arange(len(texts)), count)  # a row for each image of the first text
     place = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
     image = pairs[first[row] + place, 0]
     common = np.zeros(len(texts), bool)

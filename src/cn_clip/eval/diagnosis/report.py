@@ -13,15 +13,15 @@ import numpy as np
 from cn_clip.errors import CNClipError
 from cn_clip.eval.dataset import EvalSet
 from cn_clip.eval.diagnosis.measure import BINS, Diagnosis, Difference, Numbers
-from cn_clip.eval.images import Pictures
+from cn_clip.eval.images import EmbeddedImages
 from cn_clip.html.page import data_uri, overlaid, page, sheet, thumbnail
 from cn_clip.publish import write_text
 
-_HUBS = 12  # pictures of each list
+_HUBS = 12  # images of each list
 _MISSES = 20
 _ALIKE = 30  # pairs of captions
 _FOUND = 3  # answers shown beside a miss
-# Beside data.page's: rows of a miss, two models side by side, small pictures of a hub's queries.
+# Beside data.page's: rows of a miss, two models side by side, small images of a hub's queries.
 _STYLE = """<style>
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 0 2rem; }
 .miss { display: grid; grid-template-columns: 14rem 8.5rem 1fr; gap: 1rem; align-items: start;
@@ -35,7 +35,7 @@ _STYLE = """<style>
 class _Shown:
     """What the pieces of the page need of the set."""
 
-    picture: Callable[[int], str]
+    image: Callable[[int], str]
     captions: Sequence[str]
     of_image: Callable[[int], Numbers]
     of_text: Callable[[int], Numbers]
@@ -45,7 +45,7 @@ def write_diagnosis(
     path: Path,
     name: str,
     data: EvalSet,
-    pictures: Pictures,
+    images: EmbeddedImages,
     diagnoses: Sequence[Diagnosis],
     differences: Sequence[Difference] = (),
 ) -> None:
@@ -54,18 +54,18 @@ def write_diagnosis(
     Args:
         path: of the page; it appears whole.
         name: of the data, for people.
-        data: where the pictures and captions are.
-        pictures: those that were measured.
+        data: where the images and captions are.
+        images: those that were measured.
         diagnoses: of one model, or of two.
         differences: between the two, from ``compare``.
     """
-    shown = _shown(data, pictures)
+    shown = _shown(data, images)
     models = " and ".join(escape(each.model) for each in diagnoses)
     parts = [
         _STYLE,
         f"<h1>{models} on {escape(name)}</h1>",
-        f"<p>{len(pictures.numbers):,} pictures, {len(diagnoses[0].texts):,} texts, "
-        f"{len(pictures.pairs):,} pairs. Recall is exact; a text or a picture may have several "
+        f"<p>{len(images.numbers):,} images, {len(diagnoses[0].texts):,} texts, "
+        f"{len(images.pairs):,} pairs. Recall is exact; a text or an image may have several "
         "right answers, of which one must be found.</p>",
         _recalls(diagnoses),
         *([_differences(diagnoses, differences)] if differences else []),
@@ -74,9 +74,9 @@ def write_diagnosis(
         _side_by_side(diagnoses, _lengths),
         "<h2>Cosines</h2>",
         _side_by_side(diagnoses, _cosines),
-        "<h2>Hubs: pictures found too often</h2>",
-        "<p>How often a picture is among the first answers of all texts. If all were found alike, "
-        "the skewness would be 0; above 1, a few pictures crowd the answers of many texts.</p>",
+        "<h2>Hubs: images found too often</h2>",
+        "<p>How often an image is among the first answers of all texts. If all were found alike, "
+        "the skewness would be 0; above 1, a few images crowd the answers of many texts.</p>",
         _side_by_side(diagnoses, lambda each: _hubs(each, shown)),
         "<h2>Captions hardly told apart</h2>",
         _side_by_side(diagnoses, lambda each: _alike(each, shown)),
@@ -92,8 +92,8 @@ def write_diagnosis(
     for each in diagnoses:
         parts += [f"<h2>The worst misses of {escape(each.model)}</h2>", _misses(each, shown)]
         parts += [
-            f"<h2>Pictures whose text {escape(each.model)} misses</h2>",
-            _missed_pictures(each, shown),
+            f"<h2>EmbeddedImages whose text {escape(each.model)} misses</h2>",
+            _missed_images(each, shown),
         ]
     if data.skipped:
         listed = "".join(f"<li>{escape(each)}</li>" for each in data.skipped[:50])
@@ -101,14 +101,14 @@ def write_diagnosis(
     write_text(path, page(f"{models} on {name}", parts, "eval diagnose"))
 
 
-def _shown(data: EvalSet, pictures: Pictures) -> _Shown:
-    by_image = pictures.pairs[np.argsort(pictures.pairs[:, 0], kind="stable")]
-    by_text = pictures.pairs[np.argsort(pictures.pairs[:, 1], kind="stable")]
+def _shown(data: EvalSet, images: EmbeddedImages) -> _Shown:
+    by_image = images.pairs[np.argsort(images.pairs[:, 0], kind="stable")]
+    by_text = images.pairs[np.argsort(images.pairs[:, 1], kind="stable")]
 
     @cache  # a hub is on the page many times, and decoded once
-    def picture(place: int) -> str:
+    def image(place: int) -> str:
         try:
-            return data_uri(thumbnail(data.image_bytes(int(pictures.numbers[place]))))
+            return data_uri(thumbnail(data.image_bytes(int(images.numbers[place]))))
         except CNClipError:  # gone since it was embedded
             return ""
 
@@ -120,7 +120,7 @@ def _shown(data: EvalSet, pictures: Pictures) -> _Shown:
         start, end = np.searchsorted(by_text[:, 1], [place, place + 1])
         return by_text[start:end, 0]
 
-    return _Shown(picture, data.texts, of_image, of_text)
+    return _Shown(image, data.texts, of_image, of_text)
 
 
 def _side_by_side(diagnoses: Sequence[Diagnosis], piece: Callable[[Diagnosis], str]) -> str:
@@ -204,12 +204,12 @@ def _hubs(each: Diagnosis, shown: _Shown) -> str:
     for place in hubs.most(_HUBS).tolist():
         own = _own(place, shown)
         told = f"{hubs.counts[place]:,} times, {hubs.right[place]:,} rightly<br>{own}"
-        figures.append((shown.picture(place), told))
+        figures.append((shown.image(place), told))
     mean = hubs.counts.mean()
     return (
-        f"<p>Skewness of N<sub>{hubs.k}</sub>: {hubs.skewness:.2f}. A picture is among the first "
+        f"<p>Skewness of N<sub>{hubs.k}</sub>: {hubs.skewness:.2f}. An image is among the first "
         f"{hubs.k} of {mean:.1f} texts on average, the first hub of {hubs.counts.max():,}; "
-        f"{hubs.never:.1%} of the pictures are among none.</p>{sheet(figures)}"
+        f"{hubs.never:.1%} of the images are among none.</p>{sheet(figures)}"
     )
 
 
@@ -217,8 +217,8 @@ def _alike(each: Diagnosis, shown: _Shown) -> str:
     found = each.alike
     count = f"{len(found.pairs):,}" if found.complete else f"at least {len(found.pairs):,}"
     said = (
-        f"<p>Pairs of captions of different pictures with a cosine of {found.threshold:g} or more: "
-        f"{count}, of {found.texts:,} captions. A text that names another picture as well is no "
+        f"<p>Pairs of captions of different images with a cosine of {found.threshold:g} or more: "
+        f"{count}, of {found.texts:,} captions. A text that names another image as well is no "
         "fair question. Captions equal but for width, case and punctuation are one text "
         "already.</p>"
     )
@@ -253,14 +253,14 @@ def _rows(each: Diagnosis, queries: Numbers, shown: _Shown) -> str:
     for query in queries.tolist():
         text, answers = int(each.texts[query]), each.images_found
         found = "".join(
-            _figure(shown.picture(place), f"{score:.3f}<br>{_own(place, shown)}")
+            _figure(shown.image(place), f"{score:.3f}<br>{_own(place, shown)}")
             for place, score in zip(
                 answers.indexes[query, :_FOUND].tolist(),
                 answers.scores[query, :_FOUND].tolist(),
                 strict=True,
             )
         )
-        right = shown.picture(int(shown.of_text(text)[0]))
+        right = shown.image(int(shown.of_text(text)[0]))
         rows.append(
             f'<div class="miss"><div>{escape(shown.captions[text])}<br><span class="small">first '
             f"right answer at place {each.to_image[query] + 1:,}</span></div>"
@@ -269,7 +269,7 @@ def _rows(each: Diagnosis, queries: Numbers, shown: _Shown) -> str:
     return "".join(rows)
 
 
-def _missed_pictures(each: Diagnosis, shown: _Shown) -> str:
+def _missed_images(each: Diagnosis, shown: _Shown) -> str:
     order = np.argsort(-each.to_text, kind="stable")[:_HUBS]
     figures = []
     for query in order[each.to_text[order] > 0].tolist():
@@ -279,7 +279,7 @@ def _missed_pictures(each: Diagnosis, shown: _Shown) -> str:
             f"called {escape(said)}<br>is {_own(place, shown)}<br>"
             f'<span class="small">at place {each.to_text[query] + 1:,}</span>'
         )
-        figures.append((shown.picture(place), told))
+        figures.append((shown.image(place), told))
     return sheet(figures) if figures else "<p>none</p>"
 
 

@@ -1,4 +1,4 @@
-"""What recall is lost when the same pictures are asked for in another way."""
+"""What recall is lost when the same images are asked for in another way."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ def robustness(
     seed: int = 0,
     tick: Callable[[int], None] = lambda _: None,
 ) -> Robustness:
-    """Ask for the same pictures in other ways, and measure what is lost.
+    """Ask for the same images in other ways, and measure what is lost.
 
     Args:
         embedder: embeds the texts.
         images: embeddings (N, D) by the same model.
-        texts: M texts, each once; those without a picture are not asked with.
-        pairs: rows (P, 2), a picture's and a text's, that belong together.
+        texts: M texts, each once; those without an image are not asked with.
+        pairs: rows (P, 2), an image's and a text's, that belong together.
         ways: from ``cn_clip.eval.robustness.rewrites.variants``.
         normalizers: names out of ``rewrites.NORMALIZERS``, applied in this order.
         seed: of the bootstrap.

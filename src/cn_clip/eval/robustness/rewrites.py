@@ -13,7 +13,7 @@ from importlib.resources import files
 from cn_clip.errors import UnknownNameError, UsageError
 from cn_clip.tokenizer import CONTEXT_LENGTH, default_tokenizer
 
-# Says nothing of what a picture shows. A token each character.
+# Says nothing of what an image shows. A token each character.
 _NEUTRAL = (
     "这张照片是前些日子随手拍下来的当时没有多想后来整理相册时又翻到了它觉得还不错就一直留着没有删"
 )
