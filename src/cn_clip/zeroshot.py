@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -114,7 +115,7 @@ def classify_embeddings(
     )
 
 
-def softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     """Return the softmax of each row, (N, M)."""
     weights = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
     result: npt.NDArray[np.float32] = weights / weights.sum(axis=1, keepdims=True)

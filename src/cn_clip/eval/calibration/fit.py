@@ -145,24 +145,24 @@ def pair_cosines(
 ) -> PairCosines:
     """Return the cosines of all pairs, and of all non-pairs or a random quarter of a million."""
     size = len(images) * len(texts)
-    own = np.unique(pairs[:, 0] * len(texts) + pairs[:, 1])
+    matching = np.unique(pairs[:, 0] * len(texts) + pairs[:, 1])
     if size <= _NON_PAIRS:
         other = np.arange(size)
     else:
         other = np.unique(np.random.default_rng(seed).integers(0, size, _NON_PAIRS))
-    other = other[~np.isin(other, own)]
-    if len(own) < _MIN_PAIRS or not len(other):
+    other = other[~np.isin(other, matching)]
+    if len(matching) < _MIN_PAIRS or not len(other):
         raise UsageError(
-            f"{len(own)} pairs and {len(other)} non-pairs in a half are too few to fit a "
+            f"{len(matching)} pairs and {len(other)} non-pairs in a half are too few to fit a "
             f"calibration; give at least {2 * _MIN_PAIRS} pairs with different texts"
         )
-    row, column = np.divmod(np.concatenate([own, other]), len(texts))
+    row, column = np.divmod(np.concatenate([matching, other]), len(texts))
     cosines = np.empty(len(row))
     for start in range(0, len(row), 1 << 13):
         batch = slice(start, start + (1 << 13))
         cosines[batch] = np.einsum("nd,nd->n", images[row[batch]], texts[column[batch]])
-    match = np.arange(len(row)) < len(own)
-    weights = np.where(match, prior / len(own), (1 - prior) / len(other))
+    match = np.arange(len(row)) < len(matching)
+    weights = np.where(match, prior / len(matching), (1 - prior) / len(other))
     return PairCosines(cosines, match, weights)
 
 

@@ -42,9 +42,9 @@ def ranks_of_truth(scores: Scores, truth: Classes) -> Classes:
     """
     scores = checked(scores, "scores")
     truth = _checked_truth(truth, scores)
-    own = scores[np.arange(len(truth)), truth][:, None]
-    ahead = scores > own
-    ahead |= (scores == own) & (np.arange(scores.shape[1]) < truth[:, None])
+    true_scores = scores[np.arange(len(truth)), truth][:, None]
+    ahead = scores > true_scores
+    ahead |= (scores == true_scores) & (np.arange(scores.shape[1]) < truth[:, None])
     ranks: Classes = np.count_nonzero(ahead, axis=1)
     return ranks
 

@@ -112,6 +112,14 @@ def recall_of(ranks: Ranks) -> Recall:
     return Recall(recall_at(ranks, 1), recall_at(ranks, 5), recall_at(ranks, 10))
 
 
+def mean_recall_by_query(ranks: Ranks) -> npt.NDArray[np.float64]:
+    """Return each query's contribution (Q,) to mean recall: the mean of its hits at 1, 5 and 10."""
+    result: npt.NDArray[np.float64] = np.mean(
+        [ranks < 1, ranks < 5, ranks < 10], axis=0, dtype=np.float64
+    )
+    return result
+
+
 def _recall(queries: Vectors, gallery: Vectors, positives: Pairs, block: int) -> Recall:
     with_positive, rows = np.unique(positives[:, 0], return_inverse=True)
     positives = np.stack([rows, positives[:, 1]], axis=1)
