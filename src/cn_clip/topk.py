@@ -49,7 +49,7 @@ def top_k(
     Raises:
         UsageError: a vector is not finite, dimensions differ, or k is out of range.
     """
-    queries, gallery = checked(queries, "queries"), checked(gallery, "gallery")
+    queries, gallery = checked_vectors(queries, "queries"), checked_vectors(gallery, "gallery")
     if queries.shape[1] != gallery.shape[1]:
         raise UsageError(
             f"vectors of dimension {queries.shape[1]} and {gallery.shape[1]} cannot be compared; "
@@ -92,7 +92,7 @@ def _top_columns(
     return np.take_along_axis(columns, order, axis=1)
 
 
-def checked(vectors: Vectors, what: str) -> Vectors:
+def checked_vectors(vectors: Vectors, what: str) -> Vectors:
     """Return vectors (N, D) as float32 or float64.
 
     Raises:

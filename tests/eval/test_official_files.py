@@ -16,7 +16,7 @@ from cn_clip.eval.official_files import (
     write_metrics,
     write_official_files,
 )
-from cn_clip.eval.retrieval import Measured, evaluate_features
+from cn_clip.eval.retrieval import RetrievalResult, evaluate_features
 
 EVAL = GOLDEN / "eval"
 
@@ -117,7 +117,7 @@ def measured(images=13, texts=17, dim=6):
     names = [f"{each:03}" for each in range(images)]
     captions = [f"文本{each}" for each in range(texts)]
     ids = list(range(texts))
-    return Measured("tiny", retrieval(i, t, pairs), names, ids, captions, i, t, pairs)
+    return RetrievalResult("tiny", retrieval(i, t, pairs), names, ids, captions, i, t, pairs)
 
 
 def test_the_written_files_give_the_same_scores(tmp_path):

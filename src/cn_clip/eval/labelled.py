@@ -19,7 +19,7 @@ LABELS = "label_cn.txt"
 
 
 @dataclass(frozen=True, slots=True)
-class Labelled:
+class LabelledImages:
     """Images and their classes.
 
     Attributes:
@@ -37,7 +37,7 @@ class Labelled:
     order: npt.NDArray[np.int64] | None = None
 
 
-def read_labelled(root: Path, *, split: str = "test", truth: Path | None = None) -> Labelled:
+def read_labelled(root: Path, *, split: str = "test", truth: Path | None = None) -> LabelledImages:
     """Read a folder in the layout of the official ``zeroshot_dataset.md``; no image is opened.
 
     Args:
@@ -76,7 +76,7 @@ def read_labelled(root: Path, *, split: str = "test", truth: Path | None = None)
         classes += [number] * len(paths)
     if passed := passed_over(files, SUFFIXES, split_folder):
         warnings.warn(passed, stacklevel=2)
-    return Labelled(
+    return LabelledImages(
         labels,
         images,
         np.array(classes, np.int64),

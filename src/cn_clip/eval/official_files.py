@@ -15,7 +15,7 @@ from cn_clip.embeddings.files import Features, write_jsonl
 from cn_clip.embeddings.inputs import Kind
 from cn_clip.errors import DataError, UsageError
 from cn_clip.eval.metrics.recall import Recall, recall_of
-from cn_clip.eval.retrieval import Id, Measured
+from cn_clip.eval.retrieval import Id, RetrievalResult
 from cn_clip.publish import (
     begins,
     claim,
@@ -78,7 +78,7 @@ def claim_metrics(out: str | Path, *, inputs: Iterable[str | Path] = ()) -> Path
     return claim(out, file_by("eval predictions", own), inputs=inputs)
 
 
-def write_official_files(measured: Measured, folder: Path) -> list[Path]:
+def write_official_files(result: RetrievalResult, folder: Path) -> list[Path]:
     """Write features, annotations, predictions and metrics in the official formats; return the
     paths.
 
@@ -88,20 +88,20 @@ def write_official_files(measured: Measured, folder: Path) -> list[Path]:
     Raises:
         UsageError: there are fewer than 10 images or texts.
     """
-    images, texts = measured.image_ids, measured.text_ids
+    images, texts = result.image_ids, result.text_ids
     if min(len(images), len(texts)) < K:
         raise UsageError(
             f"the official files hold {K} results per query, but there are {len(images)} images "
             f"and {len(texts)} texts; evaluate on more data, or omit --out"
         )
-    best_images = top_k(measured.texts, measured.images, K).indexes
-    best_texts = top_k(measured.images, measured.texts, K).indexes
+    best_images = top_k(result.texts, result.images, K).indexes
+    best_texts = top_k(result.images, result.texts, K).indexes
     images_of: dict[int, list[Id]] = {}
     texts_of: dict[int, list[Id]] = {}
-    for image, text in measured.pairs.tolist():
+    for image, text in result.pairs.tolist():
         images_of.setdefault(text, []).append(images[image])
         texts_of.setdefault(image, []).append(texts[text])
-    captions = measured.captions or [""] * len(texts)
+    captions = result.captions or [""] * len(texts)
     files: dict[str, Iterable[dict[str, Any]]] = {
         "texts.jsonl": (
             {"text_id": texts[text], "text": captions[text], "image_ids": images_of[text]}
@@ -124,13 +124,13 @@ def write_official_files(measured: Measured, folder: Path) -> list[Path]:
     with unwritable_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
         stamp(folder, "eval retrieval", [*names, *(f"{name}.about.json" for name in features)])
-        _write_features(measured, "images", folder / "imgs.img_feat.jsonl")
-        _write_features(measured, "texts", folder / "texts.txt_feat.jsonl")
+        _write_features(result, "images", folder / "imgs.img_feat.jsonl")
+        _write_features(result, "texts", folder / "texts.txt_feat.jsonl")
         for name, objects in files.items():
             with published(folder / name) as path, path.open("w", encoding="utf-8") as stream:
                 stream.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in objects)
-        write_metrics(measured.recall.text_to_image, folder / "metrics.json")
-        write_metrics(measured.recall.image_to_text, folder / "tr_metrics.json")
+        write_metrics(result.recall.text_to_image, folder / "metrics.json")
+        write_metrics(result.recall.image_to_text, folder / "tr_metrics.json")
     return [folder / name for name in names]
 
 
@@ -222,12 +222,12 @@ def score_predictions(
     return PredictionScores(predictions.direction, recall, len(positives), extra)
 
 
-def _write_features(measured: Measured, kind: Kind, out: Path) -> None:
+def _write_features(result: RetrievalResult, kind: Kind, out: Path) -> None:
     ids, vectors = {
-        "images": (measured.image_ids, measured.images),
-        "texts": (measured.text_ids, measured.texts),
+        "images": (result.image_ids, result.images),
+        "texts": (result.text_ids, result.texts),
     }[kind]
-    about = {"model": measured.model, "kind": kind, "dim": vectors.shape[1]}
+    about = {"model": result.model, "kind": kind, "dim": vectors.shape[1]}
     labels = [str(key) for key in ids]
     rows = Features(kind, ids, labels, vectors.shape[1], lambda a, b: vectors[a:b], about)
     write_jsonl(rows, out)

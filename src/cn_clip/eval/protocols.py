@@ -16,7 +16,7 @@ from cn_clip.errors import DataError, UnknownNameError
 from cn_clip.eval.dataset import EvalSet, eval_set_of
 from cn_clip.eval.metrics.recall import Recall
 from cn_clip.eval.official_files import Direction
-from cn_clip.eval.retrieval import Measured, Tick, measure
+from cn_clip.eval.retrieval import RetrievalResult, Tick, measure
 
 Setup = Literal["zero-shot", "fine-tuned"]
 MEASURES = ("R@1", "R@5", "R@10")
@@ -112,35 +112,35 @@ def open_split(spec: Protocol, data: str) -> EvalSet:
 
 def run_protocol(
     embedder: Embedder, dataset: EvalSet, *, tick: Tick = lambda done, total: None
-) -> Measured:
+) -> RetrievalResult:
     """Measure recall on a protocol's data.
 
     Raises:
         DataError: an image is unreadable, so scores cannot be compared.
     """
-    measured = measure(embedder, dataset, tick=tick)
-    if measured.failed:
+    result = measure(embedder, dataset, tick=tick)
+    if result.failed:
         raise DataError(
-            f"{len(measured.failed):,} of {len(dataset.images):,} images are unreadable, so scores "
-            f"cannot be compared; the first: {measured.failed[0]}"
+            f"{len(result.failed):,} of {len(dataset.images):,} images are unreadable, so scores "
+            f"cannot be compared; the first: {result.failed[0]}"
         )
-    return measured
+    return result
 
 
 def compare_with_published(
-    spec: Protocol, measured: Measured, *, setup: Setup = "zero-shot"
+    spec: Protocol, result: RetrievalResult, *, setup: Setup = "zero-shot"
 ) -> list[ScoreComparison]:
     """Return each score of the protocol with the published one of this model."""
     recalls: dict[Direction, Recall] = {
-        "text_to_image": measured.recall.text_to_image,
-        "image_to_text": measured.recall.image_to_text,
+        "text_to_image": result.recall.text_to_image,
+        "image_to_text": result.recall.image_to_text,
     }
     rows = []
     for direction in spec.directions:
         recall = recalls[direction]
         ours = [100 * value for value in (recall.r1, recall.r5, recall.r10)]
         table = spec.published.get(setup, {}).get(direction, {})
-        theirs: Sequence[float | None] = table.get(measured.model, [None] * len(ours))
+        theirs: Sequence[float | None] = table.get(result.model, [None] * len(ours))
         rows += [
             ScoreComparison(direction, name, our_score, published)
             for name, our_score, published in zip(MEASURES, ours, theirs, strict=True)

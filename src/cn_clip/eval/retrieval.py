@@ -24,7 +24,7 @@ Id = str | int
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class RetrievalResult:
     """Recall on pairs, with the data it was computed from.
 
     Attributes:
@@ -57,7 +57,7 @@ def evaluate_retrieval(
     *,
     merge: bool = True,
     tick: Tick = lambda done, total: None,
-) -> Measured:
+) -> RetrievalResult:
     """Measure recall at 1, 5 and 10 on pairs, in both directions.
 
     Args:
@@ -77,7 +77,7 @@ def measure(
     dataset: EvalSet,
     *,
     tick: Tick = lambda done, total: None,
-) -> Measured:
+) -> RetrievalResult:
     """Measure recall on an evaluation set, like ``evaluate_retrieval``."""
     total, done = len(dataset.images) + len(dataset.texts), 0
 
@@ -89,7 +89,7 @@ def measure(
     images = embed_eval_images(embedder, dataset, tick=advance)
     texts = embedder.embed_texts(dataset.texts)
     tick(total, total)
-    return Measured(
+    return RetrievalResult(
         embedder.name,
         retrieval(images.vectors, texts, images.pairs),
         _unique([dataset.image_ids[n] for n in images.indexes.tolist()]),
@@ -104,7 +104,7 @@ def measure(
 
 def evaluate_features(
     images: Stored, texts: Stored, pairs: Iterable[tuple[str, str]], *, truth: str
-) -> Measured:
+) -> RetrievalResult:
     """Measure recall of stored features, compared by dot product without normalisation.
 
     Args:
@@ -138,7 +138,7 @@ def evaluate_features(
     )
     rows = [(image_rows[image], text_rows[text]) for image, text in unique]
     row_pairs = np.array(rows, np.int64).reshape(-1, 2)
-    return Measured(
+    return RetrievalResult(
         str(images.path),
         retrieval(images.vectors, texts.vectors, row_pairs),
         [plain_id(key) for key in images.ids],

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from cn_clip.embedder import Embedder
 from cn_clip.errors import DataError, UnknownNameError, UsageError
-from cn_clip.eval.labelled import Labelled
+from cn_clip.eval.labelled import LabelledImages
 from cn_clip.eval.metrics.classification import (
     Confusion,
     confusions,
@@ -30,7 +30,7 @@ from cn_clip.eval.metrics.classification import (
 )
 from cn_clip.files import MAX_TEXT, lines_of, read_file
 from cn_clip.publish import begins, claim, file_by
-from cn_clip.topk import checked
+from cn_clip.topk import checked_vectors
 from cn_clip.zeroshot import label_embeddings, softmax
 
 # The official script's logit scale, independent of the model's. The submitted probabilities, and so
@@ -128,7 +128,7 @@ def read_templates(name_or_path: str) -> list[str]:
 
 def evaluate_zeroshot(
     embedder: Embedder,
-    data: Labelled,
+    data: LabelledImages,
     templates: Sequence[str],
     *,
     metric: str = "accuracy",
@@ -147,14 +147,14 @@ def evaluate_zeroshot(
         UsageError: an embedding is not finite, or a template has no ``{}``.
         DataError: no image is readable, or a class has no image for the metric.
     """
-    prototypes = checked(_prototypes(embedder, data.labels, templates, tick), "labels")
+    prototypes = checked_vectors(_prototypes(embedder, data.labels, templates, tick), "labels")
     rows: list[npt.NDArray[np.float32]] = []
     readable: list[int] = []
     failed: list[str] = []
     for start in range(0, len(data.images), _IMAGE_CHUNK):
         chunk = data.images[start : start + _IMAGE_CHUNK]
         images, errors = embedder.embed_readable(chunk)
-        cosines = checked(images, f"images from {chunk[0]} on") @ prototypes.T  # (B, M)
+        cosines = checked_vectors(images, f"images from {chunk[0]} on") @ prototypes.T  # (B, M)
         rows.append(softmax(LOGIT_SCALE * cosines))
         readable += [start + n for n in range(len(chunk)) if n not in errors]
         failed += [str(error) for error in errors.values()]
@@ -198,7 +198,7 @@ def claim_submission(out: str | Path, *, inputs: Iterable[str | Path] = ()) -> P
 
 def submission(
     scores: ZeroshotScores,
-    data: Labelled,
+    data: LabelledImages,
     *,
     model: str,
     dataset: str,

@@ -66,22 +66,22 @@ def protocol(
     dataset = protocols.open_split(spec, data)
     embedder = loading.load()
     with progress_bar("embedding") as tick:
-        measured = protocols.run_protocol(embedder, dataset, tick=tick)
-    rows = protocols.compare_with_published(spec, measured, setup=setup)
+        result = protocols.run_protocol(embedder, dataset, tick=tick)
+    rows = protocols.compare_with_published(spec, result, setup=setup)
     if json:
         print_json(
             {
                 "protocol": name,
                 "setup": setup,
-                "model": measured.model,
-                "pictures": len(measured.image_ids),
-                "texts": len(measured.text_ids),
+                "model": result.model,
+                "pictures": len(result.image_ids),
+                "texts": len(result.text_ids),
                 "source": spec.source,
                 "figures": [{**asdict(row), "difference": row.difference} for row in rows],
             }
         )
     else:
-        _print_comparison(spec, measured.model, setup, rows)
+        _print_comparison(spec, result.model, setup, rows)
     return 0
 
 

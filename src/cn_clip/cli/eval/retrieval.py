@@ -17,7 +17,7 @@ from cn_clip.errors import UsageError
 
 if TYPE_CHECKING:
     from cn_clip.eval.metrics.recall import Recall
-    from cn_clip.eval.retrieval import Measured
+    from cn_clip.eval.retrieval import RetrievalResult
 
 _MAX_PRINTED = 20  # unreadable rows; --json lists all
 
@@ -84,7 +84,7 @@ def retrieval(
         inputs += [] if images is not None else loading.paths
         claim_official_files(out, inputs=inputs)
     if images is not None and texts is not None:
-        measured = _of_features(Path(images), Path(texts), data, truth)
+        result = _of_features(Path(images), Path(texts), data, truth)
     else:
         from cn_clip.data.sources.open import open_mix
         from cn_clip.eval.retrieval import evaluate_retrieval
@@ -92,33 +92,33 @@ def retrieval(
         mix = open_mix(data)
         embedder = loading.load()
         with progress_bar("embedding") as tick:
-            measured = evaluate_retrieval(embedder, mix, merge=not by_id, tick=tick)
+            result = evaluate_retrieval(embedder, mix, merge=not by_id, tick=tick)
     written = []
     if out is not None:
         from cn_clip.eval.official_files import write_official_files
 
-        written = [str(path) for path in write_official_files(measured, Path(out))]
+        written = [str(path) for path in write_official_files(result, Path(out))]
     if json:
-        print_json({**as_json(measured), "out": written})
+        print_json({**as_json(result), "out": written})
     else:
-        _print(measured)
+        _print(result)
         if out is not None:
             console().print(f"{len(written)} official files in {out}", markup=False)
-    list_failed(measured.failed)
-    return 1 if measured.failed else 0
+    list_failed(result.failed)
+    return 1 if result.failed else 0
 
 
-def as_json(measured: Measured) -> dict[str, Any]:
+def as_json(result: RetrievalResult) -> dict[str, Any]:
     """Return the scores in percent, with the model and the counts."""
     return {
-        "model": measured.model,
-        "pictures": len(measured.image_ids),
-        "texts": len(measured.text_ids),
-        "pairs": len(measured.pairs),
-        "text_to_image": percent(measured.recall.text_to_image),
-        "image_to_text": percent(measured.recall.image_to_text),
-        "mean_recall": 100 * measured.recall.mean_recall,
-        "failed": measured.failed,
+        "model": result.model,
+        "pictures": len(result.image_ids),
+        "texts": len(result.text_ids),
+        "pairs": len(result.pairs),
+        "text_to_image": percent(result.recall.text_to_image),
+        "image_to_text": percent(result.recall.image_to_text),
+        "mean_recall": 100 * result.recall.mean_recall,
+        "failed": result.failed,
     }
 
 
@@ -160,18 +160,20 @@ def list_failed(messages: list[str]) -> None:
         )
 
 
-def _print(measured: Measured) -> None:
-    both = measured.recall
+def _print(result: RetrievalResult) -> None:
+    both = result.recall
     rows = {"text_to_image": both.text_to_image, "image_to_text": both.image_to_text}
-    console().print(recall_table(measured.model, rows))
+    console().print(recall_table(result.model, rows))
     console().print(
-        f"{len(measured.image_ids):,} images, {len(measured.text_ids):,} texts, "
-        f"{len(measured.pairs):,} pairs; mean recall {100 * both.mean_recall:.1f}",
+        f"{len(result.image_ids):,} images, {len(result.text_ids):,} texts, "
+        f"{len(result.pairs):,} pairs; mean recall {100 * both.mean_recall:.1f}",
         markup=False,
     )
 
 
-def _of_features(images: Path, texts: Path, data: tuple[str, ...], truth: str | None) -> Measured:
+def _of_features(
+    images: Path, texts: Path, data: tuple[str, ...], truth: str | None
+) -> RetrievalResult:
     from cn_clip.embeddings.files import read_features
     from cn_clip.eval.official_files import read_truth
     from cn_clip.eval.retrieval import evaluate_features, pairs_of

@@ -14,7 +14,7 @@ from cn_clip.cli.show import Flag, console, print_json, progress
 from cn_clip.errors import UnknownNameError, UsageError
 
 if TYPE_CHECKING:
-    from cn_clip.eval.labelled import Labelled
+    from cn_clip.eval.labelled import LabelledImages
     from cn_clip.eval.zeroshot import DatasetInfo, ZeroshotScores
 
 _MAX_PRINTED = 20  # unreadable images; --json lists all
@@ -136,7 +136,7 @@ def zeroshot(
     return 1 if scores.failed else 0
 
 
-def _count_mismatch(info: DatasetInfo, labelled: Labelled, name: str) -> str | None:
+def _count_mismatch(info: DatasetInfo, labelled: LabelledImages, name: str) -> str | None:
     """Return how the folder's counts differ from the dataset's test set, if they do."""
     for items, expected, count in (
         ("classes", info.classes, len(labelled.labels)),

@@ -22,7 +22,7 @@ from cn_clip.eval.calibration.thresholds import (
     top_matches,
 )
 from cn_clip.eval.metrics.recall import Pairs
-from cn_clip.topk import Vectors, checked
+from cn_clip.topk import Vectors, checked_vectors
 
 # LAION-5B's cutoff for non-English pairs (Schuhmann et al., arXiv:2210.08402, section 3).
 FIXED_CUTOFF = 0.26
@@ -114,7 +114,7 @@ def fit_calibration(
     for name, value in (("precision", precision), ("prior", prior)):
         if not 0 < value < 1:
             raise UsageError(f"{name} {value} is not between 0 and 1; give a value such as 0.9")
-    images, texts = checked(images, "images"), checked(texts, "texts")
+    images, texts = checked_vectors(images, "images"), checked_vectors(texts, "texts")
     train, held_out = (_subset(images, texts, half) for half in halves(pairs, seed=seed))
     curve, _, thresholds = _fit(train, kind, precision, prior, seed)
     scores = _score(held_out, curve, thresholds, prior, seed)

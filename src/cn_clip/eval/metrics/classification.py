@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cn_clip.errors import UsageError
-from cn_clip.topk import checked
+from cn_clip.topk import checked_vectors
 
 Scores = npt.NDArray[Any]
 Classes = npt.NDArray[np.int64]
@@ -40,7 +40,7 @@ def ranks_of_truth(scores: Scores, truth: Classes) -> Classes:
     Raises:
         UsageError: a score is not finite, or a class is out of range.
     """
-    scores = checked(scores, "scores")
+    scores = checked_vectors(scores, "scores")
     truth = _checked_truth(truth, scores)
     true_scores = scores[np.arange(len(truth)), truth][:, None]
     ahead = scores > true_scores
@@ -71,7 +71,7 @@ def map_11_points(scores: Scores, relevant: Relevant) -> float:
     Raises:
         UsageError: a score is not finite, shapes differ, or a class has no image.
     """
-    scores, relevant = checked(scores, "scores"), np.asarray(relevant, bool)
+    scores, relevant = checked_vectors(scores, "scores"), np.asarray(relevant, bool)
     if scores.shape != relevant.shape:
         raise UsageError(f"scores of shape {scores.shape} with labels of shape {relevant.shape}")
     count = relevant.sum(axis=0)
@@ -101,7 +101,10 @@ def roc_auc(scores: Scores, positive: Relevant) -> float:
     Raises:
         UsageError: a score is not finite, or there are no positives or no negatives.
     """
-    scores, positive = checked(np.asarray(scores)[:, None], "scores")[:, 0], np.asarray(positive)
+    scores, positive = (
+        checked_vectors(np.asarray(scores)[:, None], "scores")[:, 0],
+        np.asarray(positive),
+    )
     positives, negatives = int(positive.sum()), int((~positive).sum())
     if not positives or not negatives:
         raise UsageError(

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cn_clip.errors import UsageError
-from cn_clip.topk import Vectors, checked
+from cn_clip.topk import Vectors, checked_vectors
 
 Pairs = npt.NDArray[Any]
 Ranks = npt.NDArray[np.int64]
@@ -62,7 +62,7 @@ def retrieval(images: Vectors, texts: Vectors, pairs: Pairs, *, block: int = _BL
     Raises:
         UsageError: an embedding is not finite, shapes do not match, or there are no pairs.
     """
-    images, texts = checked(images, "images"), checked(texts, "texts")
+    images, texts = checked_vectors(images, "images"), checked_vectors(texts, "texts")
     pairs = _checked_pairs(pairs, len(images), len(texts), ("image", "text"))
     return Retrieval(
         text_to_image=_recall(texts, images, pairs[:, ::-1], block),
@@ -87,7 +87,7 @@ def ranks_of_best(
     Raises:
         UsageError: an embedding is not finite, shapes do not match, or a query has no positive.
     """
-    queries, gallery = checked(queries, "queries"), checked(gallery, "gallery")
+    queries, gallery = checked_vectors(queries, "queries"), checked_vectors(gallery, "gallery")
     positives = _checked_pairs(positives, len(queries), len(gallery), ("query", "gallery"))
     return _ranks(queries, gallery, positives, block)
 
