@@ -5,6 +5,7 @@ import pytest
 from conftest import make_picture
 
 import cn_clip
+from cn_clip.calibration import Calibration, Logistic, write_calibration
 from cn_clip.embedder import Embedder
 from cn_clip.errors import UsageError
 
@@ -73,3 +74,34 @@ def test_invalid_labels_are_refused(embedder, labels, message):
 def test_a_template_needs_a_place_for_the_label(embedder, templates):
     with pytest.raises(UsageError, match="template"):
         cn_clip.classify(embedder, IMAGES, ["猫", "狗"], templates=templates)
+
+
+def calibration_of(fingerprint, threshold):
+    counts = dict.fromkeys(("images", "texts", "pairs", "non_pairs"), 100)
+    thresholds = {"search": None, "labels": threshold}
+    return Calibration(
+        "tiny", fingerprint, Logistic(5.0, -1.0), 0.5, 0.9, thresholds, counts, "d", "2025-01-01"
+    )
+
+
+def test_a_calibration_adds_match_probabilities_and_the_no_match_flag(embedder, tmp_path):
+    labels = ["猫", "狗", "火箭"]
+    best = cn_clip.classify(embedder, IMAGES, labels).cosines.max(axis=1).astype(float)
+    threshold = float(np.median(best))  # the middle image is accepted: not below it
+    calibration = calibration_of(embedder.fingerprint, threshold)
+    write_calibration(calibration, tmp_path / "c.json")
+    for given in (calibration, tmp_path / "c.json", str(tmp_path / "c.json")):
+        result = cn_clip.classify(embedder, IMAGES, labels, calibration=given)
+        expected = 1 / (1 + np.exp(-(5 * result.cosines.astype(float) - 1)))
+        np.testing.assert_allclose(result.match_probabilities, expected, rtol=1e-9)
+        assert result.none_of_these.tolist() == (best < threshold).tolist()
+        assert result.none_of_these.sum() == 1
+    without = calibration_of(embedder.fingerprint, None)
+    assert cn_clip.classify(embedder, IMAGES, labels, calibration=without).none_of_these is None
+    plain = cn_clip.classify(embedder, IMAGES, labels)
+    assert plain.match_probabilities is None and plain.none_of_these is None
+
+
+def test_a_calibration_of_another_model_is_refused(embedder):
+    with pytest.raises(UsageError, match="eval calibrate"):
+        cn_clip.classify(embedder, IMAGES, ["猫", "狗"], calibration=calibration_of("0" * 32, 0.5))
