@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
 
+from cn_clip.cli.eval.retrieval import list_failed
 from cn_clip.cli.loading import model_paths
 from cn_clip.cli.show import Flag, check_apart, console, print_json, progress
 from cn_clip.config import Precision
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from cn_clip.calibration import Calibration
     from cn_clip.eval.calibration.fit import CalibrationScores, HeldOut
     from cn_clip.eval.calibration.thresholds import ThresholdEffect
-
-_MAX_PRINTED = 20  # unreadable images; --json lists all
 
 
 def calibrate(
@@ -121,10 +120,7 @@ def calibrate(
     write_calibration(calibration, Path(out))
     if report is not None:
         write_report(calibration, held_out, Path(report))
-    for message in embedded.failed[:_MAX_PRINTED]:
-        print(f"cn-clip: {message}", file=sys.stderr)
-    if len(embedded.failed) > _MAX_PRINTED:
-        print(f"cn-clip: and {len(embedded.failed) - _MAX_PRINTED:,} more", file=sys.stderr)
+    list_failed(embedded.failed)
     for use, threshold in calibration.thresholds.items():
         if threshold is None:
             print(

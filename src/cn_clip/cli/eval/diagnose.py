@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 from rich.table import Table
 
+from cn_clip.cli.eval.retrieval import fractions
 from cn_clip.cli.loading import DEFAULT, Loading, model_paths
 from cn_clip.cli.show import Flag, console, print_json, progress
 from cn_clip.errors import UsageError
@@ -101,7 +102,7 @@ def diagnose(
                 "data": data,
                 "images": len(images.indexes),
                 "texts": len(diagnoses[0].texts),
-                "models": [_as_json(each) for each in diagnoses],
+                "models": [_as_json(diagnosis) for diagnosis in diagnoses],
                 "differences": [_difference_as_json(row) for row in differences],
                 "report": report,
                 "skipped": dataset.skipped,
@@ -116,11 +117,11 @@ def diagnose(
 
 def _with_unique_names(diagnoses: list[Diagnosis], models: list[str]) -> list[Diagnosis]:
     """Add the value of --model or --compare to the names of two checkpoints of one model."""
-    if len({each.model for each in diagnoses}) == len(diagnoses):
+    if len({diagnosis.model for diagnosis in diagnoses}) == len(diagnoses):
         return diagnoses
     return [
-        replace(each, model=f"{each.model} ({name})")
-        for each, name in zip(diagnoses, models, strict=True)
+        replace(diagnosis, model=f"{diagnosis.model} ({name})")
+        for diagnosis, name in zip(diagnoses, models, strict=True)
     ]
 
 
@@ -130,14 +131,14 @@ def _print(
     out = console()
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("")
-    for each in diagnoses:
-        table.add_column(each.model, justify="right")
+    for diagnosis in diagnoses:
+        table.add_column(diagnosis.model, justify="right")
     for name, value_of in _ROWS:
-        table.add_row(name, *(value_of(each) for each in diagnoses))
+        table.add_row(name, *(value_of(diagnosis) for diagnosis in diagnoses))
     for n, length in enumerate(diagnoses[0].lengths):
         table.add_row(
             f"R@10 of {length.texts:,} texts of {_range(length)} characters",
-            *(f"{each.lengths[n].recall.r10:.1%}" for each in diagnoses),
+            *(f"{diagnosis.lengths[n].recall.r10:.1%}" for diagnosis in diagnoses),
         )
     out.print(table)
     if differences:
@@ -175,32 +176,32 @@ _ROWS: tuple[tuple[str, Callable[[Diagnosis], str]], ...] = (
 )
 
 
-def _as_json(each: Diagnosis) -> dict[str, Any]:
+def _as_json(diagnosis: Diagnosis) -> dict[str, Any]:
     return {
-        "model": each.model,
-        "text_to_image": _recall(each.text_to_image),
-        "image_to_text": _recall(each.image_to_text),
+        "model": diagnosis.model,
+        "text_to_image": fractions(diagnosis.text_to_image),
+        "image_to_text": fractions(diagnosis.image_to_text),
         "lengths": [
-            {"low": part.low, "high": part.high, "texts": part.texts} | _recall(part.recall)
-            for part in each.lengths
+            {"low": part.low, "high": part.high, "texts": part.texts} | fractions(part.recall)
+            for part in diagnosis.lengths
         ],
         "hubs": {
-            "k": each.hubs.k,
-            "skewness": each.hubs.skewness,
-            "most": int(each.hubs.counts.max()),
-            "never": each.hubs.never_retrieved,
+            "k": diagnosis.hubs.k,
+            "skewness": diagnosis.hubs.skewness,
+            "most": int(diagnosis.hubs.counts.max()),
+            "never": diagnosis.hubs.never_retrieved,
         },
         "alike": {
-            "threshold": each.similar.threshold,
-            "pairs": len(each.similar.pairs),
-            "texts": each.similar.texts,
-            "complete": each.similar.complete,
+            "threshold": diagnosis.similar.threshold,
+            "pairs": len(diagnosis.similar.pairs),
+            "texts": diagnosis.similar.texts,
+            "complete": diagnosis.similar.complete,
         },
         "median_cosines": dict(
             zip(
                 ("matching", "others", "first_right", "first_wrong"),
                 # NaN, without values, is not JSON
-                (m if m == m else None for m in each.cosines.medians),
+                (m if m == m else None for m in diagnosis.cosines.medians),
                 strict=True,
             )
         ),
@@ -216,7 +217,3 @@ def _difference_as_json(row: Difference) -> dict[str, Any]:
         "low": row.interval.low,
         "high": row.interval.high,
     }
-
-
-def _recall(recall: Recall) -> dict[str, float]:
-    return {"r1": recall.r1, "r5": recall.r5, "r10": recall.r10, "mean": recall.mean}

@@ -128,6 +128,11 @@ def percent(recall: Recall) -> dict[str, float]:
     return {name: 100 * value for name, value in values.items()}
 
 
+def fractions(recall: Recall) -> dict[str, float]:
+    """Return recall in [0, 1], for JSON."""
+    return {"r1": recall.r1, "r5": recall.r5, "r10": recall.r10, "mean": recall.mean}
+
+
 def recall_table(title: str, rows: dict[str, Recall]) -> Table:
     """Return a table of recall in percent, one row per direction."""
     table = Table(box=None, pad_edge=False, header_style="dim")

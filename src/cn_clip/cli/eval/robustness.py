@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 from rich.table import Table
 
+from cn_clip.cli.eval.retrieval import fractions
 from cn_clip.cli.loading import DEFAULT, Loading
 from cn_clip.cli.show import Flag, console, print_json, progress
 
 if TYPE_CHECKING:
-    from cn_clip.eval.metrics.recall import Recall
     from cn_clip.eval.robustness.measure import RewriteResult, Robustness
 
 _NEEDS_OPENCC = ("simplified", "traditional", "taiwan")
@@ -87,7 +87,7 @@ def robustness(
                 "data": data,
                 "images": len(images.indexes),
                 "queries": result.queries,
-                "plain": _recall(result.original),
+                "plain": fractions(result.original),
                 "asked": [_as_json(row) for row in result.results],
                 "normalize": list(result.normalizers),
                 "normalized": [_as_json(row) for row in result.normalized],
@@ -156,15 +156,11 @@ def _as_json(row: RewriteResult) -> dict[str, Any]:
         "name": row.name,
         "meaning": row.description,
         "changed": row.changed,
-        "plain": None if row.original is None else _recall(row.original),
-        "asked": None if row.rewritten is None else _recall(row.rewritten),
+        "plain": None if row.original is None else fractions(row.original),
+        "asked": None if row.rewritten is None else fractions(row.rewritten),
         "lost": None
         if row.loss is None
         else {"value": row.loss.value, "low": row.loss.low, "high": row.loss.high},
         "lost_overall": row.loss_overall,
         "example": None if row.example is None else list(row.example),
     }
-
-
-def _recall(recall: Recall) -> dict[str, float]:
-    return {"r1": recall.r1, "r5": recall.r5, "r10": recall.r10, "mean": recall.mean}

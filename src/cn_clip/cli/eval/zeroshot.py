@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
 
+from cn_clip.cli.eval.retrieval import list_failed
 from cn_clip.cli.loading import DEFAULT, Loading
 from cn_clip.cli.show import Flag, console, print_json, progress
 from cn_clip.errors import UnknownNameError, UsageError
@@ -16,8 +17,6 @@ from cn_clip.errors import UnknownNameError, UsageError
 if TYPE_CHECKING:
     from cn_clip.eval.labelled import LabelledImages
     from cn_clip.eval.zeroshot import DatasetInfo, ZeroshotScores
-
-_MAX_PRINTED = 20  # unreadable images; --json lists all
 
 
 def zeroshot(
@@ -100,10 +99,7 @@ def zeroshot(
         scores = zeroshot.evaluate_zeroshot(
             embedder, labelled, sentences, metric=info.metric, tick=tick
         )
-    for message in scores.failed[:_MAX_PRINTED]:
-        print(f"cn-clip: {message}", file=sys.stderr)
-    if len(scores.failed) > _MAX_PRINTED:
-        print(f"cn-clip: and {len(scores.failed) - _MAX_PRINTED:,} more", file=sys.stderr)
+    list_failed(scores.failed)
     if submission is not None:
         count = embedder.parameter_count
         submitted = zeroshot.submission(

@@ -64,7 +64,7 @@ def write_report(calibration: Calibration, held_out: HeldOut, path: Path) -> Non
 
 def reliability_diagram(bins: Sequence[Bin]) -> str:
     """Return an SVG of the fraction of matches by predicted probability, with the diagonal."""
-    points = [(each.mean, each.matching) for each in bins]
+    points = [(b.mean, b.matching) for b in bins]
     return _chart("predicted probability", "fraction matching", points, (0.0, 1.0), dots=True)
 
 

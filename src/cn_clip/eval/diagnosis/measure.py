@@ -205,8 +205,8 @@ def recall_by_length(captions: Sequence[str], ranks: Ranks) -> tuple[LengthBin, 
     lengths = np.array([len(caption) for caption in captions])
     bins = np.searchsorted(_LENGTH_EDGES, lengths, side="right")
     results = []
-    for each in np.unique(bins).tolist():
-        inside = bins == each
+    for number in np.unique(bins).tolist():
+        inside = bins == number
         low, high = int(lengths[inside].min()), int(lengths[inside].max())
         results.append(LengthBin(low, high, int(inside.sum()), recall_of(ranks[inside])))
     return tuple(results)

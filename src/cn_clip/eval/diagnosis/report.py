@@ -18,7 +18,7 @@ from cn_clip.html.charts import table
 from cn_clip.html.page import data_uri, overlaid, page, sheet, thumbnail
 from cn_clip.publish import write_text
 
-_MAX_IMAGES = 12  # in each grid
+_MAX_IMAGES = 12  # in a grid
 _MAX_MISSES = 20
 _MAX_CAPTIONS = 30  # pairs of similar captions
 _TOP = 3  # results shown of a missed query
@@ -62,7 +62,7 @@ def write_diagnosis(
         differences: of the two, from ``compare_models``.
     """
     content = _content(dataset, images)
-    models = " and ".join(escape(each.model) for each in diagnoses)
+    models = " and ".join(escape(diagnosis.model) for diagnosis in diagnoses)
     parts = [
         _STYLE,
         f"<h1>{models} on {escape(name)}</h1>",
@@ -79,9 +79,9 @@ def write_diagnosis(
         "<h2>Hubs: images retrieved too often</h2>",
         "<p>How often an image is in the top results of all texts. A skewness of 0 is a symmetric "
         "distribution; above 1, a few images are in the top results of many texts.</p>",
-        _side_by_side(diagnoses, lambda each: _hubs(each, content)),
+        _side_by_side(diagnoses, lambda diagnosis: _hubs(diagnosis, content)),
         "<h2>Similar captions of different images</h2>",
-        _side_by_side(diagnoses, lambda each: _similar_captions(each, content)),
+        _side_by_side(diagnoses, lambda diagnosis: _similar_captions(diagnosis, content)),
     ]
     if len(diagnoses) == 2:
         first, second = diagnoses
@@ -91,11 +91,14 @@ def write_diagnosis(
             f"<h2>Found by {escape(second.model)}, missed by {escape(first.model)}</h2>",
             _only_found_by(second, first, content),
         ]
-    for each in diagnoses:
-        parts += [f"<h2>Worst misses of {escape(each.model)}</h2>", _misses(each, content)]
+    for diagnosis in diagnoses:
         parts += [
-            f"<h2>Images whose captions {escape(each.model)} misses</h2>",
-            _missed_images(each, content),
+            f"<h2>Worst misses of {escape(diagnosis.model)}</h2>",
+            _misses(diagnosis, content),
+        ]
+        parts += [
+            f"<h2>Images whose captions {escape(diagnosis.model)} misses</h2>",
+            _missed_images(diagnosis, content),
         ]
     if dataset.skipped:
         items = "".join(f"<li>{escape(message)}</li>" for message in dataset.skipped[:50])
@@ -129,36 +132,37 @@ def _side_by_side(diagnoses: Sequence[Diagnosis], section: Callable[[Diagnosis],
     if len(diagnoses) == 1:
         return section(diagnoses[0])
     halves = "".join(
-        f"<div><h3>{escape(each.model)}</h3>{section(each)}</div>" for each in diagnoses
+        f"<div><h3>{escape(diagnosis.model)}</h3>{section(diagnosis)}</div>"
+        for diagnosis in diagnoses
     )
     return f'<div class="two">{halves}</div>'
 
 
 def _recalls(diagnoses: Sequence[Diagnosis]) -> str:
     rows = []
-    for each in diagnoses:
+    for diagnosis in diagnoses:
         for direction, recall in (
-            ("text to image", each.text_to_image),
-            ("image to text", each.image_to_text),
+            ("text to image", diagnosis.text_to_image),
+            ("image to text", diagnosis.image_to_text),
         ):
             values = (recall.r1, recall.r5, recall.r10, recall.mean)
-            name = f"{escape(each.model)}, {direction}"
+            name = f"{escape(diagnosis.model)}, {direction}"
             rows.append([name, *(f"{100 * value:.1f}" for value in values)])
     return table(["", "R@1", "R@5", "R@10", "mean recall"], rows)
 
 
 def _differences(diagnoses: Sequence[Diagnosis], differences: Sequence[Difference]) -> str:
-    first, second = (each.model for each in diagnoses)
+    first, second = (diagnosis.model for diagnosis in diagnoses)
     rows = []
-    for each in differences:
-        low, high = 100 * each.interval.low, 100 * each.interval.high
-        note = "" if each.interval.excludes_zero else " (not significant)"
+    for row in differences:
+        low, high = 100 * row.interval.low, 100 * row.interval.high
+        note = "" if row.interval.excludes_zero else " (not significant)"
         rows.append(
             [
-                each.metric,
-                f"{100 * each.first:.1f}",
-                f"{100 * each.second:.1f}",
-                f"{100 * each.interval.value:+.1f}",
+                row.metric,
+                f"{100 * row.first:.1f}",
+                f"{100 * row.second:.1f}",
+                f"{100 * row.interval.value:+.1f}",
                 f"{low:+.1f} to {high:+.1f}{note}",
             ]
         )
@@ -169,9 +173,9 @@ def _differences(diagnoses: Sequence[Diagnosis], differences: Sequence[Differenc
     )
 
 
-def _lengths(each: Diagnosis) -> str:
+def _lengths(diagnosis: Diagnosis) -> str:
     rows = []
-    for length in each.lengths:
+    for length in diagnosis.lengths:
         name = f"{length.low}" if length.low == length.high else f"{length.low} to {length.high}"
         recall = length.recall
         cells = (f"{100 * value:.1f}" for value in (recall.r1, recall.r10, recall.mean))
@@ -179,11 +183,11 @@ def _lengths(each: Diagnosis) -> str:
     return table(["characters", "texts", "R@1", "R@10", "mean recall"], rows)
 
 
-def _cosines(each: Diagnosis) -> str:
-    cosines = each.cosines
+def _cosines(diagnosis: Diagnosis) -> str:
+    cosines = diagnosis.cosines
     pairs, non_pairs, correct, wrong = (f"{median:.3f}" for median in cosines.medians)
     return (
-        f"<p>Pairs (blue, median {pairs}) and non-pairs (grey, {non_pairs}), each normalised.</p>"
+        f"<p>Pairs (blue, median {pairs}) and non-pairs (grey, {non_pairs}), scaled separately.</p>"
         f"{overlaid(cosines.pairs, cosines.non_pairs, BINS)}"
         f"<p>Top result of each text, correct (blue, median {correct}) and wrong (grey, {wrong}): "
         "a threshold for no match has to separate the two.</p>"
@@ -191,8 +195,8 @@ def _cosines(each: Diagnosis) -> str:
     )
 
 
-def _hubs(each: Diagnosis, content: _Content) -> str:
-    hubs = each.hubs
+def _hubs(diagnosis: Diagnosis, content: _Content) -> str:
+    hubs = diagnosis.hubs
     figures = []
     for image in hubs.largest(_MAX_IMAGES).tolist():
         counts = f"{hubs.counts[image]:,} times, {hubs.correct[image]:,} correct"
@@ -205,8 +209,8 @@ def _hubs(each: Diagnosis, content: _Content) -> str:
     )
 
 
-def _similar_captions(each: Diagnosis, content: _Content) -> str:
-    similar = each.similar
+def _similar_captions(diagnosis: Diagnosis, content: _Content) -> str:
+    similar = diagnosis.similar
     count = f"{len(similar.pairs):,}" if similar.complete else f"at least {len(similar.pairs):,}"
     summary = (
         f"<p>{count} pairs of captions of different images with a cosine of at least "
@@ -224,9 +228,9 @@ def _similar_captions(each: Diagnosis, content: _Content) -> str:
     return summary + (table(["captions", "cosine"], rows) if len(similar.pairs) else "")
 
 
-def _misses(each: Diagnosis, content: _Content) -> str:
-    order = np.argsort(-each.image_ranks, kind="stable")[:_MAX_MISSES]
-    return _miss_rows(each, order[each.image_ranks[order] > 0], content)
+def _misses(diagnosis: Diagnosis, content: _Content) -> str:
+    order = np.argsort(-diagnosis.image_ranks, kind="stable")[:_MAX_MISSES]
+    return _miss_rows(diagnosis, order[diagnosis.image_ranks[order] > 0], content)
 
 
 def _only_found_by(finder: Diagnosis, other: Diagnosis, content: _Content) -> str:
@@ -236,41 +240,41 @@ def _only_found_by(finder: Diagnosis, other: Diagnosis, content: _Content) -> st
     return _miss_rows(other, order[rank[order] > 0], content)
 
 
-def _miss_rows(each: Diagnosis, queries: Indexes, content: _Content) -> str:
+def _miss_rows(diagnosis: Diagnosis, queries: Indexes, content: _Content) -> str:
     if not len(queries):
         return "<p>none</p>"
     rows = [
         '<div class="miss small"><div>query</div><div>expected image</div>'
-        f"<div>top results of {escape(each.model)}, with cosine and caption</div></div>"
+        f"<div>top results of {escape(diagnosis.model)}, with cosine and caption</div></div>"
     ]
     for query in queries.tolist():
-        text = int(each.texts[query])
+        text = int(diagnosis.texts[query])
         results = "".join(
             _figure(content.thumbnail(image), f"{score:.3f}<br>{_captions_of(image, content)}")
             for image, score in zip(
-                each.top_images.indexes[query, :_TOP].tolist(),
-                each.top_images.scores[query, :_TOP].tolist(),
+                diagnosis.top_images.indexes[query, :_TOP].tolist(),
+                diagnosis.top_images.scores[query, :_TOP].tolist(),
                 strict=True,
             )
         )
         expected = content.thumbnail(int(content.images_of(text)[0]))
         rows.append(
             f'<div class="miss"><div>{escape(content.captions[text])}<br><span class="small">rank '
-            f"{each.image_ranks[query] + 1:,}</span></div>"
+            f"{diagnosis.image_ranks[query] + 1:,}</span></div>"
             f'{_figure(expected, "")}<div class="found">{results}</div></div>'
         )
     return "".join(rows)
 
 
-def _missed_images(each: Diagnosis, content: _Content) -> str:
-    order = np.argsort(-each.text_ranks, kind="stable")[:_MAX_IMAGES]
+def _missed_images(diagnosis: Diagnosis, content: _Content) -> str:
+    order = np.argsort(-diagnosis.text_ranks, kind="stable")[:_MAX_IMAGES]
     figures = []
-    for query in order[each.text_ranks[order] > 0].tolist():
-        image = int(each.images[query])
-        predicted = content.captions[int(each.top_texts.indexes[query, 0])]
+    for query in order[diagnosis.text_ranks[order] > 0].tolist():
+        image = int(diagnosis.images[query])
+        predicted = content.captions[int(diagnosis.top_texts.indexes[query, 0])]
         caption = (
             f"top result: {escape(predicted)}<br>caption: {_captions_of(image, content)}<br>"
-            f'<span class="small">rank {each.text_ranks[query] + 1:,}</span>'
+            f'<span class="small">rank {diagnosis.text_ranks[query] + 1:,}</span>'
         )
         figures.append((content.thumbnail(image), caption))
     return sheet(figures) if figures else "<p>none</p>"

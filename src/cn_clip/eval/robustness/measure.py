@@ -115,7 +115,7 @@ def robustness(
             (texts[changed[0]], rewritten[changed[0]]),
         )
 
-    results = tuple(measure(each.name, each.description, each.apply) for each in rewrites)
+    results = tuple(measure(r.name, r.description, r.apply) for r in rewrites)
     normalized_results: tuple[RewriteResult, ...] = ()
     if normalizers:
 
@@ -128,10 +128,7 @@ def robustness(
 
         normalized_results = (
             measure("plain", "the original text", normalize),
-            *(
-                measure(each.name, each.description, rewrite_and_normalize(each))
-                for each in rewrites
-            ),
+            *(measure(r.name, r.description, rewrite_and_normalize(r)) for r in rewrites),
         )
     return Robustness(len(texts), recall_of(ranks), results, tuple(normalizers), normalized_results)
 
