@@ -1,15 +1,14 @@
 """468 things: zero-shot retrieval between the Tux Paint stamps and their Chinese captions.
 
-    python benchmarks/things468.py                  # fetches the Debian package of the stamps
+    python benchmarks/things468.py                  # downloads the Debian package of the stamps
     python benchmarks/things468.py --stamps DIR     # .../share/tuxpaint/stamps, already unpacked
-    python benchmarks/things468.py --folder animals # these 128 among themselves
-    python benchmarks/things468.py --against MODEL  # what is gained over another model
+    python benchmarks/things468.py --folder animals # only these 128
+    python benchmarks/things468.py --against MODEL  # gain over another model
 
-Every stamp with a PNG and a `zh_CN.utf8=` caption outside the folder `symbols` counts: 468
-pictures with 426 distinct captions. They lie on a white square. Each distinct caption asks for
-a picture among 468, each picture for its caption among 426; pictures that share a caption are all
-correct. Chance is 0.2 %. Behind each figure is its interval: 95 %, by drawing queries again 10,000
-times (paired, where two models are compared).
+The dataset is all stamps with a PNG and a `zh_CN.utf8=` caption outside the folder `symbols`: 468
+images on white squares, with 426 distinct captions. Each caption is a query for one of 468 images,
+each image for one of 426 captions; images with the same caption are all positives. Chance is 0.2 %.
+Each score has a 95 % bootstrap interval of 10,000 resamples (paired, if two models are compared).
 """
 
 from __future__ import annotations
@@ -40,20 +39,20 @@ def fetch(folder: Path) -> Path:
 
 
 def things(stamps: Path) -> list[tuple[Path, str]]:
-    """Pictures and captions, in the order of their paths."""
+    """Return images and captions in the order of their paths."""
     pairs = []
-    for picture in sorted(stamps.rglob("*.png")):
-        note = picture.with_suffix(".txt")
-        if picture.relative_to(stamps).parts[0] == "symbols" or not note.exists():
+    for image in sorted(stamps.rglob("*.png")):
+        note = image.with_suffix(".txt")
+        if image.relative_to(stamps).parts[0] == "symbols" or not note.exists():
             continue
         caption = CAPTION.search(note.read_text("utf-8", errors="replace"))
         if caption:
-            pairs.append((picture, caption.group(1).strip()))
+            pairs.append((image, caption.group(1).strip()))
     return pairs
 
 
 def on_white(path: Path) -> Image.Image:
-    """The picture on a white square: the benchmark fixes background and shape, not the model."""
+    """Return the image on a white square: background and shape are fixed by the benchmark."""
     with Image.open(path) as image:
         layer = image.convert("RGBA")
     side = max(layer.size)
@@ -63,39 +62,40 @@ def on_white(path: Path) -> Image.Image:
 
 
 def hits(scores: np.ndarray, correct: np.ndarray) -> dict[str, np.ndarray]:
-    """Of each row, 100 if a correct column is among the first 1, 5 and 10, else 0."""
+    """Return for each row 100 if a positive is among the top 1, 5 and 10, else 0."""
     order = np.argsort(-scores, axis=1, kind="stable")
-    right = np.take_along_axis(correct, order, axis=1)
-    return {f"R@{k}": 100.0 * right[:, :k].any(axis=1) for k in (1, 5, 10)}
+    ranked = np.take_along_axis(correct, order, axis=1)
+    return {f"R@{k}": 100.0 * ranked[:, :k].any(axis=1) for k in (1, 5, 10)}
 
 
 def cell(row: dict[str, np.ndarray]) -> str:
-    """The mean hits of one direction, as the tables of the card have them."""
-    return " / ".join(f"{each.mean():.1f}" for each in row.values())
+    """Return the recalls of one direction in the format of the model card."""
+    return " / ".join(f"{values.mean():.1f}" for values in row.values())
 
 
 def measure(model: str, pairs: list[tuple[Path, str]]) -> dict[str, dict[str, np.ndarray]]:
-    """The hits of a model in both directions."""
+    """Return the hits of a model in both directions."""
     embedder = cn_clip.load(model)
     images = embedder.embed_images(on_white(path) for path, _ in pairs)
     captions = list(dict.fromkeys(caption for _, caption in pairs))
-    scores = embedder.embed_texts(captions) @ images.T  # (captions, pictures)
-    correct = np.array([[caption == own for _, own in pairs] for caption in captions])
+    scores = embedder.embed_texts(captions) @ images.T  # (captions, images)
+    correct = np.array([[caption == other for _, other in pairs] for caption in captions])
     return {"text_to_image": hits(scores, correct), "image_to_text": hits(scores.T, correct.T)}
 
 
-def figures(ours: np.ndarray, theirs: np.ndarray) -> list[float]:
-    """Mean of the differences, and its interval."""
-    found = paired_interval(ours, theirs)
-    return [round(float(each), 1) for each in (ours.mean() - theirs.mean(), found.low, found.high)]
+def with_interval(ours: np.ndarray, theirs: np.ndarray) -> list[float]:
+    """Return the mean difference and its interval."""
+    interval = paired_interval(ours, theirs)
+    values = (ours.mean() - theirs.mean(), interval.low, interval.high)
+    return [round(float(value), 1) for value in values]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--stamps", type=Path, help="folder of the stamps; fetched if not given")
+    parser.add_argument("--stamps", type=Path, help="folder of the stamps; default: download them")
     parser.add_argument("--folder", help="only the stamps in this top folder, such as animals")
     parser.add_argument("--model", default="mini", help="anything that cn_clip.load takes")
-    parser.add_argument("--against", help="another model: print the gains over it")
+    parser.add_argument("--against", help="another model: print the gain over it")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -108,11 +108,13 @@ def main() -> None:
         ours = measure(options.model, pairs)
         theirs = measure(options.against, pairs) if options.against else None
     result = {
-        way: {
-            name: figures(row, np.zeros_like(row) if theirs is None else theirs[way][name])
+        direction: {
+            name: with_interval(
+                row, np.zeros_like(row) if theirs is None else theirs[direction][name]
+            )
             for name, row in table.items()
         }
-        for way, table in ours.items()
+        for direction, table in ours.items()
     }
     captions = len({caption for _, caption in pairs})
     if options.json:
@@ -120,12 +122,12 @@ def main() -> None:
         print(json.dumps(about | {"captions": captions} | result))
         return
     over = f" over {options.against}" if options.against else ""
-    print(f"{options.model}{over}: {len(pairs)} pictures, {captions} distinct captions")
-    for way, table in result.items():
+    print(f"{options.model}{over}: {len(pairs)} images, {captions} distinct captions")
+    for direction, table in result.items():
         row = "  ".join(
             f"{k} {v:5.1f} [{low:.1f}, {high:.1f}]" for k, (v, low, high) in table.items()
         )
-        print(f"{way.replace('_', ' '):<14} {row}")
+        print(f"{direction.replace('_', ' '):<14} {row}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""The 10 best of 30,000 for each of 30,000 queries, beside the official prediction script.
+"""Top 10 of 30,000 vectors for 30,000 queries, compared with the official prediction script.
 
     python benchmarks/topk.py --official PATH/TO/cn_clip/eval/make_topk_predictions.py
 
-Theirs reads feature files, multiplies one query at a time with the gallery, and sorts tuples in
-Python. It calls ``.cuda()``; here that call returns the tensor itself, and nothing else of the
-script is changed. It is run on few and on more queries: the difference leaves out what it takes to
-start and to read the gallery, and is extrapolated to all queries. Ours is run on all of them, each
-time in a process of its own; its best time and its largest peak memory count. The first
-predictions of both are compared.
+The official script reads feature files, multiplies one query at a time with the gallery, and sorts
+tuples in Python. Its ``.cuda()`` call is replaced by the identity; nothing else is changed. It is
+run on few and on more queries: the difference excludes the start-up and the reading of the gallery,
+and is extrapolated to all queries. Ours is run on all queries, each round in a new process; the
+lowest time and the highest peak memory are reported. The first predictions of both are compared.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-FEW, MORE = 20, 220  # queries that the official script is run on
+FEW, MORE = 20, 220  # queries of the official script
 
 SHIM = """
 import runpy, sys, torch
@@ -36,7 +35,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def embeddings(count: int, dim: int, seed: int) -> np.ndarray:
-    """Random unit vectors, float32 (count, dim)."""
+    """Return random unit vectors, float32 (count, dim)."""
     rows = np.random.default_rng(seed).normal(size=(count, dim)).astype(np.float32)
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
@@ -46,12 +45,12 @@ def measure_ours(count: int, dim: int) -> dict[str, object]:
 
     queries, gallery = embeddings(count, dim, 0), embeddings(count, dim, 1)
     start, busy = time.perf_counter(), time.process_time()
-    found = top_k(queries, gallery, 10)
+    top = top_k(queries, gallery, 10)
     return {
         "seconds": time.perf_counter() - start,
         "cpu": time.process_time() - busy,
         "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "first": found.indexes[:FEW].tolist(),
+        "first": top.indexes[:FEW].tolist(),
     }
 
 
@@ -62,7 +61,7 @@ def write_features(path: Path, key: str, rows: np.ndarray) -> None:
 
 
 def run_official(script: Path, folder: Path, queries: int) -> tuple[float, float]:
-    """Return the seconds it took, and the processor's."""
+    """Return the wall time and the CPU time in seconds."""
     lines = (folder / "texts.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (folder / "some.jsonl").write_text("".join(lines[:queries]), encoding="utf-8")
     words = [sys.executable, "-c", SHIM, script, "--image-feats", folder / "images.jsonl"]
@@ -80,16 +79,16 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--official", type=Path, help="make_topk_predictions.py of cn_clip 1.6.0")
-    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     count, dim = options.count, options.dim
     if options.child:
         print(json.dumps(measure_ours(count, dim)))
         return
-    again = [sys.executable, __file__, "--child", "--count", str(count), "--dim", str(dim)]
+    command = [sys.executable, __file__, "--child", "--count", str(count), "--dim", str(dim)]
     runs = [
-        json.loads(subprocess.run(again, check=True, capture_output=True, text=True).stdout)
+        json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         for _ in range(options.rounds)
     ]
     figures: dict[str, float] = {
@@ -97,12 +96,10 @@ def main() -> None:
         "cpu": min(run["cpu"] for run in runs),
         "peak": max(run["peak"] for run in runs),
     }
-    print(
-        f"{count:,} x {count:,} x {dim}, the 10 best; {platform.machine()}, {os.cpu_count()} CPUs"
-    )
+    print(f"{count:,} x {count:,} x {dim}, top 10; {platform.machine()}, {os.cpu_count()} CPUs")
     print(
         f"ours: {figures['seconds']:.1f} s, {figures['cpu']:.1f} s of CPU, "
-        f"{figures['peak'] / 1e9:.2f} GB at most (bar: 1.5 GB)"
+        f"{figures['peak'] / 1e9:.2f} GB peak memory (target: 1.5 GB)"
     )
     if options.official:
         with tempfile.TemporaryDirectory() as scratch:
@@ -118,11 +115,11 @@ def main() -> None:
         print(
             f"official: {figures['official seconds']:.0f} s, {figures['official cpu']:.0f} s of "
             f"CPU, extrapolated from {MORE - FEW} queries; {same} of the first {FEW} predictions "
-            "are the same"
+            "are equal"
         )
         print(
             f"ratio: {figures['official seconds'] / figures['seconds']:.0f} x, of CPU "
-            f"{figures['official cpu'] / figures['cpu']:.0f} x (bar: 30 x)"
+            f"{figures['official cpu'] / figures['cpu']:.0f} x (target: 30 x)"
         )
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

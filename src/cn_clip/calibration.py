@@ -1,12 +1,13 @@
-"""What a model's cosines mean: the probability of a match, and when nothing matches.
+"""From cosine to probability of a match, and the thresholds below which nothing matches.
 
-A calibration belongs to one model in one precision, told by its fingerprint, and is a small JSON
-file. ``cn_clip.eval.calibration.fit`` fits it.
+A calibration holds for one model in one precision, identified by its fingerprint, and is stored as
+a small JSON file. ``cn_clip.eval.calibration.fit`` fits it.
 """
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,12 +22,12 @@ from cn_clip.files import MAX_TEXT, read_file
 from cn_clip.publish import begins, claim, file_by, write_text
 from cn_clip.text import read_json
 
-Kind = Literal["logistic", "isotonic"]
-KINDS: tuple[Kind, ...] = ("logistic", "isotonic")
+CurveKind = Literal["logistic", "isotonic"]
+CURVE_KINDS: tuple[CurveKind, ...] = ("logistic", "isotonic")
 USES = ("search", "labels")
 COUNTS = ("images", "texts", "pairs", "non_pairs")
 _FORMAT = "cn-clip calibration 1"
-_LARGEST = 1e30  # of any number in the file; products of two stay finite
+_MAX_VALUE = 1e30  # of any number in the file: products of two stay finite
 _REMEDY = "fit one with: cn-clip eval calibrate"
 
 
@@ -40,7 +41,7 @@ class Logistic:
 
 @dataclass(frozen=True, slots=True)
 class Isotonic:
-    """A rising line through ``probabilities`` at ``cosines``, level beyond both ends."""
+    """Linear interpolation of ``probabilities`` at ``cosines``, constant beyond both ends."""
 
     cosines: tuple[float, ...]
     probabilities: tuple[float, ...]
@@ -51,18 +52,19 @@ Curve = Logistic | Isotonic
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What was fitted, for which model, and on what.
+    """A fitted curve and its thresholds, with the model and data they were fitted on.
 
     Attributes:
-        model: the model's name, for people.
-        fingerprint: the ``Embedder.fingerprint`` that it holds for.
-        curve: from cosine to probability.
-        prior: the probability is that of a pair drawn where this share of pairs match.
-        precision: the share of right answers that the thresholds aim at.
-        thresholds: the cosine below which the best is no match, for ``search`` (all pictures by a
-            text) and for ``labels`` (ten, for a picture); None where none reaches the precision.
+        model: name of the model, for display.
+        fingerprint: ``Embedder.fingerprint`` of the model.
+        curve: maps cosine to probability.
+        prior: fraction of matching pairs that the probability assumes.
+        precision: target precision of the results accepted by the thresholds.
+        thresholds: cosine below which the top result is rejected, for ``search`` (a text against
+            all images) and ``labels`` (an image against ten texts); None where no threshold
+            reaches the precision.
         counts: images, texts, pairs and non-pairs that it was fitted on.
-        data: digest of the pictures and texts.
+        data: digest of the images and texts.
         date: the day of the fit, such as ``2025-01-31``.
     """
 
@@ -77,39 +79,49 @@ class Calibration:
     date: str
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> CurveKind:
         return "logistic" if isinstance(self.curve, Logistic) else "isotonic"
 
 
 def probability(curve: Curve, cosines: npt.ArrayLike) -> npt.NDArray[np.float64]:
     """Return the probability of a match for cosines of any shape, float64 of the same shape."""
     cosines = np.asarray(cosines, np.float64)
-    shares: npt.NDArray[np.float64]
+    result: npt.NDArray[np.float64]
     if isinstance(curve, Isotonic):
-        shares = np.interp(cosines, curve.cosines, curve.probabilities)
-    else:  # the logistic function, without overflow
-        shares = (1 + np.tanh((curve.slope * cosines + curve.intercept) / 2)) / 2
-    return shares
+        result = np.interp(cosines, curve.cosines, curve.probabilities)
+    else:  # the logistic function as a tanh, which cannot overflow
+        result = (1 + np.tanh((curve.slope * cosines + curve.intercept) / 2)) / 2
+    return result
 
 
 def check_model(calibration: Calibration, embedder: Embedder) -> None:
-    """Refuse a calibration that was fitted for another model, precision or preprocessing.
+    """Check that a calibration was fitted on this model.
+
+    A calibration of the float32 model that ``embedder`` is another precision or runtime of is
+    accepted with a warning: cosines of the two are close, not equal.
 
     Raises:
-        UsageError: the fingerprints differ.
+        UsageError: it was fitted on another model.
     """
-    if calibration.fingerprint != embedder.fingerprint:
+    if calibration.fingerprint == embedder.fingerprint:
+        return
+    if calibration.fingerprint != embedder.derived_from:
         raise UsageError(
             f"the calibration is for {calibration.model!r} with fingerprint "
             f"{calibration.fingerprint:.8}, but this is {embedder.name!r} with "
             f"{embedder.fingerprint:.8} (weights, precision and preprocessing count); {_REMEDY}"
         )
+    warnings.warn(
+        f"the calibration for {calibration.model!r} was fitted on the float32 model; verify with "
+        "cn-clip eval calibrate",
+        stacklevel=2,
+    )
 
 
 def claim_calibration(
     out: str | Path, *, inputs: Iterable[str | Path] = (), overwrite: bool = False
 ) -> Path:
-    """Check that a calibration may be written to ``out``; nothing is touched. Return it as a path.
+    """Return ``out`` as a path if a calibration may be written there; nothing is written yet.
 
     Raises:
         UsageError: see ``publish.claim``.
@@ -119,7 +131,7 @@ def claim_calibration(
 
 
 def write_calibration(calibration: Calibration, path: Path) -> None:
-    """Write the file, whole or not at all."""
+    """Write the file atomically."""
     values = {
         "format": _FORMAT,
         "model": calibration.model,
@@ -137,29 +149,29 @@ def write_calibration(calibration: Calibration, path: Path) -> None:
 
 
 def read_calibration(path: Path) -> Calibration:
-    """Read the file strictly: what is missing, unknown or out of range is refused.
+    """Read the file; missing, unknown and out-of-range fields are refused.
 
     Raises:
-        UsageError: it cannot be read, or is no calibration; the first reason is named.
+        UsageError: the file is unreadable or not a calibration; the first reason is named.
     """
     try:
         values = read_json(read_file(path, MAX_TEXT))
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}; {_REMEDY}") from None
     except ValueError as error:  # not UTF-8, not JSON
-        raise UsageError(f"{path} is no calibration ({error}); {_REMEDY}") from None
+        raise UsageError(f"{path} is not a calibration ({error}); {_REMEDY}") from None
     try:
-        return _checked(values)
+        return _parse(values)
     except ValueError as error:
-        raise UsageError(f"{path} is no calibration: {error}; {_REMEDY}") from None
+        raise UsageError(f"{path} is not a calibration: {error}; {_REMEDY}") from None
 
 
-def _checked(values: Any) -> Calibration:
-    names = [
+def _parse(values: Any) -> Calibration:
+    fields = [
         "format", "model", "fingerprint", "kind", "coefficients", "prior", "precision",
         "thresholds", "counts", "data", "date",
     ]  # fmt: skip
-    _exactly(values, names, "it")
+    _check_fields(values, fields, "the file")
     if values["format"] != _FORMAT:
         raise ValueError(f"its format is {values['format']!r:.60}, not {_FORMAT!r}")
     for name in ("model", "fingerprint", "data", "date"):
@@ -169,18 +181,18 @@ def _checked(values: Any) -> Calibration:
         if not 0 < _number(values[name], name) < 1:
             raise ValueError(f"{name} is {values[name]}, not between 0 and 1")
     thresholds, counts = values["thresholds"], values["counts"]
-    _exactly(thresholds, USES, "thresholds")
+    _check_fields(thresholds, USES, "thresholds")
     for name, value in thresholds.items():
         if value is not None:
             _number(value, f"the threshold {name}")
-    _exactly(counts, COUNTS, "counts")
+    _check_fields(counts, COUNTS, "counts")
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"the count of {name} is {value!r:.60}")
     return Calibration(
         values["model"],
         values["fingerprint"],
-        _curve(values["kind"], values["coefficients"]),
+        _parse_curve(values["kind"], values["coefficients"]),
         values["prior"],
         values["precision"],
         thresholds,
@@ -190,45 +202,45 @@ def _checked(values: Any) -> Calibration:
     )
 
 
-def _curve(kind: Any, coefficients: Any) -> Curve:
+def _parse_curve(kind: Any, coefficients: Any) -> Curve:
     if kind == "logistic":
-        _exactly(coefficients, ("slope", "intercept"), "coefficients")
+        _check_fields(coefficients, ("slope", "intercept"), "coefficients")
         slope = _number(coefficients["slope"], "slope")
         if slope <= 0:
-            raise ValueError(f"slope is {slope}, so a higher cosine would match less")
+            raise ValueError(f"slope is {slope}, but must be positive")
         return Logistic(slope, _number(coefficients["intercept"], "intercept"))
     if kind != "isotonic":
-        raise ValueError(f"kind is {kind!r:.60}, not {' or '.join(KINDS)}")
-    _exactly(coefficients, ("cosines", "probabilities"), "coefficients")
+        raise ValueError(f"kind is {kind!r:.60}, not {' or '.join(CURVE_KINDS)}")
+    _check_fields(coefficients, ("cosines", "probabilities"), "coefficients")
     rows = []
     for name in ("cosines", "probabilities"):
-        given = coefficients[name]
-        if not isinstance(given, list) or not given:
+        values = coefficients[name]
+        if not isinstance(values, list) or not values:
             raise ValueError(f"{name} is not a list of numbers")
-        rows.append(tuple(_number(each, name) for each in given))
+        rows.append(tuple(_number(value, name) for value in values))
     cosines, probabilities = rows
     if len(cosines) != len(probabilities):
         raise ValueError(f"{len(cosines)} cosines with {len(probabilities)} probabilities")
     if np.any(np.diff(cosines) <= 0) or np.any(np.diff(probabilities) < 0):
-        raise ValueError("its cosines or probabilities do not rise")
+        raise ValueError("its cosines or probabilities are not increasing")
     if probabilities[0] < 0 or probabilities[-1] > 1:
         raise ValueError("a probability is not between 0 and 1")
     return Isotonic(cosines, probabilities)
 
 
-def _exactly(values: Any, names: Sequence[str], what: str) -> None:
+def _check_fields(values: Any, fields: Sequence[str], what: str) -> None:
     if not isinstance(values, dict):
         raise ValueError(f"{what} is {type(values).__name__}, not an object")
-    missing = [name for name in names if name not in values]
-    unknown = [name for name in values if name not in names]
+    missing = [name for name in fields if name not in values]
+    unknown = [name for name in values if name not in fields]
     if missing or unknown:
-        told = f"has no {missing[0]!r}" if missing else f"has an unknown {unknown[0]!r:.60}"
-        raise ValueError(f"{what} {told}")
+        problem = f"has no {missing[0]!r}" if missing else f"has an unknown {unknown[0]!r:.60}"
+        raise ValueError(f"{what} {problem}")
 
 
 def _number(value: Any, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{what} is {value!r:.60}, not a finite number")
-    if not abs(value) <= _LARGEST:  # so NaN, too; and an integer may be too large for a float
+    if not abs(value) <= _MAX_VALUE:  # also NaN, and integers too large for a float
         raise ValueError(f"{what} is {value!r:.60}, not a finite number")
     return float(value)

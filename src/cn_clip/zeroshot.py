@@ -1,15 +1,19 @@
-"""Zero-shot classification: which of some Chinese labels fits a picture best."""
+"""Zero-shot classification of images by Chinese labels."""
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from cn_clip.calibration import Calibration, check_model, probability, read_calibration
 from cn_clip.embedder import Embedder
 from cn_clip.errors import UsageError
 from cn_clip.image.decode import ImageInput
@@ -18,28 +22,37 @@ from cn_clip.text import valid_text
 
 @dataclass(frozen=True, slots=True)
 class Classification:
-    """Scores of N pictures against M labels.
+    """Scores of N images against M labels.
 
     Attributes:
-        labels: the M labels, without repeats.
-        probabilities: float32 (N, M), a softmax over the labels given: each row sums to 1 even
-            when no label fits, so read it beside ``cosines``.
-        cosines: float32 (N, M), between -1 and 1, independent of which other labels are given.
+        labels: the M distinct labels.
+        probabilities: float32 (N, M), softmax over the labels: each row sums to 1 even if no label
+            fits.
+        cosines: float32 (N, M), between -1 and 1, independent of the other labels.
+        match_probabilities: float64 (N, M), calibrated probability that image and label match;
+            None without a calibration.
+        none_of_these: bool (N,), True where the highest cosine is below the calibration's
+            threshold for labels; None without a calibration or a threshold.
     """
 
     labels: tuple[str, ...]
     probabilities: npt.NDArray[np.float32]
     cosines: npt.NDArray[np.float32]
+    match_probabilities: npt.NDArray[np.float64] | None = None
+    none_of_these: npt.NDArray[np.bool_] | None = None
+
+    def ranking(self, count: int) -> npt.NDArray[np.int64]:
+        """Return the label indexes (N, min(count, M)) of each image, best first."""
+        return np.argsort(-self.probabilities, axis=1, kind="stable")[:, :count]
 
     def top(self, count: int) -> list[list[tuple[str, float, float]]]:
-        """Return, for each picture, the best ``(label, probability, cosine)``, best first."""
-        order = np.argsort(-self.probabilities, axis=1, kind="stable")[:, :count]
+        """Return the best ``(label, probability, cosine)`` of each image, best first."""
         return [
             [
                 (self.labels[j], float(self.probabilities[i, j]), float(self.cosines[i, j]))
                 for j in row
             ]
-            for i, row in enumerate(order)
+            for i, row in enumerate(self.ranking(count))
         ]
 
 
@@ -49,78 +62,103 @@ def classify(
     labels: Sequence[str],
     *,
     templates: Sequence[str] = ("{}",),
+    calibration: Calibration | str | os.PathLike[str] | None = None,
 ) -> Classification:
-    """Score pictures against labels (Radford et al., arXiv:2103.00020, section 3.1).
+    """Score images against labels (Radford et al., arXiv:2103.00020, section 3.1).
 
     Args:
         embedder: a loaded model.
         images: as for ``Embedder.embed_images``.
-        labels: at least two. Repeated ones are counted once, with a warning.
-        templates: sentences with ``{}`` where the label goes, such as ``"一张{}的照片"``; a
-            label's embedding is the mean over all of them.
+        labels: at least two; duplicates are removed with a warning.
+        templates: sentences with ``{}`` in place of the label, such as ``"一张{}的照片"``; a
+            label's embedding is the mean over the templates.
+        calibration: of this model, or its file: adds match probabilities and ``none_of_these``.
 
     Raises:
-        UsageError: fewer than two different labels, an empty one, or a template without ``{}``.
-        ImageError: a picture cannot be used.
+        UsageError: fewer than two distinct labels, an empty label, a template without ``{}``, or a
+            calibration of another model.
+        ImageError: an image is unreadable.
     """
     names = distinct(labels)
+    if isinstance(calibration, str | os.PathLike):
+        calibration = read_calibration(Path(calibration))
+    if calibration is not None:
+        check_model(calibration, embedder)
     prototypes = label_embeddings(embedder, names, templates)
-    return score(embedder, embedder.embed_images(images), names, prototypes)
+    return classify_embeddings(
+        embedder, embedder.embed_images(images), names, prototypes, calibration=calibration
+    )
 
 
-def score(
+def classify_embeddings(
     embedder: Embedder,
     image_embeddings: npt.NDArray[np.float32],
     labels: Sequence[str],
     prototypes: npt.NDArray[np.float32],
+    *,
+    calibration: Calibration | None = None,
 ) -> Classification:
     """Score image embeddings (N, D) against label embeddings (M, D)."""
     cosines = image_embeddings @ prototypes.T
-    logits = embedder.logit_scale * cosines
+    probabilities = softmax(embedder.logit_scale * cosines)
+    if calibration is None:
+        return Classification(tuple(labels), probabilities, cosines)
+    threshold = calibration.thresholds["labels"]
+    # float64, the type of the threshold: rounded to float32 it could equal the cosine
+    best = cosines.max(axis=1).astype(np.float64)
+    return Classification(
+        tuple(labels),
+        probabilities,
+        cosines,
+        match_probabilities=probability(calibration.curve, cosines),
+        none_of_these=None if threshold is None else best < threshold,
+    )
+
+
+def softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Return the softmax of each row, (N, M)."""
     weights = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
-    return Classification(tuple(labels), weights / weights.sum(axis=1, keepdims=True), cosines)
+    result: npt.NDArray[np.float32] = weights / weights.sum(axis=1, keepdims=True)
+    return result
 
 
 def label_embeddings(
     embedder: Embedder, labels: Sequence[str], templates: Sequence[str] = ("{}",)
 ) -> npt.NDArray[np.float32]:
-    """Return one unit vector per label, float32 (M, D): the mean over the templates."""
+    """Return a unit vector for each label, float32 (M, D): the mean over the templates."""
     if isinstance(templates, str):
         raise UsageError(f"templates is one string, {templates!r:.60}; give a list of templates")
     for template in templates:
         if "{}" not in template:
-            raise UsageError(f"the template {template!r} has no {{}}; say where the label goes")
+            raise UsageError(f"the template {template!r} has no {{}}; add it where the label goes")
     if not templates:
-        raise UsageError("no templates given; use ['{}'] for the labels as they are")
+        raise UsageError("no templates given; use ['{}'] for the labels alone")
     sentences = [valid_text(template) for template in templates]
     texts = [sentence.replace("{}", label) for label in labels for sentence in sentences]
-    each = embedder.embed_texts(texts).reshape(len(labels), len(templates), -1)
-    mean = each.mean(axis=1)
+    embeddings = embedder.embed_texts(texts).reshape(len(labels), len(templates), -1)
+    mean = embeddings.mean(axis=1)
     return mean / np.linalg.norm(mean, axis=1, keepdims=True)  # type: ignore[no-any-return]
 
 
 def distinct(labels: Iterable[str]) -> list[str]:
-    """Return the labels stripped and without repeats, in order; warn if there were repeats.
+    """Return the stripped labels without duplicates, in order; warn about duplicates.
 
     Raises:
-        UsageError: one is empty, or fewer than two are left.
+        UsageError: a label is empty, or fewer than two are left.
     """
     if isinstance(labels, str):
         raise UsageError(f"labels is one string, {labels!r:.60}; give a list of labels")
     labels = list(labels)
-    strange = next((label for label in labels if not isinstance(label, str)), None)
-    if strange is not None:
-        raise UsageError(f"label {strange!r:.60} is not a string")
+    invalid = next((label for label in labels if not isinstance(label, str)), None)
+    if invalid is not None:
+        raise UsageError(f"label {invalid!r:.60} is not a string")
     stripped = [valid_text(label).strip() for label in labels]
     if "" in stripped:
         raise UsageError(f"label {stripped.index('') + 1} of {len(stripped)} is empty; remove it")
     unique = list(dict.fromkeys(stripped))
     if len(unique) < 2:
-        given = f"the one label {unique[0]!r}" if unique else "no label"
-        raise UsageError(
-            f"{given} cannot be compared with anything, its probability would always be 1; "
-            "give at least two different labels"
-        )
+        given = f"only the label {unique[0]!r}" if unique else "no labels"
+        raise UsageError(f"{given} given; give at least two different labels")
     if len(unique) < len(stripped):
         repeated = Counter(stripped).most_common(1)[0][0]
         warnings.warn(f"label {repeated!r} is given more than once; counted once", stacklevel=3)

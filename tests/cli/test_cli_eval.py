@@ -28,11 +28,11 @@ def cn_clip(capsys, tiny_model, tmp_path):
     return command
 
 
-def test_retrieval_prints_both_directions_and_json_has_the_same_figures(cn_clip, pictures):
+def test_retrieval_prints_both_directions_and_json_has_the_same_scores(cn_clip, pictures):
     data = write_jsonl(pictures)
     code, out, err = cn_clip("retrieval", "--data", data)
     assert code == 0 and err == ""
-    assert "3 pictures, 4 texts, 4 pairs" in out
+    assert "3 images, 4 texts, 4 pairs" in out
     code, document, _ = cn_clip("retrieval", "--data", data, "--json")
     found = json.loads(document)
     assert code == 0 and found["failed"] == [] and found["out"] == []
@@ -42,36 +42,36 @@ def test_retrieval_prints_both_directions_and_json_has_the_same_figures(cn_clip,
         assert row.split()[3:] == [f"{found[direction][name]:.1f}" for name in names]
 
 
-def test_retrieval_lists_what_cannot_be_read_and_fails(cn_clip, pictures):
+def test_retrieval_lists_unreadable_rows_and_fails(cn_clip, pictures):
     data = write_jsonl(pictures)
     (pictures / "008.jpg").unlink()
     code, out, err = cn_clip("retrieval", "--data", data)
-    assert code == 1 and "2 pictures" in out
-    assert "pairs.jsonl, line 3" in err and "1 could not be read, and are in no figure" in err
+    assert code == 1 and "2 images" in out
+    assert "pairs.jsonl, line 3" in err and "1 unreadable and excluded from the scores" in err
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
-        ([], "which pairs? Give --data"),
-        (["--data", "jsonl:a.jsonl", "--truth", "t.jsonl"], "which pairs? Give --data"),
-        (["--truth", "t.jsonl"], "which pairs? Give --data"),
+        ([], "no pairs given; give --data"),
+        (["--data", "jsonl:a.jsonl", "--truth", "t.jsonl"], "no pairs given; give --data"),
+        (["--truth", "t.jsonl"], "no pairs given; give --data"),
         (["--texts", "t.npz", "--data", "jsonl:a.jsonl"], "give both --images and --texts"),
     ],
 )
-def test_retrieval_says_what_to_give(cn_clip, arguments, said):
+def test_retrieval_names_missing_options(cn_clip, arguments, message):
     code, _, err = cn_clip("retrieval", *arguments)
-    assert code == 2 and said in err and err.count("\n") == 1
+    assert code == 2 and message in err and err.count("\n") == 1
 
 
-def test_official_files_of_fewer_than_ten_are_refused(cn_clip, pictures, tmp_path):
+def test_official_files_of_fewer_than_ten_images_are_refused(cn_clip, pictures, tmp_path):
     out = tmp_path / "out"
     code, _, err = cn_clip("retrieval", "--data", write_jsonl(pictures), "--out", out)
-    assert code == 2 and "there are 3 pictures and 4 texts" in err
+    assert code == 2 and "there are 3 images and 4 texts" in err
     assert not out.exists()
 
 
-def test_predictions_print_the_official_figures(cn_clip, tmp_path):
+def test_predictions_print_the_official_scores(cn_clip, tmp_path):
     official = json.loads((EVAL / "tr_output.json").read_text(encoding="utf-8"))["scoreJson"]
     truth, metrics = EVAL / "texts.jsonl", tmp_path / "m.json"
     words = ("predictions", EVAL / "tr_predictions.jsonl", "--truth", truth)
@@ -85,7 +85,7 @@ def test_predictions_print_the_official_figures(cn_clip, tmp_path):
     assert found["mean_recall"] == pytest.approx(official["mean_recall"], abs=1e-4)
 
 
-def test_predictions_that_are_damaged_fail_in_one_sentence(cn_clip, tmp_path):
+def test_invalid_predictions_fail_with_one_sentence(cn_clip, tmp_path):
     bad = tmp_path / "p.jsonl"
     bad.write_text('{"text_id": 1, "image_ids": [1]}\n', encoding="utf-8")
     code, _, err = cn_clip("predictions", bad, "--truth", EVAL / "texts.jsonl")
@@ -94,15 +94,15 @@ def test_predictions_that_are_damaged_fail_in_one_sentence(cn_clip, tmp_path):
     assert code == 1 and "cannot be read" in err
 
 
-def test_the_list_of_protocols_shows_figures_and_their_absence(cn_clip):
+def test_the_list_of_protocols_shows_published_scores(cn_clip):
     code, out, _ = cn_clip("protocol", "--list")
     assert code == 0 and "flickr30k-cn-test" in out and "ViT-H-14 71.2" in out
-    assert "none found" in out and "84.9, the best of five" in out
+    assert "none found" in out and "84.9, best of five models" in out
     code, out, _ = cn_clip("protocol", "--list", "--json")
     assert len(json.loads(out)) == 14
 
 
-def test_a_protocol_prints_ours_beside_the_published_figure(cn_clip, pictures):
+def test_a_protocol_prints_measured_and_published_scores(cn_clip, pictures):
     write_tsv(pictures)
     for part in ("imgs.tsv", "texts.jsonl"):
         (pictures / f"train_{part}").rename(pictures / f"valid_{part}")
@@ -116,18 +116,18 @@ def test_a_protocol_prints_ours_beside_the_published_figure(cn_clip, pictures):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "message"),
     [
-        ([], 2, "which protocol? See: cn-clip eval protocol --list"),
+        ([], 2, "no protocol given; see: cn-clip eval protocol --list"),
         (["mnist"], 2, "run: cn-clip eval zeroshot"),
-        (["coco-cn-test"], 2, "Give --data FOLDER with test_imgs.tsv"),
+        (["coco-cn-test"], 2, "give --data FOLDER with test_imgs.tsv"),
         (["muge-val"], 2, "did you mean muge-valid"),
     ],
 )
-def test_a_protocol_says_what_is_missing(cn_clip, arguments, code, said):
+def test_a_protocol_names_missing_options(cn_clip, arguments, code, message):
     for word in ("protocol", "--protocol"):
         given, _, err = cn_clip(word, *arguments)
-        assert given == code and said in err
+        assert given == code and message in err
 
 
 def test_retrieval_takes_a_split_of_a_folder(cn_clip, pictures):

@@ -38,8 +38,8 @@ def data(tmp_path):
 
 @pytest.fixture
 def cn_clip(capsys, start):
-    def command(verb, *arguments):
-        given = ["eval", verb, "--model", str(start), *map(str, arguments)]
+    def command(name, *arguments):
+        given = ["eval", name, "--model", str(start), *map(str, arguments)]
         code = run(given)
         captured = capsys.readouterr()
         return code, captured.out, captured.err
@@ -47,17 +47,17 @@ def cn_clip(capsys, start):
     return command
 
 
-def test_robustness_prints_what_each_way_loses(cn_clip, data, monkeypatch):
+def test_robustness_prints_the_loss_of_each_rewrite(cn_clip, data, monkeypatch):
     monkeypatch.setitem(sys.modules, "opencc", None)
     code, out, err = cn_clip("robustness", "--data", f"jsonl:{data}", "--normalize", "nfkc")
     assert code == 0
-    assert "11 texts ask for 10 pictures" in out
-    assert out.count("full-width") == 2  # as asked, and normalised
-    assert "left out simplified, traditional, taiwan" in err
+    assert "11 queries, 10 images" in out
+    assert out.count("full-width") == 2  # without and with normalisation
+    assert "omitted simplified, traditional, taiwan" in err
     assert "pip install 'cn-clip[eval]'" in err
 
 
-def test_robustness_json_is_one_document_with_every_way(cn_clip, data):
+def test_robustness_json_has_every_rewrite(cn_clip, data):
     pytest.importorskip("opencc")
     code, out, err = cn_clip(
         "robustness", "--data", f"jsonl:{data}", "--normalize", "simplified", "--json"
@@ -69,12 +69,12 @@ def test_robustness_json_is_one_document_with_every_way(cn_clip, data):
     assert rows["simplified"]["changed"] == 1  # 貓
     assert rows["synonyms"]["changed"] == 4
     assert rows["english"]["asked"].keys() == {"r1", "r5", "r10", "mean"}
-    tidied = {row["name"]: row for row in document["normalized"]}
-    assert tidied["plain"]["changed"] == 1
-    assert tidied["traditional"]["changed"] == 1  # the rest comes back to what it was
+    normalized = {row["name"]: row for row in document["normalized"]}
+    assert normalized["plain"]["changed"] == 1
+    assert normalized["traditional"]["changed"] == 1  # the others are restored
 
 
-def test_diagnose_writes_a_page_that_needs_nothing_beside_it(cn_clip, data, tmp_path):
+def test_diagnose_writes_a_self_contained_report(cn_clip, data, tmp_path):
     page = tmp_path / "out.html"
     code, out, err = cn_clip("diagnose", "--data", f"jsonl:{data}", "--report", page)
     assert (code, err) == (0, "")
@@ -82,7 +82,7 @@ def test_diagnose_writes_a_page_that_needs_nothing_beside_it(cn_clip, data, tmp_
     html = page.read_text(encoding="utf-8")
     addresses = re.findall(r'(?:src|href)="([^"]*)"', html)
     assert addresses and all(each.startswith("data:image/jpeg;base64,") for each in addresses)
-    for heading in ("length of the caption", "Hubs", "hardly told apart", "worst misses"):
+    for heading in ("length of the caption", "Hubs", "Similar captions", "Worst misses"):
         assert heading in html
     assert "一只猫。" in html and "<svg" in html
 
@@ -103,11 +103,11 @@ def test_diagnose_compares_two_models_with_intervals(cn_clip, data, tmp_path):
         assert row["lead"] == pytest.approx(row["first"] - row["second"])
     html = page.read_text(encoding="utf-8")
     assert (
-        "Found by tiny-vit, missed by tiny-resnet" in html and "tiny-vit less tiny-resnet" in html
+        "Found by tiny-vit, missed by tiny-resnet" in html and "tiny-vit minus tiny-resnet" in html
     )
 
 
-def test_two_checkpoints_of_one_model_are_told_apart_by_their_places(cn_clip, data, start):
+def test_two_checkpoints_of_one_model_are_named_by_path(cn_clip, data, start):
     code, out, _ = cn_clip("diagnose", "--data", f"jsonl:{data}", "--compare", start, "--json")
     assert code == 0
     document = json.loads(out)
@@ -115,7 +115,7 @@ def test_two_checkpoints_of_one_model_are_told_apart_by_their_places(cn_clip, da
     assert all(row["lead"] == row["low"] == row["high"] == 0 for row in document["differences"])
 
 
-def test_captions_and_names_cannot_write_html(cn_clip, data, tmp_path):
+def test_captions_are_escaped(cn_clip, data, tmp_path):
     make_image(99).save(tmp_path / "99.png")
     evil = {"image": "99.png", "text": "<script>alert(1)</script>"}
     with data.open("a", encoding="utf-8") as stream:
@@ -126,7 +126,7 @@ def test_captions_and_names_cannot_write_html(cn_clip, data, tmp_path):
     assert "<script" not in html and "&lt;script&gt;" in html
 
 
-def test_a_picture_that_cannot_be_read_is_left_out_and_told(cn_clip, data, tmp_path):
+def test_unreadable_images_are_skipped_and_reported(cn_clip, data, tmp_path):
     (tmp_path / "3.png").write_bytes(b"no picture")
     (tmp_path / "4.png").unlink()
     page = tmp_path / "out.html"
@@ -134,30 +134,30 @@ def test_a_picture_that_cannot_be_read_is_left_out_and_told(cn_clip, data, tmp_p
     assert code == 1
     document = json.loads(out)
     assert (document["images"], document["texts"]) == (8, 9)
-    assert len(document["skipped"]) == err.count("cn-clip: left out:") == 2
+    assert len(document["skipped"]) == err.count("cn-clip: skipped:") == 2
     assert "line 4" in err and "line 5" in err and "4.png" in err
-    assert "Left out" in page.read_text(encoding="utf-8")
+    assert "Skipped" in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["robustness", "--data", "DATA", "--normalize", "nfkd"], "did you mean nfkc"),
         (["diagnose", "--data", "DATA", "--report", "out.pdf"], "ends in .html"),
-        (["diagnose", "--data", "DATA", "--threshold", "2"], "no cosine"),
+        (["diagnose", "--data", "DATA", "--threshold", "2"], "not a cosine"),
         (["diagnose", "--data", "jsonl:nowhere.jsonl"], "nowhere.jsonl"),
     ],
 )
-def test_bad_usage_is_one_sentence(cn_clip, data, arguments, said):
+def test_bad_usage_is_one_sentence(cn_clip, data, arguments, message):
     given = [f"jsonl:{data}" if each == "DATA" else each for each in arguments]
     code, _, err = cn_clip(*given)
     assert code in (1, 2)
-    assert said in err and err.count("\n") == 1
+    assert message in err and err.count("\n") == 1
 
 
-def test_no_picture_at_all_is_an_error(cn_clip, data, tmp_path):
+def test_no_readable_image_is_an_error(cn_clip, data, tmp_path):
     for n in range(10):
         (tmp_path / f"{n}.png").write_bytes(b"")
     code, _, err = cn_clip("robustness", "--data", f"jsonl:{data}")
     assert code == 1
-    assert "none of the 10 pictures can be read" in err
+    assert "none of the 10 images is readable" in err

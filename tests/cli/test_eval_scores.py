@@ -29,7 +29,7 @@ def cn_clip(capsys):
 
 @pytest.fixture
 def calibration(tiny_model, tmp_path):
-    """A calibration of the tiny model, whatever it can do."""
+    """An arbitrary calibration of the tiny model."""
     from cn_clip.calibration import Calibration, Logistic, write_calibration
     from cn_clip.embedder import Embedder
 
@@ -44,11 +44,11 @@ def calibration(tiny_model, tmp_path):
     return tmp_path / "c.json"
 
 
-def test_zeroshot_prints_the_metric_and_mistakes(cn_clip, model, tmp_path):
+def test_zeroshot_prints_the_metric_and_confusions(cn_clip, model, tmp_path):
     root = write_labelled(tmp_path / "pets")
     code, out, err = cn_clip("eval", "zeroshot", "--data", root, "--model", model)
     assert code == 0 and err == ""
-    assert "accuracy (what it is scored by)" in out and "taken for" in out and "6 pictures" in out
+    assert "accuracy (metric of the dataset)" in out and "predicted" in out and "6 images" in out
     code, out, _ = cn_clip("eval", "zeroshot", "--data", root, "--model", model, "--json")
     document = json.loads(out)
     assert document["pictures"] == 6 and document["value"] == document["top1"]
@@ -61,9 +61,9 @@ def test_zeroshot_takes_metric_and_submission_from_the_dataset(cn_clip, model, t
     code, out, err = cn_clip("eval", "zeroshot", "--data", root, "--model", model, "--json")
     assert code == 0 and json.loads(out)["value"] is None
     assert "has 20 test classes, but the folder has 3" in err and "--truth" in err
-    about = datasets()["hateful-memes"]
+    info = datasets()["hateful-memes"]
     write_labelled(tmp_path / "memes", ("好", "坏"), ("0", "1"))
-    for at in range(about.pictures - 4):
+    for at in range(info.images - 4):
         make_image(at, (8, 8)).save(tmp_path / "memes/test/0" / f"more{at}.png")
     out_file = tmp_path / "s.json"
     code, out, err = cn_clip("eval", "zeroshot", "--data", tmp_path / "memes", "--model", model,
@@ -74,7 +74,7 @@ def test_zeroshot_takes_metric_and_submission_from_the_dataset(cn_clip, model, t
     assert len(document["predictions"][0]) == 500 and document["num_params"] > 0
 
 
-def test_zeroshot_lists_damaged_pictures_and_ends_with_1(cn_clip, model, tmp_path):
+def test_zeroshot_lists_unreadable_images_and_exits_with_1(cn_clip, model, tmp_path):
     root = write_labelled(tmp_path / "pets")
     (root / "test/000/0.jpg").write_bytes(encoded(make_image(), "JPEG")[:300])
     code, _, err = cn_clip("eval", "zeroshot", "--data", root, "--model", model)
@@ -101,9 +101,7 @@ def test_bad_usage_is_one_sentence(cn_clip, tmp_path, arguments, code, message):
     assert message in err and err.startswith("cn-clip: ") and err.count("\n") == 1
 
 
-def test_calibrate_refuses_a_model_whose_cosines_say_nothing_or_writes_the_file(
-    cn_clip, model, tmp_path
-):
+def test_calibrate_refuses_an_uninformative_model_or_writes_the_file(cn_clip, model, tmp_path):
     with (tmp_path / "pairs.csv").open("w", encoding="utf-8", newline="") as stream:
         rows = csv.writer(stream)
         rows.writerow(["image", "text"])
@@ -113,13 +111,13 @@ def test_calibrate_refuses_a_model_whose_cosines_say_nothing_or_writes_the_file(
     out = tmp_path / "c.json"
     code, shown, err = cn_clip("eval", "calibrate", "--data", tmp_path / "pairs.csv", "--out", out,
                                "--model", model, "--precision", 0.05, "--json")  # fmt: skip
-    if code == 0:  # an untrained model may by chance tell pairs from others
+    if code == 0:  # an untrained model may separate pairs from non-pairs by chance
         assert json.loads(shown)["thresholds"] == json.loads(out.read_text())["thresholds"]
     else:
         assert code == 2 and "no higher cosines" in err and not out.exists()
 
 
-def test_classify_shows_the_match_and_says_none_of_these(cn_clip, model, calibration, image_folder):
+def test_classify_prints_the_match_and_none_of_these(cn_clip, model, calibration, image_folder):
     common = ("classify", image_folder, "--labels", "猫,狗", "--model", model,
               "--calibration", calibration)  # fmt: skip
     code, out, err = cn_clip(*common)
@@ -137,3 +135,31 @@ def test_classify_refuses_a_calibration_of_another_model(cn_clip, model, calibra
     code, out, err = cn_clip("classify", image_folder, "--labels", "猫,狗", "--model", model,
                              "--calibration", calibration)  # fmt: skip
     assert (code, out) == (2, "") and "eval calibrate" in err and err.count("\n") == 1
+
+
+def test_classify_and_the_library_agree(cn_clip, model, calibration, image_folder):
+    import cn_clip as library
+
+    values = json.loads(calibration.read_text())
+    for threshold in (-1.0, 0.99, None):
+        values["thresholds"]["labels"] = threshold
+        calibration.write_text(json.dumps(values))
+        code, out, _ = cn_clip("classify", image_folder, "--labels", "猫,狗,火箭", "--model",
+                               model, "--calibration", calibration, "--json")  # fmt: skip
+        assert code == 0
+        images = json.loads(out)["images"]
+        result = library.classify(
+            library.load(model),
+            [image["image"] for image in images],
+            ["猫", "狗", "火箭"],
+            calibration=calibration,
+        )
+        flags = [None] * 3 if result.none_of_these is None else result.none_of_these.tolist()
+        assert [image["none_of_these"] for image in images] == flags
+        assert flags == [None if threshold is None else threshold == 0.99] * 3
+        for row, image in enumerate(images):
+            for prediction in image["predictions"]:
+                column = result.labels.index(prediction["label"])
+                assert prediction["probability"] == result.probabilities[row, column]
+                assert prediction["cosine"] == result.cosines[row, column]
+                assert prediction["match"] == result.match_probabilities[row, column]

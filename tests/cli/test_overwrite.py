@@ -124,16 +124,16 @@ def inputs(tmp_path_factory) -> Path:
 @pytest.fixture
 def command(inputs, tmp_path, monkeypatch, capsys) -> Callable[[Output, object], tuple[int, str]]:
     """Run a command with an output, in the folder of inputs; return its code and stderr."""
-    from cn_clip.eval import embedded, zeroshot
+    from cn_clip.eval import embedded_dataset, zeroshot
 
-    known = {"pets": zeroshot.Dataset()}
+    known = {"pets": zeroshot.DatasetInfo()}
     monkeypatch.setattr(zeroshot, "datasets", lambda: known)
     vectors = np.random.default_rng(0).normal(size=(60, 32)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     pairs = np.stack([np.arange(60)] * 2, axis=1)
-    told = SimpleNamespace(images=vectors, texts=vectors, pairs=pairs, digest="d", failed=[])
-    # An untrained model's cosines say nothing, and then there is nothing to calibrate.
-    monkeypatch.setattr(embedded, "embed_pairs", lambda *_, **__: told)
+    embedded = SimpleNamespace(images=vectors, texts=vectors, pairs=pairs, digest="d", failed=[])
+    # The cosines of an untrained model are refused by the calibration.
+    monkeypatch.setattr(embedded_dataset, "embed_pairs", lambda *_, **__: embedded)
     monkeypatch.chdir(inputs)
 
     def call(output: Output, out: object, *more: str) -> tuple[int, str]:

@@ -6,7 +6,7 @@ from conftest import make_image
 
 
 def write_labelled(root: Path, labels=("猫", "狗", "鸟"), folders=("000", "001", "002")) -> Path:
-    """Two pictures a class, named across the classes, in ``test``."""
+    """Two images per class in ``test``, with names unique across classes."""
     root.mkdir(parents=True, exist_ok=True)
     (root / "label_cn.txt").write_text("\n".join(labels) + "\n", encoding="utf-8")
     for number, name in enumerate(folders):

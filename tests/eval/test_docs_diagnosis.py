@@ -6,7 +6,7 @@ import pytest
 from test_docs import DOCS, code_in, read
 
 from cn_clip.cli import app
-from cn_clip.eval.robustness.rewrites import NORMALIZERS, variants
+from cn_clip.eval.robustness.rewrites import NORMALIZERS, all_rewrites
 
 
 @pytest.mark.parametrize("page", ["diagnosis.md", "flickr30k-gap.md"])
@@ -17,13 +17,13 @@ def test_both_languages_hold_the_same_code_and_figures(page):
     assert sorted(figures[0]) == sorted(figures[1])
 
 
-def test_the_page_names_every_way_and_normaliser():
+def test_the_page_names_every_rewrite_and_normalizer():
     page = read(DOCS / "diagnosis.md")
-    for name in [*(way.name for way in variants()), *NORMALIZERS]:
+    for name in [*(rewrite.name for rewrite in all_rewrites()), *NORMALIZERS]:
         assert f"`{name}`" in page, name
 
 
-def test_the_normaliser_does_what_the_page_says():
+def test_the_normalizer_does_what_the_page_says():
     pytest.importorskip("opencc")
     (snippet,) = (code for _, code in code_in(DOCS / "diagnosis.md") if "normalized" in code)
     exec(compile(snippet, "docs/diagnosis.md", "exec"), {})

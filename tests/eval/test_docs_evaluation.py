@@ -15,7 +15,7 @@ from cn_clip.cli import run
 
 DOCS = Path(__file__).parents[2] / "docs"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-COUNT = 12  # pictures: ten must be predicted
+COUNT = 12  # images: at least ten predictions
 
 
 @pytest.fixture
@@ -26,20 +26,20 @@ def downloads(tmp_path, monkeypatch):
     jpegs = [encoded(make_image(seed), "JPEG") for seed in range(COUNT)]
     rows, tsv, texts, captions = [], [], [], []
     for number, content in enumerate(jpegs):
-        said = f"第{number}张图片"
-        rows.append({"image": f"{number}.jpg", "text": said, "image_id": number, "text_id": number})
+        text = f"第{number}张图片"
+        rows.append({"image": f"{number}.jpg", "text": text, "image_id": number, "text_id": number})
         (tmp_path / "photos" / f"{number}.jpg").write_bytes(content)
         (tmp_path / "xm3600" / "images" / f"k{number}.jpg").write_bytes(content)
         tsv.append(f"{number}\t{base64.b64encode(content).decode()}\n")
-        texts.append({"text_id": 100 + number, "text": said, "image_ids": [number]})
-        captions.append({"image/key": f"k{number}", "zh": {"caption": [said, "又" + said]}})
+        texts.append({"text_id": 100 + number, "text": text, "image_ids": [number]})
+        captions.append({"image/key": f"k{number}", "zh": {"caption": [text, "又" + text]}})
     for name, lines in (
         ("photos/pairs.jsonl", rows),
         ("Flickr30k-CN/test_texts.jsonl", texts),
         ("xm3600/captions.jsonl", captions),
     ):
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        (tmp_path / name).write_text(text, encoding="utf-8")
+        content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        (tmp_path / name).write_text(content, encoding="utf-8")
     (tmp_path / "Flickr30k-CN" / "test_imgs.tsv").write_text("".join(tsv), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
 
@@ -64,10 +64,8 @@ def test_the_page_runs_and_small_splits_are_refused(downloads, capsys):
     assert scope["found"].mean_recall == 1 and scope["best"].indexes.shape == (20, 10)
     (first, flickr), (second, crossmodal) = refused
     assert first == second == 1
-    assert "1,000 pictures and 5,000 texts" in flickr and "holds 12 pictures and 12" in flickr
-    assert (
-        "3,600 pictures and 7,174 texts" in crossmodal and "holds 12 pictures and 24" in crossmodal
-    )
+    assert "1,000 images and 5,000 texts" in flickr and "has 12 images and 12" in flickr
+    assert "3,600 images and 7,174 texts" in crossmodal and "has 12 images and 24" in crossmodal
 
 
 def test_both_languages_hold_the_same_code():

@@ -16,7 +16,7 @@ def drawn(seed, queries=23, gallery=31, dim=3):
 
 
 def sorted_ranks(queries, gallery, pairs):
-    """By the book: sort the whole gallery for each query, take the first positive's place."""
+    """Reference: sort the gallery for each query and return the first positive's position."""
     ranks = []
     for i, query in enumerate(queries):
         order = list(np.argsort(-(gallery @ query), kind="stable"))
@@ -33,7 +33,7 @@ def test_ranks_are_those_of_a_stable_sort_of_the_whole_gallery(seed, block):
     assert ranks.tolist() == sorted_ranks(queries, gallery, pairs)
 
 
-def test_ranks_of_distinct_scores_are_those_of_a_sort_too():
+def test_ranks_of_distinct_scores_are_those_of_a_sort():
     rng = np.random.default_rng(0)
     queries, gallery = rng.normal(size=(40, 16)), rng.normal(size=(50, 16))
     pairs = np.stack([np.arange(40), rng.integers(0, 50, 40)], axis=1)
@@ -42,7 +42,7 @@ def test_ranks_of_distinct_scores_are_those_of_a_sort_too():
     )
 
 
-def test_half_precision_ranks_as_its_float32_copy_does():
+def test_float16_ranks_equal_those_of_float32():
     rng = np.random.default_rng(1)
     queries, gallery = rng.normal(size=(2, 60, 16)).astype(np.float16)
     pairs = np.stack([np.arange(60)] * 2, axis=1)
@@ -50,13 +50,13 @@ def test_half_precision_ranks_as_its_float32_copy_does():
     assert ranks_of_best(queries, gallery, pairs).tolist() == wide.tolist()
 
 
-def test_of_equal_scores_the_lower_row_comes_first():
+def test_ties_rank_by_row():
     gallery = np.ones((4, 2), np.float32)
     ranks = ranks_of_best(np.ones((2, 2), np.float32), gallery, np.array([[0, 3], [0, 1], [1, 2]]))
     assert ranks.tolist() == [1, 2]
 
 
-def test_recall_at_k_is_the_share_of_ranks_below_k():
+def test_recall_at_k_is_the_fraction_of_ranks_below_k():
     ranks = np.array([0, 4, 5, 9, 10])
     assert [recall_at(ranks, k) for k in (1, 5, 10)] == [0.2, 0.4, 0.8]
     with pytest.raises(UsageError, match="no ranks"):
@@ -64,9 +64,9 @@ def test_recall_at_k_is_the_share_of_ranks_below_k():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_retrieval_is_both_directions_of_the_queries_that_have_a_positive(seed):
+def test_retrieval_measures_both_directions_over_paired_queries(seed):
     images, texts, pairs = drawn(seed)
-    pairs = pairs[pairs[:, 0] % 4 != 0]  # some images ask for nothing, nor do some texts
+    pairs = pairs[pairs[:, 0] % 4 != 0]  # some images and texts are unpaired
     found = retrieval(images, texts, pairs, block=64)
     for recall, queries, gallery, positives in (
         (found.image_to_text, images, texts, pairs),
@@ -79,7 +79,7 @@ def test_retrieval_is_both_directions_of_the_queries_that_have_a_positive(seed):
             assert share == sum(rank < k for rank in ranks) / len(ranks)
 
 
-def test_the_order_of_pairs_and_their_repetition_change_nothing():
+def test_order_and_repetition_of_pairs_change_nothing():
     images, texts, pairs = drawn(5)
     assert retrieval(images, texts, pairs) == retrieval(
         images, texts, np.concatenate([pairs[::-1], pairs])
@@ -102,26 +102,26 @@ def test_an_embedding_that_is_not_finite_is_named_by_its_row(value):
         ranks_of_best(images, texts, pairs)
 
 
-def test_opposite_infinities_in_a_row_do_not_hide_each_other():
+def test_opposite_infinities_in_a_row_are_found():
     images, texts, pairs = drawn(0)
     images[3, :2] = np.inf, -np.inf
     with pytest.raises(UsageError, match="row 3 of the images"):
         retrieval(images, texts, pairs)
 
 
-def test_what_cannot_be_measured_is_refused():
+def test_invalid_input_is_refused():
     images, texts, pairs = drawn(0)
     with pytest.raises(UsageError, match="query 4 has no positive"):
         ranks_of_best(images, texts, pairs[pairs[:, 0] != 4])
-    with pytest.raises(UsageError, match="nothing to measure"):
+    with pytest.raises(UsageError, match="to measure; give at least one"):
         retrieval(images, texts, pairs[:0])
-    with pytest.raises(UsageError, match=r"expected whole numbers \(P, 2\)"):
+    with pytest.raises(UsageError, match=r"expected integers \(P, 2\)"):
         retrieval(images, texts, pairs.astype(np.float32))
     with pytest.raises(UsageError, match=r"pair 1 is \(0, 31\), but there are only 23 and 31"):
         retrieval(images, texts, np.array([[0, 0], [0, 31]]))
     with pytest.raises(UsageError, match=r"pair 0 is \(-1, 0\)"):
         retrieval(images, texts, np.array([[-1, 0]]))
-    with pytest.raises(UsageError, match="of 2 and of 3 numbers"):
+    with pytest.raises(UsageError, match="of dimension 2 and 3"):
         ranks_of_best(images[:, :2], texts, pairs)
     with pytest.raises(UsageError, match=r"shape \(3,\)"):
         retrieval(images[0], texts, pairs)

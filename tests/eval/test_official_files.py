@@ -1,4 +1,4 @@
-"""The official evaluation's files: the same numbers, and errors that name the line."""
+"""The official evaluation's files: the same scores, and errors that name the line."""
 
 import json
 
@@ -14,9 +14,9 @@ from cn_clip.eval.official_files import (
     read_truth,
     score_predictions,
     write_metrics,
-    write_official,
+    write_official_files,
 )
-from cn_clip.eval.retrieval import Measured, evaluate_features
+from cn_clip.eval.retrieval import RetrievalResult, evaluate_features
 
 EVAL = GOLDEN / "eval"
 
@@ -47,7 +47,7 @@ def test_scores_are_the_official_evaluators(tmp_path, truth, predictions, output
         assert ours["scoreJson"][name] == pytest.approx(value, abs=1e-4)
 
 
-def test_ids_may_be_strings_and_more_may_be_asked(tmp_path):
+def test_ids_may_be_strings_and_extra_queries_are_ignored(tmp_path):
     def named(line):
         ids = [f"图{each}" for each in line["image_ids"]]
         return line | {"text_id": f"{line['text_id']:05}", "image_ids": ids}
@@ -66,7 +66,7 @@ def test_ids_may_be_strings_and_more_may_be_asked(tmp_path):
     assert (scored.queries, scored.extra) == (30, 1)
 
 
-def test_a_text_of_no_picture_counts_as_missed_as_in_the_official_evaluator(tmp_path):
+def test_a_text_without_images_counts_as_missed_as_in_the_official_evaluator(tmp_path):
     ten = list(range(10))
     truth = write(
         tmp_path / "t.jsonl",
@@ -83,29 +83,29 @@ def test_a_text_of_no_picture_counts_as_missed_as_in_the_official_evaluator(tmp_
         ({"text_id": 7, "image_ids": [*range(9), 3]}, "line 2: text_id '7' predicts '3' twice"),
         (
             {"text_id": 1, "image_ids": list(range(10))},
-            r"line 2: text_id '1' was there before, .*1",
+            r"line 2: text_id '1' is a repetition of .*1",
         ),
-        ({"text_id": None, "image_ids": list(range(10))}, "line 2: None is no id"),
-        ({"text_id": 7, "image_ids": [*range(9), 1.5]}, "line 2: 1.5 is no id"),
+        ({"text_id": None, "image_ids": list(range(10))}, "line 2: None is not an id"),
+        ({"text_id": 7, "image_ids": [*range(9), 1.5]}, "line 2: 1.5 is not an id"),
         ({"text_id": 7}, 'line 2: expected {"text_id": 1, "image_ids"'),
         ([7], "line 2 is not a JSON object"),
     ],
 )
-def test_a_bad_prediction_is_named_by_its_line(tmp_path, line, said):
+def test_an_invalid_prediction_is_named_by_its_line(tmp_path, line, said):
     first = {"text_id": 1, "image_ids": list(range(10))}
     with pytest.raises(DataError, match=said):
         read_predictions(write(tmp_path / "p.jsonl", [first, line]))
 
 
-def test_predictions_of_another_split_are_refused(tmp_path):
+def test_predictions_for_another_split_are_refused(tmp_path):
     truth = read_truth(EVAL / "texts.jsonl")
     lines = lines_of(EVAL / "predictions.jsonl")
     fewer = read_predictions(write(tmp_path / "p.jsonl", lines[1:]))
-    with pytest.raises(DataError, match="1 of 30 texts have no predictions, text_id '70'"):
+    with pytest.raises(DataError, match="1 of 30 texts have no predictions, such as text_id '70'"):
         score_predictions(fewer, truth)
     rows = [line | {"image_ids": list(range(10))} for line in lines]
     other = read_predictions(write(tmp_path / "p.jsonl", rows))
-    with pytest.raises(DataError, match="no predicted id is in the annotations, '0' for one"):
+    with pytest.raises(DataError, match="no predicted id is in the annotations, such as '0'"):
         score_predictions(other, truth)
 
 
@@ -117,12 +117,12 @@ def measured(images=13, texts=17, dim=6):
     names = [f"{each:03}" for each in range(images)]
     captions = [f"文本{each}" for each in range(texts)]
     ids = list(range(texts))
-    return Measured("tiny", retrieval(i, t, pairs), names, ids, captions, i, t, pairs)
+    return RetrievalResult("tiny", retrieval(i, t, pairs), names, ids, captions, i, t, pairs)
 
 
-def test_the_files_written_give_the_figures_they_were_written_with(tmp_path):
+def test_the_written_files_give_the_same_scores(tmp_path):
     whole = measured()
-    assert len(write_official(whole, tmp_path)) == 8
+    assert len(write_official_files(whole, tmp_path)) == 8
     pairs = read_truth(tmp_path / "texts.jsonl")
     assert sorted(pairs) == sorted(read_truth(tmp_path / "texts.tr.jsonl"))
     for name, recall in (
@@ -145,7 +145,7 @@ def test_the_files_written_give_the_figures_they_were_written_with(tmp_path):
     assert again.image_ids == whole.image_ids and again.text_ids == whole.text_ids
 
 
-def test_fewer_than_ten_to_predict_from_are_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(UsageError, match="there are 9 pictures and 17 texts"):
-        write_official(measured(images=9), tmp_path / "out")
+def test_fewer_than_ten_images_are_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(UsageError, match="there are 9 images and 17 texts"):
+        write_official_files(measured(images=9), tmp_path / "out")
     assert not (tmp_path / "out").exists()

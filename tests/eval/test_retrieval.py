@@ -1,4 +1,4 @@
-"""Retrieval on sources and on features: each picture and text once, ids kept, faults named."""
+"""Retrieval on sources and on features: each image and text once, ids kept, errors named."""
 
 import json
 
@@ -33,7 +33,7 @@ def by_hand(embedder):
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_every_source_gives_the_figures_of_its_pairs(pictures, embedder, kind):
+def test_every_source_gives_the_recall_of_its_pairs(pictures, embedder, kind):
     ticks = []
     mix = open_mix([WRITERS[kind](pictures)])
     measured = evaluate_retrieval(embedder, mix, tick=lambda *each: ticks.append(each))
@@ -43,15 +43,7 @@ def test_every_source_gives_the_figures_of_its_pairs(pictures, embedder, kind):
     assert ticks[-1] == (7, 7)
 
 
-def test_a_normaliser_sees_each_text_before_it_is_embedded(pictures, embedder):
-    mix = open_mix([write_csv(pictures)])
-    measured = evaluate_retrieval(embedder, mix, normaliser=lambda text: text[:2])
-    expected = embedder.embed_texts([text[:2] for _, _, text in PAIRS])
-    assert np.array_equal(measured.texts, expected)
-    assert measured.captions == [text for _, _, text in PAIRS]
-
-
-def test_a_picture_that_cannot_be_read_is_told_and_in_no_figure(pictures, embedder):
+def test_an_unreadable_image_is_reported_and_excluded(pictures, embedder):
     mix = open_mix([write_jsonl(pictures)])
     (pictures / "008.jpg").write_bytes(b"no picture")
     (pictures / "猫.jpg").unlink()
@@ -63,7 +55,7 @@ def test_a_picture_that_cannot_be_read_is_told_and_in_no_figure(pictures, embedd
     ]
     assert measured.recall.text_to_image.r1 == 1
     (pictures / "007.jpg").unlink()
-    with pytest.raises(DataError, match="none of the 3 pictures can be read"):
+    with pytest.raises(DataError, match="none of the 3 images is readable"):
         evaluate_retrieval(embedder, mix)
 
 
@@ -74,7 +66,7 @@ def official(folder, texts):
     return open_mix([f"tsv:{folder}/train_imgs.tsv?unpaired=yes"])
 
 
-def test_by_id_the_same_sentence_twice_is_two_texts_and_lonely_pictures_are_to_be_found(pictures):
+def test_by_id_equal_texts_are_two_texts_and_unpaired_images_are_in_the_gallery(pictures):
     mix = official(
         pictures,
         [
@@ -91,13 +83,13 @@ def test_by_id_the_same_sentence_twice_is_two_texts_and_lonely_pictures_are_to_b
     assert merged.skipped == single.skipped == []
 
 
-def test_by_id_a_text_id_of_two_texts_is_refused(pictures):
+def test_by_id_a_text_id_with_two_texts_is_refused(pictures):
     texts = [{"text_id": 1, "text": text, "image_ids": ["007"]} for text in ("一", "二")]
-    with pytest.raises(DataError, match=r"line 2: the text id '1' stands for '一' too"):
+    with pytest.raises(DataError, match=r"line 2: the text id '1' is also that of '一'"):
         eval_set_of(official(pictures, texts), merge=False)
 
 
-def test_ids_that_two_sources_share_become_row_numbers(pictures, embedder, tmp_path):
+def test_ids_of_two_sources_become_row_numbers(pictures, embedder, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     for name, content in IMAGES.items():
@@ -109,7 +101,7 @@ def test_ids_that_two_sources_share_become_row_numbers(pictures, embedder, tmp_p
 
 
 @pytest.mark.parametrize("name", ["{}.npz", "{}.jsonl", "{}"])
-def test_features_on_disk_give_the_figures_of_their_model(pictures, embedder, tmp_path, name):
+def test_features_on_disk_give_the_recall_of_their_model(pictures, embedder, tmp_path, name):
     source = write_jsonl(pictures).removeprefix("jsonl:")
     each = [json.dumps({"image": f"{name}.jpg", "image_id": name}) + "\n" for name in IMAGES]
     (pictures / "each.jsonl").write_text("".join(each), encoding="utf-8")
@@ -132,19 +124,19 @@ def features(name, ids, vectors=None):
     return Stored(name, ids, rows)
 
 
-def test_ids_without_features_and_lengths_that_are_not_one_are_told():
+def test_ids_without_features_are_refused_and_other_lengths_warned_about():
     images, texts = features("i.npz", ["1", "2"]), features("t.npz", ["7", "8"])
-    with pytest.raises(DataError, match=r"2 of the image ids in T are not in i.npz, '3' for one"):
+    with pytest.raises(DataError, match=r"2 of the image ids in T are not in i.npz, such as '3'"):
         evaluate_features(images, texts, [("1", "7"), ("3", "7"), ("4", "7")], truth="T")
-    with pytest.raises(DataError, match=r"1 of the text ids in T are not in t.npz, '9' for one"):
+    with pytest.raises(DataError, match=r"1 of the text ids in T are not in t.npz, such as '9'"):
         evaluate_features(images, texts, [("1", "9")], truth="T")
-    with pytest.raises(UsageError, match="nothing to measure"):
+    with pytest.raises(UsageError, match="no pair of image and text to measure"):
         evaluate_features(images, texts, [], truth="T")
     wide = features("w.npz", ["7", "8"], np.eye(2, 3, dtype=np.float32))
-    with pytest.raises(UsageError, match="of 3 and of 2 numbers"):
+    with pytest.raises(UsageError, match="of dimension 3 and 2"):
         evaluate_features(images, wide, [("1", "7")], truth="T")
     long = features("l.npz", ["7", "8"], 5 * np.eye(2, dtype=np.float32))
-    with pytest.warns(UserWarning, match="lengths of vectors are 5 to 5, not 1"):
+    with pytest.warns(UserWarning, match="vector lengths are 5 to 5, not 1"):
         found = evaluate_features(images, long, [("1", "7"), ("2", "8")], truth="T")
     assert found.recall.mean_recall == 1
 
@@ -159,7 +151,7 @@ def test_ids_without_features_and_lengths_that_are_not_one_are_told():
         ({"text_id": 2, "feature": [1, 0]}, 'line 2: expected {"image_id": 1, "feature"'),
     ],
 )
-def test_a_bad_feature_is_named(tmp_path, line, said):
+def test_an_invalid_feature_is_named(tmp_path, line, said):
     file = tmp_path / "f.jsonl"
     rows = [{"image_id": 1, "feature": [0, 1]}, line]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -167,7 +159,7 @@ def test_a_bad_feature_is_named(tmp_path, line, said):
         read_features(file, "images")
 
 
-def test_features_of_the_other_kind_or_of_no_format_are_refused(tmp_path, embedder):
+def test_features_of_another_kind_or_unknown_format_are_refused(tmp_path, embedder):
     (tmp_path / "texts.txt").write_text("猫\n狗\n", encoding="utf-8")
     extract(embedder, "texts", read_texts([str(tmp_path / "texts.txt")]), tmp_path / "t.npz")
     assert read_features(tmp_path / "t.npz", "texts").ids == ["1", "2"]

@@ -1,15 +1,15 @@
-"""Recall lost by another way to ask, against recall measured on its own."""
+"""Recall lost by a rewrite, against recall measured separately."""
 
 import numpy as np
 import pytest
 
 from cn_clip.eval.metrics.recall import retrieval
 from cn_clip.eval.robustness.measure import robustness
-from cn_clip.eval.robustness.rewrites import Variant
+from cn_clip.eval.robustness.rewrites import Rewrite
 
 
 class Letters:
-    """Embeds a text as its letters, and so knows a text from its copy with an added one."""
+    """Embeds a text as its letter counts."""
 
     name, dim, logit_scale, fingerprint = "letters", 26, 1.0, "letters"
 
@@ -38,47 +38,47 @@ def recall(images, texts):
     return retrieval(images, Letters().embed_texts(texts), PAIRS).text_to_image
 
 
-def test_what_is_lost_is_the_difference_of_two_measurements(images):
+def test_the_loss_is_the_difference_of_two_measurements(images):
     def spoiled(text):
         return "zzzzzz" if text.startswith("a") else text
 
-    found = robustness(Letters(), images, TEXTS, PAIRS, [Variant("z", "spoiled", spoiled)])
-    plain, asked = recall(images, TEXTS), recall(images, [spoiled(text) for text in TEXTS])
-    (row,) = found.asked
-    assert found.plain == plain
+    found = robustness(Letters(), images, TEXTS, PAIRS, [Rewrite("z", "spoiled", spoiled)])
+    original, rewritten = recall(images, TEXTS), recall(images, [spoiled(text) for text in TEXTS])
+    (row,) = found.results
+    assert found.original == original
     assert row.changed == 2
-    assert row.lost_overall == pytest.approx(plain.mean - asked.mean)
-    assert row.lost.value == pytest.approx(row.plain.mean - row.asked.mean)
-    assert row.lost.low <= row.lost.value <= row.lost.high
+    assert row.loss_overall == pytest.approx(original.mean - rewritten.mean)
+    assert row.loss.value == pytest.approx(row.original.mean - row.rewritten.mean)
+    assert row.loss.low <= row.loss.value <= row.loss.high
     assert row.example == ("ab", "zzzzzz")
     assert found.normalized == ()
 
 
-def test_texts_without_a_picture_are_not_asked_with(images):
-    way = Variant("z", "spoiled", lambda text: "z" + text)
+def test_texts_without_an_image_are_not_queries(images):
+    rewrite = Rewrite("z", "spoiled", lambda text: "z" + text)
     apart = np.concatenate([PAIRS[:4], PAIRS[5:]])
-    found = robustness(Letters(), images, TEXTS, apart, [way])
+    found = robustness(Letters(), images, TEXTS, apart, [rewrite])
     whole = retrieval(images, Letters().embed_texts(TEXTS), apart)
-    assert found.plain == whole.text_to_image
-    assert (found.queries, found.asked[0].changed) == (5, 5)
+    assert found.original == whole.text_to_image
+    assert (found.queries, found.results[0].changed) == (5, 5)
 
 
-def test_a_way_that_changes_nothing_measures_nothing(images):
-    (row,) = robustness(Letters(), images, TEXTS, PAIRS, [Variant("s", "same", str)]).asked
-    assert (row.changed, row.lost, row.asked, row.lost_overall) == (0, None, None, 0)
+def test_a_rewrite_that_changes_nothing_measures_nothing(images):
+    (row,) = robustness(Letters(), images, TEXTS, PAIRS, [Rewrite("s", "same", str)]).results
+    assert (row.changed, row.loss, row.rewritten, row.loss_overall) == (0, None, None, 0)
 
 
-def test_a_normaliser_wins_back_what_width_lost(images):
+def test_a_normalizer_recovers_the_loss_of_full_width(images):
     class Narrow(Letters):
         def embed_texts(self, texts):
             return super().embed_texts([t if t.isascii() else "q" for t in texts])
 
-    wide = Variant(
+    wide = Rewrite(
         "wide", "in full width", lambda text: "".join(chr(ord(c) + 0xFEE0) for c in text)
     )
     found = robustness(Narrow(), images, TEXTS, PAIRS, [wide], normalizers=["nfkc"])
-    assert found.asked[0].lost.value > 0.3
+    assert found.results[0].loss.value > 0.3
     plain, again = found.normalized
-    assert plain.changed == 0  # plain texts are in form NFKC
-    assert again.changed == 0  # and so are the wide ones, once normalised
+    assert plain.changed == 0  # the original texts are in form NFKC
+    assert again.changed == 0  # and so are the wide ones after normalisation
     assert found.normalizers == ("nfkc",)

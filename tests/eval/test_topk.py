@@ -1,4 +1,4 @@
-"""The best of a gallery, and recall, against sorting everything, where many scores are equal."""
+"""Top k and recall against a full sort, with many ties."""
 
 import numpy as np
 import pytest
@@ -29,13 +29,13 @@ def cases(draw):
 
 
 def sorted_whole(query, gallery):
-    """By the book: scores in order, and where they are equal the lower row first."""
+    """Reference: rows by score, ties by row."""
     return sorted(range(len(gallery)), key=lambda row: (-float(gallery[row] @ query), row))
 
 
 @QUICK
 @given(cases(), st.data())
-def test_the_best_k_are_the_first_k_of_a_stable_sort_of_the_whole_gallery(case, data):
+def test_top_k_equals_the_start_of_a_stable_sort(case, data):
     gallery, queries, _ = case
     k = data.draw(st.integers(1, len(gallery)))
     block = data.draw(st.sampled_from([1, 50, 1 << 20]))
@@ -48,7 +48,7 @@ def test_the_best_k_are_the_first_k_of_a_stable_sort_of_the_whole_gallery(case, 
     ]
 
 
-def test_distinct_scores_of_a_gallery_of_many_groups_come_in_order():
+def test_top_k_of_a_large_gallery_is_in_order():
     rng = np.random.default_rng(0)
     queries, gallery = rng.normal(size=(20, 8)), rng.normal(size=(5003, 8))
     found = top_k(queries, gallery, 10, block=3 * 5003)
@@ -57,7 +57,7 @@ def test_distinct_scores_of_a_gallery_of_many_groups_come_in_order():
 
 @QUICK
 @given(cases())
-def test_recall_is_the_share_of_those_with_a_positive_among_the_first_k(case):
+def test_recall_is_the_fraction_of_queries_with_a_positive_in_the_top_k(case):
     images, texts, pairs = case
     found = retrieval(images, texts, pairs, block=64)
     for recall, queries, gallery, wanted in (
@@ -70,13 +70,13 @@ def test_recall_is_the_share_of_those_with_a_positive_among_the_first_k(case):
             assert share == pytest.approx(sum(hits) / len(hits))
 
 
-def test_what_cannot_be_ranked_is_refused():
+def test_invalid_input_is_refused():
     rows = np.ones((4, 3), np.float32)
-    with pytest.raises(UsageError, match=r"the best 5 of a gallery of 4 cannot be had; ask for 1"):
+    with pytest.raises(UsageError, match=r"k = 5 does not fit a gallery of 4 rows; give 1"):
         top_k(rows, rows, 5)
-    with pytest.raises(UsageError, match="the best 0 of"):
+    with pytest.raises(UsageError, match="k = 0 does"):
         top_k(rows, rows, 0)
-    with pytest.raises(UsageError, match="of 3 and of 2 numbers"):
+    with pytest.raises(UsageError, match="of dimension 3 and 2"):
         top_k(rows, rows[:, :2], 1)
-    with pytest.raises(UsageError, match="row 2 of the gallery holds NaN"):
+    with pytest.raises(UsageError, match="row 2 of the gallery contains NaN"):
         top_k(rows, np.where(np.arange(4)[:, None] == 2, np.nan, rows), 1)

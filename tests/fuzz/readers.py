@@ -169,19 +169,17 @@ class _Still:
 
     name, dim, logit_scale, fingerprint = "still", 4, 100.0, "0" * 32
 
-    def embed_images(self, images: Any, *, errors: Any = None) -> Any:
+    def embed_readable(self, images: Any) -> Any:
         from cn_clip.errors import ImageError
         from cn_clip.image.decode import normalize, read_image, to_pixels
 
-        rows = []
-        for number, each in enumerate(images):
+        rows, errors = [], {}
+        for index, image in enumerate(images):
             try:
-                rows.append(normalize(to_pixels(read_image(each), 8)).reshape(-1)[:4])
+                rows.append(normalize(to_pixels(read_image(image), 8)).reshape(-1)[:4])
             except ImageError as error:
-                if errors is None:
-                    raise
-                errors[number] = error
-        return np.array(rows, np.float32).reshape(-1, 4)
+                errors[index] = error
+        return np.array(rows, np.float32).reshape(-1, 4), errors
 
     def embed_texts(self, texts: Any) -> Any:
         from cn_clip.tokenizer import default_tokenizer
@@ -524,7 +522,7 @@ def _labelled(folder: Path) -> None:
     from cn_clip.eval.labelled import read_labelled
 
     found = read_labelled(folder, truth=folder / "test_ic.txt")
-    scores = zeroshot.score(
+    scores = zeroshot.evaluate_zeroshot(
         _Still(), found, zeroshot.read_templates(str(folder / "templates.txt")),  # type: ignore[arg-type]
         metric="11-point-map",
     )  # fmt: skip

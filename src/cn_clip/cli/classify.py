@@ -1,4 +1,4 @@
-"""``cn-clip classify``: which of some Chinese labels fits each picture."""
+"""``cn-clip classify``: zero-shot classification of images by Chinese labels."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from cn_clip.text import path_text, valid_text
 
 if TYPE_CHECKING:
     from cn_clip.calibration import Calibration
+    from cn_clip.zeroshot import Classification
 
 _CHUNK = 32
 
@@ -36,28 +37,28 @@ def classify(
     loading: Loading = DEFAULT,
     json: Flag = False,
 ) -> int:
-    """Tell which of some Chinese labels fits each picture.
+    """Classify images by Chinese labels, zero-shot.
 
-    Prints, for each picture, the best labels with their probability (a softmax over the labels
-    given) and cosine (independent of the other labels). With a calibration of this model, also the
-    probability that the label matches at all, and "none of these" where the best cosine is below
-    its threshold for labels. Damaged pictures are reported and do not stop the rest.
+    Prints the best labels of each image with their probability (softmax over the given labels) and
+    cosine (independent of the other labels). With a calibration of this model, also the calibrated
+    probability of a match, and "none of these" where the highest cosine is below the threshold for
+    labels. Unreadable images are reported; the others are classified.
 
     Parameters
     ----------
     images
-        Files, folders (searched through) or globs.
+        Files, folders (searched recursively) or globs.
     labels
         The labels, separated by commas: 猫,狗,火箭
     labels_file
-        A text file with one label a line, UTF-8; - is standard input.
+        UTF-8 text file, one label per line; - is standard input.
     template
-        A sentence with {} where the label goes, such as 一张{}的照片; repeat it to average several.
-        By default the label alone.
+        Sentence with {} in place of the label, such as 一张{}的照片; repeat to average several.
+        Default: the label alone.
     top
-        How many labels to print for each picture.
+        Labels to print per image.
     calibration
-        A .json file from `cn-clip eval calibrate`, for this model.
+        Calibration of this model: a .json file from `cn-clip eval calibrate`.
     json
         Print JSON instead of a table.
     """
@@ -66,7 +67,7 @@ def classify(
     from cn_clip.image.decode import find_images
 
     if top < 1:
-        raise UsageError(f"--top {top} shows nothing; give 1 or more")
+        raise UsageError(f"--top {top} is below 1; give 1 or more")
     names = zeroshot.distinct(_read_labels(labels, labels_file))
     paths = find_images(images)
     fitted = None if calibration is None else read_calibration(Path(calibration))
@@ -75,7 +76,7 @@ def classify(
         check_model(fitted, embedder)
     prototypes = zeroshot.label_embeddings(embedder, names, template)
 
-    shown: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
     out = console()
     with progress() as bars:
@@ -83,13 +84,16 @@ def classify(
         for start in range(0, len(paths), _CHUNK):
             chunk = paths[start : start + _CHUNK]
             embeddings, errors = embedder.embed_readable(chunk)
-            good = [path for index, path in enumerate(chunk) if index not in errors]
-            result = zeroshot.score(embedder, embeddings, names, prototypes)
-            for path, best in zip(good, result.top(top), strict=True):
+            readable = [path for index, path in enumerate(chunk) if index not in errors]
+            result = zeroshot.classify_embeddings(
+                embedder, embeddings, names, prototypes, calibration=fitted
+            )
+            ranking = result.ranking(top).tolist()
+            for row, (path, columns) in enumerate(zip(readable, ranking, strict=True)):
                 if json:
-                    shown.append(_as_json(path, best, fitted))
+                    results.append(_as_json(path, result, row, columns))
                 else:
-                    out.print(_table(path, best, fitted))
+                    out.print(_table(path, result, row, columns, fitted))
             failed += [{"image": path_text(chunk[i]), "error": str(e)} for i, e in errors.items()]
             bars.advance(task, len(chunk))
 
@@ -98,16 +102,16 @@ def classify(
             {
                 "model": embedder.name,
                 "logit_scale": embedder.logit_scale,
-                "templates": [valid_text(each) for each in template],
+                "templates": [valid_text(sentence) for sentence in template],
                 "labels": names,
-                "images": shown,
+                "images": results,
                 "failed": failed,
             }
         )
     for failure in failed:
         print(f"cn-clip: {failure['error']}", file=sys.stderr)
     if len(paths) > 1 and failed:
-        print(f"cn-clip: {len(failed)} of {len(paths)} pictures failed", file=sys.stderr)
+        print(f"cn-clip: {len(failed)} of {len(paths)} images failed", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -120,11 +124,11 @@ def _read_labels(given: str | None, file: str | None) -> list[str]:
     try:
         if file == "-":
             raw = sys.stdin.buffer.read(MAX_TEXT + 1)
-        else:  # not by read_file: a pipe, such as <(command), is welcome here
+        else:  # not read_file, which refuses pipes such as <(command)
             with as_path(file).open("rb") as stream:
                 raw = stream.read(MAX_TEXT + 1)
         if len(raw) > MAX_TEXT:
-            raise UsageError(f"--labels-file {file} has more than {MAX_TEXT:,} bytes; give labels")
+            raise UsageError(f"--labels-file {file} has over {MAX_TEXT:,} bytes; give labels")
         lines = lines_of(raw)
     except OSError as error:
         raise UsageError(f"--labels-file {file} cannot be read: {error.strerror}") from None
@@ -135,43 +139,47 @@ def _read_labels(given: str | None, file: str | None) -> list[str]:
     return [line for line in lines if line.strip()]
 
 
-def _as_json(
-    path: Path, best: list[tuple[str, float, float]], fitted: Calibration | None
-) -> dict[str, Any]:
-    keys = ("label", "probability", "cosine")
-    rows: list[dict[str, Any]] = [dict(zip(keys, row, strict=True)) for row in best]
-    if fitted is None:
-        return {"image": path_text(path), "predictions": rows}
-    for row, match in zip(rows, _matches(best, fitted), strict=True):
-        row["match"] = match
-    return {"image": path_text(path), "none_of_these": _none_of(best, fitted), "predictions": rows}
+def _as_json(path: Path, result: Classification, row: int, columns: list[int]) -> dict[str, Any]:
+    predictions: list[dict[str, Any]] = []
+    for column in columns:
+        prediction: dict[str, Any] = {
+            "label": result.labels[column],
+            "probability": float(result.probabilities[row, column]),
+            "cosine": float(result.cosines[row, column]),
+        }
+        if result.match_probabilities is not None:
+            prediction["match"] = float(result.match_probabilities[row, column])
+        predictions.append(prediction)
+    values: dict[str, Any] = {"image": path_text(path)}
+    if result.match_probabilities is not None:
+        none = result.none_of_these
+        values["none_of_these"] = None if none is None else bool(none[row])
+    return values | {"predictions": predictions}
 
 
-def _table(path: Path, best: list[tuple[str, float, float]], fitted: Calibration | None) -> Table:
+def _table(
+    path: Path,
+    result: Classification,
+    row: int,
+    columns: list[int],
+    calibration: Calibration | None,
+) -> Table:
     title = escape(path_text(path))
-    if fitted is not None and _none_of(best, fitted):
-        title += f"\n[red]none of these[/red]: cosine below {fitted.thresholds['labels']:.3f}"
+    if calibration and result.none_of_these is not None and result.none_of_these[row]:
+        threshold = calibration.thresholds["labels"]
+        title += f"\n[red]none of these[/red]: cosine below {threshold:.3f}"
     table = Table(title=title, title_justify="left", box=None, header_style="dim")
     table.add_column("label")
     table.add_column("probability", justify="right")
     table.add_column("", width=BAR_WIDTH, style="green")
     table.add_column("cosine", justify="right")
-    matches = None if fitted is None else _matches(best, fitted)
-    if matches is not None:
+    if result.match_probabilities is not None:
         table.add_column("match", justify="right")
-    for at, (label, probability, cosine) in enumerate(best):
-        cells = [escape(label), f"{probability:.1%}", bar(probability), f"{cosine:.3f}"]
-        table.add_row(*cells, *([] if matches is None else [f"{matches[at]:.1%}"]))
+    for column in columns:
+        probability = float(result.probabilities[row, column])
+        cells = [escape(result.labels[column]), f"{probability:.1%}", bar(probability)]
+        cells.append(f"{result.cosines[row, column]:.3f}")
+        if result.match_probabilities is not None:
+            cells.append(f"{result.match_probabilities[row, column]:.1%}")
+        table.add_row(*cells)
     return table
-
-
-def _matches(best: list[tuple[str, float, float]], fitted: Calibration) -> list[float]:
-    from cn_clip.calibration import probability
-
-    return [float(probability(fitted.curve, cosine)) for _, _, cosine in best]
-
-
-def _none_of(best: list[tuple[str, float, float]], fitted: Calibration) -> bool | None:
-    """Whether the best label is below the threshold; None if there is no threshold."""
-    threshold = fitted.thresholds["labels"]
-    return None if threshold is None else best[0][2] < threshold

@@ -1,1 +1,1 @@
-"""What a model can do, in figures."""
+"""Evaluation of a model."""

@@ -1,4 +1,4 @@
-"""Pairs to measure on: every picture once, every text once, and which belong together."""
+"""An evaluation set: each image and text once, and their pairs."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from cn_clip.errors import CNClipError, DataError
 
 @dataclass(slots=True)
 class EvalSet:
-    """The pictures and texts of pairs to measure on, each once.
+    """The images and texts of an evaluation set, each once, and their pairs.
 
-    ``images`` are (source, row) of each picture; ``pairs`` (P, 2) tell which picture and which
-    text belong together; ``skipped`` says what could not be read. ``image_ids`` and ``text_ids``
-    are those of the data, where each was first met.
+    ``images`` are (source, row) of each image; ``pairs`` (P, 2) are indexes of an image and a text;
+    ``skipped`` has a message for each unreadable row or image. ``image_ids`` and ``text_ids`` are
+    the ids of the data, at the first occurrence.
     """
 
     sources: list[Source]
@@ -31,61 +31,59 @@ class EvalSet:
     image_ids: list[str] = field(default_factory=list)
     text_ids: list[str] = field(default_factory=list)
 
-    def image_bytes(self, number: int) -> bytes:
-        """Read the bytes of a picture."""
-        source, index = self.images[number]
-        return self.sources[source].image(index)
+    def image_bytes(self, index: int) -> bytes:
+        """Read the bytes of an image."""
+        source, row = self.images[index]
+        return self.sources[source].image(row)
 
 
 def eval_set_of(mix: Sequence[Weighted], *, merge: bool = True) -> EvalSet:
-    """Read the rows of pairs to measure on; no picture is opened.
+    """Read the rows of an evaluation set; no image is opened.
 
-    What ``?unpaired=yes`` adds is there to be found by mistake, and asks for nothing.
+    Unpaired items, from ``?unpaired=yes``, are gallery distractors, never queries.
 
     Args:
-        mix: the sources; weights count for nothing.
-        merge: texts that say the same are one text, whatever their ids. Without, a text id is a
-            text, as the official evaluation has it: the same sentence under two ids competes with
-            itself.
+        mix: the sources; weights are ignored.
+        merge: count equal texts as one text, whatever their ids. False counts one text per text id,
+            as the official evaluation does: equal texts with two ids compete with each other.
 
     Raises:
-        DataError: there is no pair that can be used, or without ``merge`` a text id stands for
-            two texts.
+        DataError: there is no readable pair, or without ``merge`` a text id has two texts.
     """
     images: dict[tuple[int, int], int] = {}
     texts: dict[str | tuple[int, int], int] = {}
-    found = EvalSet([part.source for part in mix], [], [], np.empty((0, 2), np.int64))
+    dataset = EvalSet([part.source for part in mix], [], [], np.empty((0, 2), np.int64))
     pairs = []
-    for number, source in enumerate(found.sources):
+    for number, source in enumerate(dataset.sources):
         for index in range(len(source)):
             try:
                 row = source.row(index)
                 if not row.text.strip() and row.text_id:
                     raise DataError("its text is empty")
             except CNClipError as error:
-                found.skipped.append(located(source, index, error))
+                dataset.skipped.append(located(source, index, error))
                 continue
-            picture = number, id_digest(source, index, row.image_id)
-            if row.image_id and picture not in images:
-                images[picture] = len(found.images)
-                found.images.append((number, index))
-                found.image_ids.append(row.image_id)
+            image = number, id_digest(source, index, row.image_id)
+            if row.image_id and image not in images:
+                images[image] = len(dataset.images)
+                dataset.images.append((number, index))
+                dataset.image_ids.append(row.image_id)
             if not row.text_id:
                 continue
-            same = plain(row.text) or row.text
-            said = same if merge else (number, id_digest(source, index, row.text_id))
-            if said not in texts:
-                texts[said] = len(found.texts)
-                found.texts.append(row.text)
-                found.text_ids.append(row.text_id)
-            elif not merge and found.texts[texts[said]] != row.text:
+            normalized = plain(row.text) or row.text
+            text = normalized if merge else (number, id_digest(source, index, row.text_id))
+            if text not in texts:
+                texts[text] = len(dataset.texts)
+                dataset.texts.append(row.text)
+                dataset.text_ids.append(row.text_id)
+            elif not merge and dataset.texts[texts[text]] != row.text:
                 raise DataError(
-                    f"{source.where(index)}: the text id {row.text_id!r} stands for "
-                    f"{found.texts[texts[said]]!r:.40} too; give each text an id of its own"
+                    f"{source.where(index)}: the text id {row.text_id!r} is also that of "
+                    f"{dataset.texts[texts[text]]!r:.40}; give each text its own id"
                 )
             if row.image_id:
-                pairs.append((images[picture], texts[said]))
+                pairs.append((images[image], texts[text]))
     if not pairs:
-        raise DataError("the data hold no pair that can be measured on; see: cn-clip data check")
-    found.pairs = np.unique(np.array(pairs, np.int64), axis=0)
-    return found
+        raise DataError("no readable pair in the data; see: cn-clip data check")
+    dataset.pairs = np.unique(np.array(pairs, np.int64), axis=0)
+    return dataset

@@ -1,4 +1,4 @@
-"""Pairs to measure on, embedded: what can be read, and a digest of what it was."""
+"""Embed an evaluation set and fingerprint its data."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy.typing as npt
 
 from cn_clip.embedder import Embedder
 from cn_clip.eval.dataset import EvalSet
-from cn_clip.eval.images import embed_pictures
+from cn_clip.eval.images import embed_eval_images
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedPairs:
     """Unit vectors of ``images`` (N, D) and ``texts`` (M, D), ``pairs`` (P, 2) of their rows, a
-    ``digest`` of all pictures and texts, and what ``failed``, a sentence each."""
+    ``digest`` of all images and texts, and one message per unreadable row in ``failed``."""
 
     images: npt.NDArray[Any]
     texts: npt.NDArray[Any]
@@ -28,34 +28,34 @@ class EmbeddedPairs:
 
 
 def embed_pairs(
-    embedder: Embedder, found: EvalSet, *, tick: Callable[[int, int], None] = lambda *_: None
+    embedder: Embedder, dataset: EvalSet, *, tick: Callable[[int, int], None] = lambda *_: None
 ) -> EmbeddedPairs:
-    """Embed every picture and every text; a picture that cannot be read is left out and told.
+    """Embed all images and texts; unreadable images are skipped and reported.
 
     Args:
         embedder: a loaded model.
-        found: the pairs.
-        tick: called with how many pictures were read, and how many there are.
+        dataset: the evaluation set.
+        tick: called with the number of images read so far, and of all images.
 
     Raises:
-        DataError: no picture can be read.
+        DataError: no image is readable.
     """
-    digest = hashlib.sha256("\n".join(found.texts).encode("utf-8", "replace"))
+    digest = hashlib.sha256("\n".join(dataset.texts).encode("utf-8", "replace"))
     done = 0
 
-    def more(count: int) -> None:
+    def advance(count: int) -> None:
         nonlocal done
         done += count
-        tick(done, len(found.images))
+        tick(done, len(dataset.images))
 
-    pictures = embed_pictures(
+    images = embed_eval_images(
         embedder,
-        found,
-        tick=more,
-        seen=lambda content: digest.update(hashlib.sha256(content).digest()),
+        dataset,
+        tick=advance,
+        on_content=lambda content: digest.update(hashlib.sha256(content).digest()),
     )
-    digest.update(np.ascontiguousarray(found.pairs).tobytes())
-    texts = embedder.embed_texts(found.texts)
+    digest.update(np.ascontiguousarray(dataset.pairs).tobytes())
+    texts = embedder.embed_texts(dataset.texts)
     return EmbeddedPairs(
-        pictures.vectors, texts, pictures.pairs, digest.hexdigest()[:32], list(found.skipped)
+        images.vectors, texts, images.pairs, digest.hexdigest()[:32], list(dataset.skipped)
     )

@@ -1,4 +1,4 @@
-"""The pictures of pairs to measure on, embedded; what cannot be read is left out and told."""
+"""Embed the images of an evaluation set; unreadable ones are skipped and reported."""
 
 from __future__ import annotations
 
@@ -15,57 +15,58 @@ from cn_clip.eval.dataset import EvalSet
 
 
 @dataclass(frozen=True, slots=True)
-class Pictures:
-    """The pictures that can be read: their ``numbers`` (N,) in the set, their embeddings
-    ``vectors`` (N, D), and ``pairs`` (P, 2) of a row of these and the number of a text."""
+class EmbeddedImages:
+    """The readable images of a set: their ``indexes`` (N,) in it, ``vectors`` (N, D), and
+    ``pairs`` (P, 2) of a row of ``vectors`` and the index of a text."""
 
-    numbers: npt.NDArray[np.int64]
+    indexes: npt.NDArray[np.int64]
     vectors: npt.NDArray[np.float32]
     pairs: npt.NDArray[np.int64]
 
 
-def embed_pictures(
+def embed_eval_images(
     embedder: Embedder,
-    data: EvalSet,
+    dataset: EvalSet,
     *,
     tick: Callable[[int], None] = lambda _: None,
-    seen: Callable[[bytes], None] = lambda _: None,
-) -> Pictures:
-    """Embed the pictures; one that cannot be read is told in ``data.skipped``.
+    on_content: Callable[[bytes], None] = lambda _: None,
+) -> EmbeddedImages:
+    """Embed the images; unreadable ones are added to ``dataset.skipped``.
 
     Args:
         embedder: a loaded model.
-        data: the pairs.
-        tick: called with how many pictures more were read.
-        seen: given the bytes of each picture, none for one that cannot be read.
+        dataset: the evaluation set.
+        tick: called with the number of images just read.
+        on_content: called with the bytes of each image, empty for one that cannot be read.
 
     Raises:
-        DataError: no picture of a pair can be read.
+        DataError: no image of a pair is readable.
     """
-    unread: dict[int, CNClipError] = {}  # what is told, where the embedder sees no picture at all
+    read_errors: dict[int, CNClipError] = {}  # more precise than the embedder's error
 
     def contents() -> Iterator[bytes]:
-        for number in range(len(data.images)):
+        for index in range(len(dataset.images)):
             tick(1)
             try:
-                content = data.image_bytes(number)
+                content = dataset.image_bytes(index)
             except CNClipError as error:
-                unread[number] = error
-                content = b""  # no picture: refused as one by the embedder
-            seen(content)
+                read_errors[index] = error
+                content = b""  # the embedder reports it as unreadable
+            on_content(content)
             yield content
 
     vectors, errors = embedder.embed_readable(contents())
-    for number, error in sorted(errors.items()):
-        source, index = data.images[number]
-        told = located(data.sources[source], index, unread.get(number, error))
-        if told not in data.skipped:  # by a model before
-            data.skipped.append(told)
-    numbers = np.setdiff1d(np.arange(len(data.images)), sorted(errors))
-    pairs = data.pairs[np.isin(data.pairs[:, 0], numbers)]
+    for index, error in sorted(errors.items()):
+        source, row = dataset.images[index]
+        message = located(dataset.sources[source], row, read_errors.get(index, error))
+        if message not in dataset.skipped:  # it is, if another model ran before
+            dataset.skipped.append(message)
+    indexes = np.setdiff1d(np.arange(len(dataset.images)), sorted(errors))
+    pairs = dataset.pairs[np.isin(dataset.pairs[:, 0], indexes)]
     if not len(pairs):
         raise DataError(
-            f"none of the {len(data.images):,} pictures can be read; the first: {data.skipped[0]}"
+            f"none of the {len(dataset.images):,} images is readable; the first: "
+            f"{dataset.skipped[0]}"
         )
-    pairs = np.stack([np.searchsorted(numbers, pairs[:, 0]), pairs[:, 1]], axis=1)
-    return Pictures(numbers, vectors, pairs)
+    pairs = np.stack([np.searchsorted(indexes, pairs[:, 0]), pairs[:, 1]], axis=1)
+    return EmbeddedImages(indexes, vectors, pairs)

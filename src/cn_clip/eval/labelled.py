@@ -1,4 +1,4 @@
-"""Labelled pictures in the official layout: ``label_cn.txt``, and a folder a class."""
+"""Labelled images in the official layout: ``label_cn.txt`` and one folder per class."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ LABELS = "label_cn.txt"
 
 
 @dataclass(frozen=True, slots=True)
-class Labelled:
-    """Pictures and their classes.
+class LabelledImages:
+    """Images and their classes.
 
     Attributes:
-        labels: the M labels, of which some may be equal.
-        images: the N pictures, by folder, then by name, as torchvision's ``ImageFolder`` has them.
-        truth: the class of each, (N,).
-        relevant: all classes that each shows, (N, M); None where only ``truth`` is known.
-        order: the rows that a submission to ELEVATER wants, in its order; None for that of
-            ``images``.
+        labels: the M labels, which may repeat.
+        images: paths of the N images, by folder, then by name, as in torchvision's ``ImageFolder``.
+        truth: the class of each image, (N,).
+        relevant: whether an image shows a class, (N, M); None if only ``truth`` is known.
+        order: rows of ``images`` in the order of a submission to ELEVATER; None for their own.
     """
 
     labels: list[str]
@@ -38,44 +37,46 @@ class Labelled:
     order: npt.NDArray[np.int64] | None = None
 
 
-def read_labelled(root: Path, *, split: str = "test", truth: Path | None = None) -> Labelled:
-    """Read a folder in the layout of the official ``zeroshot_dataset.md``; no picture is opened.
+def read_labelled(root: Path, *, split: str = "test", truth: Path | None = None) -> LabelledImages:
+    """Read a folder in the layout of the official ``zeroshot_dataset.md``; no image is opened.
 
     Args:
-        root: holds ``label_cn.txt``, the folder of the split, and ``index.json`` if a submission
-            wants the pictures in another order.
+        root: folder with ``label_cn.txt``, the folder of the split, and ``index.json`` if a
+            submission needs another order of the images.
         split: ``test`` or ``train``.
-        truth: a list of all labels of each picture, for pictures that show several classes: lines
-            of a path and class numbers from 0, ``test.zip@000001.jpg 3,7``, as ELEVATER's
-            ``test_ic.txt`` has them. Pictures go by their file name.
+        truth: file with all labels of each image, for images with several classes: lines of a path
+            and class numbers from 0, ``test.zip@000001.jpg 3,7``, as in ELEVATER's
+            ``test_ic.txt``. Images are matched by file name.
 
     Raises:
-        DataError: a file or folder is missing, a class has no picture, labels and folders are not
-            equally many, or ``index.json`` or ``truth`` does not fit the pictures.
+        DataError: a file or folder is missing, a class has no image, the numbers of labels and
+            folders differ, or ``index.json`` or ``truth`` does not match the images.
     """
     labels = _read_labels(root / LABELS)
-    place = root / split
-    if not place.is_dir():
-        raise DataError(f"no folder {place}; put a folder a class there, such as {split}/000")
-    folders = _class_folders(place, len(labels))
+    split_folder = root / split
+    if not split_folder.is_dir():
+        raise DataError(
+            f"no folder {split_folder}; create it with one folder per class, such as {split}/000"
+        )
+    folders = _class_folders(split_folder, len(labels))
     images: list[Path] = []
-    beside: list[Path] = []
+    files: list[Path] = []
     classes: list[int] = []
     for number, folder in enumerate(folders):
         listing = walk(folder)
-        found = [each for each in listing.files if each.suffix.lower() in SUFFIXES]
-        beside += listing.files
-        if not found:
+        paths = [path for path in listing.files if path.suffix.lower() in SUFFIXES]
+        files += listing.files
+        if not paths:
             raise DataError(
-                f"the class folder {folder} ({labels[number]}) holds no picture "
+                f"the class folder {folder} ({labels[number]}) has no image "
                 f"({', '.join(SUFFIXES)}); add some, or remove the folder and its label"
             )
-        found.sort(key=lambda each: (str(each.parent), each.name))
-        images += found
-        classes += [number] * len(found)
-    if passed := passed_over(beside, SUFFIXES, place):
+        paths.sort(key=lambda path: (str(path.parent), path.name))
+        images += paths
+        classes += [number] * len(paths)
+    if passed := passed_over(files, SUFFIXES, split_folder):
         warnings.warn(passed, stacklevel=2)
-    return Labelled(
+    return LabelledImages(
         labels,
         images,
         np.array(classes, np.int64),
@@ -89,7 +90,7 @@ def _read_labels(path: Path) -> list[str]:
         lines = read_lines(path)
     except OSError as error:
         raise DataError(
-            f"{path} cannot be read: {error.strerror}; write one Chinese label a line there"
+            f"{path} cannot be read: {error.strerror}; write one Chinese label per line there"
         ) from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
@@ -97,36 +98,38 @@ def _read_labels(path: Path) -> list[str]:
     while labels and not labels[-1]:
         labels.pop()
     if "" in labels:
-        raise DataError(f"{path}, line {labels.index('') + 1} is empty; lines are classes")
+        raise DataError(
+            f"{path}, line {labels.index('') + 1} is empty; write the label of that class"
+        )
     if len(labels) < 2:
-        raise DataError(f"{path} holds {len(labels)} label; write at least two, one a line")
+        raise DataError(f"{path} has {len(labels)} label; write at least two, one per line")
     first: dict[str, int] = {}
-    for at, label in enumerate(labels, 1):
-        if label in first:  # translations do that; the rest of the set is worth measuring
+    for line, label in enumerate(labels, 1):
+        if label in first:  # not an error: the official translations have such duplicates
             warnings.warn(
-                f"{path}: lines {first[label]} and {at} are both {label!r}, so the second class is "
-                "never the best; tell them apart",
+                f"{path}: lines {first[label]} and {line} are both {label!r}, so the second class "
+                "is never predicted; make the labels different",
                 stacklevel=3,
             )
-        first.setdefault(label, at)
+        first.setdefault(label, line)
     return labels
 
 
-def _class_folders(place: Path, count: int) -> list[Path]:
+def _class_folders(split_folder: Path, count: int) -> list[Path]:
     """Return the folders in the order of their labels: by number if all are numbers."""
-    folders = sorted((each for each in place.iterdir() if each.is_dir()), key=lambda f: f.name)
+    folders = sorted((f for f in split_folder.iterdir() if f.is_dir()), key=lambda f: f.name)
     if len(folders) != count:
         more = "labels than folders" if count > len(folders) else "folders than labels"
         raise DataError(
-            f"{count} labels in {LABELS}, but {len(folders)} class folders in {place}, so more "
-            f"{more}; line n, counted from 0, is the label of folder n"
+            f"more {more}: {count} in {LABELS}, {len(folders)} class folders in {split_folder}; "
+            "line n, counted from 0, is the label of folder n"
         )
-    if all(each.name.isdecimal() for each in folders):
-        folders.sort(key=lambda each: int(each.name))
+    if all(folder.name.isdecimal() for folder in folders):
+        folders.sort(key=lambda folder: int(folder.name))
         for number, folder in enumerate(folders):
             if int(folder.name) != number:
                 raise DataError(
-                    f"{folder} stands where class {number} should; number the folders from 0, "
+                    f"{folder} is in the position of class {number}; number the folders from 0 "
                     "without gaps"
                 )
     return folders
@@ -138,11 +141,13 @@ def _read_order(path: Path, count: int) -> npt.NDArray[np.int64] | None:
     try:
         rows = read_json(read_file(path, MAX_TEXT))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}; it lists rows of pictures") from None
+        raise DataError(
+            f"{path} is unreadable: {error}; give a JSON list of image numbers"
+        ) from None
     if not isinstance(rows, list) or sorted(map(str, rows)) != sorted(map(str, range(count))):
         raise DataError(
-            f"{path} does not list each of the {count:,} pictures once, by number from 0; it "
-            "belongs to other pictures"
+            f"{path} does not list each of the {count:,} images once, by number from 0; give the "
+            "file of these images"
         )
     return np.array(rows, np.int64)
 
@@ -151,22 +156,22 @@ def _read_truth(path: Path, images: list[Path], classes: int) -> npt.NDArray[np.
     try:
         lines = read_lines(path)
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
-    told: dict[str, list[int]] = {}
-    for at, line in enumerate(lines, 1):
+        raise DataError(f"{path} is unreadable: {error}; give ELEVATER's test_ic.txt") from None
+    classes_of: dict[str, list[int]] = {}
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         match = re.fullmatch(r"(.+\S)\s+(\d{1,9}(?:,\d{1,9})*)", line.strip())
-        numbers = [int(each) for each in match[2].split(",")] if match else [classes]
-        if match is None or max(numbers) >= classes:
+        shown = [int(digits) for digits in match[2].split(",")] if match else [classes]
+        if match is None or max(shown) >= classes:
             raise DataError(
-                f"{path}, line {at}: {line.strip()!r:.60} is not a picture and class numbers below "
-                f"{classes}, such as 000001.jpg 3,7"
+                f"{path}, line {number}: {line.strip()!r:.60} is not an image with class numbers "
+                f"below {classes}, such as 000001.jpg 3,7"
             )
-        told[re.split("[@/\\\\]", match[1])[-1]] = numbers
+        classes_of[re.split("[@/\\\\]", match[1])[-1]] = shown
     relevant = np.zeros((len(images), classes), bool)
     for row, image in enumerate(images):
-        if image.name not in told:
-            raise DataError(f"{path} does not tell the labels of {image.name} ({image})")
-        relevant[row, told[image.name]] = True
+        if image.name not in classes_of:
+            raise DataError(f"{path} has no line for {image.name} ({image}); add one")
+        relevant[row, classes_of[image.name]] = True
     return relevant

@@ -1,4 +1,4 @@
-"""The official evaluation's files: annotations, predictions in both directions, and metrics."""
+"""The official annotations, predictions and metrics files."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from cn_clip.data.sources.lines import Lines, json_object
 from cn_clip.embeddings.files import Features, write_jsonl
 from cn_clip.embeddings.inputs import Kind
 from cn_clip.errors import DataError, UsageError
-from cn_clip.eval.metrics.recall import Recall
-from cn_clip.eval.retrieval import Id, Measured
+from cn_clip.eval.metrics.recall import Recall, recall_of
+from cn_clip.eval.retrieval import Id, RetrievalResult
 from cn_clip.publish import (
     begins,
     claim,
@@ -29,29 +29,29 @@ from cn_clip.publish import (
 from cn_clip.topk import top_k
 
 Direction = Literal["text_to_image", "image_to_text"]
-K = 10  # what the official evaluator asks for
+K = 10  # predictions per query in the official evaluation
 
-# direction -> the key of what asks, and of what is found, in predictions and annotations
+# direction -> JSON keys of the query and of the results, in predictions and annotations
 _KEYS: dict[Direction, tuple[str, str]] = {
     "text_to_image": ("text_id", "image_ids"),
     "image_to_text": ("image_id", "text_ids"),
 }
-_KINDS = {"image_id": "pictures", "text_id": "texts"}
+_PLURALS = {"image_id": "images", "text_id": "texts"}
 
 
 @dataclass(frozen=True, slots=True)
 class Predictions:
-    """What was found for each id that asks, best first; ids as strings."""
+    """Ranked result ids of each query id, best first; ids are strings."""
 
     path: Path
     direction: Direction
-    found: dict[str, list[str]]
+    ranked: dict[str, list[str]]
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
-    """Recall of predictions over the ``queries`` of the annotations; ``extra`` ids asked besides,
-    and count for nothing."""
+class PredictionScores:
+    """Recall of predictions over the ``queries`` of the annotations; ``extra`` predicted queries
+    are not in the annotations and are ignored."""
 
     direction: Direction
     recall: Recall
@@ -59,8 +59,8 @@ class Scored:
     extra: int
 
 
-def claim_official(out: str | Path, *, inputs: Iterable[str | Path] = ()) -> Path:
-    """Check that ``write_official`` may write into a folder; nothing is touched. Return it.
+def claim_official_files(out: str | Path, *, inputs: Iterable[str | Path] = ()) -> Path:
+    """Return a folder if ``write_official_files`` may write into it; nothing is written yet.
 
     Raises:
         UsageError: see ``publish.claim``.
@@ -69,7 +69,7 @@ def claim_official(out: str | Path, *, inputs: Iterable[str | Path] = ()) -> Pat
 
 
 def claim_metrics(out: str | Path, *, inputs: Iterable[str | Path] = ()) -> Path:
-    """Check that ``write_metrics`` may write a file; nothing is touched. Return it as a path.
+    """Return a path if ``write_metrics`` may write there; nothing is written yet.
 
     Raises:
         UsageError: see ``publish.claim``.
@@ -78,37 +78,37 @@ def claim_metrics(out: str | Path, *, inputs: Iterable[str | Path] = ()) -> Path
     return claim(out, file_by("eval predictions", own), inputs=inputs)
 
 
-def write_official(measured: Measured, folder: Path) -> list[Path]:
-    """Write features, annotations, predictions and metrics as the official scripts read and write
-    them; return the paths.
+def write_official_files(result: RetrievalResult, folder: Path) -> list[Path]:
+    """Write features, annotations, predictions and metrics in the official formats; return the
+    paths.
 
-    The annotations ``texts.jsonl`` and ``texts.tr.jsonl`` hold what is in a pair. Each file is
-    written whole or not at all.
+    The annotations ``texts.jsonl`` and ``texts.tr.jsonl`` hold paired items only. Each file is
+    written atomically.
 
     Raises:
-        UsageError: there are fewer than 10 pictures or texts to predict from.
+        UsageError: there are fewer than 10 images or texts.
     """
-    images, texts = measured.image_ids, measured.text_ids
+    images, texts = result.image_ids, result.text_ids
     if min(len(images), len(texts)) < K:
         raise UsageError(
-            f"the official files hold the {K} best for each, but there are {len(images)} pictures "
-            f"and {len(texts)} texts; measure on more, or write none"
+            f"the official files hold {K} results per query, but there are {len(images)} images "
+            f"and {len(texts)} texts; evaluate on more data, or omit --out"
         )
-    best_images = top_k(measured.texts, measured.images, K).indexes
-    best_texts = top_k(measured.images, measured.texts, K).indexes
-    of_text: dict[int, list[Id]] = {}
-    of_image: dict[int, list[Id]] = {}
-    for image, text in measured.pairs.tolist():
-        of_text.setdefault(text, []).append(images[image])
-        of_image.setdefault(image, []).append(texts[text])
-    captions = measured.captions or [""] * len(texts)
+    best_images = top_k(result.texts, result.images, K).indexes
+    best_texts = top_k(result.images, result.texts, K).indexes
+    images_of: dict[int, list[Id]] = {}
+    texts_of: dict[int, list[Id]] = {}
+    for image, text in result.pairs.tolist():
+        images_of.setdefault(text, []).append(images[image])
+        texts_of.setdefault(image, []).append(texts[text])
+    captions = result.captions or [""] * len(texts)
     files: dict[str, Iterable[dict[str, Any]]] = {
         "texts.jsonl": (
-            {"text_id": texts[text], "text": captions[text], "image_ids": of_text[text]}
-            for text in sorted(of_text)
+            {"text_id": texts[text], "text": captions[text], "image_ids": images_of[text]}
+            for text in sorted(images_of)
         ),
         "texts.tr.jsonl": (
-            {"image_id": images[image], "text_ids": of_image[image]} for image in sorted(of_image)
+            {"image_id": images[image], "text_ids": texts_of[image]} for image in sorted(texts_of)
         ),
         "predictions.jsonl": (
             {"text_id": text, "image_ids": [images[row] for row in rows]}
@@ -124,22 +124,22 @@ def write_official(measured: Measured, folder: Path) -> list[Path]:
     with unwritable_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
         stamp(folder, "eval retrieval", [*names, *(f"{name}.about.json" for name in features)])
-        _write_features(measured, "images", folder / "imgs.img_feat.jsonl")
-        _write_features(measured, "texts", folder / "texts.txt_feat.jsonl")
+        _write_features(result, "images", folder / "imgs.img_feat.jsonl")
+        _write_features(result, "texts", folder / "texts.txt_feat.jsonl")
         for name, objects in files.items():
             with published(folder / name) as path, path.open("w", encoding="utf-8") as stream:
-                stream.writelines(json.dumps(each, ensure_ascii=False) + "\n" for each in objects)
-        write_metrics(measured.recall.text_to_image, folder / "metrics.json")
-        write_metrics(measured.recall.image_to_text, folder / "tr_metrics.json")
+                stream.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in objects)
+        write_metrics(result.recall.text_to_image, folder / "metrics.json")
+        write_metrics(result.recall.image_to_text, folder / "tr_metrics.json")
     return [folder / name for name in names]
 
 
 def write_metrics(recall: Recall, out: Path) -> None:
-    """Write what the official evaluator writes, in percent; its score is the mean recall."""
+    """Write the official metrics, in percent; the score is the mean recall."""
     mean = 100 * recall.mean
     scores = {"score": mean, "mean_recall": mean} | {
-        name: 100 * share
-        for name, share in (("r1", recall.r1), ("r5", recall.r5), ("r10", recall.r10))
+        name: 100 * value
+        for name, value in (("r1", recall.r1), ("r5", recall.r5), ("r10", recall.r10))
     }
     write_text(out, json.dumps({"success": True, "score": mean, "scoreJson": scores}))
 
@@ -148,116 +148,117 @@ def read_truth(path: Path) -> list[tuple[str, str]]:
     """Return the image id and the text id of every pair of ``{"text_id", "image_ids"}`` lines, or
     of ``{"image_id", "text_ids"}`` lines, as strings.
 
-    A line whose list is empty asks for what is not there, and is a pair with the id ``""``: the
-    official evaluator counts it as missed.
+    A line with an empty list is a pair with the id ``""``, which the official evaluator counts as
+    missed.
 
     Raises:
-        DataError: a line is not of this form, or asks for an id again.
+        DataError: a line has another form, or repeats a query id.
     """
-    _, direction, answers = _read(path)
-    pairs = [(asked, each) for asked, found in answers.items() for each in found or [""]]
+    _, direction, lists = _read(path)
+    pairs = [(query, result) for query, results in lists.items() for result in results or [""]]
     return pairs if direction == "image_to_text" else [(image, text) for text, image in pairs]
 
 
 def read_predictions(path: Path) -> Predictions:
     """Read ``{"text_id": 1, "image_ids": [...]}`` lines, or ``{"image_id", "text_ids"}``; ids are
-    numbers or strings, 10 or more a line.
+    integers or strings, at least 10 per line.
 
     Raises:
-        DataError: a line is not of this form, has fewer than 10 predictions, predicts an id
-            twice, or asks for an id again; it is named by its number.
+        DataError: a line has another form, fewer than 10 predictions, a repeated prediction or a
+            repeated query id; the message has its number.
     """
-    lines, direction, answers = _read(path)
-    one, many = _KEYS[direction]
-    for number, (asked, found) in enumerate(answers.items()):
-        where = f"{lines.where(number)}: {one} {asked!r}"
-        if len(found) < K:
-            raise DataError(f"{where} has {len(found)} {many}; predict at least {K}")
-        if len(set(found)) < len(found):
-            twice = next(each for at, each in enumerate(found) if each in found[:at])
-            raise DataError(f"{where} predicts {twice!r} twice; predict different {many}")
-    return Predictions(path, direction, answers)
+    lines, direction, ranked = _read(path)
+    query_key, result_key = _KEYS[direction]
+    for number, (query, results) in enumerate(ranked.items()):
+        where = f"{lines.where(number)}: {query_key} {query!r}"
+        if len(results) < K:
+            raise DataError(f"{where} has {len(results)} {result_key}; predict at least {K}")
+        if len(set(results)) < len(results):
+            repeated = next(result for n, result in enumerate(results) if result in results[:n])
+            raise DataError(f"{where} predicts {repeated!r} twice; predict different {result_key}")
+    return Predictions(path, direction, ranked)
 
 
-def score_predictions(predictions: Predictions, truth: Iterable[tuple[str, str]]) -> Scored:
+def score_predictions(
+    predictions: Predictions, truth: Iterable[tuple[str, str]]
+) -> PredictionScores:
     """Score predictions as the official ``evaluation.py`` and ``evaluation_tr.py`` do.
 
     Args:
         predictions: from ``read_predictions``.
-        truth: from ``read_truth``; of either direction, both hold the same pairs.
+        truth: from ``read_truth``, of either direction.
 
     Raises:
-        DataError: an id of the annotations has no predictions, or no predicted id is in them.
+        DataError: a query of the annotations has no predictions, or no predicted id is in them.
     """
-    turned = predictions.direction == "text_to_image"
-    wanted: dict[str, set[str]] = {}
+    by_text = predictions.direction == "text_to_image"
+    positives: dict[str, set[str]] = {}
     for image, text in truth:
-        asked, right = (text, image) if turned else (image, text)
-        if asked:
-            wanted.setdefault(asked, set()).add(right)
-    one, many = _KEYS[predictions.direction]
-    missing = [each for each in wanted if each not in predictions.found]
+        query, positive = (text, image) if by_text else (image, text)
+        if query:
+            positives.setdefault(query, set()).add(positive)
+    query_key, result_key = _KEYS[predictions.direction]
+    if not positives:
+        raise DataError(f"the annotations have no {_PLURALS[query_key]}; give those of the split")
+    missing = [query for query in positives if query not in predictions.ranked]
     if missing:
         raise DataError(
-            f"{predictions.path}: {len(missing):,} of {len(wanted):,} {_KINDS[one]} have no "
-            f"predictions, {one} {missing[0]!r} for one; predict for the whole split"
+            f"{predictions.path}: {len(missing):,} of {len(positives):,} {_PLURALS[query_key]} "
+            f"have no predictions, such as {query_key} {missing[0]!r}; predict for the whole split"
         )
-    known = set().union(*wanted.values())
-    if known != {""} and not any(known & set(found) for found in predictions.found.values()):
-        example = next(iter(predictions.found.values()))[0]
+    known = set().union(*positives.values())
+    if known != {""} and not any(known & set(ids) for ids in predictions.ranked.values()):
+        example = next(iter(predictions.ranked.values()))[0]
         raise DataError(
-            f"{predictions.path}: no predicted id is in the annotations, {example!r} for one; are "
-            f"the {many} of this split, or row numbers?"
+            f"{predictions.path}: no predicted id is in the annotations, such as {example!r}; give "
+            f"{result_key} of this split, not row numbers"
         )
-    first = [
-        next((at for at, each in enumerate(predictions.found[asked][:K]) if each in right), K)
-        for asked, right in wanted.items()
+    ranks = [
+        next((n for n, result in enumerate(predictions.ranked[query][:K]) if result in ids), K)
+        for query, ids in positives.items()
     ]
-    if not first:
-        raise DataError(f"the annotations hold no {_KINDS[one]}, so there is nothing to score")
-    ranks = np.array(first)
-    r1, r5, r10 = (float(np.mean(ranks < at)) for at in (1, 5, 10))
-    extra = len(predictions.found) - len(wanted)
-    return Scored(predictions.direction, Recall(r1, r5, r10), len(wanted), extra)
+    extra = len(predictions.ranked) - len(positives)
+    recall = recall_of(np.array(ranks))
+    return PredictionScores(predictions.direction, recall, len(positives), extra)
 
 
-def _write_features(measured: Measured, kind: Kind, out: Path) -> None:
+def _write_features(result: RetrievalResult, kind: Kind, out: Path) -> None:
     ids, vectors = {
-        "images": (measured.image_ids, measured.images),
-        "texts": (measured.text_ids, measured.texts),
+        "images": (result.image_ids, result.images),
+        "texts": (result.text_ids, result.texts),
     }[kind]
-    about = {"model": measured.model, "kind": kind, "dim": vectors.shape[1]}
-    labels = [str(each) for each in ids]
+    about = {"model": result.model, "kind": kind, "dim": vectors.shape[1]}
+    labels = [str(key) for key in ids]
     rows = Features(kind, ids, labels, vectors.shape[1], lambda a, b: vectors[a:b], about)
     write_jsonl(rows, out)
 
 
 def _read(path: Path) -> tuple[Lines, Direction, dict[str, list[str]]]:
-    """Read lines of an id and a list of ids; the first line tells the direction."""
+    """Read lines of a query id and a list of ids; the first line determines the direction."""
     lines = Lines(path)
     if not len(lines):
-        raise DataError(f"{path} is empty")
+        raise DataError(f"{path} is empty; give a file with one query per line")
     first = json_object(lines[0], lines.where(0))
     direction: Direction = "image_to_text" if "text_ids" in first else "text_to_image"
-    answers: dict[str, list[str]] = {}
-    for number, (asked, found) in enumerate(_answers(lines, *_KEYS[direction])):
-        if asked in answers:
-            before = lines.where(list(answers).index(asked))
+    results_of: dict[str, list[str]] = {}
+    for number, (query, results) in enumerate(_id_lists(lines, *_KEYS[direction])):
+        if query in results_of:
+            before = lines.where(list(results_of).index(query))
             raise DataError(
-                f"{lines.where(number)}: {_KEYS[direction][0]} {asked!r} was there before, "
+                f"{lines.where(number)}: {_KEYS[direction][0]} {query!r} is a repetition of "
                 f"{before}; keep one of them"
             )
-        answers[asked] = found
-    return lines, direction, answers
+        results_of[query] = results
+    return lines, direction, results_of
 
 
-def _answers(lines: Lines, one: str, many: str) -> Iterator[tuple[str, list[str]]]:
+def _id_lists(lines: Lines, query_key: str, result_key: str) -> Iterator[tuple[str, list[str]]]:
     for number in range(len(lines)):
         where = lines.where(number)
         values = json_object(lines[number], where)
-        if one not in values or not isinstance(values.get(many), list):
-            raise DataError(f'{where}: expected {{"{one}": 1, "{many}": [1, 2, ...]}}')
-        for each in (values[one], *values[many]):
-            if isinstance(each, bool) or not isinstance(each, str | int) or each == "":
-                raise DataError(f"{where}: {each!r:.40} is no id; give numbers or strings")
-        yield str(values[one]), [str(each) for each in values[many]]
+        if query_key not in values or not isinstance(values.get(result_key), list):
+            raise DataError(f'{where}: expected {{"{query_key}": 1, "{result_key}": [1, 2, ...]}}')
+        for key in (values[query_key], *values[result_key]):
+            if isinstance(key, bool) or not isinstance(key, str | int) or key == "":
+                raise DataError(f"{where}: {key!r:.40} is not an id; give integers or strings")
+        yield str(values[query_key]), [str(key) for key in values[result_key]]

@@ -1,4 +1,4 @@
-"""Published figures, and the conditions they were measured under; the table is protocols.toml."""
+"""Published scores and the conditions they were measured under, from ``protocols.toml``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cn_clip.errors import DataError, UnknownNameError
 from cn_clip.eval.dataset import EvalSet, eval_set_of
 from cn_clip.eval.metrics.recall import Recall
 from cn_clip.eval.official_files import Direction
-from cn_clip.eval.retrieval import Measured, Tick, measure
+from cn_clip.eval.retrieval import RetrievalResult, Tick, measure
 
 Setup = Literal["zero-shot", "fine-tuned"]
 MEASURES = ("R@1", "R@5", "R@10")
@@ -27,12 +27,12 @@ class Protocol:
     """One column of the published tables.
 
     Attributes:
-        images: pictures in the split; None where no source tells.
+        images: images in the split; None if no source states it.
         texts: texts in the split, likewise.
         published: setup, direction, model -> R@1, R@5, R@10 in percent.
-        best_of_five: of a classification set, the figure of the best size of model.
+        best_of_five: of a classification set, the score of the best of the five models.
         rerun: model -> percent that a user measured with the official scripts.
-        source: where figures and counts are from.
+        source: of the scores and counts.
     """
 
     name: str
@@ -51,8 +51,8 @@ class Protocol:
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
-    """One figure beside the published one, both in percent; None where none was published."""
+class ScoreComparison:
+    """A measured and the published score in percent; None if none was published."""
 
     direction: Direction
     measure: str
@@ -75,81 +75,83 @@ def protocol(name: str) -> Protocol:
     """Return a protocol.
 
     Raises:
-        UnknownNameError: there is none of that name.
+        UnknownNameError: the name is unknown.
     """
     if name not in protocols():
         raise UnknownNameError("protocol", name, protocols())
     return protocols()[name]
 
 
-def open_split(wanted: Protocol, data: str) -> EvalSet:
+def open_split(spec: Protocol, data: str) -> EvalSet:
     """Open a retrieval protocol's data: a source of pairs, or a folder with ``SPLIT_imgs.tsv``.
 
-    Texts are counted by id, and pictures without a text are in the gallery, as the official
-    evaluation has both.
+    Texts are counted by id, and images without a text are in the gallery, as in the official
+    evaluation.
 
     Raises:
-        DataError: the counts are not the protocol's, or a row cannot be read.
+        DataError: the counts are not the protocol's, or a row is unreadable.
     """
-    official = Path(data) / f"{wanted.split}_imgs.tsv"
+    official = Path(data) / f"{spec.split}_imgs.tsv"
     mix = open_mix([f"tsv:{official}?unpaired=yes" if official.is_file() else data])
-    found = eval_set_of(mix, merge=False)
-    if found.skipped:
+    dataset = eval_set_of(mix, merge=False)
+    if dataset.skipped:
         rows = sum(len(part.source) for part in mix)
         raise DataError(
-            f"{len(found.skipped):,} of {rows:,} rows of {data} cannot be read, so nothing can be "
-            f"compared; the first: {found.skipped[0]}"
+            f"{len(dataset.skipped):,} of {rows:,} rows of {data} are unreadable, so scores cannot "
+            f"be compared; the first: {dataset.skipped[0]}"
         )
-    held = len(found.images), len(found.texts)
-    for expected, count in zip((wanted.images, wanted.texts), held, strict=True):
+    counts = len(dataset.images), len(dataset.texts)
+    for expected, count in zip((spec.images, spec.texts), counts, strict=True):
         if expected is not None and expected != count:
             raise DataError(
-                f"{wanted.title}, has {_counts(wanted)}, but {data} holds {held[0]:,} pictures and "
-                f"{held[1]:,} texts; give the whole {wanted.split} split"
+                f"{spec.title}, has {_counts(spec)}, but {data} has {counts[0]:,} images and "
+                f"{counts[1]:,} texts; give the whole {spec.split} split"
             )
-    return found
+    return dataset
 
 
 def run_protocol(
-    embedder: Embedder, found: EvalSet, *, tick: Tick = lambda done, total: None
-) -> Measured:
+    embedder: Embedder, dataset: EvalSet, *, tick: Tick = lambda done, total: None
+) -> RetrievalResult:
     """Measure recall on a protocol's data.
 
     Raises:
-        DataError: a picture cannot be read: the figures would compare with nothing.
+        DataError: an image is unreadable, so scores cannot be compared.
     """
-    measured = measure(embedder, found, tick=tick)
-    if measured.failed:
+    result = measure(embedder, dataset, tick=tick)
+    if result.failed:
         raise DataError(
-            f"{len(measured.failed):,} of {len(found.images):,} pictures cannot be read, so "
-            f"nothing can be compared; the first: {measured.failed[0]}"
+            f"{len(result.failed):,} of {len(dataset.images):,} images are unreadable, so scores "
+            f"cannot be compared; the first: {result.failed[0]}"
         )
-    return measured
+    return result
 
 
-def compare(wanted: Protocol, measured: Measured, *, setup: Setup = "zero-shot") -> list[Compared]:
-    """Return each figure of the protocol beside the published one of this model."""
+def compare_with_published(
+    spec: Protocol, result: RetrievalResult, *, setup: Setup = "zero-shot"
+) -> list[ScoreComparison]:
+    """Return each score of the protocol with the published one of this model."""
     recalls: dict[Direction, Recall] = {
-        "text_to_image": measured.recall.text_to_image,
-        "image_to_text": measured.recall.image_to_text,
+        "text_to_image": result.recall.text_to_image,
+        "image_to_text": result.recall.image_to_text,
     }
     rows = []
-    for direction in wanted.directions:
+    for direction in spec.directions:
         recall = recalls[direction]
-        ours = [100 * share for share in (recall.r1, recall.r5, recall.r10)]
-        table = wanted.published.get(setup, {}).get(direction, {})
-        theirs: Sequence[float | None] = table.get(measured.model, [None] * len(ours))
+        ours = [100 * value for value in (recall.r1, recall.r5, recall.r10)]
+        table = spec.published.get(setup, {}).get(direction, {})
+        theirs: Sequence[float | None] = table.get(result.model, [None] * len(ours))
         rows += [
-            Compared(direction, name, own, their)
-            for name, own, their in zip(MEASURES, ours, theirs, strict=True)
+            ScoreComparison(direction, name, our_score, published)
+            for name, our_score, published in zip(MEASURES, ours, theirs, strict=True)
         ]
     return rows
 
 
-def _counts(wanted: Protocol) -> str:
+def _counts(spec: Protocol) -> str:
     parts = [
         f"{count:,} {what}"
-        for count, what in ((wanted.images, "pictures"), (wanted.texts, "texts"))
+        for count, what in ((spec.images, "images"), (spec.texts, "texts"))
         if count is not None
     ]
     return " and ".join(parts)

@@ -1,4 +1,4 @@
-"""How well a model finds pictures by texts and texts by pictures, on any pairs or features."""
+"""Retrieval recall of a model on image-text pairs, or of stored features."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cn_clip.embedder import Embedder
 from cn_clip.embeddings.files import Stored
 from cn_clip.errors import DataError
 from cn_clip.eval.dataset import EvalSet, eval_set_of
-from cn_clip.eval.images import embed_pictures
+from cn_clip.eval.images import embed_eval_images
 from cn_clip.eval.metrics.recall import Retrieval, retrieval
 from cn_clip.topk import Vectors
 
@@ -24,20 +24,20 @@ Id = str | int
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """Recall on pairs, and all it was computed from.
+class RetrievalResult:
+    """Recall on pairs, with the data it was computed from.
 
     Attributes:
-        model: its name, or where its features lie.
+        model: name of the model, or path of the image features.
         recall: in both directions.
-        image_ids: of N pictures; numbers where the official files have numbers. Where the data's
-            ids are not unique, as of several sources, rows are counted from 0 instead.
-        text_ids: of M texts, likewise.
-        captions: the M texts, before any normaliser; empty where only features are there.
+        image_ids: of the N images; integers where the official files have integers. Row numbers
+            from 0 if the ids are not unique, as with several sources.
+        text_ids: of the M texts, likewise.
+        captions: the M texts; empty if only features are given.
         images: embeddings (N, D).
         texts: embeddings (M, D).
-        pairs: rows (P, 2), a picture's and a text's, of all that belong together.
-        failed: what could not be read, a sentence each; it is in no figure.
+        pairs: (P, 2) rows of an image and a text, all that match.
+        failed: a message for each unreadable row or image, which are excluded.
     """
 
     model: str
@@ -55,112 +55,110 @@ def evaluate_retrieval(
     embedder: Embedder,
     mix: Sequence[Weighted],
     *,
-    normaliser: Callable[[str], str] | None = None,
     merge: bool = True,
     tick: Tick = lambda done, total: None,
-) -> Measured:
+) -> RetrievalResult:
     """Measure recall at 1, 5 and 10 on pairs, in both directions.
 
     Args:
         embedder: a loaded model.
-        mix: sources of pairs, from ``open_mix``; every picture is embedded once, every text once.
-        normaliser: applied to each text before it is embedded.
-        merge: as for ``eval_set_of``; False counts texts as the official evaluation does.
-        tick: called with the number of pictures and texts done, and of all, for a progress bar.
+        mix: sources of pairs, from ``open_mix``; each image and text is embedded once.
+        merge: as in ``eval_set_of``; False counts texts as the official evaluation does.
+        tick: called with the number of images and texts done, and of all.
 
     Raises:
-        DataError: no pair can be measured on.
+        DataError: there is no readable pair.
     """
-    return measure(embedder, eval_set_of(mix, merge=merge), normaliser=normaliser, tick=tick)
+    return measure(embedder, eval_set_of(mix, merge=merge), tick=tick)
 
 
 def measure(
     embedder: Embedder,
-    found: EvalSet,
+    dataset: EvalSet,
     *,
-    normaliser: Callable[[str], str] | None = None,
     tick: Tick = lambda done, total: None,
-) -> Measured:
-    """Measure recall on pairs already read; as ``evaluate_retrieval``."""
-    total, done = len(found.images) + len(found.texts), 0
+) -> RetrievalResult:
+    """Measure recall on an evaluation set, like ``evaluate_retrieval``."""
+    total, done = len(dataset.images) + len(dataset.texts), 0
 
-    def more(count: int) -> None:
+    def advance(count: int) -> None:
         nonlocal done
         done += count
         tick(done, total)
 
-    pictures = embed_pictures(embedder, found, tick=more)
-    said = [normaliser(text) if normaliser else text for text in found.texts]
-    texts = embedder.embed_texts(said)
+    images = embed_eval_images(embedder, dataset, tick=advance)
+    texts = embedder.embed_texts(dataset.texts)
     tick(total, total)
-    return Measured(
+    return RetrievalResult(
         embedder.name,
-        retrieval(pictures.vectors, texts, pictures.pairs),
-        _unique([found.image_ids[n] for n in pictures.numbers.tolist()]),
-        _unique(found.text_ids),
-        found.texts,
-        pictures.vectors,
+        retrieval(images.vectors, texts, images.pairs),
+        _unique([dataset.image_ids[n] for n in images.indexes.tolist()]),
+        _unique(dataset.text_ids),
+        dataset.texts,
+        images.vectors,
         texts,
-        pictures.pairs,
-        list(found.skipped),
+        images.pairs,
+        list(dataset.skipped),
     )
 
 
 def evaluate_features(
     images: Stored, texts: Stored, pairs: Iterable[tuple[str, str]], *, truth: str
-) -> Measured:
-    """Measure recall of features already extracted, compared by dot product as they are.
+) -> RetrievalResult:
+    """Measure recall of stored features, compared by dot product without normalisation.
 
     Args:
         images: from ``read_features``.
         texts: likewise.
-        pairs: an image id and a text id each, of all that belong together; an empty id asks for
-            nothing.
+        pairs: image id and text id of all matching pairs; pairs with an empty id are ignored.
         truth: where the pairs are from, for messages.
 
     Raises:
         DataError: an id of a pair has no features, or there is no pair.
-        UsageError: the vectors are of different widths.
+        UsageError: the vectors have different dimensions.
     """
-    listed = list(dict.fromkeys(pair for pair in pairs if all(pair)))
+    unique = list(dict.fromkeys(pair for pair in pairs if all(pair)))
     for stored, side, what in ((images, 0, "image"), (texts, 1, "text")):
-        held = set(stored.ids)
-        missing = dict.fromkeys(pair[side] for pair in listed if pair[side] not in held)
+        known = set(stored.ids)
+        missing = dict.fromkeys(pair[side] for pair in unique if pair[side] not in known)
         if missing:
             raise DataError(
-                f"{len(missing):,} of the {what} ids in {truth} are not in {stored.path}, "
-                f"{next(iter(missing))!r} for one; embed the whole split"
+                f"{len(missing):,} of the {what} ids in {truth} are not in {stored.path}, such as "
+                f"{next(iter(missing))!r}; embed the whole split"
             )
         norms = np.linalg.norm(stored.vectors, axis=1)
         if not np.allclose(norms, 1, atol=0.01):
             warnings.warn(
-                f"{stored.path}: lengths of vectors are {norms.min():.3g} to {norms.max():.3g}, "
-                "not 1; they are compared as they are",
+                f"{stored.path}: vector lengths are {norms.min():.3g} to {norms.max():.3g}, not 1; "
+                "vectors are compared without normalisation",
                 stacklevel=2,
             )
-    rows = [{each: row for row, each in enumerate(stored.ids)} for stored in (images, texts)]
-    numbers = np.array([(rows[0][i], rows[1][t]) for i, t in listed], np.int64).reshape(-1, 2)
-    return Measured(
+    image_rows, text_rows = (
+        {key: row for row, key in enumerate(stored.ids)} for stored in (images, texts)
+    )
+    rows = [(image_rows[image], text_rows[text]) for image, text in unique]
+    row_pairs = np.array(rows, np.int64).reshape(-1, 2)
+    return RetrievalResult(
         str(images.path),
-        retrieval(images.vectors, texts.vectors, numbers),
-        [plain_id(each) for each in images.ids],
-        [plain_id(each) for each in texts.ids],
+        retrieval(images.vectors, texts.vectors, row_pairs),
+        [plain_id(key) for key in images.ids],
+        [plain_id(key) for key in texts.ids],
         [],
         images.vectors,
         texts.vectors,
-        numbers,
+        row_pairs,
     )
 
 
 def pairs_of(mix: Sequence[Weighted]) -> list[tuple[str, str]]:
-    """Return the image id and the text id of every pair of sources; no picture is opened.
+    """Return the image id and the text id of every pair; no image is opened.
 
     Raises:
-        DataError: a row cannot be used.
+        DataError: a row is unreadable.
     """
     rows = (part.source.row(index) for part in mix for index in range(len(part.source)))
     return [(row.image_id, row.text_id) for row in rows if row.image_id and row.text_id]
 
 
 def _unique(ids: list[str]) -> list[Id]:
-    return [plain_id(each) for each in ids] if len(set(ids)) == len(ids) else list(range(len(ids)))
+    return [plain_id(key) for key in ids] if len(set(ids)) == len(ids) else list(range(len(ids)))

@@ -1,7 +1,7 @@
-"""Zero-shot classification of labelled pictures, as the official scripts and ELEVATER have it.
+"""Zero-shot classification of labelled images, as the official scripts and ELEVATER score it.
 
-Class folders in ``test/``, a Chinese label a line in ``label_cn.txt``; a class is the mean of its
-prompts' unit embeddings, made one of unit length again (Radford et al., 2021, section 3.1.4).
+A class embedding is the normalised mean of the unit embeddings of its prompts (Radford et al.,
+2021, section 3.1.4).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from cn_clip.embedder import Embedder
 from cn_clip.errors import DataError, UnknownNameError, UsageError
-from cn_clip.eval.labelled import Labelled
+from cn_clip.eval.labelled import LabelledImages
 from cn_clip.eval.metrics.classification import (
     Confusion,
     confusions,
@@ -30,42 +30,43 @@ from cn_clip.eval.metrics.classification import (
 )
 from cn_clip.files import MAX_TEXT, lines_of, read_file
 from cn_clip.publish import begins, claim, file_by
-from cn_clip.topk import checked
-from cn_clip.zeroshot import label_embeddings
+from cn_clip.topk import checked_vectors
+from cn_clip.zeroshot import label_embeddings, softmax
 
-# The official script's factor before the softmax, whatever the model learned; what is submitted to
-# ELEVATER's server, and so mAP and AUC there, depend on it.
-SCALE = 100.0
-_IMAGES_AT_ONCE = 256
-_LABELS_AT_ONCE = 64
+# The official script's logit scale, independent of the model's. The submitted probabilities, and so
+# mAP and AUC on ELEVATER's server, depend on it.
+LOGIT_SCALE = 100.0
+_IMAGE_CHUNK = 256
+_LABEL_CHUNK = 64
 
 Tick = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Dataset:
-    """What a known dataset is scored by, how large its test set is, and the templates for it."""
+class DatasetInfo:
+    """Metric, size of the test set and prompt templates of a dataset."""
 
     metric: str = "accuracy"
     classes: int | None = None
-    pictures: int | None = None
+    images: int | None = None
     templates: str = "general"
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
-    """What a model scores on a dataset, shares in [0, 1].
+class ZeroshotScores:
+    """Scores of a model on a dataset, in [0, 1].
 
     Attributes:
-        metric: the one that the dataset is scored by.
-        value: of that metric; None where the truth for it was not given.
-        top1: share of pictures whose best class is right.
-        top5: share of pictures whose right class is among the best five.
-        mean_per_class: the mean over classes of ``top1``.
-        confusions: the most frequent mistakes.
-        pictures: how many were scored.
-        failed: why each of the others was not.
-        probabilities: float32 (N, M), softmax of ``SCALE`` times the cosines, of those scored.
+        metric: the dataset's metric.
+        value: of that metric; None if the labels for it are not given.
+        top1: accuracy.
+        top5: fraction of images whose true class is among the top five.
+        mean_per_class: mean accuracy per class.
+        confusions: the most frequent confusions.
+        images: number of scored images.
+        failed: a message for each unreadable image.
+        probabilities: float32 (N, M), softmax of ``LOGIT_SCALE`` times the cosines, of the scored
+            images.
     """
 
     metric: str
@@ -74,15 +75,15 @@ class Scores:
     top5: float
     mean_per_class: float
     confusions: list[Confusion]
-    pictures: int
+    images: int
     failed: list[str]
     probabilities: npt.NDArray[np.float32]
 
 
-def datasets() -> dict[str, Dataset]:
-    """Return the datasets of ELEVATER's image classification by name."""
+def datasets() -> dict[str, DatasetInfo]:
+    """Return the image classification datasets of ELEVATER by name."""
     text = files("cn_clip.eval").joinpath("elevater.toml").read_text(encoding="utf-8")
-    return {name: Dataset(**values) for name, values in tomllib.loads(text).items()}
+    return {name: DatasetInfo(**values) for name, values in tomllib.loads(text).items()}
 
 
 def template_names() -> list[str]:
@@ -91,96 +92,102 @@ def template_names() -> list[str]:
     return sorted(Path(each.name).stem for each in shipped if each.name.endswith(".txt"))
 
 
-def read_templates(given: str) -> list[str]:
-    """Read the templates of a shipped set, by name, or of a UTF-8 file, one a line.
+def read_templates(name_or_path: str) -> list[str]:
+    """Read the templates of a shipped set, by name, or of a UTF-8 file, one per line.
 
     Raises:
-        UsageError: there is neither, the file holds none, or one has no ``{}`` for the label.
+        UsageError: neither exists, the file has no template, or a template has no ``{}``.
     """
     names = template_names()
-    if given in names:
-        raw = files("cn_clip.eval").joinpath("templates", f"{given}.txt").read_bytes()
-    elif os.path.isfile(given):  # False for what is no path at all
+    if name_or_path in names:
+        raw = files("cn_clip.eval").joinpath("templates", f"{name_or_path}.txt").read_bytes()
+    elif os.path.isfile(name_or_path):  # False for an invalid path
         try:
-            raw = read_file(given, MAX_TEXT)
+            raw = read_file(name_or_path, MAX_TEXT)
         except OSError as error:
-            raise UsageError(f"{given} cannot be read: {error.strerror}") from None
+            raise UsageError(f"{name_or_path} cannot be read: {error.strerror}") from None
     else:
-        raise UnknownNameError("templates", given, [*names, "or the path of a file"])
+        raise UnknownNameError("templates", name_or_path, [*names, "or the path of a file"])
     try:
-        lines = [(at, each.strip()) for at, each in enumerate(lines_of(raw), 1) if each.strip()]
+        lines = [(n, line.strip()) for n, line in enumerate(lines_of(raw), 1) if line.strip()]
     except UnicodeDecodeError as error:
-        raise UsageError(f"{given} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    for at, line in lines:
+        raise UsageError(
+            f"{name_or_path} is not UTF-8 (byte {error.start}); save it as UTF-8"
+        ) from None
+    for number, line in lines:
         if "{}" not in line:
             raise UsageError(
-                f"{given}, line {at}: {line!r:.60} has no {{}}; say where the label goes"
+                f"{name_or_path}, line {number}: {line!r:.60} has no {{}}; add it for the label"
             )
     if not lines:
-        raise UsageError(f"{given} holds no template; write one a line, with {{}} for the label")
+        raise UsageError(
+            f"{name_or_path} has no template; write one per line, with {{}} for the label"
+        )
     return [line for _, line in lines]
 
 
-def score(
+def evaluate_zeroshot(
     embedder: Embedder,
-    data: Labelled,
+    data: LabelledImages,
     templates: Sequence[str],
     *,
     metric: str = "accuracy",
     tick: Tick = lambda *_: None,
-) -> Scores:
-    """Classify every picture and compare with the truth.
+) -> ZeroshotScores:
+    """Classify all images and score the result.
 
     Args:
         embedder: a loaded model.
-        data: labelled pictures.
-        templates: sentences with ``{}`` where the label goes.
+        data: labelled images.
+        templates: sentences with ``{}`` in place of the label.
         metric: accuracy, mean-per-class, 11-point-map or roc-auc (of the second class).
-        tick: called with what is done, how much of it, and how much there is.
+        tick: called with the name of the task, the number of items done and of all.
 
     Raises:
-        UsageError: an embedding is not finite, or a template has no slot.
-        DataError: no picture can be read, or a class has none for the metric.
+        UsageError: an embedding is not finite, or a template has no ``{}``.
+        DataError: no image is readable, or a class has no image for the metric.
     """
-    prototypes = checked(_prototypes(embedder, data.labels, templates, tick), "labels")
+    prototypes = checked_vectors(_prototypes(embedder, data.labels, templates, tick), "labels")
     rows: list[npt.NDArray[np.float32]] = []
-    read: list[int] = []
+    readable: list[int] = []
     failed: list[str] = []
-    for at in range(0, len(data.images), _IMAGES_AT_ONCE):
-        some = data.images[at : at + _IMAGES_AT_ONCE]
-        images, errors = embedder.embed_readable(some)
-        cosines = checked(images, f"pictures from {some[0]} on") @ prototypes.T  # (B, M)
-        rows.append(_softmax(SCALE * cosines))
-        read += [at + n for n in range(len(some)) if n not in errors]
+    for start in range(0, len(data.images), _IMAGE_CHUNK):
+        chunk = data.images[start : start + _IMAGE_CHUNK]
+        images, errors = embedder.embed_readable(chunk)
+        cosines = checked_vectors(images, f"images from {chunk[0]} on") @ prototypes.T  # (B, M)
+        rows.append(softmax(LOGIT_SCALE * cosines))
+        readable += [start + n for n in range(len(chunk)) if n not in errors]
         failed += [str(error) for error in errors.values()]
-        tick("classifying pictures", at + len(some), len(data.images))
-    if not read:
-        raise DataError(f"none of the {len(data.images):,} pictures can be read; {failed[0]}")
-    found, truth = np.concatenate(rows), data.truth[read]
-    ranks = ranks_of_truth(found, truth)
-    per_class = mean_per_class(found, truth)
+        tick("classifying images", start + len(chunk), len(data.images))
+    if not readable:
+        raise DataError(f"none of the {len(data.images):,} images is readable; {failed[0]}")
+    probabilities, truth = np.concatenate(rows), data.truth[readable]
+    ranks = ranks_of_truth(probabilities, truth)
+    per_class = mean_per_class(probabilities, truth)
     value: float | None
     if metric == "11-point-map":
-        value = None if data.relevant is None else map_11_points(found, data.relevant[read])
+        value = (
+            None if data.relevant is None else map_11_points(probabilities, data.relevant[readable])
+        )
     elif metric == "roc-auc":
-        value = roc_auc(found[:, 1], truth == 1)
+        value = roc_auc(probabilities[:, 1], truth == 1)
     else:
         value = per_class if metric == "mean-per-class" else float(np.mean(ranks == 0))
-    return Scores(
+    return ZeroshotScores(
         metric=metric,
         value=value,
         top1=float(np.mean(ranks == 0)),
         top5=float(np.mean(ranks < 5)),
         mean_per_class=per_class,
-        confusions=confusions(found, truth, data.labels),
-        pictures=len(read),
+        confusions=confusions(probabilities, truth, data.labels),
+        images=len(readable),
         failed=failed,
-        probabilities=found,
+        probabilities=probabilities,
     )
 
 
 def claim_submission(out: str | Path, *, inputs: Iterable[str | Path] = ()) -> Path:
-    """Check that a submission may be written to ``out``; nothing is touched. Return it as a path.
+    """Return ``out`` as a path if a submission may be written there; nothing is written yet.
 
     Raises:
         UsageError: see ``publish.claim``.
@@ -190,26 +197,32 @@ def claim_submission(out: str | Path, *, inputs: Iterable[str | Path] = ()) -> P
 
 
 def submission(
-    scores: Scores, data: Labelled, *, model: str, dataset: str, parameters: int, visual: int
+    scores: ZeroshotScores,
+    data: LabelledImages,
+    *,
+    model: str,
+    dataset: str,
+    parameters: int,
+    visual: int,
 ) -> dict[str, Any]:
-    """Return the document that ELEVATER's server takes for a dataset, as the official script writes
-    it: probabilities rounded to six places, in the order of ``index.json`` if there is one.
+    """Return the JSON document of a submission to ELEVATER's server, as the official script writes
+    it: probabilities rounded to six decimals, in the order of ``index.json`` if there is one.
 
     Args:
         scores: of this data.
-        data: what was scored.
-        model: its name.
-        dataset: ELEVATER's name of it.
-        parameters: how many the model has.
-        visual: how many its image tower has.
+        data: the scored images.
+        model: name of the model.
+        dataset: ELEVATER's name of the dataset.
+        parameters: number of parameters of the model.
+        visual: number of parameters of the image tower.
 
     Raises:
-        DataError: a picture was not scored.
+        DataError: an image is unreadable.
     """
     if scores.failed:
         raise DataError(
-            f"a submission needs every picture, and {len(scores.failed):,} cannot be read; the "
-            f"first: {scores.failed[0]}"
+            f"a submission needs all images, but {len(scores.failed):,} are unreadable; the first: "
+            f"{scores.failed[0]}"
         )
     rows = scores.probabilities if data.order is None else scores.probabilities[data.order]
     return {
@@ -221,7 +234,7 @@ def submission(
         "num_backbone_params": parameters,
         "n_shot": 0,
         "rnd_seeds": [123],
-        "predictions": [[[round(share, 6) for share in row] for row in rows.tolist()]],
+        "predictions": [[[round(value, 6) for value in row] for row in rows.tolist()]],
     }
 
 
@@ -229,14 +242,8 @@ def _prototypes(
     embedder: Embedder, labels: Sequence[str], templates: Sequence[str], tick: Tick
 ) -> npt.NDArray[np.float32]:
     rows = []
-    for at in range(0, len(labels), _LABELS_AT_ONCE):
-        some = labels[at : at + _LABELS_AT_ONCE]
-        rows.append(label_embeddings(embedder, some, templates))
-        tick("embedding labels", at + len(some), len(labels))
+    for start in range(0, len(labels), _LABEL_CHUNK):
+        chunk = labels[start : start + _LABEL_CHUNK]
+        rows.append(label_embeddings(embedder, chunk, templates))
+        tick("embedding labels", start + len(chunk), len(labels))
     return np.concatenate(rows)
-
-
-def _softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    weights = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
-    shares: npt.NDArray[np.float32] = weights / weights.sum(axis=1, keepdims=True)
-    return shares

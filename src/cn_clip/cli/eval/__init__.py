@@ -1,4 +1,4 @@
-"""``cn-clip eval``: measure a model."""
+"""``cn-clip eval``: evaluate a model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from cn_clip.cli.eval.retrieval import retrieval
 from cn_clip.cli.eval.robustness import robustness
 from cn_clip.cli.eval.zeroshot import zeroshot
 
-eval_app = App(name="eval", help="Measure a model, and tell what its scores mean.")
+eval_app = App(name="eval", help="Evaluate a model, and calibrate its scores.")
 eval_app.command(retrieval)
 eval_app.command(zeroshot)
-eval_app.command(protocol, name=["protocol", "--protocol"])  # eval --protocol NAME, too
+eval_app.command(protocol, name=["protocol", "--protocol"])  # also: eval --protocol NAME
 eval_app.command(predictions)
 eval_app.command(calibrate)
 eval_app.command(robustness)

@@ -1,26 +1,31 @@
-"""``cn-clip eval calibrate``: what a model's cosines mean."""
+"""``cn-clip eval calibrate``: fit the probability of a match, and thresholds for no match."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
 
+from cn_clip.cli.eval.retrieval import list_failed
 from cn_clip.cli.loading import model_paths
 from cn_clip.cli.show import Amount, Flag, check_different_paths, console, print_json, progress
 from cn_clip.config import Precision
 
-_LISTED = 20  # pictures that failed; --json has all
+if TYPE_CHECKING:
+    from cn_clip.calibration import Calibration
+    from cn_clip.eval.calibration.fit import CalibrationScores, HeldOut
+    from cn_clip.eval.calibration.thresholds import ThresholdEffect
 
 
 def calibrate(
     *,
     data: str,
     out: str,
-    # The option of that name elsewhere is the model's; here it is what users ask for.
+    # Elsewhere --precision is the model's; here it is the target of the thresholds.
     precision: float = 0.9,
     kind: Literal["logistic", "isotonic"] = "logistic",
     prior: float = 0.5,
@@ -34,28 +39,28 @@ def calibrate(
     overwrite: Flag = False,
     json: Flag = False,
 ) -> int:
-    """Fit what this model's cosines mean, on pairs of pictures and texts.
+    """Calibrate a model's cosines on image-text pairs.
 
-    OUT then gives, for a cosine, the probability that picture and text match, and the cosine below
-    which the best of a search or of some labels is no match. It is fitted twice: on half of the
-    pictures, to be judged on the other half, which is what is printed; then on all of them.
+    OUT maps a cosine to the probability that image and text match, and holds the thresholds below
+    which the top result of a search, or of a list of labels, is rejected. The printed scores are of
+    a calibration fitted on half of the images and measured on the other half; OUT is fitted on all.
 
     Parameters
     ----------
     data
         The pairs: KIND:PATH, with KIND folder, csv, jsonl, parquet, tsv, lmdb or tar.
     out
-        A new .json file, for `cn-clip classify --calibration`.
+        New .json file, for `cn-clip classify --calibration`.
     precision
-        The share of answers at or above a threshold that shall be right.
+        Target precision of the results at or above a threshold.
     kind
-        logistic needs few pairs; isotonic follows any rising curve, and needs thousands.
+        logistic needs few pairs; isotonic fits any increasing curve and needs thousands.
     prior
-        The share of matches among the pairs that the probability is for.
+        Fraction of matching pairs that the probability assumes.
     seed
-        Of the halves, and of the non-pairs and labels that are drawn.
+        Seed of the split, and of sampled non-pairs and labels.
     report
-        Write a page with the reliability diagram to this .html file.
+        Write an HTML report with the reliability diagram to this .html file.
     model
         A name from `cn-clip models`, org/name on a hub, or the path of a checkpoint.
     device
@@ -63,18 +68,18 @@ def calibrate(
     model_precision
         float32, bfloat16, float16, or auto. A calibration holds for one of them.
     fast_decode
-        Decode large JPEG files at reduced size; a calibration holds with or without.
+        Decode large JPEG files at reduced size; a calibration holds either with or without it.
     download_root
-        Where official weights are looked for, and downloaded to.
+        Folder that official weights are read from and downloaded to.
     overwrite
-        Replace what this command wrote at OUT.
+        Replace an OUT that this command wrote.
     json
         Print JSON instead of a table.
     """
     from cn_clip.calibration import claim_calibration, write_calibration
     from cn_clip.data.sources.open import open_mix, paths_of
     from cn_clip.embedder import load
-    from cn_clip.eval.calibration.fit import calibrate
+    from cn_clip.eval.calibration.fit import fit_calibration
     from cn_clip.eval.calibration.report import write_report
     from cn_clip.eval.dataset import eval_set_of
     from cn_clip.eval.embedded_dataset import embed_pairs
@@ -85,7 +90,7 @@ def calibrate(
     if report is not None:
         claim_page(report, "eval calibrate", inputs=inputs)
         check_different_paths(out, report)
-    found = eval_set_of(open_mix([data]))
+    dataset = eval_set_of(open_mix([data]))
     embedder = load(
         model,
         device=device,
@@ -94,13 +99,13 @@ def calibrate(
         download_root=download_root,
     )
     with progress() as bars:
-        task = bars.add_task("embedding pictures", total=None)
+        task = bars.add_task("embedding images", total=None)
         embedded = embed_pairs(
             embedder,
-            found,
+            dataset,
             tick=lambda done, total: bars.update(task, completed=done, total=total),
         )
-    calibration, held_out = calibrate(
+    calibration, held_out = fit_calibration(
         embedded.images,
         embedded.texts,
         embedded.pairs,
@@ -115,15 +120,12 @@ def calibrate(
     write_calibration(calibration, Path(out))
     if report is not None:
         write_report(calibration, held_out, Path(report))
-    for sentence in embedded.failed[:_LISTED]:
-        print(f"cn-clip: {sentence}", file=sys.stderr)
-    if len(embedded.failed) > _LISTED:
-        print(f"cn-clip: and {len(embedded.failed) - _LISTED:,} more", file=sys.stderr)
+    list_failed(embedded.failed)
     for use, threshold in calibration.thresholds.items():
         if threshold is None:
             print(
-                f"cn-clip: warning: no cosine makes {precision:.0%} of the answers right for "
-                f"{use}, so nothing is told apart there; give a lower --precision",
+                f"cn-clip: warning: no threshold for {use} reaches a precision of {precision:.0%}; "
+                "give a lower --precision",
                 file=sys.stderr,
             )
     if json:
@@ -137,7 +139,7 @@ def calibrate(
                 "precision": precision,
                 "thresholds": dict(calibration.thresholds),
                 "counts": dict(calibration.counts),
-                "held_out": asdict(held_out),
+                "held_out": _held_out_json(held_out),
                 "failed": embedded.failed,
             }
         )
@@ -146,29 +148,53 @@ def calibrate(
     return 1 if embedded.failed else 0
 
 
-def _print(calibration: Any, held_out: Any, out: str) -> None:
+def _held_out_json(held_out: HeldOut) -> dict[str, Any]:
+    def scores(of: CalibrationScores) -> dict[str, Any]:
+        bins = [{"mean": b.mean, "share": b.matching, "pairs": b.pairs} for b in of.bins]
+        return {"ece": of.ece, "brier": of.brier, "right": of.accuracy, "bins": bins}
+
+    def effects(of: Mapping[str, ThresholdEffect]) -> dict[str, Any]:
+        return {
+            use: {
+                "threshold": effect.threshold,
+                "precision": effect.precision,
+                "answered": effect.acceptance,
+                "refused": effect.rejection,
+            }
+            for use, effect in of.items()
+        }
+
+    return {
+        "calibrated": scores(held_out.calibrated),
+        "fixed": scores(held_out.fixed),
+        "answers": effects(held_out.effects),
+        "fixed_answers": effects(held_out.fixed_effects),
+    }
+
+
+def _print(calibration: Calibration, held_out: HeldOut, out: str) -> None:
     from cn_clip.eval.calibration.fit import FIXED_CUTOFF
 
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("held-out half", "calibrated", f"cosine ≥ {FIXED_CUTOFF}"):
         table.add_column(column, justify="left" if column == "held-out half" else "right")
-    judged, fixed = held_out.calibrated, held_out.fixed
-    table.add_row("expected calibration error", f"{judged.ece:.3f}", f"{fixed.ece:.3f}")
-    table.add_row("Brier score", f"{judged.brier:.3f}", f"{fixed.brier:.3f}")
-    table.add_row("judged rightly", f"{judged.right:.1%}", f"{fixed.right:.1%}")
-    for use, here in held_out.answers.items():
-        there = held_out.fixed_answers[use]
-        for name, mine, theirs in (
-            ("answers that are right", here.precision, there.precision),
-            ("answered, of what is there", here.answered, there.answered),
-            ("told nothing, of what is not", here.refused, there.refused),
+    calibrated, fixed = held_out.calibrated, held_out.fixed
+    table.add_row("expected calibration error", f"{calibrated.ece:.3f}", f"{fixed.ece:.3f}")
+    table.add_row("Brier score", f"{calibrated.brier:.3f}", f"{fixed.brier:.3f}")
+    table.add_row("accuracy", f"{calibrated.accuracy:.1%}", f"{fixed.accuracy:.1%}")
+    for use, effect in held_out.effects.items():
+        fixed_effect = held_out.fixed_effects[use]
+        for name, values in (
+            ("precision of accepted results", (effect.precision, fixed_effect.precision)),
+            ("accepted if a match exists", (effect.acceptance, fixed_effect.acceptance)),
+            ("rejected if none does", (effect.rejection, fixed_effect.rejection)),
         ):
-            shown = ["none" if share is None else f"{share:.1%}" for share in (mine, theirs)]
-            table.add_row(f"{use}: {name}", *shown)
+            cells = ["none" if value is None else f"{value:.1%}" for value in values]
+            table.add_row(f"{use}: {name}", *cells)
     counts = calibration.counts
     console().print(table)
     console().print(
         f"{out}: {calibration.kind}, fitted on all {counts['pairs']:,} pairs of "
-        f"{counts['images']:,} pictures, for {calibration.model}",
+        f"{counts['images']:,} images, for {calibration.model}",
         markup=False,
     )

@@ -1,4 +1,4 @@
-"""``cn-clip eval predictions``: the official evaluator, for files of predictions."""
+"""``cn-clip eval predictions``: scores of a predictions file, as in the official evaluation."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from cn_clip.cli.show import Flag, console, print_json
 def predictions(
     predictions: str, /, *, truth: str, out: str | None = None, json: Flag = False
 ) -> int:
-    """Score a file of predictions, as the official evaluation scripts do.
+    """Score a file of predictions as the official evaluation scripts do.
 
-    Which direction it is of, the file tells itself. Ids may be numbers or strings.
+    The keys of the file determine the direction. Ids are integers or strings.
 
     Parameters
     ----------
     predictions
-        A .jsonl with text_id and image_ids, or image_id and text_ids, the best first, 10 or more.
+        A .jsonl with text_id and image_ids, or image_id and text_ids: at least 10, best first.
     truth
         The official annotations, a .jsonl with text_id and image_ids (or image_id and text_ids).
     out
-        Write the official metrics JSON there.
+        Write the official metrics JSON to this file.
     json
         Print JSON instead of a table.
     """
@@ -36,20 +36,20 @@ def predictions(
 
     if out is not None:
         claim_metrics(out, inputs=[predictions, truth])
-    scored = score_predictions(read_predictions(Path(predictions)), read_truth(Path(truth)))
+    scores = score_predictions(read_predictions(Path(predictions)), read_truth(Path(truth)))
     if out is not None:
-        write_metrics(scored.recall, Path(out))
+        write_metrics(scores.recall, Path(out))
     if json:
         print_json(
             {
-                "direction": scored.direction,
-                "queries": scored.queries,
-                "extra": scored.extra,
-                **percent(scored.recall),
+                "direction": scores.direction,
+                "queries": scores.queries,
+                "extra": scores.extra,
+                **percent(scores.recall),
             }
         )
         return 0
-    console().print(recall_table(predictions, {scored.direction: scored.recall}))
-    besides = f"; {scored.extra:,} more were predicted for, and do not count"
-    console().print(f"{scored.queries:,} queries{besides if scored.extra else ''}", markup=False)
+    console().print(recall_table(predictions, {scores.direction: scores.recall}))
+    extra = f"; {scores.extra:,} more are not in the annotations and are ignored"
+    console().print(f"{scores.queries:,} queries{extra if scores.extra else ''}", markup=False)
     return 0

@@ -1,4 +1,4 @@
-"""``cn-clip eval protocol``: a published figure, measured again."""
+"""``cn-clip eval protocol``: reproduce a published score."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 from rich.table import Table
 
-from cn_clip.cli.eval.retrieval import ticking
+from cn_clip.cli.eval.retrieval import progress_bar
 from cn_clip.cli.loading import DEFAULT, Loading
 from cn_clip.cli.show import Flag, console, print_json
 from cn_clip.errors import UsageError
 
 if TYPE_CHECKING:
-    from cn_clip.eval.protocols import Compared, Protocol
+    from cn_clip.eval.protocols import Protocol, ScoreComparison
 
 
 def protocol(
@@ -27,21 +27,21 @@ def protocol(
     list_all: Annotated[bool, Parameter(name="--list", negative=(), show_default=False)] = False,
     json: Flag = False,
 ) -> int:
-    """Measure as a published figure was measured, and print ours beside it.
+    """Reproduce the conditions of a published score and compare with it.
 
-    Figures are published for RN50, ViT-B-16, ViT-L-14, ViT-L-14-336 and ViT-H-14. Data whose counts
-    are not those of the split are refused. docs/evaluation.md tells where to get each set.
+    Scores are published for RN50, ViT-B-16, ViT-L-14, ViT-L-14-336 and ViT-H-14. Data with other
+    counts than the split are refused. docs/evaluation.md lists where to get each dataset.
 
     Parameters
     ----------
     name
-        One of `cn-clip eval protocol --list`, such as flickr30k-cn-test.
+        A name from `cn-clip eval protocol --list`, such as flickr30k-cn-test.
     data
-        A folder with the official TSV of the split, or KIND:PATH.
+        Folder with the official TSV of the split, or KIND:PATH.
     setup
-        Which published figure to compare with.
+        Published score to compare with.
     list_all
-        Print all protocols with what was published for them, and stop.
+        Print all protocols with their published scores, and exit.
     json
         Print JSON instead of a table.
     """
@@ -51,43 +51,43 @@ def protocol(
         _print_list(list(protocols.protocols().values()), json)
         return 0
     if name is None:
-        raise UsageError("which protocol? See: cn-clip eval protocol --list")
-    wanted = protocols.protocol(name)
-    if wanted.task == "classification":
+        raise UsageError("no protocol given; see: cn-clip eval protocol --list")
+    spec = protocols.protocol(name)
+    if spec.task == "classification":
         raise UsageError(
-            f"{name} is zero-shot classification, in {wanted.metric}; run: cn-clip eval zeroshot"
+            f"{name} is zero-shot classification, by {spec.metric}; run: cn-clip eval zeroshot"
         )
     if data is None:
         raise UsageError(
-            f"where is {wanted.title}? Give --data FOLDER with {wanted.split}_imgs.tsv and "
-            f"{wanted.split}_texts.jsonl, or KIND:PATH"
+            f"no data for {spec.title}; give --data FOLDER with {spec.split}_imgs.tsv and "
+            f"{spec.split}_texts.jsonl, or KIND:PATH"
         )
 
-    found = protocols.open_split(wanted, data)
+    dataset = protocols.open_split(spec, data)
     embedder = loading.load()
-    with ticking("embedding") as tick:
-        measured = protocols.run_protocol(embedder, found, tick=tick)
-    rows = protocols.compare(wanted, measured, setup=setup)
+    with progress_bar("embedding") as tick:
+        result = protocols.run_protocol(embedder, dataset, tick=tick)
+    rows = protocols.compare_with_published(spec, result, setup=setup)
     if json:
         print_json(
             {
                 "protocol": name,
                 "setup": setup,
-                "model": measured.model,
-                "pictures": len(measured.image_ids),
-                "texts": len(measured.text_ids),
-                "source": wanted.source,
+                "model": result.model,
+                "pictures": len(result.image_ids),
+                "texts": len(result.text_ids),
+                "source": spec.source,
                 "figures": [{**asdict(row), "difference": row.difference} for row in rows],
             }
         )
     else:
-        _print_compared(wanted, measured.model, setup, rows)
+        _print_comparison(spec, result.model, setup, rows)
     return 0
 
 
-def _print_compared(wanted: Protocol, model: str, setup: str, rows: list[Compared]) -> None:
+def _print_comparison(spec: Protocol, model: str, setup: str, rows: list[ScoreComparison]) -> None:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column(f"{wanted.title}: {model}")
+    table.add_column(f"{spec.title}: {model}")
     for column in ("ours", f"published, {setup}", "difference"):
         table.add_column(column, justify="right")
     for row in rows:
@@ -98,27 +98,27 @@ def _print_compared(wanted: Protocol, model: str, setup: str, rows: list[Compare
             "-" if row.difference is None else f"{row.difference:+.1f}",
         )
     console().print(table)
-    unchecked = "" if wanted.images else "; no source tells the counts of this split: not checked"
-    console().print(f"published: {wanted.source}{unchecked}", markup=False)
+    unchecked = "" if spec.images else "; no source states the counts of this split: not checked"
+    console().print(f"published: {spec.source}{unchecked}", markup=False)
 
 
-def _print_list(every: list[Protocol], json: bool) -> None:
+def _print_list(specs: list[Protocol], json: bool) -> None:
     if json:
-        print_json([asdict(each) for each in every])
+        print_json([asdict(spec) for spec in specs])
         return
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("protocol", "set", "pictures", "texts", "metric", "published, zero-shot"):
+    for column in ("protocol", "dataset", "images", "texts", "metric", "published, zero-shot"):
         table.add_column(column)
-    for each in every:
-        counts = (f"{count:,}" if count else "-" for count in (each.images, each.texts))
-        table.add_row(each.name, each.title, *counts, each.metric, _published(each))
+    for spec in specs:
+        counts = (f"{count:,}" if count else "-" for count in (spec.images, spec.texts))
+        table.add_row(spec.name, spec.title, *counts, spec.metric, _published(spec))
     console().print(table)
 
 
-def _published(each: Protocol) -> str:
-    """Say what was published: R@1 text to image of each model, or the best of five."""
-    if each.best_of_five is not None:
-        return f"{each.best_of_five:.1f}, the best of five"
-    figures = each.published.get("zero-shot", {}).get("text_to_image", {})
-    told = ", ".join(f"{model} {recall[0]:.1f}" for model, recall in figures.items())
-    return f"R@1 text to image: {told}" if told else "none found"
+def _published(spec: Protocol) -> str:
+    """Return the published R@1 text to image of each model, or the best score of five models."""
+    if spec.best_of_five is not None:
+        return f"{spec.best_of_five:.1f}, best of five models"
+    scores = spec.published.get("zero-shot", {}).get("text_to_image", {})
+    listed = ", ".join(f"{model} {recall[0]:.1f}" for model, recall in scores.items())
+    return f"R@1 text to image: {listed}" if listed else "none found"

@@ -1,4 +1,4 @@
-"""``cn-clip eval robustness``: the same pictures, asked for in other ways."""
+"""``cn-clip eval robustness``: recall on rewritten queries."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 from rich.table import Table
 
+from cn_clip.cli.eval.retrieval import fractions
 from cn_clip.cli.loading import DEFAULT, Loading
 from cn_clip.cli.show import Amount, ContextLength, Flag, console, print_json, progress
 
 if TYPE_CHECKING:
-    from cn_clip.eval.metrics.recall import Recall
-    from cn_clip.eval.robustness.measure import Asked, Robustness
+    from cn_clip.eval.robustness.measure import RewriteResult, Robustness
 
-_OPENCC = ("simplified", "traditional", "taiwan")
+_NEEDS_OPENCC = ("simplified", "traditional", "taiwan")
 
 
 def robustness(
@@ -28,141 +28,139 @@ def robustness(
     seed: Amount = 0,
     json: Flag = False,
 ) -> int:
-    """Ask for the same pictures in other ways, and print the recall that is lost.
+    """Measure the recall lost on rewritten queries.
 
-    The ways: simplified and traditional characters, half and full width, with and without
-    punctuation, synonyms, English and mixed with English, and long texts up to and beyond what the
-    model reads. Each is compared, over the texts that it changes, with the plain texts: the mean of
+    The rewrites: simplified and traditional characters, half and full width, with and without
+    punctuation, synonyms, English and mixed English, and long texts up to and beyond the context
+    limit. Each is compared with the original texts over the texts that it changes: the mean of
     recall at 1, 5 and 10 from text to image, with the 95 % interval of a paired bootstrap. The exit
-    code is 1 if some of the data cannot be read.
+    code is 1 if some of the data are unreadable.
 
     Parameters
     ----------
     data
-        KIND:PATH, with KIND folder, csv, jsonl, parquet, tsv, lmdb or tar; repeat it for several.
+        KIND:PATH, with KIND folder, csv, jsonl, parquet, tsv, lmdb or tar; repeat for several.
     normalize
-        Also ask with each query normalised: nfkc (Unicode's) or simplified (OpenCC's); repeat it
-        to apply both, in this order.
+        Also measure with each query normalised: nfkc (Unicode) or simplified (OpenCC); repeat to
+        apply both, in this order.
     context_length
-        Tokens that the model reads, [CLS] and [SEP] among them.
+        Context length of the model in tokens, [CLS] and [SEP] included.
     seed
-        Of the bootstrap.
+        Seed of the bootstrap.
     json
         Print JSON instead of a table.
     """
     from cn_clip.data.sources.open import open_mix
     from cn_clip.eval.dataset import eval_set_of
-    from cn_clip.eval.images import embed_pictures
+    from cn_clip.eval.images import embed_eval_images
     from cn_clip.eval.robustness.measure import robustness
-    from cn_clip.eval.robustness.rewrites import have_opencc, normalized, variants
+    from cn_clip.eval.robustness.rewrites import all_rewrites, have_opencc, normalized
 
-    normalized("", normalize)  # names are checked before the work
-    ways = variants(context_length=context_length)
-    left_out = () if have_opencc() else _OPENCC
-    ways = tuple(way for way in ways if way.name not in left_out)
-    pairs = eval_set_of(open_mix(data))
+    normalized("", normalize)  # checks the names before the work
+    omitted = () if have_opencc() else _NEEDS_OPENCC
+    rewrites = [
+        rewrite
+        for rewrite in all_rewrites(context_length=context_length)
+        if rewrite.name not in omitted
+    ]
+    dataset = eval_set_of(open_mix(data))
     embedder = loading.load()
     with progress() as bars:
-        task = bars.add_task("embedding pictures", total=len(pairs.images))
-        pictures = embed_pictures(embedder, pairs, tick=partial(bars.advance, task))
-        rounds = len(ways) + (1 + len(ways)) * bool(normalize)
-        asking = bars.add_task("asking in other ways", total=rounds)
-        found = robustness(
+        task = bars.add_task("embedding images", total=len(dataset.images))
+        images = embed_eval_images(embedder, dataset, tick=partial(bars.advance, task))
+        rounds = len(rewrites) + (1 + len(rewrites)) * bool(normalize)
+        task = bars.add_task("rewriting queries", total=rounds)
+        result = robustness(
             embedder,
-            pictures.vectors,
-            pairs.texts,
-            pictures.pairs,
-            ways,
+            images.vectors,
+            dataset.texts,
+            images.pairs,
+            rewrites,
             normalizers=normalize,
             seed=seed,
-            tick=partial(bars.advance, asking),
+            tick=partial(bars.advance, task),
         )
     if json:
         print_json(
             {
                 "model": embedder.name,
                 "data": data,
-                "images": len(pictures.numbers),
-                "queries": found.queries,
-                "plain": _recall(found.plain),
-                "asked": [_as_json(each) for each in found.asked],
-                "normalize": list(found.normalizers),
-                "normalized": [_as_json(each) for each in found.normalized],
-                "left_out": list(left_out),
-                "skipped": pairs.skipped,
+                "images": len(images.indexes),
+                "queries": result.queries,
+                "plain": fractions(result.original),
+                "asked": [_as_json(row) for row in result.results],
+                "normalize": list(result.normalizers),
+                "normalized": [_as_json(row) for row in result.normalized],
+                "left_out": list(omitted),
+                "skipped": dataset.skipped,
             }
         )
     else:
-        _print(found, embedder.name, len(pictures.numbers))
-    if left_out:
+        _print(result, embedder.name, len(images.indexes))
+    if omitted:
         print(
-            f"cn-clip: left out {', '.join(left_out)}, for which OpenCC is needed: "
+            f"cn-clip: omitted {', '.join(omitted)}, which need OpenCC: "
             "pip install 'cn-clip[eval]'",
             file=sys.stderr,
         )
-    for sentence in pairs.skipped:
-        print(f"cn-clip: left out: {sentence}", file=sys.stderr)
-    return 1 if pairs.skipped else 0
+    for message in dataset.skipped:
+        print(f"cn-clip: skipped: {message}", file=sys.stderr)
+    return 1 if dataset.skipped else 0
 
 
-def _print(found: Robustness, model: str, images: int) -> None:
-    out = console()
+def _print(result: Robustness, model: str, images: int) -> None:
+    out, recall = console(), result.original
     out.print(
-        f"{model}: {found.queries:,} texts ask for {images:,} pictures. R@1 "
-        f"{found.plain.r1:.1%}, R@5 {found.plain.r5:.1%}, R@10 {found.plain.r10:.1%}, mean recall "
-        f"{found.plain.mean:.1%}",
+        f"{model}: {result.queries:,} queries, {images:,} images. R@1 {recall.r1:.1%}, "
+        f"R@5 {recall.r5:.1%}, R@10 {recall.r10:.1%}, mean recall {recall.mean:.1%}",
         markup=False,
         soft_wrap=True,
     )
-    out.print(_table("asked", found.asked))
-    if found.normalized:
-        out.print(_table(f"asked, then {' and '.join(found.normalizers)}", found.normalized))
+    out.print(_table("rewrite", result.results))
+    if result.normalized:
+        out.print(_table(f"rewrite, then {' and '.join(result.normalizers)}", result.normalized))
     out.print(
-        "Over the texts that each way changes: mean recall of the plain text and as asked, the "
-        "points lost, and their 95 % interval.",
+        "Over the queries that each rewrite changes: mean recall before and after, the loss in "
+        "points, and its 95 % interval.",
         style="dim",
         soft_wrap=True,
     )
 
 
-def _table(title: str, rows: tuple[Asked, ...]) -> Table:
+def _table(title: str, rows: tuple[RewriteResult, ...]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column(title, no_wrap=True)
-    for heading in ("texts", "plain", "so asked", "lost", "95 % interval", "over all texts"):
+    for heading in ("queries", "before", "after", "loss", "95 % interval", "over all queries"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("for example", overflow="ellipsis", no_wrap=True, max_width=44, style="dim")
+    table.add_column("example", overflow="ellipsis", no_wrap=True, max_width=44, style="dim")
     for row in rows:
-        if row.lost is None or row.plain is None or row.asked is None or row.example is None:
+        if not (row.loss and row.original and row.rewritten and row.example):
             table.add_row(row.name, "0", "", "", "", "", "", "")
             continue
         table.add_row(
             row.name,
             f"{row.changed:,}",
-            f"{row.plain.mean:.1%}",
-            f"{row.asked.mean:.1%}",
-            f"{100 * row.lost.value:+.1f}",
-            f"{100 * row.lost.low:+.1f} to {100 * row.lost.high:+.1f}",
-            f"{100 * row.lost_overall:+.1f}",
+            f"{row.original.mean:.1%}",
+            f"{row.rewritten.mean:.1%}",
+            f"{100 * row.loss.value:+.1f}",
+            f"{100 * row.loss.low:+.1f} to {100 * row.loss.high:+.1f}",
+            f"{100 * row.loss_overall:+.1f}",
             row.example[1],
-            style="red" if row.lost.low > 0 else None,
+            style="red" if row.loss.low > 0 else None,
         )
     return table
 
 
-def _as_json(row: Asked) -> dict[str, Any]:
+def _as_json(row: RewriteResult) -> dict[str, Any]:
     return {
         "name": row.name,
-        "meaning": row.meaning,
+        "meaning": row.description,
         "changed": row.changed,
-        "plain": None if row.plain is None else _recall(row.plain),
-        "asked": None if row.asked is None else _recall(row.asked),
+        "plain": None if row.original is None else fractions(row.original),
+        "asked": None if row.rewritten is None else fractions(row.rewritten),
         "lost": None
-        if row.lost is None
-        else {"value": row.lost.value, "low": row.lost.low, "high": row.lost.high},
-        "lost_overall": row.lost_overall,
+        if row.loss is None
+        else {"value": row.loss.value, "low": row.loss.low, "high": row.loss.high},
+        "lost_overall": row.loss_overall,
         "example": None if row.example is None else list(row.example),
     }
-
-
-def _recall(recall: Recall) -> dict[str, float]:
-    return {"r1": recall.r1, "r5": recall.r5, "r10": recall.r10, "mean": recall.mean}

@@ -1,7 +1,7 @@
-"""Fit what a model's cosines mean, and measure on other pairs how far that holds; numpy alone.
+"""Fit a calibration and score it on held-out pairs; numpy only.
 
-The probability is fitted to the cosines of pairs and of non-pairs of the same data, weighted so
-that pairs weigh ``prior`` and non-pairs the rest. The thresholds are fitted in ``thresholds``.
+The curve is fitted to the cosines of pairs and non-pairs of the same data, weighted so that pairs
+have a total weight of ``prior`` and non-pairs the rest. ``thresholds`` fits the thresholds.
 """
 
 from __future__ import annotations
@@ -13,25 +13,30 @@ from datetime import date
 import numpy as np
 import numpy.typing as npt
 
-from cn_clip.calibration import Calibration, Curve, Isotonic, Kind, Logistic, probability
+from cn_clip.calibration import Calibration, Curve, CurveKind, Isotonic, Logistic, probability
 from cn_clip.errors import UsageError
-from cn_clip.eval.calibration.thresholds import Answered, all_answers, answered, threshold_for
+from cn_clip.eval.calibration.thresholds import (
+    ThresholdEffect,
+    fit_threshold,
+    threshold_effect,
+    top_matches,
+)
 from cn_clip.eval.metrics.recall import Pairs
-from cn_clip.topk import Vectors, checked
+from cn_clip.topk import Vectors, checked_vectors
 
-# What LAION-5B kept of pairs that are not English (Schuhmann et al., arXiv:2210.08402, section 3).
+# LAION-5B's cutoff for non-English pairs (Schuhmann et al., arXiv:2210.08402, section 3).
 FIXED_CUTOFF = 0.26
 _BINS = 15
-_NON_PAIRS = 1 << 18  # drawn at random where there are more
-_LEAST_PAIRS = 20  # to fit a curve to
+_NON_PAIRS = 1 << 18  # if there are more, a random sample of this size
+_MIN_PAIRS = 20  # to fit a curve
 
 Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
-    """Pairs and non-pairs: ``cosines`` (P,), whether they ``match`` (P,), ``weights`` (P,) that
+class PairCosines:
+    """Pairs and non-pairs: ``cosines`` (P,), whether they ``match`` (P,), and ``weights`` (P,) that
     sum to 1."""
 
     cosines: Floats
@@ -41,40 +46,41 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Bin:
-    """Pairs of like probability: its ``mean``, the ``share`` that match, how many ``pairs`` do."""
+    """Pairs of similar probability: the ``mean`` probability, the fraction ``matching``, and the
+    number of matching ``pairs``."""
 
     mean: float
-    share: float
+    matching: float
     pairs: int
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
-    """How good probabilities are.
+class CalibrationScores:
+    """Scores of probabilities of a match.
 
-    ``ece`` is the expected calibration error (Guo et al., 2017, arXiv:1706.04599, equation 3), over
-    bins of equal weight; ``brier`` the mean squared error; ``right`` the share judged rightly at
-    a half; ``bins`` what a reliability diagram shows.
+    ``ece`` is the expected calibration error (Guo et al., 2017, arXiv:1706.04599, equation 3) over
+    bins of equal weight; ``brier`` the mean squared error; ``accuracy`` that of the decision at
+    0.5; ``bins`` the points of a reliability diagram.
     """
 
     ece: float
     brier: float
-    right: float
+    accuracy: float
     bins: tuple[Bin, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """A calibration fitted on one half of the pictures and judged on the other, beside the fixed
-    cutoff; ``answers`` and ``fixed_answers`` are by use."""
+    """Scores, on one half of the images, of a calibration fitted on the other half and of the fixed
+    cutoff; ``effects`` and ``fixed_effects`` are those of the thresholds, by use."""
 
-    calibrated: Judged
-    fixed: Judged
-    answers: Mapping[str, Answered]
-    fixed_answers: Mapping[str, Answered]
+    calibrated: CalibrationScores
+    fixed: CalibrationScores
+    effects: Mapping[str, ThresholdEffect]
+    fixed_effects: Mapping[str, ThresholdEffect]
 
 
-def calibrate(
+def fit_calibration(
     images: Vectors,
     texts: Vectors,
     pairs: Pairs,
@@ -82,99 +88,100 @@ def calibrate(
     model: str,
     fingerprint: str,
     data: str,
-    kind: Kind = "logistic",
+    kind: CurveKind = "logistic",
     precision: float = 0.9,
     prior: float = 0.5,
     seed: int = 0,
 ) -> tuple[Calibration, HeldOut]:
-    """Fit a calibration on all pairs; judge its like, fitted on half of them, on the other half.
+    """Fit a calibration on all pairs; score another, fitted on half of them, on the other half.
 
     Args:
         images: unit vectors (N, D).
         texts: unit vectors (M, D), each text once.
-        pairs: rows (P, 2), an image's and a text's, of all that belong together.
-        model: name of the model, for people.
+        pairs: (P, 2) rows of an image and a text, all that match.
+        model: name of the model, for display.
         fingerprint: of the embedder that made the vectors.
-        data: digest of the pictures and texts.
-        kind: of curve.
-        precision: share of right answers that the thresholds aim at.
-        prior: share of matches among the pairs that the probability is for.
-        seed: of the halves, and of the non-pairs that are drawn.
+        data: digest of the images and texts.
+        kind: of the curve.
+        precision: target precision of accepted results.
+        prior: fraction of matching pairs that the probability assumes.
+        seed: of the split, of sampled non-pairs and of sampled labels.
 
     Raises:
-        UsageError: a vector is not finite, there are too few pairs, pairs have no higher cosines
-            than non-pairs, or an option is out of range.
+        UsageError: a vector is not finite, there are too few pairs, cosines of pairs are not higher
+            than those of non-pairs, or an option is out of range.
     """
     for name, value in (("precision", precision), ("prior", prior)):
         if not 0 < value < 1:
-            raise UsageError(f"{name} {value} is not between 0 and 1; such as 0.9")
-    images, texts = checked(images, "images"), checked(texts, "texts")
-    fitted_on, judged_on = (_subset(images, texts, half) for half in halves(pairs, seed=seed))
-    curve, _, thresholds = _fitted(fitted_on, kind, precision, prior, seed)
-    held_out = _judged(judged_on, curve, thresholds, prior, seed)
-    curve, scored, thresholds = _fitted((images, texts, pairs), kind, precision, prior, seed)
+            raise UsageError(f"{name} {value} is not between 0 and 1; give a value such as 0.9")
+    images, texts = checked_vectors(images, "images"), checked_vectors(texts, "texts")
+    train, held_out = (_subset(images, texts, half) for half in halves(pairs, seed=seed))
+    curve, _, thresholds = _fit(train, kind, precision, prior, seed)
+    scores = _score(held_out, curve, thresholds, prior, seed)
+    curve, cosines, thresholds = _fit((images, texts, pairs), kind, precision, prior, seed)
     counts = {
         "images": len(images),
         "texts": len(texts),
-        "pairs": int(scored.match.sum()),
-        "non_pairs": int((~scored.match).sum()),
+        "pairs": int(cosines.match.sum()),
+        "non_pairs": int((~cosines.match).sum()),
     }
     today = date.today().isoformat()
-    fitted = Calibration(
+    calibration = Calibration(
         model, fingerprint, curve, prior, precision, thresholds, counts, data, today
     )
-    return fitted, held_out
+    return calibration, scores
 
 
 def halves(pairs: Pairs, *, seed: int) -> tuple[Pairs, Pairs]:
-    """Split pairs (P, 2) by picture, at random; a text of both halves stays in the first only."""
-    pictures = np.unique(pairs[:, 0])
-    first = np.random.default_rng(seed).permutation(pictures)[: (len(pictures) + 1) // 2]
-    mine = np.isin(pairs[:, 0], first)
-    return pairs[mine], pairs[~mine & ~np.isin(pairs[:, 1], pairs[mine, 1])]
+    """Split pairs (P, 2) by image, at random; texts of both halves are kept in the first only."""
+    images = np.unique(pairs[:, 0])
+    chosen = np.random.default_rng(seed).permutation(images)[: (len(images) + 1) // 2]
+    first = np.isin(pairs[:, 0], chosen)
+    return pairs[first], pairs[~first & ~np.isin(pairs[:, 1], pairs[first, 1])]
 
 
-def score_pairs(
+def pair_cosines(
     images: Vectors, texts: Vectors, pairs: Pairs, *, prior: float, seed: int
-) -> Scored:
-    """Score the pairs, and all non-pairs or a random quarter of a million of them."""
+) -> PairCosines:
+    """Return the cosines of all pairs, and of all non-pairs or a random quarter of a million."""
     size = len(images) * len(texts)
-    own = np.unique(pairs[:, 0] * len(texts) + pairs[:, 1])
+    matching = np.unique(pairs[:, 0] * len(texts) + pairs[:, 1])
     if size <= _NON_PAIRS:
         other = np.arange(size)
     else:
         other = np.unique(np.random.default_rng(seed).integers(0, size, _NON_PAIRS))
-    other = other[~np.isin(other, own)]
-    if len(own) < _LEAST_PAIRS or not len(other):
+    other = other[~np.isin(other, matching)]
+    if len(matching) < _MIN_PAIRS or not len(other):
         raise UsageError(
-            f"{len(own)} pairs and {len(other)} non-pairs in a half are too few to tell what a "
-            f"cosine means; give at least {2 * _LEAST_PAIRS} pairs of different texts"
+            f"{len(matching)} pairs and {len(other)} non-pairs in a half are too few to fit a "
+            f"calibration; give at least {2 * _MIN_PAIRS} pairs with different texts"
         )
-    row, column = np.divmod(np.concatenate([own, other]), len(texts))
+    row, column = np.divmod(np.concatenate([matching, other]), len(texts))
     cosines = np.empty(len(row))
-    for at in range(0, len(row), 1 << 13):
-        here = slice(at, at + (1 << 13))
-        cosines[here] = np.einsum("nd,nd->n", images[row[here]], texts[column[here]])
-    match = np.arange(len(row)) < len(own)
-    weights = np.where(match, prior / len(own), (1 - prior) / len(other))
-    return Scored(cosines, match, weights)
+    for start in range(0, len(row), 1 << 13):
+        batch = slice(start, start + (1 << 13))
+        cosines[batch] = np.einsum("nd,nd->n", images[row[batch]], texts[column[batch]])
+    match = np.arange(len(row)) < len(matching)
+    weights = np.where(match, prior / len(matching), (1 - prior) / len(other))
+    return PairCosines(cosines, match, weights)
 
 
-def fit(scored: Scored, kind: Kind) -> Curve:
-    """Fit a curve of that kind."""
-    return fit_logistic(scored) if kind == "logistic" else fit_isotonic(scored)
+def fit_curve(data: PairCosines, kind: CurveKind) -> Curve:
+    """Fit a logistic or an isotonic curve."""
+    return fit_logistic(data) if kind == "logistic" else fit_isotonic(data)
 
 
-def fit_logistic(scored: Scored) -> Logistic:
-    """Fit by Newton's method, with Platt's targets ("Probabilistic Outputs for Support Vector
-    Machines", 1999, section 2.2), which stay off 0 and 1 and so keep a perfect split finite.
+def fit_logistic(data: PairCosines) -> Logistic:
+    """Fit by Newton's method with Platt's targets ("Probabilistic Outputs for Support Vector
+    Machines", 1999, section 2.2); they are strictly between 0 and 1, so the coefficients stay
+    finite for separable data.
 
     Raises:
-        UsageError: pairs have no higher cosines than non-pairs.
+        UsageError: cosines of pairs are not higher than those of non-pairs.
     """
-    middle, spread = scored.cosines.mean(), scored.cosines.std() or 1.0
-    x = np.stack([(scored.cosines - middle) / spread, np.ones_like(scored.cosines)], axis=1)
-    targets, weights = _targets(scored.match), scored.weights
+    mean, deviation = data.cosines.mean(), data.cosines.std() or 1.0
+    x = np.stack([(data.cosines - mean) / deviation, np.ones_like(data.cosines)], axis=1)
+    targets, weights = _targets(data.match), data.weights
     beta, loss = np.zeros(2), np.inf
 
     def loss_at(beta: Floats) -> float:
@@ -183,60 +190,59 @@ def fit_logistic(scored: Scored) -> Logistic:
 
     for _ in range(100):
         p = (1 + np.tanh(x @ beta / 2)) / 2
-        slope = x.T @ (weights * (p - targets))
-        bend = (x * (weights * p * (1 - p))[:, None]).T @ x + 1e-12 * np.eye(2)
-        step, loss = np.linalg.solve(bend, slope), loss_at(beta)
+        gradient = x.T @ (weights * (p - targets))
+        hessian = (x * (weights * p * (1 - p))[:, None]).T @ x + 1e-12 * np.eye(2)
+        step, loss = np.linalg.solve(hessian, gradient), loss_at(beta)
         while loss_at(beta - step) > loss and np.abs(step).max() > 1e-12:
             step = step / 2
         beta = beta - step
         if np.abs(step).max() < 1e-10:
             break
-    _check_rising(beta[0] > 0)
-    return Logistic(float(beta[0] / spread), float(beta[1] - beta[0] * middle / spread))
+    _check_increasing(beta[0] > 0)
+    return Logistic(float(beta[0] / deviation), float(beta[1] - beta[0] * mean / deviation))
 
 
-def fit_isotonic(scored: Scored) -> Isotonic:
-    """Fit the closest curve that never falls, by pooling neighbours that do (Zadrozny and Elkan,
-    2002): all runs that fall at once, until none does.
+def fit_isotonic(data: PairCosines) -> Isotonic:
+    """Fit the closest non-decreasing curve by pooling adjacent violators (Zadrozny and Elkan,
+    2002); each pass pools all decreasing runs, until there are none.
 
     Raises:
-        UsageError: pairs have no higher cosines than non-pairs.
+        UsageError: cosines of pairs are not higher than those of non-pairs.
     """
-    low, group = np.unique(scored.cosines, return_inverse=True)
-    mass = np.bincount(group, scored.weights)
-    value = np.bincount(group, scored.weights * _targets(scored.match)) / mass
+    low, group = np.unique(data.cosines, return_inverse=True)
+    mass = np.bincount(group, data.weights)
+    value = np.bincount(group, data.weights * _targets(data.match)) / mass
     high = low
-    while np.any(falling := value[1:] <= value[:-1]) and len(value) > 1:
-        starts = np.flatnonzero(np.concatenate([[True], ~falling]))
+    while np.any(decreasing := value[1:] <= value[:-1]) and len(value) > 1:
+        starts = np.flatnonzero(np.concatenate([[True], ~decreasing]))
         ends = np.concatenate([starts[1:], [len(value)]]) - 1
         total = np.add.reduceat(mass, starts)
         value = np.add.reduceat(mass * value, starts) / total
         mass, low, high = total, low[starts], high[ends]
-    _check_rising(len(value) > 1)
+    _check_increasing(len(value) > 1)
     knots, first = np.unique(np.stack([low, high], axis=1).ravel(), return_index=True)
-    rises = np.repeat(value, 2)[first]
-    return Isotonic(tuple(knots.tolist()), tuple(rises.tolist()))
+    probabilities = np.repeat(value, 2)[first]
+    return Isotonic(tuple(knots.tolist()), tuple(probabilities.tolist()))
 
 
-def judge(probabilities: Floats, scored: Scored) -> Judged:
-    """Compare probabilities (P,) with what matches; equal ones share a bin."""
-    weights, match = scored.weights / scored.weights.sum(), scored.match
+def score_probabilities(probabilities: Floats, data: PairCosines) -> CalibrationScores:
+    """Score probabilities (P,) of a match; equal ones share a bin."""
+    weights, match = data.weights / data.weights.sum(), data.match
     values, group = np.unique(probabilities, return_inverse=True)
     mass = np.bincount(group, weights)
-    place = np.cumsum(mass) - mass / 2  # the middle of each group, in [0, 1]
-    bins = np.minimum((place * _BINS).astype(np.int64), _BINS - 1)
-    held = np.bincount(bins, mass, _BINS)
-    said = np.bincount(bins, mass * values, _BINS)
+    middle = np.cumsum(mass) - mass / 2  # cumulative weight at the middle of each group, in [0, 1]
+    bins = np.minimum((middle * _BINS).astype(np.int64), _BINS - 1)
+    weight = np.bincount(bins, mass, _BINS)
+    predicted = np.bincount(bins, mass * values, _BINS)
     true = np.bincount(bins, np.bincount(group, weights * match), _BINS)
     pairs = np.bincount(bins, np.bincount(group, match), _BINS)
-    full = held > 0
-    return Judged(
-        ece=float(np.abs(said - true).sum()),
+    return CalibrationScores(
+        ece=float(np.abs(predicted - true).sum()),
         brier=float(weights @ (probabilities - match) ** 2),
-        right=float(weights @ ((probabilities >= 0.5) == match)),
+        accuracy=float(weights @ ((probabilities >= 0.5) == match)),
         bins=tuple(
-            Bin(float(s / h), float(t / h), int(n))
-            for s, t, h, n in zip(said[full], true[full], held[full], pairs[full], strict=True)
+            Bin(float(predicted[n] / weight[n]), float(true[n] / weight[n]), int(pairs[n]))
+            for n in np.flatnonzero(weight > 0)
         ),
     )
 
@@ -246,41 +252,40 @@ _Thresholds = dict[str, float | None]
 
 
 def _subset(images: Vectors, texts: Vectors, pairs: Pairs) -> _Set:
-    mine, image = np.unique(pairs[:, 0], return_inverse=True)
-    said, text = np.unique(pairs[:, 1], return_inverse=True)
-    return images[mine], texts[said], np.stack([image, text], axis=1)
+    image_rows, image = np.unique(pairs[:, 0], return_inverse=True)
+    text_rows, text = np.unique(pairs[:, 1], return_inverse=True)
+    return images[image_rows], texts[text_rows], np.stack([image, text], axis=1)
 
 
-def _fitted(
-    on: _Set, kind: Kind, precision: float, prior: float, seed: int
-) -> tuple[Curve, Scored, _Thresholds]:
-    scored = score_pairs(*on, prior=prior, seed=seed)
-    thresholds = {
-        name: threshold_for(found, precision) for name, found in all_answers(*on, seed=seed).items()
-    }
-    return fit(scored, kind), scored, thresholds
+def _fit(
+    data: _Set, kind: CurveKind, precision: float, prior: float, seed: int
+) -> tuple[Curve, PairCosines, _Thresholds]:
+    cosines = pair_cosines(*data, prior=prior, seed=seed)
+    matches = top_matches(*data, seed=seed)
+    thresholds = {use: fit_threshold(top, precision) for use, top in matches.items()}
+    return fit_curve(cosines, kind), cosines, thresholds
 
 
-def _judged(on: _Set, curve: Curve, thresholds: _Thresholds, prior: float, seed: int) -> HeldOut:
-    scored = score_pairs(*on, prior=prior, seed=seed)
-    found = all_answers(*on, seed=seed)
+def _score(data: _Set, curve: Curve, thresholds: _Thresholds, prior: float, seed: int) -> HeldOut:
+    pairs = pair_cosines(*data, prior=prior, seed=seed)
+    matches = top_matches(*data, seed=seed)
     return HeldOut(
-        calibrated=judge(probability(curve, scored.cosines), scored),
-        fixed=judge((scored.cosines >= FIXED_CUTOFF).astype(np.float64), scored),
-        answers={name: answered(each, thresholds[name]) for name, each in found.items()},
-        fixed_answers={name: answered(each, FIXED_CUTOFF) for name, each in found.items()},
+        calibrated=score_probabilities(probability(curve, pairs.cosines), pairs),
+        fixed=score_probabilities((pairs.cosines >= FIXED_CUTOFF).astype(np.float64), pairs),
+        effects={use: threshold_effect(top, thresholds[use]) for use, top in matches.items()},
+        fixed_effects={use: threshold_effect(top, FIXED_CUTOFF) for use, top in matches.items()},
     )
 
 
 def _targets(match: Flags) -> Floats:
-    some, others = match.sum(), (~match).sum()
-    targets: Floats = np.where(match, (some + 1) / (some + 2), 1 / (others + 2))
+    positive, negative = match.sum(), (~match).sum()
+    targets: Floats = np.where(match, (positive + 1) / (positive + 2), 1 / (negative + 2))
     return targets
 
 
-def _check_rising(rises: bool) -> None:
-    if not rises:
+def _check_increasing(increasing: bool) -> None:
+    if not increasing:
         raise UsageError(
-            "pairs have no higher cosines than non-pairs, so a cosine of this model says nothing "
-            "here; check that the pairs are pairs, or take another model"
+            "pairs have no higher cosines than non-pairs, so no calibration can be fitted; check "
+            "the pairs, or choose another model"
         )

@@ -1,9 +1,9 @@
-"""When the best of a list is no answer: a threshold on its cosine, at a chosen precision.
+"""Cosine thresholds below which the top result is rejected as "no match".
 
-Every question is asked twice, with its answer in the list and without: half of the questions have
-no answer, and whatever is found for those is wrong. The longer the list, the higher the best of
-what does not match, so there are two thresholds: for a search of the whole gallery, and for a list
-of ten labels.
+Every query is run twice, with its positives in the gallery and without: half of the queries have no
+match, and any result for those is wrong. The top cosine of non-matching results rises with the
+gallery's size, so two thresholds are fitted: for a search of the whole gallery, and for a list of
+ten labels.
 """
 
 from __future__ import annotations
@@ -16,129 +16,135 @@ import numpy.typing as npt
 from cn_clip.eval.metrics.recall import Pairs
 from cn_clip.topk import Vectors
 
-LABELS = 10  # in the lists that the threshold for labels is fitted on
-_LEAST_ANSWERS = 10  # above a threshold
-_BLOCK = 1 << 24  # scores at a time
+LABELS = 10  # length of the lists that the threshold for labels is fitted on
+_MIN_ACCEPTED = 10  # results at or above a threshold
+_BLOCK = 1 << 24  # scores in memory at a time
 
 Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
-class Answers:
-    """The best answer of every query, once with its own in the gallery, once without.
+class TopMatches:
+    """Top result of every query, once with its positives in the gallery and once without.
 
-    ``cosines`` (A,), whether the answer is ``right`` (A,), whether its own was ``there`` (A,).
+    ``cosines`` (R,); ``correct`` (R,), of the results; ``has_match`` (R,), of the galleries.
     """
 
     cosines: Floats
-    right: Flags
-    there: Flags
+    correct: Flags
+    has_match: Flags
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
-    """What a threshold does: the share of answers given that are right (None if it gives none), the
-    share of queries answered whose own is there, and of those told "nothing" whose own is not."""
+class ThresholdEffect:
+    """Precision of accepted results; acceptance rate if a match exists; rejection rate if none.
+
+    ``precision`` is None if nothing is accepted; a ``threshold`` of None rejects everything.
+    """
 
     threshold: float | None
     precision: float | None
-    answered: float
-    refused: float
+    acceptance: float
+    rejection: float
 
 
-def all_answers(images: Vectors, texts: Vectors, pairs: Pairs, *, seed: int) -> dict[str, Answers]:
-    """Ask for ``search`` every text among all images, for ``labels`` every image among ten texts.
+def top_matches(
+    images: Vectors, texts: Vectors, pairs: Pairs, *, seed: int
+) -> dict[str, TopMatches]:
+    """Return the top results of ``search`` (each text against all images) and of ``labels`` (each
+    image against ten texts).
 
     Args:
         images: unit vectors (N, D).
         texts: unit vectors (M, D).
-        pairs: rows (P, 2), an image's and a text's, of all that belong together.
-        seed: of the texts that are drawn.
+        pairs: (P, 2) rows of an image and a text, all that match.
+        seed: of the texts drawn as labels.
     """
     return {
-        "search": best_answers(texts, images, pairs[:, ::-1]),
-        "labels": label_answers(images, texts, pairs, seed=seed),
+        "search": search_matches(texts, images, pairs[:, ::-1]),
+        "labels": label_matches(images, texts, pairs, seed=seed),
     }
 
 
-def best_answers(
+def search_matches(
     queries: Vectors, gallery: Vectors, positives: Pairs, *, block: int = _BLOCK
-) -> Answers:
-    """Find the best answer of every query that has a positive, with and without its positives.
+) -> TopMatches:
+    """Return the top result of every query that has a positive, with and without its positives.
 
     Args:
         queries: (Q, D).
         gallery: (G, D).
-        positives: rows (P, 2), a query's and a gallery's.
-        block: scores held in memory at a time.
+        positives: (P, 2) rows of a query and a gallery item.
+        block: scores in memory at a time.
     """
-    asking, row = np.unique(positives[:, 0], return_inverse=True)
+    with_positive, row = np.unique(positives[:, 0], return_inverse=True)
     order = np.argsort(row, kind="stable")
     row, column = row[order], positives[order, 1]
     step = max(1, block // max(1, len(gallery)))
-    best, right, second = np.empty(len(asking)), np.empty(len(asking), bool), np.empty(len(asking))
-    for at in range(0, len(asking), step):
-        scores = queries[asking[at : at + step]] @ gallery.T  # (B, G)
-        here, lines = slice(at, at + len(scores)), np.arange(len(scores))
-        first, last = np.searchsorted(row, [at, here.stop])
+    count = len(with_positive)
+    best, correct, second = np.empty(count), np.empty(count, bool), np.empty(count)
+    for start in range(0, count, step):
+        scores = queries[with_positive[start : start + step]] @ gallery.T  # (B, G)
+        batch, lines = slice(start, start + len(scores)), np.arange(len(scores))
+        first, last = np.searchsorted(row, [start, batch.stop])
         top = scores.argmax(axis=1)
-        best[here] = scores[lines, top]
-        scores[row[first:last] - at, column[first:last]] = -np.inf
-        right[here] = np.isneginf(scores[lines, top])
-        second[here] = scores.max(axis=1)
-    some = np.isfinite(second)  # a query that the whole gallery answers is never without
-    return Answers(
-        np.concatenate([best, second[some]]),
-        np.concatenate([right, np.zeros(some.sum(), bool)]),
-        np.arange(len(best) + some.sum()) < len(best),
+        best[batch] = scores[lines, top]
+        scores[row[first:last] - start, column[first:last]] = -np.inf
+        correct[batch] = np.isneginf(scores[lines, top])
+        second[batch] = scores.max(axis=1)
+    finite = np.isfinite(second)  # not if the whole gallery is positive
+    return TopMatches(
+        np.concatenate([best, second[finite]]),
+        np.concatenate([correct, np.zeros(finite.sum(), bool)]),
+        np.arange(count + finite.sum()) < count,
     )
 
 
-def label_answers(
+def label_matches(
     images: Vectors, texts: Vectors, pairs: Pairs, *, seed: int, labels: int = LABELS
-) -> Answers:
-    """Ask for every pair which of some texts fits the image best: its own beside others drawn at
-    random, then one more of those in its place."""
+) -> TopMatches:
+    """Return the top label of every pair's image: among its text and random other texts, then
+    with one more random text in place of its own."""
     rng = np.random.default_rng(seed)
     others = rng.integers(0, len(texts), (len(pairs), labels))
-    own = np.sort(pairs[:, 0] * len(texts) + pairs[:, 1])
-    true = np.isin(pairs[:, :1] * len(texts) + others, own)
-    mine, drawn = np.empty(len(pairs)), np.empty(others.shape)
-    for at in range(0, len(pairs), 1 << 10):
-        here = slice(at, at + (1 << 10))
-        image = images[pairs[here, 0]]
-        mine[here] = np.einsum("bd,bd->b", image, texts[pairs[here, 1]])
-        drawn[here] = np.einsum("bd,bld->bl", image, texts[others[here]])
-    drawn[true] = -np.inf  # a text that fits the image is no wrong answer
-    beside, without = drawn[:, 1:].max(axis=1), drawn.max(axis=1)
-    some = np.isfinite(without)
-    return Answers(
-        np.concatenate([np.maximum(mine, beside), without[some]]),
-        np.concatenate([mine >= beside, np.zeros(some.sum(), bool)]),
-        np.arange(len(pairs) + some.sum()) < len(pairs),
+    positive = np.sort(pairs[:, 0] * len(texts) + pairs[:, 1])
+    matching = np.isin(pairs[:, :1] * len(texts) + others, positive)
+    own, drawn = np.empty(len(pairs)), np.empty(others.shape)
+    for start in range(0, len(pairs), 1 << 10):
+        batch = slice(start, start + (1 << 10))
+        image = images[pairs[batch, 0]]
+        own[batch] = np.einsum("bd,bd->b", image, texts[pairs[batch, 1]])
+        drawn[batch] = np.einsum("bd,bld->bl", image, texts[others[batch]])
+    drawn[matching] = -np.inf  # a drawn text that matches the image is not a wrong result
+    distractor, without = drawn[:, 1:].max(axis=1), drawn.max(axis=1)
+    finite = np.isfinite(without)
+    return TopMatches(
+        np.concatenate([np.maximum(own, distractor), without[finite]]),
+        np.concatenate([own >= distractor, np.zeros(finite.sum(), bool)]),
+        np.arange(len(pairs) + finite.sum()) < len(pairs),
     )
 
 
-def threshold_for(answers: Answers, precision: float) -> float | None:
-    """Return the lowest cosine that at least ``precision`` of the answers from it up are right for,
-    ten answers or more; None if there is none."""
-    order = np.argsort(-answers.cosines, kind="stable")
-    cosines = answers.cosines[order]
-    given = np.arange(1, len(order) + 1)
-    good = np.cumsum(answers.right[order]) >= precision * given
-    good &= given >= _LEAST_ANSWERS
-    good[:-1] &= cosines[1:] < cosines[:-1]  # equal cosines are answered together
-    return float(cosines[np.flatnonzero(good)[-1]]) if good.any() else None
+def fit_threshold(matches: TopMatches, precision: float) -> float | None:
+    """Return the lowest cosine at or above which at least ten results lie and at least
+    ``precision`` of them are correct; None if there is none."""
+    order = np.argsort(-matches.cosines, kind="stable")
+    cosines = matches.cosines[order]
+    accepted = np.arange(1, len(order) + 1)
+    reached = np.cumsum(matches.correct[order]) >= precision * accepted
+    reached &= accepted >= _MIN_ACCEPTED
+    reached[:-1] &= cosines[1:] < cosines[:-1]  # equal cosines are accepted together
+    return float(cosines[np.flatnonzero(reached)[-1]]) if reached.any() else None
 
 
-def answered(answers: Answers, threshold: float | None) -> Answered:
-    """Tell what a threshold does to these answers."""
-    given = answers.cosines >= (np.inf if threshold is None else threshold)
-    without = ~answers.there
-    return Answered(
+def threshold_effect(matches: TopMatches, threshold: float | None) -> ThresholdEffect:
+    """Measure a threshold on these results."""
+    accepted = matches.cosines >= (np.inf if threshold is None else threshold)
+    without = ~matches.has_match
+    return ThresholdEffect(
         threshold,
-        float(answers.right[given].mean()) if given.any() else None,
-        float(given[answers.there].mean()),
-        float(1 - given[without].mean()) if without.any() else 1.0,
+        float(matches.correct[accepted].mean()) if accepted.any() else None,
+        float(accepted[matches.has_match].mean()),
+        float(1 - accepted[without].mean()) if without.any() else 1.0,
     )

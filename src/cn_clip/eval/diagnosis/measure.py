@@ -1,4 +1,4 @@
-"""Where a model's recall is lost: long captions, hubs, captions alike, the worst misses."""
+"""Where retrieval fails: caption lengths, hubs, similar captions, cosines, worst misses."""
 
 from __future__ import annotations
 
@@ -10,23 +10,29 @@ import numpy as np
 import numpy.typing as npt
 
 from cn_clip.eval.metrics.bootstrap import Interval, Values, paired_interval
-from cn_clip.eval.metrics.recall import Pairs, Ranks, Recall, ranks_of_best, recall_at
-from cn_clip.eval.robustness.measure import hits
+from cn_clip.eval.metrics.recall import (
+    Pairs,
+    Ranks,
+    Recall,
+    mean_recall_by_query,
+    ranks_of_best,
+    recall_of,
+)
 from cn_clip.topk import TopK, Vectors, top_k
 
-K = 10  # how many of the first answers a hub is counted in
-_EDGES = (1, 3, 5, 7, 9, 12, 16, 24, 32, 48)  # characters, where the classes of length begin
-_SAMPLE = 2_000  # texts whose cosines to every picture are counted
-_BLOCK = 1 << 22  # cosines at a time, 16 MiB
-_ALIKE = 1_000_000  # pairs of captions alike that are held, 16 MB
-BINS = np.linspace(-1, 1, 201)  # of the histograms of cosines
+K = 10  # results per query in which hubs are counted
+_LENGTH_EDGES = (1, 3, 5, 7, 9, 12, 16, 24, 32, 48)  # lower edges of the length bins, in characters
+_SAMPLE = 2_000  # texts whose cosines to all images are counted
+_BLOCK = 1 << 22  # cosines in memory at a time, 16 MiB
+_MAX_SIMILAR = 1_000_000  # pairs of similar captions in memory, 16 MB
+BINS = np.linspace(-1, 1, 201)  # edges of the cosine histograms
 
-Numbers = npt.NDArray[np.int64]
+Indexes = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class Length:
-    """Recall of the ``texts`` of ``low`` to ``high`` characters."""
+class LengthBin:
+    """Recall of the ``texts`` with ``low`` to ``high`` characters."""
 
     low: int
     high: int
@@ -36,35 +42,35 @@ class Length:
 
 @dataclass(frozen=True, slots=True)
 class Hubs:
-    """How often each picture is among the first ``k`` answers of all texts.
+    """How often each image is in the top ``k`` results of all texts.
 
-    ``counts`` (N,) are the k-occurrences N_k, ``right`` (N,) how many of them were right.
-    ``skewness`` is their third standardised moment: 0 if all pictures are found alike, above 1 is
-    much (Radovanović, Nanopoulos and Ivanović, "Hubs in Space", JMLR 11, 2010, section 2).
-    ``never`` is the share of pictures that no text finds.
+    ``counts`` (N,) are the k-occurrences N_k, ``correct`` (N,) those as a positive. ``skewness`` is
+    the third standardised moment of N_k: 0 for a symmetric distribution, high above 1
+    (Radovanović, Nanopoulos and Ivanović, "Hubs in Space", JMLR 11, 2010, section 2).
+    ``never_retrieved`` is the fraction of images with N_k = 0.
     """
 
     k: int
-    counts: Numbers
-    right: Numbers
+    counts: Indexes
+    correct: Indexes
     skewness: float
-    never: float
+    never_retrieved: float
 
-    def most(self, number: int) -> Numbers:
-        """Return the pictures that are found most often, the most frequent first."""
-        return np.argsort(-self.counts, kind="stable")[:number]
+    def largest(self, count: int) -> Indexes:
+        """Return the images with the highest N_k, highest first."""
+        return np.argsort(-self.counts, kind="stable")[:count]
 
 
 @dataclass(frozen=True, slots=True)
-class Alike:
-    """Captions of different pictures that the model hardly tells apart.
+class SimilarCaptions:
+    """Captions of different images with nearly the same embedding.
 
-    ``pairs`` (P, 2) of texts with their ``cosines`` (P,), the most alike first; no two of them have
-    a picture in common. ``texts`` have such another. ``complete`` is whether all were held.
+    ``pairs`` (P, 2) of texts without a common image, with their ``cosines`` (P,), highest first.
+    ``texts`` is the number of texts in a pair; ``complete`` is False if the search stopped early.
     """
 
     threshold: float
-    pairs: Numbers
+    pairs: Indexes
     cosines: npt.NDArray[Any]
     texts: int
     complete: bool
@@ -72,55 +78,54 @@ class Alike:
 
 @dataclass(frozen=True, slots=True)
 class Cosines:
-    """Counts of cosines between the edges ``BINS``: of what belongs together, of what does not
-    (texts drawn with a seed, each with every picture), and of each text's first answer, where it
-    is right and where it is wrong. The ``medians`` are of the same four."""
+    """Histograms of cosines with the edges ``BINS``: of pairs, of non-pairs (a sample of texts with
+    all images), and of each text's top result, correct or wrong; ``medians`` of the same four."""
 
-    matching: Numbers
-    others: Numbers
-    first_right: Numbers
-    first_wrong: Numbers
+    pairs: Indexes
+    non_pairs: Indexes
+    top_correct: Indexes
+    top_wrong: Indexes
     medians: tuple[float, float, float, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """What one model does with the pictures and texts of a set.
+    """Retrieval results of a model on an evaluation set.
 
-    ``texts`` (Q,) are the numbers of those that have a picture, and ask for it; ``to_image`` (Q,)
-    are the ranks of their best positives, ``images_found`` (Q, k) their first answers. Likewise
-    ``images`` (R,), ``to_text`` and ``texts_found`` of the pictures that have a text.
+    ``texts`` (Q,) are the indexes of texts with an image; ``image_ranks`` (Q,) are the ranks of
+    their best positives, ``top_images`` (Q, k) their top results. Likewise ``images`` (R,),
+    ``text_ranks`` and ``top_texts`` of images with a text.
     """
 
     model: str
-    texts: Numbers
-    to_image: Ranks
-    images_found: TopK
-    images: Numbers
-    to_text: Ranks
-    texts_found: TopK
-    lengths: tuple[Length, ...]
+    texts: Indexes
+    image_ranks: Ranks
+    top_images: TopK
+    images: Indexes
+    text_ranks: Ranks
+    top_texts: TopK
+    lengths: tuple[LengthBin, ...]
     hubs: Hubs
-    alike: Alike
+    similar: SimilarCaptions
     cosines: Cosines
 
     @property
     def text_to_image(self) -> Recall:
-        return recall_of(self.to_image)
+        return recall_of(self.image_ranks)
 
     @property
     def image_to_text(self) -> Recall:
-        return recall_of(self.to_text)
+        return recall_of(self.text_ranks)
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A measure of two models, and the first less the second with its 95 % interval."""
+    """A metric of two models, and the first minus the second with its 95 % interval."""
 
-    measure: str
+    metric: str
     first: float
     second: float
-    lead: Interval
+    interval: Interval
 
 
 def diagnose(
@@ -134,152 +139,149 @@ def diagnose(
     seed: int = 0,
     tick: Callable[[int], None] = lambda _: None,
 ) -> Diagnosis:
-    """Find where recall is lost.
+    """Measure where retrieval fails.
 
     Args:
-        model: its name.
-        images: unit vectors (N, D). What is in no pair is there to be found by mistake.
-        texts: unit vectors (M, D), likewise.
+        model: name of the model.
+        images: unit vectors (N, D). Unpaired images and texts are gallery distractors.
+        texts: unit vectors (M, D).
         captions: the M texts.
-        pairs: rows (P, 2), a picture's and a text's, of all that belong together.
-        threshold: two captions are alike from this cosine on.
-        seed: of the texts drawn for the histogram.
+        pairs: (P, 2) rows of an image and a text, all that match.
+        threshold: cosine from which two captions count as similar.
+        seed: of the sample of texts for the histogram.
         tick: called with the number of queries just done.
 
     Raises:
-        UsageError: an embedding is not finite, shapes do not fit, or there are no pairs.
+        UsageError: an embedding is not finite, shapes do not match, or there are no pairs.
     """
     pairs = np.asarray(pairs)
-    of_text, place = np.unique(pairs[:, 1], return_inverse=True)
-    to_image = ranks_of_best(texts[of_text], images, np.stack([place, pairs[:, 0]], axis=1))
-    images_found = top_k(texts[of_text], images, min(K, len(images)), tick=tick)
-    of_image, place = np.unique(pairs[:, 0], return_inverse=True)
-    to_text = ranks_of_best(images[of_image], texts, np.stack([place, pairs[:, 1]], axis=1))
-    texts_found = top_k(images[of_image], texts, min(K, len(texts)), tick=tick)
-    right = belong(of_text[:, None], images_found.indexes, pairs[:, ::-1], len(images))
+    query_texts, row = np.unique(pairs[:, 1], return_inverse=True)
+    image_ranks = ranks_of_best(texts[query_texts], images, np.stack([row, pairs[:, 0]], axis=1))
+    top_images = top_k(texts[query_texts], images, min(K, len(images)), tick=tick)
+    query_images, row = np.unique(pairs[:, 0], return_inverse=True)
+    text_ranks = ranks_of_best(images[query_images], texts, np.stack([row, pairs[:, 1]], axis=1))
+    top_texts = top_k(images[query_images], texts, min(K, len(texts)), tick=tick)
+    correct = are_positives(query_texts[:, None], top_images.indexes, pairs[:, ::-1], len(images))
     return Diagnosis(
         model,
-        of_text,
-        to_image,
-        images_found,
-        of_image,
-        to_text,
-        texts_found,
-        by_length([captions[n] for n in of_text.tolist()], to_image),
-        hubs_of(images_found.indexes, right, len(images)),
-        alike(texts, pairs, threshold=threshold),
-        _cosines(images, texts, pairs, images_found, right, np.random.default_rng(seed)),
+        query_texts,
+        image_ranks,
+        top_images,
+        query_images,
+        text_ranks,
+        top_texts,
+        recall_by_length([captions[n] for n in query_texts.tolist()], image_ranks),
+        hubs_of(top_images.indexes, correct, len(images)),
+        similar_captions(texts, pairs, threshold=threshold),
+        _cosines(images, texts, pairs, top_images, correct, np.random.default_rng(seed)),
     )
 
 
-def compare(ours: Diagnosis, theirs: Diagnosis, *, seed: int = 0) -> tuple[Difference, ...]:
-    """Return the recalls of two models on the same queries, with what the first is ahead.
+def compare_models(ours: Diagnosis, theirs: Diagnosis, *, seed: int = 0) -> tuple[Difference, ...]:
+    """Return the recalls of two models on the same queries and their differences.
 
     Raises:
-        UsageError: they were not diagnosed on the same queries.
+        UsageError: the queries differ.
     """
     rows = []
-    for way, first, second in (
-        ("text to image", ours.to_image, theirs.to_image),
-        ("image to text", ours.to_text, theirs.to_text),
+    for direction, first, second in (
+        ("text to image", ours.image_ranks, theirs.image_ranks),
+        ("image to text", ours.text_ranks, theirs.text_ranks),
     ):
         values: list[tuple[str, Values, Values]] = [
             (f"R@{k}", first < k, second < k) for k in (1, 5, 10)
         ]
-        values.append(("mean recall", hits(first), hits(second)))
+        values.append(("mean recall", mean_recall_by_query(first), mean_recall_by_query(second)))
         for name, a, b in values:
-            lead = paired_interval(a, b, seed=seed)
-            rows.append(Difference(f"{way}, {name}", float(a.mean()), float(b.mean()), lead))
+            interval = paired_interval(a, b, seed=seed)
+            metric = f"{direction}, {name}"
+            rows.append(Difference(metric, float(a.mean()), float(b.mean()), interval))
     return tuple(rows)
 
 
-def recall_of(ranks: Ranks) -> Recall:
-    """Return recall at 1, 5 and 10."""
-    return Recall(recall_at(ranks, 1), recall_at(ranks, 5), recall_at(ranks, 10))
-
-
-def by_length(captions: Sequence[str], ranks: Ranks) -> tuple[Length, ...]:
-    """Return the recall of captions by their number of characters, in classes that are not
-    empty."""
+def recall_by_length(captions: Sequence[str], ranks: Ranks) -> tuple[LengthBin, ...]:
+    """Return the recall of captions in bins of their number of characters; empty bins are left
+    out."""
     lengths = np.array([len(caption) for caption in captions])
-    classes = np.searchsorted(_EDGES, lengths, side="right")
-    found = []
-    for each in np.unique(classes).tolist():
-        here = classes == each
-        within = lengths[here]
-        recall = recall_of(ranks[here])
-        found.append(Length(int(within.min()), int(within.max()), int(here.sum()), recall))
-    return tuple(found)
+    bins = np.searchsorted(_LENGTH_EDGES, lengths, side="right")
+    results = []
+    for number in np.unique(bins).tolist():
+        inside = bins == number
+        low, high = int(lengths[inside].min()), int(lengths[inside].max())
+        results.append(LengthBin(low, high, int(inside.sum()), recall_of(ranks[inside])))
+    return tuple(results)
 
 
-def hubs_of(found: Numbers, right: npt.NDArray[np.bool_], gallery: int) -> Hubs:
-    """Count how often each of a gallery is in the answers (Q, k), and how often rightly."""
-    counts = np.bincount(found.ravel(), minlength=gallery)
-    rightly = np.bincount(found[right], minlength=gallery)
-    spread = counts - counts.mean()
+def hubs_of(results: Indexes, correct: npt.NDArray[np.bool_], gallery: int) -> Hubs:
+    """Count the occurrences of each gallery item in the results (Q, k), all and correct ones."""
+    counts = np.bincount(results.ravel(), minlength=gallery)
+    correct_counts = np.bincount(results[correct], minlength=gallery)
+    centred = counts - counts.mean()
     deviation = counts.std()
-    skewness = float(np.mean(spread**3) / deviation**3) if deviation else 0.0
-    return Hubs(found.shape[1], counts, rightly, skewness, float(np.mean(counts == 0)))
+    skewness = float(np.mean(centred**3) / deviation**3) if deviation else 0.0
+    return Hubs(results.shape[1], counts, correct_counts, skewness, float(np.mean(counts == 0)))
 
 
-def alike(texts: Vectors, pairs: Pairs, *, threshold: float, block: int = _BLOCK) -> Alike:
-    """Find texts (M, D) with a cosine of ``threshold`` or more that have no picture in common.
+def similar_captions(
+    texts: Vectors, pairs: Pairs, *, threshold: float, block: int = _BLOCK
+) -> SimilarCaptions:
+    """Return texts (M, D) with a cosine of at least ``threshold`` and no common image.
 
-    No (M, M) array is made; once a million pairs are held, the search ends.
+    No (M, M) array is allocated; the search stops at a million pairs.
     """
-    found: list[Numbers] = []
+    blocks: list[Indexes] = []
     scores: list[npt.NDArray[Any]] = []
-    held, at = 0, 0
+    total, start = 0, 0
     step = max(1, block // len(texts))
-    for at in range(0, len(texts), step):
-        cosines = texts[at : at + step] @ texts[at:].T  # the rows before are done
+    for start in range(0, len(texts), step):
+        cosines = texts[start : start + step] @ texts[start:].T  # earlier rows are done
         rows, columns = np.nonzero(np.triu(cosines >= threshold, 1))
-        found.append(np.stack([rows + at, columns + at], axis=1))
+        blocks.append(np.stack([rows + start, columns + start], axis=1))
         scores.append(cosines[rows, columns])
-        held += len(rows)
-        if held >= _ALIKE:
+        total += len(rows)
+        if total >= _MAX_SIMILAR:
             break
-    together = np.concatenate(found)
+    similar = np.concatenate(blocks)
     cosines = np.concatenate(scores)
-    apart = ~share(together, pairs)
-    together, cosines = together[apart], cosines[apart]
+    different = ~have_common_image(similar, pairs)
+    similar, cosines = similar[different], cosines[different]
     order = np.argsort(-cosines, kind="stable")
-    return Alike(
+    return SimilarCaptions(
         threshold,
-        together[order],
+        similar[order],
         cosines[order],
-        len(np.unique(together)),
-        at + step >= len(texts),
+        len(np.unique(similar)),
+        start + step >= len(texts),
     )
 
 
-def share(texts: Numbers, pairs: Pairs) -> npt.NDArray[np.bool_]:
-    """Tell which pairs (P, 2) of texts have a picture in common."""
+def have_common_image(texts: Indexes, pairs: Pairs) -> npt.NDArray[np.bool_]:
+    """Return which pairs (P, 2) of texts have a common image."""
     pairs = pairs[np.argsort(pairs[:, 1], kind="stable")]
     first = np.searchsorted(pairs[:, 1], texts[:, 0], side="left")
     count = np.searchsorted(pairs[:, 1], texts[:, 0], side="right") - first
-    row = np.repeat(np.arange(len(texts)), count)  # a row for each picture of the first text
-    place = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
-    image = pairs[first[row] + place, 0]
+    row = np.repeat(np.arange(len(texts)), count)  # one row per image of the first text
+    offset = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
+    image = pairs[first[row] + offset, 0]
     common = np.zeros(len(texts), bool)
     width = int(pairs[:, 0].max()) + 1
-    np.logical_or.at(common, row, belong(texts[row, 1], image, pairs[:, ::-1], width))
+    np.logical_or.at(common, row, are_positives(texts[row, 1], image, pairs[:, ::-1], width))
     return common
 
 
-def belong(
-    queries: Numbers, answers: Numbers, positives: Pairs, gallery: int
+def are_positives(
+    queries: Indexes, results: Indexes, positives: Pairs, gallery: int
 ) -> npt.NDArray[np.bool_]:
-    """Tell which answers, of a gallery of that size, are positives of their queries."""
-    return np.isin(queries * gallery + answers, positives[:, 0] * gallery + positives[:, 1])
+    """Return which results, rows of a gallery of that size, are positives of their queries."""
+    return np.isin(queries * gallery + results, positives[:, 0] * gallery + positives[:, 1])
 
 
 def _cosines(
     images: Vectors,
     texts: Vectors,
     pairs: Pairs,
-    found: TopK,
-    right: npt.NDArray[np.bool_],
+    top: TopK,
+    correct: npt.NDArray[np.bool_],
     rng: np.random.Generator,
 ) -> Cosines:
     matching = np.concatenate(
@@ -288,27 +290,31 @@ def _cosines(
             for part in np.array_split(pairs, len(pairs) // 10_000 + 1)
         ]
     )
-    drawn = np.sort(rng.permutation(len(texts))[:_SAMPLE])
-    others = np.zeros(len(BINS) - 1, np.int64)
+    sample = np.sort(rng.permutation(len(texts))[:_SAMPLE])
+    non_pairs = np.zeros(len(BINS) - 1, np.int64)
     step = max(1, _BLOCK // len(images))
-    for at in range(0, len(drawn), step):
-        some = drawn[at : at + step]
-        others += _counted((texts[some] @ images.T).ravel())
-    mine = np.isin(pairs[:, 1], drawn)
-    others = np.maximum(others - _counted(matching[mine]), 0)  # a rounded cosine may change its bin
-    first, hit = found.scores[:, 0], right[:, 0]
-    medians = (
-        _median(matching),
-        _middle(others),
-        _median(first[hit]),
-        _median(first[~hit]),
+    for start in range(0, len(sample), step):
+        non_pairs += _histogram((texts[sample[start : start + step]] @ images.T).ravel())
+    sampled = np.isin(pairs[:, 1], sample)
+    # Not below 0: the same cosine computed twice may round into another bin.
+    non_pairs = np.maximum(non_pairs - _histogram(matching[sampled]), 0)
+    cosines, hit = top.scores[:, 0], correct[:, 0]
+    return Cosines(
+        _histogram(matching),
+        non_pairs,
+        _histogram(cosines[hit]),
+        _histogram(cosines[~hit]),
+        medians=(
+            _median(matching),
+            _histogram_median(non_pairs),
+            _median(cosines[hit]),
+            _median(cosines[~hit]),
+        ),
     )
-    counted = (_counted(matching), others, _counted(first[hit]), _counted(first[~hit]))
-    return Cosines(*counted, medians=medians)
 
 
-def _counted(cosines: npt.NDArray[Any]) -> Numbers:
-    """Count cosines by bin; rounding may have put one just beyond 1."""
+def _histogram(cosines: npt.NDArray[Any]) -> Indexes:
+    """Count cosines by bin, clipped: rounding may exceed 1."""
     return np.histogram(cosines.clip(-1, 1), BINS)[0]
 
 
@@ -316,9 +322,9 @@ def _median(values: npt.NDArray[Any]) -> float:
     return float(np.median(values)) if len(values) else float("nan")
 
 
-def _middle(counts: Numbers) -> float:
-    """Return the middle of the bin that holds the median."""
+def _histogram_median(counts: Indexes) -> float:
+    """Return the middle of the bin with the median."""
     if not counts.sum():
         return float("nan")
-    at = int(np.searchsorted(np.cumsum(counts), counts.sum() / 2))
-    return float((BINS[at] + BINS[at + 1]) / 2)
+    bin_index = int(np.searchsorted(np.cumsum(counts), counts.sum() / 2))
+    return float((BINS[bin_index] + BINS[bin_index + 1]) / 2)

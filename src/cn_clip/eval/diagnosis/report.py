@@ -1,8 +1,8 @@
-"""A diagnosis, or two side by side, as one page that needs nothing beside it."""
+"""HTML report of a diagnosis, or of two side by side; images are embedded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from html import escape
@@ -12,280 +12,277 @@ import numpy as np
 
 from cn_clip.errors import CNClipError
 from cn_clip.eval.dataset import EvalSet
-from cn_clip.eval.diagnosis.measure import BINS, Diagnosis, Difference, Numbers
-from cn_clip.eval.images import Pictures
+from cn_clip.eval.diagnosis.measure import BINS, Diagnosis, Difference, Indexes
+from cn_clip.eval.images import EmbeddedImages
+from cn_clip.html.charts import table
 from cn_clip.html.page import data_uri, overlaid, page, sheet, thumbnail
 from cn_clip.publish import write_text
 
-_HUBS = 12  # pictures of each list
-_MISSES = 20
-_ALIKE = 30  # pairs of captions
-_FOUND = 3  # answers shown beside a miss
-# Beside data.page's: rows of a miss, two models side by side, small pictures of a hub's queries.
+_MAX_IMAGES = 12  # in a grid
+_MAX_MISSES = 20
+_MAX_CAPTIONS = 30  # pairs of similar captions
+_TOP = 3  # results shown of a missed query
+# In addition to the style of html.page.
 _STYLE = """<style>
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 0 2rem; }
 .miss { display: grid; grid-template-columns: 14rem 8.5rem 1fr; gap: 1rem; align-items: start;
   border-top: 1px solid var(--line); padding: .75rem 0; }
 .miss .found { display: flex; gap: .75rem; flex-wrap: wrap; } .miss figure { width: 8.5rem; }
-.small { font-size: .85rem; opacity: .75; } .scroll { overflow-x: auto; }
+.small { font-size: .85rem; opacity: .75; }
 </style>"""
 
 
 @dataclass(frozen=True, slots=True)
-class _Shown:
-    """What the pieces of the page need of the set."""
+class _Content:
+    """The set's thumbnails, by row of the embedded images, its captions, and its pairs by image and
+    by text."""
 
-    picture: Callable[[int], str]
+    thumbnail: Callable[[int], str]
     captions: Sequence[str]
-    of_image: Callable[[int], Numbers]
-    of_text: Callable[[int], Numbers]
+    texts_of: Callable[[int], Indexes]
+    images_of: Callable[[int], Indexes]
 
 
 def write_diagnosis(
     path: Path,
     name: str,
-    data: EvalSet,
-    pictures: Pictures,
+    dataset: EvalSet,
+    images: EmbeddedImages,
     diagnoses: Sequence[Diagnosis],
     differences: Sequence[Difference] = (),
 ) -> None:
-    """Write the page.
+    """Write the report atomically.
 
     Args:
-        path: of the page; it appears whole.
-        name: of the data, for people.
-        data: where the pictures and captions are.
-        pictures: those that were measured.
-        diagnoses: of one model, or of two.
-        differences: between the two, from ``compare``.
+        path: of the report.
+        name: of the data, for display.
+        dataset: source of the images and captions.
+        images: the embedded images.
+        diagnoses: of one or two models.
+        differences: of the two, from ``compare_models``.
     """
-    shown = _shown(data, pictures)
-    models = " and ".join(escape(each.model) for each in diagnoses)
+    content = _content(dataset, images)
+    models = " and ".join(escape(diagnosis.model) for diagnosis in diagnoses)
     parts = [
         _STYLE,
         f"<h1>{models} on {escape(name)}</h1>",
-        f"<p>{len(pictures.numbers):,} pictures, {len(diagnoses[0].texts):,} texts, "
-        f"{len(pictures.pairs):,} pairs. Recall is exact; a text or a picture may have several "
-        "right answers, of which one must be found.</p>",
+        f"<p>{len(images.indexes):,} images, {len(diagnoses[0].texts):,} texts, "
+        f"{len(images.pairs):,} pairs. Recall is exact; if a query has several matches, one of "
+        "them counts.</p>",
         _recalls(diagnoses),
         *([_differences(diagnoses, differences)] if differences else []),
         "<h2>Recall by length of the caption</h2>",
-        "<p>From text to image; characters of the text as it is.</p>",
+        "<p>Text to image; length in characters.</p>",
         _side_by_side(diagnoses, _lengths),
         "<h2>Cosines</h2>",
         _side_by_side(diagnoses, _cosines),
-        "<h2>Hubs: pictures found too often</h2>",
-        "<p>How often a picture is among the first answers of all texts. If all were found alike, "
-        "the skewness would be 0; above 1, a few pictures crowd the answers of many texts.</p>",
-        _side_by_side(diagnoses, lambda each: _hubs(each, shown)),
-        "<h2>Captions hardly told apart</h2>",
-        _side_by_side(diagnoses, lambda each: _alike(each, shown)),
+        "<h2>Hubs: images retrieved too often</h2>",
+        "<p>How often an image is in the top results of all texts. A skewness of 0 is a symmetric "
+        "distribution; above 1, a few images are in the top results of many texts.</p>",
+        _side_by_side(diagnoses, lambda diagnosis: _hubs(diagnosis, content)),
+        "<h2>Similar captions of different images</h2>",
+        _side_by_side(diagnoses, lambda diagnosis: _similar_captions(diagnosis, content)),
     ]
     if len(diagnoses) == 2:
         first, second = diagnoses
         parts += [
             f"<h2>Found by {escape(first.model)}, missed by {escape(second.model)}</h2>",
-            _apart(first, second, shown),
+            _only_found_by(first, second, content),
             f"<h2>Found by {escape(second.model)}, missed by {escape(first.model)}</h2>",
-            _apart(second, first, shown),
+            _only_found_by(second, first, content),
         ]
-    for each in diagnoses:
-        parts += [f"<h2>The worst misses of {escape(each.model)}</h2>", _misses(each, shown)]
+    for diagnosis in diagnoses:
         parts += [
-            f"<h2>Pictures whose text {escape(each.model)} misses</h2>",
-            _missed_pictures(each, shown),
+            f"<h2>Worst misses of {escape(diagnosis.model)}</h2>",
+            _misses(diagnosis, content),
         ]
-    if data.skipped:
-        listed = "".join(f"<li>{escape(each)}</li>" for each in data.skipped[:50])
-        parts.append(f"<h2>Left out</h2><p>{len(data.skipped):,} rows</p><ul>{listed}</ul>")
+        parts += [
+            f"<h2>Images whose captions {escape(diagnosis.model)} misses</h2>",
+            _missed_images(diagnosis, content),
+        ]
+    if dataset.skipped:
+        items = "".join(f"<li>{escape(message)}</li>" for message in dataset.skipped[:50])
+        parts.append(f"<h2>Skipped</h2><p>{len(dataset.skipped):,} rows</p><ul>{items}</ul>")
     write_text(path, page(f"{models} on {name}", parts, "eval diagnose"))
 
 
-def _shown(data: EvalSet, pictures: Pictures) -> _Shown:
-    by_image = pictures.pairs[np.argsort(pictures.pairs[:, 0], kind="stable")]
-    by_text = pictures.pairs[np.argsort(pictures.pairs[:, 1], kind="stable")]
+def _content(dataset: EvalSet, images: EmbeddedImages) -> _Content:
+    by_image = images.pairs[np.argsort(images.pairs[:, 0], kind="stable")]
+    by_text = images.pairs[np.argsort(images.pairs[:, 1], kind="stable")]
 
-    @cache  # a hub is on the page many times, and decoded once
-    def picture(place: int) -> str:
+    @cache  # hubs are on the page many times
+    def thumbnail_uri(row: int) -> str:
         try:
-            return data_uri(thumbnail(data.image_bytes(int(pictures.numbers[place]))))
-        except CNClipError:  # gone since it was embedded
+            return data_uri(thumbnail(dataset.image_bytes(int(images.indexes[row]))))
+        except CNClipError:  # deleted since it was embedded
             return ""
 
-    def of_image(place: int) -> Numbers:
-        start, end = np.searchsorted(by_image[:, 0], [place, place + 1])
+    def texts_of(image: int) -> Indexes:
+        start, end = np.searchsorted(by_image[:, 0], [image, image + 1])
         return by_image[start:end, 1]
 
-    def of_text(place: int) -> Numbers:
-        start, end = np.searchsorted(by_text[:, 1], [place, place + 1])
+    def images_of(text: int) -> Indexes:
+        start, end = np.searchsorted(by_text[:, 1], [text, text + 1])
         return by_text[start:end, 0]
 
-    return _Shown(picture, data.texts, of_image, of_text)
+    return _Content(thumbnail_uri, dataset.texts, texts_of, images_of)
 
 
-def _side_by_side(diagnoses: Sequence[Diagnosis], piece: Callable[[Diagnosis], str]) -> str:
+def _side_by_side(diagnoses: Sequence[Diagnosis], section: Callable[[Diagnosis], str]) -> str:
     if len(diagnoses) == 1:
-        return piece(diagnoses[0])
-    halves = "".join(f"<div><h3>{escape(each.model)}</h3>{piece(each)}</div>" for each in diagnoses)
-    return f'<div class="two">{halves}</div>'
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(each)}</th>" for each in heads)
-    body = "".join(
-        f"<tr><td>{row[0]}</td>"
-        + "".join(f'<td class="number">{each}</td>' for each in row[1:])
-        + "</tr>"
-        for row in rows
+        return section(diagnoses[0])
+    halves = "".join(
+        f"<div><h3>{escape(diagnosis.model)}</h3>{section(diagnosis)}</div>"
+        for diagnosis in diagnoses
     )
-    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+    return f'<div class="two">{halves}</div>'
 
 
 def _recalls(diagnoses: Sequence[Diagnosis]) -> str:
     rows = []
-    for each in diagnoses:
-        for way, recall in (
-            ("text to image", each.text_to_image),
-            ("image to text", each.image_to_text),
+    for diagnosis in diagnoses:
+        for direction, recall in (
+            ("text to image", diagnosis.text_to_image),
+            ("image to text", diagnosis.image_to_text),
         ):
-            figures = (recall.r1, recall.r5, recall.r10, recall.mean)
-            name = f"{escape(each.model)}, {way}"
-            rows.append([name, *(f"{100 * figure:.1f}" for figure in figures)])
-    return _table(["", "R@1", "R@5", "R@10", "mean recall"], rows)
+            values = (recall.r1, recall.r5, recall.r10, recall.mean)
+            name = f"{escape(diagnosis.model)}, {direction}"
+            rows.append([name, *(f"{100 * value:.1f}" for value in values)])
+    return table(["", "R@1", "R@5", "R@10", "mean recall"], rows)
 
 
 def _differences(diagnoses: Sequence[Diagnosis], differences: Sequence[Difference]) -> str:
-    first, second = (escape(each.model) for each in diagnoses)
+    first, second = (diagnosis.model for diagnosis in diagnoses)
     rows = []
-    for each in differences:
-        low, high = 100 * each.lead.low, 100 * each.lead.high
-        sure = "" if each.lead.sure else " (may be chance)"
+    for row in differences:
+        low, high = 100 * row.interval.low, 100 * row.interval.high
+        note = "" if row.interval.excludes_zero else " (not significant)"
         rows.append(
             [
-                each.measure,
-                f"{100 * each.first:.1f}",
-                f"{100 * each.second:.1f}",
-                f"{100 * each.lead.value:+.1f}",
-                f"{low:+.1f} to {high:+.1f}{sure}",
+                row.metric,
+                f"{100 * row.first:.1f}",
+                f"{100 * row.second:.1f}",
+                f"{100 * row.interval.value:+.1f}",
+                f"{low:+.1f} to {high:+.1f}{note}",
             ]
         )
     return (
-        f"<h2>{first} less {second}</h2><p>In points, with the 95 % interval of a paired bootstrap "
-        "over the queries. Where it holds 0, the difference may be chance.</p>"
-        + _table(["", first, second, "difference", "95 % interval"], rows)
+        f"<h2>{escape(first)} minus {escape(second)}</h2><p>In points, with the 95 % interval of a "
+        "paired bootstrap over the queries. An interval with 0 is not significant.</p>"
+        + table(["", first, second, "difference", "95 % interval"], rows)
     )
 
 
-def _lengths(each: Diagnosis) -> str:
+def _lengths(diagnosis: Diagnosis) -> str:
     rows = []
-    for length in each.lengths:
+    for length in diagnosis.lengths:
         name = f"{length.low}" if length.low == length.high else f"{length.low} to {length.high}"
         recall = length.recall
-        figures = (f"{100 * value:.1f}" for value in (recall.r1, recall.r10, recall.mean))
-        rows.append([name, f"{length.texts:,}", *figures])
-    return _table(["characters", "texts", "R@1", "R@10", "mean recall"], rows)
+        cells = (f"{100 * value:.1f}" for value in (recall.r1, recall.r10, recall.mean))
+        rows.append([name, f"{length.texts:,}", *cells])
+    return table(["characters", "texts", "R@1", "R@10", "mean recall"], rows)
 
 
-def _cosines(each: Diagnosis) -> str:
-    found = each.cosines
-    together, apart, right, wrong = (f"{median:.3f}" for median in found.medians)
+def _cosines(diagnosis: Diagnosis) -> str:
+    cosines = diagnosis.cosines
+    pairs, non_pairs, correct, wrong = (f"{median:.3f}" for median in cosines.medians)
     return (
-        f"<p>Of pairs that belong together (blue, median {together}) and that do not (grey, "
-        f"{apart}), each as shares of its own.</p>{overlaid(found.matching, found.others, BINS)}"
-        f"<p>Of each text's first answer, where it is right (blue, median {right}) and wrong "
-        f"(grey, {wrong}): what a fixed cutoff would have to tell apart.</p>"
-        f"{overlaid(found.first_right, found.first_wrong, BINS)}"
+        f"<p>Pairs (blue, median {pairs}) and non-pairs (grey, {non_pairs}), scaled separately.</p>"
+        f"{overlaid(cosines.pairs, cosines.non_pairs, BINS)}"
+        f"<p>Top result of each text, correct (blue, median {correct}) and wrong (grey, {wrong}): "
+        "a threshold for no match has to separate the two.</p>"
+        f"{overlaid(cosines.top_correct, cosines.top_wrong, BINS)}"
     )
 
 
-def _hubs(each: Diagnosis, shown: _Shown) -> str:
-    hubs = each.hubs
+def _hubs(diagnosis: Diagnosis, content: _Content) -> str:
+    hubs = diagnosis.hubs
     figures = []
-    for place in hubs.most(_HUBS).tolist():
-        own = _own(place, shown)
-        told = f"{hubs.counts[place]:,} times, {hubs.right[place]:,} rightly<br>{own}"
-        figures.append((shown.picture(place), told))
-    mean = hubs.counts.mean()
+    for image in hubs.largest(_MAX_IMAGES).tolist():
+        counts = f"{hubs.counts[image]:,} times, {hubs.correct[image]:,} correct"
+        figures.append((content.thumbnail(image), f"{counts}<br>{_captions_of(image, content)}"))
     return (
-        f"<p>Skewness of N<sub>{hubs.k}</sub>: {hubs.skewness:.2f}. A picture is among the first "
-        f"{hubs.k} of {mean:.1f} texts on average, the first hub of {hubs.counts.max():,}; "
-        f"{hubs.never:.1%} of the pictures are among none.</p>{sheet(figures)}"
+        f"<p>Skewness of N<sub>{hubs.k}</sub>: {hubs.skewness:.2f}. An image is in the top "
+        f"{hubs.k} of {hubs.counts.mean():.1f} texts on average, the largest hub of "
+        f"{hubs.counts.max():,}; {hubs.never_retrieved:.1%} of the images are never retrieved.</p>"
+        f"{sheet(figures)}"
     )
 
 
-def _alike(each: Diagnosis, shown: _Shown) -> str:
-    found = each.alike
-    count = f"{len(found.pairs):,}" if found.complete else f"at least {len(found.pairs):,}"
-    said = (
-        f"<p>Pairs of captions of different pictures with a cosine of {found.threshold:g} or more: "
-        f"{count}, of {found.texts:,} captions. A text that names another picture as well is no "
-        "fair question. Captions equal but for width, case and punctuation are one text "
-        "already.</p>"
+def _similar_captions(diagnosis: Diagnosis, content: _Content) -> str:
+    similar = diagnosis.similar
+    count = f"{len(similar.pairs):,}" if similar.complete else f"at least {len(similar.pairs):,}"
+    summary = (
+        f"<p>{count} pairs of captions of different images with a cosine of at least "
+        f"{similar.threshold:g}, of {similar.texts:,} captions. Such a query is ambiguous. "
+        "Captions that differ only in width, case and punctuation are already one text.</p>"
     )
     rows = (
-        [f"{escape(shown.captions[a])}<br>{escape(shown.captions[b])}", f"{cosine:.3f}"]
+        [f"{escape(content.captions[a])}<br>{escape(content.captions[b])}", f"{cosine:.3f}"]
         for (a, b), cosine in zip(
-            found.pairs[:_ALIKE].tolist(), found.cosines[:_ALIKE].tolist(), strict=True
+            similar.pairs[:_MAX_CAPTIONS].tolist(),
+            similar.cosines[:_MAX_CAPTIONS].tolist(),
+            strict=True,
         )
     )
-    return said + (_table(["captions", "cosine"], rows) if len(found.pairs) else "")
+    return summary + (table(["captions", "cosine"], rows) if len(similar.pairs) else "")
 
 
-def _misses(each: Diagnosis, shown: _Shown) -> str:
-    order = np.argsort(-each.to_image, kind="stable")[:_MISSES]
-    return _rows(each, order[each.to_image[order] > 0], shown)
+def _misses(diagnosis: Diagnosis, content: _Content) -> str:
+    order = np.argsort(-diagnosis.image_ranks, kind="stable")[:_MAX_MISSES]
+    return _miss_rows(diagnosis, order[diagnosis.image_ranks[order] > 0], content)
 
 
-def _apart(finder: Diagnosis, misser: Diagnosis, shown: _Shown) -> str:
-    """Show what one finds at once, and the other ranks worst."""
-    score = np.where(finder.to_image == 0, misser.to_image, 0)
-    order = np.argsort(-score, kind="stable")[:_MISSES]
-    return _rows(misser, order[score[order] > 0], shown)
+def _only_found_by(finder: Diagnosis, other: Diagnosis, content: _Content) -> str:
+    """List the queries that ``finder`` ranks first and ``other`` ranks lowest."""
+    rank = np.where(finder.image_ranks == 0, other.image_ranks, 0)
+    order = np.argsort(-rank, kind="stable")[:_MAX_MISSES]
+    return _miss_rows(other, order[rank[order] > 0], content)
 
 
-def _rows(each: Diagnosis, queries: Numbers, shown: _Shown) -> str:
+def _miss_rows(diagnosis: Diagnosis, queries: Indexes, content: _Content) -> str:
     if not len(queries):
         return "<p>none</p>"
     rows = [
-        '<div class="miss small"><div>asked</div><div>should have been</div>'
-        f"<div>what {escape(each.model)} found instead, its cosine and own caption</div></div>"
+        '<div class="miss small"><div>query</div><div>expected image</div>'
+        f"<div>top results of {escape(diagnosis.model)}, with cosine and caption</div></div>"
     ]
     for query in queries.tolist():
-        text, answers = int(each.texts[query]), each.images_found
-        found = "".join(
-            _figure(shown.picture(place), f"{score:.3f}<br>{_own(place, shown)}")
-            for place, score in zip(
-                answers.indexes[query, :_FOUND].tolist(),
-                answers.scores[query, :_FOUND].tolist(),
+        text = int(diagnosis.texts[query])
+        results = "".join(
+            _figure(content.thumbnail(image), f"{score:.3f}<br>{_captions_of(image, content)}")
+            for image, score in zip(
+                diagnosis.top_images.indexes[query, :_TOP].tolist(),
+                diagnosis.top_images.scores[query, :_TOP].tolist(),
                 strict=True,
             )
         )
-        right = shown.picture(int(shown.of_text(text)[0]))
+        expected = content.thumbnail(int(content.images_of(text)[0]))
         rows.append(
-            f'<div class="miss"><div>{escape(shown.captions[text])}<br><span class="small">first '
-            f"right answer at place {each.to_image[query] + 1:,}</span></div>"
-            f'{_figure(right, "")}<div class="found">{found}</div></div>'
+            f'<div class="miss"><div>{escape(content.captions[text])}<br><span class="small">rank '
+            f"{diagnosis.image_ranks[query] + 1:,}</span></div>"
+            f'{_figure(expected, "")}<div class="found">{results}</div></div>'
         )
     return "".join(rows)
 
 
-def _missed_pictures(each: Diagnosis, shown: _Shown) -> str:
-    order = np.argsort(-each.to_text, kind="stable")[:_HUBS]
+def _missed_images(diagnosis: Diagnosis, content: _Content) -> str:
+    order = np.argsort(-diagnosis.text_ranks, kind="stable")[:_MAX_IMAGES]
     figures = []
-    for query in order[each.to_text[order] > 0].tolist():
-        place = int(each.images[query])
-        said = shown.captions[int(each.texts_found.indexes[query, 0])]
-        told = (
-            f"called {escape(said)}<br>is {_own(place, shown)}<br>"
-            f'<span class="small">at place {each.to_text[query] + 1:,}</span>'
+    for query in order[diagnosis.text_ranks[order] > 0].tolist():
+        image = int(diagnosis.images[query])
+        predicted = content.captions[int(diagnosis.top_texts.indexes[query, 0])]
+        caption = (
+            f"top result: {escape(predicted)}<br>caption: {_captions_of(image, content)}<br>"
+            f'<span class="small">rank {diagnosis.text_ranks[query] + 1:,}</span>'
         )
-        figures.append((shown.picture(place), told))
+        figures.append((content.thumbnail(image), caption))
     return sheet(figures) if figures else "<p>none</p>"
 
 
-def _own(place: int, shown: _Shown) -> str:
-    own = (shown.captions[n] for n in shown.of_image(place)[:2].tolist())
-    return escape(" / ".join(own)) or "(without a caption)"
+def _captions_of(image: int, content: _Content) -> str:
+    captions = (content.captions[n] for n in content.texts_of(image)[:2].tolist())
+    return escape(" / ".join(captions)) or "(without a caption)"
 
 
 def _figure(address: str, caption: str) -> str:

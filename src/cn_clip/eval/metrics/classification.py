@@ -1,7 +1,7 @@
-"""Scores of a classification, from probabilities or cosines and the truth; numpy alone.
+"""Classification metrics; numpy only.
 
-The four that ELEVATER uses (Li et al., 2022, arXiv:2204.08790) are computed as its toolkit does:
-accuracy, mean per class, 11-point mAP and ROC AUC.
+Accuracy, mean per class, 11-point mAP and ROC AUC are computed as in the toolkit of ELEVATER (Li et
+al., 2022, arXiv:2204.08790).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cn_clip.errors import UsageError
-from cn_clip.topk import checked
+from cn_clip.topk import checked_vectors
 
 Scores = npt.NDArray[Any]
 Classes = npt.NDArray[np.int64]
@@ -23,7 +23,7 @@ Relevant = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Confusion:
-    """``count`` pictures of the class ``truth`` were taken for ``predicted``; both are labels."""
+    """``count`` images with the label ``truth`` were classified as ``predicted``."""
 
     truth: str
     predicted: str
@@ -31,61 +31,58 @@ class Confusion:
 
 
 def ranks_of_truth(scores: Scores, truth: Classes) -> Classes:
-    """Return how many classes score above the true one, (N,); of equals, lower columns come first.
+    """Return the rank (N,) of the true class, 0 for the top; ties rank by column, lowest first.
 
     Args:
         scores: (N, M).
-        truth: the true column of each row, (N,).
+        truth: true column of each row, (N,).
 
     Raises:
-        UsageError: a score is not finite, or a class is not among the M.
+        UsageError: a score is not finite, or a class is out of range.
     """
-    scores = checked(scores, "scores")
+    scores = checked_vectors(scores, "scores")
     truth = _checked_truth(truth, scores)
-    own = scores[np.arange(len(truth)), truth][:, None]
-    ahead = scores > own
-    ahead |= (scores == own) & (np.arange(scores.shape[1]) < truth[:, None])
+    true_scores = scores[np.arange(len(truth)), truth][:, None]
+    ahead = scores > true_scores
+    ahead |= (scores == true_scores) & (np.arange(scores.shape[1]) < truth[:, None])
     ranks: Classes = np.count_nonzero(ahead, axis=1)
     return ranks
 
 
 def mean_per_class(scores: Scores, truth: Classes) -> float:
-    """Return the mean over classes of the share of their pictures whose best class is right.
-
-    Classes without a picture do not count, as in a balanced accuracy.
-    """
-    right = ranks_of_truth(scores, truth) == 0
+    """Return the mean accuracy per class (balanced accuracy), over classes with an image."""
+    correct = ranks_of_truth(scores, truth) == 0
     count = np.bincount(truth, minlength=scores.shape[1])
-    there = count > 0
-    return float((np.bincount(truth, right, scores.shape[1])[there] / count[there]).mean())
+    present = count > 0
+    return float((np.bincount(truth, correct, scores.shape[1])[present] / count[present]).mean())
 
 
 def map_11_points(scores: Scores, relevant: Relevant) -> float:
     """Return the mean over classes of the 11-point interpolated average precision.
 
-    At recall 0, 0.1, ... 1 it takes the best precision at that recall or above (Everingham et al.,
-    2010, section 4.2); at recall 0 it is 1, as in ELEVATER's toolkit, which counts the point
-    before the first answer. Equal scores are answered together.
+    It averages the highest precision at recall 0, 0.1, ... 1 or above (Everingham et al., 2010,
+    section 4.2). Precision at recall 0 is 1, as in ELEVATER's toolkit. Equal scores share one
+    threshold.
 
     Args:
         scores: (N, M).
-        relevant: which classes each picture shows, (N, M).
+        relevant: whether an image shows a class, (N, M).
 
     Raises:
-        UsageError: a score is not finite, shapes differ, or a class has no picture.
+        UsageError: a score is not finite, shapes differ, or a class has no image.
     """
-    scores, relevant = checked(scores, "scores"), np.asarray(relevant, bool)
+    scores, relevant = checked_vectors(scores, "scores"), np.asarray(relevant, bool)
     if scores.shape != relevant.shape:
         raise UsageError(f"scores of shape {scores.shape} with labels of shape {relevant.shape}")
     count = relevant.sum(axis=0)
     if not count.all():
-        raise UsageError(f"class {np.flatnonzero(count == 0)[0]} has no picture, so no precision")
+        raise UsageError(f"class {np.flatnonzero(count == 0)[0]} has no image; remove it")
     points = np.linspace(1, 0, 11)
     precisions = []
-    for column in range(scores.shape[1]):  # classes, not queries
+    for column in range(scores.shape[1]):
         order = np.argsort(-scores[:, column], kind="stable")
         ranked = scores[order, column]
-        last = np.append(ranked[1:] < ranked[:-1], True)  # of those with an equal score
+        last = np.append(ranked[1:] < ranked[:-1], True)  # of each run of equal scores
         hits = np.cumsum(relevant[order, column])[last]
         precision = np.append(1.0, hits / (np.flatnonzero(last) + 1))
         recall = np.append(0.0, hits / count[column])
@@ -95,34 +92,40 @@ def map_11_points(scores: Scores, relevant: Relevant) -> float:
 
 
 def roc_auc(scores: Scores, positive: Relevant) -> float:
-    """Return the chance that a positive scores above a negative, a tie counting half.
+    """Return the probability that a positive scores above a negative; ties count half.
 
     Args:
         scores: (N,).
         positive: (N,).
 
     Raises:
-        UsageError: a score is not finite, or all are positive or none is.
+        UsageError: a score is not finite, or there are no positives or no negatives.
     """
-    scores, positive = checked(np.asarray(scores)[:, None], "scores")[:, 0], np.asarray(positive)
-    some, others = int(positive.sum()), int((~positive).sum())
-    if not some or not others:
-        raise UsageError(f"{some} positives and {others} negatives have no ROC curve; give both")
+    scores, positive = (
+        checked_vectors(np.asarray(scores)[:, None], "scores")[:, 0],
+        np.asarray(positive),
+    )
+    positives, negatives = int(positive.sum()), int((~positive).sum())
+    if not positives or not negatives:
+        raise UsageError(
+            f"{positives} positives and {negatives} negatives have no ROC curve; give both"
+        )
     _, group, count = np.unique(scores, return_inverse=True, return_counts=True)
-    rank = (np.cumsum(count) - (count - 1) / 2)[group]  # the mean rank of equals, from 1
-    return float((rank[positive].sum() - some * (some + 1) / 2) / (some * others))
+    rank = (np.cumsum(count) - (count - 1) / 2)[group]  # mean rank of ties, from 1
+    wins = rank[positive].sum() - positives * (positives + 1) / 2
+    return float(wins / (positives * negatives))
 
 
 def confusions(
     scores: Scores, truth: Classes, labels: Sequence[str], count: int = 10
 ) -> list[Confusion]:
-    """Return the most frequent mistakes, most first."""
+    """Return the most frequent confusions, most frequent first."""
     best, classes = scores.argmax(axis=1), len(labels)
     wrong = best != truth
-    pairs, number = np.unique(truth[wrong] * classes + best[wrong], return_counts=True)
+    pairs, counts = np.unique(truth[wrong] * classes + best[wrong], return_counts=True)
     return [
-        Confusion(labels[pairs[at] // classes], labels[pairs[at] % classes], int(number[at]))
-        for at in np.argsort(-number, kind="stable")[:count]
+        Confusion(labels[pairs[n] // classes], labels[pairs[n] % classes], int(counts[n]))
+        for n in np.argsort(-counts, kind="stable")[:count]
     ]
 
 
@@ -130,15 +133,15 @@ def _checked_truth(truth: Classes, scores: Scores) -> Classes:
     truth = np.asarray(truth)
     if truth.shape != (len(scores),) or not np.issubdtype(truth.dtype, np.integer):
         raise UsageError(
-            f"a truth of shape {truth.shape} and type {truth.dtype} for {len(scores)} rows of "
-            "scores; give one class a row"
+            f"true classes of shape {truth.shape} and type {truth.dtype} for {len(scores)} rows of "
+            "scores; give one integer class per row"
         )
     if not len(truth):
-        raise UsageError("no rows of scores, so there is nothing to measure; give some pictures")
+        raise UsageError("no scores to measure; give at least one image")
     outside = np.flatnonzero((truth < 0) | (truth >= scores.shape[1]))
     if len(outside):
         raise UsageError(
-            f"row {outside[0]} is of class {truth[outside[0]]}, but there are scores for "
-            f"{scores.shape[1]} classes; count from 0"
+            f"row {outside[0]} has class {truth[outside[0]]}, but there are scores for only "
+            f"{scores.shape[1]} classes; classes count from 0"
         )
     return truth

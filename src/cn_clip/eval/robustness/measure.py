@@ -1,4 +1,4 @@
-"""What recall is lost when the same pictures are asked for in another way."""
+"""Recall lost on rewritten queries."""
 
 from __future__ import annotations
 
@@ -12,44 +12,51 @@ import numpy.typing as npt
 
 from cn_clip.embedder import Embedder
 from cn_clip.eval.metrics.bootstrap import Interval, paired_interval
-from cn_clip.eval.metrics.recall import Pairs, Ranks, Recall, ranks_of_best, recall_at
-from cn_clip.eval.robustness.rewrites import Variant, normalized
+from cn_clip.eval.metrics.recall import (
+    Pairs,
+    Recall,
+    mean_recall_by_query,
+    ranks_of_best,
+    recall_of,
+)
+from cn_clip.eval.robustness.rewrites import Rewrite, normalized
 from cn_clip.tokenizer import TruncationWarning
 from cn_clip.topk import Vectors
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """The texts that a way of asking changes, plain and so asked.
+class RewriteResult:
+    """Recall on the queries one rewrite changes, before and after.
 
-    ``changed`` of all texts are. ``lost`` is the mean recall of the plain less that of the changed,
-    over them; the other texts lose nothing, so over all texts it is ``lost_overall``. What is
-    measured is None where nothing is changed.
+    ``changed`` is their number, ``loss`` the mean recall of ``original`` minus ``rewritten``, and
+    ``loss_overall`` the loss averaged over all queries; unchanged queries lose nothing. Measured
+    values are None if no query is changed. ``example`` is a query before and after.
     """
 
     name: str
-    meaning: str
+    description: str
     changed: int
-    plain: Recall | None
-    asked: Recall | None
-    lost: Interval | None
-    lost_overall: float
+    original: Recall | None
+    rewritten: Recall | None
+    loss: Interval | None
+    loss_overall: float
     example: tuple[str, str] | None
 
 
 @dataclass(frozen=True, slots=True)
 class Robustness:
-    """Recall from text to image of ``queries`` plain texts, and of every way to ask.
+    """Text-to-image recall of the ``original`` queries, and the result of each rewrite.
 
-    ``normalized`` are the same ways, each query normalised before it is embedded, compared with
-    plain texts that are not; its first is the plain texts, normalised. Empty without normalisers.
+    ``normalized`` are the results of the same rewrites, each query normalised before embedding,
+    against original queries without normalisation; the first one is the original queries
+    normalised. Empty without normalizers.
     """
 
     queries: int
-    plain: Recall
-    asked: tuple[Asked, ...]
+    original: Recall
+    results: tuple[RewriteResult, ...]
     normalizers: tuple[str, ...]
-    normalized: tuple[Asked, ...]
+    normalized: tuple[RewriteResult, ...]
 
 
 def robustness(
@@ -57,97 +64,85 @@ def robustness(
     images: Vectors,
     texts: Sequence[str],
     pairs: Pairs,
-    ways: Sequence[Variant],
+    rewrites: Sequence[Rewrite],
     *,
     normalizers: Sequence[str] = (),
     seed: int = 0,
     tick: Callable[[int], None] = lambda _: None,
 ) -> Robustness:
-    """Ask for the same pictures in other ways, and measure what is lost.
+    """Measure recall on original and rewritten queries.
 
     Args:
         embedder: embeds the texts.
-        images: embeddings (N, D) by the same model.
-        texts: M texts, each once; those without a picture are not asked with.
-        pairs: rows (P, 2), a picture's and a text's, that belong together.
-        ways: from ``cn_clip.eval.robustness.rewrites.variants``.
-        normalizers: names out of ``rewrites.NORMALIZERS``, applied in this order.
+        images: embeddings (N, D) of the same model.
+        texts: M texts, each once; texts without an image are not queries.
+        pairs: (P, 2) rows of an image and a text, all that match.
+        rewrites: from ``cn_clip.eval.robustness.rewrites.all_rewrites``.
+        normalizers: names from ``rewrites.NORMALIZERS``, applied in this order.
         seed: of the bootstrap.
-        tick: called with 1 after each way, with and without normalisers: for a progress bar.
+        tick: called with 1 after each rewrite, with and without normalizers.
 
     Raises:
-        UsageError: embeddings and pairs do not fit, a normaliser is not known, or OpenCC is needed
-            and not installed.
+        UsageError: shapes do not match, a normalizer is unknown, or OpenCC is not installed but
+            needed.
     """
-    asking, place = np.unique(np.asarray(pairs)[:, 1], return_inverse=True)
-    texts = [texts[n] for n in asking.tolist()]
-    positives = np.stack([place, np.asarray(pairs)[:, 0]], axis=1)
-    memory: dict[str, npt.NDArray[Any]] = {}
-    ranks = ranks_of_best(_embed(embedder, texts, memory), images, positives)
+    with_image, row = np.unique(np.asarray(pairs)[:, 1], return_inverse=True)
+    texts = [texts[n] for n in with_image.tolist()]
+    positives = np.stack([row, np.asarray(pairs)[:, 0]], axis=1)
+    cache: dict[str, npt.NDArray[Any]] = {}
+    ranks = ranks_of_best(_embed(embedder, texts, cache), images, positives)
 
-    def measure(name: str, meaning: str, ask: Callable[[str], str]) -> Asked:
-        new = [ask(text) for text in texts]
-        rows = np.array([n for n, text in enumerate(new) if text != texts[n]], np.int64)
+    def measure(name: str, description: str, rewrite: Callable[[str], str]) -> RewriteResult:
+        rewritten = [rewrite(text) for text in texts]
+        changed = [n for n, text in enumerate(rewritten) if text != texts[n]]
+        rows = np.array(changed, np.int64)
         tick(1)
-        if not len(rows):
-            return Asked(name, meaning, 0, None, None, None, 0.0, None)
-        queries = _embed(embedder, [new[n] for n in rows.tolist()], memory)
-        asked = ranks_of_best(queries, images, _of(rows, positives))
-        lost = paired_interval(hits(ranks[rows]), hits(asked), seed=seed)
-        first = int(rows[0])
-        return Asked(
+        if not changed:
+            return RewriteResult(name, description, 0, None, None, None, 0.0, None)
+        queries = _embed(embedder, [rewritten[n] for n in changed], cache)
+        new_ranks = ranks_of_best(queries, images, _positives_of(rows, positives))
+        loss = paired_interval(
+            mean_recall_by_query(ranks[rows]), mean_recall_by_query(new_ranks), seed=seed
+        )
+        return RewriteResult(
             name,
-            meaning,
-            len(rows),
-            _recall(ranks[rows]),
-            _recall(asked),
-            lost,
-            lost.value * len(rows) / len(texts),
-            (texts[first], new[first]),
+            description,
+            len(changed),
+            recall_of(ranks[rows]),
+            recall_of(new_ranks),
+            loss,
+            loss.value * len(changed) / len(texts),
+            (texts[changed[0]], rewritten[changed[0]]),
         )
 
-    asked = tuple(measure(way.name, way.meaning, way.ask) for way in ways)
-    tidied: tuple[Asked, ...] = ()
+    results = tuple(measure(r.name, r.description, r.apply) for r in rewrites)
+    normalized_results: tuple[RewriteResult, ...] = ()
     if normalizers:
 
-        def tidy(text: str) -> str:
+        def normalize(text: str) -> str:
             return normalized(text, normalizers)
 
-        def tidied_way(way: Variant) -> Callable[[str], str]:
-            # Only what the way changes: the rest is the first row's.
-            return lambda text: tidy(new) if (new := way.ask(text)) != text else text
+        def rewrite_and_normalize(rewrite: Rewrite) -> Callable[[str], str]:
+            # Queries that the rewrite does not change are measured in the first row.
+            return lambda text: normalize(new) if (new := rewrite.apply(text)) != text else text
 
-        tidied = (
-            measure("plain", "as the data have it", tidy),
-            *(measure(way.name, way.meaning, tidied_way(way)) for way in ways),
+        normalized_results = (
+            measure("plain", "the original text", normalize),
+            *(measure(r.name, r.description, rewrite_and_normalize(r)) for r in rewrites),
         )
-    return Robustness(len(texts), _recall(ranks), asked, tuple(normalizers), tidied)
+    return Robustness(len(texts), recall_of(ranks), results, tuple(normalizers), normalized_results)
 
 
-def hits(ranks: Ranks) -> npt.NDArray[np.float64]:
-    """Return each query's share (Q,) of mean recall: the mean of its hits at 1, 5 and 10."""
-    shares: npt.NDArray[np.float64] = np.mean(
-        [ranks < 1, ranks < 5, ranks < 10], axis=0, dtype=np.float64
-    )
-    return shares
-
-
-def _recall(ranks: Ranks) -> Recall:
-    return Recall(recall_at(ranks, 1), recall_at(ranks, 5), recall_at(ranks, 10))
-
-
-def _of(rows: npt.NDArray[np.int64], positives: Pairs) -> Pairs:
-    """Return the positives of some queries, sorted and once each, by their place among them."""
+def _positives_of(rows: npt.NDArray[np.int64], positives: Pairs) -> Pairs:
+    """Return the positives of some queries, sorted and distinct, numbered among them."""
     kept = positives[np.isin(positives[:, 0], rows)]
     return np.stack([np.searchsorted(rows, kept[:, 0]), kept[:, 1]], axis=1)
 
 
-def _embed(
-    embedder: Embedder, texts: Sequence[str], memory: dict[str, npt.NDArray[Any]]
-) -> Vectors:
-    """Embed texts, those that were embedded before out of memory."""
-    new = list(dict.fromkeys(text for text in texts if text not in memory))
+def _embed(embedder: Embedder, texts: Sequence[str], cache: dict[str, npt.NDArray[Any]]) -> Vectors:
+    """Embed texts; those in the cache are not embedded again."""
+    new = list(dict.fromkeys(text for text in texts if text not in cache))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TruncationWarning)  # some are made too long on purpose
-        memory.update(zip(new, embedder.embed_texts(new), strict=True))
-    return np.stack([memory[text] for text in texts])
+        warnings.simplefilter("ignore", TruncationWarning)  # some rewrites are too long on purpose
+        cache.update(zip(new, embedder.embed_texts(new), strict=True))
+    return np.stack([cache[text] for text in texts])

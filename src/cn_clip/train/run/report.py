@@ -12,6 +12,7 @@ import numpy as np
 from cn_clip.arrays import read_npz
 from cn_clip.errors import CNClipError, DataError
 from cn_clip.eval.dataset import EvalSet
+from cn_clip.html.charts import Point, circle, linear_scale, polyline, table
 from cn_clip.html.page import data_uri, page, sheet, thumbnail
 from cn_clip.publish import published
 from cn_clip.train.recipe.schema import Recipe
@@ -41,8 +42,6 @@ _TOLD: dict[str, dict[str, Any]] = {
     "warning": {"text": str},
     "end": {"seconds": _NUMBER},
 }
-
-Point = tuple[float, float]
 
 
 def write_report(
@@ -154,39 +153,30 @@ def curve(
     if high == low:
         low, high = low - 0.5, high + 0.5
 
-    def place(x: float, y: float) -> Point:
-        return (
-            _EDGE + (x - left) / (right - left) * (_WIDE - _EDGE - 10),
-            10 + (high - y) / (high - low) * (_HIGH - 40),
-        )
-
+    to_pixels = linear_scale(
+        ((left, low), (right, high)), (_EDGE, 10), (_WIDE - _EDGE - 10, _HIGH - 40)
+    )
     shapes = []
     for some, dashes in ((points, ""), (second, ' stroke-dasharray="6 4"')):
         if some:
-            line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in some))
-            shapes.append(
-                f'<polyline points="{line}" fill="none" stroke="var(--bar)" '
-                f'stroke-width="1.5"{dashes}/>'
-            )
+            options = f' stroke-width="1.5"{dashes}'
+            shapes.append(polyline(map(to_pixels, some), options=options))
     for value in (low, (low + high) / 2, high):
-        _, y = place(0, value)
+        _, y = to_pixels((0, value))
         shapes.append(
             f'<line x1="{_EDGE}" x2="{_WIDE - 10}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--line)"/>'
             f'<text x="{_EDGE - 4}" y="{y + 4:.1f}" text-anchor="end">{_short(value)}</text>'
         )
     for at, name in marks:
-        x, _ = place(at, low)
+        x, _ = to_pixels((at, low))
         shapes.append(
             f'<line x1="{x:.1f}" x2="{x:.1f}" y1="6" y2="{_HIGH - 28}" stroke="currentColor" '
             f'stroke-dasharray="3 3"/><text x="{x + 4:.1f}" y="{_HIGH - 16}">{escape(name)}</text>'
         )
     if dots:
         for point in (*points, *second):
-            x, y = place(*point)
-            shapes.append(
-                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="var(--bar)">'
-                f"<title>{along} {_short(point[0])}: {_short(point[1])}</title></circle>"
-            )
+            title = f"{along} {_short(point[0])}: {_short(point[1])}"
+            shapes.append(circle(to_pixels(point), title))
     shapes.append(
         f'<text x="{_WIDE - 10}" y="{_HIGH - 2}" text-anchor="end">{along} {_short(right)}</text>'
     )
@@ -232,9 +222,8 @@ def _scores(events: Sequence[Event], recipe: Recipe) -> str:
         numbers = [event["mean_recall"], event["mean_recall"] - first, *(event[c] for c in columns)]
         shown = [f"{100 * n:.1f}" for n in numbers]
         shown[1] = "" if name == "before" else f"{100 * numbers[1]:+.1f}"
-        rows.append(_row(name, shown))
-    head = "".join(f"<th>{each}</th>" for each in heads)
-    return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+        rows.append([escape(name), *shown])
+    return table(heads, rows)
 
 
 def mixtures(events: Sequence[Event]) -> list[dict[str, Any]]:
@@ -286,20 +275,16 @@ def _mixtures(events: Sequence[Event]) -> Iterator[str]:
             along="weight",
         )
         heads = ("weight", "validation", "kept") if has_kept else ("weight", "validation")
-        lines = [
-            _row(
-                f"{each['weight']:g}" + (", chosen" if each["weight"] == weight else ""),
-                [f"{100 * each[key]:.1f}" for key in ("score", "kept")[: 1 + has_kept]],
-            )
-            for each in rows
-        ]
-        head = "".join(f"<th>{each}</th>" for each in heads)
-        yield f"<table><tr>{head}</tr>{''.join(lines)}</table>"
-
-
-def _row(name: str, values: Iterable[str]) -> str:
-    cells = "".join(f'<td class="number">{each}</td>' for each in values)
-    return f"<tr><th>{escape(name)}</th>{cells}</tr>"
+        yield table(
+            heads,
+            (
+                [
+                    f"{each['weight']:g}" + (", chosen" if each["weight"] == weight else ""),
+                    *(f"{100 * each[key]:.1f}" for key in ("score", "kept")[: 1 + has_kept]),
+                ]
+                for each in rows
+            ),
+        )
 
 
 def _retrievals(folder: Path, validation: EvalSet | None) -> list[str]:
