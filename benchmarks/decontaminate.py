@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cn_clip.data.curate.decontaminate import decontaminate, write_page
-from cn_clip.data.curate.perceptual_hash import THRESHOLD, build, search
+from cn_clip.data.curate.decontaminate import decontaminate, write_removed_report
+from cn_clip.data.curate.perceptual_hash import THRESHOLD, build_index, search
 from cn_clip.data.sources.base import Source
 from cn_clip.data.sources.open import open_source
 from cn_clip.errors import ImageError
@@ -117,14 +117,14 @@ def measure_found(options: argparse.Namespace, scratch: Path) -> None:
     share = len(result.removed) / len(others)
     print(f"  {len(result.removed)} of {len(others)} others removed: {share:.2%}; {seconds:.0f} s")
     if options.report:
-        write_page(result, others, against, options.report)
+        write_removed_report(result, others, against, options.report)
 
 
 def measure_lookup(options: argparse.Namespace) -> None:
     """30,000 test pictures in all their variants, with and without margins, against so many random
     queries, of which a training picture has two."""
     random = np.random.default_rng(0)
-    index = build(random.integers(0, 2**64, (900_000, 36), dtype=np.uint64))
+    index = build_index(random.integers(0, 2**64, (900_000, 36), dtype=np.uint64))
     queries = random.integers(0, 2**64, (options.lookup, 36), dtype=np.uint64)
     begin = time.perf_counter()
     for at in range(0, len(queries), TOGETHER):

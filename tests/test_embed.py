@@ -107,17 +107,13 @@ def test_texts_come_from_lines_and_from_the_official_jsonl(embedder, tmp_path):
 
 
 def test_a_broken_off_run_is_taken_up_where_it_stopped(embedder, pictures, tmp_path):
-    count = 0
-
-    def stop(more):
-        nonlocal count
-        count += more
-        if count == 7:
+    def stop(done, _):
+        if done == 7:
             raise KeyboardInterrupt
 
     out = tmp_path / "x.npz"
     with pytest.raises(KeyboardInterrupt):
-        extract(embedder, "images", read_images([str(pictures)]), out, tick=stop)
+        extract(embedder, "images", read_images([str(pictures)]), out, on_progress=stop)
     assert not out.exists()
     make_picture(99).save(pictures / "1.png")  # changed since
     make_picture(98).save(pictures / "0a.png")  # new, between old ones
@@ -130,19 +126,17 @@ def test_a_broken_off_run_is_taken_up_where_it_stopped(embedder, pictures, tmp_p
 
 
 def test_parts_of_another_model_are_not_mixed_in(embedder, pictures, tmp_path):
-    count = 0
-
-    def stop(_):
-        nonlocal count
-        count += 1
-        if count == 7:
+    def stop(done, _):
+        if done == 7:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        extract(embedder, "images", read_images([str(pictures)]), tmp_path / "x.npz", tick=stop)
+        extract(
+            embedder, "images", read_images([str(pictures)]), tmp_path / "x.npz", on_progress=stop
+        )
     weights.save_folder(make_model(TINY["vit"], seed=5), tmp_path / "other")
     other = cn_clip.load(tmp_path / "other", device="cpu")
-    with pytest.raises(UsageError, match="begun with another model"):
+    with pytest.raises(UsageError, match="started with another model"):
         extract(other, "images", read_images([str(pictures)]), tmp_path / "x.npz")
     done = extract(
         other, "images", read_images([str(pictures)]), tmp_path / "x.npz", overwrite=True
@@ -253,7 +247,7 @@ def test_a_damaged_part_is_embedded_again(embedder, pictures, tmp_path, monkeypa
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "writer_of", lambda _: interrupted)
+    monkeypatch.setattr(module, "writer_for", lambda _: interrupted)
     with pytest.raises(KeyboardInterrupt):
         extract(embedder, "images", items, out)
     parts = sorted(out.with_name("out.npz.parts").glob("*.npz"))

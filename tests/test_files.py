@@ -12,7 +12,7 @@ from conftest import encoded, make_picture
 from cn_clip.cli import run
 from cn_clip.embeddings.inputs import read_images, read_texts
 from cn_clip.errors import ImageError, UsageError
-from cn_clip.files import as_path, beside, find, read_file, read_lines, walk
+from cn_clip.files import as_path, find, read_file, read_lines, resolve_in, walk
 from cn_clip.image import decode as image
 from cn_clip.text import path_text, read_json, valid_text
 
@@ -168,10 +168,10 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path):
 def test_a_path_from_windows_is_found_if_the_one_with_slashes_exists(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b.jpg").touch()
-    assert beside(tmp_path, "a\\b.jpg") == tmp_path / "a" / "b.jpg"
-    assert beside(tmp_path, "a\\c.jpg") == tmp_path / "a\\c.jpg"
+    assert resolve_in(tmp_path, "a\\b.jpg") == tmp_path / "a" / "b.jpg"
+    assert resolve_in(tmp_path, "a\\c.jpg") == tmp_path / "a\\c.jpg"
     (tmp_path / "a\\b.jpg").touch()  # a name may hold one here
-    assert beside(tmp_path, "a\\b.jpg") == tmp_path / "a\\b.jpg"
+    assert resolve_in(tmp_path, "a\\b.jpg") == tmp_path / "a\\b.jpg"
 
 
 def test_lists_of_images_and_texts_hold_what_people_have(tmp_path):

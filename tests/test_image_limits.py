@@ -15,13 +15,13 @@ from PIL import Image
 from cn_clip.data.curate.check import check
 from cn_clip.data.curate.decontaminate import decontaminate
 from cn_clip.data.encode import Encoding
-from cn_clip.data.encode import encoded as encoded_anew
+from cn_clip.data.encode import encode_image as encoded_anew
 from cn_clip.data.pack import pack
 from cn_clip.data.sources.open import open_source
 from cn_clip.errors import CNClipError, ImageError
 from cn_clip.html.page import thumbnail
 from cn_clip.image.decode import read_file, read_image, read_pixels
-from cn_clip.image.limits import MAX_DECODED, Room, decoding_bytes
+from cn_clip.image.limits import MAX_DECODED, MemoryBudget, decoding_bytes
 
 BOMB = GOLDEN / "hostile" / "bomb_34_bytes.webp"
 
@@ -116,10 +116,10 @@ def test_a_large_photo_of_every_format_is_within_the_limits():
 
 
 def test_threads_hold_no_more_than_the_room_and_the_largest_is_alone():
-    room, lock, held, peak = Room(100), threading.Lock(), [0], []
+    room, lock, held, peak = MemoryBudget(100), threading.Lock(), [0], []
 
     def hold(amount):
-        with room.taken(amount):
+        with room.reserved(amount):
             with lock:
                 held[0] += amount
                 peak.append((held[0], amount))

@@ -12,7 +12,7 @@ import cn_clip.clip as clip
 from cn_clip.clip import _warn_of_clipping
 from cn_clip.data.curate.perceptual_hash import hash_image
 from cn_clip.data.encode import Encoding
-from cn_clip.data.encode import encoded as encoded_anew
+from cn_clip.data.encode import encode_image as encoded_anew
 from cn_clip.errors import ImageError
 from cn_clip.html.page import thumbnail
 from cn_clip.image.decode import read_image, read_pixels

@@ -42,11 +42,11 @@ from words import (
 import cn_clip
 from cn_clip import weights
 from cn_clip.config import ModelConfig, TextConfig, VisionConfig
-from cn_clip.embeddings.files import Features, write_clip_retrieval
+from cn_clip.embeddings.files import EmbeddingsToWrite, write_clip_retrieval
 from cn_clip.eval.robustness.rewrites import simplified, traditional
 from cn_clip.model.clip import CLIP, initialize
 from cn_clip.model.efficientnet import EfficientNetLite
-from cn_clip.publish import published
+from cn_clip.publish import atomic_file
 
 SEED = 0
 SIDE = 256  # of the pictures on disk
@@ -126,7 +126,7 @@ def write_picture(picture: Picture, *, folder: Path) -> bool:
         return False
     if np.asarray(image).std() < 2:
         return False
-    with published(path) as new:
+    with atomic_file(path) as new:
         image.save(new, "PNG", compress_level=4)
     return True
 
@@ -239,7 +239,7 @@ def write_sentences(
             table.setdefault(name, table[codes[code].names[0]])
     order = sorted(table)
     vectors = np.stack([table[text] for text in order])
-    found = Features(
+    found = EmbeddingsToWrite(
         "texts",
         [*range(len(order))],
         order,

@@ -17,7 +17,8 @@ import numpy.typing as npt
 
 from cn_clip.embedder import Embedder
 from cn_clip.errors import UsageError
-from cn_clip.publish import begins, claim, file_by, write_text
+from cn_clip.outputs import claim, own_file, starts_with
+from cn_clip.publish import write_text
 
 Kind = Literal["logistic", "isotonic"]
 KINDS: tuple[Kind, ...] = ("logistic", "isotonic")
@@ -110,10 +111,10 @@ def claim_calibration(
     """Check that a calibration may be written to ``out``; nothing is touched. Return it as a path.
 
     Raises:
-        UsageError: see ``publish.claim``.
+        UsageError: see ``outputs.claim``.
     """
-    own = begins(f'{{\n  "format": "{_FORMAT}"'.encode())
-    return claim(out, file_by("eval calibrate", own), inputs=inputs, overwrite=overwrite)
+    own = starts_with(f'{{\n  "format": "{_FORMAT}"'.encode())
+    return claim(out, own_file("eval calibrate", own), inputs=inputs, overwrite=overwrite)
 
 
 def write_calibration(calibration: Calibration, path: Path) -> None:

@@ -384,7 +384,7 @@ def test_a_link_to_a_former_output_is_written_through(command, tmp_path):
 def test_a_full_disk_is_one_sentence_and_the_old_output_stays(name, command, tmp_path, monkeypatch):
     import errno
 
-    from cn_clip import publish
+    from cn_clip import outputs, publish
 
     output = next(each for each in OUTPUTS if each.command == name)
     out = tmp_path / f"out{output.suffix}"
@@ -393,6 +393,7 @@ def test_a_full_disk_is_one_sentence_and_the_old_output_stays(name, command, tmp
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(publish, "flush", full)
+    monkeypatch.setattr(outputs, "flush", full)
     code, err = command(output, out)
     assert code == 1 and "No space left on device" in err and len(errors(err)) == 1
     assert not out.is_file()

@@ -148,17 +148,17 @@ def test_a_signal_while_modules_are_imported_is_no_traceback(number):
 
 
 def test_a_library_leaves_signals_alone():
-    before = [signal.getsignal(number) for number in processes.ENDING]
+    before = [signal.getsignal(number) for number in processes.TERMINATION_SIGNALS]
     from cn_clip.cli import run
 
     assert run(["models", "--json"]) == 0
-    assert [signal.getsignal(number) for number in processes.ENDING] == before
-    assert processes.heard() == 0
+    assert [signal.getsignal(number) for number in processes.TERMINATION_SIGNALS] == before
+    assert processes.received_signal() == 0
 
 
 POOL = """
 import os, sys, time
-from cn_clip.data.process_map import mapped
+from cn_clip.data.process_map import parallel_map
 
 def nap(seconds):
     try:
@@ -168,13 +168,13 @@ def nap(seconds):
         print("cleaned", flush=True)
 
 if __name__ == "__main__":
-    with mapped(nap, 2) as run:
+    with parallel_map(nap, 2) as run:
         list(run([60, 60]))
 """
 
 LOADER = """
 import sys, time, torch
-from cn_clip.data.loading.loader import worker_starts
+from cn_clip.data.loading.loader import init_worker
 
 class Naps(torch.utils.data.Dataset):
     def __len__(self): return 2
@@ -184,7 +184,7 @@ class Naps(torch.utils.data.Dataset):
 
 if __name__ == "__main__":
     list(torch.utils.data.DataLoader(
-        Naps(), num_workers=2, worker_init_fn=worker_starts, batch_size=None,
+        Naps(), num_workers=2, worker_init_fn=init_worker, batch_size=None,
         multiprocessing_context=sys.argv[1],
     ))
 """

@@ -10,7 +10,7 @@ from PIL import Image
 from cn_clip.cli import run
 from cn_clip.data.captions import language_of
 from cn_clip.data.curate import check as module
-from cn_clip.data.curate.check import KINDS, check
+from cn_clip.data.curate.check import PROBLEM_KINDS, check
 from cn_clip.data.sources.open import open_source
 from cn_clip.errors import CNClipError
 
@@ -59,7 +59,7 @@ def test_every_kind_of_problem_is_counted_and_named(pictures, workers):
         "small": 3,
         "character": 1,
     }
-    assert set(found.counts) == set(KINDS)
+    assert set(found.counts) == set(PROBLEM_KINDS)
     assert not found.fit
     told = {problem.kind: problem.text for problem in found.problems}
     texts = f"{pictures}/train_texts.jsonl, line"
@@ -76,7 +76,7 @@ def test_a_clean_source_is_fit(pictures, tmp_path):
     found = check(open_source(write_csv(pictures)), threshold=0)
     assert found.fit
     assert (found.pairs, found.images, found.captions) == (4, 3, 4)
-    assert len(found.sheet) == 3
+    assert len(found.samples) == 3
 
 
 def test_a_picture_that_is_there_often_is_told_of_each_time(tmp_path):

@@ -6,7 +6,12 @@ from PIL import Image
 
 from cn_clip.cli import run
 from cn_clip.data.captions import plain
-from cn_clip.data.curate.decontaminate import decontaminate, read_removed, write_page, write_removed
+from cn_clip.data.curate.decontaminate import (
+    decontaminate,
+    read_removed,
+    write_removed,
+    write_removed_report,
+)
 from cn_clip.data.sources.open import open_source
 from cn_clip.errors import DataError, UsageError
 
@@ -55,9 +60,9 @@ def test_copies_and_captions_of_the_test_set_are_found(train_set, test_set, tmp_
         for r in found.removed
     ]
     assert told == [
-        ("b-resized", "picture", "t0"),
-        ("b-resized#1", "picture", "t0"),
-        ("c-mirrored", "picture", "t1"),
+        ("b-resized", "image", "t0"),
+        ("b-resized#1", "image", "t0"),
+        ("c-mirrored", "image", "t1"),
         ("d-caption", "caption", "t2"),
     ]
     assert len(found.unreadable) == 1 and "e-broken.txt, line 1: " in found.unreadable[0]
@@ -66,7 +71,7 @@ def test_copies_and_captions_of_the_test_set_are_found(train_set, test_set, tmp_
         "caption"
     ]
     only = decontaminate(train_set, test_set, min_caption=20)
-    assert {r.reason for r in only.removed} == {"picture"}
+    assert {r.reason for r in only.removed} == {"image"}
 
 
 def on_paper(picture, size, at):
@@ -110,7 +115,7 @@ def test_a_plain_picture_is_found_by_its_pixels(tmp_path):
     test = folder(tmp_path / "test", [("t", white, ["白色的一张图"])])
     train = folder(tmp_path / "train", [("a", black, ["黑"]), ("b", white.copy(), ["白"])])
     found = decontaminate(train, test)
-    assert [(r.index, r.reason, r.distance) for r in found.removed] == [(1, "picture", 0)]
+    assert [(r.index, r.reason, r.distance) for r in found.removed] == [(1, "image", 0)]
 
 
 def test_two_files_may_number_their_pictures_alike(tmp_path):
@@ -121,7 +126,7 @@ def test_two_files_may_number_their_pictures_alike(tmp_path):
     folder(tmp_path / "e", [("1", copy, ["缩小的"])])
     train = open_source(f"folder:{tmp_path}/{{c,e}}")
     found = decontaminate(train, open_source(f"folder:{tmp_path}/{{a,b}}"))
-    assert [(r.index, r.reason, r.against) for r in found.removed] == [(1, "picture", 1)]
+    assert [(r.index, r.reason, r.against) for r in found.removed] == [(1, "image", 1)]
     assert found.test_images == 2
 
 
@@ -142,7 +147,7 @@ def test_the_list_is_read_back_for_the_same_source_only(train_set, test_set, tmp
 
 def test_the_page_shows_both_pictures(train_set, test_set, tmp_path):
     found = decontaminate(train_set, test_set)
-    write_page(found, train_set, test_set, tmp_path / "page.html")
+    write_removed_report(found, train_set, test_set, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert page.count("data:image/jpeg;base64,") == 2 * 4
     assert "http" not in page.replace("http-equiv", "")

@@ -229,8 +229,8 @@ def test_what_the_test_sets_hold_is_left_out(downloads):
     lines = Path("wukong-removed.jsonl").read_text(encoding="utf-8").splitlines()[1:]
     told = [json.loads(line) for line in lines]
     assert [(each["index"], each["reason"]) for each in told] == [
-        (3, "picture"),
-        (4, "picture"),
+        (3, "image"),
+        (4, "image"),
         (5, "caption"),
     ]
     places = [each["against"]["where"].partition(", ")[0] for each in told]

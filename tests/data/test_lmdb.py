@@ -22,7 +22,7 @@ from cn_clip.data.sources.base import read_pair
 from cn_clip.data.sources.lmdb import write_lmdb
 from cn_clip.data.sources.lmdb_file import LmdbFile
 from cn_clip.data.sources.open import open_source
-from cn_clip.data.sources.pickled_pair import unpickled_pair
+from cn_clip.data.sources.pickled_pair import parse_pickled_pair
 from cn_clip.data.sources.tar import Sample
 from cn_clip.errors import CNClipError, DataError
 
@@ -325,9 +325,9 @@ def test_a_pair_is_what_pickle_makes_of_it(image_id, text_id, text, kind, protoc
     pair = kind([image_id, text_id, text])
     dump = pickle._dumps if python else pickle.dumps  # the two write different opcodes
     raw = dump(pair, protocol)
-    assert list(unpickled_pair(raw)) == list(pickle.loads(raw)) == list(pair)
+    assert list(parse_pickled_pair(raw)) == list(pickle.loads(raw)) == list(pair)
     optimized = pickletools.optimize(raw)
-    assert list(unpickled_pair(optimized)) == list(pair)
+    assert list(parse_pickled_pair(optimized)) == list(pair)
 
 
 class Called:
@@ -389,7 +389,7 @@ def in_itself():
 def test_a_pickle_that_is_no_pair_is_named_at_once(raw, sentence):
     started = time.monotonic()
     with pytest.raises(ValueError, match=sentence):
-        unpickled_pair(raw)
+        parse_pickled_pair(raw)
     assert time.monotonic() - started < 1
 
 
@@ -402,7 +402,7 @@ def test_no_pickle_ends_in_anything_but_a_value_error():
             at = rng.randrange(len(raw))
             raw[at : at + rng.choice([0, 1, 4])] = rng.randbytes(rng.choice([0, 1, 4]))
         try:
-            image_id, text_id, text = unpickled_pair(bytes(raw))
+            image_id, text_id, text = parse_pickled_pair(bytes(raw))
         except ValueError:
             continue
         assert {type(image_id), type(text_id)} <= {int, str} and type(text) is str

@@ -146,9 +146,11 @@ def test_a_stopped_run_goes_on_after_the_last_shard(pictures, tmp_path, monkeypa
     with pytest.raises(UsageError, match="was begun from other data or with other options"):
         pack(source, out, images_per_shard=2)
     monkeypatch.setattr(module, "write_shard", real)
-    ticks = []
-    done = pack(source, out, images_per_shard=1, tick=lambda *told: ticks.append(told))
-    assert ticks == [(2, 3), (3, 3)]
+    calls = []
+    done = pack(
+        source, out, images_per_shard=1, on_progress=lambda *progress: calls.append(progress)
+    )
+    assert calls == [(2, 3), (3, 3)]
     assert (done.shards, done.pairs) == (3, 4)
     assert pairs_of(f"tar:{out}/*.tar") == EXPECTED
 
@@ -167,9 +169,9 @@ def test_a_run_that_was_stopped_while_it_tidied_up_is_finished(pictures, tmp_pat
         pack(source, out, images_per_shard=1)
     monkeypatch.setattr(module, "remove", real)
     (out / "00001.json").unlink()
-    ticks = []
-    pack(source, out, images_per_shard=1, tick=lambda *told: ticks.append(told))
-    assert ticks == [(3, 3)]  # nothing is packed again
+    calls = []
+    pack(source, out, images_per_shard=1, on_progress=lambda *progress: calls.append(progress))
+    assert calls == [(3, 3)]  # nothing is packed again
     assert sorted(p.name for p in out.iterdir()) == [
         "00000.tar", "00001.tar", "00002.tar", "manifest.json"
     ]  # fmt: skip

@@ -11,7 +11,7 @@ from data.formats import IMAGES, PAIRS, WRITERS, jpeg, put, records, write_tsv
 from PIL import Image
 
 from cn_clip.data.sources.base import read_pair
-from cn_clip.data.sources.open import open_mix, open_source, split_of
+from cn_clip.data.sources.open import open_mix, open_source, split_source
 from cn_clip.errors import CNClipError, DataError, UsageError
 
 
@@ -322,11 +322,11 @@ def test_a_split_is_found_in_every_layout(pictures, kind):
         held = path.rename(pictures / "moved")  # lmdb/train lies where lmdb was
         place.parent.mkdir(exist_ok=True)
         held.rename(place)
-    found = open_source(split_of(str(pictures), "train"))
+    found = open_source(split_source(str(pictures), "train"))
     assert len(found) == len(PAIRS)
     assert {found.row(n).text for n in range(len(found))} == {text for _, _, text in PAIRS}
 
 
 def test_a_split_that_is_not_there_is_named_with_where_it_was_looked_for(pictures):
     with pytest.raises(DataError, match=r"no split 'test': neither test_imgs.tsv, lmdb/test, .*"):
-        split_of(str(pictures), "test")
+        split_source(str(pictures), "test")

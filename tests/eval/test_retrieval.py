@@ -10,7 +10,7 @@ from data.formats import IMAGES, PAIRS, WRITERS, write_csv, write_jsonl, write_t
 from cn_clip.data.sources.open import open_mix
 from cn_clip.embedder import Embedder
 from cn_clip.embeddings.extract import extract
-from cn_clip.embeddings.files import Stored, read_features
+from cn_clip.embeddings.files import StoredEmbeddings, read_embeddings
 from cn_clip.embeddings.inputs import read_images, read_texts
 from cn_clip.errors import DataError, UsageError
 from cn_clip.eval.dataset import eval_set_of
@@ -120,7 +120,7 @@ def test_features_on_disk_give_the_figures_of_their_model(pictures, embedder, tm
     ):
         out = tmp_path / name.format(kind)
         extract(embedder, kind, items, out)
-        stored.append(read_features(out, kind))
+        stored.append(read_embeddings(out, kind))
     mix = open_mix([source])
     measured = evaluate_features(*stored, pairs_of(mix), truth=source)
     assert measured.recall == evaluate_retrieval(embedder, mix).recall
@@ -129,7 +129,7 @@ def test_features_on_disk_give_the_figures_of_their_model(pictures, embedder, tm
 
 def features(name, ids, vectors=None):
     rows = np.eye(len(ids), dtype=np.float32) if vectors is None else vectors
-    return Stored(name, ids, rows)
+    return StoredEmbeddings(name, ids, rows)
 
 
 def test_ids_without_features_and_lengths_that_are_not_one_are_told():
@@ -164,21 +164,21 @@ def test_a_bad_feature_is_named(tmp_path, line, said):
     rows = [{"image_id": 1, "feature": [0, 1]}, line]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     with pytest.raises(DataError, match=said):
-        read_features(file, "images")
+        read_embeddings(file, "images")
 
 
 def test_features_of_the_other_kind_or_of_no_format_are_refused(tmp_path, embedder):
     (tmp_path / "texts.txt").write_text("猫\n狗\n", encoding="utf-8")
     extract(embedder, "texts", read_texts([str(tmp_path / "texts.txt")]), tmp_path / "t.npz")
-    assert read_features(tmp_path / "t.npz", "texts").ids == ["1", "2"]
+    assert read_embeddings(tmp_path / "t.npz", "texts").ids == ["1", "2"]
     with pytest.raises(DataError, match="holds texts, not images"):
-        read_features(tmp_path / "t.npz", "images")
+        read_embeddings(tmp_path / "t.npz", "images")
     with pytest.raises(UsageError, match="no features at"):
-        read_features(tmp_path / "missing.npz", "images")
+        read_embeddings(tmp_path / "missing.npz", "images")
     (tmp_path / "x.npz").write_bytes(b"PK no zip")
     with pytest.raises(DataError, match=r"is not an .npz with embeddings and ids"):
-        read_features(tmp_path / "x.npz", "images")
+        read_embeddings(tmp_path / "x.npz", "images")
     with pytest.raises(UsageError, match=r"give .npz, .jsonl"):
-        read_features(tmp_path / "texts.txt", "texts")
+        read_embeddings(tmp_path / "texts.txt", "texts")
     with pytest.raises(DataError, match="0 files in img_emb"):
-        read_features(tmp_path, "images")
+        read_embeddings(tmp_path, "images")

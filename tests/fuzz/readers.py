@@ -74,8 +74,12 @@ def run_model(path: Path) -> None:
 
 
 def use_image(content: Any) -> None:
-    from cn_clip.data.curate.perceptual_hash import hash_image, trimmed, variants
-    from cn_clip.data.encode import Encoding, encoded
+    from cn_clip.data.curate.perceptual_hash import (
+        hash_image,
+        mirrored_and_cropped,
+        without_margins,
+    )
+    from cn_clip.data.encode import Encoding, encode_image
     from cn_clip.html.page import thumbnail
     from cn_clip.image.decode import normalize, read_image, to_pixels
 
@@ -86,14 +90,14 @@ def use_image(content: Any) -> None:
     opaque = read_image(content, background="white")
     hash_image(opaque)
     step()
-    for each in variants(trimmed(opaque)):
+    for each in mirrored_and_cropped(without_margins(opaque)):
         hash_image(each)
     step()
     data = content if isinstance(content, bytes) else Path(content).read_bytes()
     thumbnail(data)
     for encoding in (Encoding(), Encoding(max_side=20), Encoding(format="WEBP")):
         step()
-        encoded(data, encoding)
+        encode_image(data, encoding)
 
 
 def use_source(uri: str, folder: Path) -> None:
@@ -103,12 +107,12 @@ def use_source(uri: str, folder: Path) -> None:
     from cn_clip.data.curate.decontaminate import (
         decontaminate,
         read_removed,
-        write_page,
         write_removed,
+        write_removed_report,
     )
     from cn_clip.data.encode import Encoding
     from cn_clip.data.pack import pack
-    from cn_clip.data.sources.open import Weighted, open_source
+    from cn_clip.data.sources.open import WeightedSource, open_source
     from cn_clip.eval.dataset import eval_set_of
     from cn_clip.tokenizer import default_tokenizer
 
@@ -120,7 +124,7 @@ def use_source(uri: str, folder: Path) -> None:
         found = decontaminate(source, source)
         write_removed(found, source, source, out / "removed.jsonl")
         read_removed(out / "removed.jsonl", source)
-        write_page(found, source, source, out / "page.html")
+        write_removed_report(found, source, source, out / "page.html")
 
     def pairs() -> None:
         for index in range(len(source)):
@@ -138,8 +142,8 @@ def use_source(uri: str, folder: Path) -> None:
         lambda: pack(source, out / "tar", encoding=Encoding(max_side=24)),
         lambda: pack(source, out / "tsv", to="tsv"),
         removed,
-        lambda: eval_set_of([Weighted(source)], merge=False),
-        lambda: eval_set_of([Weighted(source)]),
+        lambda: eval_set_of([WeightedSource(source)], merge=False),
+        lambda: eval_set_of([WeightedSource(source)]),
         pairs,
     ):
         step()
@@ -154,13 +158,13 @@ def use_source(uri: str, folder: Path) -> None:
 def use_list(kind: str, path: Path) -> None:
     """Embed a list, as far as pixels and tokens, and write and read back the features."""
     from cn_clip.embeddings.extract import extract
-    from cn_clip.embeddings.files import read_features
+    from cn_clip.embeddings.files import read_embeddings
     from cn_clip.embeddings.inputs import read_images, read_texts
 
     read = read_images if kind == "images" else read_texts
     out = path.parent / ".out.jsonl"
     extract(_Still(), kind, read([str(path)]), out)  # type: ignore[arg-type]
-    read_features(out, kind)  # type: ignore[arg-type]
+    read_embeddings(out, kind)  # type: ignore[arg-type]
 
 
 class _Still:
@@ -438,16 +442,16 @@ def _features(kind: str, write: str, name: str) -> Format:
 
         vectors = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
         ids: list[Any] = ["007", "a", "猫", "x", "8"]
-        rows = features.Features(
+        rows = features.EmbeddingsToWrite(
             kind, ids, ["p", "q", "r", "s", "t"], 8, lambda a, b: vectors[a:b],
             {"kind": kind, "model": "m"},
         )  # fmt: skip
         getattr(features, write)(rows, folder / name)
 
     def read(folder: Path) -> None:
-        from cn_clip.embeddings.files import read_features
+        from cn_clip.embeddings.files import read_embeddings
 
-        read_features(folder / name, kind)  # type: ignore[arg-type]
+        read_embeddings(folder / name, kind)  # type: ignore[arg-type]
 
     return Format(make, read)
 
@@ -662,12 +666,12 @@ def _pack_again(folder: Path, stop: bool = False) -> None:
     from cn_clip.data.pack import pack
     from cn_clip.data.sources.open import open_source
 
-    def tick(done: int, _: int) -> None:
+    def on_progress(done: int, _: int) -> None:
         if stop and done >= 2:
             raise KeyboardInterrupt
 
     source = open_source(f"folder:{folder / 'photos'}")
-    pack(source, folder / "out", images_per_shard=1, tick=tick)
+    pack(source, folder / "out", images_per_shard=1, on_progress=on_progress)
 
 
 def _write_packed(folder: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cn_clip.errors import DataError
-from cn_clip.files import MAX_TEXT, passed_over, read_file, read_lines, walk
+from cn_clip.files import MAX_TEXT, read_file, read_lines, skipped_files, walk
 from cn_clip.image.decode import SUFFIXES
 from cn_clip.text import read_json
 
@@ -73,7 +73,7 @@ def read_labelled(root: Path, *, split: str = "test", truth: Path | None = None)
         found.sort(key=lambda each: (str(each.parent), each.name))
         images += found
         classes += [number] * len(found)
-    if passed := passed_over(beside, SUFFIXES, place):
+    if passed := skipped_files(beside, SUFFIXES, place):
         warnings.warn(passed, stacklevel=2)
     return Labelled(
         labels,

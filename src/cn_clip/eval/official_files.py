@@ -11,21 +11,13 @@ from typing import Any, Literal
 import numpy as np
 
 from cn_clip.data.sources.lines import Lines, json_object
-from cn_clip.embeddings.files import Features, write_jsonl
+from cn_clip.embeddings.files import EmbeddingsToWrite, write_jsonl
 from cn_clip.embeddings.inputs import Kind
 from cn_clip.errors import DataError, UsageError
 from cn_clip.eval.metrics.recall import Recall
 from cn_clip.eval.retrieval import Id, Measured
-from cn_clip.publish import (
-    begins,
-    claim,
-    file_by,
-    folder_by,
-    published,
-    stamp,
-    unwritable_named,
-    write_text,
-)
+from cn_clip.outputs import claim, own_file, own_folder, stamp, starts_with
+from cn_clip.publish import atomic_file, map_write_errors, write_text
 from cn_clip.topk import top_k
 
 Direction = Literal["text_to_image", "image_to_text"]
@@ -63,19 +55,19 @@ def claim_official(out: str | Path, *, inputs: Iterable[str | Path] = ()) -> Pat
     """Check that ``write_official`` may write into a folder; nothing is touched. Return it.
 
     Raises:
-        UsageError: see ``publish.claim``.
+        UsageError: see ``outputs.claim``.
     """
-    return claim(out, folder_by("eval retrieval"), kind="folder", inputs=inputs, in_place=True)
+    return claim(out, own_folder("eval retrieval"), kind="folder", inputs=inputs, in_place=True)
 
 
 def claim_metrics(out: str | Path, *, inputs: Iterable[str | Path] = ()) -> Path:
     """Check that ``write_metrics`` may write a file; nothing is touched. Return it as a path.
 
     Raises:
-        UsageError: see ``publish.claim``.
+        UsageError: see ``outputs.claim``.
     """
-    own = begins(b'{"success": true, "score": ')
-    return claim(out, file_by("eval predictions", own), inputs=inputs)
+    own = starts_with(b'{"success": true, "score": ')
+    return claim(out, own_file("eval predictions", own), inputs=inputs)
 
 
 def write_official(measured: Measured, folder: Path) -> list[Path]:
@@ -121,13 +113,13 @@ def write_official(measured: Measured, folder: Path) -> list[Path]:
     }
     features = {"imgs.img_feat.jsonl": "images", "texts.txt_feat.jsonl": "texts"}
     names = [*features, *files, "metrics.json", "tr_metrics.json"]
-    with unwritable_named(folder):
+    with map_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         stamp(folder, "eval retrieval", [*names, *(f"{name}.about.json" for name in features)])
         _write_features(measured, "images", folder / "imgs.img_feat.jsonl")
         _write_features(measured, "texts", folder / "texts.txt_feat.jsonl")
         for name, objects in files.items():
-            with published(folder / name) as path, path.open("w", encoding="utf-8") as stream:
+            with atomic_file(folder / name) as path, path.open("w", encoding="utf-8") as stream:
                 stream.writelines(json.dumps(each, ensure_ascii=False) + "\n" for each in objects)
         write_metrics(measured.recall.text_to_image, folder / "metrics.json")
         write_metrics(measured.recall.image_to_text, folder / "tr_metrics.json")
@@ -228,7 +220,7 @@ def _write_features(measured: Measured, kind: Kind, out: Path) -> None:
     }[kind]
     about = {"model": measured.model, "kind": kind, "dim": vectors.shape[1]}
     labels = [str(each) for each in ids]
-    rows = Features(kind, ids, labels, vectors.shape[1], lambda a, b: vectors[a:b], about)
+    rows = EmbeddingsToWrite(kind, ids, labels, vectors.shape[1], lambda a, b: vectors[a:b], about)
     write_jsonl(rows, out)
 
 

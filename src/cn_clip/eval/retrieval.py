@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from cn_clip.data.sources.official import plain_id
-from cn_clip.data.sources.open import Weighted
+from cn_clip.data.sources.official import parse_id
+from cn_clip.data.sources.open import WeightedSource
 from cn_clip.embedder import Embedder
-from cn_clip.embeddings.files import Stored
+from cn_clip.embeddings.files import StoredEmbeddings
 from cn_clip.errors import DataError
 from cn_clip.eval.dataset import EvalSet, eval_set_of
 from cn_clip.eval.images import embed_pictures
@@ -53,7 +53,7 @@ class Measured:
 
 def evaluate_retrieval(
     embedder: Embedder,
-    mix: Sequence[Weighted],
+    mix: Sequence[WeightedSource],
     *,
     normaliser: Callable[[str], str] | None = None,
     merge: bool = True,
@@ -107,12 +107,16 @@ def measure(
 
 
 def evaluate_features(
-    images: Stored, texts: Stored, pairs: Iterable[tuple[str, str]], *, truth: str
+    images: StoredEmbeddings,
+    texts: StoredEmbeddings,
+    pairs: Iterable[tuple[str, str]],
+    *,
+    truth: str,
 ) -> Measured:
     """Measure recall of features already extracted, compared by dot product as they are.
 
     Args:
-        images: from ``read_features``.
+        images: from ``read_embeddings``.
         texts: likewise.
         pairs: an image id and a text id each, of all that belong together; an empty id asks for
             nothing.
@@ -143,8 +147,8 @@ def evaluate_features(
     return Measured(
         str(images.path),
         retrieval(images.vectors, texts.vectors, numbers),
-        [plain_id(each) for each in images.ids],
-        [plain_id(each) for each in texts.ids],
+        [parse_id(each) for each in images.ids],
+        [parse_id(each) for each in texts.ids],
         [],
         images.vectors,
         texts.vectors,
@@ -152,7 +156,7 @@ def evaluate_features(
     )
 
 
-def pairs_of(mix: Sequence[Weighted]) -> list[tuple[str, str]]:
+def pairs_of(mix: Sequence[WeightedSource]) -> list[tuple[str, str]]:
     """Return the image id and the text id of every pair of sources; no picture is opened.
 
     Raises:
@@ -163,4 +167,4 @@ def pairs_of(mix: Sequence[Weighted]) -> list[tuple[str, str]]:
 
 
 def _unique(ids: list[str]) -> list[Id]:
-    return [plain_id(each) for each in ids] if len(set(ids)) == len(ids) else list(range(len(ids)))
+    return [parse_id(each) for each in ids] if len(set(ids)) == len(ids) else list(range(len(ids)))

@@ -25,7 +25,8 @@ from torch import Tensor
 from cn_clip.config import PUBLISHED, ModelConfig, about_parameters
 from cn_clip.errors import CheckpointError, MissingWeightsError
 from cn_clip.model.clip import CLIP
-from cn_clip.publish import STAMP, published, published_folder
+from cn_clip.outputs import STAMP, atomic_folder
+from cn_clip.publish import atomic_file
 from cn_clip.weights.folder_config import (
     CONFIG,
     WEIGHTS,
@@ -169,7 +170,7 @@ def save_state(
 ) -> None:
     """Write what ``save_folder`` does, from a config and a state dict under official names."""
     path = Path(path)
-    with explained(path), published_folder(path, "model", objection=_objection) as folder:
+    with explained(path), atomic_folder(path, "model", check=_objection) as folder:
         _write_state(config, state, folder)
 
 
@@ -180,7 +181,7 @@ def save_official(model: CLIP, path: str | os.PathLike[str]) -> None:
         CheckpointError: the model has something that such a file cannot tell, as ``mini`` has; or
             the disk is full or the place not writable. ``path`` is as it was before.
     """
-    with explained(path), published(path) as temporary:
+    with explained(path), atomic_file(path) as temporary:
         write_official(model, temporary)
 
 
@@ -196,7 +197,7 @@ def save_hugging_face(model: CLIP, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     check_own(path)
-    with explained(path), published_folder(path, "model", objection=_objection) as folder:
+    with explained(path), atomic_folder(path, "model", check=_objection) as folder:
         write_hugging_face(model, folder)
 
 

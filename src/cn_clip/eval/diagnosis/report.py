@@ -14,7 +14,7 @@ from cn_clip.errors import CNClipError
 from cn_clip.eval.dataset import EvalSet
 from cn_clip.eval.diagnosis.measure import BINS, Diagnosis, Difference, Numbers
 from cn_clip.eval.images import Pictures
-from cn_clip.html.page import data_uri, overlaid, page, sheet, thumbnail
+from cn_clip.html.page import data_uri, image_grid, overlaid_histograms, page, thumbnail
 from cn_clip.publish import write_text
 
 _HUBS = 12  # pictures of each list
@@ -191,10 +191,11 @@ def _cosines(each: Diagnosis) -> str:
     together, apart, right, wrong = (f"{median:.3f}" for median in found.medians)
     return (
         f"<p>Of pairs that belong together (blue, median {together}) and that do not (grey, "
-        f"{apart}), each as shares of its own.</p>{overlaid(found.matching, found.others, BINS)}"
+        f"{apart}), each as shares of its own.</p>"
+        f"{overlaid_histograms(found.matching, found.others, BINS)}"
         f"<p>Of each text's first answer, where it is right (blue, median {right}) and wrong "
         f"(grey, {wrong}): what a fixed cutoff would have to tell apart.</p>"
-        f"{overlaid(found.first_right, found.first_wrong, BINS)}"
+        f"{overlaid_histograms(found.first_right, found.first_wrong, BINS)}"
     )
 
 
@@ -209,7 +210,7 @@ def _hubs(each: Diagnosis, shown: _Shown) -> str:
     return (
         f"<p>Skewness of N<sub>{hubs.k}</sub>: {hubs.skewness:.2f}. A picture is among the first "
         f"{hubs.k} of {mean:.1f} texts on average, the first hub of {hubs.counts.max():,}; "
-        f"{hubs.never:.1%} of the pictures are among none.</p>{sheet(figures)}"
+        f"{hubs.never:.1%} of the pictures are among none.</p>{image_grid(figures)}"
     )
 
 
@@ -280,7 +281,7 @@ def _missed_pictures(each: Diagnosis, shown: _Shown) -> str:
             f'<span class="small">at place {each.to_text[query] + 1:,}</span>'
         )
         figures.append((shown.picture(place), told))
-    return sheet(figures) if figures else "<p>none</p>"
+    return image_grid(figures) if figures else "<p>none</p>"
 
 
 def _own(place: int, shown: _Shown) -> str:
