@@ -65,5 +65,5 @@ def test_an_array_that_unfolds_to_much_more_than_there_is_is_refused(tmp_path):
     np.save(stream, np.zeros(20 << 20, np.float32))
     with zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("rows.npy", stream.getvalue())
-    with pytest.raises(DataError, match="unfolds to 83,886,208 bytes"):
+    with pytest.raises(DataError, match="decompresses to 83,886,208 bytes"):
         read_npz(tmp_path / "x.npz", ["rows"])

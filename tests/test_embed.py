@@ -170,7 +170,7 @@ def test_bad_pictures_are_counted_and_listed_and_leave_the_rest(
         ("a.tsv", "1\tQUJD\n2 QUJD", r"a\.tsv, line 2: expected an id, a tab and base64"),
         ("a.txt", "0.png\n1.png\n0.png", r"line 3: the id '0\.png' was used before, .*line 1"),
         ("a.txt", "", "hold no images"),
-        ("a.doc", "x", "no picture and no list of pictures"),
+        ("a.doc", "x", "neither an image nor a list of images"),
     ],
 )
 def test_what_is_wrong_with_a_list_is_said_with_its_line(

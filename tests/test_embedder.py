@@ -122,7 +122,7 @@ def test_a_bad_picture_among_good_ones_is_named(embedder, tmp_path):
     (tmp_path / "broken.jpg").write_bytes(encoded(make_picture(), "JPEG")[:500])
     with pytest.raises(ImageError, match=r"broken\.jpg is damaged"):
         embedder.embed_images([make_picture(), tmp_path / "broken.jpg"])
-    with pytest.raises(ImageError, match="not a picture"):
+    with pytest.raises(ImageError, match="not an image"):
         embedder.embed_images([3])
 
 

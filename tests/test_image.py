@@ -48,9 +48,9 @@ def test_arrays_and_pil_images_are_pictures_too():
 
 
 def test_other_formats_are_refused():
-    with pytest.raises(ImageError, match="not a picture in a known format"):
+    with pytest.raises(ImageError, match="not an image in a known format"):
         read_image(encoded(make_picture(), "PPM"))
-    with pytest.raises(ImageError, match="not a picture in a known format"):
+    with pytest.raises(ImageError, match="not an image in a known format"):
         read_image(b"%PDF-1.7 not a picture")
 
 
@@ -100,7 +100,7 @@ def test_a_huge_header_is_refused_before_decoding(monkeypatch):
     header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0"))
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
-    with pytest.raises(ImageError, match=r"claims 2,500,000,000 pixels, above every limit"):
+    with pytest.raises(ImageError, match=r"claims 2,500,000,000 pixels, above all limits"):
         read_image(bomb)
 
 
@@ -133,13 +133,13 @@ def test_transparent_pixels_lie_on_the_background_asked_for():
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("https://example.org/cat.jpg", "web address"),
+        ("https://example.org/cat.jpg", "is a URL"),
         ("no/such/file.jpg", "no such file"),
-        (".", "a folder, not a plain file"),
+        (".", "a folder, not a regular file"),
         (b"", "known format"),
         (np.full((4, 4, 3), 2.0), "dtype float64"),
-        (np.zeros((4, 4, 7), np.uint8), "not a picture"),
-        (42, "not a picture"),
+        (np.zeros((4, 4, 7), np.uint8), "not an image"),
+        (42, "not an image"),
         ("bad\0name.jpg", "cannot be read"),
     ],
 )
@@ -158,7 +158,7 @@ def test_folders_and_globs_expand_in_order_without_repeats(folder_of_pictures):
 
 
 def test_a_folder_without_pictures_is_an_error(tmp_path):
-    with pytest.raises(ImageError, match="holds no picture"):
+    with pytest.raises(ImageError, match="holds no image"):
         find_images([tmp_path])
     with pytest.raises(ImageError, match="no such file"):
         find_images([tmp_path / "*.jpg"])

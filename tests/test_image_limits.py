@@ -192,7 +192,7 @@ def test_one_bad_image_ends_no_command(tmp_path):
     make_picture(1).save(tests / "x.png")
     (tests / "x.txt").write_text("测试图", encoding="utf-8")
     clean = decontaminate(source, open_source(f"folder:{tests}"))
-    assert len(clean.unreadable) == 2 and [each.reason for each in clean.removed] == ["picture"]
+    assert len(clean.unreadable) == 2 and [each.reason for each in clean.removed] == ["image"]
 
 
 def images_of(folder):
@@ -204,7 +204,7 @@ def images_of(folder):
 def test_only_regular_files_are_read(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     for path in (tmp_path / "pipe.jpg", "/dev/zero", tmp_path):
-        with pytest.raises(ImageError, match=r"is a .*, not a plain file"):
+        with pytest.raises(ImageError, match=r"is a .*, not a regular file"):
             read_file(path)
 
 
@@ -221,12 +221,10 @@ def test_a_file_of_absurd_size_is_refused_unread(tmp_path):
 def test_base64_where_a_path_or_bytes_belong_is_called_base64(content):
     text = base64.b64encode(content).decode()
     for given in (text, text[:200], base64.encodebytes(content).decode(), text.encode()):
-        with pytest.raises(
-            ImageError, match=r"base64; it must be|base64 must be decoded first"
-        ) as e:
+        with pytest.raises(ImageError, match=r"base64; decode it first") as e:
             read_image(given)
         assert len(str(e.value)) <= 300
-    with pytest.raises(ImageError, match="decode the data: URI's base64 first"):
+    with pytest.raises(ImageError, match="decode the base64 of the data: URI first"):
         read_image(f"data:image/jpeg;base64,{text}")
 
 

@@ -105,7 +105,7 @@ def test_the_transparent_value_of_a_sixteen_bit_png_stays_transparent():
     [
         (np.array([[0, 70_000]], np.int32), "mode I .* from 0 to 70000.* convert it to 8 bits"),
         (np.array([[-5, 700]], np.int32), "mode I .* from -5 to 700"),
-        (np.array([[0, 200]], np.int32), "mode I .* from 0 to 200, which does not tell"),
+        (np.array([[0, 200]], np.int32), "mode I .* from 0 to 200, which does not define"),
         (np.array([[0, 255]], np.float32), "mode F .* from 0 to 255; scale them to 0 to 1"),
         (np.array([[-0.5, 1]], np.float32), "mode F .* from -0.5 to 1"),
         (np.array([[0, np.nan]], np.float32), "mode F .* NaN or infinite"),

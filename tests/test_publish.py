@@ -43,7 +43,7 @@ def test_a_file_that_came_while_the_new_folder_was_written_is_kept(tmp_path):
     with atomic_folder(tmp_path / "out", "test") as folder:
         (folder / "a").write_text("old")
     with (
-        pytest.raises(UsageError, match=r"out holds diary, which no test wrote"),
+        pytest.raises(UsageError, match=r"out holds diary, not written by test"),
         atomic_folder(tmp_path / "out", "test") as folder,
     ):
         (folder / "a").write_text("new")

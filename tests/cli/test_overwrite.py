@@ -225,7 +225,7 @@ def test_nothing_is_touched_that_the_command_did_not_write(output, inputs, comma
         "the input": photos,
         "inside the input": photos / f"new{output.suffix}",
         "inside, deeper": photos / "a" / "b" / f"new{output.suffix}",
-        "the folder that holds the input": inputs,
+        "the folder that contains the input": inputs,
         "the current folder": ".",
         "above the current folder": "..",
         "a link to the input": outs / "to-input",
@@ -278,7 +278,7 @@ def test_parts_that_embed_did_not_write_are_not_touched(kind, command, tmp_path)
         (parts / name).write_text("{}")
         before = contents(parts)
         code, err = command(OUTPUTS[0], out)
-        assert code == 2 and f".parts holds {name}, which no embed wrote" in err
+        assert code == 2 and f".parts holds {name}, not written by embed" in err
         assert contents(parts) == before
         (parts / name).unlink()
 
@@ -296,7 +296,7 @@ def test_overwriting_shards_leaves_the_users_own_tar_and_json(command, tmp_path)
         (tmp_path / "out" / name).write_text("mine")
         before = contents(tmp_path / "out")
         code, err = command(pack, tmp_path / "out")
-        assert code == 2 and f"holds {name}, which no pack wrote" in err
+        assert code == 2 and f"holds {name}, not written by pack" in err
         assert contents(tmp_path / "out") == before
         (tmp_path / "out" / name).unlink()
     assert command(pack, tmp_path / "out")[0] == 0
@@ -320,7 +320,7 @@ def test_a_hidden_folder_of_the_users_is_no_leftover(command, tmp_path):
         (tmp_path / "out" / name).mkdir(parents=True)
         (tmp_path / "out" / name / "x").write_text("precious")
         code, err = command(OUTPUTS[6], tmp_path / "out")
-        assert code == 2 and f"holds {name}/x, which no pack wrote" in err
+        assert code == 2 and f"holds {name}/x, not written by pack" in err
         shutil.rmtree(tmp_path / "out" / name)
 
 

@@ -237,7 +237,7 @@ def test_half_of_the_pictures_are_mirrored_only_when_asked():
     [
         (lambda rng: augment(photo(), 0, rng), "side of 0"),
         (lambda rng: augment(photo(), 8, rng, scale=(0.9, 1.1)), r"\(0.9, 1.1\)"),
-        (lambda rng: augment(photo(), 8, rng, scale=(0.0, 1.0)), "0 < least"),
+        (lambda rng: augment(photo(), 8, rng, scale=(0.0, 1.0)), "0 < min"),
         (
             lambda rng: random_resized_crop(photo(), 8, rng, scale=(1, 1), ratio=(2, 1)),
             r"ratio \(2, 1\)",

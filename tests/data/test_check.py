@@ -64,7 +64,7 @@ def test_every_kind_of_problem_is_counted_and_named(pictures, workers):
     told = {problem.kind: problem.text for problem in found.problems}
     texts = f"{pictures}/train_texts.jsonl, line"
     assert told["row"].startswith(f"{texts} 11: expected")
-    assert told["empty"] == f"{texts} 8: its text holds no word"
+    assert told["empty"] == f"{texts} 8: its text is empty"
     assert told["long"] == f"{texts} 9: 62 tokens, 10 are cut"
     assert told["text id"] == f"{texts} 5: its text id is that of {texts} 1"
     assert told["pair"] == f"{texts} 7: this picture had this text before"
@@ -99,7 +99,7 @@ def test_a_full_disk_names_what_to_do(pictures, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(module, "TemporaryFile", full)
-    with pytest.raises(CNClipError, match=r"hashes of 3 pictures in .*: --threshold 0$"):
+    with pytest.raises(CNClipError, match=r"hashes of 3 images in .* with --threshold 0$"):
         check(open_source(write_csv(pictures)))
 
 
@@ -125,7 +125,7 @@ def test_the_command_tells_and_exits_for_pipelines(pictures, tmp_path, capsys):
     page = tmp_path / "page.html"
     source = f"{pictures}/train_imgs.tsv"
     assert run(["data", "check", source, "--report", str(page), "--workers", "0"]) == 1
-    assert "pictures missing or damaged" in capsys.readouterr().out
+    assert "images missing or damaged" in capsys.readouterr().out
     text = page.read_text(encoding="utf-8")
     assert "<svg" in text and "data:image/jpeg;base64," in text and 'src="http' not in text
     assert run(["data", "check", source, "--json", "--workers", "0"]) == 1

@@ -155,9 +155,7 @@ def test_the_page_shows_both_pictures(train_set, test_set, tmp_path):
 
 def test_a_broken_test_picture_proves_nothing(train_set, tmp_path):
     broken = folder(tmp_path / "broken", [("x", b"no picture", ["一句话"])])
-    with pytest.raises(
-        DataError, match=r"the test set has a picture that cannot be read: .*x\.txt"
-    ):
+    with pytest.raises(DataError, match=r"unreadable test image: .*x\.txt"):
         decontaminate(train_set, broken)
     with pytest.raises(UsageError, match="the threshold is 200 bits of 256"):
         decontaminate(train_set, broken, threshold=200)

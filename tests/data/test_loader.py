@@ -133,7 +133,7 @@ def test_what_cannot_be_read_is_skipped_counted_and_listed(workers):
     assert sorted(got, key=int) == [str(i) for i in range(10, 200)]
     assert (loader.seen, loader.skipped, len(loader.reasons)) == (200, 10, 10)
     assert sorted(r.partition(":")[0] for r in loader.reasons)[0] == "made, row 0"
-    assert all("not a picture in a known format" in reason for reason in loader.reasons)
+    assert all("not an image in a known format" in reason for reason in loader.reasons)
 
 
 def corrupted(folder):
@@ -144,7 +144,7 @@ def corrupted(folder):
     header[29:33] = zlib.crc32(header[12:29]).to_bytes(4)
     pictures = {
         0: b"",
-        1: b"not a picture",
+        1: b"not an image",
         2: good[: len(good) // 2],
         3: good[:300],
         4: bytes(len(good)),
@@ -196,7 +196,9 @@ def test_a_killed_worker_is_reported_and_does_not_hang():
 def test_a_batch_that_went_with_its_worker_names_the_worker(tmp_path):
     gone = str(tmp_path / "socket"), 1  # what a worker left behind of a batch's memory
     with (
-        pytest.raises(DataError, match="DataLoader worker took a batch along: FileNotFoundError"),
+        pytest.raises(
+            DataError, match="the batch of a DataLoader worker is lost: FileNotFoundError"
+        ),
         map_worker_errors(),
     ):
         resource_sharer._ResourceSharer.get_connection(gone)

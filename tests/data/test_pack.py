@@ -112,7 +112,7 @@ def test_what_cannot_be_read_is_left_out_and_named(pictures, tmp_path, workers):
     assert (done.images, done.pairs) == (2, 2)
     told = "\n".join(done.skipped)
     for sentence in (
-        "line 2: its 10 bytes are no picture in a known format",
+        "line 2: its 10 bytes are not an image in a known format",
         "(and 1 more texts of this picture)",
         "line 6: no picture",
         "line 7: its text is empty",
@@ -143,7 +143,7 @@ def test_a_stopped_run_goes_on_after_the_last_shard(pictures, tmp_path, monkeypa
     with pytest.raises(CNClipError, match=r"No space left on device; finished shards stay"):
         pack(source, out, images_per_shard=1)
     assert sorted(p.name for p in out.glob("*.tar")) == ["00000.tar", "00001.tar"]
-    with pytest.raises(UsageError, match="was begun from other data or with other options"):
+    with pytest.raises(UsageError, match="was started from other data or options"):
         pack(source, out, images_per_shard=2)
     monkeypatch.setattr(module, "write_shard", real)
     calls = []
@@ -185,7 +185,7 @@ def test_what_is_there_is_kept_unless_overwrite(pictures, tmp_path):
     (out / "mine.txt").write_text("mine")
     with pytest.raises(UsageError, match="is not empty"):
         pack(source, out)
-    with pytest.raises(UsageError, match=r"holds mine.txt, which no pack wrote"):
+    with pytest.raises(UsageError, match=r"holds mine.txt, not written by pack"):
         pack(source, out, overwrite=True)
     assert (out / "mine.txt").read_text() == "mine"
     (out / "mine.txt").unlink()
@@ -204,7 +204,7 @@ def test_a_second_process_is_told_so(pictures, tmp_path):
 
 def test_a_source_of_nothing_usable_is_refused(pictures, tmp_path):
     (pictures / "p.csv").write_text("image,text\n007.jpg,\n")
-    with pytest.raises(DataError, match=r"holds no pair that can be used; the first: .*line 2"):
+    with pytest.raises(DataError, match=r"has no usable pair; the first: .*line 2"):
         pack(open_source(f"{pictures}/p.csv"), tmp_path / "out")
 
 
@@ -235,7 +235,7 @@ def test_a_killed_worker_is_reported(pictures, tmp_path):
     for image_id in IMAGES:
         (pictures / f"{image_id}.txt").write_text("文", encoding="utf-8")
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
-    assert "DataError: a worker died, out of memory perhaps" in done.stderr
+    assert "DataError: a worker died, possibly out of memory" in done.stderr
 
 
 def test_a_folder_is_no_longer_locked_when_it_is_done(pictures, tmp_path):
@@ -257,5 +257,5 @@ def test_two_files_may_number_their_pictures_alike(pictures, tmp_path):
     told = [(text, image) for _, _, text, image in pairs_of(f"tar:{tmp_path}/out/*.tar")]
     assert told == [("图片a", jpeg(1)), ("图片b", jpeg(2))]
     for to in ("tsv", "lmdb"):
-        with pytest.raises(DataError, match=r"'0' stands for a picture in .*a/0.txt.* and for one"):
+        with pytest.raises(DataError, match=r"'0' names one image in .*a/0.txt.* and another in"):
             pack(source, tmp_path / to, to=to)

@@ -52,8 +52,8 @@ def test_a_folder_pairs_each_line_beside_a_picture(pictures):
     ]
     assert source.where(1).endswith("007.txt, line 3")
     assert [told.rpartition("/")[2] for told in source.unmatched()] == [
-        "猫.jpg has no 猫.txt beside it",
-        "alone.txt has no picture beside it",
+        "猫.jpg has no 猫.txt next to it",
+        "alone.txt has no image next to it",
     ]
 
 
@@ -73,7 +73,7 @@ def test_a_test_set_without_pairs_can_be_compared_with_and_not_trained_on(pictur
     ]  # fmt: skip
     assert [source.image(index) for index in (2, 3, 4)] == list(IMAGES.values())
     assert source.where(3).endswith("train_imgs.tsv, line 2") and source.unmatched() == []
-    with pytest.raises(DataError, match=r"line 1: its text belongs to no picture"):
+    with pytest.raises(DataError, match=r"line 1: its text has no image"):
         source.image(0)
     with pytest.raises(DataError, match=r"line 2: expected .* \[1\]}$"):
         source.row(1)
@@ -100,9 +100,9 @@ def test_several_files_are_one_source_and_sources_mix(pictures):
     ("uri", "sentence"),
     [
         ("tars:x", "unknown kind of source 'tars'; did you mean tar"),
-        ("nothing/here", "which kind of source is it"),
+        ("nothing/here", "unknown kind of source"),
         ("csv:none.csv", "no such file"),
-        ("tar:none-*.tar", "nothing is at none-"),
+        ("tar:none-*.tar", "no file matches none-"),
         ("tar:none.tar", "cannot be read"),
         ("folder:none", "no such folder"),
         ("lmdb:none", "no LMDB at"),
@@ -152,13 +152,17 @@ def test_gbk_is_detected_named_and_converted_on_request(pictures):
     [
         ("p.csv", "image,text\n007.jpg,a,b\n", "line 2 has 3 fields, its header 2"),
         ("p.jsonl", '{"image": "007.jpg", "text": "a"}\n{"image"\n', "line 2 is not JSON"),
-        ("p.jsonl", '{"image": "007.jpg", "text": ["a", "b"]}\n', "text is a list of 2; give each"),
+        (
+            "p.jsonl",
+            '{"image": "007.jpg", "text": ["a", "b"]}\n',
+            "text is a list of 2; give every",
+        ),
         ("p.jsonl", '{"image": "007.jpg", "text": 3}\n', "text is 3; expected a string"),
-        ("p.jsonl", '{"image": "none.jpg", "text": "a"}\n', "no picture .*none.jpg"),
+        ("p.jsonl", '{"image": "none.jpg", "text": "a"}\n', "no image .*none.jpg"),
         ("p.jsonl", '{"url": "http://a/b/x.jpg", "text": "a"}\n', "download it first"),
         ("p.csv", "image,words\n007.jpg,a\n", "no column for the text"),
-        ("p.csv", "", "is empty; its first line names the columns"),
-        ("p.csv", 'image,text\n007.jpg,"a\n' + "b\n" * 100_000, "a quote is opened here"),
+        ("p.csv", "", "is empty; expected a header in the first line"),
+        ("p.csv", 'image,text\n007.jpg,"a\n' + "b\n" * 100_000, "a quote is opened"),
         ("p.csv", "image,text\n".encode("utf-16"), "is UTF-16; save it as UTF-8"),
     ],
 )
@@ -190,8 +194,8 @@ def test_ids_unmatched_or_repeated_in_a_tsv_are_named(pictures):
     source = open_source(f"{pictures}/train_imgs.tsv")
     assert read_pair(source, 0).image == IMAGES["007"]
     for index, sentence in (
-        (2, "the picture id '008' stands twice, in .*line 2 and .*line 4"),
-        (4, "no picture has the id '99'"),
+        (2, "the image id '008' is repeated, in .*line 2 and .*line 4"),
+        (4, "no image has the id '99'"),
         (5, 'expected {"text_id"'),
         (6, "line 7 is not JSON"),
     ):
@@ -210,7 +214,7 @@ def test_a_pickle_in_an_lmdb_is_never_run(pictures, tmp_path, monkeypatch):
     uri = WRITERS["lmdb"](pictures)
     put(pictures / "lmdb" / "pairs", [("0", pickle.dumps(Harmful())), ("1", b"\x80junk")])
     source = open_source(uri)
-    with pytest.raises(DataError, match=r"key 0 is refused: its pickle names (posix|nt)\.mkdir"):
+    with pytest.raises(DataError, match=r"key 0 is not a pair: its pickle names (posix|nt)\.mkdir"):
         source.row(0)
     with pytest.raises(DataError, match="key 1 is refused"):
         source.row(1)
@@ -274,9 +278,9 @@ def test_members_that_lead_out_or_are_no_files_are_left_out(pictures):
     source = manifest(pictures, tar_bytes([*bad, *good]), "s.tar")
     assert [row[1] for row in pairs_of(source)] == ["ok"]
     assert [told.rpartition(": ")[2] for told in source.unmatched()] == [
-        "its name leads out of the archive",
-        "its name leads out of the archive",
-        "it is a link, a device or sparse, not a plain file",
+        "its path leads outside of the archive",
+        "its path leads outside of the archive",
+        "it is a link, a device or sparse, not a regular file",
     ]
 
 
@@ -284,7 +288,7 @@ def test_a_tar_still_being_written_is_refused(pictures):
     whole = tar_bytes([("a.jpg", jpeg(1)), ("a.txt", b"fine"), ("b.jpg", bytes(100_000))])
     data = whole.index(bytes(100_000))
     for length in (data + 5_000, data - 512, data + 100_352):
-        with pytest.raises(DataError, match=r"it is still being written|is not a whole tar"):
+        with pytest.raises(DataError, match=r"it is still being written|is not a complete tar"):
             manifest(pictures, whole[:length], "s.tar")
     with pytest.raises(DataError, match="not a whole tar"):
         manifest(pictures, b"no tar at all" * 100, "s.tar")

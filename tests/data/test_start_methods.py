@@ -22,7 +22,7 @@ from cn_clip.image.decode import read_image, to_pixels
 METHODS = sorted(multiprocessing.get_all_start_methods())
 
 # The folder of images holds the LMDB and the tables too.
-pytestmark = pytest.mark.filterwarnings("ignore:.*passed over")
+pytestmark = pytest.mark.filterwarnings("ignore:.* skipped, not of a supported")
 
 
 @pytest.fixture

@@ -155,7 +155,7 @@ def test_ids_without_features_and_lengths_that_are_not_one_are_told():
         ({"image_id": 2, "feature": [1, 0, 0]}, r"line 2: .* shape \(3,\); expected 2 numbers"),
         ({"image_id": 2, "feature": [1, float("nan")]}, "vector of '2' holds NaN"),
         ({"image_id": 2, "feature": "a"}, "line 2: its feature is not a list of numbers"),
-        ({"image_id": 1, "feature": [1, 0]}, "the id '1' stands there twice"),
+        ({"image_id": 1, "feature": [1, 0]}, "the id '1' is repeated"),
         ({"text_id": 2, "feature": [1, 0]}, 'line 2: expected {"image_id": 1, "feature"'),
     ],
 )
