@@ -1,4 +1,4 @@
-"""No command touches what it did not write: every command with every place it can write to."""
+"""No command touches what it did not write: every command with every output option."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from cn_clip import weights
 from cn_clip.cli import app, run
 from cn_clip.train.recipe import schema as recipes
 
-# Options with text that name no place to write to; --download-root gets files, and replaces none.
+# Options of strings that are not outputs; --download-root receives files, but replaces none.
 READ = {
     "--against", "--calibration", "--compare", "--data", "--dataset", "--device",
     "--download-root", "--images", "--labels", "--labels-file", "--model", "--normalize",
@@ -97,7 +97,7 @@ every_output = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
-    """Everything that the commands read."""
+    """A folder of all inputs of the commands."""
     root = tmp_path_factory.mktemp("inputs")
     for folder, numbers in (("photos", range(12)), ("test", range(20, 24))):
         (root / folder / "album").mkdir(parents=True)
@@ -124,16 +124,16 @@ def inputs(tmp_path_factory) -> Path:
 @pytest.fixture
 def command(inputs, tmp_path, monkeypatch, capsys) -> Callable[[Output, object], tuple[int, str]]:
     """Run a command with an output, in the folder of inputs; return its code and stderr."""
-    from cn_clip.eval import embedded, zeroshot
+    from cn_clip.eval import embedded_dataset, zeroshot
 
     known = {"pets": zeroshot.Dataset()}
     monkeypatch.setattr(zeroshot, "datasets", lambda: known)
     vectors = np.random.default_rng(0).normal(size=(60, 32)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     pairs = np.stack([np.arange(60)] * 2, axis=1)
-    told = SimpleNamespace(images=vectors, texts=vectors, pairs=pairs, digest="d", failed=[])
-    # An untrained model's cosines say nothing, and then there is nothing to calibrate.
-    monkeypatch.setattr(embedded, "embed_pairs", lambda *_, **__: told)
+    measured = SimpleNamespace(images=vectors, texts=vectors, pairs=pairs, digest="d", failed=[])
+    # The cosines of an untrained model cannot be calibrated.
+    monkeypatch.setattr(embedded_dataset, "embed_pairs", lambda *_, **__: measured)
     monkeypatch.chdir(inputs)
 
     def call(output: Output, out: object, *more: str) -> tuple[int, str]:
@@ -151,19 +151,19 @@ def errors(err: str) -> list[str]:
 
 
 def contents(*roots: Path) -> dict[str, object]:
-    """Every file, link and folder, with its bytes or where it leads, and its inode."""
+    """Every file, link and folder, with its bytes or link target, and its inode."""
     found: dict[str, object] = {}
     for root in roots:
         for path in sorted(root.rglob("*")):
-            held = os.readlink(path) if path.is_symlink() else None
-            if held is None and path.is_file():
-                held = path.read_bytes()
-            found[str(path)] = (held, path.lstat().st_ino)
+            content = os.readlink(path) if path.is_symlink() else None
+            if content is None and path.is_file():
+                content = path.read_bytes()
+            found[str(path)] = (content, path.lstat().st_ino)
     return found
 
 
 def text_options() -> set[tuple[str, str]]:
-    """(command, option) of every option of every command that takes text."""
+    """(command, option) of every string option of every command."""
 
     def walk(group, path):
         for name in group:
@@ -180,7 +180,7 @@ def text_options() -> set[tuple[str, str]]:
     return set(walk(app, ()))
 
 
-def test_every_option_that_may_name_a_place_to_write_to_is_in_these_tests():
+def test_every_option_that_may_be_an_output_is_in_these_tests():
     options = {(command, option) for command, option in text_options() if option not in READ}
     of_train = {
         ("train", f"--{name}")
@@ -191,7 +191,7 @@ def test_every_option_that_may_name_a_place_to_write_to_is_in_these_tests():
 
 
 def test_every_source_of_a_recipe_is_known_as_an_input(tmp_path):
-    """So that a new option of [data] is not forgotten."""
+    """A new option of [data] fails this test until it is handled."""
     from cn_clip.train.run.run_dir import _inputs
 
     hints = {n: k for n, k, _, _ in recipes.options() if n.startswith("data.") and "str" in str(k)}
@@ -203,7 +203,7 @@ def test_every_source_of_a_recipe_is_known_as_an_input(tmp_path):
 
 
 def foreign(output: Output, place: Path) -> Path:
-    """Make something of a user's where the output would go."""
+    """Create a user's file or folder at the output path."""
     out = place / f"mine{output.suffix}"
     if output.suffix:
         out.write_text("mine")
@@ -263,10 +263,10 @@ def test_a_command_replaces_what_it_wrote_and_nothing_beside_it(output, inputs, 
     assert beside in ([], [f"{out.name}.about.json"])
     diary = out / "diary" if out.is_dir() else out
     diary.write_text("mine")
-    held = contents(out.parent)
+    unchanged = contents(out.parent)
     code, err = command(output, out)
     assert (code, len(errors(err))) == (2, 1), err
-    assert contents(out.parent) == held and contents(inputs) == before
+    assert contents(out.parent) == unchanged and contents(inputs) == before
 
 
 @pytest.mark.parametrize("kind", ["npz", "jsonl", "folder"])
@@ -327,7 +327,7 @@ def test_a_hidden_folder_of_the_users_is_no_leftover(command, tmp_path):
 def test_a_split_is_no_path(inputs, command, tmp_path):
     (tmp_path / "mine_imgs.tsv").write_text("mine")
     code, err = command(OUTPUTS[7], tmp_path / "out", "--split", f"{tmp_path}/mine")
-    assert code == 2 and "is no name of a file" in err
+    assert code == 2 and "is not a file name" in err
     assert (tmp_path / "mine_imgs.tsv").read_text() == "mine"
 
 

@@ -413,7 +413,9 @@ def test_pack_says_how_much_makes_no_pair(pictures, tmp_path, capsys):
     out = str(tmp_path / "out")
     assert run(["data", "pack", f"folder:{pictures}", "--out", out, "--workers", "0"]) == 0
     said = capsys.readouterr().err
-    assert f"2 items of folder:{pictures} make no pair" in said and "cn-clip data check" in said
+    assert (
+        f"2 items of folder:{pictures} are not in a pair" in said and "cn-clip data check" in said
+    )
 
 
 @pytest.mark.full

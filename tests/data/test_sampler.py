@@ -105,5 +105,5 @@ def test_mixed_sources_are_spread_over_the_epoch():
 def test_an_empty_epoch_and_a_batch_too_small_are_refused():
     with pytest.raises(UsageError, match="has no pairs"):
         plan_of([WeightedSource([0], 0.1)], seed=0)
-    with pytest.raises(UsageError, match="a global batch of 2 cannot be shared by 4 processes"):
+    with pytest.raises(UsageError, match="a global batch of 2 cannot be split over 4 processes"):
         next(batches(Plan((9,), (9,), 0), 0, 2, world_size=4))

@@ -1,4 +1,4 @@
-"""Every reader of the package: a small honest file of its format, and a function that reads it as
+"""Every reader of the package: a small valid file of its format, and a function that reads it as
 far as a command does."""
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from cn_clip.errors import CNClipError  # noqa: E402
 
 @dataclass(frozen=True)
 class Format:
-    """How an honest file is made and read; which files of it are damaged, by patterns; and a damage
-    of its own, for what lies within a database."""
+    """How a valid file is written and read; patterns of the files to damage; and an own damage
+    function, for formats such as databases."""
 
     write: Callable[[Path], None]
     read: Callable[[Path], Any]
@@ -39,10 +39,10 @@ class Format:
 
 
 def step() -> None:
-    """Called between what several commands would do, each within the deadline."""
+    """Mark a new step; every step has the whole deadline."""
 
 
-# What commands do with what was read
+# What commands do with their input
 
 
 def tiny_config() -> Any:
@@ -163,28 +163,32 @@ def use_list(kind: str, path: Path) -> None:
 
     read = read_images if kind == "images" else read_texts
     out = path.parent / ".out.jsonl"
-    extract(_Still(), kind, read([str(path)]), out)  # type: ignore[arg-type]
+    extract(_FakeEmbedder(), kind, read([str(path)]), out)  # type: ignore[arg-type]
     read_embeddings(out, kind)  # type: ignore[arg-type]
 
 
-class _Still:
+class _FakeEmbedder:
     """An embedder that decodes and tokenizes, and runs no model."""
 
-    name, dim, logit_scale, fingerprint = "still", 4, 100.0, "0" * 32
+    name, dim, logit_scale, fingerprint = "fake", 4, 100.0, "0" * 32
 
-    def embed_images(self, images: Any, *, errors: Any = None) -> Any:
+    def embed_images(self, images: Any) -> Any:
+        rows, errors = self.embed_readable(images)
+        for error in errors.values():
+            raise error
+        return rows
+
+    def embed_readable(self, images: Any) -> tuple[Any, dict[int, Exception]]:
         from cn_clip.errors import ImageError
         from cn_clip.image.decode import normalize, read_image, to_pixels
 
-        rows = []
-        for number, each in enumerate(images):
+        rows, errors = [], {}
+        for number, image in enumerate(images):
             try:
-                rows.append(normalize(to_pixels(read_image(each), 8)).reshape(-1)[:4])
+                rows.append(normalize(to_pixels(read_image(image), 8)).reshape(-1)[:4])
             except ImageError as error:
-                if errors is None:
-                    raise
                 errors[number] = error
-        return np.array(rows, np.float32).reshape(-1, 4)
+        return np.array(rows, np.float32).reshape(-1, 4), errors
 
     def embed_texts(self, texts: Any) -> Any:
         from cn_clip.tokenizer import default_tokenizer
@@ -433,7 +437,7 @@ def _write_uri(folder: Path) -> None:
     )
 
 
-# Features, scores and what a run leaves
+# Embeddings, scores and files of a run
 
 
 def _features(kind: str, write: str, name: str) -> Format:
@@ -528,7 +532,7 @@ def _labelled(folder: Path) -> None:
 
     found = read_labelled(folder, truth=folder / "test_ic.txt")
     scores = zeroshot.score(
-        _Still(), found, zeroshot.read_templates(str(folder / "templates.txt")),  # type: ignore[arg-type]
+        _FakeEmbedder(), found, zeroshot.read_templates(str(folder / "templates.txt")),  # type: ignore[arg-type]
         metric="11-point-map",
     )  # fmt: skip
     zeroshot.submission(
@@ -541,7 +545,7 @@ def _labels_file(folder: Path) -> None:
     from cn_clip.cli.classify import _read_labels
 
     names = zeroshot.distinct(_read_labels(None, str(folder / "labels.txt")))
-    zeroshot.label_embeddings(_Still(), names, ("一张{}",))  # type: ignore[arg-type]
+    zeroshot.label_embeddings(_FakeEmbedder(), names, ("一张{}",))  # type: ignore[arg-type]
 
 
 _RECIPE = """version = 1
@@ -699,7 +703,7 @@ def _embed_again(folder: Path) -> None:
 
 
 def _write_embedded(folder: Path) -> None:
-    from cn_clip.embeddings.extract import _Parts
+    from cn_clip.embeddings.extract import _PartStore
 
     _write_photos(folder)
     lines = [f"photos/{n}.jpg" for n in range(3)]
@@ -707,10 +711,10 @@ def _write_embedded(folder: Path) -> None:
     parts = folder / ".out.jsonl.parts"
     parts.mkdir()
     about = {
-        "model": "still", "fingerprint": "0" * 32, "kind": "images", "dim": 4, "normalized": True,
+        "model": "fake", "fingerprint": "0" * 32, "kind": "images", "dim": 4, "normalized": True,
         "logit_scale": 100.0,
     }  # fmt: skip
-    _Parts(parts, about, anew=False).add(["a", "b"], np.zeros((2, 4), np.float32))
+    _PartStore(parts, about, overwrite=False).add(["a", "b"], np.zeros((2, 4), np.float32))
 
 
 def _removed(folder: Path) -> None:

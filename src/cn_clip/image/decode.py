@@ -175,7 +175,9 @@ def find_images(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
                 )
             )
         if not inside:
-            raise ImageError("; ".join([f"no such file, folder or glob match: {str(given)!r}", *notes]))
+            raise ImageError(
+                "; ".join([f"no such file, folder or glob match: {str(given)!r}", *notes])
+            )
         for note in notes:
             warnings.warn(note, stacklevel=2)
         images.update(dict.fromkeys(inside))

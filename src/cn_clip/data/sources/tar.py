@@ -315,7 +315,7 @@ def _refusal_reason(member: tarfile.TarInfo) -> str | None:
     if member.islnk():
         return f"it is a hard link to {path_text(member.linkname)!r}; pack it as a file"
     if not member.isreg() or member.issparse():
-        return "it is a link, a device or sparse, not a plain file"
+        return "it is a link, a device or sparse, not a regular file"
     if member.name.startswith(("/", "\\")) or ".." in member.name.replace("\\", "/").split("/"):
         return "its path leads outside of the archive"
     if "\n" in member.name:
