@@ -43,7 +43,7 @@ def vectors(path):
         return stored["embeddings"], stored["ids"], json.loads(str(stored["about"]))
 
 
-def test_npz_holds_the_vectors_that_embed_images_gives(embedder, pictures, tmp_path):
+def test_an_npz_holds_the_vectors_of_embed_images(embedder, pictures, tmp_path):
     done = extract(embedder, "images", read_images([str(pictures)]), tmp_path / "x.npz")
     rows, ids, about = vectors(tmp_path / "x.npz")
     paths = sorted(pictures.iterdir())
@@ -72,7 +72,7 @@ def test_the_official_jsonl_and_clip_retrievals_folder_hold_the_same(embedder, p
         assert json.loads((tmp_path / stated).read_text()) == about
 
 
-def test_every_input_of_pictures_gives_the_same_rows(embedder, pictures, tmp_path):
+def test_every_input_of_images_gives_the_same_rows(embedder, pictures, tmp_path):
     paths = sorted(pictures.iterdir())
     (pictures / "list.txt").write_text("\n".join(path.name for path in paths))
     lines = [json.dumps({"image": p.name, "image_id": i}) for i, p in enumerate(paths)]
@@ -106,7 +106,7 @@ def test_texts_come_from_lines_and_from_the_official_jsonl(embedder, tmp_path):
         np.testing.assert_allclose(rows, embedder.embed_texts(texts), atol=1e-6)
 
 
-def test_a_broken_off_run_is_taken_up_where_it_stopped(embedder, pictures, tmp_path):
+def test_an_interrupted_run_resumes_where_it_stopped(embedder, pictures, tmp_path):
     def stop(done, _):
         if done == 7:
             raise KeyboardInterrupt
@@ -144,9 +144,7 @@ def test_parts_of_another_model_are_not_mixed_in(embedder, pictures, tmp_path):
     assert (done.resumed, done.written) == (0, 8)
 
 
-def test_bad_pictures_are_counted_and_listed_and_leave_the_rest(
-    embedder, pictures, tmp_path, capsys
-):
+def test_unreadable_images_are_counted_listed_and_skipped(embedder, pictures, tmp_path, capsys):
     (pictures / "3.png").write_bytes(b"no picture")
     (pictures / "list.txt").write_text("0.png\n3.png\nnone.png\n7.png\n")
     done = extract(
@@ -173,7 +171,7 @@ def test_bad_pictures_are_counted_and_listed_and_leave_the_rest(
         ("a.doc", "x", "neither an image nor a list of images"),
     ],
 )
-def test_what_is_wrong_with_a_list_is_said_with_its_line(
+def test_an_invalid_list_is_reported_with_its_line(
     embedder, pictures, tmp_path, name, content, message
 ):
     (pictures / name).write_text(content)
@@ -200,7 +198,7 @@ def test_an_existing_output_and_an_unknown_format_are_refused(embedder, pictures
         extract(embedder, "images", read_images([str(pictures)]), tmp_path / "x.csv")
 
 
-def test_a_second_process_is_told_to_wait(embedder, pictures, tmp_path):
+def test_a_second_process_is_asked_to_wait(embedder, pictures, tmp_path):
     (tmp_path / "x.npz.parts").mkdir()
     with (
         FileLock(tmp_path / "x.npz.parts" / ".lock"),

@@ -45,7 +45,7 @@ def test_captions_that_are_no_folder_are_named_with_the_command_that_makes_one(t
         read_captions(tmp_path / name)
 
 
-def test_a_folder_of_pictures_holds_no_captions(tmp_path):
+def test_a_folder_of_images_is_not_a_folder_of_captions(tmp_path):
     vectors = np.eye(1, 4, dtype=np.float32)
     rows = EmbeddingsToWrite("images", [0], ["0.png"], 4, lambda a, b: vectors[a:b], {})
     write_clip_retrieval(rows, tmp_path / "pictures")

@@ -174,7 +174,7 @@ def test_a_path_from_windows_is_found_if_the_one_with_slashes_exists(tmp_path):
     assert resolve_in(tmp_path, "a\\b.jpg") == tmp_path / "a\\b.jpg"
 
 
-def test_lists_of_images_and_texts_hold_what_people_have(tmp_path):
+def test_lists_of_images_and_texts_in_common_forms_are_read(tmp_path):
     (tmp_path / "p").mkdir()
     name = f"p/{GBK}.jpg"
     (tmp_path / name).write_bytes(encoded(make_picture(), "JPEG"))

@@ -1,4 +1,4 @@
-"""Pixels against the reference's, and pictures that should not be trusted."""
+"""Pixels against the reference's, and images that should not be trusted."""
 
 import io
 import struct
@@ -40,7 +40,7 @@ def test_every_allowed_format_opens_from_path_and_bytes(tmp_path, format):
     assert read_image(path).size == read_image(raw).size == (80, 60)
 
 
-def test_arrays_and_pil_images_are_pictures_too():
+def test_arrays_and_pil_images_are_accepted():
     picture = make_picture()
     array = np.asarray(picture)
     for source in (picture, array, array[..., 0], np.dstack([array, array[..., :1]])):
@@ -124,7 +124,7 @@ def test_fast_decode_leaves_a_callers_image_as_it_is():
     assert read_image(image, fast_decode=224).size == image.size == (1600, 1200)
 
 
-def test_transparent_pixels_lie_on_the_background_asked_for():
+def test_transparent_pixels_get_the_given_background():
     clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
     assert (to_pixels(read_image(clear, background="white"), 8) == 255).all()
     assert (to_pixels(read_image(clear), 8) == 0).all()  # what the reference does
@@ -143,7 +143,7 @@ def test_transparent_pixels_lie_on_the_background_asked_for():
         ("bad\0name.jpg", "cannot be read"),
     ],
 )
-def test_what_is_not_a_picture_is_said_in_one_sentence(source, message):
+def test_an_invalid_image_is_one_sentence(source, message):
     with pytest.raises(ImageError, match=message) as error:
         read_image(source)
     assert "\n" not in str(error.value)
@@ -157,7 +157,7 @@ def test_folders_and_globs_expand_in_order_without_repeats(folder_of_pictures):
     assert [path.name for path in found] == ["1.jpg", "0.jpg", "2.jpg"]
 
 
-def test_a_folder_without_pictures_is_an_error(tmp_path):
+def test_a_folder_without_images_is_an_error(tmp_path):
     with pytest.raises(ImageError, match="holds no image"):
         find_images([tmp_path])
     with pytest.raises(ImageError, match="no such file"):

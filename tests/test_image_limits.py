@@ -115,7 +115,7 @@ def test_a_large_photo_of_every_format_is_within_the_limits():
     assert decoding_bytes(image) == 7_700**2 * 8
 
 
-def test_threads_hold_no_more_than_the_room_and_the_largest_is_alone():
+def test_threads_stay_within_the_memory_budget_and_the_largest_runs_alone():
     room, lock, held, peak = MemoryBudget(100), threading.Lock(), [0], []
 
     def hold(amount):
@@ -135,7 +135,7 @@ def test_threads_hold_no_more_than_the_room_and_the_largest_is_alone():
     assert len(peak) == 21 and all(total <= 100 or total == own == 500 for total, own in peak)
 
 
-def test_a_comment_that_no_jpeg_can_hold_breaks_nothing():
+def test_a_comment_too_long_for_jpeg_is_dropped():
     content = comment_gif(300)  # 76,500 bytes; a JPEG's has 65,533
     assert thumbnail(content).startswith(b"\xff\xd8")
     for format in ("JPEG", "WEBP"):
@@ -152,7 +152,7 @@ def test_a_comment_that_no_jpeg_can_hold_breaks_nothing():
         ((65_500, 1), "JPEG", ".jpg"),
     ],
 )
-def test_an_image_too_long_for_its_format_gets_one_that_holds_it(size, wanted, suffix):
+def test_an_image_too_long_for_its_format_gets_another_format(size, wanted, suffix):
     content, found = encoded_anew(
         encoded(Image.new("RGB", size, "red"), "PNG"), Encoding(format=wanted)
     )
@@ -238,7 +238,7 @@ def test_base64_where_a_path_or_bytes_belong_is_called_base64(content):
         ("no/such/iVBORw0KGgo.png", "no such file"),
     ],
 )
-def test_a_path_that_cannot_be_one_is_said_in_one_short_sentence(path, message):
+def test_an_invalid_path_is_one_short_sentence(path, message):
     with pytest.raises(ImageError, match=message) as error:
         read_image(path)
     assert len(str(error.value)) <= 300

@@ -112,7 +112,7 @@ def test_the_transparent_value_of_a_sixteen_bit_png_stays_transparent():
         (np.array([[0, np.inf]], np.float32), "mode F .* NaN or infinite"),
     ],
 )
-def test_a_range_that_does_not_tell_what_is_white_is_refused(values, message):
+def test_a_value_range_that_does_not_define_white_is_refused(values, message):
     for source in (saved(values, "TIFF"), Image.fromarray(values)):
         with pytest.raises(ImageError, match=message):
             read_image(source)

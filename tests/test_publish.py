@@ -83,7 +83,7 @@ def test_the_only_copy_of_a_folder_is_never_swept_away(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [".out.abcdefgh.cn-clip-tmp"]
 
 
-def test_what_is_left_of_another_file_is_not_swept_away(tmp_path):
+def test_temporary_folders_of_another_file_are_not_removed(tmp_path):
     names = [".a.npz.abcdefgh.cn-clip-tmp", ".a.npz.abcdefgh", ".b.npz.abcdefgh.cn-clip-tmp"]
     for name in names:
         (tmp_path / name).mkdir()
@@ -91,7 +91,7 @@ def test_what_is_left_of_another_file_is_not_swept_away(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
 
 
-def test_a_loop_of_links_and_a_missing_folder_are_told(tmp_path):
+def test_a_loop_of_links_and_a_missing_folder_are_errors(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     own = own_file("test", starts_with(b"x"))
     with pytest.raises(UsageError, match=r"could not write .*loop"):
@@ -101,7 +101,7 @@ def test_a_loop_of_links_and_a_missing_folder_are_told(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes anywhere")
-def test_a_place_without_rights_is_told_before_the_work(tmp_path):
+def test_an_output_without_write_permission_is_refused_first(tmp_path):
     (tmp_path / "read-only").mkdir(0o500)
     with pytest.raises(UsageError, match="is not writable"):
         claim(tmp_path / "read-only" / "file", own_file("test", starts_with(b"x")))

@@ -79,7 +79,7 @@ def test_a_clean_source_is_fit(pictures, tmp_path):
     assert len(found.samples) == 3
 
 
-def test_a_picture_that_is_there_often_is_told_of_each_time(tmp_path):
+def test_every_repetition_of_an_image_is_reported(tmp_path):
     """Under ids of their own; plain ones too, by their pixels, and none is compared twice."""
     photo, white = make_picture(5, (200, 150)), Image.new("RGB", (90, 90), "white")
     for number in range(6):
@@ -116,11 +116,11 @@ def test_two_files_may_number_their_texts_alike(pictures, tmp_path):
     ("text", "language"),
     [("一只猫", "Chinese"), ("a cat", "English"), ("iPhone 手机", "mixed"), ("123 😀", "other")],
 )
-def test_languages_are_told_by_letters(text, language):
+def test_languages_are_detected_by_letters(text, language):
     assert language_of(text) == language
 
 
-def test_the_command_tells_and_exits_for_pipelines(pictures, tmp_path, capsys):
+def test_the_command_reports_and_sets_its_exit_code(pictures, tmp_path, capsys):
     bad(pictures)
     page = tmp_path / "page.html"
     source = f"{pictures}/train_imgs.tsv"

@@ -430,7 +430,7 @@ def test_a_count_that_cannot_be_is_named_before_memory_is_taken(packed, count, s
         open_source(f"lmdb:{packed}")
 
 
-def test_a_count_of_images_that_is_none_is_told_by_check(packed):
+def test_check_reports_an_invalid_image_count(packed):
     put(packed / "imgs", [("num_images", b"many")])
     assert open_source(f"lmdb:{packed}").unmatched() == [
         f"{packed}/imgs: num_images is b'many'; expected a count"

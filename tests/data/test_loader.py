@@ -28,7 +28,7 @@ SMALL = Preparation(resolution=32)
 
 
 class Made:
-    """Pairs made on the spot: every eleventh picture is broken if asked for."""
+    """Pairs made on the spot: every eleventh image is broken if asked for."""
 
     name = "made"
 
@@ -222,7 +222,7 @@ def test_sources_reach_spawned_workers():
     assert made.row(1) == Made(3).row(1)
 
 
-def test_pairs_share_a_key_if_they_share_picture_text_id_or_what_the_text_says():
+def test_pairs_share_a_key_if_they_share_image_id_text_id_or_text():
     rows = [
         Row("A cat!", "1", "7"),
         Row("a  CAT", "2", "8"),

@@ -79,7 +79,7 @@ def test_a_shard_is_what_webdataset_expects(pictures, tmp_path):
         assert archive.extractfile("00000000.jpg").read() == IMAGES["007"]
 
 
-def test_large_pictures_are_made_smaller_and_small_ones_kept(pictures, tmp_path):
+def test_large_images_are_resized_and_small_ones_kept(pictures, tmp_path):
     (pictures / "008.jpg").write_bytes(jpeg(8, (400, 200)))
     Image.new("RGBA", (300, 300), (9, 9, 9, 90)).save(pictures / "猫.jpg", "PNG")
     pack(open_source(write_csv(pictures)), tmp_path / "out", encoding=Encoding(max_side=100))
@@ -94,7 +94,7 @@ def test_large_pictures_are_made_smaller_and_small_ones_kept(pictures, tmp_path)
     )
 
 
-def test_pictures_can_all_be_encoded_anew(pictures, tmp_path):
+def test_all_images_can_be_re_encoded(pictures, tmp_path):
     pack(open_source(write_csv(pictures)), tmp_path / "out", encoding=Encoding(format="WEBP"))
     with tarfile.open(tmp_path / "out" / "00000.tar") as archive:
         assert [name for name in archive.getnames() if name.endswith(".webp")] == [
@@ -128,7 +128,7 @@ def test_pairs_named_for_removal_are_left_out(pictures, tmp_path):
     assert pairs_of(f"{tmp_path}/out/00000.tar") == EXPECTED[1:3]
 
 
-def test_a_stopped_run_goes_on_after_the_last_shard(pictures, tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_after_the_last_shard(pictures, tmp_path, monkeypatch):
     source, out = open_source(write_csv(pictures)), tmp_path / "out"
     written = []
     real = module.write_shard
@@ -179,7 +179,7 @@ def test_a_run_that_was_stopped_while_it_tidied_up_is_finished(pictures, tmp_pat
         assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
 
 
-def test_what_is_there_is_kept_unless_overwrite(pictures, tmp_path):
+def test_existing_files_are_kept_unless_overwrite(pictures, tmp_path):
     source, out = open_source(write_csv(pictures)), tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("mine")
@@ -196,7 +196,7 @@ def test_what_is_there_is_kept_unless_overwrite(pictures, tmp_path):
     assert sorted(p.name for p in out.iterdir()) == ["00000.tar", "manifest.json"]
 
 
-def test_a_second_process_is_told_so(pictures, tmp_path):
+def test_a_second_process_is_refused(pictures, tmp_path):
     (tmp_path / "out").mkdir()
     with FileLock(tmp_path / "out" / ".lock"), pytest.raises(CNClipError, match="another process"):
         pack(open_source(write_csv(pictures)), tmp_path / "out")
@@ -208,7 +208,7 @@ def test_a_source_of_nothing_usable_is_refused(pictures, tmp_path):
         pack(open_source(f"{pictures}/p.csv"), tmp_path / "out")
 
 
-def test_an_lmdb_grows_with_what_it_holds(tmp_path):
+def test_an_lmdb_grows_with_its_content(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
     for number in range(40):
@@ -245,8 +245,8 @@ def test_a_folder_is_no_longer_locked_when_it_is_done(pictures, tmp_path):
     assert os.listdir(tmp_path / "out")
 
 
-def test_two_files_may_number_their_pictures_alike(pictures, tmp_path):
-    """As img2dataset does in every folder: a text must not come to another folder's picture."""
+def test_two_files_may_use_the_same_image_ids(pictures, tmp_path):
+    """As img2dataset does in every folder: a text must not come to another folder's image."""
     for name, content in (("a", jpeg(1)), ("b", jpeg(2))):
         (tmp_path / name).mkdir()
         (tmp_path / name / "0.jpg").write_bytes(content)

@@ -57,7 +57,7 @@ def test_a_folder_names_what_it_passes_over_and_reads_linked_folders(pictures, t
     assert sum("1 .heic" in each for each in source.unmatched()) == 1
 
 
-def test_a_pipe_is_named_and_the_rest_goes_on(pictures):
+def test_a_pipe_is_reported_and_other_rows_are_read(pictures):
     os.mkfifo(pictures / "x.jpg")
     for name in ("x", "007"):
         (pictures / f"{name}.txt").write_text("猫", encoding="utf-8")
@@ -268,7 +268,7 @@ def test_a_named_cache_that_cannot_be_written_is_one_sentence(pictures, monkeypa
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
 @pytest.mark.parametrize("damage", [lambda b: b[:-40], lambda b: b"", lambda b: bytes(len(b))])
-def test_a_damaged_index_is_built_anew(pictures, tmp_path, kind, damage):
+def test_a_damaged_index_is_built_again(pictures, tmp_path, kind, damage):
     uri = WRITERS[kind](pictures)
     expected = rows_of(open_source(uri))
     [index] = (tmp_path / ".cache" / "index").iterdir()
@@ -351,7 +351,7 @@ def test_a_hard_link_is_named(pictures):
         ("s.tar", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
     ],
 )
-def test_what_is_given_for_another_file_is_said_with_what_to_do(pictures, name, content, sentence):
+def test_a_file_of_the_wrong_format_is_named_with_the_remedy(pictures, name, content, sentence):
     with pytest.raises(DataError, match=sentence):
         manifest(pictures, content, name)
 

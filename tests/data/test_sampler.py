@@ -65,17 +65,17 @@ def test_an_epoch_holds_every_pair_once_and_the_next_has_another_order():
 
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("size", [8, 13])
-def test_any_number_of_processes_holds_the_same_batches(world_size, size):
+def test_global_batches_do_not_depend_on_the_number_of_processes(world_size, size):
     plan = Plan((101,), (101,), seed=5)
     assert shares(plan, 3, size, world_size) == shares(plan, 3, size, 1)
 
 
-def test_a_resumed_epoch_goes_on_where_it_stopped():
+def test_a_resumed_epoch_continues_where_it_stopped():
     plan = Plan((101, 33), (101, 66), seed=5)
     assert shares(plan, 2, 16, 2, start=4) == shares(plan, 2, 16, 1)[4:]
 
 
-def test_the_last_batch_is_what_is_left_with_nothing_twice():
+def test_the_last_batch_has_the_remaining_pairs_without_repeats():
     plan = Plan((10,), (10,), seed=0)
     got = shares(plan, 0, 4, 1)
     assert [len(batch) for batch in got] == [4, 4, 2]

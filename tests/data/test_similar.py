@@ -90,7 +90,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("seed", range(5))
-def test_a_changed_copy_stays_near_and_another_picture_is_far(change, seed):
+def test_a_changed_copy_stays_near_and_another_image_is_far(change, seed):
     image = make_picture(seed, (240, 200))
     index = build_index(np.stack([hash_image(each) for each in mirrored_and_cropped(image)]))
     copy = hash_image(CHANGES[change](image))
@@ -106,7 +106,7 @@ def test_equal_signs_of_other_frequencies_are_no_match():
     assert search(build_index(held), held[:1])[1].tolist() == [0]
 
 
-def test_a_plain_picture_matches_its_own_pixels_only():
+def test_a_flat_image_matches_equal_pixels_only():
     """Whatever file they are in: as JPEG and as PNG, white is the same white."""
     white = Image.new("RGB", (90, 90), "white")
     faint = white.copy()
@@ -142,7 +142,7 @@ def test_what_has_no_margins_is_only_laid_on_a_square(size):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (30, 20), (900, 700)])
-def test_a_picture_of_one_colour_stays_as_it_is(size):
+def test_an_image_of_one_colour_is_unchanged(size):
     image = Image.new("RGB", size, "teal")
     assert (without_margins(image).size, without_margins(image).tobytes()) == (
         size,

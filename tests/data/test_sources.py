@@ -35,12 +35,12 @@ def test_every_format_gives_the_same_pairs(kind, pictures):
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_the_kind_is_told_by_the_path(kind, pictures):
+def test_the_kind_is_detected_from_the_path(kind, pictures):
     uri = WRITERS[kind](pictures)
     assert pairs_of(open_source(uri.partition(":")[2])) == EXPECTED
 
 
-def test_a_folder_pairs_each_line_beside_a_picture(pictures):
+def test_a_folder_makes_a_pair_of_each_caption_line(pictures):
     (pictures / "007.txt").write_text("一只坐着的猫\r\n\r\n窗边的猫\n", encoding="utf-8-sig")
     (pictures / "008.txt").write_text("火箭发射", encoding="utf-8")
     (pictures / "alone.txt").write_text("没有图", encoding="utf-8")
@@ -58,7 +58,7 @@ def test_a_folder_pairs_each_line_beside_a_picture(pictures):
 
 
 def test_a_test_set_without_pairs_can_be_compared_with_and_not_trained_on(pictures):
-    """MUGE's test set says of no text which picture it belongs to."""
+    """MUGE's test set says of no text which image it belongs to."""
     write_tsv(pictures)
     lines = [{"text_id": 1, "text": "火箭", "image_ids": []}, {"text_id": 2, "text": "猫"}]
     text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
@@ -109,7 +109,7 @@ def test_several_files_are_one_source_and_sources_mix(pictures):
         ("csv:none.csv?txt=a", "unknown option of csv: 'txt'; did you mean text"),
     ],
 )
-def test_what_cannot_be_opened_is_said_in_a_sentence(uri, sentence):
+def test_a_source_that_cannot_be_opened_is_one_sentence(uri, sentence):
     with pytest.raises(CNClipError, match=sentence):
         open_source(uri)
 
@@ -221,7 +221,7 @@ def test_a_pickle_in_an_lmdb_is_never_run(pictures, tmp_path, monkeypatch):
     assert not (tmp_path / "harmed").exists()
 
 
-def test_an_lmdb_that_promises_more_than_it_holds_says_so(pictures):
+def test_an_lmdb_with_fewer_images_than_its_count_is_reported(pictures):
     uri = WRITERS["lmdb"](pictures)
     put(pictures / "lmdb" / "pairs", [("num_samples", b"9")])
     put(pictures / "lmdb" / "imgs", [("num_images", b"70")])
@@ -303,14 +303,14 @@ def test_a_size_below_zero_does_not_send_the_reader_backwards(pictures):
         manifest(pictures, bytes(whole), "s.tar")
 
 
-def test_an_index_is_made_anew_when_the_tar_changes(pictures):
+def test_an_index_is_built_again_when_the_tar_changes(pictures):
     first = manifest(pictures, tar_bytes([("a.jpg", jpeg(1)), ("a.txt", b"one")]), "s.tar")
     second = manifest(pictures, tar_bytes([("b.jpg", jpeg(1)), ("b.txt", b"other")]), "s.tar")
     assert first.row(0).image_id == "a"
     assert (second.row(0).text, second.row(0).image_id) == ("other", "b")
 
 
-def test_a_picture_is_what_was_packed(pictures):
+def test_the_images_are_the_packed_ones(pictures):
     source = open_source(WRITERS["tar"](pictures))
     assert Image.open(io.BytesIO(source.image(3))).size == (48, 40)
     assert [source.row(i).text for i in range(4)] == [record["text"] for record in records()]

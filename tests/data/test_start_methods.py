@@ -71,7 +71,7 @@ def test_every_source_is_read_in_whole_by_workers_of_every_start_method(method, 
     assert read(mix, workers=0) == sorted(expected)
 
 
-def test_a_source_is_pickled_without_what_it_holds_open(mix):
+def test_a_source_is_pickled_without_its_open_files(mix):
     for part in mix:
         pickled = pickle.dumps(part.source)
         assert len(pickled) < 4000, part.source.name

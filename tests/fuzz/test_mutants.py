@@ -105,7 +105,7 @@ def running(_):
         (greedy, "memory"), (endless, "memory"), (crashing, "crash"), (running, "execution"),
     ],
 )  # fmt: skip
-def test_the_runner_tells_what_is_bad(what, kind):
+def test_the_runner_reports_faults(what, kind):
     also = {"made": readers.Format(write, what), "fine": readers.Format(write, fine)}
     jobs = [("made", 1, 1), ("fine", 1, 1)]
     deadline = 0.5 if kind == "hang" else 10
