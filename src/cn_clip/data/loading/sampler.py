@@ -114,8 +114,8 @@ def batch_count(
     plan: Plan, global_batch_size: int, world_size: int = 1, drop_last: bool = False
 ) -> int:
     """Return the number of batches in an epoch."""
-    whole, rest = divmod(len(plan), global_batch_size)
-    return whole + (rest >= world_size and not drop_last)
+    full, rest = divmod(len(plan), global_batch_size)
+    return full + (rest >= world_size and not drop_last)
 
 
 def permuted(positions: npt.NDArray[np.int64], size: int, *key: int) -> npt.NDArray[np.int64]:

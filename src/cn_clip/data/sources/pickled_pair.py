@@ -17,7 +17,7 @@ _SCALARS = {
 _PUT, _GET = {"PUT", "BINPUT", "LONG_BINPUT"}, {"GET", "BINGET", "LONG_BINGET"}
 _BUILD = {"MARK", "TUPLE", "TUPLE3", "EMPTY_LIST", "LIST", "APPEND", "APPENDS"}
 _READ = _SCALARS | _PUT | _GET | _BUILD | {"PROTO", "FRAME", "MEMOIZE", "STOP"}
-_OPCODES = {ord(each.code): each for each in pickletools.opcodes}
+_OPCODES = {ord(opcode.code): opcode for opcode in pickletools.opcodes}
 _MAX_STEPS = 32  # a list of three in protocol 0, with a memo for each item, takes 14
 _SHAPE = "(image id, text id, text)"
 _MARK = object()
@@ -64,7 +64,7 @@ def _step(stream: io.BytesIO, stack: list[Any]) -> tuple[str, Any]:
             f"its pickle has the unknown opcode {code!r}" if code else "its pickle ends early"
         )
     if opcode.name == "STACK_GLOBAL":
-        raise _refuse_name(*(str(each) for each in stack[-2:]))
+        raise _refuse_name(*(str(item) for item in stack[-2:]))
     if opcode.name == "GLOBAL":
         raise _refuse_name(*(stream.readline(80).decode("latin-1").strip() for _ in range(2)))
     if opcode.name not in _READ:

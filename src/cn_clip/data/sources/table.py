@@ -262,8 +262,8 @@ def choose_columns(
         if column is not None and column not in columns:
             raise DataError(f"{name}: no column {column!r}; it has {', '.join(columns)}")
         if column is None:
-            candidates = [each for each in common if each in columns]
-            candidates.sort(key=lambda each: not usable(role, each))
+            candidates = [known for known in common if known in columns]
+            candidates.sort(key=lambda known: not usable(role, known))
             column = next(iter(candidates), "")
         if not column and role in ("image", "text"):
             raise DataError(
