@@ -57,7 +57,7 @@ def test_a_picture_that_cannot_be_read_is_told_and_in_no_figure(pictures, embedd
     (pictures / "猫.jpg").unlink()
     measured = evaluate_retrieval(embedder, mix)
     assert measured.image_ids == ["007"] and measured.pairs.tolist() == [[0, 0], [0, 1]]
-    assert ["pairs.jsonl, line 3" in measured.failed[0], "no picture" in measured.failed[1]] == [
+    assert ["pairs.jsonl, line 3" in measured.failed[0], "no image" in measured.failed[1]] == [
         True,
         True,
     ]
@@ -173,7 +173,7 @@ def test_features_of_the_other_kind_or_of_no_format_are_refused(tmp_path, embedd
     assert read_embeddings(tmp_path / "t.npz", "texts").ids == ["1", "2"]
     with pytest.raises(DataError, match="holds texts, not images"):
         read_embeddings(tmp_path / "t.npz", "images")
-    with pytest.raises(UsageError, match="no features at"):
+    with pytest.raises(UsageError, match="no embeddings at"):
         read_embeddings(tmp_path / "missing.npz", "images")
     (tmp_path / "x.npz").write_bytes(b"PK no zip")
     with pytest.raises(DataError, match=r"is not an .npz with embeddings and ids"):

@@ -205,8 +205,8 @@ def _checked(stored: StoredEmbeddings) -> StoredEmbeddings:
     not_finite = np.flatnonzero(~np.isfinite(stored.vectors).all(axis=1))
     if len(not_finite):
         raise DataError(
-            f"{path}: {len(not_finite)} vectors hold NaN or infinity, the first of id "
-            f"{stored.ids[not_finite[0]]!r}; embed again, in float32"
+            f"{path}: the vector of {stored.ids[not_finite[0]]!r} holds NaN or infinity, as do "
+            f"{len(not_finite)} in total; embed again, in float32"
         )
     seen: set[str] = set()
     for id in stored.ids:

@@ -188,7 +188,7 @@ def _looked_into(folder: Path, recipe: Recipe, resume: bool, allow_changes: bool
         if changes and not allow_changes:
             raise UsageError(
                 f"the recipe of the run in {folder} was another one: {'; '.join(changes)}. "
-                "--allow-changes goes on all the same_file"
+                "--allow-changes goes on all the same"
             )
         if not changes and (outcome := _read_outcome(folder)) is not None:
             return outcome
