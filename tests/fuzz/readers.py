@@ -136,7 +136,7 @@ def use_source(uri: str, folder: Path) -> None:
                 source.where(index)
 
     out.mkdir()
-    told: CNClipError | None = None
+    first_error: CNClipError | None = None
     for job in (
         lambda: write_report(check(source), source, out / "check.html"),
         lambda: pack(source, out / "tar", encoding=Encoding(max_side=24)),
@@ -150,9 +150,9 @@ def use_source(uri: str, folder: Path) -> None:
         try:
             job()
         except CNClipError as error:
-            told = told or error
-    if told:
-        raise told
+            first_error = first_error or error
+    if first_error:
+        raise first_error
 
 
 def use_list(kind: str, path: Path) -> None:
@@ -352,7 +352,7 @@ def _write_photos(folder: Path) -> None:
 
 
 def _damaged_lmdb(rng: Random, folder: Path) -> None:
-    """Write a pair, an image or a count of a database anew, damaged."""
+    """Write a pair, an image or a count of a database again, damaged."""
     import lmdb
 
     part = rng.choice(("pairs", "pairs", "imgs"))
@@ -603,9 +603,11 @@ def _write_run(folder: Path) -> None:
         {"kind": "warning", "total": 0, "text": "2 pairs are the same"},
     ]  # fmt: skip
     for n in range(4):
-        told = {"total": n, "stage": "one", "time": 1.0, "step": n}
-        events.append(told | {"kind": "step", "mean_loss": 2.5, "rate": 1e-3, "logit_scale": 14.3})
-        events.append(told | {"kind": "score", "mean_recall": 0.1 * n, **recalls})
+        common = {"total": n, "stage": "one", "time": 1.0, "step": n}
+        events.append(
+            common | {"kind": "step", "mean_loss": 2.5, "rate": 1e-3, "logit_scale": 14.3}
+        )
+        events.append(common | {"kind": "score", "mean_recall": 0.1 * n, **recalls})
     events.append({"kind": "end", "total": 3, "seconds": 7.5})
     lines = [json.dumps(event) for event in events]
     (folder / "log.jsonl").write_text("\n".join(lines) + "\n")
@@ -760,7 +762,7 @@ def _official_images(folder: Path) -> None:
 
 
 def _evil(suffix: str) -> Callable[[Random, Path], None]:
-    """Put a pickle that would run something in the place of the honest one."""
+    """Put a pickle that would run something in place of the valid one."""
 
     def damage(rng: Random, folder: Path) -> None:
         path = next(folder.glob(f"*{suffix}"))
@@ -871,8 +873,8 @@ _HERE = b"/the/folder/of/honest/files"  # written in the place of its path, for 
 
 
 @cache
-def honest(name: str) -> dict[str, bytes]:
-    """Return the honest files of a format by their paths."""
+def valid_files(name: str) -> dict[str, bytes]:
+    """Return the valid files of a format by path."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "x"
         folder.mkdir()
@@ -888,7 +890,7 @@ def honest(name: str) -> dict[str, bytes]:
 def damage(name: str, seed: int, number: int, folder: Path) -> None:
     """Write the files of a format into a new folder, damaged: a function of its arguments."""
     rng = Random(f"{name} {seed} {number}")
-    form, files = FORMATS[name], dict(honest(name))
+    form, files = FORMATS[name], dict(valid_files(name))
     folder.mkdir(parents=True)
     own = form.own is not None and (not form.damaged or rng.random() < 0.5)
     if not own:
@@ -910,10 +912,10 @@ def damage(name: str, seed: int, number: int, folder: Path) -> None:
         form.own(rng, folder)
 
 
-def write_honest(name: str, folder: Path) -> None:
+def write_valid(name: str, folder: Path) -> None:
     """Write the files of a format into a new folder, as they should be."""
     folder.mkdir(parents=True)
-    _write_all(honest(name), folder)
+    _write_all(valid_files(name), folder)
 
 
 def _write_all(files: dict[str, bytes], folder: Path) -> None:
