@@ -1,12 +1,12 @@
-"""Training pairs a second, and memory, of each source, beside the official dataset and webdataset.
+"""Pairs per second and memory of every source, compared with the official dataset and webdataset.
 
     python benchmarks/data.py --peer OTHER/bin/python [--stamps FOLDER] [--count 500]
     python benchmarks/data.py --large    # instead: a manifest of 10 M rows, a tar of 1 GB
 
-The peer is a Python with the official `cn-clip`, `lmdb`, `timm` and `webdataset`. The same
-pictures, Tux Paint's stamps as JPEG of several sizes, are packed into every format once; each
-measurement is a process of its own with one thread and no workers, in turns, the best of all
-rounds counts. Both sides decode, preprocess to 224 pixels and tokenise, in batches of 64.
+The peer is a Python with the official `cn-clip`, `lmdb`, `timm` and `webdataset`. The same images,
+Tux Paint's stamps as JPEG of several sizes, are packed into every format. Every measurement is its
+own process with one thread and no workers; they alternate, and the best round counts. Both sides
+decode, preprocess to 224 pixels and tokenise, in batches of 64.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 BATCH, SIZE = 64, 224
-SIDES = {"256": 256, "640": 640, "3000": 3000}  # longer side of the pictures, in pixels
+SIDES = {"256": 256, "640": 640, "3000": 3000}  # longer side of the images, in pixels
 OURS = ["folder", "csv", "jsonl", "parquet", "tsv", "lmdb", "tar"]
 
 
-def place(root: Path, kind: str) -> str:
+def source_uri(root: Path, kind: str) -> str:
     return {
         "folder": f"folder:{root}/pictures",
         "csv": f"csv:{root}/pictures/pairs.csv",
@@ -45,7 +45,10 @@ def ours(kind: str, root: Path, fast_decode: bool) -> Iterable[int]:
     from cn_clip.data.sources.open import open_mix
 
     loader = Loader(
-        open_mix([place(root, kind)]), Preparation(SIZE, fast_decode=fast_decode), BATCH, workers=0
+        open_mix([source_uri(root, kind)]),
+        Preparation(SIZE, fast_decode=fast_decode),
+        BATCH,
+        workers=0,
     )
     for epoch in range(1000):
         for batch in loader.batches(epoch):
@@ -96,18 +99,18 @@ def measure(what: str, root: Path, seconds: float) -> None:
     before = peak_memory()
     stream = iter(batches)
     next(stream)  # opening, and the first batch
-    begin, pairs = time.perf_counter(), 0
-    while time.perf_counter() - begin < seconds:
+    start, pairs = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
         pairs += next(stream)
-    rate = pairs / (time.perf_counter() - begin)
-    print(json.dumps({"rate": rate, "peak": peak_memory() - before}))
+    per_second = pairs / (time.perf_counter() - start)
+    print(json.dumps({"per_second": per_second, "peak": peak_memory() - before}))
 
 
 def peak_memory() -> float:
-    """Return the most memory this process held, in MB; not its parent's, as ru_maxrss may be."""
+    """Return the peak memory of this process in MB; ru_maxrss may include its parent's."""
     status = Path("/proc/self/status")
     if status.exists():
-        (line,) = (each for each in status.read_text().splitlines() if each.startswith("VmHWM"))
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) / 1e3
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1e6 if platform.system() == "Darwin" else 1e3)
@@ -132,7 +135,7 @@ def prepare(stamps: Path, root: Path, side: int, count: int) -> None:
     for number, (path, caption) in enumerate(things(stamps)[:count]):
         image = read_image(path, background="white").convert("RGB")
         factor = side / max(image.size)
-        size = tuple(max(1, round(each * factor)) for each in image.size)
+        size = tuple(max(1, round(length * factor)) for length in image.size)
         image.resize(size, Image.Resampling.BICUBIC).save(pictures / f"{number}.jpg", quality=92)
         (pictures / f"{number}.txt").write_text(caption, encoding="utf-8")
         rows.append({"image": f"{number}.jpg", "text": caption})
@@ -155,34 +158,34 @@ def run(python: str, what: str, root: Path, seconds: float) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
-def compare(options: argparse.Namespace, scratch: Path) -> None:
+def compare_peers(options: argparse.Namespace, scratch: Path) -> None:
     from things468 import fetch
 
     stamps = options.stamps or fetch(scratch)
-    print(f"pairs a second on one core, {SIZE} pixels; best of {options.rounds} rounds; ", end="")
+    print(f"pairs per second on one core, {SIZE} pixels; best of {options.rounds} rounds; ", end="")
     print(f"{platform.machine()}, Python {sys.version.split()[0]}")
-    for name, side in SIDES.items():
+    for name, pixels in SIDES.items():
         root = scratch / name
-        prepare(stamps, root, side, options.count if side < 1000 else min(options.count, 100))
+        prepare(stamps, root, pixels, options.count if pixels < 1000 else min(options.count, 100))
         peers = ["official", "webdataset"] if options.peer else []
         sides = [*peers, *OURS, "tar/fast"]
-        best = {each: {"rate": 0.0, "peak": float("inf")} for each in sides}
+        best = {side: {"per_second": 0.0, "peak": float("inf")} for side in sides}
         for _ in range(options.rounds):
-            for each in sides:
-                python = options.peer if each in peers else sys.executable
-                got = run(python, each, root, options.seconds)
-                best[each]["rate"] = max(best[each]["rate"], got["rate"])
-                best[each]["peak"] = min(best[each]["peak"], got["peak"])
-        print(f"\nlonger side {side:,} pixels {'pairs/s':>18} {'MB':>7}", end="")
+            for side in sides:
+                python = options.peer if side in peers else sys.executable
+                result = run(python, side, root, options.seconds)
+                best[side]["per_second"] = max(best[side]["per_second"], result["per_second"])
+                best[side]["peak"] = min(best[side]["peak"], result["peak"])
+        print(f"\nlonger side {pixels:,} pixels {'pairs/s':>18} {'MB':>7}", end="")
         print("".join(f" {'x ' + peer:>14}" for peer in peers))
-        for each in sides:
-            rate, peak = best[each]["rate"], best[each]["peak"]
-            ratios = "".join(f" {rate / best[peer]['rate']:14.2f}" for peer in peers)
-            print(f"{each:<24} {rate:18,.0f} {peak:7,.0f}{ratios}")
+        for side in sides:
+            per_second, peak = best[side]["per_second"], best[side]["peak"]
+            ratios = "".join(f" {per_second / best[peer]['per_second']:14.2f}" for peer in peers)
+            print(f"{side:<24} {per_second:18,.0f} {peak:7,.0f}{ratios}")
 
 
 def measure_large(what: str, root: Path) -> None:
-    """Open a large source, read rows all over it; print seconds and the memory that it took."""
+    """Open a large source and read rows across it; print the seconds and the memory."""
     from cn_clip.data.sources.open import open_source
 
     before = peak_memory()
@@ -245,8 +248,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--peer", help="a Python with the official cn-clip and webdataset")
-    parser.add_argument("--stamps", type=Path, help="Tux Paint's stamps; fetched if not given")
-    parser.add_argument("--large", action="store_true", help="large sources, ours alone")
+    parser.add_argument("--stamps", type=Path, help="Tux Paint's stamps; downloaded by default")
+    parser.add_argument("--large", action="store_true", help="measure large sources, ours only")
     parser.add_argument("--count", type=int, default=468)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=4.0)
@@ -264,7 +267,7 @@ def main() -> None:
         if options.large:
             large(Path(scratch))
         else:
-            compare(options, Path(scratch))
+            compare_peers(options, Path(scratch))
 
 
 if __name__ == "__main__":

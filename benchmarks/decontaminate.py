@@ -1,11 +1,10 @@
-"""Planted near-duplicates found, clean pictures wrongly removed, and the speed of the lookup.
+"""Recall of planted near-duplicates, false removals, and the speed of the lookup.
 
     python benchmarks/decontaminate.py TEST_FOLDER OTHER_FOLDER [--count 500] [--lookup 1000000]
 
-Both folders hold real pictures, searched through. Of each of COUNT test pictures there are six
-kinds of copies, whose parameters are drawn at random; `decontaminate` looks for the test pictures
-among them, and among the other folder's. What is "wrongly" removed of the others may be a true
-near-duplicate: --report FILE.html shows them.
+Both folders hold real images, and are searched recursively. COUNT test images are copied with six
+random changes; `decontaminate` searches the copies and the other folder for test images. A
+removal from the other folder may be a true near-duplicate: --report FILE.html shows them.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cn_clip.data.curate.decontaminate import decontaminate, write_page
-from cn_clip.data.curate.perceptual_hash import THRESHOLD, build, search
+from cn_clip.data.curate.decontaminate import decontaminate, write_removed_report
+from cn_clip.data.curate.perceptual_hash import THRESHOLD, build_index, search
 from cn_clip.data.sources.base import Source
 from cn_clip.data.sources.open import open_source
 from cn_clip.errors import ImageError
@@ -44,7 +43,7 @@ def recompressed(image: Image.Image) -> Image.Image:
 
 
 def cropped(image: Image.Image) -> Image.Image:
-    """Without 5 % of its width and of its height, at the sides by chance."""
+    """Crop 5 % of the width and of the height, split randomly between the sides."""
     width, height = image.size
     left, top = RNG.uniform(0, 0.05 * width), RNG.uniform(0, 0.05 * height)
     box = (left, top, left + 0.95 * width, top + 0.95 * height)
@@ -61,15 +60,16 @@ def shifted(image: Image.Image) -> Image.Image:
 
 
 def framed(image: Image.Image) -> Image.Image:
-    """With more margin of the colour that it has in its corner."""
+    """Add margins in the colour of the corner."""
     width, height = image.size
     left, top, right, bottom = (RNG.uniform(0, 0.6, 4) * (width, height, width, height)).astype(int)
-    sheet = Image.new("RGB", (width + left + right, height + top + bottom), image.getpixel((0, 0)))
-    sheet.paste(image, (left, top))
-    return sheet
+    size = (width + left + right, height + top + bottom)
+    canvas = Image.new("RGB", size, image.getpixel((0, 0)))
+    canvas.paste(image, (left, top))
+    return canvas
 
 
-KINDS: tuple[Callable[[Image.Image], Image.Image], ...] = (
+CHANGES: tuple[Callable[[Image.Image], Image.Image], ...] = (
     resized,
     recompressed,
     cropped,
@@ -91,8 +91,8 @@ def load(folder: Path, count: int) -> list[Image.Image]:
     return images
 
 
-def written(images: list[Image.Image], folder: Path) -> Source:
-    """The pictures as a source of pairs, each with its number as text."""
+def write_source(images: list[Image.Image], folder: Path) -> Source:
+    """Write images as a source of pairs, with their numbers as texts."""
     folder.mkdir()
     for number, image in enumerate(images):
         image.save(folder / f"{number:05}.png", compress_level=1)
@@ -101,39 +101,40 @@ def written(images: list[Image.Image], folder: Path) -> Source:
     return open_source(f"jsonl:{folder}/pairs.jsonl")
 
 
-def measure_found(options: argparse.Namespace, scratch: Path) -> None:
+def measure_recall(options: argparse.Namespace, scratch: Path) -> None:
     tests = load(options.test, options.count)
-    against = written(tests, scratch / "tests")
-    print(f"{len(tests)} test pictures; threshold {THRESHOLD} of 256 bits")
-    for change in KINDS:
-        copies = written([change(image) for image in tests], scratch / change.__name__)
+    against = write_source(tests, scratch / "tests")
+    print(f"{len(tests)} test images; threshold {THRESHOLD} of 256 bits")
+    for change in CHANGES:
+        copies = write_source([change(image) for image in tests], scratch / change.__name__)
         removed = decontaminate(copies, against, min_caption=0).removed
-        found = sum(each.index == each.against for each in removed)
+        found = sum(pair.index == pair.against for pair in removed)
         print(f"  {change.__name__:<14} {found:5} of {len(tests)} found: {found / len(tests):.1%}")
-    others = written(load(options.other, options.others), scratch / "others")
+    others = write_source(load(options.other, options.others), scratch / "others")
     begin = time.perf_counter()
     result = decontaminate(others, against, min_caption=0)
     seconds = time.perf_counter() - begin
-    share = len(result.removed) / len(others)
-    print(f"  {len(result.removed)} of {len(others)} others removed: {share:.2%}; {seconds:.0f} s")
+    fraction = len(result.removed) / len(others)
+    print(
+        f"  {len(result.removed)} of {len(others)} others removed: {fraction:.2%}; {seconds:.0f} s"
+    )
     if options.report:
-        write_page(result, others, against, options.report)
+        write_removed_report(result, others, against, options.report)
 
 
 def measure_lookup(options: argparse.Namespace) -> None:
-    """30,000 test pictures in all their variants, with and without margins, against so many random
-    queries, of which a training picture has two."""
+    """Look up random queries, two per training image, in all variants of 30,000 test images."""
     random = np.random.default_rng(0)
-    index = build(random.integers(0, 2**64, (900_000, 36), dtype=np.uint64))
+    index = build_index(random.integers(0, 2**64, (900_000, 36), dtype=np.uint64))
     queries = random.integers(0, 2**64, (options.lookup, 36), dtype=np.uint64)
     begin = time.perf_counter()
     for at in range(0, len(queries), TOGETHER):
         search(index, queries[at : at + TOGETHER])
     seconds = time.perf_counter() - begin
-    rate = options.lookup / seconds
+    per_second = options.lookup / seconds
     print(
         f"lookup in 900,000 hashes: {options.lookup:,} in {seconds:.1f} s; "
-        f"of 10 M pictures at this rate: {2e7 / rate / 60:.0f} min on one core"
+        f"10 M images at this speed: {2e7 / per_second / 60:.0f} min on one core"
     )
 
 
@@ -149,7 +150,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        measure_found(options, Path(scratch))
+        measure_recall(options, Path(scratch))
     measure_lookup(options)
 
 

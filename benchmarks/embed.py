@@ -1,9 +1,9 @@
-"""``embed images`` beside the bare model: 2,000 photos, read and decoded, against tensors at hand.
+"""Speed of ``embed images`` (2,000 photos, with decoding) relative to the model alone.
 
     python benchmarks/embed.py [--photos 2000] [--model mini]
 
-The photos are the four of examples/, cut and compressed anew each time, so that no two are alike.
-Both are timed in turns, in one process; the ratio is of the best of each.
+The photos are the four of examples/, cropped and compressed at random, so that all differ. Both
+are timed alternately in one process; the ratio is that of the best rounds.
 """
 
 from __future__ import annotations
@@ -54,16 +54,20 @@ def main() -> None:
         embedder._run_images(batch)
         bare, ours = [], []
         for number in range(options.rounds):
-            begin = time.perf_counter()
+            start = time.perf_counter()
             for _ in range(options.photos // BATCH):
                 embedder._run_images(batch)
-            bare.append(options.photos // BATCH * BATCH / (time.perf_counter() - begin))
-            begin = time.perf_counter()
+            bare.append(options.photos // BATCH * BATCH / (time.perf_counter() - start))
+            start = time.perf_counter()
             out = Path(work) / f"{number}.npz"
             extract(embedder, "images", read_images([str(photos)]), out)
-            ours.append(options.photos / (time.perf_counter() - begin))
-            print(f"round {number + 1}: bare {bare[-1]:.1f}, embed {ours[-1]:.1f} photos a second")
-    print(f"embed images: {max(ours):.1f} a second, {max(ours) / max(bare):.0%} of the bare model")
+            ours.append(options.photos / (time.perf_counter() - start))
+            print(
+                f"round {number + 1}: bare {bare[-1]:.1f}, embed {ours[-1]:.1f} photos per second"
+            )
+    print(
+        f"embed images: {max(ours):.1f} per second, {max(ours) / max(bare):.0%} of the bare model"
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""What reading an LMDB without the lmdb library costs, a pair at a time in random order.
+"""The cost of reading an LMDB without the lmdb library, one pair at a time in random order.
 
     python benchmarks/lmdb_read.py [--images 4000] [--texts 100]
 
-An LMDB of JPEGs of 640 x 480 pixels, each with so many texts, is written once. Then pairs are read
-from the page cache: by the lmdb library, pickle and base64, as the official package does, and by
-``cn_clip``, as ``row`` and ``image``; and their images decoded and resized. CPU time, the best of
-three rounds.
+An LMDB of JPEGs of 640 x 480 pixels, with TEXTS texts each, is written once. Pairs are read
+from the page cache, by lmdb, pickle and base64 as in the official package, and by ``cn_clip``;
+images are decoded and resized for comparison. CPU time, best of three rounds.
 """
 
 from __future__ import annotations
@@ -62,7 +61,9 @@ def main() -> None:
         library, own = (best(read, order) for read in (official, ours))
         decode = best(lambda photo: to_pixels(read_image(photo), 224), content)
         print(f"lmdb {lmdb.__version__}, {len(source):,} pairs of {len(photos[0]):,} bytes")
-        print(f"lmdb library {library:.0f} us a pair, cn_clip {own:.0f} us ({own / library:.1f} x)")
+        print(
+            f"lmdb library {library:.0f} us per pair, cn_clip {own:.0f} us ({own / library:.1f} x)"
+        )
         print(
             f"decode and resize {decode:.0f} us: a pair costs {1 + (own - library) / decode:.3f} x"
         )
@@ -76,7 +77,7 @@ def photo(seed: int) -> bytes:
 
 
 def best(read: Callable[..., object], items: list[object]) -> float:
-    """Return the microseconds of CPU time that an item takes."""
+    """Return the CPU time per item in microseconds."""
     rounds = []
     for _ in range(3):
         started = time.process_time()

@@ -119,7 +119,7 @@ def our_step(batch: int, captions: list[str], locked: bool, cached: bool, precis
     import torch
 
     from cn_clip.config import MODELS
-    from cn_clip.data.loading.loader import stacked_keys, token_ids
+    from cn_clip.data.loading.loader import stack_keys, token_ids
     from cn_clip.data.sources.base import Row
     from cn_clip.model.clip import CLIP, initialize
     from cn_clip.train.batches.batch import Share
@@ -149,7 +149,7 @@ def our_step(batch: int, captions: list[str], locked: bool, cached: bool, precis
         torch.randn(batch, 512) if cached else None,
         token_ids(captions, 52),
         [Row(text, str(n), str(n)) for n, text in enumerate(captions)],
-        stacked_keys([[n, n, captions.index(text)] for n, text in enumerate(captions)]),
+        stack_keys([[n, n, captions.index(text)] for n, text in enumerate(captions)]),
     )
     done = 0
 

@@ -28,7 +28,7 @@ def test_arrays_come_back_as_numpy_wrote_them(tmp_path, array, mapped):
     assert found.dtype == array.dtype
 
 
-def test_arrays_come_by_name_and_what_is_optional_may_be_missing(tmp_path):
+def test_arrays_are_read_by_name_and_optional_ones_may_be_missing(tmp_path):
     np.savez_compressed(tmp_path / "x.npz", rows=ROWS)
     found = read_npz(tmp_path / "x.npz", ["rows"], optional=["about"])
     np.testing.assert_array_equal(found["rows"], ROWS)
@@ -65,5 +65,5 @@ def test_an_array_that_unfolds_to_much_more_than_there_is_is_refused(tmp_path):
     np.save(stream, np.zeros(20 << 20, np.float32))
     with zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("rows.npy", stream.getvalue())
-    with pytest.raises(DataError, match="unfolds to 83,886,208 bytes"):
+    with pytest.raises(DataError, match="decompresses to 83,886,208 bytes"):
         read_npz(tmp_path / "x.npz", ["rows"])

@@ -96,7 +96,7 @@ def test_an_existing_output_is_kept_without_overwrite(tiny_model, tmp_path):
         convert(tmp_path / "in", tmp_path / "in", "hf", overwrite=True)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "thesis.doc").write_text("mine")
-    with pytest.raises(UsageError, match=r"holds thesis\.doc, which no convert wrote"):
+    with pytest.raises(UsageError, match=r"holds thesis\.doc, not written by convert"):
         convert(tmp_path / "in", tmp_path / "folder", "hf", overwrite=True)
     assert (tmp_path / "folder" / "thesis.doc").read_text() == "mine"
 

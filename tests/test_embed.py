@@ -43,7 +43,7 @@ def vectors(path):
         return stored["embeddings"], stored["ids"], json.loads(str(stored["about"]))
 
 
-def test_npz_holds_the_vectors_that_embed_images_gives(embedder, pictures, tmp_path):
+def test_an_npz_holds_the_vectors_of_embed_images(embedder, pictures, tmp_path):
     done = extract(embedder, "images", read_images([str(pictures)]), tmp_path / "x.npz")
     rows, ids, about = vectors(tmp_path / "x.npz")
     paths = sorted(pictures.iterdir())
@@ -72,7 +72,7 @@ def test_the_official_jsonl_and_clip_retrievals_folder_hold_the_same(embedder, p
         assert json.loads((tmp_path / stated).read_text()) == about
 
 
-def test_every_input_of_pictures_gives_the_same_rows(embedder, pictures, tmp_path):
+def test_every_input_of_images_gives_the_same_rows(embedder, pictures, tmp_path):
     paths = sorted(pictures.iterdir())
     (pictures / "list.txt").write_text("\n".join(path.name for path in paths))
     lines = [json.dumps({"image": p.name, "image_id": i}) for i, p in enumerate(paths)]
@@ -106,18 +106,14 @@ def test_texts_come_from_lines_and_from_the_official_jsonl(embedder, tmp_path):
         np.testing.assert_allclose(rows, embedder.embed_texts(texts), atol=1e-6)
 
 
-def test_a_broken_off_run_is_taken_up_where_it_stopped(embedder, pictures, tmp_path):
-    count = 0
-
-    def stop(more):
-        nonlocal count
-        count += more
-        if count == 7:
+def test_an_interrupted_run_resumes_where_it_stopped(embedder, pictures, tmp_path):
+    def stop(done, _):
+        if done == 7:
             raise KeyboardInterrupt
 
     out = tmp_path / "x.npz"
     with pytest.raises(KeyboardInterrupt):
-        extract(embedder, "images", read_images([str(pictures)]), out, tick=stop)
+        extract(embedder, "images", read_images([str(pictures)]), out, on_progress=stop)
     assert not out.exists()
     make_image(99).save(pictures / "1.png")  # changed since
     make_image(98).save(pictures / "0a.png")  # new, between old ones
@@ -130,19 +126,17 @@ def test_a_broken_off_run_is_taken_up_where_it_stopped(embedder, pictures, tmp_p
 
 
 def test_parts_of_another_model_are_not_mixed_in(embedder, pictures, tmp_path):
-    count = 0
-
-    def stop(_):
-        nonlocal count
-        count += 1
-        if count == 7:
+    def stop(done, _):
+        if done == 7:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        extract(embedder, "images", read_images([str(pictures)]), tmp_path / "x.npz", tick=stop)
+        extract(
+            embedder, "images", read_images([str(pictures)]), tmp_path / "x.npz", on_progress=stop
+        )
     weights.save_folder(make_model(TINY["vit"], seed=5), tmp_path / "other")
     other = cn_clip.load(tmp_path / "other", device="cpu")
-    with pytest.raises(UsageError, match="begun with another model"):
+    with pytest.raises(UsageError, match="started with another model"):
         extract(other, "images", read_images([str(pictures)]), tmp_path / "x.npz")
     done = extract(
         other, "images", read_images([str(pictures)]), tmp_path / "x.npz", overwrite=True
@@ -150,9 +144,7 @@ def test_parts_of_another_model_are_not_mixed_in(embedder, pictures, tmp_path):
     assert (done.resumed, done.written) == (0, 8)
 
 
-def test_bad_pictures_are_counted_and_listed_and_leave_the_rest(
-    embedder, pictures, tmp_path, capsys
-):
+def test_unreadable_images_are_counted_listed_and_skipped(embedder, pictures, tmp_path, capsys):
     (pictures / "3.png").write_bytes(b"no picture")
     (pictures / "list.txt").write_text("0.png\n3.png\nnone.png\n7.png\n")
     done = extract(
@@ -176,10 +168,10 @@ def test_bad_pictures_are_counted_and_listed_and_leave_the_rest(
         ("a.tsv", "1\tQUJD\n2 QUJD", r"a\.tsv, line 2: expected an id, a tab and base64"),
         ("a.txt", "0.png\n1.png\n0.png", r"line 3: the id '0\.png' was used before, .*line 1"),
         ("a.txt", "", "hold no images"),
-        ("a.doc", "x", "no picture and no list of pictures"),
+        ("a.doc", "x", "neither an image nor a list of images"),
     ],
 )
-def test_what_is_wrong_with_a_list_is_said_with_its_line(
+def test_an_invalid_list_is_reported_with_its_line(
     embedder, pictures, tmp_path, name, content, message
 ):
     (pictures / name).write_text(content)
@@ -206,7 +198,7 @@ def test_an_existing_output_and_an_unknown_format_are_refused(embedder, pictures
         extract(embedder, "images", read_images([str(pictures)]), tmp_path / "x.csv")
 
 
-def test_a_second_process_is_told_to_wait(embedder, pictures, tmp_path):
+def test_a_second_process_is_asked_to_wait(embedder, pictures, tmp_path):
     (tmp_path / "x.npz.parts").mkdir()
     with (
         FileLock(tmp_path / "x.npz.parts" / ".lock"),
@@ -253,7 +245,7 @@ def test_a_damaged_part_is_embedded_again(embedder, pictures, tmp_path, monkeypa
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "writer_of", lambda _: interrupted)
+    monkeypatch.setattr(module, "writer_for", lambda _: interrupted)
     with pytest.raises(KeyboardInterrupt):
         extract(embedder, "images", items, out)
     parts = sorted(out.with_name("out.npz.parts").glob("*.npz"))

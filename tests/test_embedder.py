@@ -122,7 +122,7 @@ def test_an_unreadable_image_is_named(embedder, tmp_path):
     (tmp_path / "broken.jpg").write_bytes(encoded(make_image(), "JPEG")[:500])
     with pytest.raises(ImageError, match=r"broken\.jpg is damaged"):
         embedder.embed_images([make_image(), tmp_path / "broken.jpg"])
-    with pytest.raises(ImageError, match="not a picture"):
+    with pytest.raises(ImageError, match="not an image"):
         embedder.embed_images([3])
 
 

@@ -5,9 +5,9 @@ import pytest
 from train.runs import CAPTIONS
 
 from cn_clip.embeddings.files import (
-    Features,
+    EmbeddingsToWrite,
     read_captions,
-    read_features,
+    read_embeddings,
     write_clip_retrieval,
     write_npz,
 )
@@ -17,7 +17,9 @@ from cn_clip.errors import DataError, UsageError
 def written(folder, texts):
     """Write texts whose vectors are the rows of an identity matrix."""
     vectors = np.eye(len(texts), 4, dtype=np.float32)
-    rows = Features("texts", list(range(len(texts))), texts, 4, lambda a, b: vectors[a:b], {})
+    rows = EmbeddingsToWrite(
+        "texts", list(range(len(texts))), texts, 4, lambda a, b: vectors[a:b], {}
+    )
     write_clip_retrieval(rows, folder)
     return folder
 
@@ -27,7 +29,7 @@ def test_captions_are_read_as_ids_with_their_vectors_in_order(tmp_path):
     found = read_captions(folder)
     assert found.ids == CAPTIONS[:3]
     np.testing.assert_array_equal(found.vectors, np.eye(3, 4))
-    assert read_features(folder, "texts").ids == ["0", "1", "2"]
+    assert read_embeddings(folder, "texts").ids == ["0", "1", "2"]
 
 
 def test_of_a_caption_that_stands_there_twice_the_first_counts(tmp_path):
@@ -43,9 +45,9 @@ def test_captions_that_are_no_folder_are_named_with_the_command_that_makes_one(t
         read_captions(tmp_path / name)
 
 
-def test_a_folder_of_pictures_holds_no_captions(tmp_path):
+def test_a_folder_of_images_is_not_a_folder_of_captions(tmp_path):
     vectors = np.eye(1, 4, dtype=np.float32)
-    rows = Features("images", [0], ["0.png"], 4, lambda a, b: vectors[a:b], {})
+    rows = EmbeddingsToWrite("images", [0], ["0.png"], 4, lambda a, b: vectors[a:b], {})
     write_clip_retrieval(rows, tmp_path / "pictures")
     with pytest.raises(DataError, match="holds 0 files in text_emb and 1 in metadata"):
         read_captions(tmp_path / "pictures")
@@ -54,7 +56,9 @@ def test_a_folder_of_pictures_holds_no_captions(tmp_path):
 def test_damaged_features_are_one_sentence(tmp_path):
     about = {"kind": "images"}
     vectors = np.eye(3, 4, dtype=np.float32)
-    rows = Features("images", ["a", "b", "c"], ["a", "b", "c"], 4, lambda a, b: vectors[a:b], about)
+    rows = EmbeddingsToWrite(
+        "images", ["a", "b", "c"], ["a", "b", "c"], 4, lambda a, b: vectors[a:b], about
+    )
     write_npz(rows, tmp_path / "x.npz")
     write_clip_retrieval(rows, tmp_path / "folder")
     for place, file in (
@@ -71,6 +75,6 @@ def test_damaged_features_are_one_sentence(tmp_path):
         ):
             (tmp_path / file).write_bytes(damaged)
             with pytest.raises(DataError, match=rf"{file.rpartition('/')[2]} is not "):
-                read_features(tmp_path / place, "images")
+                read_embeddings(tmp_path / place, "images")
         (tmp_path / file).write_bytes(whole)
-        assert read_features(tmp_path / place, "images").ids == ["a", "b", "c"]
+        assert read_embeddings(tmp_path / place, "images").ids == ["a", "b", "c"]

@@ -12,7 +12,7 @@ from conftest import encoded, make_image
 from cn_clip.cli import run
 from cn_clip.embeddings.inputs import read_images, read_texts
 from cn_clip.errors import ImageError, UsageError
-from cn_clip.files import as_path, beside, find, read_file, read_lines, walk
+from cn_clip.files import as_path, find, read_file, read_lines, resolve_in, walk
 from cn_clip.image import decode as image
 from cn_clip.text import path_text, read_json, valid_text
 
@@ -57,7 +57,7 @@ def test_a_name_that_is_not_utf8_is_written_so_that_it_leads_back_to_the_file():
 
 @pytest.mark.parametrize("given", ["", "a\0b", "a" * 300, "~nobody-of-this-name/x"])
 def test_a_path_that_no_system_takes_is_refused_in_a_sentence(given):
-    with pytest.raises(UsageError, match=r"empty path was given|is no usable path"):
+    with pytest.raises(UsageError, match=r"path is empty|is not a valid path"):
         as_path(given)
     with pytest.raises(ImageError):
         image.find_images([given])
@@ -149,13 +149,13 @@ def test_files_of_other_formats_are_counted_and_named(tmp_path):
     (tmp_path / "a.jpg").write_bytes(encoded(make_image(), "JPEG"))
     for name in ("b.HEIC", "c.heic", "d.avif", "a.txt", ".DS_Store", "LICENSE", "e"):
         (tmp_path / name).touch()
-    told = "4 files are passed over, of no image format that is read"
+    told = "4 files are skipped, not of a supported image format"
     with pytest.warns(UserWarning, match=rf"{told} \(2 .heic, 1 without a suffix, 1 .avif\)"):
         assert image.find_images([tmp_path]) == [tmp_path / "a.jpg"]
     with pytest.warns(UserWarning, match="2 .heic"):
         assert len(image.find_images([f"{tmp_path}/*"])) == 1
     (tmp_path / "a.jpg").unlink()
-    with pytest.raises(ImageError, match=r"holds no picture .*; .* \(2 .heic"):
+    with pytest.raises(ImageError, match=r"holds no image .*; .* \(2 .heic"):
         image.find_images([tmp_path])
 
 
@@ -168,13 +168,13 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path):
 def test_a_path_from_windows_is_found_if_the_one_with_slashes_exists(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b.jpg").touch()
-    assert beside(tmp_path, "a\\b.jpg") == tmp_path / "a" / "b.jpg"
-    assert beside(tmp_path, "a\\c.jpg") == tmp_path / "a\\c.jpg"
+    assert resolve_in(tmp_path, "a\\b.jpg") == tmp_path / "a" / "b.jpg"
+    assert resolve_in(tmp_path, "a\\c.jpg") == tmp_path / "a\\c.jpg"
     (tmp_path / "a\\b.jpg").touch()  # a name may hold one here
-    assert beside(tmp_path, "a\\b.jpg") == tmp_path / "a\\b.jpg"
+    assert resolve_in(tmp_path, "a\\b.jpg") == tmp_path / "a\\b.jpg"
 
 
-def test_lists_of_images_and_texts_hold_what_people_have(tmp_path):
+def test_lists_of_images_and_texts_in_common_forms_are_read(tmp_path):
     (tmp_path / "p").mkdir()
     name = f"p/{GBK}.jpg"
     (tmp_path / name).write_bytes(encoded(make_image(), "JPEG"))

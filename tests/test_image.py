@@ -1,4 +1,4 @@
-"""Pixels against the reference's, and pictures that should not be trusted."""
+"""Pixels against the reference's, and images that should not be trusted."""
 
 import io
 import struct
@@ -40,7 +40,7 @@ def test_every_allowed_format_opens_from_path_and_bytes(tmp_path, format):
     assert read_image(path).size == read_image(raw).size == (80, 60)
 
 
-def test_arrays_and_pil_images_are_pictures_too():
+def test_arrays_and_pil_images_are_accepted():
     picture = make_image()
     array = np.asarray(picture)
     for source in (picture, array, array[..., 0], np.dstack([array, array[..., :1]])):
@@ -48,9 +48,9 @@ def test_arrays_and_pil_images_are_pictures_too():
 
 
 def test_other_formats_are_refused():
-    with pytest.raises(ImageError, match="not a picture in a known format"):
+    with pytest.raises(ImageError, match="not an image in a known format"):
         read_image(encoded(make_image(), "PPM"))
-    with pytest.raises(ImageError, match="not a picture in a known format"):
+    with pytest.raises(ImageError, match="not an image in a known format"):
         read_image(b"%PDF-1.7 not a picture")
 
 
@@ -100,7 +100,7 @@ def test_a_huge_header_is_refused_before_decoding(monkeypatch):
     header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0"))
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
-    with pytest.raises(ImageError, match=r"claims 2,500,000,000 pixels, above every limit"):
+    with pytest.raises(ImageError, match=r"claims 2,500,000,000 pixels, above all limits"):
         read_image(bomb)
 
 
@@ -124,7 +124,7 @@ def test_fast_decode_leaves_a_callers_image_as_it_is():
     assert read_image(image, fast_decode=224).size == image.size == (1600, 1200)
 
 
-def test_transparent_pixels_lie_on_the_background_asked_for():
+def test_transparent_pixels_get_the_given_background():
     clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
     assert (to_pixels(read_image(clear, background="white"), 8) == 255).all()
     assert (to_pixels(read_image(clear), 8) == 0).all()  # what the reference does
@@ -133,17 +133,17 @@ def test_transparent_pixels_lie_on_the_background_asked_for():
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("https://example.org/cat.jpg", "web address"),
+        ("https://example.org/cat.jpg", "is a URL"),
         ("no/such/file.jpg", "no such file"),
-        (".", "a folder, not a plain file"),
+        (".", "a folder, not a regular file"),
         (b"", "known format"),
         (np.full((4, 4, 3), 2.0), "dtype float64"),
-        (np.zeros((4, 4, 7), np.uint8), "not a picture"),
-        (42, "not a picture"),
+        (np.zeros((4, 4, 7), np.uint8), "not an image"),
+        (42, "not an image"),
         ("bad\0name.jpg", "cannot be read"),
     ],
 )
-def test_what_is_not_a_picture_is_said_in_one_sentence(source, message):
+def test_an_invalid_image_is_one_sentence(source, message):
     with pytest.raises(ImageError, match=message) as error:
         read_image(source)
     assert "\n" not in str(error.value)
@@ -155,8 +155,8 @@ def test_folders_and_globs_expand_in_order_without_repeats(image_folder):
     assert [path.name for path in found] == ["1.jpg", "0.jpg", "2.jpg"]
 
 
-def test_a_folder_without_pictures_is_an_error(tmp_path):
-    with pytest.raises(ImageError, match="holds no picture"):
+def test_a_folder_without_images_is_an_error(tmp_path):
+    with pytest.raises(ImageError, match="holds no image"):
         find_images([tmp_path])
     with pytest.raises(ImageError, match="no such file"):
         find_images([tmp_path / "*.jpg"])

@@ -12,7 +12,7 @@ import cn_clip.clip as clip
 from cn_clip.clip import _warn_of_clipping
 from cn_clip.data.curate.perceptual_hash import hash_image
 from cn_clip.data.encode import Encoding
-from cn_clip.data.encode import encoded as encoded_anew
+from cn_clip.data.encode import encode_image as encoded_anew
 from cn_clip.errors import ImageError
 from cn_clip.html.page import thumbnail
 from cn_clip.image.decode import read_image, read_pixels
@@ -105,14 +105,14 @@ def test_the_transparent_value_of_a_sixteen_bit_png_stays_transparent():
     [
         (np.array([[0, 70_000]], np.int32), "mode I .* from 0 to 70000.* convert it to 8 bits"),
         (np.array([[-5, 700]], np.int32), "mode I .* from -5 to 700"),
-        (np.array([[0, 200]], np.int32), "mode I .* from 0 to 200, which does not tell"),
+        (np.array([[0, 200]], np.int32), "mode I .* from 0 to 200, which does not define"),
         (np.array([[0, 255]], np.float32), "mode F .* from 0 to 255; scale them to 0 to 1"),
         (np.array([[-0.5, 1]], np.float32), "mode F .* from -0.5 to 1"),
         (np.array([[0, np.nan]], np.float32), "mode F .* NaN or infinite"),
         (np.array([[0, np.inf]], np.float32), "mode F .* NaN or infinite"),
     ],
 )
-def test_a_range_that_does_not_tell_what_is_white_is_refused(values, message):
+def test_a_value_range_that_does_not_define_white_is_refused(values, message):
     for source in (saved(values, "TIFF"), Image.fromarray(values)):
         with pytest.raises(ImageError, match=message):
             read_image(source)

@@ -8,21 +8,12 @@ from functools import partial
 import pytest
 
 from cn_clip.errors import UsageError
-from cn_clip.publish import (
-    STAMP,
-    begins,
-    claim,
-    file_by,
-    published,
-    published_folder,
-    stamped,
-    sweep,
-    sweep_beside,
-)
+from cn_clip.outputs import STAMP, atomic_folder, claim, own_file, stamped_files, starts_with
+from cn_clip.publish import atomic_file, sweep, sweep_beside
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path):
-    with published(tmp_path / "new" / "file") as temporary:
+    with atomic_file(tmp_path / "new" / "file") as temporary:
         temporary.write_text("content")
         assert not (tmp_path / "new" / "file").exists()
     assert (tmp_path / "new" / "file").read_text() == "content"
@@ -30,7 +21,7 @@ def test_a_file_appears_when_it_is_whole(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-@pytest.mark.parametrize("publish", [published, partial(published_folder, command="test")])
+@pytest.mark.parametrize("publish", [atomic_file, partial(atomic_folder, command="test")])
 def test_an_error_leaves_the_old_one_and_no_litter(tmp_path, publish, error):
     target = tmp_path / "target"
     with publish(target) as temporary:
@@ -44,17 +35,17 @@ def test_an_error_leaves_the_old_one_and_no_litter(tmp_path, publish, error):
 
 def test_a_folder_takes_the_place_of_the_old_one(tmp_path):
     for name in ("a", "b"):
-        with published_folder(tmp_path / "target", "test") as folder:
+        with atomic_folder(tmp_path / "target", "test") as folder:
             (folder / name).write_text(name)
     assert [path.name for path in (tmp_path / "target").iterdir() if path.name != STAMP] == ["b"]
 
 
 def test_a_file_that_came_while_the_new_folder_was_written_is_kept(tmp_path):
-    with published_folder(tmp_path / "out", "test") as folder:
+    with atomic_folder(tmp_path / "out", "test") as folder:
         (folder / "a").write_text("old")
     with (
-        pytest.raises(UsageError, match=r"out holds diary, which no test wrote"),
-        published_folder(tmp_path / "out", "test") as folder,
+        pytest.raises(UsageError, match=r"out holds diary, not written by test"),
+        atomic_folder(tmp_path / "out", "test") as folder,
     ):
         (folder / "a").write_text("new")
         (tmp_path / "out" / "diary").write_text("mine")
@@ -64,21 +55,21 @@ def test_a_file_that_came_while_the_new_folder_was_written_is_kept(tmp_path):
 
 
 def test_a_stamp_is_of_one_command_and_names_its_files(tmp_path):
-    with published_folder(tmp_path / "out", "embed") as folder:
+    with atomic_folder(tmp_path / "out", "embed") as folder:
         (folder / "sub").mkdir()
         (folder / "sub" / "a").write_text("a")
-    assert set(stamped(tmp_path / "out", "embed")) == {STAMP, "sub/a"}
-    assert stamped(tmp_path / "out", "pack") == ()
+    assert set(stamped_files(tmp_path / "out", "embed")) == {STAMP, "sub/a"}
+    assert stamped_files(tmp_path / "out", "pack") == ()
     for damaged in ("", "[]", "{", '{"writer": "cn-clip embed", "files": 3}', "[" * 100_000):
         (tmp_path / "out" / STAMP).write_text(damaged)
-        assert stamped(tmp_path / "out", "embed") == ()
+        assert stamped_files(tmp_path / "out", "embed") == ()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="permissions are other ones there")
 def test_files_get_the_permissions_that_new_files_get_at_that_time(tmp_path):
     before = os.umask(0o027)
     try:
-        with published(tmp_path / "file") as path:
+        with atomic_file(tmp_path / "file") as path:
             path.touch(0o600)
     finally:
         os.umask(before)
@@ -93,7 +84,7 @@ def test_the_only_copy_of_a_folder_is_never_swept_away(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [".out.abcdefgh.cn-clip-tmp"]
 
 
-def test_what_is_left_of_another_file_is_not_swept_away(tmp_path):
+def test_temporary_folders_of_another_file_are_not_removed(tmp_path):
     names = [".a.npz.abcdefgh.cn-clip-tmp", ".a.npz.abcdefgh", ".b.npz.abcdefgh.cn-clip-tmp"]
     for name in names:
         (tmp_path / name).mkdir()
@@ -101,9 +92,9 @@ def test_what_is_left_of_another_file_is_not_swept_away(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
 
 
-def test_a_loop_of_links_and_a_missing_folder_are_told(tmp_path):
+def test_a_loop_of_links_and_a_missing_folder_are_errors(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    own = file_by("test", begins(b"x"))
+    own = own_file("test", starts_with(b"x"))
     with pytest.raises(UsageError, match=r"could not write .*loop"):
         claim(tmp_path / "loop", own)
     assert claim(tmp_path / "new" / "folder" / "file", own, inputs=["none", "a\0b", "~nobody/x"])
@@ -111,10 +102,10 @@ def test_a_loop_of_links_and_a_missing_folder_are_told(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes anywhere")
-def test_a_place_without_rights_is_told_before_the_work(tmp_path):
+def test_an_output_without_write_permission_is_refused_first(tmp_path):
     (tmp_path / "read-only").mkdir(0o500)
     with pytest.raises(UsageError, match="is not writable"):
-        claim(tmp_path / "read-only" / "file", file_by("test", begins(b"x")))
+        claim(tmp_path / "read-only" / "file", own_file("test", starts_with(b"x")))
 
 
 @pytest.mark.skipif(not os.path.isdir("/dev/fd"), reason="pipes have no path here")
@@ -122,7 +113,7 @@ def test_a_pipe_named_by_its_descriptor_is_told_before_the_work():
     ends = os.pipe()
     try:
         with pytest.raises(UsageError, match="a pipe"):
-            claim(f"/dev/fd/{ends[1]}", file_by("test", begins(b"x")))
+            claim(f"/dev/fd/{ends[1]}", own_file("test", starts_with(b"x")))
     finally:
         for end in ends:
             os.close(end)

@@ -42,11 +42,11 @@ from words import (
 import cn_clip
 from cn_clip import weights
 from cn_clip.config import ModelConfig, TextConfig, VisionConfig
-from cn_clip.embeddings.files import Features, write_clip_retrieval
+from cn_clip.embeddings.files import EmbeddingsToWrite, write_clip_retrieval
 from cn_clip.eval.robustness.rewrites import simplified, traditional
 from cn_clip.model.clip import CLIP, initialize
 from cn_clip.model.efficientnet import EfficientNetLite
-from cn_clip.publish import published
+from cn_clip.publish import atomic_file
 
 SEED = 0
 SIDE = 256  # pixels of the images on disk
@@ -126,7 +126,7 @@ def write_image(image: SourceImage, *, folder: Path) -> bool:
         return False
     if np.asarray(rendered).std() < 2:
         return False
-    with published(path) as new:
+    with atomic_file(path) as new:
         rendered.save(new, "PNG", compress_level=4)
     return True
 
@@ -244,7 +244,7 @@ def write_sentences(
             table.setdefault(name, table[codes[code].names[0]])
     order = sorted(table)
     vectors = np.stack([table[text] for text in order])
-    embeddings = Features(
+    embeddings = EmbeddingsToWrite(
         "texts",
         [*range(len(order))],
         order,

@@ -1,6 +1,6 @@
-"""Arrays out of ``.npy`` and ``.npz`` files that may be anything: damaged, hostile, or too large.
+"""Read ``.npy`` and ``.npz`` files that may be damaged, hostile or too large.
 
-numpy believes the header: a file of 100 bytes that promises a terabyte is given a terabyte.
+numpy trusts the header: for a file of 100 bytes that claims a terabyte it allocates a terabyte.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import numpy.typing as npt
 
 from cn_clip.errors import DataError
 
-_KINDS = "fiuUS"  # numbers and strings; an object would be unpickled
-_MAX_RATIO = 200  # of compression, in members above _SMALL bytes; embeddings hardly compress
+_DTYPE_KINDS = "fiuUS"  # numbers and strings; objects would be unpickled
+_MAX_COMPRESSION = 200  # embeddings hardly compress
 _SMALL = 64 << 20
 
 
 def read_npy(path: str | os.PathLike[str], *, mapped: bool = False) -> npt.NDArray[Any]:
-    """Read the array of a ``.npy`` file; ``mapped`` leaves its numbers on disk.
+    """Read the array of a ``.npy`` file; ``mapped`` maps it into memory instead.
 
     Raises:
-        DataError: it is missing or damaged, or holds anything but numbers or strings.
+        DataError: the file is missing or damaged, or holds other values than numbers or strings.
     """
     try:
         with Path(path).open("rb") as stream:
@@ -36,7 +36,7 @@ def read_npy(path: str | os.PathLike[str], *, mapped: bool = False) -> npt.NDArr
                 offset = stream.tell()
             else:
                 return _array(stream.read(), dtype, shape, order)
-        if not math.prod(shape):  # nothing cannot be mapped
+        if not math.prod(shape):  # an empty array cannot be mapped
             return np.empty(shape, dtype)
         return np.memmap(path, dtype, "r", offset, shape, order)
     except (OSError, ValueError) as error:
@@ -48,41 +48,41 @@ def read_npz(
     names: Sequence[str],
     optional: Sequence[str] = (),
     *,
-    what: str = "an .npz",
+    description: str = "an .npz",
 ) -> dict[str, npt.NDArray[Any]]:
-    """Read arrays out of an ``.npz`` file, by name; what is optional may be missing.
+    """Read arrays of an ``.npz`` file by name; ``optional`` ones may be missing.
 
-    ``what`` describes the file in messages.
+    ``description`` is the expected file in messages.
 
     Raises:
-        DataError: an array is missing, or as for ``read_npy``.
+        DataError: an array is missing, or as ``read_npy``.
     """
-    found = {}
+    arrays = {}
     try:
         with zipfile.ZipFile(path) as archive:
-            members = {each.filename: each for each in archive.infolist()}
+            members = {member.filename: member for member in archive.infolist()}
             for name in (*names, *optional):
                 if f"{name}.npy" in members:
-                    found[name] = _member(archive, members[f"{name}.npy"])
+                    arrays[name] = _member(archive, members[f"{name}.npy"])
                 elif name in names:
                     raise ValueError(f"it has no array {name!r}")
-    # zipfile and what it unpacks with raise many kinds on damaged files: BadZipFile, zlib.error,
+    # zipfile and its decompressors raise many kinds on damaged files: BadZipFile, zlib.error,
     # NotImplementedError, RuntimeError for a password, EOFError, struct.error, ...
     except Exception as error:
-        raise DataError(f"{path} is not {what}: {_reason(error)}") from None
-    return found
+        raise DataError(f"{path} is not {description}: {_reason(error)}") from None
+    return arrays
 
 
 def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> npt.NDArray[Any]:
-    if info.file_size > max(_SMALL, _MAX_RATIO * info.compress_size):
-        raise ValueError(f"{info.filename} unfolds to {info.file_size:,} bytes; it is damaged")
+    if info.file_size > max(_SMALL, _MAX_COMPRESSION * info.compress_size):
+        raise ValueError(f"{info.filename} decompresses to {info.file_size:,} bytes; it is damaged")
     with archive.open(info) as stream:
         dtype, shape, order = _header(stream, info.file_size)
         return _array(stream.read(), dtype, shape, order)
 
 
 def _header(stream: IO[bytes], size: int) -> tuple[np.dtype[Any], tuple[int, ...], Any]:
-    """Read what comes before the numbers, and check that as many follow as it says."""
+    """Read the header of an array, and check it against the ``size`` of the file."""
     try:
         version = np.lib.format.read_magic(stream)
         read = {
@@ -91,17 +91,17 @@ def _header(stream: IO[bytes], size: int) -> tuple[np.dtype[Any], tuple[int, ...
         }[version]
         shape, fortran, dtype = read(stream)
         itemsize = dtype.itemsize
-    # numpy evaluates the header as a literal of Python, which may be nested, cut or none at all:
-    # SyntaxError, TokenError, RecursionError, MemoryError of the parser's stack, TypeError, ...
+    # numpy evaluates the header as a Python literal; damaged ones raise SyntaxError, TokenError,
+    # RecursionError, MemoryError of the parser's stack, TypeError, ...
     except Exception as error:
         raise ValueError(f"its header is damaged ({type(error).__name__})") from None
-    if dtype.kind not in _KINDS:
+    if dtype.kind not in _DTYPE_KINDS:
         raise ValueError(f"it holds values of type {dtype.str}, not numbers or strings")
-    if any(isinstance(each, bool) or each < 0 for each in shape):
+    if any(isinstance(length, bool) or length < 0 for length in shape):
         raise ValueError(f"its shape is {shape}")
-    wanted, there = math.prod(shape) * itemsize, size - stream.tell()
-    if wanted != there:
-        raise ValueError(f"its shape {shape} needs {wanted:,} bytes, but {there:,} are there")
+    needed, available = math.prod(shape) * itemsize, size - stream.tell()
+    if needed != available:
+        raise ValueError(f"its shape {shape} needs {needed:,} bytes, but it has {available:,}")
     return dtype, shape, "F" if fortran else "C"
 
 
@@ -110,7 +110,7 @@ def _array(
 ) -> npt.NDArray[Any]:
     if len(raw) != math.prod(shape) * dtype.itemsize:
         raise ValueError("it ends too early")
-    if not raw:  # frombuffer takes no empty buffer, nor items of no bytes
+    if not raw:  # frombuffer refuses empty buffers and items of 0 bytes
         return np.empty(shape, dtype)
     return np.frombuffer(raw, dtype).reshape(shape, order=order)
 

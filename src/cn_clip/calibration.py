@@ -19,7 +19,8 @@ import numpy.typing as npt
 from cn_clip.embedder import Embedder
 from cn_clip.errors import UsageError
 from cn_clip.files import MAX_TEXT, read_file
-from cn_clip.publish import begins, claim, file_by, write_text
+from cn_clip.outputs import claim, own_file, starts_with
+from cn_clip.publish import write_text
 from cn_clip.text import read_json
 
 CurveKind = Literal["logistic", "isotonic"]
@@ -124,10 +125,10 @@ def claim_calibration(
     """Return ``out`` as a path if a calibration may be written there; nothing is written yet.
 
     Raises:
-        UsageError: see ``publish.claim``.
+        UsageError: see ``outputs.claim``.
     """
-    own = begins(f'{{\n  "format": "{_FORMAT}"'.encode())
-    return claim(out, file_by("eval calibrate", own), inputs=inputs, overwrite=overwrite)
+    own = starts_with(f'{{\n  "format": "{_FORMAT}"'.encode())
+    return claim(out, own_file("eval calibrate", own), inputs=inputs, overwrite=overwrite)
 
 
 def write_calibration(calibration: Calibration, path: Path) -> None:

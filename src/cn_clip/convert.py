@@ -18,7 +18,8 @@ from cn_clip.backends.torch import pick_precision
 from cn_clip.embedder import Embedder
 from cn_clip.errors import CheckpointError, UsageError
 from cn_clip.model.clip import CLIP
-from cn_clip.publish import claim, file_by, flush, folder_by, published, published_folder
+from cn_clip.outputs import atomic_folder, claim, own_file, own_folder
+from cn_clip.publish import atomic_file, flush
 
 Format = Literal["official", "hf", "safetensors"]
 
@@ -73,7 +74,7 @@ def convert(
         overwrite: replace ``out`` if this function wrote it.
 
     Raises:
-        UsageError: ``out`` exists, is an input or has other files; see ``publish.claim``.
+        UsageError: ``out`` exists, is an input or has other files; see ``outputs.claim``.
         CheckpointError: ``source`` is not a Chinese-CLIP, the format cannot represent it, or the
             embeddings differ. ``out`` is unchanged.
     """
@@ -95,7 +96,7 @@ def convert(
     with (
         weights.describe_write_errors(out),
         ThreadPoolExecutor(1) as worker,  # run the model while the disk writes
-        published(out) if to == "official" else published_folder(out, "convert") as target,
+        atomic_file(out) if to == "official" else atomic_folder(out, "convert") as target,
     ):
         running = worker.submit(_run, model)
         if target_dtype is not None:  # rounding changes the weights: run the model first
@@ -133,9 +134,9 @@ def convert(
 
 def _claimed(out: str | os.PathLike[str], to: Format, source: Path, overwrite: bool) -> Path:
     if to == "official":
-        own = file_by("convert", _is_own_official)
+        own = own_file("convert", _is_own_official)
         return claim(out, own, option="OUT", inputs=[source], overwrite=overwrite)
-    own = folder_by("convert")
+    own = own_folder("convert")
     return claim(out, own, kind="folder", option="OUT", inputs=[source], overwrite=overwrite)
 
 

@@ -1,4 +1,4 @@
-"""How this process, and those that it starts, come to their end."""
+"""Termination of this process and its workers: signals, and workers whose parent is gone."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-GRACE = 2.0  # seconds that a worker has to remove what it has half written
-_TWICE = 1.0  # seconds after which another Ctrl-C does not wait for what is being cleaned up
-_POLL = 1.0  # seconds between looks at who the parent is
+GRACE = 2.0  # seconds for a worker to remove temporary files
+_FORCE_AFTER = 1.0  # seconds after which a second Ctrl-C exits without cleaning up
+_POLL_SECONDS = 1.0  # between checks of the parent process
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
-ENDING = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+TERMINATION_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ends this process. As after Ctrl-C, everything is cleaned up on the way."""
+    """A termination signal arrived; like ``KeyboardInterrupt``, it unwinds and cleans up."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"ended by {signal.Signals(number).name}")
@@ -30,69 +30,69 @@ class Interrupted(KeyboardInterrupt):
 
     @property
     def code(self) -> int:
-        """The exit code that shells give a process that a signal ended."""
+        """The exit code of shells for this signal."""
         return 128 + self.number
 
 
 @dataclass(slots=True)
-class _Signals:
-    """What ``raise_on_signals`` has answered."""
+class _SignalState:
+    """The state of ``raise_on_signals``."""
 
-    first: int = 0
-    at: float = 0.0
-    held_back: int = 0  # how many blocks do not want to be disturbed
-    waiting: int = 0  # what arrived meanwhile
+    first: int = 0  # the first signal, or 0
+    first_at: float = 0.0  # monotonic seconds
+    blocks: int = 0  # open ``blocked_signals`` contexts
+    pending: int = 0  # a signal that arrived in one of them, or 0
 
-    def answer(self, number: int) -> None:
-        if self.held_back:
-            self.waiting = self.waiting or number
+    def handle(self, number: int) -> None:
+        if self.blocks:
+            self.pending = self.pending or number
         elif not self.first:
-            self.first, self.at = number, time.monotonic()
+            self.first, self.first_at = number, time.monotonic()
             raise Interrupted(number)
-        elif number == signal.SIGINT and time.monotonic() - self.at > _TWICE:
+        elif number == signal.SIGINT and time.monotonic() - self.first_at > _FORCE_AFTER:
             os._exit(128 + number)
 
 
-_signals = _Signals()
+_signals = _SignalState()
 
 
-def heard() -> int:
-    """Return the first signal that ``raise_on_signals`` has answered, or 0."""
+def received_signal() -> int:
+    """Return the first signal that ``raise_on_signals`` received, or 0."""
     return _signals.first
 
 
 def raise_on_signals() -> None:
     """From now on, raise ``Interrupted`` in the main thread for SIGINT, SIGTERM and SIGHUP.
 
-    For programs only, before they start; a library leaves signals alone. What is ignored stays
-    ignored: ``nohup`` and the background of a shell ask for that. Further signals do not disturb
-    what the first one set off, but a later Ctrl-C ends at once.
+    For programs only, at their start; a library must not handle signals. Ignored signals stay
+    ignored, as under ``nohup``. Later signals do not interrupt the clean-up of the first, except
+    a Ctrl-C more than a second later, which exits at once.
     """
     pid = os.getpid()
 
-    def answer(number: int, frame: FrameType | None) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
         drop_dead_terminal()
         if os.getpid() == pid:
-            _signals.answer(number)
-        elif number == signal.SIGTERM:  # forked, and not set up yet
+            _signals.handle(number)
+        elif number == signal.SIGTERM:  # a forked process without own signal handlers yet
             os._exit(128 + number)
 
-    def unraisable(dropped: Any, before: Callable[[Any], object] = sys.unraisablehook) -> None:
+    def unraisable(dropped: Any, previous: Callable[[Any], object] = sys.unraisablehook) -> None:
         if not isinstance(dropped.exc_value, Interrupted):
-            before(dropped)
+            previous(dropped)
             return
-        # Raised in a __del__ or a callback, which drop exceptions: once more, outside of it.
+        # Raised in a __del__ or a callback, which drop exceptions: send the signal again.
         _signals.first = 0
-        again = threading.Timer(0.05, _send_to_main_thread, (dropped.exc_value.number,))
-        again.daemon = True
-        again.start()
+        timer = threading.Timer(0.05, _send_to_main_thread, (dropped.exc_value.number,))
+        timer.daemon = True
+        timer.start()
 
     sys.unraisablehook = unraisable
-    _on_signals(answer)
+    _on_signals(handle)
 
 
 def drop_dead_terminal() -> None:
-    """Send the output nowhere if its terminal is gone: writing to it would be an error."""
+    """Redirect stdout and stderr to null if their terminal is gone: writing would fail."""
     try:
         import termios
     except ImportError:  # Windows
@@ -102,28 +102,28 @@ def drop_dead_terminal() -> None:
             termios.tcgetattr(stream)
         except termios.error as error:
             if error.args[0] == errno.EIO:
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, stream)
-                os.close(nowhere)
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, stream)
+                os.close(null)
 
 
 def exit_on_signals() -> None:
-    """From now on, end at once by SIGINT, SIGTERM and SIGHUP: there is nothing left to clean up."""
+    """From now on, exit at once on SIGINT, SIGTERM and SIGHUP: there is nothing to clean up."""
     _on_signals(lambda number, frame: os._exit(128 + number))
 
 
 def _on_signals(handler: Callable[[int, FrameType | None], None]) -> None:
-    for number in ENDING:
+    for number in TERMINATION_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, handler)
 
 
 @contextmanager
-def signals_held_back() -> Iterator[None]:
-    """Let signals wait, for this thread and the processes that it starts meanwhile.
+def blocked_signals() -> Iterator[None]:
+    """Block signals in this thread and in processes started here.
 
-    A process that is not set up yet would answer them with a traceback. It inherits that they wait,
-    and ``leave_signals_to_parent`` ends it.
+    A new process would print a traceback on a signal. It inherits the blocked signals, until it
+    calls ``ignore_signals_in_worker``.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
@@ -131,41 +131,41 @@ def signals_held_back() -> Iterator[None]:
     from multiprocessing import resource_tracker
 
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
-    resource_tracker.ensure_running()  # it ignores the others, and lets them through in here
-    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
-    # Other threads take signals all the same, but this one answers them.
+    resource_tracker.ensure_running()  # unblocks SIGINT and SIGTERM in this thread
+    signal.pthread_sigmask(signal.SIG_BLOCK, TERMINATION_SIGNALS)
+    # Other threads may still receive signals, but Python runs handlers in the main thread.
     main = threading.current_thread() is threading.main_thread()
-    _signals.held_back += main
+    _signals.blocks += main
     try:
         yield
     finally:
-        _signals.held_back -= main
+        _signals.blocks -= main
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        if main and not _signals.held_back and (number := _signals.waiting):
-            _signals.waiting = 0
-            _signals.answer(number)
+        if main and not _signals.blocks and (number := _signals.pending):
+            _signals.pending = 0
+            _signals.handle(number)
 
 
-def leave_signals_to_parent(terminated: Callable[[int, FrameType | None], object]) -> None:
-    """In a worker: ignore what a whole group of processes is sent, as the parent decides.
+def ignore_signals_in_worker(on_sigterm: Callable[[int, FrameType | None], object]) -> None:
+    """In a worker: ignore signals to the process group; the parent handles them.
 
-    ``terminated`` answers SIGTERM, by which the parent ends its workers.
+    ``on_sigterm`` handles SIGTERM, which the parent sends to end its workers.
     """
-    for number in ENDING:
-        signal.signal(number, terminated if number == signal.SIGTERM else signal.SIG_IGN)
+    for number in TERMINATION_SIGNALS:
+        signal.signal(number, on_sigterm if number == signal.SIGTERM else signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, TERMINATION_SIGNALS)
 
 
 def end_with_parent(*, grace: float = 0.0) -> None:
-    """In a worker: end when the process that started it has ended, whatever ended that one.
+    """In a worker: exit when its parent process ends for any reason.
 
-    With a ``grace`` in seconds, the worker is sent SIGTERM so long before it is ended.
+    With ``grace`` in seconds, the worker receives SIGTERM that long before it exits.
     """
-    # A thread on the pipe that multiprocessing keeps for this, rather than PR_SET_PDEATHSIG: that
-    # is Linux' alone, fires as soon as the thread ends that started the worker, and leaves no time
-    # to remove what is half written. Where workers are forked, each holds the pipes of those before
-    # it too, so they end from the last to the first; the parent's number makes that certain.
+    # A thread waits on multiprocessing's sentinel pipe. PR_SET_PDEATHSIG is Linux only, fires when
+    # the thread ends that started the worker, and leaves no time to remove temporary files. A
+    # forked worker also inherits the pipes of earlier ones, which delays their end: so the parent's
+    # process id is checked too.
     from multiprocessing import connection, parent_process
 
     parent = parent_process()
@@ -174,7 +174,7 @@ def end_with_parent(*, grace: float = 0.0) -> None:
     started_by = os.getppid()
 
     def watch() -> None:
-        while not connection.wait([parent.sentinel], _POLL) and os.getppid() == started_by:
+        while not connection.wait([parent.sentinel], _POLL_SECONDS) and os.getppid() == started_by:
             pass
         if grace:
             _send_to_main_thread(signal.SIGTERM)
@@ -185,19 +185,19 @@ def end_with_parent(*, grace: float = 0.0) -> None:
 
 
 def terminate_with_launcher() -> None:
-    """Send this process SIGTERM once the program that launched it has ended."""
+    """Send SIGTERM to this process when the program that launched it ends."""
     launcher = os.getppid()
 
     def watch() -> None:
         while os.getppid() == launcher:
-            time.sleep(_POLL)
+            time.sleep(_POLL_SECONDS)
         _send_to_main_thread(signal.SIGTERM)
 
     threading.Thread(target=watch, name="cn_clip-launcher", daemon=True).start()
 
 
 def _send_to_main_thread(number: int) -> None:
-    """Send a signal so that it wakes the main thread, which alone runs handlers."""
+    """Send a signal to the main thread, which runs all Python signal handlers."""
     ident = threading.main_thread().ident
     if hasattr(signal, "pthread_kill") and ident is not None:
         signal.pthread_kill(ident, number)

@@ -1,8 +1,8 @@
-"""Text as it enters: valid Unicode, whatever a file, a file name or an argument held.
+"""Valid Unicode for all text from files, file names and arguments.
 
-Half an emoji (a lone surrogate, valid in JSON as ``"\\ud83d"``) and a file name that is not UTF-8
-are strings in Python that no file can be written with. Every entrance of texts and ids calls one of
-these functions, so that nothing behind it has to think of them.
+Python strings with a lone surrogate (half an emoji, valid in JSON as ``"\\ud83d"``, or a file name
+that is not UTF-8) cannot be written to a file. Readers of texts and ids call these functions, so
+that other code need not handle them.
 """
 
 from __future__ import annotations
@@ -12,15 +12,14 @@ import os
 import re
 from typing import Any
 
-REPLACEMENT = "\ufffd"  # what stands for a character that was broken
+REPLACEMENT = "\ufffd"  # replaces an invalid character
 
-_HALVES = re.compile(r"\\u[dD][89a-fA-F]")  # JSON's escape of one half of a surrogate pair
-_BYTES = re.compile("[\udc80-\udcff]")  # how Python shows the bytes of a name that is not UTF-8
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")  # a JSON escape of a surrogate
+_ESCAPED_BYTE = re.compile("[\udc80-\udcff]")  # a byte in a name that is not UTF-8 (PEP 383)
 
 
 def valid_text(text: str) -> str:
-    """Return a text that can be encoded: halves of one character are joined, a lone surrogate is
-    replaced by U+FFFD."""
+    """Return a text as valid Unicode: surrogate pairs are joined, lone surrogates become U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -29,27 +28,28 @@ def valid_text(text: str) -> str:
 
 
 def path_text(path: str | os.PathLike[str]) -> str:
-    """Return a path as a text to name it by: as it is, unless it is not UTF-8.
+    """Return a path as valid text; a UTF-8 path stays unchanged.
 
-    Other bytes, as in names unzipped from a GBK archive, are written as in a URL: ``%D6%D0.jpg``;
-    ``urllib.parse.unquote_to_bytes`` leads back to the name.
+    Other bytes, as in names unzipped from a GBK archive, are percent-encoded: ``%D6%D0.jpg``.
+    ``urllib.parse.unquote_to_bytes`` restores them.
     """
     text = os.fspath(path)
-    return valid_text(_BYTES.sub(lambda byte: f"%{ord(byte[0]) - 0xDC00:02X}", text))
+    return valid_text(_ESCAPED_BYTE.sub(lambda byte: f"%{ord(byte[0]) - 0xDC00:02X}", text))
 
 
 def read_json(text: str | bytes) -> Any:
-    """Read JSON whose strings are then valid Unicode.
+    """Parse JSON; all strings become valid Unicode.
 
     Raises:
-        ValueError: it is not JSON, is nested too deeply, or has a number of thousands of digits.
+        ValueError: the text is not JSON, is nested too deeply, or has an integer of thousands of
+            digits.
     """
     try:
-        # Decoded here: the json module lets surrogates pass.
-        whole = text if isinstance(text, str) else text.decode("utf-8-sig")
-        values = json.loads(whole)
-        # Only an escape can bring a lone surrogate; without one, nothing has to be looked through.
-        return _valid(values) if _HALVES.search(whole) else values
+        # Decoded here: the json module accepts surrogates.
+        decoded = text if isinstance(text, str) else text.decode("utf-8-sig")
+        values = json.loads(decoded)
+        # Only escapes produce lone surrogates.
+        return _valid(values) if _SURROGATE_ESCAPE.search(decoded) else values
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -58,7 +58,7 @@ def _valid(values: Any) -> Any:
     if isinstance(values, str):
         return valid_text(values)
     if isinstance(values, list):
-        return [_valid(each) for each in values]
+        return [_valid(value) for value in values]
     if isinstance(values, dict):
         return {valid_text(key): _valid(value) for key, value in values.items()}
     return values

@@ -1,4 +1,4 @@
-"""Commands that are ended by a signal at some moment, and what must be left of them: nothing."""
+"""End commands by signals at random moments, and check that they leave nothing behind."""
 
 import io
 import os
@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 from train.runs import recipe_values, write_pairs, write_start
 
-MARK = "CN_CLIP_TEST_MARK"
+MARK_VARIABLE = "CN_CLIP_TEST_MARK"
 CATCHABLE = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SIGNALS = (*CATCHABLE, signal.SIGKILL)
 _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}")  # as publish and tempfile name them
@@ -27,17 +27,17 @@ _MULTIPLES = {".json", ".jsonl", ".tsv", ".tar", ".mdb", ".html", ".safetensors"
 
 
 @dataclass(frozen=True)
-class Ended:
-    """A command that was sent a signal; ``code`` is what a shell sees."""
+class EndedCommand:
+    """A command ended by a signal; ``code`` is the exit code of a shell."""
 
     code: int
-    said: str
-    printed: str
+    stderr: str
+    stdout: str
     alive: list[str]
 
 
 class Workplace:
-    """A folder with inputs, and commands that write into ``out`` there."""
+    """A folder with inputs, and commands that write to ``out`` in it."""
 
     def __init__(self, root, pairs=120, side=160):
         self.root, self.out, self.tmp = root, root / "out", root / "tmp"
@@ -80,20 +80,20 @@ class Workplace:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(self.tmp), MARK: mark},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(self.tmp), MARK_VARIABLE: mark},
             start_new_session=True,
-            # Where the tests are a background job of a shell, it would be ignored.
+            # SIGINT is ignored in background jobs of a shell, and that is inherited.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def finished(self, name):
-        """Run a command to its end; return its exit code and errors, and what came of it."""
+        """Run a command to its end; return its exit code, stderr and results."""
         with self.begin(name, uuid.uuid4().hex) as process:
-            printed, said = process.communicate(timeout=300)
-        return process.returncode, said, self.results() | {"printed": printed}
+            printed, stderr_text = process.communicate(timeout=300)
+        return process.returncode, stderr_text, self.results() | {"printed": printed}
 
     def results(self):
-        """Return the contents of what is in ``out``, without what tells of times."""
+        """Return the contents of the files in ``out``, without times."""
         found = {}
         for path in sorted(self.out.rglob("*")):
             name = str(path.relative_to(self.out))
@@ -108,31 +108,33 @@ class Workplace:
         return found
 
     def killed(self, name, number, delay, *, group):
-        """Run a command, and send it or its whole group a signal some time after it is ready."""
+        """Run a command, and signal it or its process group ``delay`` seconds after it is ready."""
         mark = uuid.uuid4().hex
         process = self.begin(name, mark)
         until_ready(process)
         time.sleep(delay)
         if process.poll() is None:
             (os.killpg if group else os.kill)(process.pid, number)
-        # Not communicate: what is left alive would hold the pipes open.
+        # Not communicate(): surviving processes would keep the pipes open.
         since = time.monotonic()
         os.set_blocking(process.stdout.fileno(), False)
         os.set_blocking(process.stderr.fileno(), False)
-        printed, said = io.StringIO(), io.StringIO()
+        printed, stderr_text = io.StringIO(), io.StringIO()
         while process.poll() is None and time.monotonic() - since < 120:
-            drain(process, printed, said)
+            read_available(process, printed, stderr_text)
             time.sleep(0.02)
         assert process.poll() is not None, f"{name} does not end by {number}"
         alive = wait_for_none(mark)
-        drain(process, printed, said)
+        read_available(process, printed, stderr_text)
         process.stdout.close()
         process.stderr.close()
         code = process.returncode
-        return Ended(128 - code if code < 0 else code, said.getvalue(), printed.getvalue(), alive)
+        return EndedCommand(
+            128 - code if code < 0 else code, stderr_text.getvalue(), printed.getvalue(), alive
+        )
 
     def temporaries(self):
-        """Return what is left of half-written files."""
+        """Return remaining temporary files."""
         return [
             *(p for p in self.root.rglob("*") if _TEMPORARY.fullmatch(p.name)),
             # torch keeps one folder for compiled code.
@@ -140,7 +142,7 @@ class Workplace:
         ]
 
     def locks(self):
-        """Return the lock files that somebody holds."""
+        """Return the locked lock files."""
         found = []
         for path in self.root.rglob("*.lock"):
             try:
@@ -160,16 +162,16 @@ class Workplace:
         self.out.mkdir()
 
 
-def drain(process, printed, said):
-    for stream, into in ((process.stdout, printed), (process.stderr, said)):
+def read_available(process, printed, stderr_text):
+    for stream, into in ((process.stdout, printed), (process.stderr, stderr_text)):
         try:
             into.write(stream.read() or "")
-        except (BlockingIOError, TypeError):  # nothing is there
+        except (BlockingIOError, TypeError):  # no output
             continue
 
 
 def until_ready(process):
-    """Wait until a process answers SIGTERM itself: what is earlier is the interpreter's start."""
+    """Wait until a process handles SIGTERM: before that, the interpreter is starting."""
     status = Path(f"/proc/{process.pid}/status")
     while process.poll() is None:
         caught = re.search(r"SigCgt:\s*(\w+)", status.read_text())
@@ -184,7 +186,7 @@ def alive_with(mark):
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                if f"{MARK}={mark}".encode() in (entry / "environ").read_bytes():
+                if f"{MARK_VARIABLE}={mark}".encode() in (entry / "environ").read_bytes():
                     found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
             except OSError:
                 continue
@@ -192,49 +194,51 @@ def alive_with(mark):
 
 
 def wait_for_none(mark, seconds=5.0):
-    """Wait for a command's processes to end; return those that do not."""
-    until = time.monotonic() + seconds
-    while (alive := alive_with(mark)) and time.monotonic() < until:
+    """Wait for the processes of a command to end; return those that do not."""
+    deadline = time.monotonic() + seconds
+    while (alive := alive_with(mark)) and time.monotonic() < deadline:
         time.sleep(0.05)
     return alive
 
 
-def campaign(place, names, kills, seed, tell=lambda line: None):
-    """Kill commands at random moments; return what was wrong, a sentence each.
+def run_campaign(place, names, kills, seed, report=lambda line: None):
+    """End commands at random moments; return a message for each problem.
 
-    Every command meets every signal, and moments are spread over the time that it takes.
+    Every command receives every signal, at moments spread over its run time.
     """
     rng = random.Random(seed)
-    whole, seconds = {}, {}
+    complete, seconds = {}, {}
     for name in names:
         place.clear()
-        begun = time.monotonic()
-        whole[name] = place.finished(name)
-        seconds[name] = time.monotonic() - begun
-        assert whole[name][0] == 0, f"{name}: {whole[name][1]}"
+        start = time.monotonic()
+        complete[name] = place.finished(name)
+        seconds[name] = time.monotonic() - start
+        assert complete[name][0] == 0, f"{name}: {complete[name][1]}"
     wrong = []
     for number in range(kills):
-        name, sent = names[number % len(names)], SIGNALS[number // len(names) % len(SIGNALS)]
+        name, signal_sent = names[number % len(names)], SIGNALS[number // len(names) % len(SIGNALS)]
         delay, group = rng.uniform(0, 0.9 * seconds[name]), rng.random() < 0.5
-        what = f"{number}: {name}, {sent.name}{' to all' if group else ''} after {delay:.2f} s"
+        what = (
+            f"{number}: {name}, {signal_sent.name}{' to all' if group else ''} after {delay:.2f} s"
+        )
         place.clear()
-        ended = place.killed(name, sent, delay, group=group)
-        problems = [f"left alive: {each}" for each in ended.alive]
+        ended = place.killed(name, signal_sent, delay, group=group)
+        problems = [f"left alive: {command}" for command in ended.alive]
         problems += [f"locked: {path}" for path in place.locks()]
-        if ended.code not in (0, 128 + sent):
-            problems.append(f"exit code {ended.code}: {ended.said}")
-        if sent in CATCHABLE:
+        if ended.code not in (0, 128 + signal_sent):
+            problems.append(f"exit code {ended.code}: {ended.stderr}")
+        if signal_sent in CATCHABLE:
             problems += [f"left behind: {path}" for path in place.temporaries()]
-            if "Traceback" in ended.said or len(ended.said.splitlines()) > 2:
-                problems.append(f"said: {ended.said}")
+            if "Traceback" in ended.stderr or len(ended.stderr.splitlines()) > 2:
+                problems.append(f"printed: {ended.stderr}")
         if ended.code == 0:
-            results = place.results() | {"printed": ended.printed}
+            results = place.results() | {"printed": ended.stdout}
         else:
-            code, said, results = place.finished(name)
-            if code != 0 and "; give another place" not in said:  # it was done already
-                problems.append(f"the same command again: {code}: {said}")
-        wanted = dict(whole[name][2])
-        if name not in ("check", "eval retrieval"):  # others print how long it took
+            code, stderr_text, results = place.finished(name)
+            if code != 0 and "; give another place" not in stderr_text:  # already complete
+                problems.append(f"the same command again: {code}: {stderr_text}")
+        wanted = dict(complete[name][2])
+        if name not in ("check", "eval retrieval"):  # other commands print times
             results.pop("printed")
             wanted.pop("printed")
         if results != wanted:
@@ -242,6 +246,6 @@ def campaign(place, names, kills, seed, tell=lambda line: None):
                 k for k in results.keys() | wanted.keys() if results.get(k) != wanted.get(k)
             }
             problems.append(f"another result: {sorted(different)}")
-        tell(f"{what}: code {ended.code} {' | '.join(problems)}")
+        report(f"{what}: code {ended.code} {' | '.join(problems)}")
         wrong += [f"{what}: {problem}" for problem in problems]
     return wrong

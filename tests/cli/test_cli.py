@@ -117,9 +117,9 @@ def test_repeated_labels_are_counted_once_with_a_warning(cn_clip, model, image_f
         (["classify", "{folder}", "--labels", "猫,狗", "--colour", "red"], 2, "--colour"),
         (["classify", "{folder}", "--labels", "猫,狗", "--precision", "int3"], 2, "int3"),
         (["classify", "none.jpg", "--labels", "猫,狗"], 1, "no such file"),
-        (["classify", "~nobody-of-this-name/a.jpg", "--labels", "猫,狗"], 1, "no usable path"),
-        (["classify", "x" * 300 + ".jpg", "--labels", "猫,狗"], 1, "no usable path"),
-        (["classify", "{empty}", "--labels", "猫,狗"], 1, "holds no picture"),
+        (["classify", "~nobody-of-this-name/a.jpg", "--labels", "猫,狗"], 1, "not a valid path"),
+        (["classify", "x" * 300 + ".jpg", "--labels", "猫,狗"], 1, "not a valid path"),
+        (["classify", "{empty}", "--labels", "猫,狗"], 1, "holds no image"),
         (["clasify"], 2, "classify"),
     ],
 )

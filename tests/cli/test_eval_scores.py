@@ -91,7 +91,7 @@ def test_zeroshot_lists_unreadable_images_and_exits_with_1(cn_clip, model, tmp_p
         (["zeroshot", "--data", "{root}", "--dataset", "mnist", "--submission", "s.json"], 2,
          "needs the whole test set"),
         (["calibrate", "--data", "none.csv", "--out", "c.json"], 1, "none.csv"),
-        (["calibrate", "--data", "{root}", "--out", "{root}"], 2, "is a folder; name a file"),
+        (["calibrate", "--data", "{root}", "--out", "{root}"], 2, "is a folder; give a file"),
     ],
 )  # fmt: skip
 def test_bad_usage_is_one_sentence(cn_clip, tmp_path, arguments, code, message):

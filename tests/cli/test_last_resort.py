@@ -216,7 +216,7 @@ def test_an_empty_argument_of_any_command_is_named(capsys):
 
 @pytest.mark.parametrize("uri", ["", " ", "folder:", "csv:", "csv:?root=x", "csv:a.csv?root="])
 def test_a_source_uri_without_a_path_is_refused(uri):
-    with pytest.raises(UsageError, match=r"names no path|is empty"):
+    with pytest.raises(UsageError, match=r"has no path|is empty"):
         open_source(uri)
 
 

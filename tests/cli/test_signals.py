@@ -1,4 +1,4 @@
-"""Signals and the death of a parent: every command ends, and leaves nothing behind."""
+"""Signals and killed parents: every command ends, and leaves nothing behind."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ import time
 import uuid
 
 import pytest
-from cli.interruption import MARK, Workplace, campaign, until_ready, wait_for_none
+from cli.interruption import MARK_VARIABLE, Workplace, run_campaign, until_ready, wait_for_none
 
 from cn_clip import processes
 
@@ -16,18 +16,18 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="lo
 
 
 @pytest.mark.parametrize("seed", [0])
-def test_a_command_that_is_killed_leaves_nothing_and_goes_on(tmp_path, seed):
+def test_a_killed_command_leaves_nothing_and_resumes(tmp_path, seed):
     place = Workplace(tmp_path, pairs=24, side=64)
-    assert campaign(place, ["pack tar", "decontaminate"], 6, seed) == []
+    assert run_campaign(place, ["pack tar", "decontaminate"], 6, seed) == []
 
 
 @pytest.mark.full
-def test_a_hundred_commands_that_are_killed_leave_nothing_and_go_on(tmp_path):
+def test_a_hundred_killed_commands_leave_nothing_and_resume(tmp_path):
     place = Workplace(tmp_path)
-    assert campaign(place, list(place.commands), 100, 0, tell=print) == []
+    assert run_campaign(place, list(place.commands), 100, 0, report=print) == []
 
 
-# What a command does, for moments that its own work passes too quickly.
+# A fake command that waits at the moment under test.
 WAITING = """
 import sys, time
 from cn_clip import cli, processes
@@ -64,18 +64,18 @@ def waiting(body=SLEEPS, **options):
 
 
 @pytest.mark.parametrize(
-    ("number", "said"),
+    ("number", "message"),
     [
         (signal.SIGINT, "interrupted"),
         (signal.SIGTERM, "ended by SIGTERM"),
         (signal.SIGHUP, "ended by SIGHUP"),
     ],
 )
-def test_a_signal_cleans_up_and_ends_with_its_exit_code_and_one_sentence(number, said):
+def test_a_signal_cleans_up_and_ends_with_its_exit_code_and_one_sentence(number, message):
     process = waiting()
     process.send_signal(number)
     out, err = process.communicate(timeout=20)
-    assert (process.returncode, out, err) == (128 + number, "cleaned\n", f"cn-clip: {said}\n")
+    assert (process.returncode, out, err) == (128 + number, "cleaned\n", f"cn-clip: {message}\n")
 
 
 def test_a_signal_that_an_exception_handler_swallows_still_ends_the_command():
@@ -97,7 +97,7 @@ def test_another_error_on_the_way_out_does_not_hide_the_signal():
 
 
 def cleans_up(seconds):
-    """Clean up for so long."""
+    """Return code whose clean-up takes ``seconds``."""
     lines = f"try:\n {SLEEPS}\nfinally:\n print('cleans', flush=True)\n time.sleep({seconds})"
     return f"exec({lines!r})"
 
@@ -138,7 +138,7 @@ def test_a_signal_while_modules_are_imported_is_no_traceback(number):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {MARK: mark},
+        env=os.environ | {MARK_VARIABLE: mark},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     until_ready(process)
@@ -148,43 +148,43 @@ def test_a_signal_while_modules_are_imported_is_no_traceback(number):
 
 
 def test_a_library_leaves_signals_alone():
-    before = [signal.getsignal(number) for number in processes.ENDING]
+    before = [signal.getsignal(number) for number in processes.TERMINATION_SIGNALS]
     from cn_clip.cli import run
 
     assert run(["models", "--json"]) == 0
-    assert [signal.getsignal(number) for number in processes.ENDING] == before
-    assert processes.heard() == 0
+    assert [signal.getsignal(number) for number in processes.TERMINATION_SIGNALS] == before
+    assert processes.received_signal() == 0
 
 
 POOL = """
 import os, sys, time
-from cn_clip.data.process_map import mapped
+from cn_clip.data.process_map import parallel_map
 
 def nap(seconds):
     try:
-        print("begun", flush=True)
+        print("started", flush=True)
         time.sleep(seconds)
     finally:
         print("cleaned", flush=True)
 
 if __name__ == "__main__":
-    with mapped(nap, 2) as run:
+    with parallel_map(nap, 2) as run:
         list(run([60, 60]))
 """
 
 LOADER = """
 import sys, time, torch
-from cn_clip.data.loading.loader import worker_starts
+from cn_clip.data.loading.loader import init_worker
 
 class Naps(torch.utils.data.Dataset):
     def __len__(self): return 2
     def __getitem__(self, at):
-        print("begun", flush=True)
+        print("started", flush=True)
         time.sleep(60)
 
 if __name__ == "__main__":
     list(torch.utils.data.DataLoader(
-        Naps(), num_workers=2, worker_init_fn=worker_starts, batch_size=None,
+        Naps(), num_workers=2, worker_init_fn=init_worker, batch_size=None,
         multiprocessing_context=sys.argv[1],
     ))
 """
@@ -206,9 +206,9 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path, program, arguments, 
         [sys.executable, str(file), *arguments],
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {MARK: mark},
+        env=os.environ | {MARK_VARIABLE: mark},
     )
-    assert [process.stdout.readline() for _ in range(2)] == ["begun\n"] * 2
+    assert [process.stdout.readline() for _ in range(2)] == ["started\n"] * 2
     process.kill()
     assert wait_for_none(mark) == []
     out, _ = process.communicate()
@@ -219,20 +219,23 @@ def test_an_error_ends_workers_that_are_still_at_work(tmp_path):
     file, mark = tmp_path / "program.py", uuid.uuid4().hex
     lines = POOL.replace("list(run([60, 60]))", "next(run([1, 60])); raise ValueError('no')")
     file.write_text(lines, encoding="utf-8")
-    begun = time.monotonic()
+    start = time.monotonic()
     done = subprocess.run(
-        [sys.executable, str(file)], capture_output=True, text=True, env=os.environ | {MARK: mark}
+        [sys.executable, str(file)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {MARK_VARIABLE: mark},
     )
     assert done.returncode == 1 and done.stderr.rstrip().endswith("ValueError: no")
-    assert done.stdout.count("begun") == done.stdout.count("cleaned") > 0
-    assert time.monotonic() - begun < 30 and wait_for_none(mark) == []
+    assert done.stdout.count("started") == done.stdout.count("cleaned") > 0
+    assert time.monotonic() - start < 30 and wait_for_none(mark) == []
 
 
-def test_a_process_of_torchrun_is_told_to_stop_when_that_is_killed(tmp_path):
+def test_a_process_of_torchrun_receives_sigterm_when_torchrun_is_killed(tmp_path):
     mark = uuid.uuid4().hex
     child = (
         "import time\nfrom cn_clip.processes import raise_on_signals, terminate_with_launcher\n"
-        "raise_on_signals(); terminate_with_launcher(); print('begun', flush=True)\n"
+        "raise_on_signals(); terminate_with_launcher(); print('started', flush=True)\n"
         "try: time.sleep(60)\nexcept KeyboardInterrupt: print('saved', flush=True)\n"
     )
     launcher = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {child!r}])"
@@ -240,9 +243,9 @@ def test_a_process_of_torchrun_is_told_to_stop_when_that_is_killed(tmp_path):
         [sys.executable, "-c", launcher],
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {MARK: mark},
+        env=os.environ | {MARK_VARIABLE: mark},
     )
-    assert process.stdout.readline() == "begun\n"
+    assert process.stdout.readline() == "started\n"
     process.kill()
     assert wait_for_none(mark) == []
     assert process.communicate()[0] == "saved\n"

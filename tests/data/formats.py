@@ -1,4 +1,4 @@
-"""Small pictures and the same pairs in every format."""
+"""Small images and the same pairs in every format."""
 
 import base64
 import csv

@@ -10,7 +10,7 @@ from PIL import Image
 from cn_clip.cli import run
 from cn_clip.data.captions import language_of
 from cn_clip.data.curate import check as module
-from cn_clip.data.curate.check import KINDS, check
+from cn_clip.data.curate.check import PROBLEM_KINDS, check
 from cn_clip.data.sources.open import open_source
 from cn_clip.errors import CNClipError
 
@@ -59,14 +59,14 @@ def test_every_kind_of_problem_is_counted_and_named(pictures, workers):
         "small": 3,
         "character": 1,
     }
-    assert set(found.counts) == set(KINDS)
+    assert set(found.counts) == set(PROBLEM_KINDS)
     assert not found.fit
     told = {problem.kind: problem.text for problem in found.problems}
     texts = f"{pictures}/train_texts.jsonl, line"
     assert told["row"].startswith(f"{texts} 11: expected")
-    assert told["empty"] == f"{texts} 8: its text holds no word"
+    assert told["empty"] == f"{texts} 8: its text is empty"
     assert told["long"] == f"{texts} 9: 62 tokens, 10 are cut"
-    assert told["text id"] == f"{texts} 5: its text id is that of {texts} 1"
+    assert told["text id"] == f"{texts} 5: its text id is also that of {texts} 1"
     assert told["pair"] == f"{texts} 7: this picture had this text before"
     assert told["same picture"].startswith((f"{texts} 6: looks like", f"{texts} 5: looks like"))
     assert sum(found.languages.values()) == sum(found.lengths.values()) == 11
@@ -76,10 +76,10 @@ def test_a_clean_source_is_fit(pictures, tmp_path):
     found = check(open_source(write_csv(pictures)), threshold=0)
     assert found.fit
     assert (found.pairs, found.images, found.captions) == (4, 3, 4)
-    assert len(found.sheet) == 3
+    assert len(found.samples) == 3
 
 
-def test_a_picture_that_is_there_often_is_told_of_each_time(tmp_path):
+def test_every_repetition_of_an_image_is_reported(tmp_path):
     """Under ids of their own; plain ones too, by their pixels, and none is compared twice."""
     photo, white = make_image(5, (200, 150)), Image.new("RGB", (90, 90), "white")
     for number in range(6):
@@ -99,7 +99,7 @@ def test_a_full_disk_names_what_to_do(pictures, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(module, "TemporaryFile", full)
-    with pytest.raises(CNClipError, match=r"hashes of 3 pictures in .*: --threshold 0$"):
+    with pytest.raises(CNClipError, match=r"hashes of 3 images in .* with --threshold 0$"):
         check(open_source(write_csv(pictures)))
 
 
@@ -116,16 +116,16 @@ def test_two_files_may_number_their_texts_alike(pictures, tmp_path):
     ("text", "language"),
     [("一只猫", "Chinese"), ("a cat", "English"), ("iPhone 手机", "mixed"), ("123 😀", "other")],
 )
-def test_languages_are_told_by_letters(text, language):
+def test_languages_are_detected_by_letters(text, language):
     assert language_of(text) == language
 
 
-def test_the_command_tells_and_exits_for_pipelines(pictures, tmp_path, capsys):
+def test_the_command_reports_and_sets_its_exit_code(pictures, tmp_path, capsys):
     bad(pictures)
     page = tmp_path / "page.html"
     source = f"{pictures}/train_imgs.tsv"
     assert run(["data", "check", source, "--report", str(page), "--workers", "0"]) == 1
-    assert "pictures missing or damaged" in capsys.readouterr().out
+    assert "images missing or damaged" in capsys.readouterr().out
     text = page.read_text(encoding="utf-8")
     assert "<svg" in text and "data:image/jpeg;base64," in text and 'src="http' not in text
     assert run(["data", "check", source, "--json", "--workers", "0"]) == 1

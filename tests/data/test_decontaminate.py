@@ -6,13 +6,18 @@ from PIL import Image
 
 from cn_clip.cli import run
 from cn_clip.data.captions import plain
-from cn_clip.data.curate.decontaminate import decontaminate, read_removed, write_page, write_removed
+from cn_clip.data.curate.decontaminate import (
+    decontaminate,
+    read_removed,
+    write_removed,
+    write_removed_report,
+)
 from cn_clip.data.sources.open import open_source
 from cn_clip.errors import DataError, UsageError
 
 
 def folder(root, pairs):
-    """Write (name, picture, captions) as a folder source."""
+    """Write (name, image, captions) as a folder source."""
     root.mkdir()
     for name, picture, captions in pairs:
         if isinstance(picture, bytes):
@@ -55,9 +60,9 @@ def test_copies_and_captions_of_the_test_set_are_found(train_set, test_set, tmp_
         for r in found.removed
     ]
     assert told == [
-        ("b-resized", "picture", "t0"),
-        ("b-resized#1", "picture", "t0"),
-        ("c-mirrored", "picture", "t1"),
+        ("b-resized", "image", "t0"),
+        ("b-resized#1", "image", "t0"),
+        ("c-mirrored", "image", "t1"),
         ("d-caption", "caption", "t2"),
     ]
     assert len(found.unreadable) == 1 and "e-broken.txt, line 1: " in found.unreadable[0]
@@ -66,7 +71,7 @@ def test_copies_and_captions_of_the_test_set_are_found(train_set, test_set, tmp_
         "caption"
     ]
     only = decontaminate(train_set, test_set, min_caption=20)
-    assert {r.reason for r in only.removed} == {"picture"}
+    assert {r.reason for r in only.removed} == {"image"}
 
 
 def on_paper(picture, size, at):
@@ -94,8 +99,8 @@ def test_a_drawing_is_found_with_other_margins(tmp_path):
     assert [train.row(r.index).text for r in found.removed] == ["一", "二", "三", "六"]
 
 
-def test_photos_of_one_shape_are_not_alike_for_the_bars_beside_them(tmp_path):
-    """Laid on squares, long dark pictures are a dark band on white, all of them."""
+def test_photos_of_one_shape_do_not_match_by_their_padding(tmp_path):
+    """Laid on squares, long dark images are a dark band on white, all of them."""
     dark = [
         Image.eval(make_image(seed, (360, 120)), lambda level: 60 + level // 6)
         for seed in range(12)
@@ -105,23 +110,23 @@ def test_photos_of_one_shape_are_not_alike_for_the_bars_beside_them(tmp_path):
     assert decontaminate(train, test).removed == []
 
 
-def test_a_plain_picture_is_found_by_its_pixels(tmp_path):
+def test_a_flat_image_matches_by_its_pixels(tmp_path):
     white, black = Image.new("RGB", (90, 90), "white"), Image.new("RGB", (90, 90), "black")
     test = folder(tmp_path / "test", [("t", white, ["白色的一张图"])])
     train = folder(tmp_path / "train", [("a", black, ["黑"]), ("b", white.copy(), ["白"])])
     found = decontaminate(train, test)
-    assert [(r.index, r.reason, r.distance) for r in found.removed] == [(1, "picture", 0)]
+    assert [(r.index, r.reason, r.distance) for r in found.removed] == [(1, "image", 0)]
 
 
-def test_two_files_may_number_their_pictures_alike(tmp_path):
-    """The second test set's picture 1 is compared too, and stays another one in training."""
+def test_two_files_may_use_the_same_image_ids(tmp_path):
+    """The second test set's image 1 is compared too, and stays another one in training."""
     for seed, name in enumerate(["a", "b", "c", "d"]):
         folder(tmp_path / name, [("1", make_image(seed, (240, 200)), [f"第{name}个图片的描述"])])
     copy = make_image(1, (240, 200)).resize((100, 90))
     folder(tmp_path / "e", [("1", copy, ["缩小的"])])
     train = open_source(f"folder:{tmp_path}/{{c,e}}")
     found = decontaminate(train, open_source(f"folder:{tmp_path}/{{a,b}}"))
-    assert [(r.index, r.reason, r.against) for r in found.removed] == [(1, "picture", 1)]
+    assert [(r.index, r.reason, r.against) for r in found.removed] == [(1, "image", 1)]
     assert found.test_images == 2
 
 
@@ -140,19 +145,17 @@ def test_the_list_is_read_back_for_the_same_source_only(train_set, test_set, tmp
         read_removed(tmp_path / "other.jsonl", train_set)
 
 
-def test_the_page_shows_both_pictures(train_set, test_set, tmp_path):
+def test_the_report_shows_both_images(train_set, test_set, tmp_path):
     found = decontaminate(train_set, test_set)
-    write_page(found, train_set, test_set, tmp_path / "page.html")
+    write_removed_report(found, train_set, test_set, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert page.count("data:image/jpeg;base64,") == 2 * 4
     assert "http" not in page.replace("http-equiv", "")
 
 
-def test_a_broken_test_picture_proves_nothing(train_set, tmp_path):
+def test_an_unreadable_test_image_is_an_error(train_set, tmp_path):
     broken = folder(tmp_path / "broken", [("x", b"no picture", ["一句话"])])
-    with pytest.raises(
-        DataError, match=r"the test set has a picture that cannot be read: .*x\.txt"
-    ):
+    with pytest.raises(DataError, match=r"unreadable test image: .*x\.txt"):
         decontaminate(train_set, broken)
     with pytest.raises(UsageError, match="the threshold is 200 bits of 256"):
         decontaminate(train_set, broken, threshold=200)
@@ -176,7 +179,7 @@ def test_from_the_command_line_to_clean_shards(train_set, test_set, tmp_path, ca
     removed, page = tmp_path / "removed.jsonl", tmp_path / "page.html"
     arguments = ["data", "decontaminate", f"{tmp_path}/train", "--against", f"{tmp_path}/test"]
     arguments += ["--out", str(removed), "--report", str(page), "--workers", "0"]
-    assert run(arguments) == 1  # a picture could not be compared
+    assert run(arguments) == 1  # an image could not be compared
     told = capsys.readouterr()
     assert "4 of 8 pairs are in folder:" in told.out.replace("\n", " ")
     assert "e-broken" in told.err

@@ -151,7 +151,7 @@ def write_coco_cn(root):
 
 
 def write_official(root):
-    """MUGE's test texts name no picture; both datasets number theirs alike."""
+    """MUGE's test texts name no image; both datasets number theirs alike."""
     for dataset, seed in (("MUGE", 50), ("Flickr30k-CN", 70)):
         for at, split in enumerate(("train", "valid", "test")):
             pictures = {1000002 + n: jpeg(seed + 3 * at + n) for n in range(3)}
@@ -178,7 +178,7 @@ def downloads(tmp_path, monkeypatch):
     for write in (write_wukong, write_laion, write_translations, write_coco_cn, write_official):
         write(tmp_path)
     told = "{}的一段说明文字"
-    # The copies of a picture of MUGE's and of Flickr30K-CN's test set, and a caption of the former.
+    # The copies of an image of MUGE's and of Flickr30K-CN's test set, and a caption of the former.
     copies = [
         (jpeg(56, (160, 120)), told.format("甲")),
         (jpeg(77), told.format("乙")),
@@ -217,7 +217,7 @@ def test_the_page_runs_on_files_of_the_schemas_it_names(downloads):
     assert scope["batch"].skipped == []
 
 
-def test_what_the_test_sets_hold_is_left_out(downloads):
+def test_pairs_of_the_test_sets_are_left_out(downloads):
     scope = {}
     for language, block in FENCE.findall(PAGE.read_text(encoding="utf-8")):
         if language == "python" and "Loader" not in block:
@@ -229,8 +229,8 @@ def test_what_the_test_sets_hold_is_left_out(downloads):
     lines = Path("wukong-removed.jsonl").read_text(encoding="utf-8").splitlines()[1:]
     told = [json.loads(line) for line in lines]
     assert [(each["index"], each["reason"]) for each in told] == [
-        (3, "picture"),
-        (4, "picture"),
+        (3, "image"),
+        (4, "image"),
         (5, "caption"),
     ]
     places = [each["against"]["where"].partition(", ")[0] for each in told]
@@ -244,7 +244,7 @@ def test_what_the_test_sets_hold_is_left_out(downloads):
     assert {coco.row(index).image_id for index in range(len(coco))} == {"102"}
 
 
-def test_the_parquet_of_laion_is_a_source_where_its_pictures_lie(downloads):
+def test_the_parquet_of_laion_is_a_source_with_a_folder_of_images(downloads):
     source = open_source("parquet:laion2b_chinese_release/*.parquet?root=laion_pictures")
     assert [source.row(n).text for n in range(3)] == [f"中文图文对，编号{n}" for n in range(3)]
     assert source.image(2) == jpeg(32)

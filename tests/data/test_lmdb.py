@@ -22,7 +22,7 @@ from cn_clip.data.sources.base import read_pair
 from cn_clip.data.sources.lmdb import write_lmdb
 from cn_clip.data.sources.lmdb_file import LmdbFile
 from cn_clip.data.sources.open import open_source
-from cn_clip.data.sources.pickled_pair import unpickled_pair
+from cn_clip.data.sources.pickled_pair import parse_pickled_pair
 from cn_clip.data.sources.tar import Sample
 from cn_clip.errors import CNClipError, DataError
 
@@ -93,7 +93,7 @@ def all_read(path):
     try:
         file = LmdbFile(path)
     except DataError as error:
-        assert "is cut off" in str(error)
+        assert "is truncated" in str(error)
         return False
     assert all(file.get(b"%d" % number) == bytes(9000) for number in range(80))
     return True
@@ -131,7 +131,7 @@ def test_a_file_cut_anywhere_says_so(packed, part):
         path.write_bytes(whole[:size])
         stated = used if size >= 2 * PAGE else 2  # what is stated may be what is cut off
         sentence = (
-            rf"{part}/data.mdb is cut off \(the meta page names {stated} pages, the file has "
+            rf"{part}/data.mdb is truncated \(the meta page says {stated} pages, the file has "
             rf"{size // PAGE}\); copy it again"
         )
         with pytest.raises(DataError, match=sentence):
@@ -150,10 +150,10 @@ def assert_named(folder):
         ((16,), b"\0\0\0\0", "is not an LMDB"),
         ((16,), b"\xbe\xef\xc0\xde", "of a 32-bit or big-endian machine"),
         ((12,), b"\xde\xc0\xef\xbe", "of a 32-bit or big-endian machine"),
-        ((20,), b"\2", "has LMDB's data version 2; version 1 is read"),
+        ((20,), b"\2", "has LMDB data version 2, not 1"),
         ((40,), b"\1", "is damaged: its pages have 4097 bytes"),
         ((PAGE + 10,), b"\1", "is damaged: page 1 is not a meta page"),
-        ((92, PAGE + 92), b"\4", "is damaged: its keys have an order of their own, 0x4"),
+        ((92, PAGE + 92), b"\4", r"is damaged: its key order is custom \(flags 0x4\)"),
         ((PAGE + 94,), b"\x63", "is damaged: its tree has 99 levels"),
     ],
 )
@@ -170,7 +170,7 @@ def test_damaged_meta_pages_are_named(packed, starts, content, sentence):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"", r"is not an LMDB \(0 bytes, its start is empty\); copy it again, or write it anew"),
+        (b"", r"is not an LMDB \(0 bytes, its start is empty\); copy or write it again"),
         (b"nothing of the kind", r"is not an LMDB \(19 bytes, its start is 6e6f7468"),
         (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer; .*git lfs pull"),
     ],
@@ -183,7 +183,7 @@ def test_a_file_that_is_no_lmdb_is_named_as_what_it_is(packed, content, sentence
 
 def test_no_file_and_a_folder_for_a_file_are_named(packed):
     shutil.rmtree(packed / "imgs")
-    with pytest.raises(DataError, match=r"no LMDB at .*imgs; a source holds imgs and pairs"):
+    with pytest.raises(DataError, match=r"no LMDB at .*imgs; expected imgs and pairs"):
         open_source(f"lmdb:{packed}")
     with pytest.raises(DataError, match="cannot be read: Is a directory"):
         LmdbFile(packed / "pairs")
@@ -204,7 +204,7 @@ def test_a_tree_that_leads_back_to_itself_ends(tmp_path):
     for (node,) in struct.iter_unpack("<H", content[top * PAGE + 16 : top * PAGE + 16 + 2 * count]):
         struct.pack_into("<HH", content, top * PAGE + node, top & 0xFFFF, top >> 16)
     path.write_bytes(content)
-    with pytest.raises(DataError, match=f"page {top} is not what the tree says"):
+    with pytest.raises(DataError, match=f"page {top} is not the page that the tree refers to"):
         LmdbFile(path).get(b"5")
 
 
@@ -238,11 +238,11 @@ def test_a_file_that_is_cut_off_while_it_is_read_does_not_end_the_process(packed
     source = open_source(f"lmdb:{packed}")
     os.truncate(packed / "imgs" / "data.mdb", 3 * PAGE)
     for index in range(4):
-        with pytest.raises(DataError, match=r"imgs/data\.mdb is cut off"):
+        with pytest.raises(DataError, match=r"imgs/data\.mdb is truncated"):
             source.image(index)
     assert run(["data", "check", f"lmdb:{packed}"]) == 1
     said = capsys.readouterr().err
-    assert "imgs/data.mdb is cut off" in said and said.count("\n") == 1
+    assert "imgs/data.mdb is truncated" in said and said.count("\n") == 1
 
 
 def mutated(whole, rng):
@@ -325,9 +325,9 @@ def test_a_pair_is_what_pickle_makes_of_it(image_id, text_id, text, kind, protoc
     pair = kind([image_id, text_id, text])
     dump = pickle._dumps if python else pickle.dumps  # the two write different opcodes
     raw = dump(pair, protocol)
-    assert list(unpickled_pair(raw)) == list(pickle.loads(raw)) == list(pair)
+    assert list(parse_pickled_pair(raw)) == list(pickle.loads(raw)) == list(pair)
     optimized = pickletools.optimize(raw)
-    assert list(unpickled_pair(optimized)) == list(pair)
+    assert list(parse_pickled_pair(optimized)) == list(pair)
 
 
 class Called:
@@ -352,8 +352,8 @@ def in_itself():
 @pytest.mark.parametrize(
     ("raw", "sentence"),
     [
-        (pickle.dumps((1, 2, Called())), r"names builtins\.print, and only data is read"),
-        (pickle.dumps((1, 2, Called()), 0), r"names __builtin__\.print, and only data is read"),
+        (pickle.dumps((1, 2, Called())), r"names builtins\.print; only data is read"),
+        (pickle.dumps((1, 2, Called()), 0), r"names __builtin__\.print; only data is read"),
         (pickle.dumps(doubling(60)), "opcode EMPTY_TUPLE"),
         (pickle.dumps((1, 2, doubling(60))), "opcode EMPTY_TUPLE"),
         (pickle.dumps(in_itself()), "holds more than numbers and strings"),
@@ -381,15 +381,15 @@ def in_itself():
         (b".", "takes from an empty stack"),
         (b"t.", "lacks a mark"),
         (b"a.", "takes from an empty stack"),
-        (b"K\1K\2a.", "adds to what is not a list"),
+        (b"K\1K\2a.", "appends to something other than a list"),
         (b"(.", "holds nothing"),
-        (b"\xfe.", r"has b'\\xfe' for an opcode"),
+        (b"\xfe.", r"has the unknown opcode b'\\xfe'"),
     ],
 )
 def test_a_pickle_that_is_no_pair_is_named_at_once(raw, sentence):
     started = time.monotonic()
     with pytest.raises(ValueError, match=sentence):
-        unpickled_pair(raw)
+        parse_pickled_pair(raw)
     assert time.monotonic() - started < 1
 
 
@@ -402,7 +402,7 @@ def test_no_pickle_ends_in_anything_but_a_value_error():
             at = rng.randrange(len(raw))
             raw[at : at + rng.choice([0, 1, 4])] = rng.randbytes(rng.choice([0, 1, 4]))
         try:
-            image_id, text_id, text = unpickled_pair(bytes(raw))
+            image_id, text_id, text = parse_pickled_pair(bytes(raw))
         except ValueError:
             continue
         assert {type(image_id), type(text_id)} <= {int, str} and type(text) is str
@@ -430,7 +430,7 @@ def test_a_count_that_cannot_be_is_named_before_memory_is_taken(packed, count, s
         open_source(f"lmdb:{packed}")
 
 
-def test_a_count_of_images_that_is_none_is_told_by_check(packed):
+def test_check_reports_an_invalid_image_count(packed):
     put(packed / "imgs", [("num_images", b"many")])
     assert open_source(f"lmdb:{packed}").unmatched() == [
         f"{packed}/imgs: num_images is b'many'; expected a count"
@@ -442,9 +442,9 @@ def test_missing_counts_keys_and_images_are_named(packed):
     put(packed / "imgs", [("007", b"=not base64="), ("008", base64.b64encode(b"abcd")[:-1])])
     source = open_source(f"lmdb:{packed}")
     for index, sentence in (
-        (0, "pairs, key 0: its picture is not base64"),
+        (0, "pairs, key 0: its image is not base64"),
         (1, r"pairs, key 1: no key 'nowhere' in .*/imgs"),
-        (2, "pairs, key 2 is refused: its pickle has the opcode TUPLE2"),
+        (2, "pairs, key 2 is not a pair: its pickle has the opcode TUPLE2"),
         (7, "pairs, key 7: no key '7' in .*/pairs"),
     ):
         with pytest.raises(DataError, match=sentence):
@@ -466,8 +466,8 @@ def test_an_id_of_thousands_of_digits_comes_back(tmp_path):
 
 def test_ids_that_lmdb_has_no_key_for_are_named_before_they_are_lost(tmp_path):
     for image_id, sentence in (
-        ("猫" * 200, "has 600 bytes, and a key of an LMDB 1 to 511; write tar or tsv instead"),
-        ("num_images", "an LMDB keeps num_images for itself"),
+        ("猫" * 200, "has 600 bytes; an LMDB key has 1 to 511: write tar or tsv instead"),
+        ("num_images", "the image id num_images is reserved in an LMDB"),
     ):
         folder = tmp_path / image_id[:3]
         folder.mkdir()

@@ -14,12 +14,12 @@ from data.formats import IMAGES, PAIRS, jpeg, write_csv
 from cn_clip.data.loading.loader import (
     Loader,
     Preparation,
-    dead_workers_named,
     keys_of,
-    stacked_keys,
+    map_worker_errors,
+    stack_keys,
 )
 from cn_clip.data.sources.base import Row
-from cn_clip.data.sources.open import Chain, Weighted, open_source
+from cn_clip.data.sources.open import Chain, WeightedSource, open_source
 from cn_clip.errors import DataError
 from cn_clip.image.decode import read_image, to_pixels
 from cn_clip.tokenizer import Tokenizer
@@ -28,7 +28,7 @@ SMALL = Preparation(resolution=32)
 
 
 class Made:
-    """Pairs made on the spot: every eleventh picture is broken if asked for."""
+    """Pairs made on the spot: every eleventh image is broken if asked for."""
 
     name = "made"
 
@@ -57,7 +57,9 @@ class Deadly(Made):
 
 
 def loader_of(source, size=16, **options):
-    return Loader([Weighted(source)], options.pop("preparation", SMALL), size, seed=3, **options)
+    return Loader(
+        [WeightedSource(source)], options.pop("preparation", SMALL), size, seed=3, **options
+    )
 
 
 def ids_of(loader, epoch=0, start=0):
@@ -131,7 +133,7 @@ def test_what_cannot_be_read_is_skipped_counted_and_listed(workers):
     assert sorted(got, key=int) == [str(i) for i in range(10, 200)]
     assert (loader.seen, loader.skipped, len(loader.reasons)) == (200, 10, 10)
     assert sorted(r.partition(":")[0] for r in loader.reasons)[0] == "made, row 0"
-    assert all("not a picture in a known format" in reason for reason in loader.reasons)
+    assert all("not an image in a known format" in reason for reason in loader.reasons)
 
 
 def corrupted(folder):
@@ -142,7 +144,7 @@ def corrupted(folder):
     header[29:33] = zlib.crc32(header[12:29]).to_bytes(4)
     pictures = {
         0: b"",
-        1: b"not a picture",
+        1: b"not an image",
         2: good[: len(good) // 2],
         3: good[:300],
         4: bytes(len(good)),
@@ -177,11 +179,11 @@ def test_a_share_above_the_limit_ends_the_run(workers):
     loader = loader_of(Made(200, broken=30), workers=workers)
     with pytest.raises(DataError, match=r"of 2?\d\d pairs cannot be read, above the limit of 10%"):
         list(loader.batches(0))
-    assert ids_of(loader_of(Made(200, broken=30), most_skipped=0.2, workers=workers))
+    assert ids_of(loader_of(Made(200, broken=30), max_skipped_fraction=0.2, workers=workers))
 
 
 def test_a_batch_of_which_nothing_can_be_read_is_empty():
-    (batch,) = loader_of(Made(3, broken=3), most_skipped=1.0, workers=0).batches(0)
+    (batch,) = loader_of(Made(3, broken=3), max_skipped_fraction=1.0, workers=0).batches(0)
     assert (batch.pixels.shape, len(batch.rows), len(batch.skipped)) == ((0, 3, 32, 32), 0, 3)
     assert batch.ids.shape[0] == 0
 
@@ -194,11 +196,13 @@ def test_a_killed_worker_is_reported_and_does_not_hang():
 def test_a_batch_that_went_with_its_worker_names_the_worker(tmp_path):
     gone = str(tmp_path / "socket"), 1  # what a worker left behind of a batch's memory
     with (
-        pytest.raises(DataError, match="DataLoader worker took a batch along: FileNotFoundError"),
-        dead_workers_named(),
+        pytest.raises(
+            DataError, match="the batch of a DataLoader worker is lost: FileNotFoundError"
+        ),
+        map_worker_errors(),
     ):
         resource_sharer._ResourceSharer.get_connection(gone)
-    with pytest.raises(FileNotFoundError), dead_workers_named():
+    with pytest.raises(FileNotFoundError), map_worker_errors():
         (tmp_path / "another").read_bytes()
 
 
@@ -218,7 +222,7 @@ def test_sources_reach_spawned_workers():
     assert made.row(1) == Made(3).row(1)
 
 
-def test_pairs_share_a_key_if_they_share_picture_text_id_or_what_the_text_says():
+def test_pairs_share_a_key_if_they_share_image_id_text_id_or_text():
     rows = [
         Row("A cat!", "1", "7"),
         Row("a  CAT", "2", "8"),
@@ -226,11 +230,11 @@ def test_pairs_share_a_key_if_they_share_picture_text_id_or_what_the_text_says()
         Row("?", "3", "7"),
     ]
     source = Made(4)
-    keys = stacked_keys([keys_of(row, source, 0, n) for n, row in enumerate(rows)])
+    keys = stack_keys([keys_of(row, source, 0, n) for n, row in enumerate(rows)])
     assert keys.dtype == torch.int64 and keys.shape == (4, 3)
     same = keys[:, None] == keys[None]
     assert same.any(-1).int().tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1]]
-    assert stacked_keys([]).shape == (0, 3)
+    assert stack_keys([]).shape == (0, 3)
 
 
 def test_the_same_ids_in_two_sources_or_files_of_a_mix_are_not_the_same_pair(pictures):

@@ -79,7 +79,7 @@ def test_a_shard_is_what_webdataset_expects(pictures, tmp_path):
         assert archive.extractfile("00000000.jpg").read() == IMAGES["007"]
 
 
-def test_large_pictures_are_made_smaller_and_small_ones_kept(pictures, tmp_path):
+def test_large_images_are_resized_and_small_ones_kept(pictures, tmp_path):
     (pictures / "008.jpg").write_bytes(jpeg(8, (400, 200)))
     Image.new("RGBA", (300, 300), (9, 9, 9, 90)).save(pictures / "猫.jpg", "PNG")
     pack(open_source(write_csv(pictures)), tmp_path / "out", encoding=Encoding(max_side=100))
@@ -104,7 +104,7 @@ def test_a_jpeg_of_a_camera_that_holds_a_second_image_is_kept_as_it_is(pictures,
     assert kept == (pictures / "007.jpg").read_bytes()
 
 
-def test_pictures_can_all_be_encoded_anew(pictures, tmp_path):
+def test_all_images_can_be_re_encoded(pictures, tmp_path):
     pack(open_source(write_csv(pictures)), tmp_path / "out", encoding=Encoding(format="WEBP"))
     with tarfile.open(tmp_path / "out" / "00000.tar") as archive:
         assert [name for name in archive.getnames() if name.endswith(".webp")] == [
@@ -122,8 +122,8 @@ def test_what_cannot_be_read_is_left_out_and_named(pictures, tmp_path, workers):
     assert (done.images, done.pairs) == (2, 2)
     told = "\n".join(done.skipped)
     for sentence in (
-        "line 2: its 10 bytes are no picture in a known format",
-        "(and 1 more texts of this picture)",
+        "line 2: its 10 bytes are not an image in a known format",
+        "(and 1 more texts of this image)",
         "line 6: no picture",
         "line 7: its text is empty",
         "line 8 has 5 fields, its header 4",
@@ -138,7 +138,7 @@ def test_pairs_named_for_removal_are_left_out(pictures, tmp_path):
     assert pairs_of(f"{tmp_path}/out/00000.tar") == EXPECTED[1:3]
 
 
-def test_a_stopped_run_goes_on_after_the_last_shard(pictures, tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_after_the_last_shard(pictures, tmp_path, monkeypatch):
     source, out = open_source(write_csv(pictures)), tmp_path / "out"
     written = []
     real = module.write_shard
@@ -153,12 +153,14 @@ def test_a_stopped_run_goes_on_after_the_last_shard(pictures, tmp_path, monkeypa
     with pytest.raises(CNClipError, match=r"No space left on device; finished shards stay"):
         pack(source, out, images_per_shard=1)
     assert sorted(p.name for p in out.glob("*.tar")) == ["00000.tar", "00001.tar"]
-    with pytest.raises(UsageError, match="was begun from other data or with other options"):
+    with pytest.raises(UsageError, match="was started from other data or options"):
         pack(source, out, images_per_shard=2)
     monkeypatch.setattr(module, "write_shard", real)
-    ticks = []
-    done = pack(source, out, images_per_shard=1, tick=lambda *told: ticks.append(told))
-    assert ticks == [(2, 3), (3, 3)]
+    calls = []
+    done = pack(
+        source, out, images_per_shard=1, on_progress=lambda *progress: calls.append(progress)
+    )
+    assert calls == [(2, 3), (3, 3)]
     assert (done.shards, done.pairs) == (3, 4)
     assert pairs_of(f"tar:{out}/*.tar") == EXPECTED
 
@@ -177,9 +179,9 @@ def test_a_run_that_was_stopped_while_it_tidied_up_is_finished(pictures, tmp_pat
         pack(source, out, images_per_shard=1)
     monkeypatch.setattr(module, "remove", real)
     (out / "00001.json").unlink()
-    ticks = []
-    pack(source, out, images_per_shard=1, tick=lambda *told: ticks.append(told))
-    assert ticks == [(3, 3)]  # nothing is packed again
+    calls = []
+    pack(source, out, images_per_shard=1, on_progress=lambda *progress: calls.append(progress))
+    assert calls == [(3, 3)]  # nothing is packed again
     assert sorted(p.name for p in out.iterdir()) == [
         "00000.tar", "00001.tar", "00002.tar", "manifest.json"
     ]  # fmt: skip
@@ -187,13 +189,13 @@ def test_a_run_that_was_stopped_while_it_tidied_up_is_finished(pictures, tmp_pat
         assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
 
 
-def test_what_is_there_is_kept_unless_overwrite(pictures, tmp_path):
+def test_existing_files_are_kept_unless_overwrite(pictures, tmp_path):
     source, out = open_source(write_csv(pictures)), tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("mine")
     with pytest.raises(UsageError, match="is not empty"):
         pack(source, out)
-    with pytest.raises(UsageError, match=r"holds mine.txt, which no pack wrote"):
+    with pytest.raises(UsageError, match=r"holds mine.txt, not written by pack"):
         pack(source, out, overwrite=True)
     assert (out / "mine.txt").read_text() == "mine"
     (out / "mine.txt").unlink()
@@ -204,7 +206,7 @@ def test_what_is_there_is_kept_unless_overwrite(pictures, tmp_path):
     assert sorted(p.name for p in out.iterdir()) == ["00000.tar", "manifest.json"]
 
 
-def test_a_second_process_is_told_so(pictures, tmp_path):
+def test_a_second_process_is_refused(pictures, tmp_path):
     (tmp_path / "out").mkdir()
     with FileLock(tmp_path / "out" / ".lock"), pytest.raises(CNClipError, match="another process"):
         pack(open_source(write_csv(pictures)), tmp_path / "out")
@@ -212,11 +214,11 @@ def test_a_second_process_is_told_so(pictures, tmp_path):
 
 def test_a_source_of_nothing_usable_is_refused(pictures, tmp_path):
     (pictures / "p.csv").write_text("image,text\n007.jpg,\n")
-    with pytest.raises(DataError, match=r"holds no pair that can be used; the first: .*line 2"):
+    with pytest.raises(DataError, match=r"has no usable pair; the first: .*line 2"):
         pack(open_source(f"{pictures}/p.csv"), tmp_path / "out")
 
 
-def test_an_lmdb_grows_with_what_it_holds(tmp_path):
+def test_an_lmdb_grows_with_its_content(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
     for number in range(40):
@@ -243,7 +245,7 @@ def test_a_killed_worker_is_reported(pictures, tmp_path):
     for image_id in IMAGES:
         (pictures / f"{image_id}.txt").write_text("文", encoding="utf-8")
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
-    assert "DataError: a worker died, out of memory perhaps" in done.stderr
+    assert "DataError: a worker died, possibly out of memory" in done.stderr
 
 
 def test_a_folder_is_no_longer_locked_when_it_is_done(pictures, tmp_path):
@@ -253,8 +255,8 @@ def test_a_folder_is_no_longer_locked_when_it_is_done(pictures, tmp_path):
     assert os.listdir(tmp_path / "out")
 
 
-def test_two_files_may_number_their_pictures_alike(pictures, tmp_path):
-    """As img2dataset does in every folder: a text must not come to another folder's picture."""
+def test_two_files_may_use_the_same_image_ids(pictures, tmp_path):
+    """As img2dataset does in every folder: a text must not come to another folder's image."""
     for name, content in (("a", jpeg(1)), ("b", jpeg(2))):
         (tmp_path / name).mkdir()
         (tmp_path / name / "0.jpg").write_bytes(content)
@@ -265,5 +267,5 @@ def test_two_files_may_number_their_pictures_alike(pictures, tmp_path):
     told = [(text, image) for _, _, text, image in pairs_of(f"tar:{tmp_path}/out/*.tar")]
     assert told == [("图片a", jpeg(1)), ("图片b", jpeg(2))]
     for to in ("tsv", "lmdb"):
-        with pytest.raises(DataError, match=r"'0' stands for a picture in .*a/0.txt.* and for one"):
+        with pytest.raises(DataError, match=r"'0' names one image in .*a/0.txt.* and another in"):
             pack(source, tmp_path / to, to=to)

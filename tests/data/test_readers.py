@@ -51,13 +51,13 @@ def test_a_folder_names_what_it_passes_over_and_reads_linked_folders(pictures, t
     (tmp_path / "photos" / "more").symlink_to(pictures)
     (pictures / "007.txt").write_text("猫", encoding="utf-8")
     (pictures / "x.heic").touch()
-    with pytest.warns(UserWarning, match=r"1 file is passed over, .*\(1 .heic\)"):
+    with pytest.warns(UserWarning, match=r"1 file is skipped, .*\(1 .heic\)"):
         source = open_source(str(tmp_path / "photos"))
     assert rows_of(source) == [("more/007", "more/007", "猫")]
     assert sum("1 .heic" in each for each in source.unmatched()) == 1
 
 
-def test_a_pipe_is_named_and_the_rest_goes_on(pictures):
+def test_a_pipe_is_reported_and_other_rows_are_read(pictures):
     os.mkfifo(pictures / "x.jpg")
     for name in ("x", "007"):
         (pictures / f"{name}.txt").write_text("猫", encoding="utf-8")
@@ -66,7 +66,7 @@ def test_a_pipe_is_named_and_the_rest_goes_on(pictures):
     with pytest.raises(DataError, match=r"x\.jpg cannot be read: it is a named pipe"):
         source.image(1)
     devices = manifest(pictures, "image,text\n/dev/zero,a\n007.jpg,b\n")
-    with pytest.raises(DataError, match=r"line 2: no picture /dev/zero \(it is a device"):
+    with pytest.raises(DataError, match=r"line 2: no image /dev/zero \(it is a device"):
         devices.image(0)
     assert devices.image(1) == IMAGES["007"]
 
@@ -118,13 +118,13 @@ def test_a_quote_that_is_not_closed_is_an_error_with_its_line(pictures):
         ['007.jpg,"5寸屏幕', *rows, '007.jpg,屏幕7寸"', *rows],  # to one that ends a field
         ['007.jpg,"5寸屏幕', *rows[:20], '007.jpg,屏幕7寸"'],
     ):
-        with pytest.raises(DataError, match="line 3: a quote is opened here and not closed"):
+        with pytest.raises(DataError, match="line 3: a quote is opened and not closed"):
             manifest(pictures, "\n".join(["image,text", "007.jpg,第一张", *stray]))
 
 
 def test_a_wrong_quote_within_a_line_costs_that_row_only(pictures):
     source = manifest(pictures, 'image,text\n007.jpg,"5寸"屏幕\n008.jpg,火箭\n')
-    with pytest.raises(DataError, match=r"line 2: ',' expected after '\"'; put a field"):
+    with pytest.raises(DataError, match=r"line 2: ',' expected after '\"'; quote fields"):
         source.row(0)
     assert source.row(1).text == "火箭" and source.where(1).endswith("line 3")
 
@@ -237,7 +237,7 @@ def test_a_damaged_parquet_file_is_one_sentence(pictures):
     WRITERS["parquet"](pictures)
     whole = (pictures / "pairs.parquet").read_bytes()
     for content in (whole[:-100], whole[:200] + bytes(300) + whole[500:], b"", b"PAR1PAR1"):
-        with pytest.raises(DataError, match="is damaged, or no whole Parquet file"):
+        with pytest.raises(DataError, match="is damaged or not a Parquet file"):
             manifest(pictures, content, "bad.parquet")
 
 
@@ -250,13 +250,13 @@ def test_an_index_goes_to_a_temporary_folder_where_the_home_cannot_be_written(
     uris = [WRITERS["tar"](pictures), WRITERS["parquet"](pictures)]
     monkeypatch.delenv("CN_CLIP_CACHE")
     for home in ("/proc/none", "/dev/null"):
-        cache._temporary.cache_clear()
+        cache._temporary_root.cache_clear()
         monkeypatch.setenv("HOME", home)
         with pytest.warns(UserWarning, match=rf"cannot write {home}/.*; indexes .* CN_CLIP_CACHE"):
             sources = [open_source(uri) for uri in uris]
         assert [len(each) for each in sources] == [4, 4]
         assert len(pickle.loads(pickle.dumps(sources[1]))) == 4
-    cache._temporary.cache_clear()
+    cache._temporary_root.cache_clear()
 
 
 def test_a_named_cache_that_cannot_be_written_is_one_sentence(pictures, monkeypatch):
@@ -268,7 +268,7 @@ def test_a_named_cache_that_cannot_be_written_is_one_sentence(pictures, monkeypa
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
 @pytest.mark.parametrize("damage", [lambda b: b[:-40], lambda b: b"", lambda b: bytes(len(b))])
-def test_a_damaged_index_is_built_anew(pictures, tmp_path, kind, damage):
+def test_a_damaged_index_is_built_again(pictures, tmp_path, kind, damage):
     uri = WRITERS[kind](pictures)
     expected = rows_of(open_source(uri))
     [index] = (tmp_path / ".cache" / "index").iterdir()
@@ -304,8 +304,8 @@ def test_members_pair_wherever_they_stand_and_whatever_dots_they_have(pictures):
     found = [read_pair(source, at) for at in range(len(source))]
     assert [(each.image_id, each.image, each.text) for each in found] == expected
     told = source.unmatched()
-    assert len(told) == 2 and "1 file is passed over" in told[0] and "(1 .heic)" in told[0]
-    assert told[1].endswith("member f has no picture")
+    assert len(told) == 2 and "1 file is skipped" in told[0] and "(1 .heic)" in told[0]
+    assert told[1].endswith("member f has no image")
 
 
 @pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
@@ -332,8 +332,8 @@ def test_a_hard_link_is_named(pictures):
     info.type = tarfile.LNKTYPE
     members = [("a.jpg", jpeg(1)), ("a.txt", b"a"), (info, b""), ("b.txt", b"b")]
     told = manifest(pictures, tar_bytes(members), "s.tar").unmatched()
-    assert "'b.jpg' is left out: it is a hard link to 'a.jpg'" in told[0]
-    assert told[1].endswith("member b has no picture")
+    assert "'b.jpg' is skipped: it is a hard link to 'a.jpg'" in told[0]
+    assert told[1].endswith("member b has no image")
 
 
 @pytest.mark.parametrize(
@@ -345,13 +345,13 @@ def test_a_hard_link_is_named(pictures):
         ("s.tar.zst", b"\x28\xb5\x2f\xfd", "compressed with zstd"),
         ("s.tar", b"\x1f\x8b\x08", "compressed with gzip"),
         ("s.tar", b"PK\x03\x04", "is a zip file"),
-        ("p.csv", b"version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS"),
+        ("p.csv", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
         ("p.jsonl", b"\x1f\x8b\x08", "compressed with gzip"),
-        ("p.parquet", b"version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS"),
-        ("s.tar", b"version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS"),
+        ("p.parquet", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        ("s.tar", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
     ],
 )
-def test_what_is_given_for_another_file_is_said_with_what_to_do(pictures, name, content, sentence):
+def test_a_file_of_the_wrong_format_is_named_with_the_remedy(pictures, name, content, sentence):
     with pytest.raises(DataError, match=sentence):
         manifest(pictures, content, name)
 
@@ -359,7 +359,7 @@ def test_what_is_given_for_another_file_is_said_with_what_to_do(pictures, name, 
 def test_a_header_that_claims_gigabytes_reserves_none(pictures):
     info = tarfile.TarInfo("././@LongLink")
     info.type, info.size = b"L", 1 << 40
-    with pytest.raises(DataError, match="not a whole tar file: a header claims 1,099,511,"):
+    with pytest.raises(DataError, match="not a complete tar file: a header claims 1,099,511,"):
         manifest(pictures, info.tobuf(tarfile.GNU_FORMAT) + bytes(1024), "s.tar")
 
 
@@ -385,7 +385,9 @@ def test_base64_of_web_pages_and_of_either_alphabet_is_read_by_both_readers(pict
 
 def test_braces_of_a_thousand_million_names_are_refused_at_once(pictures):
     for braces in ("{0..999999999}", "{0..99999}{0..99999}", "{1..%s}" % ("9" * 5000)):
-        with pytest.raises(UsageError, match=r"names [\d,]+ files, above the limit|no usable path"):
+        with pytest.raises(
+            UsageError, match=r"names [\d,]+ files, above the limit|not a valid path"
+        ):
             open_source(f"tar:{pictures}/{braces}.tar")
 
 
@@ -411,7 +413,9 @@ def test_pack_says_how_much_makes_no_pair(pictures, tmp_path, capsys):
     out = str(tmp_path / "out")
     assert run(["data", "pack", f"folder:{pictures}", "--out", out, "--workers", "0"]) == 0
     said = capsys.readouterr().err
-    assert f"2 of folder:{pictures} make no pair" in said and "cn-clip data check" in said
+    assert (
+        f"2 items of folder:{pictures} are not in a pair" in said and "cn-clip data check" in said
+    )
 
 
 @pytest.mark.full

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from cn_clip.data.loading.sampler import Plan, batch_count, batches, permuted, plan_of
-from cn_clip.data.sources.open import Weighted
+from cn_clip.data.sources.open import WeightedSource
 from cn_clip.errors import UsageError
 
 
 def epoch_of(plan, epoch):
     return list(
-        zip(*(each.tolist() for each in plan.places(epoch, np.arange(len(plan)))), strict=True)
+        zip(*(each.tolist() for each in plan.pairs_at(epoch, np.arange(len(plan)))), strict=True)
     )
 
 
@@ -65,17 +65,17 @@ def test_an_epoch_holds_every_pair_once_and_the_next_has_another_order():
 
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("size", [8, 13])
-def test_any_number_of_processes_holds_the_same_batches(world_size, size):
+def test_global_batches_do_not_depend_on_the_number_of_processes(world_size, size):
     plan = Plan((101,), (101,), seed=5)
     assert shares(plan, 3, size, world_size) == shares(plan, 3, size, 1)
 
 
-def test_a_resumed_epoch_goes_on_where_it_stopped():
+def test_a_resumed_epoch_continues_where_it_stopped():
     plan = Plan((101, 33), (101, 66), seed=5)
     assert shares(plan, 2, 16, 2, start=4) == shares(plan, 2, 16, 1)[4:]
 
 
-def test_the_last_batch_is_what_is_left_with_nothing_twice():
+def test_the_last_batch_has_the_remaining_pairs_without_repeats():
     plan = Plan((10,), (10,), seed=0)
     got = shares(plan, 0, 4, 1)
     assert [len(batch) for batch in got] == [4, 4, 2]
@@ -85,7 +85,7 @@ def test_the_last_batch_is_what_is_left_with_nothing_twice():
 
 
 def test_weights_are_kept_and_nothing_comes_twice_before_all_came_once():
-    plan = plan_of([Weighted([0] * 100, 0.25), Weighted([0] * 40, 2.5)], seed=0)
+    plan = plan_of([WeightedSource([0] * 100, 0.25), WeightedSource([0] * 40, 2.5)], seed=0)
     assert plan.counts == (25, 100)
     together = Counter()
     for epoch in range(4):
@@ -98,12 +98,12 @@ def test_weights_are_kept_and_nothing_comes_twice_before_all_came_once():
 
 def test_mixed_sources_are_spread_over_the_epoch():
     plan = Plan((1000, 1000), (1000, 1000), seed=0)
-    sources, _ = plan.places(0, np.arange(2000))
+    sources, _ = plan.pairs_at(0, np.arange(2000))
     assert all(380 < sources[start : start + 1000].sum() < 620 for start in (0, 500, 1000))
 
 
 def test_an_empty_epoch_and_a_batch_too_small_are_refused():
-    with pytest.raises(UsageError, match="holds no pair"):
-        plan_of([Weighted([0], 0.1)], seed=0)
-    with pytest.raises(UsageError, match="a global batch of 2 cannot be shared by 4 processes"):
+    with pytest.raises(UsageError, match="has no pairs"):
+        plan_of([WeightedSource([0], 0.1)], seed=0)
+    with pytest.raises(UsageError, match="a global batch of 2 cannot be split over 4 processes"):
         next(batches(Plan((9,), (9,), 0), 0, 2, world_size=4))

@@ -7,12 +7,12 @@ from PIL import Image
 
 from cn_clip.data.curate.perceptual_hash import (
     THRESHOLD,
-    build,
+    build_index,
     hash_image,
+    mirrored_and_cropped,
     near_pairs,
     search,
-    trimmed,
-    variants,
+    without_margins,
 )
 
 
@@ -49,15 +49,15 @@ def test_the_lookup_finds_what_brute_force_finds(threshold):
         if distance(query, hashed) <= threshold
         and int(np.bitwise_count(query[0] ^ hashed[0])) <= threshold // 5
     ]
-    found = search(build(held), queries, threshold)
+    found = search(build_index(held), queries, threshold)
     assert list(zip(*(each.tolist() for each in found), strict=True)) == expected
     assert len(expected) >= 300
 
 
 def test_nothing_is_found_in_nothing():
     empty = np.empty((0, 36), np.uint64)
-    assert [len(each) for each in search(build(random_hashes(3, 0)), empty)] == [0, 0, 0]
-    assert [len(each) for each in search(build(empty), random_hashes(3, 0))] == [0, 0, 0]
+    assert [len(each) for each in search(build_index(random_hashes(3, 0)), empty)] == [0, 0, 0]
+    assert [len(each) for each in search(build_index(empty), random_hashes(3, 0))] == [0, 0, 0]
 
 
 def test_near_pairs_name_each_pair_once():
@@ -90,9 +90,9 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("seed", range(5))
-def test_a_changed_copy_stays_near_and_another_picture_is_far(change, seed):
+def test_a_changed_copy_stays_near_and_another_image_is_far(change, seed):
     image = make_image(seed, (240, 200))
-    index = build(np.stack([hash_image(each) for each in variants(image)]))
+    index = build_index(np.stack([hash_image(each) for each in mirrored_and_cropped(image)]))
     copy = hash_image(CHANGES[change](image))
     other = hash_image(make_image(seed + 100, (240, 200)))
     assert len(search(index, copy[None], THRESHOLD)[0])
@@ -103,17 +103,17 @@ def test_equal_signs_of_other_frequencies_are_no_match():
     held = random_hashes(2, 1)
     held[1, :4] = held[0, :4]
     held[1, 4:20] = 0x7F
-    assert search(build(held), held[:1])[1].tolist() == [0]
+    assert search(build_index(held), held[:1])[1].tolist() == [0]
 
 
-def test_a_plain_picture_matches_its_own_pixels_only():
+def test_a_flat_image_matches_equal_pixels_only():
     """Whatever file they are in: as JPEG and as PNG, white is the same white."""
     white = Image.new("RGB", (90, 90), "white")
     faint = white.copy()
     faint.putpixel((4, 4), (255, 255, 250))
     others = [faint, Image.new("RGB", (90, 90), "red"), Image.new("RGB", (91, 90), "white")]
     hashes = np.stack([hash_image(each) for each in [white, *others, make_image(1)]])
-    asked, held, distances = search(build(hashes), hash_image(recompressed(white))[None])
+    asked, held, distances = search(build_index(hashes), hash_image(recompressed(white))[None])
     assert (asked.tolist(), held.tolist(), distances.tolist()) == ([0], [0], [0])
     assert [len(each) for each in near_pairs(hashes, THRESHOLD)] == [0, 0]
 
@@ -123,7 +123,7 @@ def test_a_plain_picture_matches_its_own_pixels_only():
 def test_margins_of_one_colour_go(box, paper):
     image = Image.new("RGB", (30, 20), paper)
     image.paste("teal", box)
-    found = trimmed(image)
+    found = without_margins(image)
     width, height = box[2] - box[0], box[3] - box[1]
     assert found.size == (max(width, height),) * 2
     assert sorted(found.getcolors()) == sorted(
@@ -135,31 +135,34 @@ def test_margins_of_one_colour_go(box, paper):
 @pytest.mark.parametrize("size", [(30, 20), (20, 30)])
 def test_what_has_no_margins_is_only_laid_on_a_square(size):
     image = make_image(1, size)
-    found = trimmed(image)
+    found = without_margins(image)
     assert found.size == (30, 30)
     left, top = (30 - size[0]) // 2, (30 - size[1]) // 2
     assert found.crop((left, top, left + size[0], top + size[1])).tobytes() == image.tobytes()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (30, 20), (900, 700)])
-def test_a_picture_of_one_colour_stays_as_it_is(size):
+def test_an_image_of_one_colour_is_unchanged(size):
     image = Image.new("RGB", size, "teal")
-    assert (trimmed(image).size, trimmed(image).tobytes()) == (size, image.tobytes())
+    assert (without_margins(image).size, without_margins(image).tobytes()) == (
+        size,
+        image.tobytes(),
+    )
 
 
 @pytest.mark.parametrize("size", [(60_000, 1), (3, 40_000)])
 def test_a_strip_becomes_no_huge_square(size):
-    assert sorted(trimmed(make_image(2, size)).size) == [1, 256]
+    assert sorted(without_margins(make_image(2, size)).size) == [1, 256]
 
 
 def test_recompressed_margins_go_too():
     image = Image.new("RGB", (160, 160), "white")
     image.paste(make_image(3, (80, 80)), (40, 40))
-    assert 80 <= trimmed(recompressed(image)).width <= 96
+    assert 80 <= without_margins(recompressed(image)).width <= 96
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 500), (19, 19)])
 @pytest.mark.parametrize("mode", ["L", "RGB", "P", "I;16", "1"])
 def test_any_size_and_mode_has_a_hash(size, mode):
-    for image in variants(Image.new(mode, size)):
+    for image in mirrored_and_cropped(Image.new(mode, size)):
         assert hash_image(image).shape == (36,)

@@ -15,24 +15,24 @@ from data.formats import IMAGES, PAIRS, WRITERS
 import cn_clip
 from cn_clip.data.loading.loader import Loader, Preparation
 from cn_clip.data.sources.base import read_pair
-from cn_clip.data.sources.open import KINDS, open_mix
+from cn_clip.data.sources.open import SOURCE_OPTIONS, open_mix
 from cn_clip.image.decode import read_image, to_pixels
 
 # From Python 3.14 on, Linux starts with forkserver what it started with fork before.
 METHODS = sorted(multiprocessing.get_all_start_methods())
 
 # The folder of images holds the LMDB and the tables too.
-pytestmark = pytest.mark.filterwarnings("ignore:.*passed over")
+pytestmark = pytest.mark.filterwarnings("ignore:.* skipped, not of a supported")
 
 
 @pytest.fixture
 def mix(pictures):
-    """The four pairs as a source of every kind, in the order of ``KINDS``."""
+    """The four pairs as a source of every kind, in the order of ``SOURCE_OPTIONS``."""
     for image_id in IMAGES:
         lines = [text for name, _, text in PAIRS if name == image_id]
         (pictures / f"{image_id}.txt").write_text("\n".join(lines), encoding="utf-8")
     writers = {"folder": lambda pictures: f"folder:{pictures}", **WRITERS}
-    return open_mix([writers[kind](pictures) for kind in KINDS])
+    return open_mix([writers[kind](pictures) for kind in SOURCE_OPTIONS])
 
 
 def read(mix, workers):
@@ -65,13 +65,13 @@ def test_every_source_is_read_in_whole_by_workers_of_every_start_method(method, 
     expected = []
     for image_id, _, text in PAIRS:
         pixels = np.moveaxis(to_pixels(read_image(IMAGES[image_id]), 32), -1, 0).tobytes()
-        expected += [(image_id, text, pixels)] * len(KINDS)
+        expected += [(image_id, text, pixels)] * len(SOURCE_OPTIONS)
     assert read(mix, workers=0) == sorted(expected)
     assert read(mix, workers=2) == sorted(expected)
     assert read(mix, workers=0) == sorted(expected)
 
 
-def test_a_source_is_pickled_without_what_it_holds_open(mix):
+def test_a_source_is_pickled_without_its_open_files(mix):
     for part in mix:
         pickled = pickle.dumps(part.source)
         assert len(pickled) < 4000, part.source.name

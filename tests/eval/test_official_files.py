@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import GOLDEN
 
-from cn_clip.embeddings.files import read_features
+from cn_clip.embeddings.files import read_embeddings
 from cn_clip.errors import DataError, UsageError
 from cn_clip.eval.metrics.recall import retrieval
 from cn_clip.eval.official_files import (
@@ -136,8 +136,8 @@ def test_the_written_files_give_the_same_scores(tmp_path):
         metrics = json.loads((tmp_path / f"{name}metrics.json").read_text(encoding="utf-8"))
         assert metrics["scoreJson"]["r5"] == pytest.approx(100 * recall.r5)
     again = evaluate_features(
-        read_features(tmp_path / "imgs.img_feat.jsonl", "images"),
-        read_features(tmp_path / "texts.txt_feat.jsonl", "texts"),
+        read_embeddings(tmp_path / "imgs.img_feat.jsonl", "images"),
+        read_embeddings(tmp_path / "texts.txt_feat.jsonl", "texts"),
         pairs,
         truth="texts.jsonl",
     )

@@ -10,7 +10,7 @@ from data.formats import IMAGES, PAIRS, WRITERS, write_csv, write_jsonl, write_t
 from cn_clip.data.sources.open import open_mix
 from cn_clip.embedder import Embedder
 from cn_clip.embeddings.extract import extract
-from cn_clip.embeddings.files import Stored, read_features
+from cn_clip.embeddings.files import StoredEmbeddings, read_embeddings
 from cn_clip.embeddings.inputs import read_images, read_texts
 from cn_clip.errors import DataError, UsageError
 from cn_clip.eval.dataset import eval_set_of
@@ -49,7 +49,7 @@ def test_an_unreadable_image_is_reported_and_excluded(pictures, embedder):
     (pictures / "猫.jpg").unlink()
     measured = evaluate_retrieval(embedder, mix)
     assert measured.image_ids == ["007"] and measured.pairs.tolist() == [[0, 0], [0, 1]]
-    assert ["pairs.jsonl, line 3" in measured.failed[0], "no picture" in measured.failed[1]] == [
+    assert ["pairs.jsonl, line 3" in measured.failed[0], "no image" in measured.failed[1]] == [
         True,
         True,
     ]
@@ -112,7 +112,7 @@ def test_features_on_disk_give_the_recall_of_their_model(pictures, embedder, tmp
     ):
         out = tmp_path / name.format(kind)
         extract(embedder, kind, items, out)
-        stored.append(read_features(out, kind))
+        stored.append(read_embeddings(out, kind))
     mix = open_mix([source])
     measured = evaluate_features(*stored, pairs_of(mix), truth=source)
     assert measured.recall == evaluate_retrieval(embedder, mix).recall
@@ -121,7 +121,7 @@ def test_features_on_disk_give_the_recall_of_their_model(pictures, embedder, tmp
 
 def features(name, ids, vectors=None):
     rows = np.eye(len(ids), dtype=np.float32) if vectors is None else vectors
-    return Stored(name, ids, rows)
+    return StoredEmbeddings(name, ids, rows)
 
 
 def test_ids_without_features_are_refused_and_other_lengths_warned_about():
@@ -147,7 +147,7 @@ def test_ids_without_features_are_refused_and_other_lengths_warned_about():
         ({"image_id": 2, "feature": [1, 0, 0]}, r"line 2: .* shape \(3,\); expected 2 numbers"),
         ({"image_id": 2, "feature": [1, float("nan")]}, "vector of '2' holds NaN"),
         ({"image_id": 2, "feature": "a"}, "line 2: its feature is not a list of numbers"),
-        ({"image_id": 1, "feature": [1, 0]}, "the id '1' stands there twice"),
+        ({"image_id": 1, "feature": [1, 0]}, "the id '1' is repeated"),
         ({"text_id": 2, "feature": [1, 0]}, 'line 2: expected {"image_id": 1, "feature"'),
     ],
 )
@@ -156,21 +156,21 @@ def test_an_invalid_feature_is_named(tmp_path, line, said):
     rows = [{"image_id": 1, "feature": [0, 1]}, line]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     with pytest.raises(DataError, match=said):
-        read_features(file, "images")
+        read_embeddings(file, "images")
 
 
 def test_features_of_another_kind_or_unknown_format_are_refused(tmp_path, embedder):
     (tmp_path / "texts.txt").write_text("猫\n狗\n", encoding="utf-8")
     extract(embedder, "texts", read_texts([str(tmp_path / "texts.txt")]), tmp_path / "t.npz")
-    assert read_features(tmp_path / "t.npz", "texts").ids == ["1", "2"]
+    assert read_embeddings(tmp_path / "t.npz", "texts").ids == ["1", "2"]
     with pytest.raises(DataError, match="holds texts, not images"):
-        read_features(tmp_path / "t.npz", "images")
-    with pytest.raises(UsageError, match="no features at"):
-        read_features(tmp_path / "missing.npz", "images")
+        read_embeddings(tmp_path / "t.npz", "images")
+    with pytest.raises(UsageError, match="no embeddings at"):
+        read_embeddings(tmp_path / "missing.npz", "images")
     (tmp_path / "x.npz").write_bytes(b"PK no zip")
     with pytest.raises(DataError, match=r"is not an .npz with embeddings and ids"):
-        read_features(tmp_path / "x.npz", "images")
+        read_embeddings(tmp_path / "x.npz", "images")
     with pytest.raises(UsageError, match=r"give .npz, .jsonl"):
-        read_features(tmp_path / "texts.txt", "texts")
+        read_embeddings(tmp_path / "texts.txt", "texts")
     with pytest.raises(DataError, match="0 files in img_emb"):
-        read_features(tmp_path, "images")
+        read_embeddings(tmp_path, "images")

@@ -54,12 +54,12 @@ class Ran:
 
 
 def build_world(root: Path, seed: int) -> None:
-    """Write honest and damaged inputs into ``root/inputs``, and make the folders beside it."""
+    """Write valid and damaged inputs into ``root/inputs``, and create the other folders."""
     inputs = root / "inputs"
     for place in ("inputs", "work", "home"):
         (root / place).mkdir(parents=True)
     for name in sorted(_HONEST):
-        readers.write_honest(name, inputs / name)
+        readers.write_valid(name, inputs / name)
     for number, name in enumerate(sorted(readers.FORMATS)):
         if name not in ("folder_shards", "photos", "hub"):
             readers.damage(name, seed, number, inputs / "damaged" / name)
@@ -454,9 +454,9 @@ def _judged(
     if named:
         faults.append(f"{named[0]}: {stderr[named.start() - 40 :][:200]}".replace("\n", " "))
     for line in stderr.splitlines():
-        told = re.sub(r"^cn-clip: (warning: )?", "", line)
-        if len(told) > _LONG:
-            faults.append(f"a line of {len(told):,} characters: {told[:60]}")
+        message = re.sub(r"^cn-clip: (warning: )?", "", line)
+        if len(message) > _LONG:
+            faults.append(f"a line of {len(message):,} characters: {message[:60]}")
             break
     if code in (1, 2) and not (stderr + stdout).strip():  # a report says what is wrong with data
         faults.append(f"exit code {code} without a word")

@@ -1,4 +1,4 @@
-"""Seeded damage to the bytes of files: some blind, some that knows the format."""
+"""Seeded damage to the bytes of files: some random, some aware of the format."""
 
 from __future__ import annotations
 
@@ -366,7 +366,7 @@ def _tar(rng: Random, data: bytes) -> bytes:
 
 
 def _tar_members(rng: Random, data: bytes) -> bytes:
-    """Write the members anew: one changed, renamed, or with an odd extended header."""
+    """Write the members again: one changed, renamed, or with an odd extended header."""
     try:
         with tarfile.open(fileobj=io.BytesIO(data)) as archive:
             members = [(m, archive.extractfile(m).read()) for m in archive if m.isfile()]  # type: ignore[union-attr]
@@ -494,7 +494,7 @@ def _png(rng: Random, data: bytes) -> bytes:
 
 
 def _parquet(rng: Random, data: bytes) -> bytes:
-    """Write the table anew, with a column of another type, or odd names or values."""
+    """Write the table again, with a column of another type, or odd names or values."""
     import pyarrow
     from pyarrow import parquet
 

@@ -1,4 +1,4 @@
-"""Every reader of the package: a small honest file of its format, and a function that reads it as
+"""Every reader of the package: a small valid file of its format, and a function that reads it as
 far as a command does."""
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from cn_clip.errors import CNClipError  # noqa: E402
 
 @dataclass(frozen=True)
 class Format:
-    """How an honest file is made and read; which files of it are damaged, by patterns; and a damage
-    of its own, for what lies within a database."""
+    """How a valid file is written and read; patterns of the files to damage; and an own damage
+    function, for formats such as databases."""
 
     write: Callable[[Path], None]
     read: Callable[[Path], Any]
@@ -39,10 +39,10 @@ class Format:
 
 
 def step() -> None:
-    """Called between what several commands would do, each within the deadline."""
+    """Mark a new step; every step has the whole deadline."""
 
 
-# What commands do with what was read
+# What commands do with their input
 
 
 def tiny_config() -> Any:
@@ -74,8 +74,12 @@ def run_model(path: Path) -> None:
 
 
 def use_image(content: Any) -> None:
-    from cn_clip.data.curate.perceptual_hash import hash_image, trimmed, variants
-    from cn_clip.data.encode import Encoding, encoded
+    from cn_clip.data.curate.perceptual_hash import (
+        hash_image,
+        mirrored_and_cropped,
+        without_margins,
+    )
+    from cn_clip.data.encode import Encoding, encode_image
     from cn_clip.html.page import thumbnail
     from cn_clip.image.decode import normalize, read_image, to_pixels
 
@@ -86,7 +90,7 @@ def use_image(content: Any) -> None:
     opaque = read_image(content, background="white")
     hash_image(opaque)
     step()
-    for each in variants(trimmed(opaque)):
+    for each in mirrored_and_cropped(without_margins(opaque)):
         hash_image(each)
     del opaque, each  # no command holds it any longer
     step()
@@ -94,7 +98,7 @@ def use_image(content: Any) -> None:
     thumbnail(data)
     for encoding in (Encoding(), Encoding(max_side=20), Encoding(format="WEBP")):
         step()
-        encoded(data, encoding)
+        encode_image(data, encoding)
 
 
 def use_source(uri: str, folder: Path) -> None:
@@ -104,12 +108,12 @@ def use_source(uri: str, folder: Path) -> None:
     from cn_clip.data.curate.decontaminate import (
         decontaminate,
         read_removed,
-        write_page,
         write_removed,
+        write_removed_report,
     )
     from cn_clip.data.encode import Encoding
     from cn_clip.data.pack import pack
-    from cn_clip.data.sources.open import Weighted, open_source
+    from cn_clip.data.sources.open import WeightedSource, open_source
     from cn_clip.eval.dataset import eval_set_of
     from cn_clip.tokenizer import default_tokenizer
 
@@ -121,7 +125,7 @@ def use_source(uri: str, folder: Path) -> None:
         found = decontaminate(source, source)
         write_removed(found, source, source, out / "removed.jsonl")
         read_removed(out / "removed.jsonl", source)
-        write_page(found, source, source, out / "page.html")
+        write_removed_report(found, source, source, out / "page.html")
 
     def pairs() -> None:
         for index in range(len(source)):
@@ -133,52 +137,58 @@ def use_source(uri: str, folder: Path) -> None:
                 source.where(index)
 
     out.mkdir()
-    told: CNClipError | None = None
+    first_error: CNClipError | None = None
     for job in (
         lambda: write_report(check(source), source, out / "check.html"),
         lambda: pack(source, out / "tar", encoding=Encoding(max_side=24)),
         lambda: pack(source, out / "tsv", to="tsv"),
         removed,
-        lambda: eval_set_of([Weighted(source)], merge=False),
-        lambda: eval_set_of([Weighted(source)]),
+        lambda: eval_set_of([WeightedSource(source)], merge=False),
+        lambda: eval_set_of([WeightedSource(source)]),
         pairs,
     ):
         step()
         try:
             job()
         except CNClipError as error:
-            told = told or error
-    if told:
-        raise told
+            first_error = first_error or error
+    if first_error:
+        raise first_error
 
 
 def use_list(kind: str, path: Path) -> None:
     """Embed a list, as far as pixels and tokens, and write and read back the features."""
     from cn_clip.embeddings.extract import extract
-    from cn_clip.embeddings.files import read_features
+    from cn_clip.embeddings.files import read_embeddings
     from cn_clip.embeddings.inputs import read_images, read_texts
 
     read = read_images if kind == "images" else read_texts
     out = path.parent / ".out.jsonl"
-    extract(_Still(), kind, read([str(path)]), out)  # type: ignore[arg-type]
-    read_features(out, kind)  # type: ignore[arg-type]
+    extract(_FakeEmbedder(), kind, read([str(path)]), out)  # type: ignore[arg-type]
+    read_embeddings(out, kind)  # type: ignore[arg-type]
 
 
-class _Still:
+class _FakeEmbedder:
     """An embedder that decodes and tokenizes, and runs no model."""
 
-    name, dim, logit_scale, fingerprint = "still", 4, 100.0, "0" * 32
+    name, dim, logit_scale, fingerprint = "fake", 4, 100.0, "0" * 32
 
-    def embed_readable(self, images: Any) -> Any:
+    def embed_images(self, images: Any) -> Any:
+        rows, errors = self.embed_readable(images)
+        for error in errors.values():
+            raise error
+        return rows
+
+    def embed_readable(self, images: Any) -> tuple[Any, dict[int, Exception]]:
         from cn_clip.errors import ImageError
         from cn_clip.image.decode import normalize, read_image, to_pixels
 
         rows, errors = [], {}
-        for index, image in enumerate(images):
+        for number, image in enumerate(images):
             try:
                 rows.append(normalize(to_pixels(read_image(image), 8)).reshape(-1)[:4])
             except ImageError as error:
-                errors[index] = error
+                errors[number] = error
         return np.array(rows, np.float32).reshape(-1, 4), errors
 
     def embed_texts(self, texts: Any) -> Any:
@@ -343,7 +353,7 @@ def _write_photos(folder: Path) -> None:
 
 
 def _damaged_lmdb(rng: Random, folder: Path) -> None:
-    """Write a pair, an image or a count of a database anew, damaged."""
+    """Write a pair, an image or a count of a database again, damaged."""
     import lmdb
 
     part = rng.choice(("pairs", "pairs", "imgs"))
@@ -428,7 +438,7 @@ def _write_uri(folder: Path) -> None:
     )
 
 
-# Features, scores and what a run leaves
+# Embeddings, scores and files of a run
 
 
 def _features(kind: str, write: str, name: str) -> Format:
@@ -437,16 +447,16 @@ def _features(kind: str, write: str, name: str) -> Format:
 
         vectors = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
         ids: list[Any] = ["007", "a", "猫", "x", "8"]
-        rows = features.Features(
+        rows = features.EmbeddingsToWrite(
             kind, ids, ["p", "q", "r", "s", "t"], 8, lambda a, b: vectors[a:b],
             {"kind": kind, "model": "m"},
         )  # fmt: skip
         getattr(features, write)(rows, folder / name)
 
     def read(folder: Path) -> None:
-        from cn_clip.embeddings.files import read_features
+        from cn_clip.embeddings.files import read_embeddings
 
-        read_features(folder / name, kind)  # type: ignore[arg-type]
+        read_embeddings(folder / name, kind)  # type: ignore[arg-type]
 
     return Format(make, read)
 
@@ -523,7 +533,7 @@ def _labelled(folder: Path) -> None:
 
     found = read_labelled(folder, truth=folder / "test_ic.txt")
     scores = zeroshot.evaluate_zeroshot(
-        _Still(), found, zeroshot.read_templates(str(folder / "templates.txt")),  # type: ignore[arg-type]
+        _FakeEmbedder(), found, zeroshot.read_templates(str(folder / "templates.txt")),  # type: ignore[arg-type]
         metric="11-point-map",
     )  # fmt: skip
     zeroshot.submission(
@@ -536,7 +546,7 @@ def _labels_file(folder: Path) -> None:
     from cn_clip.cli.classify import _read_labels
 
     names = zeroshot.distinct(_read_labels(None, str(folder / "labels.txt")))
-    zeroshot.label_embeddings(_Still(), names, ("一张{}",))  # type: ignore[arg-type]
+    zeroshot.label_embeddings(_FakeEmbedder(), names, ("一张{}",))  # type: ignore[arg-type]
 
 
 _RECIPE = """version = 1
@@ -594,9 +604,11 @@ def _write_run(folder: Path) -> None:
         {"kind": "warning", "total": 0, "text": "2 pairs are the same"},
     ]  # fmt: skip
     for n in range(4):
-        told = {"total": n, "stage": "one", "time": 1.0, "step": n}
-        events.append(told | {"kind": "step", "mean_loss": 2.5, "rate": 1e-3, "logit_scale": 14.3})
-        events.append(told | {"kind": "score", "mean_recall": 0.1 * n, **recalls})
+        common = {"total": n, "stage": "one", "time": 1.0, "step": n}
+        events.append(
+            common | {"kind": "step", "mean_loss": 2.5, "rate": 1e-3, "logit_scale": 14.3}
+        )
+        events.append(common | {"kind": "score", "mean_recall": 0.1 * n, **recalls})
     events.append({"kind": "end", "total": 3, "seconds": 7.5})
     lines = [json.dumps(event) for event in events]
     (folder / "log.jsonl").write_text("\n".join(lines) + "\n")
@@ -661,12 +673,12 @@ def _pack_again(folder: Path, stop: bool = False) -> None:
     from cn_clip.data.pack import pack
     from cn_clip.data.sources.open import open_source
 
-    def tick(done: int, _: int) -> None:
+    def on_progress(done: int, _: int) -> None:
         if stop and done >= 2:
             raise KeyboardInterrupt
 
     source = open_source(f"folder:{folder / 'photos'}")
-    pack(source, folder / "out", images_per_shard=1, tick=tick)
+    pack(source, folder / "out", images_per_shard=1, on_progress=on_progress)
 
 
 def _write_packed(folder: Path) -> None:
@@ -694,7 +706,7 @@ def _embed_again(folder: Path) -> None:
 
 
 def _write_embedded(folder: Path) -> None:
-    from cn_clip.embeddings.extract import _Parts
+    from cn_clip.embeddings.extract import _PartStore
 
     _write_photos(folder)
     lines = [f"photos/{n}.jpg" for n in range(3)]
@@ -702,10 +714,10 @@ def _write_embedded(folder: Path) -> None:
     parts = folder / ".out.jsonl.parts"
     parts.mkdir()
     about = {
-        "model": "still", "fingerprint": "0" * 32, "kind": "images", "dim": 4, "normalized": True,
+        "model": "fake", "fingerprint": "0" * 32, "kind": "images", "dim": 4, "normalized": True,
         "logit_scale": 100.0,
     }  # fmt: skip
-    _Parts(parts, about, anew=False).add(["a", "b"], np.zeros((2, 4), np.float32))
+    _PartStore(parts, about, overwrite=False).add(["a", "b"], np.zeros((2, 4), np.float32))
 
 
 def _removed(folder: Path) -> None:
@@ -751,7 +763,7 @@ def _official_images(folder: Path) -> None:
 
 
 def _evil(suffix: str) -> Callable[[Random, Path], None]:
-    """Put a pickle that would run something in the place of the honest one."""
+    """Put a pickle that would run something in place of the valid one."""
 
     def damage(rng: Random, folder: Path) -> None:
         path = next(folder.glob(f"*{suffix}"))
@@ -862,8 +874,8 @@ _HERE = b"/the/folder/of/honest/files"  # written in the place of its path, for 
 
 
 @cache
-def honest(name: str) -> dict[str, bytes]:
-    """Return the honest files of a format by their paths."""
+def valid_files(name: str) -> dict[str, bytes]:
+    """Return the valid files of a format by path."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "x"
         folder.mkdir()
@@ -879,7 +891,7 @@ def honest(name: str) -> dict[str, bytes]:
 def damage(name: str, seed: int, number: int, folder: Path) -> None:
     """Write the files of a format into a new folder, damaged: a function of its arguments."""
     rng = Random(f"{name} {seed} {number}")
-    form, files = FORMATS[name], dict(honest(name))
+    form, files = FORMATS[name], dict(valid_files(name))
     folder.mkdir(parents=True)
     own = form.own is not None and (not form.damaged or rng.random() < 0.5)
     if not own:
@@ -901,10 +913,10 @@ def damage(name: str, seed: int, number: int, folder: Path) -> None:
         form.own(rng, folder)
 
 
-def write_honest(name: str, folder: Path) -> None:
+def write_valid(name: str, folder: Path) -> None:
     """Write the files of a format into a new folder, as they should be."""
     folder.mkdir(parents=True)
-    _write_all(honest(name), folder)
+    _write_all(valid_files(name), folder)
 
 
 def _write_all(files: dict[str, bytes], folder: Path) -> None:

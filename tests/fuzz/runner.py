@@ -1,4 +1,4 @@
-"""Reads damaged files in processes of their own, with a deadline, and tells how each ended."""
+"""Read damaged files in child processes with a deadline, and report the outcomes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fuzz.readers import Format
 
 TESTS = Path(__file__).parents[1]
-GOOD = ("ok", "told")
+GOOD = ("ok", "refused")
 _ROOM = 4 << 30  # of address space, above which even a lazy allocation fails
 _MEMORY = 1 << 30  # resident, above what the process held before
 _EVENTS = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen", "pty.spawn")
@@ -32,9 +32,9 @@ _EVENTS = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Pop
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a damaged file ended.
+    """The outcome of reading a damaged file.
 
-    ``kind`` is ok, told (a documented error), raw (another exception), message (a documented
+    ``kind`` is ok, refused (a documented error), raw (another exception), message (a documented
     error that is not one short line), hang, crash, memory, execution, or harness (a fault of the
     tests). ``what`` is the class of the error and ``where`` our innermost line.
     """
@@ -246,7 +246,7 @@ def judged(read: Callable[[], Any]) -> tuple[str, str, str, str]:
     except CNClipError as error:
         text = str(error)
         short = 0 < len(text) <= 300 and text.isprintable()
-        return "told" if short else "message", type(error).__name__, _innermost(error), text
+        return "refused" if short else "message", type(error).__name__, _innermost(error), text
     except BaseException as error:
         text = "".join(traceback.format_exception(error))[-4000:]
         where = _innermost(error)

@@ -58,7 +58,7 @@ def judged(code, stderr):
 
 
 @pytest.mark.parametrize(
-    ("code", "stderr", "told"),
+    ("code", "stderr", "fault"),
     [
         (0, "cn-clip: warning: x is left out\n", None),
         (2, "cn-clip: unknown model 'x'\n", None),
@@ -73,12 +73,12 @@ def judged(code, stderr):
         (1, f"cn-clip: {'x' * 301}\n", "301"),
     ],
 )
-def test_a_fault_is_told(code, stderr, told):
+def test_a_fault_is_reported(code, stderr, fault):
     faults = judged(code, stderr)
-    assert (told is None and not faults) or told in " ".join(faults)
+    assert (fault is None and not faults) or fault in " ".join(faults)
 
 
-def test_an_input_that_is_changed_deleted_or_added_is_told(tmp_path):
+def test_a_changed_deleted_or_added_input_is_reported(tmp_path):
     world = commands.World(tmp_path / "world", seed=1)
     inputs = tmp_path / "world" / "inputs"
     case = commands.Case(1, ("x", f"{inputs}/new"))

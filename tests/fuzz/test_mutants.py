@@ -19,16 +19,16 @@ def check(found):
 
 
 @pytest.mark.parametrize("name", sorted(readers.FORMATS))
-def test_an_honest_file_is_read(name, tmp_path):
-    readers.write_honest(name, tmp_path / "files")
-    kind, *told = runner.judged(lambda: readers.FORMATS[name].read(tmp_path / "files"))
-    assert kind == "ok" or (name == "tiff_lab" and kind == "told"), told
+def test_a_valid_file_is_read(name, tmp_path):
+    readers.write_valid(name, tmp_path / "files")
+    kind, *details = runner.judged(lambda: readers.FORMATS[name].read(tmp_path / "files"))
+    assert kind == "ok" or (name == "tiff_lab" and kind == "refused"), details
 
 
 def test_damaged_files_end_in_a_result_or_in_one_sentence():
     found = check(runner.outcomes(jobs(6), workers=2))
     kinds = {each.kind for each in found}
-    assert kinds == {"ok", "told"}
+    assert kinds == {"ok", "refused"}
 
 
 @pytest.mark.full
@@ -56,7 +56,7 @@ def raw(_):
     raise KeyError("x")
 
 
-def told(_):
+def refuses(_):
     raise DataError("x is no y; give z")
 
 
@@ -78,8 +78,8 @@ def asleep(_):
 
 
 def greedy(_):
-    held = bytearray(1100 << 20)
-    held[:: 1 << 12] = b"x" * len(held[:: 1 << 12])
+    memory = bytearray(1100 << 20)
+    memory[:: 1 << 12] = b"x" * len(memory[:: 1 << 12])
 
 
 def endless(_):
@@ -101,11 +101,11 @@ def running(_):
 @pytest.mark.parametrize(
     ("what", "kind"),
     [
-        (told, "told"), (raw, "harness"), (long, "message"), (slow, "hang"), (asleep, "hang"),
+        (refuses, "refused"), (raw, "harness"), (long, "message"), (slow, "hang"), (asleep, "hang"),
         (greedy, "memory"), (endless, "memory"), (crashing, "crash"), (running, "execution"),
     ],
 )  # fmt: skip
-def test_the_runner_tells_what_is_bad(what, kind):
+def test_the_runner_reports_faults(what, kind):
     also = {"made": readers.Format(write, what), "fine": readers.Format(write, fine)}
     jobs = [("made", 1, 1), ("fine", 1, 1)]
     deadline = 0.5 if kind == "hang" else 10
@@ -124,5 +124,5 @@ def test_a_mutant_is_a_function_of_its_numbers(tmp_path):
     )  # fmt: skip
     assert a == b
     assert a != {
-        path: readers.honest(path.parts[0])[str(path.relative_to(path.parts[0]))] for path in a
+        path: readers.valid_files(path.parts[0])[str(path.relative_to(path.parts[0]))] for path in a
     }

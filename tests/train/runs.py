@@ -7,7 +7,7 @@ import numpy as np
 from conftest import TINY, make_image, make_model
 
 from cn_clip import weights
-from cn_clip.embeddings.files import Features, write_clip_retrieval
+from cn_clip.embeddings.files import EmbeddingsToWrite, write_clip_retrieval
 from cn_clip.train.recipe.toml import build_recipe
 
 CAPTIONS = [chr(0x4E00 + 37 * n) + chr(0x5000 + 91 * n) + chr(0x5200 + 53 * n) for n in range(200)]
@@ -39,7 +39,7 @@ def write_sentences(folder, count=40, dim=32):
     """Write texts of several lengths with vectors of any direction, as a sentence encoder's."""
     texts = [CAPTIONS[n] * (1 + n % 7) for n in range(count)]
     vectors = np.random.default_rng(0).normal(size=(count, dim)).astype(np.float32)
-    rows = Features("texts", list(range(count)), texts, dim, lambda a, b: vectors[a:b], {})
+    rows = EmbeddingsToWrite("texts", list(range(count)), texts, dim, lambda a, b: vectors[a:b], {})
     write_clip_retrieval(rows, folder)
     return folder
 

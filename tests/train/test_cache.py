@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from conftest import TINY, make_model
 from data.formats import PAIRS, jpeg, write_csv, write_jsonl
 
-from cn_clip.data.loading.loader import Loader, Preparation, pixels_of, stacked_pixels
+from cn_clip.data.loading.loader import Loader, Preparation, pixels_of, stack_pixels
 from cn_clip.data.loading.sampler import BatchPart
 from cn_clip.data.sources.base import Row
-from cn_clip.data.sources.open import Weighted, open_mix
+from cn_clip.data.sources.open import WeightedSource, open_mix
 from cn_clip.embedder import Embedder
 from cn_clip.errors import DataError, UsageError
 from cn_clip.train.batches import feature_cache as cache
@@ -72,7 +72,7 @@ def two_in_a_shard(monkeypatch):
 
 
 def cached(mix, tower, folder, preparation=SMALL, **options):
-    mix = mix if isinstance(mix, list) else [Weighted(mix)]
+    mix = mix if isinstance(mix, list) else [WeightedSource(mix)]
     return cache_image_features(
         mix, tower, {"tower": "this"}, preparation, folder, workers=0, **options
     )
@@ -88,7 +88,7 @@ def part_of(indexes, sources=None, epoch=0):
 def own_output(tower, source, index, view=0, preparation=SMALL):
     row = source.row(index)
     pixels = pixels_of(source.image(index), row.image_id, view, preparation)
-    return tower(stacked_pixels([pixels], preparation.resolution))[0]
+    return tower(stack_pixels([pixels], preparation.resolution))[0]
 
 
 def test_features_are_the_towers_own_output_by_pair(tower, tmp_path):
@@ -122,7 +122,7 @@ def test_the_same_id_in_two_sources_is_two_pictures(tower, tmp_path):
         def image(self, index):
             return jpeg(100 + index % 5)
 
-    mix = [Weighted(Made()), Weighted(Other())]
+    mix = [WeightedSource(Made()), WeightedSource(Other())]
     found = cached(mix, tower, tmp_path).features(part_of([1, 1], [0, 1]))
     assert sum(tower.sizes) == 10
     for row, part in zip(found, mix, strict=True):
@@ -193,14 +193,14 @@ def test_views_are_augmented_versions_that_epochs_take_in_turn(tower, tmp_path):
         ({"preparation": Preparation(resolution=64)}, "preparation"),
         ({"preparation": Preparation(resolution=32, background="white")}, "preparation"),
         ({"views": 2}, "views"),
-        ({"mix": [Weighted(Made(first=1))]}, "pictures"),
-        ({"mix": [Weighted(Made()), Weighted(Made())]}, "pictures"),
+        ({"mix": [WeightedSource(Made(first=1))]}, "pictures"),
+        ({"mix": [WeightedSource(Made()), WeightedSource(Made())]}, "pictures"),
         ({"stamp": {"tower": "that"}, "views": 3}, "tower, views"),
     ],
 )
 def test_features_of_something_else_are_refused_and_named(tower, tmp_path, changes, named):
     given = {
-        "mix": [Weighted(Made())],
+        "mix": [WeightedSource(Made())],
         "run": tower,
         "stamp": {"tower": "this"},
         "preparation": SMALL,
@@ -256,13 +256,13 @@ def test_a_broken_picture_has_no_numbers_and_the_others_have(tower, tmp_path):
 
 
 def loader_of(source, tower, folder, **options):
-    mix = [Weighted(source)]
+    mix = [WeightedSource(source)]
     return CachedLoader(mix, cached(mix, tower, folder), 4, context_length=52, seed=1, **options)
 
 
 def test_batches_are_those_of_the_loader_that_opens_pictures(tower, tmp_path):
     source = Made(broken={2})
-    online = Loader([Weighted(source)], SMALL, 4, seed=1, workers=0, most_skipped=1.0)
+    online = Loader([WeightedSource(source)], SMALL, 4, seed=1, workers=0, max_skipped_fraction=1.0)
     offline = loader_of(source, tower, tmp_path, most_skipped=1.0)
     assert len(online) == len(offline) == 4
     for epoch, start in ((0, 0), (1, 2)):

@@ -452,7 +452,7 @@ def test_a_batch_that_cannot_be_read_at_all_is_passed_over(start, tmp_path):
     from cn_clip.data.loading.sampler import plan_of
     from cn_clip.data.sources.open import open_mix
 
-    last = plan_of(open_mix([uri]), recipe.seed).places(0, np.array([16]))[1][0]
+    last = plan_of(open_mix([uri]), recipe.seed).pairs_at(0, np.array([16]))[1][0]
     (tmp_path / f"{last}.png").write_bytes(b"broken")
     outcome = train(recipe)
     assert outcome.steps == 2

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import TINY, make_model
 
-from cn_clip.data.loading.loader import stacked_keys, token_ids
+from cn_clip.data.loading.loader import stack_keys, token_ids
 from cn_clip.data.sources.base import Row
 from cn_clip.embedder import Embedder
 from cn_clip.train.batches.batch import Share
@@ -36,7 +36,7 @@ def share_of(resolution, count=10):
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randint(0, 256, (count, 3, resolution, resolution), generator=generator)
     rows = [Row(text, str(n), str(n)) for n, text in enumerate(TEXTS[:count])]
-    keys = stacked_keys([[n, n, TEXTS.index(text)] for n, text in enumerate(TEXTS[:count])])
+    keys = stack_keys([[n, n, TEXTS.index(text)] for n, text in enumerate(TEXTS[:count])])
     return Share(pixels.to(torch.uint8), None, token_ids(TEXTS[:count], 52), rows, keys)
 
 

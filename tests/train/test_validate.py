@@ -10,7 +10,7 @@ from data.formats import PAIRS, jpeg, write_csv, write_jsonl, write_tar
 from train.runs import write_pairs
 
 from cn_clip.data.sources.base import Row
-from cn_clip.data.sources.open import Weighted, open_mix
+from cn_clip.data.sources.open import WeightedSource, open_mix
 from cn_clip.embedder import Embedder
 from cn_clip.errors import DataError
 from cn_clip.eval.dataset import eval_set_of
@@ -47,7 +47,7 @@ A, B, C = (jpeg(seed) for seed in (1, 2, 3))
 
 
 def validation(*rows, name="val"):
-    return eval_set_of([Weighted(Made(*rows, name=name))])
+    return eval_set_of([WeightedSource(Made(*rows, name=name))])
 
 
 def test_a_picture_with_many_texts_and_a_text_of_many_pictures_are_each_one():
@@ -69,7 +69,10 @@ def test_captions_of_punctuation_alone_are_not_all_the_same():
 
 def test_ids_are_one_sources_and_a_caption_is_the_same_in_all():
     """Two texts that say the same compete with each other, whichever source they are from."""
-    mix = [Weighted(Made(("1", "猫", A))), Weighted(Made(("1", "猫！", B), ("2", "狗", C)))]
+    mix = [
+        WeightedSource(Made(("1", "猫", A))),
+        WeightedSource(Made(("1", "猫！", B), ("2", "狗", C))),
+    ]
     found = eval_set_of(mix)
     assert found.images == [(0, 0), (1, 0), (1, 1)] and found.texts == ["猫", "狗"]
     assert found.pairs.tolist() == [[0, 0], [1, 0], [2, 1]]
@@ -171,7 +174,7 @@ def test_the_same_caption_with_the_same_id_or_the_same_bytes_is_found():
         ("3", "船", C),  # only the picture
         name="train",
     )
-    assert shared_pairs(held, [Weighted(training)]) == [
+    assert shared_pairs(held, [WeightedSource(training)]) == [
         "val, row 0 is also train, row 0",
         "val, row 1 is also train, row 1",
     ]
@@ -199,7 +202,7 @@ def test_what_cannot_be_read_on_either_side_does_not_stop_the_comparison():
     training = Made(
         ("9", "猫", A), ("2", None, B), ("8", "狗", DataError("gone")), ("7", "狗", B), name="train"
     )
-    assert shared_pairs(held, [Weighted(training)]) == ["val, row 1 is also train, row 3"]
+    assert shared_pairs(held, [WeightedSource(training)]) == ["val, row 1 is also train, row 3"]
 
 
 def test_only_so_many_training_rows_are_compared(monkeypatch):
@@ -209,5 +212,5 @@ def test_only_so_many_training_rows_are_compared(monkeypatch):
         Made(("5", "船", C), ("6", "船", C), name="a"),
         Made(("5", "船", C), ("1", "猫", A), name="b"),
     )
-    assert shared_pairs(held, [Weighted(each) for each in far]) == []
-    assert shared_pairs(held, [Weighted(far[1])]) == ["val, row 0 is also b, row 1"]
+    assert shared_pairs(held, [WeightedSource(each) for each in far]) == []
+    assert shared_pairs(held, [WeightedSource(far[1])]) == ["val, row 0 is also b, row 1"]

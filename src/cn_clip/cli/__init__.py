@@ -32,7 +32,7 @@ from cn_clip.cli.eval import eval_app
 from cn_clip.cli.models import models
 from cn_clip.cli.train import train
 from cn_clip.errors import CNClipError, UsageError, one_line
-from cn_clip.processes import Interrupted, heard
+from cn_clip.processes import Interrupted, received_signal
 
 app = App(
     name="cn-clip",
@@ -82,7 +82,9 @@ def _run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt as error:
         return _interrupted(error.number if isinstance(error, Interrupted) else signal.SIGINT)
     except Exception as error:
-        if number := heard():  # a library turned the exception of the signal into another error
+        if (
+            number := received_signal()
+        ):  # a library turned the exception of the signal into another error
             return _interrupted(number)
         return _failed(error, arguments)
     return code if isinstance(code, int) else 0

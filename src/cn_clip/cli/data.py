@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -25,11 +25,12 @@ from cn_clip.cli.show import (
 from cn_clip.errors import one_line
 
 if TYPE_CHECKING:
+    from cn_clip.data.process_map import Progress
     from cn_clip.data.sources.base import Source
 
 data = App(name="data", help="Pack, check and decontaminate training data.")
 
-_LISTED = 20  # problems that are printed; --json and --report have more
+_MAX_LISTED = 20  # messages printed; --json and --report have more
 
 
 @data.command
@@ -49,36 +50,36 @@ def pack(
     overwrite: Flag = False,
     json: Flag = False,
 ) -> int:
-    """Write any source of pairs as tar shards, or as the official TSV or LMDB.
+    """Write a source of pairs as tar shards, or as the official TSV or LMDB.
 
-    Each picture is written once, with all its texts. Interrupted, the same command goes on after
-    the last finished shard. Pairs that cannot be read are counted and listed; the exit code is
-    then 1.
+    Every image is written once, with all its texts. After an interruption, the same command resumes
+    after the last finished shard. Unreadable pairs are skipped, counted and listed; the exit code
+    is then 1.
 
     Parameters
     ----------
     source
         KIND:PATH, with KIND folder, csv, jsonl, parquet, tsv, lmdb or tar.
     out
-        A folder, new or begun by the same command.
+        Output folder: new, or started by the same command.
     to
-        tar shards, as WebDataset reads them; the official tsv with jsonl; the official lmdb.
+        Format: tar shards (WebDataset), the official tsv with jsonl, or the official lmdb.
     max_side
-        Make larger pictures smaller, to so many pixels of their longer side.
+        Resize larger images to this longer side, in pixels.
     format
-        Encode all pictures anew.
+        Re-encode all images in this format.
     quality
         Of JPEG and WebP.
     without
-        Leave out the pairs that `cn-clip data decontaminate` listed in this file.
+        Leave out the pairs listed in this file by `cn-clip data decontaminate`.
     images_per_shard
-        Pictures in a tar.
+        Images per tar.
     split
-        The name in the files of a tsv.
+        Name of the split, in the file names of a tsv.
     workers
-        Processes; by default one for each processor. 0 works in this one.
+        Number of worker processes, by default one per CPU; 0 uses the main process.
     overwrite
-        Replace what this command wrote at OUT.
+        Replace OUT if this command wrote it.
     json
         Print JSON instead of a sentence.
     """
@@ -94,8 +95,8 @@ def pack(
     inputs += [] if without is None else [Path(without)]
     claim_pack(out, to=to, inputs=inputs, overwrite=overwrite)
     opened = open_source(source)
-    _note_unmatched(opened)
-    with _ticking("packing pictures") as tick:
+    _warn_unmatched(opened)
+    with _progress_bar("packing images") as on_progress:
         done = pack(
             opened,
             out,
@@ -104,19 +105,19 @@ def pack(
             without=None if without is None else read_removed(Path(without), opened),
             images_per_shard=images_per_shard,
             split=split,
-            workers=_processes(workers),
+            workers=_worker_count(workers),
             inputs=inputs,
             overwrite=overwrite,
-            tick=tick,
+            on_progress=on_progress,
         )
-    _list(done.skipped, out)
+    _print_listed(done.skipped, out)
     if json:
         print_json(asdict(done))
     else:
         shards = f" in {done.shards:,} shards" if to == "tar" else ""
         console().print(
-            f"{done.pairs:,} pairs of {done.images:,} pictures, {done.bytes / 1e6:,.1f} MB"
-            f"{shards}, at {done.out}; {len(done.skipped):,} left out",
+            f"{done.pairs:,} pairs of {done.images:,} images, {done.bytes / 1e6:,.1f} MB"
+            f"{shards}, in {done.out}; {len(done.skipped):,} skipped",
             markup=False,
         )
     return 1 if done.skipped else 0
@@ -133,27 +134,27 @@ def check(
     workers: Workers = None,
     json: Flag = False,
 ) -> int:
-    """Read every row and every picture of a source, and tell what is wrong with it.
+    """Read every row and image of a source, and list the problems.
 
-    The exit code is 1 if rows or pictures cannot be read, captions are empty, or a text id stands
-    for two texts; what else is found is only told.
+    The exit code is 1 if rows or images are unreadable, captions are empty, or two texts share a
+    text id. Other problems do not change it.
 
     Parameters
     ----------
     source
         KIND:PATH, with KIND folder, csv, jsonl, parquet, tsv, lmdb or tar.
     report
-        Write a page with histograms and pictures to this .html file.
+        Write an HTML report with histograms and images to this file.
     context_length
-        Captions with more tokens are named.
+        List captions with more tokens.
     threshold
-        How many bits of a perceptual hash near-duplicates may differ in; 0 does not look for them.
+        Maximum differing bits of the perceptual hashes of near-duplicates, of 256; 0 skips them.
     workers
-        Processes; by default one for each processor. 0 works in this one.
+        Number of worker processes, by default one per CPU; 0 uses the main process.
     json
         Print JSON instead of a table.
     """
-    from cn_clip.data.curate.check import KINDS, check
+    from cn_clip.data.curate.check import PROBLEM_KINDS, check
     from cn_clip.data.curate.check_report import write_report
     from cn_clip.data.sources.open import open_source, paths_of
     from cn_clip.html.page import claim_page
@@ -161,50 +162,50 @@ def check(
     if report is not None:
         claim_page(report, "data check", inputs=paths_of(source))
     opened = open_source(source)
-    with _ticking("checking") as tick:
-        found = check(
+    with _progress_bar("checking") as on_progress:
+        result = check(
             opened,
             context_length=context_length,
             threshold=threshold,
-            workers=_processes(workers),
-            tick=tick,
+            workers=_worker_count(workers),
+            on_progress=on_progress,
         )
     if report is not None:
-        write_report(found, opened, Path(report))
+        write_report(result, opened, Path(report))
     if json:
         print_json(
             {
-                "source": found.source,
-                "fit": found.fit,
-                "pairs": found.pairs,
-                "images": found.images,
-                "captions": found.captions,
-                "languages": dict(found.languages),
-                "problems": {kind: found.counts[kind] for kind in KINDS},
+                "source": result.source,
+                "fit": result.fit,
+                "pairs": result.pairs,
+                "images": result.images,
+                "captions": result.captions,
+                "languages": dict(result.languages),
+                "problems": {kind: result.counts[kind] for kind in PROBLEM_KINDS},
                 "listed": [
-                    {"kind": p.kind, "row": p.index, "text": p.text} for p in found.problems
+                    {"kind": p.kind, "row": p.index, "text": p.text} for p in result.problems
                 ],
             }
         )
-        return 0 if found.fit else 1
+        return 0 if result.fit else 1
     table = Table(box=None, pad_edge=False)
-    table.add_column(found.source, no_wrap=True)
+    table.add_column(result.source, no_wrap=True)
     table.add_column("", justify="right")
-    table.add_column("the first", overflow="fold")
+    table.add_column("first", overflow="fold")
     for label, count in (
-        ("pairs", found.pairs),
-        ("pictures", found.images),
-        ("different captions", found.captions),
-        *((f"captions in {name}", count) for name, count in found.languages.most_common()),
+        ("pairs", result.pairs),
+        ("images", result.images),
+        ("distinct captions", result.captions),
+        *((f"captions in {name}", count) for name, count in result.languages.most_common()),
     ):
         table.add_row(label, f"{count:,}", "")
-    for kind, (unfit, meaning) in KINDS.items():
-        count = found.counts[kind]
-        first = next((p.text for p in found.problems if p.kind == kind), "")
+    for kind, (unfit, meaning) in PROBLEM_KINDS.items():
+        count = result.counts[kind]
+        first = next((p.text for p in result.problems if p.kind == kind), "")
         style = "red" if unfit and count else None
         table.add_row(meaning, f"{count:,}", first, style=style)
     console().print(table, markup=False)
-    return 0 if found.fit else 1
+    return 0 if result.fit else 1
 
 
 @data.command
@@ -221,38 +222,37 @@ def decontaminate(
     overwrite: Flag = False,
     json: Flag = False,
 ) -> int:
-    """Find the training pairs whose picture or caption a test set holds too.
+    """Find training pairs whose image or caption is also in a test set.
 
-    OUT lists them, for `cn-clip data pack SOURCE --without OUT`. Pictures count as the same when
-    they are resized, recompressed, mirrored, shifted in colour, cropped by up to 5 %, or have other
-    margins of one colour.
+    OUT lists them, for `cn-clip data pack SOURCE --without OUT`. Resized, recompressed, mirrored or
+    colour-shifted copies match too, as do crops by up to 5 % and other one-colour margins.
 
     Parameters
     ----------
     source
         The training pairs: KIND:PATH, with KIND folder, csv, jsonl, parquet, tsv, lmdb or tar.
     against
-        The test pairs, likewise.
+        The test pairs, in the same form.
     out
         A new .jsonl file.
     report
-        Write a page with both pictures side by side to this .html file.
+        Write an HTML report with both images side by side to this file.
     threshold
-        How many of 256 bits of a perceptual hash may differ; 0 compares no pictures.
+        Maximum differing bits of two perceptual hashes, of 256; 0 compares no images.
     min_caption
-        Captions with fewer characters are not compared; 0 compares none.
+        Minimum length of compared captions, in characters; 0 compares none.
     workers
-        Processes; by default one for each processor. 0 works in this one.
+        Number of worker processes, by default one per CPU; 0 uses the main process.
     overwrite
-        Replace what this command wrote at OUT.
+        Replace OUT if this command wrote it.
     json
         Print JSON instead of a sentence.
     """
     from cn_clip.data.curate.decontaminate import (
         claim_removed,
         decontaminate,
-        write_page,
         write_removed,
+        write_removed_report,
     )
     from cn_clip.data.sources.open import open_source, paths_of
     from cn_clip.html.page import claim_page
@@ -264,63 +264,63 @@ def decontaminate(
         check_different_paths(out, report)
     train, test = open_source(source), open_source(against)
     for opened in (train, test):
-        _note_unmatched(opened)
-    with _ticking("comparing pictures") as tick:
-        found = decontaminate(
+        _warn_unmatched(opened)
+    with _progress_bar("comparing images") as on_progress:
+        result = decontaminate(
             train,
             test,
             threshold=threshold,
             min_caption=min_caption,
-            workers=_processes(workers),
-            tick=tick,
+            workers=_worker_count(workers),
+            on_progress=on_progress,
         )
-    write_removed(found, train, test, Path(out))
+    write_removed(result, train, test, Path(out))
     if report is not None:
-        write_page(found, train, test, Path(report))
-    _list(found.unreadable, report or "--report")
+        write_removed_report(result, train, test, Path(report))
+    _print_listed(result.unreadable, report or "--report")
     if json:
         print_json(
             {
                 "out": out,
-                "pairs": found.pairs,
-                "removed": len(found.removed),
-                "for_picture": found.by_picture,
-                "for_caption": found.by_caption,
-                "unreadable": found.unreadable,
+                "pairs": result.pairs,
+                "removed": len(result.removed),
+                "for_picture": result.by_image,
+                "for_caption": result.by_caption,
+                "unreadable": result.unreadable,
             }
         )
     else:
         console().print(
-            f"{len(found.removed):,} of {found.pairs:,} pairs are in {found.against} too: "
-            f"{found.by_picture:,} by their picture, {found.by_caption:,} by their caption "
-            f"alone; listed in {out}",
+            f"{len(result.removed):,} of {result.pairs:,} pairs are in {result.against} too: "
+            f"{result.by_image:,} by their image, {result.by_caption:,} by their caption "
+            f"alone; see {out}",
             markup=False,
         )
-    return 1 if found.unreadable else 0
+    return 1 if result.unreadable else 0
 
 
-def _processes(given: int | None) -> int:
-    return (os.cpu_count() or 1) if given is None else given
+def _worker_count(workers: int | None) -> int:
+    return (os.cpu_count() or 1) if workers is None else workers
 
 
 @contextmanager
-def _ticking(what: str) -> Iterator[Callable[[int, int], None]]:
+def _progress_bar(description: str) -> Iterator[Progress]:
     with progress() as bars:
-        task = bars.add_task(what, total=None)
+        task = bars.add_task(description, total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
-def _note_unmatched(source: Source) -> None:
-    if alone := source.unmatched():
+def _warn_unmatched(source: Source) -> None:
+    if unmatched := source.unmatched():
         print(
-            f"cn-clip: warning: {len(alone):,} of {source.name} make no pair (the first: "
-            f"{one_line(alone[0])}); cn-clip data check lists them",
+            f"cn-clip: warning: {len(unmatched):,} items of {source.name} are not in a pair (the "
+            f"first: {one_line(unmatched[0])}); cn-clip data check lists them",
             file=sys.stderr,
         )
 
 
-def _list(sentences: list[str], out: str) -> None:
-    for sentence in sentences[:_LISTED]:
-        print(f"cn-clip: {sentence}", file=sys.stderr)
-    if len(sentences) > _LISTED:
-        print(f"cn-clip: and {len(sentences) - _LISTED:,} more; see {out}", file=sys.stderr)
+def _print_listed(messages: list[str], out: str) -> None:
+    for message in messages[:_MAX_LISTED]:
+        print(f"cn-clip: {message}", file=sys.stderr)
+    if len(messages) > _MAX_LISTED:
+        print(f"cn-clip: and {len(messages) - _MAX_LISTED:,} more; see {out}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""``cn-clip embed``: pictures or texts to a file of embeddings."""
+"""``cn-clip embed``: embed images or texts into a file."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ def embed(
     overwrite: Flag = False,
     json: Flag = False,
 ) -> int:
-    """Write the embeddings (unit vectors) of many pictures or texts to a file.
+    """Write the embeddings (unit vectors) of images or texts to a file.
 
-    Interrupted, the same command goes on where it stopped. Damaged pictures are counted and
-    listed, and do not stop the rest; the exit code is then 1.
+    After an interruption, the same command resumes. Unreadable images are skipped, counted and
+    listed; the exit code is then 1.
 
     Parameters
     ----------
     kind
         images or texts.
     inputs
-        For images: folders (searched through), globs, picture files, .txt (a path a line), .jsonl
+        For images: folders (recursive), globs, image files, .txt (one path per line), .jsonl
         ({"image": path, "image_id": id}) or the official .tsv (id, tab, base64). For texts: .txt
-        (a text a line) or .jsonl ({"text": ..., "text_id": id}).
+        (one text per line) or .jsonl ({"text": ..., "text_id": id}).
     out
         X.npz (embeddings, ids, about), X.jsonl (official features), or a folder (clip-retrieval's
         layout: img_emb and metadata).
     overwrite
-        Replace what this command wrote at OUT, and begin anew.
+        Replace OUT if this command wrote it, and start over.
     json
         Print JSON instead of a sentence.
     """
@@ -47,20 +47,18 @@ def embed(
     if not inputs:
         raise UsageError(f"nothing to embed; give the {kind} after `cn-clip embed {kind}`")
     read = read_images if kind == "images" else read_texts
-    listed = list(read(inputs)) if _quick_to_list(inputs) else None
+    listed = list(read(inputs)) if _is_quick_to_list(inputs) else None
     sources = (*inputs, *loading.paths)
     claim_out(out, inputs=sources, overwrite=overwrite)
     embedder = loading.load()
     with progress() as bars:
         task = bars.add_task(f"embedding {kind}", total=len(listed) if listed else None)
-        begin, count = time.perf_counter(), 0
+        start = time.perf_counter()
 
-        def tick(more: int) -> None:
-            nonlocal count
-            count += more
-            rate = count / (time.perf_counter() - begin)
-            told = f"embedding {kind}, {rate:,.0f} a second, {_memory():,.0f} MB"
-            bars.update(task, advance=more, description=told)
+        def on_progress(done: int, total: int | None) -> None:
+            per_second = done / (time.perf_counter() - start)
+            status = f"embedding {kind}, {per_second:,.0f} per second, {_memory():,.0f} MB"
+            bars.update(task, completed=done, total=total, description=status)
 
         done = extract(
             embedder,
@@ -69,7 +67,7 @@ def embed(
             out,
             inputs=sources,
             overwrite=overwrite,
-            tick=tick,
+            on_progress=on_progress,
         )
     for _, reason in done.failed:
         print(f"cn-clip: {reason}", file=sys.stderr)
@@ -89,26 +87,26 @@ def embed(
             }
         )
     else:
-        resumed = f", {done.resumed:,} of them before" if done.resumed else ""
+        resumed = f", {done.resumed:,} of them reused" if done.resumed else ""
         console().print(
-            f"{done.written:,} unit vectors of {embedder.dim} numbers{resumed} in {done.out}: "
-            f"{done.rate:,.1f} {kind} a second, {_memory():,.0f} MB of memory, "
+            f"{done.written:,} unit vectors of width {embedder.dim}{resumed} in {done.out}: "
+            f"{done.rate:,.1f} {kind} per second, {_memory():,.0f} MB of memory, "
             f"{len(done.failed):,} failed",
             markup=False,
         )
     return 1 if done.failed else 0
 
 
-def _quick_to_list(inputs: tuple[str, ...]) -> bool:
-    """Whether listing the inputs first, for the time left, is cheap; a TSV is all its pictures."""
-    return not any(given.lower().endswith(".tsv") for given in inputs)
+def _is_quick_to_list(inputs: tuple[str, ...]) -> bool:
+    """Return whether listing all inputs first, for the progress bar, is cheap: not for a TSV."""
+    return not any(path.lower().endswith(".tsv") for path in inputs)
 
 
 def _memory() -> float:
-    """Return the most memory this process held, in MB; 0 where the system does not tell."""
+    """Return the peak memory of this process in MB; 0 if unknown."""
     try:
         import resource
     except ImportError:
         return 0.0
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most / (1e6 if sys.platform == "darwin" else 1e3)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e6 if sys.platform == "darwin" else 1e3)

@@ -1,1 +1,1 @@
-"""Training data: any source of pairs in, proven clean, in the same order everywhere."""
+"""Training data: sources, curation, packing and loading."""

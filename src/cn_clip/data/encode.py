@@ -1,4 +1,4 @@
-"""How the pictures of a shard are kept: as they are, or smaller and encoded anew."""
+"""Encode the images of a shard: unchanged, or resized and re-encoded."""
 
 from __future__ import annotations
 
@@ -23,18 +23,20 @@ _SUFFIXES = {
 
 
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
-_MOST_SIDE = {"JPEG": 65_500, "WEBP": 16_383}  # pixels that the format can count
+_MAX_SIDE = {"JPEG": 65_500, "WEBP": 16_383}  # pixels, a limit of the format
 
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """How pictures are kept: as they are, or with ``max_side`` or ``format``, encoded anew.
+    """How images are encoded; by default their bytes stay unchanged.
 
-    ``max_side`` is the longer side in pixels; smaller pictures stay as they are. ``quality`` is
-    that of JPEG and WebP, from 0 to 100.
+    Attributes:
+        max_side: longer images are resized to this longer side, in pixels.
+        format: all images are re-encoded in this format.
+        quality: of JPEG and WebP, from 0 to 100.
 
     Raises:
-        UsageError: there is no such side or quality.
+        UsageError: the side or the quality is out of range.
     """
 
     max_side: int | None = None
@@ -48,18 +50,17 @@ class Encoding:
             raise UsageError(f"the quality is {self.quality}; give 0 to 100")
 
 
-AS_THEY_ARE = Encoding()
+UNCHANGED = Encoding()
 
 
-def encoded(content: bytes, encoding: Encoding) -> tuple[bytes, str]:
-    """Return an image's bytes as they are to be kept, and the suffix that fits them.
+def encode_image(content: bytes, encoding: Encoding) -> tuple[bytes, str]:
+    """Return the encoded bytes of an image, and the file suffix of their format.
 
-    An image that its format cannot hold, transparent in JPEG or too long in WebP, gets one that
-    can.
+    If the format cannot hold the image (transparent JPEG, too long WebP), another one is used.
 
     Raises:
-        ImageError: it cannot be decoded, or not encoded anew.
-        DataError: it is kept as it is, but its format is not known.
+        ImageError: the image cannot be decoded or re-encoded.
+        DataError: the image is to stay unchanged, but its format is unknown.
     """
     if encoding.max_side is None and encoding.format is None:
         return content, _suffix(content)
@@ -78,7 +79,7 @@ def encoded(content: bytes, encoding: Encoding) -> tuple[bytes, str]:
         if name != "PNG" or image.mode not in _PNG_MODES:
             image = image.convert("RGBA" if image.has_transparency_data else "RGB")
         image.save(stream, name, quality=encoding.quality)
-    except (OSError, ValueError, MemoryError) as error:  # of an encoder
+    except (OSError, ValueError, MemoryError) as error:  # from the encoder
         reason = str(error) or type(error).__name__
         raise ImageError(
             f"an image of {image.width} x {image.height} pixels cannot be written as {name} "
@@ -88,21 +89,21 @@ def encoded(content: bytes, encoding: Encoding) -> tuple[bytes, str]:
 
 
 def _format_for(image: Image.Image, wanted: str) -> str:
-    """Return the format wanted, or one that can hold the image."""
+    """Return the wanted format, or one that can hold the image."""
     side = max(image.size)
-    if wanted == "WEBP" and side <= _MOST_SIDE["WEBP"]:
+    if wanted == "WEBP" and side <= _MAX_SIDE["WEBP"]:
         return "WEBP"
-    if image.has_transparency_data or side > _MOST_SIDE["JPEG"]:
+    if image.has_transparency_data or side > _MAX_SIDE["JPEG"]:
         return "PNG"
     return "JPEG"
 
 
 def _suffix(content: bytes) -> str:
-    """Tell the format from the header."""
+    """Return the file suffix of the format in the header."""
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             return _SUFFIXES[str(image.format)]
     except Exception:
         raise DataError(
-            f"its {len(content):,} bytes are no picture in a known format ({', '.join(FORMATS)})"
+            f"its {len(content):,} bytes are not an image in a known format ({', '.join(FORMATS)})"
         ) from None

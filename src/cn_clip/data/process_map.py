@@ -1,4 +1,4 @@
-"""A function over many jobs by several processes, in order."""
+"""Map a function over jobs in worker processes, in order."""
 
 from __future__ import annotations
 
@@ -18,18 +18,25 @@ from cn_clip.errors import DataError
 from cn_clip.processes import (
     GRACE,
     Interrupted,
+    blocked_signals,
     end_with_parent,
-    leave_signals_to_parent,
-    signals_held_back,
+    ignore_signals_in_worker,
 )
 
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
-_AHEAD = 4  # jobs a worker, so that none waits and few results do
+_AHEAD = 4  # queued jobs per worker: workers never wait, few results do
+
+Progress = Callable[[int, int | None], None]
+"""Called with (done, total) items; ``total`` is None if unknown."""
+
+
+def no_progress(done: int, total: int | None) -> None:
+    """Report nothing."""
 
 
 class Sliceable(Protocol):
-    """A sequence or an array."""
+    """A sequence or array that slicing returns parts of."""
 
     def __len__(self) -> int: ...
 
@@ -40,19 +47,18 @@ _Items = TypeVar("_Items", bound=Sliceable)
 
 
 def chunked(items: _Items, size: int) -> list[_Items]:
-    """Return runs of so many items; the last one may be shorter."""
+    """Split into chunks of ``size`` items; the last one may be shorter."""
     return [items[at : at + size] for at in range(0, len(items), size)]
 
 
 @contextmanager
-def mapped(
+def parallel_map(
     function: Callable[[_Job], _Result], workers: int
 ) -> Iterator[Callable[[Sequence[_Job]], Iterator[_Result]]]:
-    """Yield a map of ``function`` over jobs; with no workers, it runs here.
+    """Yield a map of ``function`` over jobs; with 0 workers it runs in this process.
 
-    The function is sent to a worker once, when that starts: a method may carry a large object.
-    Workers end with this process, whatever ends it, and are ended by any error here; a function
-    that is ended meets ``processes.Interrupted``.
+    The function is pickled once per worker, so it may carry a large object. Workers end when this
+    process ends or the block raises; ``processes.Interrupted`` is raised inside the function.
 
     Raises:
         DataError: a worker died.
@@ -61,24 +67,24 @@ def mapped(
         yield lambda jobs: map(function, jobs)
         return
     context = _Context()
-    with signals_held_back():  # the process that keeps track of semaphores starts here
-        pool = ProcessPoolExecutor(workers, context, _start, (function,))
+    with blocked_signals():  # starts the process that tracks semaphores
+        pool = ProcessPoolExecutor(workers, context, _init_worker, (function,))
 
     def run(jobs: Sequence[_Job]) -> Iterator[_Result]:
-        waiting = deque(pool.submit(_do, job) for job in jobs[: _AHEAD * workers])
+        waiting = deque(pool.submit(_run, job) for job in jobs[: _AHEAD * workers])
         for number in range(len(jobs)):
             result = waiting.popleft().result()
             if number + _AHEAD * workers < len(jobs):
-                waiting.append(pool.submit(_do, jobs[number + _AHEAD * workers]))
+                waiting.append(pool.submit(_run, jobs[number + _AHEAD * workers]))
             yield result
 
     try:
         yield run
     except BaseException as error:
-        _end(context.started)
+        _terminate(context.started)
         if isinstance(error, BrokenProcessPool):
             raise DataError(
-                "a worker died, out of memory perhaps; take fewer with --workers"
+                "a worker died, possibly out of memory; use fewer with --workers"
             ) from None
         raise
     finally:
@@ -86,7 +92,7 @@ def mapped(
 
 
 class _Context(SpawnContext):
-    """Starts workers, and knows them."""
+    """Start workers, and keep a list of them."""
 
     def __init__(self) -> None:
         self.started: list[_Worker] = []
@@ -99,25 +105,25 @@ class _Context(SpawnContext):
 
 class _Worker(SpawnProcess):
     def start(self) -> None:
-        with signals_held_back():
+        with blocked_signals():
             super().start()
 
     def run(self) -> None:
-        leave_signals_to_parent(_terminated)
+        ignore_signals_in_worker(_on_sigterm)
         end_with_parent(grace=GRACE)
         super().run()
 
 
-def _end(workers: Sequence[_Worker]) -> None:
-    """End workers, whatever they do; first they may remove what they have half written."""
-    left = {worker.sentinel: worker for worker in workers if worker.pid is not None}
-    for worker in left.values():
+def _terminate(workers: Sequence[_Worker]) -> None:
+    """Terminate workers, and kill those that do not clean up in time."""
+    alive = {worker.sentinel: worker for worker in workers if worker.pid is not None}
+    for worker in alive.values():
         worker.terminate()
-    until = time.monotonic() + GRACE
-    while left and (seconds := until - time.monotonic()) > 0:
-        for sentinel in connection.wait(list(left), seconds):
-            del left[cast(int, sentinel)]
-    for worker in left.values():
+    deadline = time.monotonic() + GRACE
+    while alive and (seconds := deadline - time.monotonic()) > 0:
+        for sentinel in connection.wait(list(alive), seconds):
+            del alive[cast(int, sentinel)]
+    for worker in alive.values():
         worker.kill()
 
 
@@ -125,12 +131,12 @@ _function: Callable[[Any], Any]
 _busy = False
 
 
-def _start(function: Callable[[Any], Any]) -> None:
+def _init_worker(function: Callable[[Any], Any]) -> None:
     global _function
     _function = function
 
 
-def _do(job: Any) -> Any:
+def _run(job: Any) -> Any:
     global _busy
     try:
         _busy = True
@@ -141,7 +147,7 @@ def _do(job: Any) -> Any:
         _busy = False
 
 
-def _terminated(number: int, frame: FrameType | None) -> None:
+def _on_sigterm(number: int, frame: FrameType | None) -> None:
     if not _busy:
         os._exit(128 + number)
     raise Interrupted(number)

@@ -1,4 +1,4 @@
-"""Many pictures or texts to a file of embeddings, in parts, so that a break loses little."""
+"""Embed many images or texts into a file, in parts, so that an interrupted run can resume."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sized
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -19,21 +19,13 @@ import numpy.typing as npt
 from filelock import FileLock, Timeout
 
 from cn_clip.arrays import read_npz
+from cn_clip.data.process_map import Progress, no_progress
 from cn_clip.embedder import Embedder
-from cn_clip.embeddings.files import Features, claim_features, writer_of
+from cn_clip.embeddings.files import EmbeddingsToWrite, claim_embeddings, writer_for
 from cn_clip.embeddings.inputs import Item, Kind
 from cn_clip.errors import CNClipError, DataError, ImageError, UsageError
-from cn_clip.publish import (
-    LOCK,
-    claim,
-    entries,
-    folder_by,
-    json_object_at,
-    published,
-    remove,
-    sweep,
-    sweep_beside,
-)
+from cn_clip.outputs import LOCK, claim, entries, json_object_at, own_folder, remove
+from cn_clip.publish import atomic_file, sweep, sweep_beside
 from cn_clip.text import path_text, read_json
 
 _PER_PART = {"images": 128, "texts": 16_384}
@@ -44,7 +36,7 @@ _HALF_WRITTEN = re.compile(rf"{_PART.pattern}|about\.json")
 
 @dataclass(slots=True)
 class Extraction:
-    """What was done; ``failed`` holds (id, why) of the pictures left out."""
+    """Counts of an extraction; ``failed`` holds (id, message) of each unreadable image."""
 
     out: str
     written: int = 0
@@ -55,7 +47,7 @@ class Extraction:
 
     @property
     def rate(self) -> float:
-        """Items embedded a second, reading and decoding included."""
+        """Items embedded per second, reading and decoding included."""
         return self.embedded / self.seconds if self.seconds else 0.0
 
 
@@ -67,29 +59,30 @@ def extract(
     *,
     inputs: Iterable[str | Path] = (),
     overwrite: bool = False,
-    tick: Callable[[int], None] = lambda _: None,
+    on_progress: Progress = no_progress,
 ) -> Extraction:
-    """Embed every item and write unit vectors to ``out``, in the order of the items.
+    """Embed all items and write unit vectors to ``out``, in the order of the items.
 
-    Finished parts lie in ``OUT.parts`` until ``out`` is written; a second run with the same model
-    takes them up, and embeds what is new or changed.
+    Finished parts stay in ``OUT.parts`` until ``out`` is written; another run with the same model
+    reuses them, and embeds new and changed items only.
 
     Args:
-        embedder: turns them into vectors.
-        kind: what the items are.
+        embedder: the model.
+        kind: of the items.
         items: from ``cn_clip.embeddings.inputs``.
         out: ``.npz``, ``.jsonl``, or a folder in clip-retrieval's layout.
-        inputs: files and folders that the items and the model come from, none of which is touched.
-        overwrite: replace ``out``, if this function wrote it, and begin anew.
-        tick: called with the number of items just done, for a progress bar.
+        inputs: files and folders of the items and the model; none of them may be overwritten.
+        overwrite: replace ``out``, if this function wrote it, and start over.
+        on_progress: called with (done, total) items; ``total`` is None unless ``items`` has a
+            length.
 
     Raises:
-        UsageError: ``out`` exists, is an input or of no known format, an id is repeated, or the
-            parts were begun with another model.
-        CNClipError: another process is at it, or the disk is full; finished parts stay.
+        UsageError: ``out`` exists, is an input or of unknown format, an id is repeated, or the
+            parts are of another model.
+        CNClipError: another process writes to ``out``, or the disk is full; finished parts stay.
     """
     out, parts = claim_out(out, inputs=inputs, overwrite=overwrite)
-    write = writer_of(out)
+    write = writer_for(out)
     report = Extraction(str(out))
     about = {
         "model": embedder.name,
@@ -104,22 +97,22 @@ def extract(
         with FileLock(parts / LOCK, timeout=0):
             sweep(parts, _HALF_WRITTEN)
             sweep_beside(out)
-            store = _Parts(parts, about, anew=overwrite)
-            embedded = _embed_all(embedder, kind, items, store, report, tick)
-            rows = [(item, place) for item in embedded if (place := store.place(item.key))]
-            features = Features(
+            store = _PartStore(parts, about, overwrite=overwrite)
+            embedded = _embed_all(embedder, kind, items, store, report, on_progress)
+            rows = [(item, row) for item in embedded if (row := store.find(item.key))]
+            embeddings = EmbeddingsToWrite(
                 kind,
                 [item.id for item, _ in rows],
                 [item.label for item, _ in rows],
                 embedder.dim,
-                lambda start, end: store.rows([place for _, place in rows[start:end]]),
+                lambda start, end: store.rows([row for _, row in rows[start:end]]),
                 about,
             )
-            write(features, out)
+            write(embeddings, out)
             report.written = len(rows)
-            remove(parts, _own_parts(parts))
+            remove(parts, _own_part_files(parts))
         (parts / LOCK).unlink(missing_ok=True)
-        with suppress(OSError):  # somebody put a file there
+        with suppress(OSError):  # not empty: it holds a file of someone else
             parts.rmdir()
     except Timeout:
         raise CNClipError(f"another process is writing {out}; wait for it to end") from None
@@ -134,20 +127,20 @@ def extract(
 def claim_out(
     out: str | Path, *, inputs: Iterable[str | Path] = (), overwrite: bool = False
 ) -> tuple[Path, Path]:
-    """Check that embeddings, and their parts meanwhile, may be written; nothing is touched.
+    """Check that embeddings and their parts may be written, without touching anything.
 
     Returns:
         ``out`` as a path, and the folder of the parts.
 
     Raises:
-        UsageError: see ``features.claim_features``; or ``OUT.parts`` holds anything else.
+        UsageError: see ``files.claim_embeddings``; or ``OUT.parts`` holds other files.
     """
     inputs = list(inputs)
-    path = Path(os.path.normpath(claim_features(out, inputs=inputs, overwrite=overwrite)))
+    path = Path(os.path.normpath(claim_embeddings(out, inputs=inputs, overwrite=overwrite)))
     parts = path.with_name(f"{path.name}.parts")
     claim(
         parts,
-        folder_by("embed", _own_parts, _HALF_WRITTEN),
+        own_folder("embed", _own_part_files, _HALF_WRITTEN),
         kind="folder",
         inputs=inputs,
         in_place=True,
@@ -156,16 +149,16 @@ def claim_out(
     return path, parts
 
 
-def _own_parts(folder: Path) -> Collection[str]:
-    """Return the names of the files of a folder of parts; none if it has no ``about.json``."""
+def _own_part_files(folder: Path) -> Collection[str]:
+    """Return the names of our files in a folder of parts; none if it has no ``about.json``."""
     if not {"fingerprint", "kind", "dim"} <= json_object_at(folder / _ABOUT).keys():
         return ()
     return {_ABOUT, *(name for name in entries(folder) if _PART.fullmatch(name))}
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
-    """What is remembered of an item once it is embedded."""
+class _Item:
+    """An item without its content."""
 
     id: str | int
     key: str
@@ -176,42 +169,51 @@ def _embed_all(
     embedder: Embedder,
     kind: Kind,
     items: Iterable[Item],
-    store: _Parts,
+    store: _PartStore,
     report: Extraction,
-    tick: Callable[[int], None],
-) -> list[_Row]:
-    """Embed what the store does not hold; count it in ``report``, return all items in order."""
-    rows: list[_Row] = []
+    on_progress: Progress,
+) -> list[_Item]:
+    """Embed the items that the store lacks, count them in ``report``, return all items in order."""
+    rows: list[_Item] = []
     pending: list[tuple[Item, str]] = []
-    begin = time.perf_counter()
+    start = time.perf_counter()
+    total = len(items) if isinstance(items, Sized) else None
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        on_progress(done, total)
 
     def flush() -> None:
         chunk = [item for item, _ in pending]
         if kind == "images":
-            contents = (item.content for item in _ticking(chunk, tick))
+            contents = (item.content for item in _counted(chunk, advance))
             vectors, errors = embedder.embed_readable(contents)
             report.failed += [(chunk[i].id, _reason(chunk[i], e)) for i, e in errors.items()]
         else:
             errors = {}
             vectors = embedder.embed_texts([str(item.content) for item in chunk])
-            tick(len(chunk))
+            advance(len(chunk))
         keys = [key for index, (_, key) in enumerate(pending) if index not in errors]
         store.add(keys, vectors)
         report.embedded += len(chunk)
-        report.seconds = time.perf_counter() - begin
+        report.seconds = time.perf_counter() - start
         pending.clear()
 
     seen: dict[str | int, str] = {}
     for item in items:
         if item.id in seen:
-            raise UsageError(f"{item.where}: the id {item.id!r} was used before, {seen[item.id]}")
+            raise UsageError(
+                f"{item.where}: the id {item.id!r} was used before, in {seen[item.id]}"
+            )
         seen[item.id] = item.where
         key = f"{item.id}\t{item.stamp}"
         label = path_text(str(item.id if isinstance(item.content, bytes) else item.content))
-        rows.append(_Row(item.id, key, label))
-        if store.place(key):
+        rows.append(_Item(item.id, key, label))
+        if store.find(key):
             report.resumed += 1
-            tick(1)
+            advance(1)
             continue
         pending.append((item, key))
         if len(pending) == _PER_PART[kind]:
@@ -223,68 +225,69 @@ def _embed_all(
     return rows
 
 
-def _ticking(items: list[Item], tick: Callable[[int], None]) -> Iterator[Item]:
+def _counted(items: list[Item], advance: Callable[[int], None]) -> Iterator[Item]:
     for item in items:
         yield item
-        tick(1)
+        advance(1)
 
 
 def _reason(item: Item, error: ImageError) -> str:
     return f"{item.where}: {error}" if isinstance(item.content, bytes) else str(error)
 
 
-class _Parts:
-    """Finished parts in a folder: each a file of keys and rows, written whole."""
+class _PartStore:
+    """Finished parts in a folder: files of keys and rows (N, dim)."""
 
-    def __init__(self, folder: Path, about: dict[str, Any], *, anew: bool) -> None:
+    def __init__(self, folder: Path, about: dict[str, Any], *, overwrite: bool) -> None:
         self._folder = folder
-        self._places: dict[str, tuple[int, int]] = {}
+        self._rows: dict[str, tuple[int, int]] = {}
         self._dim = int(about["dim"])
-        self._read = lru_cache(maxsize=64)(self._load)  # new rows may lie between old ones
-        old = folder / _ABOUT
-        files = sorted(folder / name for name in _own_parts(folder) if name != _ABOUT)
-        if anew:
+        self._load_cached = lru_cache(maxsize=64)(self._load)  # the order of items may mix parts
+        about_file = folder / _ABOUT
+        files = sorted(folder / name for name in _own_part_files(folder) if name != _ABOUT)
+        if overwrite:
             for file in files:
                 file.unlink()
             files = []
-        elif files and json_object_at(old) != about:
+        elif files and json_object_at(about_file) != about:
             raise UsageError(
-                f"{folder} was begun with another model, precision or kind; use the same again, "
-                "or --overwrite to begin anew"
+                f"{folder} was started with another model, precision or kind; use the same one, "
+                "or --overwrite to start over"
             )
-        with published(old) as path:
+        with atomic_file(about_file) as path:
             path.write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
         self._next = 0
         for file in files:
             self._next = int(file.stem) + 1
             try:
                 keys, _ = self._part(file)
-            except DataError as error:  # its items are embedded again
+            except DataError as error:
                 warnings.warn(f"{error}; its items are embedded again", stacklevel=2)
                 continue
-            self._places |= {key: (int(file.stem), row) for row, key in enumerate(keys)}
+            self._rows |= {key: (int(file.stem), row) for row, key in enumerate(keys)}
 
-    def place(self, key: str) -> tuple[int, int] | None:
-        return self._places.get(key)
+    def find(self, key: str) -> tuple[int, int] | None:
+        """Return the part and the row of a key."""
+        return self._rows.get(key)
 
     def add(self, keys: list[str], rows: npt.NDArray[np.float32]) -> None:
         raw = np.frombuffer(json.dumps(keys).encode(), dtype=np.uint8)
-        with published(self._file(self._next)) as path, path.open("wb") as stream:
+        with atomic_file(self._file(self._next)) as path, path.open("wb") as stream:
             np.savez(stream, keys=raw, rows=rows)
-        self._places |= {key: (self._next, row) for row, key in enumerate(keys)}
+        self._rows |= {key: (self._next, row) for row, key in enumerate(keys)}
         self._next += 1
 
-    def rows(self, places: list[tuple[int, int]]) -> npt.NDArray[np.float32]:
-        out = np.empty((len(places), self._dim), dtype=np.float32)
-        for index, (part, row) in enumerate(places):
-            out[index] = self._read(part)[row]
+    def rows(self, rows: list[tuple[int, int]]) -> npt.NDArray[np.float32]:
+        out = np.empty((len(rows), self._dim), dtype=np.float32)
+        for index, (part, row) in enumerate(rows):
+            out[index] = self._load_cached(part)[row]
         return out
 
     def _load(self, part: int) -> npt.NDArray[np.float32]:
         return self._part(self._file(part))[1]
 
     def _part(self, file: Path) -> tuple[list[str], npt.NDArray[np.float32]]:
-        """Return a part's keys and rows (N, D).
+        """Read the keys and rows (N, dim) of a part.
 
         Raises:
             DataError: the file is damaged.

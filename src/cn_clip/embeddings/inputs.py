@@ -1,4 +1,4 @@
-"""Images and texts to embed, one at a time, out of folders, globs, text files, JSONL and TSV."""
+"""Read images and texts to embed from folders, globs, text files, JSONL and TSV, one at a time."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cn_clip.data.sources.lines import line_end, stream_lines
-from cn_clip.data.sources.official import decoded_base64, plain_id
+from cn_clip.data.sources.official import decode_base64, parse_id
 from cn_clip.errors import DataError, UsageError
-from cn_clip.files import MAX_FILE, MAX_TEXT, as_path, beside
+from cn_clip.files import MAX_FILE, MAX_TEXT, as_path, resolve_in
 from cn_clip.image.decode import SUFFIXES, find_images
 from cn_clip.text import path_text, read_json
 
@@ -21,10 +21,12 @@ Kind = Literal["images", "texts"]
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One picture or text.
+    """One image or text.
 
-    ``content`` is a path, the bytes of a picture, or a text; ``stamp`` changes when it does;
-    ``where`` names its place for messages.
+    Attributes:
+        content: the path of an image, its bytes, or a text.
+        stamp: changes when the content changes.
+        where: location for messages.
     """
 
     id: str | int
@@ -34,14 +36,14 @@ class Item:
 
 
 def read_images(inputs: Sequence[str]) -> Iterator[Item]:
-    """Yield the images of folders, globs, image files, ``.txt`` (a path a line), ``.jsonl``
+    """Yield the images of folders, globs, image files, ``.txt`` (one path per line), ``.jsonl``
     (``{"image": path, "image_id": id}``) and the official ``.tsv`` (id, tab, base64).
 
-    Paths inside a file start at its folder. The id of an image given by its path is that path.
+    Paths in a file are relative to its folder. The id of an image given by its path is that path.
 
     Raises:
         ImageError: a path does not exist, or a folder or glob holds no image.
-        UsageError: a line cannot be understood; it is named with its number.
+        UsageError: a line is invalid.
         DataError: a line is too long, or the file cannot be read.
     """
     for given in inputs:
@@ -50,26 +52,26 @@ def read_images(inputs: Sequence[str]) -> Iterator[Item]:
         if suffix == ".tsv" and path.is_file():
             yield from _tsv(path)
         elif suffix in (".jsonl", ".json") and path.is_file():
-            yield from (_image_of(line, path, where) for where, line in _json_lines(path))
+            yield from (_json_item(line, path, where) for where, line in _json_lines(path))
         elif suffix == ".txt" and path.is_file():
             for where, raw in _lines(path):
-                line = _named(path, raw, where)
-                yield _by_path(beside(path.parent, line), line, where)
+                line = _listed_path(path, raw, where)
+                yield _file_item(resolve_in(path.parent, line), line, where)
         elif path.is_file() and suffix not in SUFFIXES:
             raise UsageError(
-                f"{given} is no picture and no list of pictures (.txt, .jsonl, .tsv); convert it "
-                "to JPEG or PNG, or rename it"
+                f"{given} is neither an image nor a list of images (.txt, .jsonl, .tsv); convert "
+                "it to JPEG or PNG, or rename it"
             )
         else:
-            yield from (_by_path(found, str(found), str(found)) for found in find_images([given]))
+            yield from (_file_item(file, str(file), str(file)) for file in find_images([given]))
 
 
 def read_texts(inputs: Sequence[str]) -> Iterator[Item]:
-    """Yield the texts of ``.txt`` files (a text a line, its id the line's number) and ``.jsonl``
-    files (``{"text": ..., "text_id": ...}``, as the official ``*_texts.jsonl``).
+    """Yield the texts of ``.txt`` files (one text per line, the line number as its id) and
+    ``.jsonl`` files (``{"text": ..., "text_id": ...}``, as the official ``*_texts.jsonl``).
 
     Raises:
-        UsageError: a file is missing, of another kind, or a line cannot be understood.
+        UsageError: a file is missing or of another format, or a line is invalid.
         DataError: a line is too long, or the file cannot be read.
     """
     several = len(inputs) > 1
@@ -89,38 +91,38 @@ def read_texts(inputs: Sequence[str]) -> Iterator[Item]:
                 line = _decoded(raw, where)
                 yield Item(name, line, _crc(line.encode()), where)
         else:
-            raise UsageError(f"{given} is no list of texts (.txt, .jsonl); rename or convert it")
+            raise UsageError(f"{given} is not a list of texts (.txt, .jsonl); rename or convert it")
 
 
 def _tsv(path: Path) -> Iterator[Item]:
     for where, raw in _lines(path, MAX_FILE):
         name, tab, encoded = raw.partition(b"\t")
         if not tab or not name:
-            found = raw[:40].decode(errors="replace")
-            raise UsageError(f"{where}: expected an id, a tab and base64, found {found!r}")
+            start = raw[:40].decode(errors="replace")
+            raise UsageError(f"{where}: expected an id, a tab and base64, found {start!r}")
         try:
-            content = decoded_base64(encoded, where)
+            content = decode_base64(encoded, where)
         except DataError:
-            content = b""  # no image: it is counted and listed when it is decoded
-        yield Item(plain_id(_decoded(name, where)), content, _crc(content), where)
+            content = b""  # counted as unreadable when it is decoded
+        yield Item(parse_id(_decoded(name, where)), content, _crc(content), where)
 
 
-def _image_of(values: dict[str, Any], path: Path, where: str) -> Item:
+def _json_item(values: dict[str, Any], path: Path, where: str) -> Item:
     given = next((values[k] for k in ("image", "image_path", "path") if k in values), None)
     if not isinstance(given, str):
         raise UsageError(f'{where}: expected {{"image": "path", "image_id": 1}}')
-    item = _by_path(beside(path.parent, given), given, where)
+    item = _file_item(resolve_in(path.parent, given), given, where)
     if "image_id" not in values:
         return item
     return Item(_id(values, "image_id", where), item.content, item.stamp, where)
 
 
-def _by_path(path: Path, name: str, where: str) -> Item:
+def _file_item(path: Path, name: str, where: str) -> Item:
     try:
-        found = path.stat()
-        stamp = f"{found.st_size}-{found.st_mtime_ns}"
+        status = path.stat()
+        stamp = f"{status.st_size}-{status.st_mtime_ns}"
     except (OSError, ValueError):
-        stamp = "missing"  # reported when it is read
+        stamp = "missing"  # reported when the image is read
     return Item(path_text(name), path, stamp, path_text(where))
 
 
@@ -137,7 +139,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _lines(path: Path, limit: int = MAX_TEXT) -> Iterator[tuple[str, bytes]]:
-    """Yield ("FILE, line N", line) of the lines that are not empty."""
+    """Yield ("FILE, line N", line) for the lines that are not empty."""
     try:
         for number, raw in enumerate(stream_lines(path, 0, line_end(path), limit), 1):
             line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
@@ -154,10 +156,10 @@ def _decoded(raw: bytes, where: str) -> str:
         raise UsageError(f"{where} is not UTF-8; save the file as UTF-8") from None
 
 
-def _named(path: Path, raw: bytes, where: str) -> str:
-    """Return the path in a line of a list; its bytes may be those of a name that is not UTF-8."""
+def _listed_path(path: Path, raw: bytes, where: str) -> str:
+    """Return the path in a line of a list; an existing file's name need not be UTF-8."""
     name = os.fsdecode(raw)
-    return name if os.path.lexists(beside(path.parent, name)) else _decoded(raw, where)
+    return name if os.path.lexists(resolve_in(path.parent, name)) else _decoded(raw, where)
 
 
 def _id(values: dict[str, Any], key: str, where: str) -> str | int:

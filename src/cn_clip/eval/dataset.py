@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from cn_clip.data.captions import plain
 from cn_clip.data.sources.base import Source, located
-from cn_clip.data.sources.open import Weighted, id_digest
+from cn_clip.data.sources.open import WeightedSource, id_digest
 from cn_clip.errors import CNClipError, DataError
 
 
@@ -37,7 +37,7 @@ class EvalSet:
         return self.sources[source].image(row)
 
 
-def eval_set_of(mix: Sequence[Weighted], *, merge: bool = True) -> EvalSet:
+def eval_set_of(mix: Sequence[WeightedSource], *, merge: bool = True) -> EvalSet:
     """Read the rows of an evaluation set; no image is opened.
 
     Unpaired items, from ``?unpaired=yes``, are gallery distractors, never queries.

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cn_clip.errors import DataError
-from cn_clip.files import MAX_TEXT, passed_over, read_file, read_lines, walk
+from cn_clip.files import MAX_TEXT, read_file, read_lines, skipped_files, walk
 from cn_clip.image.decode import SUFFIXES
 from cn_clip.text import read_json
 
@@ -74,7 +74,7 @@ def read_labelled(root: Path, *, split: str = "test", truth: Path | None = None)
         paths.sort(key=lambda path: (str(path.parent), path.name))
         images += paths
         classes += [number] * len(paths)
-    if passed := passed_over(files, SUFFIXES, split_folder):
+    if passed := skipped_files(files, SUFFIXES, split_folder):
         warnings.warn(passed, stacklevel=2)
     return LabelledImages(
         labels,

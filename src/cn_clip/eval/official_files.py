@@ -11,21 +11,13 @@ from typing import Any, Literal
 import numpy as np
 
 from cn_clip.data.sources.lines import Lines, json_object
-from cn_clip.embeddings.files import Features, write_jsonl
+from cn_clip.embeddings.files import EmbeddingsToWrite, write_jsonl
 from cn_clip.embeddings.inputs import Kind
 from cn_clip.errors import DataError, UsageError
 from cn_clip.eval.metrics.recall import Recall, recall_of
 from cn_clip.eval.retrieval import Id, RetrievalResult
-from cn_clip.publish import (
-    begins,
-    claim,
-    file_by,
-    folder_by,
-    published,
-    stamp,
-    unwritable_named,
-    write_text,
-)
+from cn_clip.outputs import claim, own_file, own_folder, stamp, starts_with
+from cn_clip.publish import atomic_file, map_write_errors, write_text
 from cn_clip.topk import top_k
 
 Direction = Literal["text_to_image", "image_to_text"]
@@ -63,19 +55,19 @@ def claim_official_files(out: str | Path, *, inputs: Iterable[str | Path] = ()) 
     """Return a folder if ``write_official_files`` may write into it; nothing is written yet.
 
     Raises:
-        UsageError: see ``publish.claim``.
+        UsageError: see ``outputs.claim``.
     """
-    return claim(out, folder_by("eval retrieval"), kind="folder", inputs=inputs, in_place=True)
+    return claim(out, own_folder("eval retrieval"), kind="folder", inputs=inputs, in_place=True)
 
 
 def claim_metrics(out: str | Path, *, inputs: Iterable[str | Path] = ()) -> Path:
     """Return a path if ``write_metrics`` may write there; nothing is written yet.
 
     Raises:
-        UsageError: see ``publish.claim``.
+        UsageError: see ``outputs.claim``.
     """
-    own = begins(b'{"success": true, "score": ')
-    return claim(out, file_by("eval predictions", own), inputs=inputs)
+    own = starts_with(b'{"success": true, "score": ')
+    return claim(out, own_file("eval predictions", own), inputs=inputs)
 
 
 def write_official_files(result: RetrievalResult, folder: Path) -> list[Path]:
@@ -121,13 +113,13 @@ def write_official_files(result: RetrievalResult, folder: Path) -> list[Path]:
     }
     features = {"imgs.img_feat.jsonl": "images", "texts.txt_feat.jsonl": "texts"}
     names = [*features, *files, "metrics.json", "tr_metrics.json"]
-    with unwritable_named(folder):
+    with map_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         stamp(folder, "eval retrieval", [*names, *(f"{name}.about.json" for name in features)])
         _write_features(result, "images", folder / "imgs.img_feat.jsonl")
         _write_features(result, "texts", folder / "texts.txt_feat.jsonl")
         for name, objects in files.items():
-            with published(folder / name) as path, path.open("w", encoding="utf-8") as stream:
+            with atomic_file(folder / name) as path, path.open("w", encoding="utf-8") as stream:
                 stream.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in objects)
         write_metrics(result.recall.text_to_image, folder / "metrics.json")
         write_metrics(result.recall.image_to_text, folder / "tr_metrics.json")
@@ -229,7 +221,7 @@ def _write_features(result: RetrievalResult, kind: Kind, out: Path) -> None:
     }[kind]
     about = {"model": result.model, "kind": kind, "dim": vectors.shape[1]}
     labels = [str(key) for key in ids]
-    rows = Features(kind, ids, labels, vectors.shape[1], lambda a, b: vectors[a:b], about)
+    rows = EmbeddingsToWrite(kind, ids, labels, vectors.shape[1], lambda a, b: vectors[a:b], about)
     write_jsonl(rows, out)
 
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from cn_clip.data.sources.official import plain_id
-from cn_clip.data.sources.open import Weighted
+from cn_clip.data.sources.official import parse_id
+from cn_clip.data.sources.open import WeightedSource
 from cn_clip.embedder import Embedder
-from cn_clip.embeddings.files import Stored
+from cn_clip.embeddings.files import StoredEmbeddings
 from cn_clip.errors import DataError
 from cn_clip.eval.dataset import EvalSet, eval_set_of
 from cn_clip.eval.images import embed_eval_images
@@ -53,7 +53,7 @@ class RetrievalResult:
 
 def evaluate_retrieval(
     embedder: Embedder,
-    mix: Sequence[Weighted],
+    mix: Sequence[WeightedSource],
     *,
     merge: bool = True,
     tick: Tick = lambda done, total: None,
@@ -103,12 +103,16 @@ def measure(
 
 
 def evaluate_features(
-    images: Stored, texts: Stored, pairs: Iterable[tuple[str, str]], *, truth: str
+    images: StoredEmbeddings,
+    texts: StoredEmbeddings,
+    pairs: Iterable[tuple[str, str]],
+    *,
+    truth: str,
 ) -> RetrievalResult:
     """Measure recall of stored features, compared by dot product without normalisation.
 
     Args:
-        images: from ``read_features``.
+        images: from ``read_embeddings``.
         texts: likewise.
         pairs: image id and text id of all matching pairs; pairs with an empty id are ignored.
         truth: where the pairs are from, for messages.
@@ -141,8 +145,8 @@ def evaluate_features(
     return RetrievalResult(
         str(images.path),
         retrieval(images.vectors, texts.vectors, row_pairs),
-        [plain_id(key) for key in images.ids],
-        [plain_id(key) for key in texts.ids],
+        [parse_id(key) for key in images.ids],
+        [parse_id(key) for key in texts.ids],
         [],
         images.vectors,
         texts.vectors,
@@ -150,7 +154,7 @@ def evaluate_features(
     )
 
 
-def pairs_of(mix: Sequence[Weighted]) -> list[tuple[str, str]]:
+def pairs_of(mix: Sequence[WeightedSource]) -> list[tuple[str, str]]:
     """Return the image id and the text id of every pair; no image is opened.
 
     Raises:
@@ -161,4 +165,4 @@ def pairs_of(mix: Sequence[Weighted]) -> list[tuple[str, str]]:
 
 
 def _unique(ids: list[str]) -> list[Id]:
-    return [plain_id(key) for key in ids] if len(set(ids)) == len(ids) else list(range(len(ids)))
+    return [parse_id(key) for key in ids] if len(set(ids)) == len(ids) else list(range(len(ids)))

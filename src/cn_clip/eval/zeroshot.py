@@ -29,7 +29,7 @@ from cn_clip.eval.metrics.classification import (
     roc_auc,
 )
 from cn_clip.files import MAX_TEXT, lines_of, read_file
-from cn_clip.publish import begins, claim, file_by
+from cn_clip.outputs import claim, own_file, starts_with
 from cn_clip.topk import checked_vectors
 from cn_clip.zeroshot import label_embeddings, softmax
 
@@ -190,9 +190,9 @@ def claim_submission(out: str | Path, *, inputs: Iterable[str | Path] = ()) -> P
     """Return ``out`` as a path if a submission may be written there; nothing is written yet.
 
     Raises:
-        UsageError: see ``publish.claim``.
+        UsageError: see ``outputs.claim``.
     """
-    own = file_by("eval zeroshot", begins(b'{"model_name": "CN-CLIP-'))
+    own = own_file("eval zeroshot", starts_with(b'{"model_name": "CN-CLIP-'))
     return claim(out, own, option="--submission", inputs=inputs)
 
 

@@ -1,1 +1,1 @@
-"""Images to pixels: decoding within limits, and the preprocessing that the weights saw."""
+"""Decoding of images within limits, and the preprocessing of the published weights."""

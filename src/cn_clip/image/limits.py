@@ -1,7 +1,7 @@
-"""What decoding an image may cost, read from its header before anything is decoded.
+"""Limits of time and memory for decoding, checked before pixels are decoded.
 
-Pillow checks the number of pixels. A file of any size can still claim a table of millions of
-entries, thousands of scans over the same pixels, or a mode whose decoder keeps several copies.
+Pillow checks the number of pixels only. A small file can still claim tables of millions of entries,
+thousands of scans, or a mode whose decoder keeps several copies.
 """
 
 from __future__ import annotations
@@ -17,104 +17,106 @@ from PIL import Image
 
 from cn_clip.errors import ImageError
 
-MAX_DECODED = 2**30  # bytes that decoders hold at one time in a process
+MAX_DECODED = 2**30  # bytes of all decoders of a process at once
 MAX_FILE = 600_000_000  # bytes of a file; uncompressed RGBA of the most pixels is 537 MB
 
-# Bytes a pixel at the peak, measured with Pillow 13: WebP keeps two canvases, the frame and the
-# image; libtiff a strip beside the image. 8 is the image and one copy, turned or made opaque.
+# Peak bytes per pixel, measured with Pillow 13. WebP keeps two canvases, the frame and the image;
+# libtiff a strip and the image. 8: the image and one copy (rotated, or on a background).
 _BYTES_PER_PIXEL = {"WEBP": 16}
-_LEAST = 8
-_BYTES_PER_SIDE = 32  # of the filter that resizes: four doubles a pixel of the side
+_MIN_BYTES_PER_PIXEL = 8
+_BYTES_PER_SIDE = 32  # of the resize filter: four doubles per pixel of the side
 
-_SCANNED = 2**31  # pixels of all scans of a JPEG together, some 4 s
-_SEGMENTS = 1 << 12  # of a JPEG before its pixels
-_HEADER = 1 << 24  # bytes of those segments: Pillow joins those of EXIF in quadratic time
-_JUNK = 1 << 20  # bytes between segments, which Pillow skips one by one
-_CHUNKS = 1 << 18  # of a PNG
-_COMMENTS = 1 << 21  # bytes before the first frame of a GIF, which Pillow joins in quadratic time
-_ENTRIES = 1 << 19  # of a table in a TIFF: so many tiles of 16 x 16 hold the most pixels
-_TAGS = 1 << 12
-_EXIF = 1 << 24
-_RLE = 1 << 24  # bytes of a run-length BMP, which Pillow decodes in Python
+_MAX_SCANNED = 2**31  # pixels of all scans of a JPEG, about 4 s
+_MAX_SEGMENTS = 1 << 12  # of a JPEG before its pixels
+_MAX_HEADER = 1 << 24  # bytes of these segments: Pillow joins EXIF segments in quadratic time
+_MAX_JUNK = 1 << 20  # bytes between segments, which Pillow skips one by one
+_MAX_CHUNKS = 1 << 18  # of a PNG
+_MAX_COMMENTS = (
+    1 << 21
+)  # bytes before the first frame of a GIF, which Pillow joins in quadratic time
+_MAX_ENTRIES = 1 << 19  # of a table in a TIFF: as many 16 x 16 tiles as MAX_PIXELS has
+_MAX_TAGS = 1 << 12
+_MAX_EXIF = 1 << 24
+_MAX_RLE = 1 << 24  # bytes of a run-length BMP, which Pillow decodes in Python
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # in a scan, 0 and restarts follow 0xff too
-_FILL = re.compile(rb"\xff+")  # before a marker; one is enough
-_BYTE_TYPES = (1, 2, 6, 7)  # of a TIFF tag: read as they are, not as a tuple of numbers
+_FILL = re.compile(rb"\xff+")  # fill bytes before a marker
+_BYTE_TYPES = (1, 2, 6, 7)  # TIFF tag types that are read as bytes, not as a tuple of numbers
 
 
 def check_file(content: bytes, name: str) -> None:
-    """Look for structures that take a parser long before it knows the image's size.
+    """Check for structures that slow down a parser before it knows the image size.
 
     Raises:
-        ImageError: there are more of them than any honest file has.
+        ImageError: there are more of them than in any ordinary file.
     """
     for magic, check in _CHECKS:
         if content.startswith(magic):
-            if (found := check(content)) is not None:
-                raise ImageError(f"{name} {found}; save it anew with an image editor")
+            if (problem := check(content)) is not None:
+                raise ImageError(f"{name} {problem}; save it again with an image editor")
             return
 
 
 def check_opened(image: Image.Image, content: bytes, name: str) -> None:
-    """Look for what makes decoding long, now that the header of a file has been read.
+    """Check the opened header of a file for content that makes decoding slow.
 
     Raises:
-        ImageError: it would take more than some seconds, or much memory.
+        ImageError: decoding would take more than a few seconds, or too much memory.
     """
-    found = None
+    problem = None
     pixels = image.width * image.height
-    if len(image.info.get("exif", b"")) > _EXIF:
-        found = f"holds {len(image.info['exif']):,} bytes of EXIF data"
-    elif image.format == "BMP" and len(content) > _RLE:
+    if len(image.info.get("exif", b"")) > _MAX_EXIF:
+        problem = f"holds {len(image.info['exif']):,} bytes of EXIF data"
+    elif image.format == "BMP" and len(content) > _MAX_RLE:
         if any(tile.codec_name == "bmp_rle" for tile in getattr(image, "tile", ())):
-            found = f"is a run-length encoded BMP of {len(content):,} bytes"
+            problem = f"is a run-length encoded BMP of {len(content):,} bytes"
     elif image.format in ("JPEG", "MPO") and content.count(b"\xff\xda") > 16:
         scans = _scans(content)
-        if scans * pixels > _SCANNED or scans > 4 * _SEGMENTS:
-            found = f"has {scans:,} scans over {pixels:,} pixels"
-    if found is not None:
-        raise ImageError(f"{name} {found}; save it anew with an image editor")
+        if scans * pixels > _MAX_SCANNED or scans > 4 * _MAX_SEGMENTS:
+            problem = f"has {scans:,} scans over {pixels:,} pixels"
+    if problem is not None:
+        raise ImageError(f"{name} {problem}; save it again with an image editor")
 
 
 def decoding_bytes(image: Image.Image) -> int:
-    """Return how many bytes an image takes at most, from its header to its resized copy."""
+    """Return the peak bytes of decoding and resizing an image, an upper bound."""
     pixels = image.width * image.height
-    each = _BYTES_PER_PIXEL.get(image.format or "", _LEAST)
+    per_pixel = _BYTES_PER_PIXEL.get(image.format or "", _MIN_BYTES_PER_PIXEL)
     layers = getattr(image, "layer", ())  # (id, horizontal, vertical sampling, table) of a JPEG
-    if layers and image.info.get("progressive"):  # all coefficients wait for the last scan
+    if layers and image.info.get("progressive"):  # all coefficients are kept until the last scan
         largest = max(layer[1] for layer in layers) * max(layer[2] for layer in layers)
-        shares = sum(layer[1] * layer[2] for layer in layers) / max(1, largest)
-        each = max(each, round(4 + 2 * shares))
-    cost = max(pixels * each, max(image.size) * _BYTES_PER_SIDE)
+        samples = sum(layer[1] * layer[2] for layer in layers) / max(1, largest)
+        per_pixel = max(per_pixel, round(4 + 2 * samples))
+    cost = max(pixels * per_pixel, max(image.size) * _BYTES_PER_SIDE)
     return max(cost, _tile_bytes(image))
 
 
 def _tile_bytes(image: Image.Image) -> int:
-    """Return the bytes of a TIFF's tile; it may be larger than the image."""
+    """Return the bytes of a tile of a TIFF, which may be larger than the image."""
     tags = getattr(image, "tag_v2", {})
     width, height, samples = (tags.get(tag, 1) for tag in (322, 323, 277))
-    if not all(isinstance(each, int) for each in (width, height, samples)):
+    if not all(isinstance(value, int) for value in (width, height, samples)):
         return 0  # several values: libtiff refuses them
     return int(width * height * samples) * 4
 
 
-class Room:
-    """Bytes that threads share; one that wants more than are free waits.
+class MemoryBudget:
+    """A memory budget shared by threads; a thread waits until its bytes are free.
 
-    What wants more than all there are takes all, so it is alone.
+    A request above the whole budget reserves all of it.
     """
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._start_anew()
-        if hasattr(os, "register_at_fork"):  # a forked worker has none of the threads
-            os.register_at_fork(after_in_child=self._start_anew)
+        self._reset()
+        if hasattr(os, "register_at_fork"):  # a forked worker has no other threads
+            os.register_at_fork(after_in_child=self._reset)
 
-    def _start_anew(self) -> None:
+    def _reset(self) -> None:
         self._free = self._size
         self._changed = threading.Condition()
 
     @contextmanager
-    def taken(self, amount: int) -> Iterator[None]:
+    def reserved(self, amount: int) -> Iterator[None]:
         amount = min(amount, self._size)
         with self._changed:
             self._changed.wait_for(lambda: self._free >= amount)
@@ -130,19 +132,19 @@ class Room:
 def _jpeg(content: bytes) -> str | None:
     at, segments, junk = 2, 0, 0
     while at + 4 <= len(content):
-        found = _FILL.search(content, at)
-        if found is None:
+        match = _FILL.search(content, at)
+        if match is None:
             junk, end = junk + len(content) - at, len(content)
         else:
-            end = found.end()
+            end = match.end()
             junk += end - at - 1
         segments += 1
-        if junk > _JUNK:
+        if junk > _MAX_JUNK:
             return "has a JPEG header with more than a megabyte of junk between its segments"
-        if segments > _SEGMENTS:
-            return f"has a JPEG header of more than {_SEGMENTS:,} segments"
-        if at > _HEADER:
-            return f"has a JPEG header of more than {_HEADER:,} bytes"
+        if segments > _MAX_SEGMENTS:
+            return f"has a JPEG header of more than {_MAX_SEGMENTS:,} segments"
+        if at > _MAX_HEADER:
+            return f"has a JPEG header of more than {_MAX_HEADER:,} bytes"
         if end >= len(content) or content[end] in (0xDA, 0xD9):
             return None
         alone = content[end] in (0x00, 0x01) or 0xD0 <= content[end] <= 0xD8
@@ -153,10 +155,10 @@ def _jpeg(content: bytes) -> str | None:
 
 
 def _scans(content: bytes) -> int:
-    """Count the scans of a JPEG; segments, which may hold a JPEG too, are stepped over."""
+    """Count the scans of a JPEG; segments are skipped, as they may contain another JPEG."""
     at, scans = 2, 0
-    while (found := _MARKER.search(content, at)) is not None:
-        marker, at = content[found.start() + 1], found.end()
+    while (match := _MARKER.search(content, at)) is not None:
+        marker, at = content[match.start() + 1], match.end()
         if marker == 0xD9:
             break
         scans += marker == 0xDA
@@ -165,19 +167,19 @@ def _scans(content: bytes) -> int:
 
 
 def _png(content: bytes) -> str | None:
-    if len(content) < 12 * _CHUNKS:
+    if len(content) < 12 * _MAX_CHUNKS:
         return None
     at, chunks = 8, 0
     while at + 8 <= len(content):
         at += 12 + int.from_bytes(content[at : at + 4], "big")
         chunks += 1
-        if chunks > _CHUNKS:
-            return f"has more than {_CHUNKS:,} PNG chunks"
+        if chunks > _MAX_CHUNKS:
+            return f"has more than {_MAX_CHUNKS:,} PNG chunks"
     return None
 
 
 def _gif(content: bytes) -> str | None:
-    if len(content) < _COMMENTS:
+    if len(content) < _MAX_COMMENTS:
         return None
     flags = content[10]
     begin = at = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
@@ -186,7 +188,7 @@ def _gif(content: bytes) -> str | None:
         while content[at - 1 : at] != b"\0" and at < len(content) and content[at]:
             at += 1 + content[at]
         at += 1
-        if at - begin > _COMMENTS:
+        if at - begin > _MAX_COMMENTS:
             return "has more than two megabytes of comments before its first frame"
     return None
 
@@ -198,12 +200,12 @@ def _tiff(content: bytes) -> str | None:
     try:
         (at,) = struct.unpack_from(order + ("Q" if big else "L"), content, 8 if big else 4)
         (tags,) = struct.unpack_from(order + head, content, at)
-        if tags > _TAGS:
+        if tags > _MAX_TAGS:
             return f"has a TIFF directory of {tags:,} tags"
         at += struct.calcsize(order + head)
         for number in range(tags):
             tag, kind, count = struct.unpack_from(order + entry, content, at + size * number)
-            if kind not in _BYTE_TYPES and count > _ENTRIES:
+            if kind not in _BYTE_TYPES and count > _MAX_ENTRIES:
                 return f"has {count:,} values of TIFF tag {tag}"
     except struct.error:
         return None  # cut short: Pillow names it

@@ -1,6 +1,6 @@
-"""Any image as one of 8 bits a channel: 16-bit and float values by their real range.
+"""Convert any image to 8 bits per channel; 16-bit and float values are scaled.
 
-Pillow clips values above 255 when it converts them, which makes 16-bit images white.
+Pillow clips values at 255 instead, which makes 16-bit images white.
 """
 
 from __future__ import annotations
@@ -16,23 +16,22 @@ from PIL import Image, ImageCms
 from cn_clip.errors import ImageError
 
 DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")  # more than 8 bits a pixel, one channel
-_PLAIN = ("1", "L", "P", "LA", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
-_STRIP = 1 << 22  # pixels that are converted at one time
+_EIGHT_BIT = ("1", "L", "P", "LA", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
+_STRIP = 1 << 22  # pixels converted at once
 _SIXTEEN = 65_535
 _BITS, _PHOTOMETRIC = 258, 262  # tags of a TIFF
 
 
 @dataclass(frozen=True, slots=True)
 class Depth:
-    """What a file says of its grey values: the bits that they were stored with, if it does, and
-    whether 0 is white."""
+    """The stored bits of the grey values, if the file states them, and whether 0 is white."""
 
     bits: int | None = None
     inverted: bool = False
 
 
 def depth_of(image: Image.Image) -> Depth:
-    """Read the depth of an image that was just opened; a copy of it does not know."""
+    """Read the depth of a newly opened image; copies of it lose the information."""
     if image.format == "PNG":
         return Depth(16)
     tags = getattr(image, "tag_v2", {})
@@ -41,43 +40,42 @@ def depth_of(image: Image.Image) -> Depth:
     return Depth(bits if isinstance(bits, int) else None, tags.get(_PHOTOMETRIC) == 0)
 
 
-def eight_bits(image: Image.Image, name: str, depth: Depth) -> Image.Image:
-    """Return an image in a mode that converts to RGB, 8 bits a channel; most stay as they are.
+def to_eight_bits(image: Image.Image, name: str, depth: Depth) -> Image.Image:
+    """Convert an image to 8 bits per channel, in a mode that converts to RGB; most are unchanged.
 
-    16-bit grey is divided by 257, float in 0 to 1 multiplied by 255, LAB becomes sRGB.
+    16-bit grey is divided by 257, float in 0 to 1 multiplied by 255, LAB converted to sRGB.
 
     Raises:
-        ImageError: the range of the values does not tell what is black and white, or the mode is
-            not known.
+        ImageError: the value range does not define black and white, or the mode is unknown.
     """
-    if image.mode in _PLAIN:
+    if image.mode in _EIGHT_BIT:
         return image
     if image.mode in DEEP:
         return _grey(image, name, depth)
     if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
-        assert converted is not None  # it is only in place
+        assert converted is not None  # None only with inPlace=True
         return converted
-    straight = {"La": "LA", "RGBa": "RGBA"}.get(image.mode)
-    if straight is None:
+    unpremultiplied = {"La": "LA", "RGBa": "RGBA"}.get(image.mode)
+    if unpremultiplied is None:
         raise ImageError(f"{name} has mode {image.mode}; convert it to RGB first")
-    return image.convert(straight)
+    return image.convert(unpremultiplied)
 
 
 def from_array(array: npt.NDArray[Any]) -> Image.Image:
-    """Return an array of shape (H, W), (H, W, 3) or (H, W, 4) as an image of 8 bits a channel.
+    """Convert an array (H, W), (H, W, 3) or (H, W, 4) to an image of 8 bits per channel.
 
-    uint8 stays as it is, uint16 is divided by 257, float in 0 to 1 multiplied by 255, and True is
+    uint8 is unchanged, uint16 is divided by 257, float in 0 to 1 multiplied by 255, and True is
     white.
 
     Raises:
-        ImageError: the shape, the dtype or the range is another.
+        ImageError: the shape, dtype or value range is not supported.
     """
     shape_fits = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
     name = f"an array of dtype {array.dtype} and shape {array.shape}"
     if not shape_fits or not array.size or array.dtype.kind not in "buf":
-        raise ImageError(f"{name} is not a picture; expected {_EXPECTED}")
+        raise ImageError(f"{name} is not an image; expected {_EXPECTED}")
     if array.dtype == np.uint8:
         return Image.fromarray(array)
     if array.dtype == bool:
@@ -85,7 +83,7 @@ def from_array(array: npt.NDArray[Any]) -> Image.Image:
     if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # of either byte order
         return Image.fromarray(_scaled(array, _SIXTEEN))
     if array.dtype.kind != "f":
-        raise ImageError(f"{name} is not a picture; expected {_EXPECTED}")
+        raise ImageError(f"{name} is not an image; expected {_EXPECTED}")
     _check_unit(name, float(array.min()), float(array.max()))
     return Image.fromarray(_unit_scaled(array))
 
@@ -97,7 +95,7 @@ def _grey(image: Image.Image, name: str, depth: Depth) -> Image.Image:
     low, high = _range(image)
     if image.mode == "F":
         _check_unit(f"{name}, of mode F (float),", low, high)
-    top = _SIXTEEN if image.mode != "I" else _top_of_integers(name, low, high, depth)
+    top = _SIXTEEN if image.mode != "I" else _white_level(name, low, high, depth)
     if depth.bits == 12 and high < 4096:
         top = 4095
     clear = image.info.get("transparency")
@@ -115,18 +113,18 @@ def _grey(image: Image.Image, name: str, depth: Depth) -> Image.Image:
 
 
 def _range(image: Image.Image) -> tuple[float, float]:
-    """Return the least and the greatest value; NaN if there is one."""
+    """Return the minimum and maximum value; NaN if there is one."""
     pairs = [(values.min(), values.max()) for _, values in _strips(image)]
     return float(np.min([low for low, _ in pairs])), float(np.max([high for _, high in pairs]))
 
 
-def _top_of_integers(name: str, low: float, high: float, depth: Depth) -> int:
-    """Return what is white in an image of mode I, which has room for 32 bits."""
+def _white_level(name: str, low: float, high: float, depth: Depth) -> int:
+    """Return the white level of an image of mode I (32-bit integers)."""
     sixteen = depth.bits == 16 or high > 255 or high == 0
     if low < 0 or high > _SIXTEEN or not sixteen:
         raise ImageError(
             f"{name}, of mode I (32-bit integers), holds values from {low:.0f} to {high:.0f}, "
-            "which does not tell what is white; convert it to 8 bits (mode L) first"
+            "which does not define white; convert it to 8 bits (mode L) first"
         )
     return _SIXTEEN
 
@@ -142,14 +140,13 @@ def _check_unit(name: str, low: float, high: float) -> None:
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-    """Yield the rows of an image, some at a time, with the number of the first: a whole copy as an
-    array would be large."""
+    """Yield (first row, rows) of an image in strips: one array of all rows would be large."""
     for _, upper, _, lower in strips(image.size):
         yield upper, np.asarray(image.crop((0, upper, image.width, lower)))
 
 
 def strips(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
-    """Yield boxes (left, top, right, bottom) over the full width, of some million pixels each."""
+    """Yield boxes (left, top, right, bottom) of the full width, of up to 4 million pixels each."""
     width, height = size
     rows = max(1, _STRIP // max(1, width))
     for upper in range(0, height, rows):
@@ -157,7 +154,7 @@ def strips(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _scaled(values: npt.NDArray[Any], top: int) -> npt.NDArray[np.uint8]:
-    """Return integers of 0 to ``top`` as 0 to 255, rounded."""
+    """Scale integers from 0 to ``top`` to 0 to 255, rounded."""
     wide = values.astype(np.uint32)
     return ((wide * 255 + top // 2) // top).astype(np.uint8)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from cn_clip import distributed, weights
-from cn_clip.data.loading.loader import dead_workers_named
+from cn_clip.data.loading.loader import map_worker_errors
 from cn_clip.data.sources.open import open_mix
 from cn_clip.errors import UsageError
 from cn_clip.eval.dataset import eval_set_of
@@ -114,7 +114,7 @@ def train(
             eval_set_of(open_mix(recipe.data.val)) if recipe.data.val else None,
             eval_set_of(open_mix(recipe.data.keep_data)) if recipe.data.keep_data else None,
         )
-        with dead_workers_named(), full_disk_named(folder):
+        with map_worker_errors(), full_disk_named(folder):
             return _carried_out(run)
 
 

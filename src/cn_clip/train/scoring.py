@@ -8,7 +8,7 @@ import numpy as np
 
 from cn_clip import distributed, weights
 from cn_clip.eval.metrics.recall import Retrieval
-from cn_clip.publish import published
+from cn_clip.publish import atomic_file
 from cn_clip.train.model.freeze import learns
 from cn_clip.train.optim import warmup_of
 from cn_clip.train.parallel import reshard, sharded, whole_state
@@ -93,7 +93,7 @@ def log_score(run: Run, stage: str, progress: Progress, found: Retrieval) -> Non
 
 
 def keep_embeddings(folder: Path, when: str, images: Vectors, texts: Vectors) -> None:
-    with published(folder / f"{when}.npz") as path, path.open("wb") as stream:
+    with atomic_file(folder / f"{when}.npz") as path, path.open("wb") as stream:
         np.savez(stream, images=images.astype(np.float16), texts=texts.astype(np.float16))
 
 

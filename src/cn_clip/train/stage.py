@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from cn_clip import distributed, weights
 from cn_clip.data.loading.loader import Loader, Preparation
-from cn_clip.data.sources.open import Weighted
+from cn_clip.data.sources.open import WeightedSource
 from cn_clip.embedder import Embedder, load
 from cn_clip.errors import UsageError
 from cn_clip.eval.dataset import EvalSet
 from cn_clip.model.clip import CLIP
-from cn_clip.publish import published
+from cn_clip.publish import atomic_file
 from cn_clip.train.batches.batch import CachedLoader
 from cn_clip.train.batches.feature_cache import cache_image_features, tower_fingerprint
 from cn_clip.train.batches.text_targets import SentenceBatches
@@ -47,7 +47,7 @@ class Run:
     scored: torch.dtype | None
     log: Log
     stop: Stop
-    mix: list[Weighted]
+    mix: list[WeightedSource]
     validation: EvalSet | None
     kept: EvalSet | None = None  # pairs whose score should not suffer
 
@@ -68,7 +68,7 @@ class Run:
         """Name the first of some lines in the log, and write all of them to a file of the run's."""
         if not lines or not distributed.is_main():
             return
-        with published(self.folder / file) as path:
+        with atomic_file(self.folder / file) as path:
             path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         more = f" and {len(lines) - _LISTED:,} more" if len(lines) > _LISTED else ""
         text = f"{len(lines):,} {what}: {'; '.join(lines[:_LISTED])}{more}; see {file}"
@@ -197,7 +197,7 @@ def _loader(run: Run, progress: Progress, model: CLIP) -> Loader | CachedLoader:
             world_size=world,
             workers=data.workers,
             prefetch_bytes=data.prefetch_mb << 20,
-            most_skipped=data.most_skipped,
+            max_skipped_fraction=data.most_skipped,
             pin_memory=run.device.type == "cuda",
         )
     else:

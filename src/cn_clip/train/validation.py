@@ -12,7 +12,7 @@ import torch
 from cn_clip import distributed
 from cn_clip.data.captions import digest, plain
 from cn_clip.data.sources.base import located
-from cn_clip.data.sources.open import Weighted
+from cn_clip.data.sources.open import WeightedSource
 from cn_clip.embedder import Embedder
 from cn_clip.errors import CNClipError
 from cn_clip.eval.dataset import EvalSet
@@ -71,7 +71,7 @@ def score(images: Vectors, texts: Vectors, validation: EvalSet) -> Retrieval:
     return retrieval(images[there], texts, np.stack([numbers[pairs[:, 0]], pairs[:, 1]], axis=1))
 
 
-def shared_pairs(validation: EvalSet, training: Sequence[Weighted]) -> list[str]:
+def shared_pairs(validation: EvalSet, training: Sequence[WeightedSource]) -> list[str]:
     """Say which validation pairs are in the training data: the same caption with a picture of the
     same id or the same bytes. At most the first two million training rows are compared."""
     wanted: dict[int, list[int]] = {}

@@ -25,7 +25,8 @@ from torch import Tensor
 from cn_clip.config import PUBLISHED, ModelConfig, estimate_parameters
 from cn_clip.errors import CheckpointError, MissingWeightsError
 from cn_clip.model.clip import CLIP
-from cn_clip.publish import STAMP, published, published_folder
+from cn_clip.outputs import STAMP, atomic_folder
+from cn_clip.publish import atomic_file
 from cn_clip.weights.folder_config import (
     CONFIG,
     WEIGHTS,
@@ -173,7 +174,7 @@ def save_weights(
     path = Path(path)
     with (
         describe_write_errors(path),
-        published_folder(path, "model", objection=_objection) as folder,
+        atomic_folder(path, "model", check=_objection) as folder,
     ):
         _write_state(config, state, folder)
 
@@ -185,7 +186,7 @@ def save_official(model: CLIP, path: str | os.PathLike[str]) -> None:
         CheckpointError: the format cannot represent the model, as with ``mini``; or the disk is
             full or ``path`` is not writable. ``path`` is unchanged.
     """
-    with describe_write_errors(path), published(path) as temporary:
+    with describe_write_errors(path), atomic_file(path) as temporary:
         write_official_checkpoint(model, temporary)
 
 
@@ -203,7 +204,7 @@ def save_hugging_face(model: CLIP, path: str | os.PathLike[str]) -> None:
     refuse_foreign_folder(path)
     with (
         describe_write_errors(path),
-        published_folder(path, "model", objection=_objection) as folder,
+        atomic_folder(path, "model", check=_objection) as folder,
     ):
         write_hugging_face(model, folder)
 

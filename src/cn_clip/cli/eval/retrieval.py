@@ -72,9 +72,9 @@ def retrieval(
             "no pairs given; give --data KIND:PATH, or with features --truth TEXTS.jsonl instead"
         )
     if split is not None:
-        from cn_clip.data.sources.open import split_of
+        from cn_clip.data.sources.open import split_source
 
-        data = tuple(split_of(spec, split) for spec in data)
+        data = tuple(split_source(spec, split) for spec in data)
     if out is not None:
         from cn_clip.data.sources.open import paths_of
         from cn_clip.eval.official_files import claim_official_files
@@ -179,7 +179,7 @@ def _print(result: RetrievalResult) -> None:
 def _of_features(
     images: Path, texts: Path, data: tuple[str, ...], truth: str | None
 ) -> RetrievalResult:
-    from cn_clip.embeddings.files import read_features
+    from cn_clip.embeddings.files import read_embeddings
     from cn_clip.eval.official_files import read_truth
     from cn_clip.eval.retrieval import evaluate_features, pairs_of
 
@@ -189,5 +189,5 @@ def _of_features(
         from cn_clip.data.sources.open import open_mix
 
         pairs, where = pairs_of(open_mix(data)), ", ".join(data)
-    stored = read_features(images, "images"), read_features(texts, "texts")
+    stored = read_embeddings(images, "images"), read_embeddings(texts, "texts")
     return evaluate_features(*stored, pairs, truth=where)

@@ -1,4 +1,4 @@
-"""What is wrong with a source before anything is trained on it: every row and picture is read."""
+"""Check a source before training: read every row, decode every image, list the problems."""
 
 from __future__ import annotations
 
@@ -15,9 +15,15 @@ import numpy as np
 import numpy.typing as npt
 
 from cn_clip.data.captions import digest, language_of, plain
-from cn_clip.data.curate.grouping import first_equal, grouped
-from cn_clip.data.curate.perceptual_hash import SAME, WORDS, Hashes, hash_image, near_pairs
-from cn_clip.data.process_map import chunked, mapped
+from cn_clip.data.curate.grouping import first_equal, group_rows
+from cn_clip.data.curate.perceptual_hash import (
+    DUPLICATE_THRESHOLD,
+    HASH_WORDS,
+    Hashes,
+    hash_image,
+    near_pairs,
+)
+from cn_clip.data.process_map import Progress, chunked, no_progress, parallel_map
 from cn_clip.data.sources.base import Source, located
 from cn_clip.data.sources.open import id_digest
 from cn_clip.errors import CNClipError, DataError, UsageError
@@ -26,49 +32,49 @@ from cn_clip.image.decode import read_image
 from cn_clip.text import REPLACEMENT
 from cn_clip.tokenizer import CONTEXT_LENGTH, default_tokenizer
 
-# kind -> whether it makes a source unfit, and what it means
-KINDS = {
-    "row": (True, "rows that cannot be read"),
-    "picture": (True, "pictures missing or damaged"),
-    "empty": (True, "captions without a word"),
+# kind -> (whether it makes a source unfit for training, description)
+PROBLEM_KINDS = {
+    "row": (True, "unreadable rows"),
+    "picture": (True, "images missing or damaged"),
+    "empty": (True, "empty captions"),
     "text id": (True, "text ids used for two texts"),
-    "unmatched": (False, "pictures, texts or files that make no pair"),
+    "unmatched": (False, "images, texts or files without a pair"),
     "character": (False, "captions with a broken character (U+FFFD)"),
     "long": (False, "captions longer than the context length"),
-    "pair": (False, "pairs that come twice"),
-    "same caption": (False, "captions used for several pictures"),
-    "same picture": (False, "near-duplicate pictures under another id"),
-    "small": (False, "pictures smaller than 64 pixels"),
+    "pair": (False, "repeated pairs"),
+    "same caption": (False, "captions used for several images"),
+    "same picture": (False, "near-duplicate images under another id"),
+    "small": (False, "images smaller than 64 pixels"),
 }
 _CHUNK = 128
-_BLOCK = 1 << 14  # hashes that are in memory at once
+_BLOCK = 1 << 14  # hashes in memory at once
 _SMALL = 64  # pixels of the shorter side
-_SHEET = 24  # pictures on the sheet
-_PER_KIND = 1000  # problems of a kind that are listed; all are counted
-_NO_WORD = 2  # tokens of an empty text: [CLS] and [SEP]
-_NONE = np.empty(0, dtype=np.int64)
+_SAMPLES = 24  # pairs shown in the report
+_MAX_LISTED = 1000  # problems listed of each kind; all are counted
+_EMPTY_TOKENS = 2  # tokens of an empty text: [CLS] and [SEP]
+_NO_INDEXES = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
     kind: str
     index: int | None
-    """Number of the pair in the source, from 0."""
+    """Index of the pair in the source."""
     text: str
-    """Where it is, and what is wrong."""
+    """Location and description."""
 
 
 @dataclass(slots=True)
-class Checked:
-    """What was found.
+class CheckResult:
+    """Counts and problems of a checked source.
 
     Attributes:
-        counts: problems of each kind.
-        problems: up to a thousand of each kind, in the order of the rows.
-        lengths: how many captions have so many tokens, by number.
-        languages: how many captions are Chinese, English, mixed, or of other signs.
-        sides: how many pictures have a shorter side of so many pixels.
-        sheet: (caption, JPEG thumbnail) of some pairs drawn at random.
+        counts: number of problems of each kind.
+        problems: up to 1000 of each kind, in row order.
+        lengths: caption length in tokens -> number of captions.
+        languages: Chinese, English, mixed or other -> number of captions.
+        sides: shorter image side in pixels -> number of images.
+        samples: (caption, JPEG thumbnail) of pairs drawn at random.
     """
 
     source: str
@@ -81,22 +87,24 @@ class Checked:
     lengths: Counter[int] = field(default_factory=Counter)
     languages: Counter[str] = field(default_factory=Counter)
     sides: Counter[int] = field(default_factory=Counter)
-    sheet: list[tuple[str, bytes]] = field(default_factory=list)
+    samples: list[tuple[str, bytes]] = field(default_factory=list)
 
     @property
     def fit(self) -> bool:
-        """Whether nothing was found that makes the source unfit."""
-        return not any(self.counts[kind] for kind, (unfit, _) in KINDS.items() if unfit)
+        """Whether the source can be trained on."""
+        return not any(self.counts[kind] for kind, (unfit, _) in PROBLEM_KINDS.items() if unfit)
 
     def add(self, kind: str, index: int | None, text: str) -> None:
         self.counts[kind] += 1
-        if self.counts[kind] <= _PER_KIND:
+        if self.counts[kind] <= _MAX_LISTED:
             self.problems.append(Problem(kind, index, text))
 
-    def add_all(self, kind: str, indexes: npt.NDArray[np.int64], say: Callable[[int], str]) -> None:
-        """Add a problem of many rows; ``say`` is asked about those that are listed."""
-        for index in indexes[: max(0, _PER_KIND - self.counts[kind])].tolist():
-            self.problems.append(Problem(kind, index, say(index)))
+    def add_all(
+        self, kind: str, indexes: npt.NDArray[np.int64], describe: Callable[[int], str]
+    ) -> None:
+        """Add one problem for each row; ``describe`` is called for the listed rows only."""
+        for index in indexes[: max(0, _MAX_LISTED - self.counts[kind])].tolist():
+            self.problems.append(Problem(kind, index, describe(index)))
         self.counts[kind] += len(indexes)
 
 
@@ -104,87 +112,89 @@ def check(
     source: Source,
     *,
     context_length: int = CONTEXT_LENGTH,
-    threshold: int = SAME,
+    threshold: int = DUPLICATE_THRESHOLD,
     workers: int = 0,
-    tick: Callable[[int, int], None] = lambda done, total: None,
-) -> Checked:
-    """Read every row and decode every picture of a source.
+    on_progress: Progress = no_progress,
+) -> CheckResult:
+    """Read every row and decode every image of a source.
 
     Args:
         source: from ``open_source``.
-        context_length: captions with more tokens than that are named.
-        threshold: bits of a perceptual hash in which near-duplicates may differ, at most 128; 0
-            turns the search off.
-        workers: processes beside this one; 0 does it here.
-        tick: called with what is done, rows and then pictures, and how much there is.
+        context_length: longer captions are listed.
+        threshold: maximum differing bits of the perceptual hashes of near-duplicates; 0 turns
+            the search off.
+        workers: number of worker processes; 0 runs in this process.
+        on_progress: called with (done, total), over rows first and images second.
 
     Raises:
         UsageError: the source is empty, or the threshold is out of its range.
         DataError: a worker died.
-        CNClipError: there is no space for a temporary file of 288 bytes a picture.
+        CNClipError: no disk space for a temporary file of 288 bytes per image.
     """
     if not 0 <= threshold <= 128:
         raise UsageError(f"the threshold is {threshold} bits of 256; give 0 to 128")
     if not len(source):
         raise UsageError(f"{source.name} holds no pair")
-    found = Checked(source.name, pairs=len(source), context_length=context_length)
+    result = CheckResult(source.name, pairs=len(source), context_length=context_length)
     for sentence in source.unmatched():
-        found.add("unmatched", None, sentence)
+        result.add("unmatched", None, sentence)
     digests = np.zeros((3, len(source)), dtype=np.uint64)
-    worded = np.zeros(len(source), dtype=bool)
+    not_empty = np.zeros(len(source), dtype=bool)
     readable = np.zeros(len(source), dtype=bool)
     done = 0
-    with mapped(_Rows(source), workers) as run:
-        for told in run(chunked(range(len(source)), _CHUNK)):
-            _judge_rows(source, told, found)
-            held = slice(done, done + len(told.tokens))
-            digests[:, held] = told.digests
-            worded[held] = told.tokens > _NO_WORD
-            readable[held] = told.tokens > 0
-            done += len(told.tokens)
-            tick(done, 2 * len(source))
-    _compare_rows(source, np.flatnonzero(worded), digests, found)
+    with parallel_map(_ReadRows(source), workers) as run:
+        for batch in run(chunked(range(len(source)), _CHUNK)):
+            _add_row_problems(source, batch, result)
+            rows_done = slice(done, done + len(batch.tokens))
+            digests[:, rows_done] = batch.digests
+            not_empty[rows_done] = batch.tokens > _EMPTY_TOKENS
+            readable[rows_done] = batch.tokens > 0
+            done += len(batch.tokens)
+            on_progress(done, 2 * len(source))
+    _add_repeated_rows(source, np.flatnonzero(not_empty), digests, result)
     rows = np.flatnonzero(readable)
-    firsts = grouped(rows, digests[0][rows]).firsts
-    del digests, worded, readable, rows
-    found.images = len(firsts)
+    firsts = group_rows(rows, digests[0][rows]).firsts
+    del digests, not_empty, readable, rows
+    result.images = len(firsts)
     done = 0
-    whole: list[npt.NDArray[np.int64]] = []
-    # Some 300 bytes a picture: too much for memory where there are millions.
-    hashing = _Pictures(source, hashed=threshold > 0)
+    decoded: list[npt.NDArray[np.int64]] = []
+    # On disk: 288 bytes per image are too much memory for millions of images.
+    read_images = _ReadImages(source, hashed=threshold > 0)
     try:
-        with mapped(hashing, workers) as run_pictures, TemporaryFile() as hashes:
-            for seen in run_pictures(chunked(firsts, _CHUNK)):
-                _judge_pictures(source, seen, found)
-                whole.append(seen.indexes)
-                hashes.write(seen.hashes.tobytes())
-                done += len(seen.indexes) + len(seen.errors)
-                tick(len(source) + round(len(source) * done / len(firsts)), 2 * len(source))
+        with parallel_map(read_images, workers) as run_images, TemporaryFile() as hashes:
+            for images in run_images(chunked(firsts, _CHUNK)):
+                _add_image_problems(source, images, result)
+                decoded.append(images.indexes)
+                hashes.write(images.hashes.tobytes())
+                done += len(images.indexes) + len(images.errors)
+                on_progress(len(source) + round(len(source) * done / len(firsts)), 2 * len(source))
             if threshold:
-                indexes = np.concatenate([_NONE, *whole])
-                _compare_pictures(source, indexes, hashes, found, threshold)
+                indexes = np.concatenate([_NO_INDEXES, *decoded])
+                _add_near_duplicates(source, indexes, hashes, result, threshold)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise CNClipError(
-            f"could not keep the hashes of {len(firsts):,} pictures in {gettempdir()}: {error}; "
-            "name a larger place with TMPDIR, or do without near-duplicates: --threshold 0"
+            f"could not store the hashes of {len(firsts):,} images in {gettempdir()}: {error}; "
+            "set TMPDIR to a larger disk, or skip near-duplicates with --threshold 0"
         ) from error
-    _draw_sheet(source, firsts, found)
-    found.problems.sort(key=lambda problem: (list(KINDS).index(problem.kind), problem.index or 0))
-    return found
+    _draw_samples(source, firsts, result)
+    result.problems.sort(
+        key=lambda problem: (list(PROBLEM_KINDS).index(problem.kind), problem.index or 0)
+    )
+    return result
 
 
 @dataclass(frozen=True, slots=True)
-class _Told:
-    """What is kept of N rows.
+class _RowBatch:
+    """N consecutive rows, read.
 
     Attributes:
-        digests: uint64 (3, N), of the picture, the text id and the text.
-        tokens: how many the texts have; 0 where the row cannot be read.
-        languages: how many texts there are in each.
-        broken: the rows whose text has a character that was half of one, or bytes of none.
-        errors: why the rows with 0 tokens cannot be read.
+        digests: uint64 (3, N), of the image id, the text id and the text.
+        tokens: (N,) tokens of each text; 0 for an unreadable row.
+        languages: language -> number of texts.
+        broken: indexes of the rows whose text holds U+FFFD.
+        errors: one message for each unreadable row.
     """
 
     start: int
@@ -196,11 +206,11 @@ class _Told:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
+class _ReadRows:
     source: Source
 
-    def __call__(self, indexes: range) -> _Told:
-        told = _Told(
+    def __call__(self, indexes: range) -> _RowBatch:
+        batch = _RowBatch(
             indexes.start,
             np.zeros((3, len(indexes)), dtype=np.uint64),
             np.zeros(len(indexes), dtype=np.int64),
@@ -213,92 +223,98 @@ class _Rows:
             try:
                 row = self.source.row(index)
             except DataError as error:
-                told.errors.append(str(error))
+                batch.errors.append(str(error))
                 continue
-            picture = id_digest(self.source, index, row.image_id)
+            image_id = id_digest(self.source, index, row.image_id)
             text_id = id_digest(self.source, index, row.text_id)
-            told.digests[:, at] = picture, text_id, digest(plain(row.text))
-            told.languages[language_of(row.text)] += 1
+            batch.digests[:, at] = image_id, text_id, digest(plain(row.text))
+            batch.languages[language_of(row.text)] += 1
             if REPLACEMENT in row.text:
-                told.broken.append(index)
+                batch.broken.append(index)
             readable.append(at)
             texts.append(row.text)
-        # A large length, because what is over the limit is to be told with its true length.
-        told.tokens[readable] = [len(ids) for ids in default_tokenizer().encode(texts, 1 << 20)]
-        return told
+        # Not cut at the context length: the report states true lengths.
+        batch.tokens[readable] = [len(ids) for ids in default_tokenizer().encode(texts, 1 << 20)]
+        return batch
 
 
-def _judge_rows(source: Source, told: _Told, found: Checked) -> None:
-    """Add what is wrong with rows by themselves."""
-    found.languages += told.languages
-    found.lengths.update(told.tokens[told.tokens > 0].tolist())
-    for at, error in zip(np.flatnonzero(told.tokens == 0).tolist(), told.errors, strict=True):
-        found.add("row", told.start + at, error)
+def _add_row_problems(source: Source, batch: _RowBatch, result: CheckResult) -> None:
+    """Add problems of single rows."""
+    result.languages += batch.languages
+    result.lengths.update(batch.tokens[batch.tokens > 0].tolist())
+    for at, error in zip(np.flatnonzero(batch.tokens == 0).tolist(), batch.errors, strict=True):
+        result.add("row", batch.start + at, error)
 
     def cut(index: int) -> str:
-        tokens = int(told.tokens[index - told.start])
-        return f"{source.where(index)}: {tokens} tokens, {tokens - found.context_length} are cut"
+        tokens = int(batch.tokens[index - batch.start])
+        return f"{source.where(index)}: {tokens} tokens, {tokens - result.context_length} are cut"
 
     def empty(index: int) -> str:
-        return f"{source.where(index)}: its text holds no word"
+        return f"{source.where(index)}: its text is empty"
 
     def broken(index: int) -> str:
         return f"{source.where(index)}: {source.row(index).text[:40]!r} has a broken character"
 
-    if told.broken:
-        found.add_all("character", np.array(told.broken, dtype=np.int64), broken)
-    long = (told.tokens > found.context_length) & (told.tokens > _NO_WORD)
-    found.add_all("empty", told.start + np.flatnonzero(told.tokens == _NO_WORD), empty)
-    found.add_all("long", told.start + np.flatnonzero(long), cut)
+    if batch.broken:
+        result.add_all("character", np.array(batch.broken, dtype=np.int64), broken)
+    long = (batch.tokens > result.context_length) & (batch.tokens > _EMPTY_TOKENS)
+    result.add_all("empty", batch.start + np.flatnonzero(batch.tokens == _EMPTY_TOKENS), empty)
+    result.add_all("long", batch.start + np.flatnonzero(long), cut)
 
 
-def _compare_rows(
+def _add_repeated_rows(
     source: Source,
     rows: npt.NDArray[np.int64],
     digests: npt.NDArray[np.uint64],
-    found: Checked,
+    result: CheckResult,
 ) -> None:
-    """Add what is wrong with rows beside others; ``rows`` are those with a word."""
+    """Add problems between rows; ``rows`` are those whose text is not empty."""
     texts = digests[2][rows]
     before = first_equal(digests[1][rows])
     other = np.flatnonzero(texts != texts[before])
-    named = dict(
-        zip(rows[other[:_PER_KIND]].tolist(), rows[before[other[:_PER_KIND]]].tolist(), strict=True)
+    first_rows = dict(
+        zip(
+            rows[other[:_MAX_LISTED]].tolist(),
+            rows[before[other[:_MAX_LISTED]]].tolist(),
+            strict=True,
+        )
     )
 
     def text_id(index: int) -> str:
-        return f"{source.where(index)}: its text id is that of {source.where(named[index])}"
+        return (
+            f"{source.where(index)}: its text id is also that of {source.where(first_rows[index])}"
+        )
 
     def pair(index: int) -> str:
-        return f"{source.where(index)}: this picture had this text before"
+        return f"{source.where(index)}: repeats an earlier pair of the same image and text"
 
     def caption(index: int) -> str:
         text = source.row(index).text[:40]
-        return f"{source.where(index)}: {text!r} is used before too"
+        return f"{source.where(index)}: {text!r} is also an earlier caption"
 
-    found.add_all("text id", rows[other], text_id)
+    result.add_all("text id", rows[other], text_id)
     del before
-    pictures = digests[0][rows]
-    both = pictures * np.uint64(0x9E3779B97F4A7C15) + texts  # of digests, so it is one too
-    found.add_all("pair", rows[_repeated(both)], pair)
+    images = digests[0][rows]
+    both = images * np.uint64(0x9E3779B97F4A7C15) + texts  # a digest of the pair
+    result.add_all("pair", rows[_repeated(both)], pair)
     del both
     before = first_equal(texts)
-    other = np.flatnonzero(pictures != pictures[before])
-    once = ~_repeated(texts[other])  # each caption is told once
-    found.add_all("same caption", rows[other[once]], caption)
-    found.captions = int(np.count_nonzero(before == np.arange(len(rows))))
+    other = np.flatnonzero(images != images[before])
+    once = ~_repeated(texts[other])  # each caption is listed once
+    result.add_all("same caption", rows[other[once]], caption)
+    result.captions = int(np.count_nonzero(before == np.arange(len(rows))))
 
 
 def _repeated(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-    """Tell of each of N keys whether it was there before."""
+    """Return for each of N keys whether an earlier one equals it."""
     repeated: npt.NDArray[np.bool_] = first_equal(keys) != np.arange(len(keys))
     return repeated
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
-    """Numbers of N pairs, the shorter sides of their pictures and their hashes (N, 36), if they are
-    to be compared; and for those that cannot be read the reasons."""
+class _ImageBatch:
+    """Pair indexes (N,), shorter image sides (N,), and hashes (N, 36), or (0, 36) without hashing;
+    (index, reason) of each unreadable image."""
 
     indexes: npt.NDArray[np.int64]
     sides: npt.NDArray[np.int64]
@@ -307,94 +323,95 @@ class _Seen:
 
 
 @dataclass(frozen=True, slots=True)
-class _Pictures:
+class _ReadImages:
     source: Source
     hashed: bool
 
-    def __call__(self, indexes: npt.NDArray[np.int64]) -> _Seen:
-        whole, sides, hashes, errors = [], [], [], []
+    def __call__(self, indexes: npt.NDArray[np.int64]) -> _ImageBatch:
+        decoded, sides, hashes, errors = [], [], [], []
         for index in indexes.tolist():
             try:
                 image = read_image(self.source.image(index), background="white")
             except CNClipError as error:
                 errors.append((index, located(self.source, index, error)))
                 continue
-            whole.append(index)
+            decoded.append(index)
             sides.append(min(image.size))
             if self.hashed:
                 hashes.append(hash_image(image))
-            del image  # not beside the next one: both may be large
-        stacked = np.stack(hashes) if hashes else np.empty((0, WORDS), dtype=np.uint64)
-        return _Seen(
-            np.array(whole, dtype=np.int64), np.array(sides, dtype=np.int64), stacked, errors
+            del image  # before the next is decoded: both may be large
+        stacked = np.stack(hashes) if hashes else np.empty((0, HASH_WORDS), dtype=np.uint64)
+        return _ImageBatch(
+            np.array(decoded, dtype=np.int64), np.array(sides, dtype=np.int64), stacked, errors
         )
 
 
-def _judge_pictures(source: Source, seen: _Seen, found: Checked) -> None:
-    """Add what is wrong with pictures by themselves."""
-    for index, error in seen.errors:
-        found.add("picture", index, error)
-    found.sides.update(seen.sides.tolist())
-    sides = dict(zip(seen.indexes.tolist(), seen.sides.tolist(), strict=True))
+def _add_image_problems(source: Source, batch: _ImageBatch, result: CheckResult) -> None:
+    """Add problems of single images."""
+    for index, error in batch.errors:
+        result.add("picture", index, error)
+    result.sides.update(batch.sides.tolist())
+    sides = dict(zip(batch.indexes.tolist(), batch.sides.tolist(), strict=True))
 
     def small(index: int) -> str:
-        return f"{source.where(index)}: its shorter side has {sides[index]} pixels"
+        return f"{source.where(index)}: its shorter side is {sides[index]} pixels"
 
-    found.add_all("small", seen.indexes[seen.sides < _SMALL], small)
+    result.add_all("small", batch.indexes[batch.sides < _SMALL], small)
 
 
-def _compare_pictures(
+def _add_near_duplicates(
     source: Source,
     indexes: npt.NDArray[np.int64],
-    written: IO[bytes],
-    found: Checked,
+    hash_file: IO[bytes],
+    result: CheckResult,
     threshold: int,
 ) -> None:
-    """Add near-duplicates; ``written`` holds the hashes of the pairs ``indexes``."""
+    """Add near-duplicate images; ``hash_file`` holds the hashes of the pairs ``indexes``."""
     if len(indexes) < 2:
         return
-    hashes = _mapped(written, len(indexes))
-    # A picture that is there a thousand times would make a million pairs with itself.
-    before = first_equal(np.concatenate([_mixed(hashes[at]) for at in _blocks(len(indexes))]))
-    places = np.arange(len(indexes))
-    different = np.flatnonzero(before == places)
-    with TemporaryFile() as kept:
-        for at in _blocks(len(different)):
-            kept.write(hashes[different[at]].tobytes())
-        later, earlier = (
-            different[each] for each in near_pairs(_mapped(kept, len(different)), threshold)
-        )
+    hashes = _memory_map(hash_file, len(indexes))
+    # First by equality: an image repeated a thousand times would make a million near pairs.
+    before = first_equal(
+        np.concatenate([_short_digests(hashes[at]) for at in _blocks(len(indexes))])
+    )
+    positions = np.arange(len(indexes))
+    distinct = np.flatnonzero(before == positions)
+    with TemporaryFile() as distinct_file:
+        for at in _blocks(len(distinct)):
+            distinct_file.write(hashes[distinct[at]].tobytes())
+        distinct_hashes = _memory_map(distinct_file, len(distinct))
+        later, earlier = (distinct[rows] for rows in near_pairs(distinct_hashes, threshold))
     np.minimum.at(before, later, earlier)
-    again = np.flatnonzero(before != places)
+    duplicates = np.flatnonzero(before != positions)
 
     def same(index: int) -> str:
         first = indexes[before[np.searchsorted(indexes, index)]]
         return f"{source.where(index)}: looks like {source.where(int(first))}"
 
-    found.add_all("same picture", indexes[again], same)
+    result.add_all("same picture", indexes[duplicates], same)
 
 
-def _mapped(written: IO[bytes], count: int) -> Hashes:
-    """Return hashes that were written to a file, without reading them."""
-    written.flush()
-    return np.memmap(written, np.uint64, "r", shape=(count, WORDS))
+def _memory_map(hash_file: IO[bytes], count: int) -> Hashes:
+    """Map the hashes in a file into memory."""
+    hash_file.flush()
+    return np.memmap(hash_file, np.uint64, "r", shape=(count, HASH_WORDS))
 
 
 def _blocks(count: int) -> list[slice]:
     return [slice(at, min(at + _BLOCK, count)) for at in range(0, count, _BLOCK)]
 
 
-def _mixed(hashes: Hashes) -> npt.NDArray[np.uint64]:
-    """Return 64 bits for each of N hashes (N, 36), the same for the same ones."""
-    short = b"".join(blake2b(each.tobytes(), digest_size=8).digest() for each in hashes)
+def _short_digests(hashes: Hashes) -> npt.NDArray[np.uint64]:
+    """Return a 64-bit digest of each of N hashes (N, 36)."""
+    short = b"".join(blake2b(row.tobytes(), digest_size=8).digest() for row in hashes)
     return np.frombuffer(short, dtype=np.uint64)
 
 
-def _draw_sheet(source: Source, firsts: npt.NDArray[np.int64], found: Checked) -> None:
-    broken = {problem.index for problem in found.problems if problem.kind == "picture"}
+def _draw_samples(source: Source, firsts: npt.NDArray[np.int64], result: CheckResult) -> None:
+    broken = {problem.index for problem in result.problems if problem.kind == "picture"}
     drawn = map(int, np.random.default_rng(0).permutation(firsts))
-    for index in islice((each for each in drawn if each not in broken), _SHEET):
+    for index in islice((pair for pair in drawn if pair not in broken), _SAMPLES):
         try:
-            found.sheet.append((source.row(index).text, thumbnail(source.image(index))))
+            result.samples.append((source.row(index).text, thumbnail(source.image(index))))
         except CNClipError:
-            continue  # among the broken ones beyond those that are listed
+            continue  # unreadable, but not listed: the list is limited

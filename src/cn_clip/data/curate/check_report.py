@@ -1,4 +1,4 @@
-"""What ``data check`` found, as one page that needs nothing beside it."""
+"""The HTML report of ``data check``, one self-contained page."""
 
 from __future__ import annotations
 
@@ -6,45 +6,45 @@ from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
-from cn_clip.data.curate.check import KINDS, Checked
+from cn_clip.data.curate.check import PROBLEM_KINDS, CheckResult
 from cn_clip.data.sources.base import Source
 from cn_clip.errors import CNClipError
-from cn_clip.html.page import data_uri, histogram, page, sheet, thumbnail
+from cn_clip.html.page import data_uri, histogram, image_grid, page, thumbnail
 from cn_clip.publish import write_text
 
-_SHOWN = 50  # problems of a kind on the page
-_PICTURED = 12  # of them with their picture
+_MAX_SHOWN = 50  # problems listed of each kind
+_MAX_IMAGES = 12  # problems shown with their image
 
 
-def write_report(found: Checked, source: Source, path: Path) -> None:
-    """Write the page: counts, histograms, pairs drawn at random, and the problems one by one."""
+def write_report(result: CheckResult, source: Source, path: Path) -> None:
+    """Write the report: counts, histograms, random pairs, and the problems."""
     verdict = (
-        "Nothing was found that makes it unfit for training."
-        if found.fit
-        else '<span class="bad">It has rows that cannot be trained on.</span>'
+        "No problem makes it unfit for training."
+        if result.fit
+        else '<span class="bad">Some of its rows cannot be trained on.</span>'
     )
     parts = [
-        f"<h1>{escape(found.source)}</h1>",
-        f"<p>{found.pairs:,} pairs of {found.images:,} pictures and {found.captions:,} captions. "
+        f"<h1>{escape(result.source)}</h1>",
+        f"<p>{result.pairs:,} pairs of {result.images:,} images and {result.captions:,} captions. "
         f"{verdict}</p>",
-        _summary(found),
-        "<h2>Length of captions, in tokens</h2>",
-        histogram(found.lengths, 4, found.context_length),
-        "<h2>Shorter side of pictures, in pixels</h2>",
-        histogram(found.sides, 64),
+        _summary(result),
+        "<h2>Caption length in tokens</h2>",
+        histogram(result.lengths, 4, result.context_length),
+        "<h2>Shorter image side in pixels</h2>",
+        histogram(result.sides, 64),
         "<h2>Languages</h2>",
-        _table((name, count) for name, count in found.languages.most_common()),
-        "<h2>Pairs drawn at random</h2>",
-        sheet((data_uri(jpeg), escape(caption)) for caption, jpeg in found.sheet),
-        *(_problems(kind, found, source) for kind in KINDS if found.counts[kind]),
+        _table((name, count) for name, count in result.languages.most_common()),
+        "<h2>Random pairs</h2>",
+        image_grid((data_uri(jpeg), escape(caption)) for caption, jpeg in result.samples),
+        *(_problems(kind, result, source) for kind in PROBLEM_KINDS if result.counts[kind]),
     ]
-    write_text(path, page(found.source, parts, "data check"))
+    write_text(path, page(result.source, parts, "data check"))
 
 
-def _summary(found: Checked) -> str:
+def _summary(result: CheckResult) -> str:
     rows = []
-    for kind, (unfit, meaning) in KINDS.items():
-        count = found.counts[kind]
+    for kind, (unfit, meaning) in PROBLEM_KINDS.items():
+        count = result.counts[kind]
         bad = ' class="bad"' if unfit and count else ""
         rows.append(f'<tr><td{bad}>{meaning}</td><td class="number">{count:,}</td></tr>')
     return f"<table>{''.join(rows)}</table>"
@@ -55,18 +55,18 @@ def _table(rows: Iterable[tuple[str, int]]) -> str:
     return f"<table>{''.join(cells)}</table>"
 
 
-def _problems(kind: str, found: Checked, source: Source) -> str:
-    problems = [problem for problem in found.problems if problem.kind == kind]
-    items = "".join(f"<li>{escape(problem.text)}</li>" for problem in problems[:_SHOWN])
-    left = found.counts[kind] - _SHOWN
-    more = f"<p>and {left:,} more</p>" if left > 0 else ""
-    pictures = []
+def _problems(kind: str, result: CheckResult, source: Source) -> str:
+    problems = [problem for problem in result.problems if problem.kind == kind]
+    items = "".join(f"<li>{escape(problem.text)}</li>" for problem in problems[:_MAX_SHOWN])
+    not_shown = result.counts[kind] - _MAX_SHOWN
+    more = f"<p>and {not_shown:,} more</p>" if not_shown > 0 else ""
+    images = []
     if kind in ("same picture", "same caption", "pair", "small"):
-        for problem in problems[:_PICTURED]:
+        for problem in problems[:_MAX_IMAGES]:
             try:
                 jpeg = thumbnail(source.image(problem.index or 0))
-                pictures.append((data_uri(jpeg), escape(source.row(problem.index or 0).text)))
+                images.append((data_uri(jpeg), escape(source.row(problem.index or 0).text)))
             except CNClipError:
                 continue
-    meaning = KINDS[kind][1]
-    return f"<h2>{meaning[0].upper()}{meaning[1:]}</h2><ul>{items}</ul>{more}{sheet(pictures)}"
+    meaning = PROBLEM_KINDS[kind][1]
+    return f"<h2>{meaning[0].upper()}{meaning[1:]}</h2><ul>{items}</ul>{more}{image_grid(images)}"

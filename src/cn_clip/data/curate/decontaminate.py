@@ -1,9 +1,9 @@
-"""Training pairs that a test set holds too: the same picture, little changed, or the same text."""
+"""Find training pairs that are also in a test set: near-duplicate images or equal captions."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
@@ -13,48 +13,49 @@ import numpy as np
 import numpy.typing as npt
 
 from cn_clip.data.captions import digest, plain
-from cn_clip.data.curate.grouping import Groups, grouped
+from cn_clip.data.curate.grouping import RowGroups, group_rows
 from cn_clip.data.curate.perceptual_hash import (
     THRESHOLD,
     Hashes,
     HashIndex,
-    build,
+    build_index,
     hash_image,
+    mirrored_and_cropped,
     search,
-    trimmed,
-    variants,
+    without_margins,
 )
-from cn_clip.data.process_map import chunked, mapped
+from cn_clip.data.process_map import Progress, chunked, no_progress, parallel_map
 from cn_clip.data.sources.base import Source, located
 from cn_clip.data.sources.open import id_digest
 from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.files import MAX_FILE, read_lines
 from cn_clip.html.page import data_uri, page, thumbnail
 from cn_clip.image.decode import read_image
-from cn_clip.publish import begins, claim, file_by, published, unwritable_named, write_text
+from cn_clip.outputs import claim, own_file, starts_with
+from cn_clip.publish import atomic_file, map_write_errors, write_text
 from cn_clip.text import read_json
 
 _CHUNK = 128
-_FORMAT = "cn-clip data decontaminate 1"  # stands first in the list of what is removed
-_SHOWN = 200  # removed pairs on the page
-_DECODED = 256  # pixels that a JPEG is decoded to at least: a hash sees 64
+_FORMAT = "cn-clip data decontaminate 1"  # first line of the list of removed pairs
+_MAX_SHOWN = 200  # removed pairs in the report
+_DECODED = 256  # minimum decoded side of a JPEG in pixels; a hash uses 64
 
 
 @dataclass(frozen=True, slots=True)
-class Removed:
-    """A training pair, and what it was found in."""
+class RemovedPair:
+    """A training pair, and the test pair it matches."""
 
     index: int
-    reason: Literal["picture", "caption"]
+    reason: Literal["image", "caption"]
     against: int
-    """Number of the pair in the test set."""
+    """Index of the pair in the test set."""
     distance: int = 0
-    """Bits of 256 in which the pictures' hashes differ."""
+    """Differing bits of the 256-bit image hashes."""
 
 
 @dataclass(slots=True)
-class Decontaminated:
-    """What was found; ``unreadable`` has a sentence for each picture that could not be compared."""
+class DecontaminationResult:
+    """Removed training pairs; ``unreadable`` has a message for each image not compared."""
 
     train: str
     against: str
@@ -62,18 +63,18 @@ class Decontaminated:
     test_images: int = 0
     threshold: int = THRESHOLD
     min_caption: int = 0
-    removed: list[Removed] = field(default_factory=list)
+    removed: list[RemovedPair] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
 
     @property
-    def by_picture(self) -> int:
-        """How many pairs their picture gave away."""
-        return sum(each.reason == "picture" for each in self.removed)
+    def by_image(self) -> int:
+        """Number of pairs removed for their image."""
+        return sum(pair.reason == "image" for pair in self.removed)
 
     @property
     def by_caption(self) -> int:
-        """How many pairs only their caption gave away."""
-        return len(self.removed) - self.by_picture
+        """Number of pairs removed for their caption alone."""
+        return len(self.removed) - self.by_image
 
 
 def decontaminate(
@@ -83,103 +84,104 @@ def decontaminate(
     threshold: int = THRESHOLD,
     min_caption: int = 5,
     workers: int = 0,
-    tick: Callable[[int, int], None] = lambda done, total: None,
-) -> Decontaminated:
-    """Find the pairs of ``train`` that must not be trained on if ``against`` is to test anything.
+    on_progress: Progress = no_progress,
+) -> DecontaminationResult:
+    """Find the pairs of ``train`` that leak ``against``.
 
-    Every text of a picture goes with it. Test pictures are hashed with their mirror images and
-    without 5 % at their sides and corners, and all pictures with and without margins of one
-    colour, so that such copies are found too.
+    All texts of a matching image are removed with it. Test images are also hashed mirrored and
+    cropped by 5 %, and all images also without their one-colour margins, so such copies match.
 
     Args:
-        train: what is to be trained on.
+        train: the training pairs.
         against: the test set.
-        threshold: the most bits of 256 in which the hashes of one picture differ; 0 compares no
-            pictures.
-        min_caption: captions with fewer characters, punctuation aside, are not compared: anybody
-            calls a picture of a cat 一只猫. 0 compares no captions.
-        workers: processes beside this one; 0 does it here.
-        tick: called with the training pictures done, and all.
+        threshold: maximum differing bits of two 256-bit hashes of the same image; 0 compares no
+            images.
+        min_caption: captions with fewer characters, punctuation excluded, are not compared:
+            many cats are captioned 一只猫. 0 compares no captions.
+        workers: number of worker processes; 0 runs in this process.
+        on_progress: called with (done, total) training images.
 
     Raises:
-        UsageError: a limit is out of its range.
-        DataError: a test picture cannot be read, so that nothing could be proven; or a worker died.
+        UsageError: ``threshold`` is out of range.
+        DataError: a test image is unreadable, so leaks could go unnoticed; or a worker died.
     """
     if not 0 <= threshold <= 128:
         raise UsageError(f"the threshold is {threshold} bits of 256; give 0 to 128")
-    found = Decontaminated(train.name, against.name, len(train), 0, threshold, min_caption)
+    result = DecontaminationResult(train.name, against.name, len(train), 0, threshold, min_caption)
     tests, captions = _test_rows(against, min_caption)
-    found.test_images = len(tests)
-    known: list[_Hashes] = []
-    with mapped(_Hashed(against, all_variants=True), workers) as run:
-        for told in run(chunked(tests, _CHUNK) if threshold else []):
-            for got in told:
-                if isinstance(got, str):
-                    raise DataError(f"the test set has a picture that cannot be read: {got}")
-                known.append(got)
-    groups = _train_rows(train, captions, found)
+    result.test_images = len(tests)
+    test_hashes: list[_ImageHashes] = []
+    with parallel_map(_HashImages(against, variants=True), workers) as run:
+        for chunk in run(chunked(tests, _CHUNK) if threshold else []):
+            for hashes in chunk:
+                if isinstance(hashes, str):
+                    raise DataError(f"unreadable test image: {hashes}")
+                test_hashes.append(hashes)
+    groups = _train_rows(train, captions, result)
     done = 0
-    if known:
-        test = _joined(known)
-        known.clear()  # some 9 KB a picture
-        index = build(test.hashes)
-        with mapped(_Hashed(train, all_variants=False), workers) as run:
-            for told in run(chunked(groups.firsts, _CHUNK)):
-                found.unreadable += [got for got in told if isinstance(got, str)]
-                read = [got for got in told if not isinstance(got, str)]
+    if test_hashes:
+        test = _joined(test_hashes)
+        test_hashes.clear()  # about 9 KB per image
+        index = build_index(test.hashes)
+        with parallel_map(_HashImages(train, variants=False), workers) as run:
+            for chunk in run(chunked(groups.firsts, _CHUNK)):
+                result.unreadable += [hashes for hashes in chunk if isinstance(hashes, str)]
+                read = [hashes for hashes in chunk if not isinstance(hashes, str)]
                 nearest = _nearest(_joined(read), test, index, threshold) if read else {}
-                for pairs in groups[done : done + len(told)]:
+                for pairs in groups[done : done + len(chunk)]:
                     if (first := int(pairs[0])) in nearest:
-                        found.removed += [
-                            Removed(number, "picture", *nearest[first]) for number in pairs.tolist()
+                        result.removed += [
+                            RemovedPair(number, "image", *nearest[first])
+                            for number in pairs.tolist()
                         ]
-                done += len(told)
-                tick(done, len(groups))
-    # Both caption and picture may give a pair away: the picture, which comes last, is told.
-    found.removed = [each for _, each in sorted({r.index: r for r in found.removed}.items())]
-    return found
+                done += len(chunk)
+                on_progress(done, len(groups))
+    # A pair may match by caption and by image: the image match, added last, is kept.
+    result.removed = [pair for _, pair in sorted({r.index: r for r in result.removed}.items())]
+    return result
 
 
 def claim_removed(
     out: str | Path, *, inputs: Iterable[str | Path] = (), overwrite: bool = False
 ) -> Path:
-    """Check that the list may be written to ``out``; nothing is touched. Return it as a path.
+    """Check that the list may be written to ``out``, without touching it. Return it as a path.
 
     Raises:
-        UsageError: see ``publish.claim``.
+        UsageError: see ``outputs.claim_output``.
     """
-    own = begins(json.dumps({"format": _FORMAT})[:-1].encode())
-    return claim(out, file_by("data decontaminate", own), inputs=inputs, overwrite=overwrite)
+    own = starts_with(json.dumps({"format": _FORMAT})[:-1].encode())
+    check = own_file("data decontaminate", own)
+    return claim(out, check, inputs=inputs, overwrite=overwrite)
 
 
-def write_removed(found: Decontaminated, train: Source, against: Source, out: Path) -> None:
-    """Write a JSON object for each pair to leave out; ``data pack --without`` takes the file.
+def write_removed(result: DecontaminationResult, train: Source, against: Source, out: Path) -> None:
+    """Write one JSON object per removed pair, the input of ``data pack --without``.
 
     Raises:
-        CNClipError: it cannot be written; what was there stays.
+        CNClipError: the file cannot be written; an existing file stays unchanged.
     """
     with (
-        unwritable_named(out),
-        published(out) as path,
+        map_write_errors(out),
+        atomic_file(out) as path,
         path.open("w", encoding="utf-8") as stream,
     ):
-        head = {"format": _FORMAT, "train": found.train, "pairs": found.pairs}
-        head |= {"against": found.against, "threshold": found.threshold}
-        head |= {"min_caption": found.min_caption}
+        head = {"format": _FORMAT, "train": result.train, "pairs": result.pairs}
+        head |= {"against": result.against, "threshold": result.threshold}
+        head |= {"min_caption": result.min_caption}
         stream.write(json.dumps(head, ensure_ascii=False) + "\n")
-        for each in found.removed:
-            told = asdict(each) | {
-                "train": _told(train, each.index),
-                "against": _told(against, each.against),
+        for pair in result.removed:
+            values = asdict(pair) | {
+                "train": _pair_json(train, pair.index),
+                "against": _pair_json(against, pair.against),
             }
-            stream.write(json.dumps(told, ensure_ascii=False) + "\n")
+            stream.write(json.dumps(values, ensure_ascii=False) + "\n")
 
 
 def read_removed(path: Path, source: Source) -> npt.NDArray[np.int64]:
-    """Return the numbers of the pairs that ``write_removed`` listed, in order.
+    """Return the indexes (N,) of the pairs that ``write_removed`` listed, in order.
 
     Raises:
-        DataError: the file is another one, or was made for other data than ``source``.
+        DataError: the file is not such a list, or was made for other data than ``source``.
     """
     try:
         lines = read_lines(path, MAX_FILE)
@@ -187,7 +189,7 @@ def read_removed(path: Path, source: Source) -> npt.NDArray[np.int64]:
         pairs = int(head["pairs"])
         indexes = np.array([read_json(line)["index"] for line in lines[1:]], dtype=np.int64)
         if len(indexes) and not 0 <= indexes.min() <= indexes.max() < pairs:
-            raise IndexError("a pair that is none")
+            raise IndexError("index out of range")
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
@@ -200,34 +202,38 @@ def read_removed(path: Path, source: Source) -> npt.NDArray[np.int64]:
     return indexes
 
 
-def write_page(found: Decontaminated, train: Source, against: Source, path: Path) -> None:
-    """Write a page that shows removed pairs beside what they were found in."""
+def write_removed_report(
+    result: DecontaminationResult, train: Source, against: Source, path: Path
+) -> None:
+    """Write the HTML report: each removed pair next to the test pair it matches."""
     rows = []
-    for each in found.removed[:_SHOWN]:
-        what = f"{each.distance} of 256 bits differ" if each.reason == "picture" else "same caption"
+    for pair in result.removed[:_MAX_SHOWN]:
+        what = f"{pair.distance} of 256 bits differ" if pair.reason == "image" else "same caption"
         cells = "".join(
-            f"<td>{_figure(source, number)}</td>"
-            for source, number in ((train, each.index), (against, each.against))
+            f"<td>{_figure_html(source, index)}</td>"
+            for source, index in ((train, pair.index), (against, pair.against))
         )
         rows.append(f"<tr><td>{what}</td>{cells}</tr>")
-    unreadable = "".join(f"<li>{escape(each)}</li>" for each in found.unreadable[:_SHOWN])
+    unreadable = "".join(
+        f"<li>{escape(message)}</li>" for message in result.unreadable[:_MAX_SHOWN]
+    )
     parts = [
-        f"<h1>{escape(found.train)} against {escape(found.against)}</h1>",
-        f"<p>{len(found.removed):,} of {found.pairs:,} pairs are removed: {found.by_picture:,} "
-        f"for their picture, {found.by_caption:,} for their caption alone. "
-        f"{len(found.unreadable):,} pictures could not be compared. {found.test_images:,} test "
-        f"pictures; at most {found.threshold} of 256 bits may differ; captions of "
-        f"{found.min_caption} characters and more were compared.</p>",
+        f"<h1>{escape(result.train)} against {escape(result.against)}</h1>",
+        f"<p>{len(result.removed):,} of {result.pairs:,} pairs are removed: {result.by_image:,} "
+        f"for their image, {result.by_caption:,} for their caption alone. "
+        f"{len(result.unreadable):,} images could not be compared. {result.test_images:,} test "
+        f"images; at most {result.threshold} of 256 bits may differ; captions of "
+        f"{result.min_caption} characters and more were compared.</p>",
         f"<table><tr><th></th><th>training</th><th>test</th></tr>{''.join(rows)}</table>",
         f"<h2>Could not be compared</h2><ul>{unreadable}</ul>" if unreadable else "",
     ]
-    write_text(path, page("Removed from training", parts, "data decontaminate"))
+    write_text(path, page("RemovedPair from training", parts, "data decontaminate"))
 
 
 @dataclass(frozen=True, slots=True)
-class _Hashes:
-    """Hashes (K, 36). Of each, (K,): the pair that its picture is of, and whether it is that of the
-    picture without margins."""
+class _ImageHashes:
+    """Hashes (K, 36); for each, (K,): the index of its pair, and whether it is the hash of the
+    image without margins."""
 
     hashes: Hashes
     rows: npt.NDArray[np.int64]
@@ -235,52 +241,52 @@ class _Hashes:
 
 
 @dataclass(frozen=True, slots=True)
-class _Hashed:
-    """Hashes pictures by the numbers of their pairs; a sentence stands for what cannot be read."""
+class _HashImages:
+    """Hash images by the indexes of their pairs; an unreadable image gives a message."""
 
     source: Source
-    all_variants: bool
+    variants: bool
 
-    def __call__(self, indexes: npt.NDArray[np.int64]) -> list[_Hashes | str]:
+    def __call__(self, indexes: npt.NDArray[np.int64]) -> list[_ImageHashes | str]:
         return [self._hash(index) for index in indexes.tolist()]
 
-    def _hash(self, index: int) -> _Hashes | str:
+    def _hash(self, index: int) -> _ImageHashes | str:
         try:
             content = self.source.image(index)
             image = read_image(content, fast_decode=_DECODED, background="white")
         except CNClipError as error:
             return located(self.source, index, error)
-        whole, inner = (
-            [hash_image(form) for form in (variants(each) if self.all_variants else [each])]
-            for each in (image, trimmed(image))
+        original, inner = (
+            [hash_image(copy) for copy in (mirrored_and_cropped(base) if self.variants else [base])]
+            for base in (image, without_margins(image))
         )
-        count = len(whole) + len(inner)
-        return _Hashes(
-            np.stack(whole + inner),
+        count = len(original) + len(inner)
+        return _ImageHashes(
+            np.stack(original + inner),
             np.full(count, index),
-            np.arange(count) >= len(whole),
+            np.arange(count) >= len(original),
         )
 
 
-def _joined(several: list[_Hashes]) -> _Hashes:
-    return _Hashes(
-        np.concatenate([each.hashes for each in several]),
-        np.concatenate([each.rows for each in several]),
-        np.concatenate([each.trimmed for each in several]),
+def _joined(parts: list[_ImageHashes]) -> _ImageHashes:
+    return _ImageHashes(
+        np.concatenate([part.hashes for part in parts]),
+        np.concatenate([part.rows for part in parts]),
+        np.concatenate([part.trimmed for part in parts]),
     )
 
 
 def _nearest(
-    asked: _Hashes, test: _Hashes, index: HashIndex, threshold: int
+    queries: _ImageHashes, test: _ImageHashes, index: HashIndex, threshold: int
 ) -> dict[int, tuple[int, int]]:
-    """Return, by the pair of a training picture, the test pair that it is nearest to and the
-    distance; nothing for pictures that are near none."""
-    query, held, distances = search(index, asked.hashes, threshold)
-    alike = asked.trimmed[query] == test.trimmed[held]
+    """Map training pairs to the nearest test pair and its distance; pairs within ``threshold`` of
+    none are left out. Hashes without margins are compared with each other only."""
+    query, match, distances = search(index, queries.hashes, threshold)
+    same_form = queries.trimmed[query] == test.trimmed[match]
     rows = zip(
-        asked.rows[query][alike].tolist(),
-        test.rows[held][alike].tolist(),
-        distances[alike].tolist(),
+        queries.rows[query][same_form].tolist(),
+        test.rows[match][same_form].tolist(),
+        distances[same_form].tolist(),
         strict=True,
     )
     by_distance = sorted(rows, key=lambda row: row[2], reverse=True)
@@ -288,12 +294,12 @@ def _nearest(
 
 
 def _test_rows(against: Source, min_caption: int) -> tuple[npt.NDArray[np.int64], dict[int, int]]:
-    """Return the first pair of each test picture, and a pair of each test caption by its digest."""
+    """Return the first pair of each test image (K,), and caption digest -> first pair."""
     images: dict[int, int] = {}
     captions: dict[int, int] = {}
     for index in range(len(against)):
         row = against.row(index)
-        if row.image_id:  # a text may stand alone, and a picture too
+        if row.image_id:  # with ?unpaired=yes a text may have no image
             images.setdefault(id_digest(against, index, row.image_id), index)
         text = plain(row.text)
         if min_caption and len(text) >= min_caption:
@@ -301,36 +307,38 @@ def _test_rows(against: Source, min_caption: int) -> tuple[npt.NDArray[np.int64]
     return np.array(list(images.values()), dtype=np.int64), captions
 
 
-def _train_rows(train: Source, captions: dict[int, int], found: Decontaminated) -> Groups:
-    """Return the pairs of each training picture; note captions that the test set has."""
-    pictures = np.zeros(len(train), dtype=np.uint64)
+def _train_rows(
+    train: Source, captions: dict[int, int], result: DecontaminationResult
+) -> RowGroups:
+    """Group the training pairs by image; add those whose caption is in ``captions``."""
+    images = np.zeros(len(train), dtype=np.uint64)
     readable = np.ones(len(train), dtype=bool)
     for index in range(len(train)):
         try:
             row = train.row(index)
         except DataError as error:
             readable[index] = False
-            found.unreadable.append(str(error))
+            result.unreadable.append(str(error))
             continue
-        pictures[index] = id_digest(train, index, row.image_id)
+        images[index] = id_digest(train, index, row.image_id)
         same = captions.get(digest(plain(row.text))) if captions else None
         if same is not None:
-            found.removed.append(Removed(index, "caption", same))
+            result.removed.append(RemovedPair(index, "caption", same))
     rows = np.flatnonzero(readable)
-    return grouped(rows, pictures[rows])
+    return group_rows(rows, images[rows])
 
 
-def _told(source: Source, index: int) -> dict[str, str]:
+def _pair_json(source: Source, index: int) -> dict[str, str]:
     row = source.row(index)
-    told = {"image_id": row.image_id, "text_id": row.text_id, "text": row.text}
-    return told | {"where": source.where(index)}
+    values = {"image_id": row.image_id, "text_id": row.text_id, "text": row.text}
+    return values | {"where": source.where(index)}
 
 
-def _figure(source: Source, index: int) -> str:
+def _figure_html(source: Source, index: int) -> str:
     row = source.row(index)
     try:
-        picture = f'<img src="{data_uri(thumbnail(source.image(index)))}" alt="">'
+        image = f'<img src="{data_uri(thumbnail(source.image(index)))}" alt="">'
     except CNClipError:
-        picture = "(not readable)" if row.image_id else "(a text without a picture)"
+        image = "(unreadable)" if row.image_id else "(a text without an image)"
     caption = f"{escape(row.text)}<br><small>{escape(source.where(index))}</small>"
-    return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"

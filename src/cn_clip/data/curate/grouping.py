@@ -1,4 +1,4 @@
-"""Which of millions of rows belong together, by 64-bit digests in arrays instead of objects."""
+"""Group millions of rows by 64-bit digests, in arrays."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy.typing as npt
 
 
 def first_equal(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
-    """Return for each of N keys the place of the first that equals it."""
+    """Return for each of N keys the index of the first equal one, (N,)."""
     order = np.argsort(keys, kind="stable")
-    ordered = keys[order]
-    again = ordered[1:] == ordered[:-1]
-    del ordered  # 80 MB for 10 M keys, as each array here
+    sorted_keys = keys[order]
+    repeated = sorted_keys[1:] == sorted_keys[:-1]
+    del sorted_keys  # 80 MB for 10 M keys, like every array here
     starts = np.arange(len(keys))
-    starts[1:][again] = 0
+    starts[1:][repeated] = 0
     np.maximum.accumulate(starts, out=starts)
     firsts = np.empty_like(order)
     firsts[order] = order[starts]
@@ -25,10 +25,10 @@ def first_equal(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
 
 
 @dataclass(frozen=True, slots=True)
-class Groups(Sequence[npt.NDArray[np.int64]]):
-    """Rows that belong together, 16 bytes each: group ``i`` is ``rows[starts[i]:starts[i + 1]]``.
+class RowGroups(Sequence[npt.NDArray[np.int64]]):
+    """Groups of rows, 16 bytes per row: group ``i`` is ``rows[starts[i]:starts[i + 1]]``.
 
-    Groups stand in the order of their first rows, and rows in their own order.
+    Groups are in the order of their first rows; the rows of a group keep their order.
     """
 
     rows: npt.NDArray[np.int64]
@@ -41,14 +41,14 @@ class Groups(Sequence[npt.NDArray[np.int64]]):
     def __getitem__(self, at: int) -> npt.NDArray[np.int64]: ...
 
     @overload
-    def __getitem__(self, at: slice) -> Groups: ...
+    def __getitem__(self, at: slice) -> RowGroups: ...
 
-    def __getitem__(self, at: int | slice) -> npt.NDArray[np.int64] | Groups:
-        """Return the rows of a group, or several groups."""
+    def __getitem__(self, at: int | slice) -> npt.NDArray[np.int64] | RowGroups:
+        """Return the rows of one group, or a slice of the groups."""
         if isinstance(at, slice):
             first, last, _ = at.indices(len(self))
             starts = self.starts[first : last + 1]
-            return Groups(self.rows[starts[0] : starts[-1]], starts - starts[0])
+            return RowGroups(self.rows[starts[0] : starts[-1]], starts - starts[0])
         if not 0 <= at < len(self):
             raise IndexError(at)
         return self.rows[self.starts[at] : self.starts[at + 1]]
@@ -59,11 +59,11 @@ class Groups(Sequence[npt.NDArray[np.int64]]):
         return self.rows[self.starts[:-1]]
 
 
-def grouped(rows: npt.NDArray[np.int64], keys: npt.NDArray[np.uint64]) -> Groups:
-    """Group N rows by N keys."""
+def group_rows(rows: npt.NDArray[np.int64], keys: npt.NDArray[np.uint64]) -> RowGroups:
+    """Group rows (N,) by keys (N,)."""
     firsts = first_equal(keys)
     order = np.argsort(firsts, kind="stable")
-    ordered = firsts[order]
-    changes = np.flatnonzero(ordered[1:] != ordered[:-1]) + 1
+    sorted_firsts = firsts[order]
+    changes = np.flatnonzero(sorted_firsts[1:] != sorted_firsts[:-1]) + 1
     ends = [len(rows)] if len(rows) else []
-    return Groups(rows[order], np.concatenate([[0], changes, ends]).astype(np.int64))
+    return RowGroups(rows[order], np.concatenate([[0], changes, ends]).astype(np.int64))

@@ -1,10 +1,10 @@
-"""Near-duplicate pictures: perceptual hashes, and a lookup that compares few of them.
+"""Near-duplicate images: perceptual hashes, and an index that compares few of them.
 
-The hash is the sign pattern of a picture's low frequencies (Zauner, "Implementation and
-Benchmarking of Perceptual Image Hash Functions", 2010): resizing, recompression and shifts of
-colour change few bits. What it finds is confirmed by the frequencies themselves, because drawings
-on white share many signs. Mirrored and cropped pictures are found by hashing the smaller side of a
-comparison mirrored and cropped too; drawings with other margins by hashing both sides without.
+The hash is the signs of an image's low DCT frequencies (Zauner, "Implementation and Benchmarking
+of Perceptual Image Hash Functions", 2010): resizing, recompression and colour shifts change few
+bits. Matches are verified by the frequencies themselves, because drawings on white share many
+signs. Mirrored and cropped copies match because the smaller set is hashed mirrored and cropped
+too; drawings with other margins because both sets are also hashed without margins.
 """
 
 from __future__ import annotations
@@ -22,63 +22,64 @@ from cn_clip.image.modes import strips
 
 Hashes = npt.NDArray[np.uint64]
 
-THRESHOLD = 52  # of the 256 bits: finds crops too, where the crops of one side are hashed
-SAME = 19  # what resizing and recompression change
+# Maximum differing bits of 256.
+THRESHOLD = 52  # includes crops, if one side is hashed cropped
+DUPLICATE_THRESHOLD = 19  # resized and recompressed copies
 _SIDE, _FREQUENCIES = 64, 16
-_SIGNS = 4  # words of 64 bits; the first has the lowest frequencies. The others hold 256 numbers
-WORDS = _SIGNS + _FREQUENCIES**2 // 8
-_LIKENESS = 0.93  # cosine of the frequencies of two pictures, at least
-_CHUNKS = 4  # of 16 bits, by which the first word is looked up
-_BLOCK = 1 << 12  # queries that are looked up together, which bounds the memory
+# 64-bit words of a hash: four of signs, the lowest frequencies first, then 256 int8 frequencies.
+_SIGN_WORDS = 4
+HASH_WORDS = _SIGN_WORDS + _FREQUENCIES**2 // 8
+_MIN_SIMILARITY = 0.93  # cosine of the frequencies of two images
+_CHUNKS = 4  # 16-bit lookup keys in the first word
+_BLOCK = 1 << 12  # queries looked up at once, which bounds the memory
 _CROP = 0.05
-_MARGIN = 12  # levels of a colour, of 255, in which a margin may differ from its corners
-_TRIMMED = 256  # longest side of a picture without margins
-_LONG = 2  # times as long as wide
-_NOISE = 0.3  # amplitude, in grey levels, that recompression may change
-_PLAIN = 6.0  # standard deviation, of 255 grey levels, below which noise decides the signs
+_MARGIN = 12  # levels of 255 by which a margin may differ from the corner colour
+_MAX_SIDE = 256  # longest side of an image without margins
+_MAX_ASPECT = 2
+_MIN_FREQUENCY = 0.3  # grey levels; recompression changes smaller amplitudes
+_FLAT_STD = 6.0  # grey levels; below this standard deviation noise decides the signs
 
 
 def hash_image(image: Image.Image) -> Hashes:
-    """Return the hash of a picture, uint64 (36,); lay transparent pixels on white before.
+    """Return the hash of an opaque image, uint64 (36,): 4 words of signs, 32 of frequencies.
 
-    Four words hold signs, the others the frequencies themselves. A plain picture, all white say,
-    has none that mean anything: a digest of its size and pixels stands for the signs, so that it
-    matches itself alone, and its frequencies are zero.
+    A flat image, such as an all-white one, has no meaningful signs. They are replaced by a digest
+    of its size and pixels, and its frequencies are zero, so that it matches identical ones only.
     """
     small = _grey(image).resize((_SIDE, _SIDE), Image.Resampling.BILINEAR)
     pixels = np.asarray(small, dtype=np.float32)
-    if pixels.std() < _PLAIN:
-        return _plain_hash(image)
+    if pixels.std() < _FLAT_STD:
+        return _flat_hash(image)
     basis = _cosines()
     frequencies = basis @ pixels @ basis.T  # (16, 16), in grey levels
     frequencies[0, 0] = 0  # brightness
     low, rest = frequencies[:8, :8], (frequencies[:8, 8:], frequencies[8:])
-    ordered = np.concatenate([low.ravel(), *(each.ravel() for each in rest)])
-    # Above a little, not above zero: a symmetric picture has many that only noise tells from zero.
-    signs = np.packbits(ordered > _NOISE)
-    numbers = np.rint(ordered * (127 / np.abs(ordered).max())).astype(np.int8)
-    return np.concatenate([signs, numbers.view(np.uint8)]).view(np.uint64)
+    ordered = np.concatenate([low.ravel(), *(part.ravel() for part in rest)])
+    # Not above zero: many frequencies of a symmetric image are zero plus noise.
+    signs = np.packbits(ordered > _MIN_FREQUENCY)
+    scaled = np.rint(ordered * (127 / np.abs(ordered).max())).astype(np.int8)
+    return np.concatenate([signs, scaled.view(np.uint8)]).view(np.uint64)
 
 
 def _grey(image: Image.Image) -> Image.Image:
     grey = Image.new("L", image.size)
-    for box in strips(image.size):  # CMYK goes by way of RGB, which takes a copy
+    for box in strips(image.size):  # Pillow converts CMYK via an RGB copy: only a strip of it
         grey.paste(image.crop(box).convert("L"), box[:2])
     return grey
 
 
-def _plain_hash(image: Image.Image) -> Hashes:
-    digest = hashlib.blake2b(repr(image.size).encode(), digest_size=8 * _SIGNS)
+def _flat_hash(image: Image.Image) -> Hashes:
+    digest = hashlib.blake2b(repr(image.size).encode(), digest_size=8 * _SIGN_WORDS)
     for box in strips(image.size):
         digest.update(image.crop(box).convert("RGB").tobytes())
-    hashed = np.zeros(WORDS, dtype=np.uint64)
-    hashed[:_SIGNS] = np.frombuffer(digest.digest(), dtype=np.uint64)
+    hashed = np.zeros(HASH_WORDS, dtype=np.uint64)
+    hashed[:_SIGN_WORDS] = np.frombuffer(digest.digest(), dtype=np.uint64)
     return hashed
 
 
-def variants(image: Image.Image) -> Iterator[Image.Image]:
-    """Yield an image, its mirror image, and it without 5 % at its sides and corners: one at a time,
-    as each is nearly a copy."""
+def mirrored_and_cropped(image: Image.Image) -> Iterator[Image.Image]:
+    """Yield an image, its mirror image, and crops by 5 % at each side and corner; lazily, as every
+    one is nearly a full copy."""
     yield image
     yield image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     width, height = image.size
@@ -100,11 +101,11 @@ def variants(image: Image.Image) -> Iterator[Image.Image]:
     yield from (image.crop(box) for box in [*boxes, *sides])
 
 
-def trimmed(image: Image.Image) -> Image.Image:
-    """Return a picture without margins, small, on a white square, so that it keeps its shape; but
-    not if that would be mostly white, as those of all long pictures.
+def without_margins(image: Image.Image) -> Image.Image:
+    """Return an image without margins, at most 256 pixels long, padded to a white square.
 
-    Margins have the colour that most corners share. A picture of one colour stays as it is.
+    Images with an aspect ratio above 2 are not padded: most of the square would be white. Margins
+    have the colour of most corners. An image of a single colour is returned unchanged.
     """
     image = image if image.mode == "RGB" else image.convert("RGB")  # a copy may be 500 MB
     right, bottom = image.width - 1, image.height - 1
@@ -113,9 +114,9 @@ def trimmed(image: Image.Image) -> Image.Image:
     if box is None:
         return image
     inner = image.crop(box)
-    inner.thumbnail((_TRIMMED, _TRIMMED))  # before the square: that of a strip would be huge
+    inner.thumbnail((_MAX_SIDE, _MAX_SIDE))  # before padding: a thin strip would make a huge square
     side = max(inner.size)
-    if side > _LONG * min(inner.size):
+    if side > _MAX_ASPECT * min(inner.size):
         return inner
     square = Image.new("RGB", (side, side), "white")
     square.paste(inner, ((side - inner.width) // 2, (side - inner.height) // 2))
@@ -125,15 +126,15 @@ def trimmed(image: Image.Image) -> Image.Image:
 def _content_box(
     image: Image.Image, margin: float | tuple[int, ...] | None
 ) -> tuple[int, int, int, int] | None:
-    """Return the smallest box with all that differs from the colour of the margin."""
+    """Return the smallest box around all pixels that differ from the margin colour."""
     boxes = []
-    for place in strips(image.size):
-        strip = image.crop(place)
-        plain = Image.new("RGB", strip.size, margin)
-        away = reduce(ImageChops.lighter, ImageChops.difference(strip, plain).split())
-        box = away.point(lambda level: 255 * (level > _MARGIN)).getbbox()
+    for strip_box in strips(image.size):
+        strip = image.crop(strip_box)
+        background = Image.new("RGB", strip.size, margin)
+        difference = reduce(ImageChops.lighter, ImageChops.difference(strip, background).split())
+        box = difference.point(lambda level: 255 * (level > _MARGIN)).getbbox()
         if box is not None:
-            boxes.append((box[0], box[1] + place[1], box[2], box[3] + place[1]))
+            boxes.append((box[0], box[1] + strip_box[1], box[2], box[3] + strip_box[1]))
     if not boxes:
         return None
     lefts, uppers, rights, lowers = zip(*boxes, strict=True)
@@ -142,7 +143,7 @@ def _content_box(
 
 @cache
 def _cosines() -> npt.NDArray[np.float32]:
-    """Return the first rows of the discrete cosine transform, (16, 64), for unit amplitudes."""
+    """Return the first rows of the discrete cosine transform, (16, 64), scaled to amplitudes."""
     rows = np.arange(_FREQUENCIES)[:, None]
     columns = np.arange(_SIDE)[None] + 0.5
     basis = np.cos(np.pi / _SIDE * rows * columns) * (2 / _SIDE)
@@ -152,15 +153,15 @@ def _cosines() -> npt.NDArray[np.float32]:
 
 @dataclass(frozen=True, slots=True)
 class HashIndex:
-    """Hashes (N, 36), sorted by each 16 bits of their first word (multi-index hashing; Norouzi,
-    Punjani and Fleet, "Fast Search in Hamming Space with Multi-Index Hashing", 2012)."""
+    """Hashes (N, 36), sorted by each 16-bit chunk of their first word (multi-index hashing;
+    Norouzi, Punjani and Fleet, "Fast Search in Hamming Space with Multi-Index Hashing", 2012)."""
 
     hashes: Hashes
     orders: tuple[npt.NDArray[np.int64], ...]
     starts: tuple[npt.NDArray[np.int64], ...]
 
 
-def build(hashes: Hashes) -> HashIndex:
+def build_index(hashes: Hashes) -> HashIndex:
     """Index hashes (N, 36)."""
     orders, starts = [], []
     for chunk in range(_CHUNKS):
@@ -178,23 +179,23 @@ def search(
     Args:
         index: of N hashes.
         queries: hashes (M, 36).
-        threshold: the most of the 256 signs in which two may differ. Of the first 64, which hold
-            the coarse picture, a fifth of that at most; so a pair is found by one of four 16-bit
-            pieces that differ in a twentieth of it, which is what makes the lookup quick.
+        threshold: maximum differing signs of 256. The first 64, the coarse image, may differ in a
+            fifth of that; so one of their four 16-bit chunks differs in at most a twentieth,
+            which makes the lookup fast.
 
     Returns:
-        Numbers of the queries, numbers in the index, and distances, of equal lengths, sorted.
+        Query indexes, indexes of the matches, and distances, each (K,), sorted.
     """
-    found = [_search_block(index, queries, at, threshold) for at in range(0, len(queries), _BLOCK)]
-    rows = np.concatenate(found) if found else np.empty((0, 3), np.int64)
+    blocks = [_search_block(index, queries, at, threshold) for at in range(0, len(queries), _BLOCK)]
+    rows = np.concatenate(blocks) if blocks else np.empty((0, 3), np.int64)
     return rows[:, 0], rows[:, 1], rows[:, 2]
 
 
 def near_pairs(
-    hashes: Hashes, threshold: int = SAME
+    hashes: Hashes, threshold: int = DUPLICATE_THRESHOLD
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return the near-duplicates among hashes (N, 36): the later ones, the earlier ones."""
-    later, earlier, _ = search(build(hashes), hashes, threshold)
+    """Return the near-duplicate pairs among hashes (N, 36): later indexes, earlier indexes."""
+    later, earlier, _ = search(build_index(hashes), hashes, threshold)
     once = earlier < later
     return later[once], earlier[once]
 
@@ -204,44 +205,47 @@ def _search_block(
 ) -> npt.NDArray[np.int64]:
     block = queries[at : at + _BLOCK]
     coarse = threshold // 5
-    kept = []
+    candidates = []
     for chunk in range(_CHUNKS):
-        pieces = _chunk(block[:, 0], chunk)
+        chunk_keys = _chunk(block[:, 0], chunk)
         for mask in _masks(coarse // _CHUNKS):
-            keys = pieces ^ mask
+            keys = chunk_keys ^ mask
             first = index.starts[chunk][keys]
             counts = index.starts[chunk][keys + 1] - first
-            asked = np.repeat(np.arange(len(block)), counts)
-            if not len(asked):
+            query = np.repeat(np.arange(len(block)), counts)
+            if not len(query):
                 continue
-            # The places first, first + 1, ... of each query, one after another.
-            within = np.arange(len(asked)) - np.repeat(np.cumsum(counts) - counts, counts)
-            held = index.orders[chunk][np.repeat(first, counts) + within]
-            near = np.bitwise_count(block[asked, 0] ^ index.hashes[held, 0]) <= coarse
-            kept.append(np.stack([asked[near], held[near]], axis=1))
-    pairs = np.unique(np.concatenate(kept), axis=0) if kept else np.empty((0, 2), np.int64)
-    asked, held = pairs[:, 0], pairs[:, 1]
-    differing = np.bitwise_count(block[asked, :_SIGNS] ^ index.hashes[held, :_SIGNS])
+            # Positions first, first + 1, ... for each query, concatenated.
+            offsets = np.arange(len(query)) - np.repeat(np.cumsum(counts) - counts, counts)
+            match = index.orders[chunk][np.repeat(first, counts) + offsets]
+            near = np.bitwise_count(block[query, 0] ^ index.hashes[match, 0]) <= coarse
+            candidates.append(np.stack([query[near], match[near]], axis=1))
+    pairs = (
+        np.unique(np.concatenate(candidates), axis=0) if candidates else np.empty((0, 2), np.int64)
+    )
+    query, match = pairs[:, 0], pairs[:, 1]
+    differing = np.bitwise_count(block[query, :_SIGN_WORDS] ^ index.hashes[match, :_SIGN_WORDS])
     distances = differing.sum(axis=1, dtype=np.int64)
     near = distances <= threshold
-    near[near] = _likeness(block[asked[near]], index.hashes[held[near]]) >= _LIKENESS
-    matches: npt.NDArray[np.int64] = np.column_stack([asked + at, held, distances])[near]
+    near[near] = _similarity(block[query[near]], index.hashes[match[near]]) >= _MIN_SIMILARITY
+    matches: npt.NDArray[np.int64] = np.column_stack([query + at, match, distances])[near]
     return matches
 
 
-def _likeness(some: Hashes, others: Hashes) -> npt.NDArray[np.float32]:
-    """Return the cosines of the frequencies in hashes (K, 36) and (K, 36).
+def _similarity(first: Hashes, second: Hashes) -> npt.NDArray[np.float32]:
+    """Return the cosines (K,) of the frequencies in hashes (K, 36) and (K, 36).
 
-    That of two plain pictures, which have none, is 1; that of a plain one and another is 0.
+    Two flat images have cosine 1; a flat and another image have cosine 0.
     """
     a, b = (
-        np.ascontiguousarray(h[:, _SIGNS:]).view(np.int8).astype(np.float32) for h in (some, others)
+        np.ascontiguousarray(h[:, _SIGN_WORDS:]).view(np.int8).astype(np.float32)
+        for h in (first, second)
     )
-    lengths = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
-    cosines = (a * b).sum(axis=1) / np.maximum(lengths[0] * lengths[1], 1e-6)
-    cosines[(lengths[0] == 0) & (lengths[1] == 0)] = 1
-    likeness: npt.NDArray[np.float32] = cosines
-    return likeness
+    norms = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
+    cosines = (a * b).sum(axis=1) / np.maximum(norms[0] * norms[1], 1e-6)
+    cosines[(norms[0] == 0) & (norms[1] == 0)] = 1
+    result: npt.NDArray[np.float32] = cosines
+    return result
 
 
 def _chunk(words: Hashes, chunk: int) -> npt.NDArray[np.int64]:
@@ -250,5 +254,5 @@ def _chunk(words: Hashes, chunk: int) -> npt.NDArray[np.int64]:
 
 @cache
 def _masks(flips: int) -> tuple[int, ...]:
-    """Return the 16-bit numbers with at most so many bits set."""
-    return tuple(each for each in range(1 << 16) if each.bit_count() <= flips)
+    """Return all 16-bit masks with at most ``flips`` bits set."""
+    return tuple(mask for mask in range(1 << 16) if mask.bit_count() <= flips)

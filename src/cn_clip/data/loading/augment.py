@@ -1,9 +1,9 @@
-"""Training pictures: the augmentation of the official training, drawn from a named generator.
+"""The image augmentation of the official training, with an explicit random generator.
 
-The official training took ``timm.data.create_transform`` with ``auto_augment="original"``: a random
-crop resized with bicubic, a mirror image half of the time, and the ImageNet policy of AutoAugment
-(Cubuk et al. 2019, https://arxiv.org/abs/1805.09501). The steps here make the same pixels from
-the same draws.
+The official training used ``timm.data.create_transform`` with ``auto_augment="original"``: a
+random bicubic resized crop, a horizontal flip with probability 0.5, and the ImageNet policy of
+AutoAugment (Cubuk et al. 2019, https://arxiv.org/abs/1805.09501). The same random numbers give
+the same pixels here.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from PIL import Image, ImageEnhance, ImageOps
 from cn_clip.config import CLIP_MEAN
 from cn_clip.errors import UsageError
 
-# Pairs of operations, each with its probability and its level of 0 to 10. That five pairs stand
-# twice and one Equalize never comes about is the paper's.
+# Pairs of (operation, probability, level of 0 to 10). The five repeated pairs and the Equalize of
+# probability 0 are the paper's.
 POLICY: tuple[tuple[tuple[str, float, int], tuple[str, float, int]], ...] = (
     (("Posterize", 0.4, 8), ("Rotate", 0.6, 9)),
     (("Solarize", 0.6, 5), ("AutoContrast", 0.6, 5)),
@@ -47,21 +47,20 @@ POLICY: tuple[tuple[tuple[str, float, int], tuple[str, float, int]], ...] = (
     (("Color", 0.6, 4), ("Contrast", 1.0, 8)),
     (("Equalize", 0.8, 8), ("Equalize", 0.6, 3)),
 )
-TWO_WAY = ("Rotate", "ShearX")  # either direction, as often
-FILL = tuple(round(255 * mean) for mean in CLIP_MEAN)  # bare corners: 0 once normalised
+SIGNED_OPS = ("Rotate", "ShearX")  # in either direction with equal probability
+FILL_COLOUR = tuple(round(255 * mean) for mean in CLIP_MEAN)  # empty corners: 0 after normalisation
 CROP_ATTEMPTS = 10
 
-# Of a generator only random() is called: numpy may change its other draws between versions.
+# Only Generator.random() is called: numpy may change its other methods between versions.
 
 
 def generator_for(seed: int, epoch: int, id: str) -> np.random.Generator:
-    """Return the generator of one picture in one epoch.
+    """Return the random generator of one image in one epoch.
 
-    It depends on nothing else: the order of reading, the number of workers and a restart in the
-    middle of an epoch leave every picture's draws as they are.
+    It depends on nothing else: reading order, number of workers and resuming within an epoch do
+    not change an image's augmentation.
     """
-    # Two numbers end where their colons stand, so no two triples share a name. A lone surrogate
-    # can come out of a JSON file and must not stop a run.
+    # Unique for each triple: only the id may hold colons. It may also hold lone surrogates.
     name = f"{int(seed)}:{int(epoch)}:{id}".encode("utf-8", "surrogatepass")
     digest = hashlib.blake2b(name, digest_size=16).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "big")))
@@ -76,26 +75,26 @@ def augment(
     auto_augment: bool = True,
     scale: tuple[float, float] = (0.9, 1.0),
 ) -> npt.NDArray[np.uint8]:
-    """Crop, resize and recolour a picture for training: uint8 of shape (size, size, 3).
+    """Crop, resize and recolour an image for training: uint8 (size, size, 3).
 
     Args:
-        image: of any size, and any mode that Pillow decodes a file to; it stays as it is.
-        size: the side of the result, in pixels.
-        rng: decides everything; see ``generator_for``.
-        flip: mirror half of the pictures. The official training did. Off here, because mirrored
-            Chinese characters are no characters, and no 左 is a 右.
+        image: of any size and any mode that Pillow decodes to; it is not modified.
+        size: side of the result in pixels.
+        rng: source of all randomness; see ``generator_for``.
+        flip: flip half of the images, as the official training did. Off by default: flipped
+            Chinese characters are unreadable, and 左 (left) becomes 右 (right).
         auto_augment: apply one of the pairs of ``POLICY``.
-        scale: least and greatest share of the area to keep; oblong pictures can lose more, see
-            ``crop_box``.
+        scale: minimum and maximum fraction of the area to keep; elongated images can lose more,
+            see ``crop_box``.
 
     Raises:
-        UsageError: ``size`` or ``scale`` cannot be used.
+        UsageError: ``size`` or ``scale`` is out of range.
     """
     square = random_resized_crop(image, size, rng, scale=scale)
     if flip and rng.random() < 0.5:
         square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    # Bicubic before RGB, as without augmentation; the operations below need RGB. What a palette
-    # says of transparency goes first: Pillow would warn of it and then drop it.
+    # Bicubic before RGB, as without augmentation; the operations below need RGB. Pillow would warn
+    # about the transparency of a palette before dropping it.
     square.info.pop("transparency", None)
     square = square.convert("RGB")
     return np.asarray(_auto_augment(square, rng) if auto_augment else square)
@@ -109,17 +108,17 @@ def random_resized_crop(
     scale: tuple[float, float],
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Image.Image:
-    """Cut out a random part and squash it to ``size`` x ``size``, in the picture's own mode.
+    """Crop a random box and resize it to ``size`` x ``size``, in the image's own mode.
 
     ``scale`` and ``ratio`` are those of ``crop_box``.
 
     Raises:
-        UsageError: ``size``, ``scale`` or ``ratio`` cannot be used.
+        UsageError: ``size``, ``scale`` or ``ratio`` is out of range.
     """
     if size < 1:
-        raise UsageError(f"a picture cannot have a side of {size}; give 1 pixel or more")
+        raise UsageError(f"an image cannot have a side of {size}; give 1 pixel or more")
     box = crop_box(image.width, image.height, rng, scale=scale, ratio=ratio)
-    # Two steps: resize(box=...) would let pixels from outside the box into its edge.
+    # Not resize(box=...), whose filter reads pixels outside the box at its edges.
     return image.crop(box).resize((size, size), Image.Resampling.BICUBIC)
 
 
@@ -131,24 +130,24 @@ def crop_box(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> tuple[int, int, int, int]:
-    """Draw the part of a picture to keep: (left, top, right, bottom), in pixels.
+    """Draw a random crop box: (left, top, right, bottom), in pixels.
 
-    Its share of the area is uniform in ``scale``, its width / height log-uniform in ``ratio``. Few
-    such boxes fit a picture of other than square shape. After 10 that do not, the largest centred
-    part whose shape lies within ``ratio`` is taken: all of a 4:3 picture, two thirds of a 2:1.
+    Its fraction of the area is uniform in ``scale``, its width / height log-uniform in ``ratio``.
+    Few such boxes fit an elongated image. After 10 that do not fit, the largest centred box within
+    ``ratio`` is returned: all of a 4:3 image, two thirds of a 2:1 image.
 
     Raises:
-        UsageError: ``scale`` or ``ratio`` is not a pair of positive numbers in order, or ``scale``
-            exceeds 1.
+        UsageError: ``scale`` or ``ratio`` is not an ascending pair of positive numbers, or
+            ``scale`` exceeds 1.
     """
     if not 0 < scale[0] <= scale[1] <= 1:
-        raise UsageError(f"scale {scale} is no range of shares; give 0 < least <= greatest <= 1")
+        raise UsageError(f"scale {scale} is not a range of fractions; give 0 < min <= max <= 1")
     if not 0 < ratio[0] <= ratio[1] < math.inf:
-        raise UsageError(f"ratio {ratio} is no range of width / height; give 0 < least <= greatest")
+        raise UsageError(f"ratio {ratio} is not a range of width / height; give 0 < min <= max")
     for _ in range(CROP_ATTEMPTS):
-        area = width * height * _between(rng, *scale)
-        shape = math.exp(_between(rng, math.log(ratio[0]), math.log(ratio[1])))
-        # A small share of a small picture can round to nothing.
+        area = width * height * _uniform(rng, *scale)
+        shape = math.exp(_uniform(rng, math.log(ratio[0]), math.log(ratio[1])))
+        # A small fraction of a small image can round to 0.
         wide = max(1, round(math.sqrt(area * shape)))
         high = max(1, round(math.sqrt(area / shape)))
         if wide <= width and high <= height:
@@ -162,14 +161,14 @@ def crop_box(
 
 
 def auto_augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Apply a pair of operations drawn from ``POLICY`` to an RGB picture, each by its probability.
+    """Apply a random pair of ``POLICY`` to an RGB image, each operation with its probability.
 
     Raises:
-        UsageError: an operation was due and the picture is not RGB.
+        UsageError: an operation was drawn and the image is not RGB.
     """
     for name, probability, level in POLICY[int(len(POLICY) * rng.random())]:
         if rng.random() < probability:
-            negative = name in TWO_WAY and rng.random() > 0.5
+            negative = name in SIGNED_OPS and rng.random() > 0.5
             image = apply_op(image, name, level, negative=negative)
     return image
 
@@ -178,21 +177,21 @@ _auto_augment = auto_augment  # ``augment`` has an option of the same name
 
 
 def apply_op(image: Image.Image, name: str, level: float, *, negative: bool = False) -> Image.Image:
-    """Return an RGB picture with one operation applied at a level of 0 to 10.
+    """Apply one operation to an RGB image at a level of 0 to 10.
 
-    AutoContrast, Equalize and Invert have no strength and do not look at ``level``. Level 10 turns
-    by 30 degrees and shears by 0.3; ``negative`` turns and shears the other way, and is nothing to
-    the rest. Posterize keeps 4 (level 0) to 8 bits, Solarize inverts what is at least 0 to 256;
-    Color, Contrast and Sharpness go from 0.1 to 1.9, where 1 changes nothing.
+    AutoContrast, Equalize and Invert ignore ``level``. Level 10 rotates by 30 degrees and shears
+    by 0.3, ``negative`` in the opposite direction; other operations ignore ``negative``. Posterize
+    keeps 4 (level 0) to 8 bits; Solarize inverts values above a threshold of 0 to 256; Color,
+    Contrast and Sharpness range from 0.1 to 1.9, where 1 is the identity.
 
     Raises:
-        UsageError: the operation or the level is not known, or the picture is not RGB.
+        UsageError: the operation is unknown, the level is out of range, or the image is not RGB.
     """
     if not 0 <= level <= 10:
-        raise UsageError(f"level {level} is not one of {name}'s; give 0 to 10")
+        raise UsageError(f"{name} has no level {level}; give 0 to 10")
     if image.mode != "RGB":
-        raise UsageError(f"{name} needs an RGB picture, not {image.mode}; convert it first")
-    share = level / 10
+        raise UsageError(f"{name} needs an RGB image, not {image.mode}; convert it first")
+    strength = level / 10
     sign = -1 if negative else 1
     match name:
         case "AutoContrast":
@@ -202,29 +201,31 @@ def apply_op(image: Image.Image, name: str, level: float, *, negative: bool = Fa
         case "Invert":
             return ImageOps.invert(image)
         case "Posterize":
-            return ImageOps.posterize(image, 4 + int(share * 4))
+            return ImageOps.posterize(image, 4 + int(strength * 4))
         case "Solarize":
-            return ImageOps.solarize(image, int(share * 256))
+            return ImageOps.solarize(image, int(strength * 256))
         case "Color":
-            return ImageEnhance.Color(image).enhance(0.1 + share * 1.8)
+            return ImageEnhance.Color(image).enhance(0.1 + strength * 1.8)
         case "Contrast":
-            return ImageEnhance.Contrast(image).enhance(0.1 + share * 1.8)
+            return ImageEnhance.Contrast(image).enhance(0.1 + strength * 1.8)
         case "Sharpness":
-            return ImageEnhance.Sharpness(image).enhance(0.1 + share * 1.8)
+            return ImageEnhance.Sharpness(image).enhance(0.1 + strength * 1.8)
         case "Rotate":
-            return image.rotate(sign * share * 30, Image.Resampling.BICUBIC, fillcolor=FILL)
+            return image.rotate(
+                sign * strength * 30, Image.Resampling.BICUBIC, fillcolor=FILL_COLOUR
+            )
         case "ShearX":
-            slanted = (1, sign * share * 0.3, 0, 0, 1, 0)  # x of the source from x and y here
+            matrix = (1, sign * strength * 0.3, 0, 0, 1, 0)  # output to input coordinates
             return image.transform(
                 image.size,
                 Image.Transform.AFFINE,
-                slanted,
+                matrix,
                 Image.Resampling.BICUBIC,
-                fillcolor=FILL,
+                fillcolor=FILL_COLOUR,
             )
     known = ", ".join(sorted({op for pair in POLICY for op, _, _ in pair}))
     raise UsageError(f"unknown operation {name!r}; available: {known}")
 
 
-def _between(rng: np.random.Generator, low: float, high: float) -> float:
+def _uniform(rng: np.random.Generator, low: float, high: float) -> float:
     return low + (high - low) * rng.random()

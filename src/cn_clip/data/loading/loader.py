@@ -1,7 +1,6 @@
-"""Batches for training: pictures decoded and texts tokenised in workers, in the planned order.
+"""Training batches: worker processes decode images and tokenise texts, in the planned order.
 
-What cannot be read is left out, counted and named; a batch is then smaller, and no pair moves to
-another place.
+Unreadable pairs are skipped, counted and reported. Their batch is smaller; no other pair moves.
 """
 
 from __future__ import annotations
@@ -26,27 +25,27 @@ from cn_clip.data.captions import digest, plain
 from cn_clip.data.loading.augment import augment, generator_for
 from cn_clip.data.loading.sampler import BatchPart, Plan, batch_count, batches, plan_of
 from cn_clip.data.sources.base import Row, Source, located
-from cn_clip.data.sources.open import Weighted, id_digest
+from cn_clip.data.sources.open import WeightedSource, id_digest
 from cn_clip.errors import CNClipError, DataError
 from cn_clip.image.decode import read_image, read_pixels
-from cn_clip.processes import end_with_parent, leave_signals_to_parent
+from cn_clip.processes import end_with_parent, ignore_signals_in_worker
 from cn_clip.tokenizer import CONTEXT_LENGTH, default_tokenizer
 
 _Item = TypeVar("_Item")
 
-# Texts are padded to one of few lengths, so that a compiled model sees few shapes.
-_LENGTHS = (8, 12, 16, 24, 32, 40, 52, 64, 96, 128, 256, 512)
-_SPARED_SECONDS = 600.0
-LISTED = 1000  # names of skipped pairs that are kept
+# Texts are padded to one of these lengths, so that a compiled model sees few shapes.
+_PADDED_LENGTHS = (8, 12, 16, 24, 32, 40, 52, 64, 96, 128, 256, 512)
+_GRACE_SECONDS = 600.0
+MAX_LISTED = 1000  # reasons of skipped pairs that are kept
 
 
 @dataclass(frozen=True, slots=True)
 class Preparation:
-    """How a pair becomes numbers.
+    """How pairs become pixels and token ids.
 
-    ``resolution`` is in pixels. With ``augmented``, images are cropped at random and distorted
-    (see ``augment``), which depends on (``seed``, epoch, image id) alone; else they are squashed,
-    exactly as for embedding. Transparent pixels are laid on ``background``, if given.
+    ``resolution`` is in pixels. With ``augmented``, images are augmented (see ``augment``) as a
+    function of (``seed``, epoch, image id) alone; otherwise they are resized exactly as for
+    embedding. ``background`` is the colour behind transparent pixels; None ignores transparency.
     """
 
     resolution: int = 224
@@ -60,15 +59,15 @@ class Preparation:
 
 @dataclass(slots=True)
 class Batch:
-    """One process's share of a batch.
+    """The local batch of one process.
 
     Attributes:
-        pixels: uint8 (B, 3, S, S); ``(pixels / 255 - mean) / std`` is what the model takes.
+        pixels: uint8 (B, 3, S, S), not normalised; the model takes ``(pixels / 255 - mean) / std``.
         ids: int64 (B, L), L the length of the longest text, rounded up.
         rows: texts and ids of the B pairs.
         keys: int64 (B, 3), see ``keys_of``.
-        epoch, batch: where in the plan this is.
-        skipped: a sentence for each pair that could not be read.
+        epoch, batch: position in the plan.
+        skipped: a message for each unreadable pair.
     """
 
     pixels: Tensor
@@ -85,17 +84,17 @@ class Batch:
 
 
 class Loader:
-    """Yields the batches of an epoch, and counts what was left out.
+    """Yield the batches of an epoch, and count skipped pairs.
 
     Attributes:
-        seen: how many pairs were asked for so far.
-        skipped: how many of them could not be read.
-        reasons: a sentence for each of the first thousand of those.
+        seen: number of pairs read so far, skipped ones included.
+        skipped: number of unreadable pairs.
+        reasons: messages of the first 1000 skipped pairs.
     """
 
     def __init__(
         self,
-        mix: Sequence[Weighted],
+        mix: Sequence[WeightedSource],
         preparation: Preparation,
         global_batch_size: int,
         *,
@@ -104,7 +103,7 @@ class Loader:
         world_size: int = 1,
         workers: int = 2,
         prefetch_bytes: int = 1 << 30,
-        most_skipped: float = 0.1,
+        max_skipped_fraction: float = 0.1,
         drop_last: bool = False,
         pin_memory: bool = False,
     ) -> None:
@@ -112,36 +111,37 @@ class Loader:
 
         Args:
             mix: sources and their weights, from ``open_mix``.
-            preparation: how pairs become numbers.
-            global_batch_size: pairs in a batch, over all processes.
+            preparation: how pairs become pixels and token ids.
+            global_batch_size: pairs per batch, over all processes.
             seed: of the order.
-            rank: which of ``world_size`` processes this is.
-            workers: processes that read and decode; 0 does it in this one. They are started as
-                ``multiprocessing`` is set to; any start method will do.
-            prefetch_bytes: how much prepared data may wait; one batch a worker always may.
-            most_skipped: the share of unreadable pairs above which the run ends.
-            drop_last: leave out the last batch of an epoch if it is not full.
-            pin_memory: put batches where a GPU fetches them faster.
+            rank: of this process, among ``world_size`` processes.
+            workers: number of worker processes; 0 loads in this process. Any ``multiprocessing``
+                start method works.
+            prefetch_bytes: limit of prefetched data; at least one batch per worker is prefetched.
+            max_skipped_fraction: fraction of unreadable pairs above which loading fails.
+            drop_last: drop the last batch of an epoch if it is not full.
+            pin_memory: put batches into pinned memory.
         """
         self.plan: Plan = plan_of(mix, seed)
         self.seen, self.skipped = 0, 0
         self.reasons: list[str] = []
         self._mix, self._preparation = mix, preparation
         self._size, self._rank, self._world_size = global_batch_size, rank, world_size
-        self._workers, self._most_skipped = workers, most_skipped
+        self._workers, self._max_skipped_fraction = workers, max_skipped_fraction
         self._drop_last, self._pin = drop_last, pin_memory
-        each = math.ceil(global_batch_size / world_size) * 3 * preparation.resolution**2
-        self._prefetch = max(1, prefetch_bytes // (each * max(1, workers)))
+        batch_bytes = math.ceil(global_batch_size / world_size) * 3 * preparation.resolution**2
+        self._prefetch = max(1, prefetch_bytes // (batch_bytes * max(1, workers)))
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
         return batch_count(self.plan, self._size, self._world_size, self._drop_last)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Yield an epoch's batches from number ``start`` on; what came before is not read.
+        """Yield the batches of an epoch from batch ``start`` on; earlier ones are not read.
 
         Raises:
-            DataError: more pairs than the stated share cannot be read, or a worker died.
+            DataError: more than ``max_skipped_fraction`` of the pairs are unreadable, or a worker
+                died.
         """
         parts = batches(
             self.plan,
@@ -152,91 +152,91 @@ class Loader:
             start=start,
             drop_last=self._drop_last,
         )
-        prepared = DataLoader(
-            _Prepared([part.source for part in self._mix], self._preparation),
-            sampler=_Parts(parts),
+        loader = DataLoader(
+            _BatchDataset([part.source for part in self._mix], self._preparation),
+            sampler=_PartSampler(parts),
             batch_size=None,
             num_workers=self._workers,
             prefetch_factor=self._prefetch if self._workers else None,
             pin_memory=self._pin,
-            worker_init_fn=worker_starts,
+            worker_init_fn=init_worker,
         )
-        with dead_workers_named(), worked(prepared) as found:  # they may die while they start, too
-            for batch in found:
+        with map_worker_errors(), open_iterator(loader) as iterator:
+            for batch in iterator:
                 self._count(batch)
                 yield batch
 
     def _count(self, batch: Batch) -> None:
         self.seen += len(batch.rows) + len(batch.skipped)
         self.skipped += len(batch.skipped)
-        self.reasons += batch.skipped[: LISTED - len(self.reasons)]
-        check_skipped(self, len(self.plan) // self._world_size, self._most_skipped)
+        self.reasons += batch.skipped[: MAX_LISTED - len(self.reasons)]
+        check_skipped(self, len(self.plan) // self._world_size, self._max_skipped_fraction)
 
 
 @contextmanager
-def worked(loader: DataLoader[_Item]) -> Iterator[Iterator[_Item]]:
-    """Yield what a loader yields, and end its workers afterwards, whatever happened.
+def open_iterator(loader: DataLoader[_Item]) -> Iterator[Iterator[_Item]]:
+    """Yield an iterator over a loader, and shut down its workers on exit.
 
-    torch ends them when the iterator is forgotten. An error's traceback remembers it, and as long
-    as it does, the death of a worker is an error wherever the program happens to be.
+    torch shuts them down when the iterator is garbage-collected. The traceback of an error keeps it
+    alive, and until then a dying worker raises an error in unrelated code.
     """
-    found = iter(loader)
+    iterator = iter(loader)
     try:
-        yield found
+        yield iterator
     finally:
-        end = getattr(found, "_shutdown_workers", None)  # without workers there is none
-        if end is not None:
-            end()
+        shutdown = getattr(iterator, "_shutdown_workers", None)  # missing without workers
+        if shutdown is not None:
+            shutdown()
 
 
 @contextmanager
-def dead_workers_named() -> Iterator[None]:
-    """Turn torch's error about a worker that died into a ``DataError``.
+def map_worker_errors() -> Iterator[None]:
+    """Turn torch's error about a dead worker into a ``DataError``.
 
-    It comes out of whatever runs when the worker dies, not only where batches are asked for.
+    torch raises it in whatever code runs when the worker dies, not only in the loader.
     """
     try:
         yield
     except (RuntimeError, OSError, EOFError) as error:
         if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
-            said = str(error).splitlines()[0]
-        elif _lost_with_a_worker(error):
-            said = f"DataLoader worker took a batch along: {type(error).__name__}"
+            reason = str(error).splitlines()[0]
+        elif _is_lost_batch(error):
+            reason = f"the batch of a DataLoader worker is lost: {type(error).__name__}"
         else:
             raise
         raise DataError(
-            f"a worker that reads data died ({said}); if memory ran out, take fewer workers or a "
+            f"a worker that reads data died ({reason}); if memory ran out, use fewer workers or a "
             "smaller prefetch"
         ) from error
 
 
-def _lost_with_a_worker(error: BaseException) -> bool:
-    """Tell whether a batch was announced, but its worker was gone when its memory was asked for."""
+def _is_lost_batch(error: BaseException) -> bool:
+    """Return whether a worker died between announcing a batch and sharing its memory."""
     frames = traceback.extract_tb(error.__traceback__)
     return any(Path(frame.filename).name == "resource_sharer.py" for frame in frames)
 
 
-class Counted(Protocol):
-    """What a loader counts."""
+class LoaderCounts(Protocol):
+    """The counts of a loader."""
 
     seen: int
     skipped: int
     reasons: list[str]
 
 
-def check_skipped(loader: Counted, planned: int, most: float) -> None:
-    """Raise a ``DataError`` if more than the share ``most`` of the pairs cannot be read."""
-    # A share is told from a few hundred pairs, or from all there are.
+def check_skipped(loader: LoaderCounts, planned: int, max_fraction: float) -> None:
+    """Raise a ``DataError`` if more than ``max_fraction`` of the pairs are unreadable."""
+    # The fraction is meaningful after a few hundred pairs, or all of a small source.
     enough = loader.seen >= min(500, planned)
-    if enough and loader.skipped > most * loader.seen:
+    if enough and loader.skipped > max_fraction * loader.seen:
         raise DataError(
             f"{loader.skipped:,} of {loader.seen:,} pairs cannot be read, above the limit of "
-            f"{most:.0%}; the first: {loader.reasons[0]}. See: cn-clip data check"
+            f"{max_fraction:.0%}; the first: {loader.reasons[0]}. See: cn-clip data check"
         )
 
 
 def prepare(sources: Sequence[Source], part: BatchPart, preparation: Preparation) -> Batch:
-    """Read, decode and tokenise one process's share of a batch."""
+    """Read, decode and tokenise a local batch."""
     rows: list[Row] = []
     keys: list[list[int]] = []
     pixels: list[npt.NDArray[np.uint8]] = []
@@ -254,10 +254,10 @@ def prepare(sources: Sequence[Source], part: BatchPart, preparation: Preparation
         rows.append(row)
         keys.append(keys_of(row, source, number, index))
     return Batch(
-        stacked_pixels(pixels, preparation.resolution),
+        stack_pixels(pixels, preparation.resolution),
         token_ids([row.text for row in rows], preparation.context_length),
         rows,
-        stacked_keys(keys),
+        stack_keys(keys),
         part.epoch,
         part.batch,
         skipped,
@@ -265,38 +265,38 @@ def prepare(sources: Sequence[Source], part: BatchPart, preparation: Preparation
 
 
 def keys_of(row: Row, source: Source, number: int, index: int) -> list[int]:
-    """Return 64 bits each for a pair's picture, its text id and what its text says.
+    """Return three 64-bit keys of a pair: image id, text id, text.
 
-    Two pairs of a mix that agree in any of the three are no negatives of each other. Ids stand for
-    one thing within a file of a source, so its ``number`` and the file go in. Texts are compared
-    without width, case, space and punctuation, unless nothing else is in them.
+    Two pairs of a mix that share any key are not negatives of each other. Ids are unique within
+    one file of a source, so its ``number`` and the file are part of the key. Texts are compared
+    without width, case, spaces and punctuation, unless nothing else is left.
     """
     ids = row.image_id, row.text_id
-    picture, text = (digest(f"{number}\0{id_digest(source, index, each)}") for each in ids)
-    return [picture, text, digest(plain(row.text) or row.text)]
+    image_key, text_id_key = (digest(f"{number}\0{id_digest(source, index, id)}") for id in ids)
+    return [image_key, text_id_key, digest(plain(row.text) or row.text)]
 
 
-def stacked_keys(keys: Sequence[Sequence[int]]) -> Tensor:
-    """Return the keys of pairs as one int64 (B, 3); there may be none."""
+def stack_keys(keys: Sequence[Sequence[int]]) -> Tensor:
+    """Stack the keys of B pairs, which may be 0: int64 (B, 3)."""
     return torch.from_numpy(np.array(keys, np.uint64).reshape(-1, 3).view(np.int64))
 
 
 def token_ids(texts: Sequence[str], context_length: int) -> Tensor:
-    """Return ids int64 (B, L) of texts, L the length of the longest, rounded up."""
+    """Tokenise B texts: int64 (B, L), L the length of the longest, rounded up."""
     tokenizer = default_tokenizer()
     encoded = tokenizer.encode(texts, context_length)
     longest = max(map(len, encoded), default=2)
-    length = next((each for each in _LENGTHS if each >= longest), longest)
+    length = next((padded for padded in _PADDED_LENGTHS if padded >= longest), longest)
     return torch.from_numpy(tokenizer.pad(encoded, min(length, context_length)))
 
 
 def pixels_of(
     content: bytes, image_id: str, epoch: int, preparation: Preparation
 ) -> npt.NDArray[np.uint8]:
-    """Decode and prepare the bytes of one picture: uint8 (S, S, 3).
+    """Decode and prepare the bytes of one image: uint8 (S, S, 3).
 
     Raises:
-        ImageError: it cannot be decoded.
+        ImageError: the image cannot be decoded.
     """
     size = preparation.resolution
     fast, background = preparation.fast_decode, preparation.background
@@ -307,14 +307,14 @@ def pixels_of(
     return augment(image, size, rng, flip=preparation.flip)
 
 
-def stacked_pixels(pixels: Sequence[npt.NDArray[np.uint8]], size: int) -> Tensor:
-    """Return pictures (S, S, 3) as one uint8 (B, 3, S, S); there may be none."""
+def stack_pixels(pixels: Sequence[npt.NDArray[np.uint8]], size: int) -> Tensor:
+    """Stack B images (S, S, 3), which may be 0: uint8 (B, 3, S, S)."""
     stacked = np.stack(pixels) if pixels else np.empty((0, size, size, 3), np.uint8)
     return torch.from_numpy(np.ascontiguousarray(np.moveaxis(stacked, -1, 1)))
 
 
-class _Prepared(Dataset[Batch]):
-    """Batches by what they hold: the dataset of a ``DataLoader`` whose indexes are shares."""
+class _BatchDataset(Dataset[Batch]):
+    """A dataset indexed by ``BatchPart``."""
 
     def __init__(self, sources: Sequence[Source], preparation: Preparation) -> None:
         self._sources, self._preparation = sources, preparation
@@ -323,7 +323,7 @@ class _Prepared(Dataset[Batch]):
         return prepare(self._sources, part, self._preparation)
 
 
-class _Parts(torch.utils.data.Sampler[BatchPart]):
+class _PartSampler(torch.utils.data.Sampler[BatchPart]):
     def __init__(self, parts: Iterator[BatchPart]) -> None:
         self._parts = parts
 
@@ -331,19 +331,19 @@ class _Parts(torch.utils.data.Sampler[BatchPart]):
         return self._parts
 
 
-def worker_starts(_: int) -> None:
-    """Keep a worker to one thread, as there are as many workers as there is to do; and let it
-    leave Ctrl-C and SIGTERM, which a whole group of processes is sent, to the one that started it:
-    that one ends it, after it has saved what it has to. It ends with that one, too.
+def init_worker(_: int) -> None:
+    """Set up a worker: one thread, and no answer to Ctrl-C or the first SIGTERM.
+
+    Both are often sent to the whole process group. The parent saves first, and then shuts down its
+    workers. A worker also ends when its parent ends.
     """
     torch.set_num_threads(1)
-    leave_signals_to_parent(_spared)
+    ignore_signals_in_worker(_on_sigterm)
     end_with_parent()
 
 
-def _spared(number: int, frame: FrameType | None) -> None:
-    """Leave the process that started this one the time to finish its step; a second SIGTERM, or
-    too long a wait, ends the worker."""
+def _on_sigterm(number: int, frame: FrameType | None) -> None:
+    """Keep working while the parent finishes its step; a second SIGTERM or a timeout ends this."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_REAL, _SPARED_SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, _GRACE_SECONDS)

@@ -1,4 +1,4 @@
-"""A pair, and the contract of every source of pairs."""
+"""Image-text pairs, and the protocol of their sources."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from cn_clip.text import valid_text
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What a pair says of itself; ids are strings, so that ``007`` stays what it is.
+    """A pair without its image; ids are strings, so that ``007`` keeps its zeros.
 
-    All are valid Unicode: a lone surrogate, half of an emoji, becomes U+FFFD.
+    All fields are valid Unicode: a lone surrogate, half of an emoji, becomes U+FFFD.
     """
 
     text: str
@@ -20,7 +20,7 @@ class Row:
     text_id: str
 
     def __post_init__(self) -> None:
-        # Here, because every source makes rows, and everything behind it writes them.
+        # Here, because all sources create rows.
         for name in ("text", "image_id", "text_id"):
             value = getattr(self, name)
             if (valid := valid_text(value)) is not value:
@@ -29,7 +29,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One picture, as the bytes of its file, with one text."""
+    """One image, as the bytes of its file, with one text."""
 
     image: bytes
     text: str
@@ -38,45 +38,45 @@ class Pair:
 
 
 class Source(Protocol):
-    """Pairs that can be read in any order, from any process; opening one reads no picture."""
+    """Pairs in random access, from any process; opening a source reads no image."""
 
     name: str
-    """The URI that names it."""
+    """The URI of the source."""
 
     def __len__(self) -> int: ...
 
     def row(self, index: int) -> Row:
-        """Read a pair without its picture.
+        """Read a pair without its image.
 
         Raises:
-            DataError: the row cannot be used; it is named with its file and line.
+            DataError: the row is invalid; the message names its file and line.
         """
         ...
 
     def image(self, index: int) -> bytes:
-        """Read the bytes of a pair's picture, undecoded.
+        """Read the encoded bytes of a pair's image.
 
         Raises:
-            DataError: they are not there; the row and the missing file are named.
+            DataError: the image is missing; the message names the row and the file.
         """
         ...
 
     def where(self, index: int) -> str:
-        """Name a pair for people: its file, and its line or member."""
+        """Return the location of a pair for messages: its file, and its line or member."""
         ...
 
     def unmatched(self) -> list[str]:
-        """Say, a sentence each, what is there but makes no pair: a picture without a text, say."""
+        """Return a message for each image, text or file without a pair."""
         ...
 
 
 def located(source: Source, index: int, error: Exception) -> str:
-    """Say what is wrong with a pair, and where it is, unless the error says so itself."""
-    said, where = str(error), source.where(index)
-    return said if where in said else f"{where}: {said}"
+    """Return the message of an error about a pair, with the pair's location."""
+    message, where = str(error), source.where(index)
+    return message if where in message else f"{where}: {message}"
 
 
 def read_pair(source: Source, index: int) -> Pair:
-    """Read a whole pair. Raises what ``row`` and ``image`` raise."""
+    """Read a row and its image. Raises the errors of ``row`` and ``image``."""
     row = source.row(index)
     return Pair(source.image(index), row.text, row.image_id, row.text_id)

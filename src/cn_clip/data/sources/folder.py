@@ -1,4 +1,4 @@
-"""A folder of images, each with a ``.txt`` of its captions beside it."""
+"""A folder of images, each with its captions in a ``.txt`` of the same name."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 from cn_clip.data.sources.base import Row
 from cn_clip.errors import DataError
-from cn_clip.files import MAX_TEXT, passed_over, read_file, walk
+from cn_clip.files import MAX_TEXT, read_file, skipped_files, walk
 from cn_clip.image.decode import SUFFIXES
 from cn_clip.text import path_text
 
 
 class Folder:
-    """Every line of ``cat.txt`` is a caption of ``cat.jpg``; its id is the path without suffix,
-    or with it where ``cat.png`` is there too. Linked folders are searched as well."""
+    """The lines of ``cat.txt`` are the captions of ``cat.jpg``. The image id is its path without
+    suffix, or with it if ``cat.png`` exists too. Linked folders are searched too."""
 
     def __init__(self, name: str, root: Path, encoding: str | None = None) -> None:
         if not root.is_dir():
@@ -24,31 +24,31 @@ class Folder:
         self.name = name
         self._encoding = encoding or "utf-8"
         listing = walk(root)
-        self._images = [each for each in listing.files if each.suffix.lower() in SUFFIXES]
+        self._images = [file for file in listing.files if file.suffix.lower() in SUFFIXES]
         self._ids = _ids(root, self._images)
-        self._pairs: list[tuple[int, int]] = []  # number of the image, number of the caption
-        self._unmatched = list(listing.closed)
-        if passed := passed_over(listing.files, SUFFIXES, root):
-            warnings.warn(passed, stacklevel=2)
-            self._unmatched.append(passed)
+        self._pairs: list[tuple[int, int]] = []  # (image, line)
+        self._unmatched = list(listing.unreadable)
+        if skipped := skipped_files(listing.files, SUFFIXES, root):
+            warnings.warn(skipped, stacklevel=2)
+            self._unmatched.append(skipped)
         for number, image in enumerate(self._images):
             if not image.with_suffix(".txt").is_file():
-                self._unmatched.append(f"{path_text(image)} has no {image.stem}.txt beside it")
+                self._unmatched.append(f"{path_text(image)} has no {image.stem}.txt next to it")
                 continue
             try:
-                lines = _lines(image)
-            except OSError:  # a row, which says so when it is read
+                lines = _caption_lines(image)
+            except OSError:  # row() reports it
                 lines = [b""]
-            # Counted in bytes: captions that cannot be decoded are rows too, and named as such.
+            # Bytes, not text: row() reports captions in another encoding.
             self._pairs += [(number, at) for at, line in enumerate(lines) if line.strip() or not at]
-        pictured = {image.with_suffix(".txt") for image in self._images}
+        captions = {image.with_suffix(".txt") for image in self._images}
         for text in listing.files:
-            if text.suffix == ".txt" and text not in pictured:
-                self._unmatched.append(f"{path_text(text)} has no picture beside it")
+            if text.suffix == ".txt" and text not in captions:
+                self._unmatched.append(f"{path_text(text)} has no image next to it")
         if not self._pairs:
             raise DataError(
-                f"{name}: no picture in {root} has a .txt of the same name beside it"
-                + (f"; {passed}" if passed else "")
+                f"{name}: no image in {root} has a .txt of the same name next to it"
+                + (f"; {skipped}" if skipped else "")
             )
 
     def __len__(self) -> int:
@@ -57,14 +57,14 @@ class Folder:
     def row(self, index: int) -> Row:
         number, at = self._pairs[index]
         try:
-            line = _lines(self._images[number])[at]
+            line = _caption_lines(self._images[number])[at]
             text = line.decode("utf-8-sig" if self._encoding == "utf-8" else self._encoding)
         except (OSError, IndexError) as error:
             reason = getattr(error, "strerror", None) or "the file has changed"
             raise DataError(f"{self.where(index)} cannot be read: {reason}") from None
         except (UnicodeError, LookupError):
             raise DataError(
-                f"{self.where(index)} is not {self._encoding}; save it as UTF-8, or name its "
+                f"{self.where(index)} is not {self._encoding}; save it as UTF-8, or set its "
                 "encoding with ?encoding=gb18030"
             ) from None
         image_id = self._ids[number]
@@ -86,15 +86,15 @@ class Folder:
 
 
 def _ids(root: Path, images: Sequence[Path]) -> list[str]:
-    """Return an id for each image: its path without suffix, if no other image has that."""
-    whole = [path_text(image.relative_to(root).as_posix()) for image in images]
+    """Return the image ids: paths without suffix, if unique, otherwise with suffix."""
+    names = [path_text(image.relative_to(root).as_posix()) for image in images]
     stems = [path_text(image.relative_to(root).with_suffix("").as_posix()) for image in images]
-    counts, taken = Counter(stems), set(whole)
+    counts, taken = Counter(stems), set(names)
     return [
         stem if counts[stem] == 1 and stem not in taken else name
-        for stem, name in zip(stems, whole, strict=True)
+        for stem, name in zip(stems, names, strict=True)
     ]
 
 
-def _lines(image: Path) -> list[bytes]:
+def _caption_lines(image: Path) -> list[bytes]:
     return read_file(image.with_suffix(".txt"), MAX_TEXT).splitlines() or [b""]

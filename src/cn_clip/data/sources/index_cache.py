@@ -1,4 +1,4 @@
-"""Where indexes of large files are kept, so that they are built once."""
+"""A cache of the indexes of large files."""
 
 from __future__ import annotations
 
@@ -14,68 +14,68 @@ from pathlib import Path
 from typing import TypeVar
 
 from cn_clip.errors import CNClipError
-from cn_clip.publish import published
+from cn_clip.publish import atomic_file
 
 _Index = TypeVar("_Index")
-_VARIABLE = "CN_CLIP_CACHE"
+_CACHE_VARIABLE = "CN_CLIP_CACHE"
 
 
-def cached(
+def cached_index(
     path: Path, suffix: str, write: Callable[[Path], None], read: Callable[[Path], _Index]
 ) -> _Index:
-    """Return what ``read`` makes of a file's index; ``write`` builds it unless it is there.
+    """Read the index of a file; build it first if it is missing or damaged.
 
-    Indexes lie in ``$CN_CLIP_CACHE``, by default ``~/.cache/cn_clip``; they can be deleted. Where
-    that cannot be written, they go into a temporary folder that ends with the process. An index
-    that cannot be read is built anew.
+    Indexes are in ``$CN_CLIP_CACHE``, by default ``~/.cache/cn_clip``; they may be deleted. If that
+    folder is not writable, a temporary folder is used until the process ends.
 
     Args:
-        path: the file, which must exist; another index is built once it has changed.
-        suffix: tells indexes of one file apart.
-        write: writes the index at a path; raises ``OSError`` only if that cannot be written.
-        read: reads it, and raises if it is damaged.
+        path: an existing file; its index is built again after it changed.
+        suffix: distinguishes several indexes of one file.
+        write: writes the index to a path; raises ``OSError`` only if the path is not writable.
+        read: reads the index; raises if it is damaged.
 
     Raises:
-        CNClipError: no place can be written; or what ``write`` raises.
+        CNClipError: no folder is writable; or any error of ``write``.
     """
     name = _name(path, suffix)
     failed: list[str] = []
-    for root in _roots(failed):
-        place = root / "index" / name
+    for root in _cache_roots(failed):
+        index = root / "index" / name
         try:
-            if place.is_file():
-                return read(place)
-        except Exception:  # our own file, cut or overwritten: its readers raise many kinds
+            if index.is_file():
+                return read(index)
+        except Exception:  # parsers of a damaged index raise many kinds
             pass
         try:
-            with published(place) as temporary:
+            with atomic_file(index) as temporary:
                 write(temporary)
-            return read(place)
+            return read(index)
         except OSError as error:
             failed.append(f"{root} ({error.strerror or error})")
     raise CNClipError(
-        f"the index of {path.name} cannot be written: {'; '.join(failed)}; name another folder "
-        f"with {_VARIABLE}"
+        f"the index of {path.name} cannot be written: {'; '.join(failed)}; set another folder "
+        f"with {_CACHE_VARIABLE}"
     )
 
 
 def _name(path: Path, suffix: str) -> str:
-    found = path.stat()
-    state = os.fsencode(os.path.realpath(path)) + f"\0{found.st_size}\0{found.st_mtime_ns}".encode()
+    status = path.stat()
+    state = os.fsencode(os.path.realpath(path))
+    state += f"\0{status.st_size}\0{status.st_mtime_ns}".encode()
     digest = hashlib.blake2b(state, digest_size=8).hexdigest()
     return f"{path.name[:40]}-{digest}{suffix}"
 
 
-def _roots(failed: list[str]) -> Iterator[Path]:
-    """Yield the folders to try; the second one is a way out, and says so."""
-    given = os.environ.get(_VARIABLE)
+def _cache_roots(failed: list[str]) -> Iterator[Path]:
+    """Yield the folders to try: the cache, then a temporary folder, with a warning."""
+    given = os.environ.get(_CACHE_VARIABLE)
     try:
         yield Path(given or "~/.cache/cn_clip").expanduser()
-    except RuntimeError:  # no HOME, and a user without an entry in the list of users
+    except RuntimeError:  # no HOME, and the user has no passwd entry
         failed.append("the home folder (there is none)")
     if not given:
         try:
-            root = _temporary(failed[0])
+            root = _temporary_root(failed[0])
         except OSError:
             failed.append("the temporary folder (there is none)")
         else:
@@ -83,11 +83,11 @@ def _roots(failed: list[str]) -> Iterator[Path]:
 
 
 @cache
-def _temporary(failed: str) -> Path:
+def _temporary_root(failed: str) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="cn_clip-"))
     warnings.warn(
         f"cannot write {failed}; indexes of tar and Parquet files are kept in {folder} until this "
-        f"process ends. Name a lasting folder with {_VARIABLE}",
+        f"process ends. Set a permanent folder with {_CACHE_VARIABLE}",
         stacklevel=2,
     )
     atexit.register(_remove, folder, os.getpid())
@@ -95,5 +95,5 @@ def _temporary(failed: str) -> Path:
 
 
 def _remove(folder: Path, process: int) -> None:
-    if os.getpid() == process:  # not in a fork, whose parent still reads it
+    if os.getpid() == process:  # not in a forked worker
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The official package's LMDB: read in any order, and written."""
+"""Read and write the LMDBs of the official package."""
 
 from __future__ import annotations
 
@@ -13,43 +13,44 @@ from typing import Any
 
 from cn_clip.data.sources.base import Row
 from cn_clip.data.sources.lmdb_file import LmdbFile
-from cn_clip.data.sources.official import decoded_base64, plain_id
-from cn_clip.data.sources.pickled_pair import unpickled_pair
+from cn_clip.data.sources.official import decode_base64, parse_id
+from cn_clip.data.sources.pickled_pair import parse_pickled_pair
 from cn_clip.data.sources.tar import Sample
 from cn_clip.errors import DataError, UsageError
 
-_IMAGES, _SAMPLES = "num_images", "num_samples"  # the keys of the counts
-_MAX_KEY = 511  # bytes, LMDB's own
-_PAIR_BYTES = 24  # of the smallest pair in a page: its node, key and pickle
+_IMAGES, _SAMPLES = "num_images", "num_samples"  # keys of the counts
+_MAX_KEY = 511  # bytes, LMDB's limit
+_PAIR_BYTES = 24  # minimum size of a pair in a page: node, key and pickle
 
 
 class Lmdb:
-    """A folder with the LMDBs ``imgs`` (id to base64) and ``pairs`` (number to a pickled tuple).
+    """A folder of the LMDBs ``imgs`` (id -> base64) and ``pairs`` (index -> pickled tuple).
 
-    Neither the lmdb library nor pickle reads them: see ``lmdb_file`` and ``pickled``.
+    They are read without the lmdb library and without pickle: see ``lmdb_file`` and
+    ``pickled_pair``.
     """
 
     def __init__(self, name: str, root: Path) -> None:
-        """Check both files and read the count of pairs.
+        """Check both files and read the number of pairs.
 
         Raises:
-            DataError: one of them is not there or damaged, or there is no pair.
+            DataError: a file is missing or damaged, or there are no pairs.
         """
         self.name = name
         self._root = root
         for part in ("imgs", "pairs"):
             if not (root / part / "data.mdb").is_file():
-                raise DataError(f"{name}: no LMDB at {root / part}; a source holds imgs and pairs")
+                raise DataError(f"{name}: no LMDB at {root / part}; expected imgs and pairs")
         self._images, self._pairs = (
             LmdbFile(root / part / "data.mdb") for part in ("imgs", "pairs")
         )
         self._size = self._count(self._pairs, _SAMPLES)
         if not self._size:
             raise DataError(f"{name}: {root / 'pairs'} holds no pair")
-        if self._size > self._pairs.size // _PAIR_BYTES:  # memory is reserved by the count
+        if self._size > self._pairs.size // _PAIR_BYTES:  # callers allocate memory by the count
             raise DataError(
                 f"{root / 'pairs'}: {_SAMPLES} is {self._size:,}, more than a file of "
-                f"{self._pairs.size:,} bytes can hold; write it anew"
+                f"{self._pairs.size:,} bytes can hold; write it again"
             )
 
     def __len__(self) -> int:
@@ -58,26 +59,26 @@ class Lmdb:
     def row(self, index: int) -> Row:
         raw = self._get(self._pairs, str(index), self.where(index))
         try:
-            image_id, text_id, text = unpickled_pair(raw)
+            image_id, text_id, text = parse_pickled_pair(raw)
         except ValueError as error:
-            raise DataError(f"{self.where(index)} is refused: {error}") from None
+            raise DataError(f"{self.where(index)} is not a pair: {error}") from None
         return Row(text, str(image_id), str(text_id))
 
     def image(self, index: int) -> bytes:
         where = self.where(index)
-        return decoded_base64(self._get(self._images, self.row(index).image_id, where), where)
+        return decode_base64(self._get(self._images, self.row(index).image_id, where), where)
 
     def where(self, index: int) -> str:
         return f"{self._root / 'pairs'}, key {index}"
 
     def unmatched(self) -> list[str]:
         try:
-            promised, held = self._count(self._images, _IMAGES), self._images.entries - 1
+            expected, stored = self._count(self._images, _IMAGES), self._images.entries - 1
         except DataError as error:
             return [str(error)]
-        if promised == held:
+        if expected == stored:
             return []
-        return [f"{self._root}: {promised} pictures promised, {held} there"]
+        return [f"{self._root}: expected {expected} images, found {stored}"]
 
     def _count(self, file: LmdbFile, key: str) -> int:
         raw = self._get(file, key, str(file.path.parent))
@@ -86,43 +87,43 @@ class Lmdb:
         return int(raw)
 
     def _get(self, file: LmdbFile, key: str, where: str) -> bytes:
-        found = file.get(key.encode(errors="surrogatepass"))
-        if found is None:
+        value = file.get(key.encode(errors="surrogatepass"))
+        if value is None:
             raise DataError(f"{where}: no key {key!r} in {file.path.parent}")
-        return found
+        return value
 
 
 def write_lmdb(folder: Path, samples: Iterable[Sample]) -> None:
-    """Write the LMDBs ``imgs`` and ``pairs`` into a folder; they grow with what they hold."""
-    images, pairs = (_Growing(folder / part) for part in ("imgs", "pairs"))
+    """Write the LMDBs ``imgs`` and ``pairs`` into a folder."""
+    images, pairs = (_Writer(folder / part) for part in ("imgs", "pairs"))
     count = total = 0
     with images, pairs:
         for sample in samples:
             if sample.image_id == _IMAGES:
-                raise DataError(f"an LMDB keeps {_IMAGES} for itself; give that image another id")
+                raise DataError(f"the image id {_IMAGES} is reserved in an LMDB; use another id")
             images.put(sample.image_id.encode(), base64.b64encode(sample.image))
             total += 1
             for text_id, text in sample.texts:
-                pair = (plain_id(sample.image_id), plain_id(text_id), text)
+                pair = (parse_id(sample.image_id), parse_id(text_id), text)
                 pairs.put(str(count).encode(), pickle.dumps(pair))
                 count += 1
         images.put(_IMAGES.encode(), str(total).encode())
         pairs.put(_SAMPLES.encode(), str(count).encode())
 
 
-class _Growing:
-    """An LMDB that is written once, in order, and doubles its space when that is used up."""
+class _Writer:
+    """Writes a new LMDB; doubles its map size when it is full."""
 
     def __init__(self, folder: Path) -> None:
         self._lmdb = _library()
         self._size = 1 << 24
         folder.mkdir()
-        with self._named():
+        with self._map_errors():
             self._environment = self._lmdb.open(str(folder), map_size=self._size, lock=False)
-        self._waiting: list[tuple[bytes, bytes]] = []
+        self._buffer: list[tuple[bytes, bytes]] = []
         self._bytes = 0
 
-    def __enter__(self) -> _Growing:
+    def __enter__(self) -> _Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -135,35 +136,35 @@ class _Growing:
     def put(self, key: bytes, value: bytes) -> None:
         if not 0 < len(key) <= _MAX_KEY:
             raise DataError(
-                f"the id {key.decode(errors='replace')!r} has {len(key)} bytes, and a key of an "
-                f"LMDB 1 to {_MAX_KEY}; write tar or tsv instead"
+                f"the id {key.decode(errors='replace')!r} has {len(key)} bytes; an LMDB key has 1 "
+                f"to {_MAX_KEY}: write tar or tsv instead"
             )
-        self._waiting.append((key, value))
+        self._buffer.append((key, value))
         self._bytes += len(value)
         if self._bytes > 1 << 23:
             self._write()
 
     def _write(self) -> None:
-        with self._named():
-            while not self._fits():
+        with self._map_errors():
+            while not self._try_write():
                 self._size *= 2
                 self._environment.set_mapsize(self._size)
-        self._waiting.clear()
+        self._buffer.clear()
         self._bytes = 0
 
-    def _fits(self) -> bool:
-        """Write what waits; return whether there was room for it."""
+    def _try_write(self) -> bool:
+        """Write the buffer; return False if the map is full."""
         try:
             with self._environment.begin(write=True) as transaction:
-                for key, value in self._waiting:
+                for key, value in self._buffer:
                     transaction.put(key, value)
         except self._lmdb.MapFullError:
             return False
         return True
 
     @contextmanager
-    def _named(self) -> Iterator[None]:
-        """Turn lmdb's errors, of a full disk say, into an ``OSError``."""
+    def _map_errors(self) -> Iterator[None]:
+        """Turn errors of lmdb, such as a full disk, into an ``OSError``."""
         try:
             yield
         except self._lmdb.Error as error:
@@ -174,4 +175,4 @@ def _library() -> Any:
     try:
         return import_module("lmdb")
     except ImportError:
-        raise UsageError("to write an LMDB needs lmdb: pip install 'cn-clip[data]'") from None
+        raise UsageError("writing an LMDB needs lmdb: pip install 'cn-clip[data]'") from None

@@ -1,7 +1,7 @@
-"""The file of an LMDB, read without mapping it: a damaged one cannot end the process.
+"""Read an LMDB file without memory-mapping: a damaged file cannot crash the process.
 
-``data.mdb`` is a B+tree of pages (data version 1, LMDB 0.9, as 64-bit machines write it). Of its
-two meta pages the one of the later transaction holds; branch, leaf and overflow pages follow. The
+``data.mdb`` is a B+tree of pages (data version 1, LMDB 0.9, 64-bit little-endian). The one of the
+two meta pages with the later transaction is valid; branch, leaf and overflow pages follow. The
 structures are those of ``mdb.c`` in https://git.openldap.org/openldap/openldap, branch mdb.RE/0.9.
 """
 
@@ -29,24 +29,24 @@ _TRANSACTION = struct.Struct("<QQ")  # last page, number; they follow the trees
 _META_SIZE = _HEADER.size + _META.size + 2 * _TREE.size + _TRANSACTION.size
 _NODE = struct.Struct("<HHHH")  # low and high half of size or child, flags, length of the key
 _MAGIC, _VERSION = 0xBEEFC0DE, 1
-_BRANCH, _LEAF, _OVERFLOW, _META_PAGE, _KINDS = 0x01, 0x02, 0x04, 0x08, 0x6F
-_ON_OVERFLOW_PAGES = 0x01  # flag of a node: its value is the number of the first of them
+_BRANCH, _LEAF, _OVERFLOW, _META_PAGE, _PAGE_KINDS = 0x01, 0x02, 0x04, 0x08, 0x6F
+_ON_OVERFLOW_PAGES = 0x01  # flag of a node: its value is the number of an overflow page
 _PAGE_SIZES = tuple(512 << shift for shift in range(7))
-_MAX_DEPTH = 32  # LMDB's own
+_MAX_DEPTH = 32  # LMDB's limit
 
 
 class LmdbFile:
-    """The values of an LMDB by their keys.
+    """The values of an LMDB by key.
 
-    Nothing stays open, so it can be pickled, forked and used by threads. A page is checked before
-    it is used: whatever the file holds, a value costs the pages on the way to it.
+    No file stays open, so an instance can be pickled, forked and used by threads. Every page is
+    checked before use: even in a damaged file, a lookup reads one page per tree level.
     """
 
     def __init__(self, path: Path) -> None:
         """Check the file's meta pages and its size.
 
         Raises:
-            DataError: it is no LMDB, one of another kind of machine, or cut off.
+            DataError: the file is not an LMDB, is of another architecture, or is truncated.
         """
         self.path = path
         with _opened(path) as pages:
@@ -57,7 +57,7 @@ class LmdbFile:
         """Return the value of a key, or ``None``.
 
         Raises:
-            DataError: the file is damaged on the way to it.
+            DataError: a page on the way to the value is damaged.
         """
         with _opened(self.path) as pages:
             return pages.value(key)
@@ -71,7 +71,7 @@ class _Tree(NamedTuple):
 
 
 class _Meta(NamedTuple):
-    """What a meta page states: pages in the file, its transaction, unused pages, the values."""
+    """A meta page: pages in the file, transaction number, tree of unused pages, tree of values."""
 
     page_count: int
     transaction: int
@@ -80,7 +80,7 @@ class _Meta(NamedTuple):
 
 
 class _Page(NamedTuple):
-    """A branch or leaf: its bytes, and where in them its nodes are, in the order of their keys."""
+    """A branch or leaf page: its bytes, and the offsets of its nodes, in key order."""
 
     content: bytes
     nodes: tuple[int, ...]
@@ -99,7 +99,7 @@ class _Pages:
 
     def __init__(self, stream: FileIO, path: Path) -> None:
         self._stream, self._path = stream, path
-        self._page_count = 2  # the meta pages, until their count is read
+        self._page_count = 2  # the meta pages, until they are read
         self.size = os.fstat(stream.fileno()).st_size
         first = self._read(0, min(_META_SIZE, self.size))
         self._check_kind(first)
@@ -108,26 +108,26 @@ class _Pages:
             raise self._damaged(f"its pages have {self._page_size} bytes")
         second = self._read(self._page_size, _META_SIZE)
         metas = self._meta(0, first), self._meta(1, second)
-        self._page_count, _, self._free, self.main = max(metas, key=lambda each: each.transaction)
+        self._page_count, _, self._free, self.main = max(metas, key=lambda meta: meta.transaction)
         if self.main.flags:
-            raise self._damaged(f"its keys have an order of their own, {self.main.flags:#x}")
+            raise self._damaged(f"its key order is custom (flags {self.main.flags:#x})")
 
     def check_size(self) -> None:
-        """Raise a ``DataError`` unless the file has the pages that are in use.
+        """Raise a ``DataError`` unless the file has all pages in use.
 
-        LMDB never writes unused pages at the end, so those may be missing.
+        LMDB does not write unused pages at the end of the file.
         """
-        there = self.size // self._page_size
-        missing = self._page_count - there
+        pages_in_file = self.size // self._page_size
+        missing = self._page_count - pages_in_file
         if missing <= 0:
             return
-        listed = 0
-        for value in self._values(self._free):  # a count, and the numbers of unused pages
-            listed += len(value)
-            if listed > self.size:
+        listed_bytes = 0
+        for value in self._values(self._free):  # a count, then numbers of unused pages
+            listed_bytes += len(value)
+            if listed_bytes > self.size:
                 raise self._damaged("it lists more unused pages than it can hold")
             numbers = np.frombuffer(value[: len(value) // 8 * 8], "<u8")[1:]
-            missing -= int((numbers >= there).sum())
+            missing -= int((numbers >= pages_in_file).sum())
         if missing > 0:
             raise self._cut_off()
 
@@ -135,7 +135,7 @@ class _Pages:
         number = self.main.root
         for _ in range(self.main.depth - 1):
             branch = self._page(number, _BRANCH)
-            # The first key of a branch is empty: it stands for all that are less than the second.
+            # The first key of a branch is empty; its child holds all keys below the second.
             at = bisect_right(branch.nodes, key, 1, key=branch.key) - 1
             number = branch.child(branch.nodes[at])
         if not self.main.depth:
@@ -147,7 +147,7 @@ class _Pages:
         return self._node_value(number, leaf.content, leaf.nodes[at])
 
     def _values(self, tree: _Tree) -> Iterator[bytes]:
-        """Yield the values of a tree, in no order."""
+        """Yield the values of a tree, in any order."""
         waiting = [(tree.root, tree.depth)] if tree.depth else []
         known = {tree.root}
         while waiting:
@@ -158,16 +158,16 @@ class _Pages:
                 continue
             children = [page.child(node) for node in page.nodes]
             if known.intersection(children) or len(set(children)) < len(children):
-                raise self._damaged(f"page {number} leads to one that is in the tree already")
+                raise self._damaged(f"page {number} refers to a page that is already in the tree")
             known.update(children)
             waiting += [(child, depth - 1) for child in children]
 
     def _node_value(self, number: int, content: bytes, node: int) -> bytes:
         low, high, flags, key_length = _NODE.unpack_from(content, node)
         start, size = node + _NODE.size + key_length, low | high << 16
-        held = 8 if flags == _ON_OVERFLOW_PAGES else size
-        if flags not in (0, _ON_OVERFLOW_PAGES) or start + held > len(content):
-            raise self._damaged(f"page {number} has a value that is not within it")
+        stored = 8 if flags == _ON_OVERFLOW_PAGES else size
+        if flags not in (0, _ON_OVERFLOW_PAGES) or start + stored > len(content):
+            raise self._damaged(f"page {number} has a value outside of it")
         if flags:
             return self._overflow(int.from_bytes(content[start : start + 8], "little"), size)
         return content[start : start + size]
@@ -175,8 +175,11 @@ class _Pages:
     def _overflow(self, number: int, size: int) -> bytes:
         self._check_number(number)
         start = number * self._page_size
-        found, _, kind, count = _OVERFLOW_HEADER.unpack(self._read(start, _HEADER.size))
-        if (found, kind & _KINDS) != (number, _OVERFLOW) or count > self._page_count - number:
+        page_number, _, kind, count = _OVERFLOW_HEADER.unpack(self._read(start, _HEADER.size))
+        if (page_number, kind & _PAGE_KINDS) != (
+            number,
+            _OVERFLOW,
+        ) or count > self._page_count - number:
             raise self._damaged(f"page {number} is not the start of a large value")
         if size > min(count * self._page_size - _HEADER.size, MAX_FILE):
             raise self._damaged(f"the value at page {number} has {size:,} bytes")
@@ -185,13 +188,13 @@ class _Pages:
     def _page(self, number: int, kind: int) -> _Page:
         self._check_number(number)
         content = self._read(number * self._page_size, self._page_size)
-        found, _, flags, end, begin = _HEADER.unpack_from(content)
+        page_number, _, flags, end, begin = _HEADER.unpack_from(content)
         within = _HEADER.size < end <= begin <= self._page_size
-        if (found, flags & _KINDS) != (number, kind) or not within:
-            raise self._damaged(f"page {number} is not what the tree says")
+        if (page_number, flags & _PAGE_KINDS) != (number, kind) or not within:
+            raise self._damaged(f"page {number} is not the page that the tree refers to")
         nodes = struct.unpack_from(f"<{(end - _HEADER.size) // 2}H", content, _HEADER.size)
         if min(nodes) < begin or max(nodes) > self._page_size - _NODE.size:
-            raise self._damaged(f"page {number} has nodes that are not within it")
+            raise self._damaged(f"page {number} has nodes outside of it")
         return _Page(content, nodes)
 
     def _meta(self, number: int, page: bytes) -> _Meta:
@@ -201,8 +204,8 @@ class _Pages:
             raise self._damaged(f"page {number} is not a meta page")
         if version != _VERSION:
             raise DataError(
-                f"{self._path} has LMDB's data version {version}; version {_VERSION} is read: "
-                "copy it with a program that reads its version"
+                f"{self._path} has LMDB data version {version}, not {_VERSION}; copy it with a "
+                "program that reads its version"
             )
         start = _HEADER.size + _META.size
         last, transaction = _TRANSACTION.unpack_from(page, start + 2 * _TREE.size)
@@ -216,7 +219,7 @@ class _Pages:
         return _Tree(flags, depth, entries, root)
 
     def _check_kind(self, start: bytes) -> None:
-        """Raise a ``DataError`` unless the file starts as an LMDB of such a machine as this."""
+        """Raise a ``DataError`` unless the file starts like a 64-bit little-endian LMDB."""
         if start.startswith(b"version https://git-lfs"):
             raise DataError(f"{self._path} is a Git LFS pointer; fetch the file: git lfs pull")
         magic = _MAGIC.to_bytes(4, "little")
@@ -228,12 +231,12 @@ class _Pages:
         if len(start) < _META_SIZE or start[16:20] != magic:
             raise DataError(
                 f"{self._path} is not an LMDB ({self.size:,} bytes, its start is "
-                f"{start[:24].hex() or 'empty'}); copy it again, or write it anew"
+                f"{start[:24].hex() or 'empty'}); copy or write it again"
             )
 
     def _check_number(self, number: int) -> None:
         if not 2 <= number < self._page_count:
-            raise self._damaged(f"page {number} is outside of its {self._page_count} pages")
+            raise self._damaged(f"it refers to page {number} of {self._page_count}")
 
     def _read(self, start: int, size: int) -> bytes:
         if start + size > self.size:
@@ -246,12 +249,12 @@ class _Pages:
 
     def _cut_off(self) -> DataError:
         return DataError(
-            f"{self._path} is cut off (the meta page names {self._page_count} pages, the file has "
+            f"{self._path} is truncated (the meta page says {self._page_count} pages, the file has "
             f"{self.size // self._page_size}); copy it again"
         )
 
     def _damaged(self, how: str) -> DataError:
-        return DataError(f"{self._path} is damaged: {how}; copy it again, or write it anew")
+        return DataError(f"{self._path} is damaged: {how}; copy or write it again")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The official package's TSV of base64 pictures with JSON Lines of texts."""
+"""The official TSV of base64 images with its JSON Lines of texts."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from cn_clip.errors import DataError
 from cn_clip.files import MAX_FILE
 from cn_clip.text import path_text
 
-_ID_BYTES = 256  # an id longer than this is none
+_ID_BYTES = 256  # maximum length of an id
 
 
 class Tsv:
     """``X_imgs.tsv`` (id, tab, base64) and ``X_texts.jsonl`` (``{"text_id", "text",
-    "image_ids"}``); each of a text's images makes a pair.
+    "image_ids"}``); a text makes one pair with each of its images.
 
-    With ``unpaired``, pictures and texts without the other are rows too, of an empty text or an
-    empty image id: enough to compare with, never to train on.
+    With ``unpaired``, images without a text (``text=""``) and texts without an image
+    (``image_id=""``) are rows too: for comparison, not for training.
     """
 
     def __init__(
@@ -43,27 +43,27 @@ class Tsv:
         self._unpaired = unpaired
         texts = texts or images.with_name(f"{images.name.removesuffix('_imgs.tsv')}_texts.jsonl")
         if not texts.is_file():
-            raise DataError(f"{name}: no texts at {texts}; name them with ?texts=FILE.jsonl")
+            raise DataError(f"{name}: no texts at {texts}; set them with ?texts=FILE.jsonl")
         self._images = Lines(images, limit=MAX_FILE)
         self._texts = Lines(texts, encoding=encoding)
-        places: dict[str, int] = {}
+        image_lines: dict[str, int] = {}
         self._repeated: dict[str, str] = {}
         for line in range(len(self._images)):
             image_id = _image_id(self._images, line)
-            if image_id in places:
+            if image_id in image_lines:
                 self._repeated[image_id] = self._images.where(line)
-            places.setdefault(image_id, line)
-        self._places = places
-        pairs, wanted = [], Counter[str]()
+            image_lines.setdefault(image_id, line)
+        self._image_lines = image_lines
+        pairs, used = [], Counter[str]()
         for line in range(len(self._texts)):
             ids = self._ids(line)
-            wanted.update(ids)
+            used.update(ids)
             pairs += [(line, at) for at in range(len(ids))] or [(line, -1)]
         if not pairs:
             raise DataError(f"{name}: {texts} holds no text")
-        self._unused = [each for each in places if each not in wanted]
+        self._unused = [image_id for image_id in image_lines if image_id not in used]
         if unpaired:
-            pairs += [(-1, places[each]) for each in self._unused]
+            pairs += [(-1, image_lines[image_id]) for image_id in self._unused]
             self._unused = []
         self._pairs = np.array(pairs, dtype=np.int32).reshape(-1, 2)
 
@@ -77,7 +77,7 @@ class Tsv:
         values = self._values(line)
         alone = values.get("image_ids") == []
         if not isinstance(values.get("text"), str) or (at < 0 and not (alone and self._unpaired)):
-            remedy = "; a test set to compare with may lack them: add ?unpaired=yes"
+            remedy = "; for a test set to compare with, add ?unpaired=yes"
             raise DataError(
                 f'{self.where(index)}: expected {{"text_id": 1, "text": "...", "image_ids": [1]}}'
                 + (f", found no image ids{remedy}" if alone else "")
@@ -88,20 +88,20 @@ class Tsv:
     def image(self, index: int) -> bytes:
         image_id = self.row(index).image_id
         if not image_id:
-            raise DataError(f"{self.where(index)}: its text belongs to no picture")
-        if image_id not in self._places:
+            raise DataError(f"{self.where(index)}: its text has no image")
+        if image_id not in self._image_lines:
             raise DataError(
-                f"{self.where(index)}: no picture has the id {image_id!r} in {self._images.path}"
+                f"{self.where(index)}: no image has the id {image_id!r} in {self._images.path}"
             )
-        line = self._places[image_id]
+        line = self._image_lines[image_id]
         if image_id in self._repeated:
             raise DataError(
-                f"{self.where(index)}: the picture id {image_id!r} stands twice, in "
+                f"{self.where(index)}: the image id {image_id!r} is repeated, in "
                 f"{self._images.where(line)} and {self._repeated[image_id].rpartition(', ')[2]}; "
                 "keep one of them"
             )
         encoded = self._images.raw(line).partition(b"\t")[2]
-        return decoded_base64(encoded, self._images.where(line))
+        return decode_base64(encoded, self._images.where(line))
 
     def where(self, index: int) -> str:
         line, at = self._pairs[index].tolist()
@@ -109,7 +109,7 @@ class Tsv:
 
     def unmatched(self) -> list[str]:
         return [
-            f"the picture {i!r} of {path_text(self._images.path)} has no text" for i in self._unused
+            f"the image {id!r} of {path_text(self._images.path)} has no text" for id in self._unused
         ]
 
     def _values(self, line: int) -> dict[str, Any]:
@@ -119,8 +119,8 @@ class Tsv:
         try:
             ids = self._values(line).get("image_ids")
         except DataError:
-            return []  # a row all the same, which says so when it is read
-        return [str(each) for each in ids] if isinstance(ids, list) else []
+            return []  # row() reports it
+        return [str(id) for id in ids] if isinstance(ids, list) else []
 
 
 def _image_id(images: Lines, line: int) -> str:
@@ -132,14 +132,14 @@ def _image_id(images: Lines, line: int) -> str:
     return head.removeprefix(b"\xef\xbb\xbf").decode(errors="replace")
 
 
-def decoded_base64(encoded: bytes, where: str) -> bytes:
-    """Read base64 of either alphabet, with or without ``data:image/jpeg;base64,`` before it."""
+def decode_base64(encoded: bytes, where: str) -> bytes:
+    """Decode standard or URL-safe base64, with or without ``data:image/jpeg;base64,``."""
     if encoded[:5].lower() == b"data:":
         encoded = encoded.partition(b",")[2]
     try:
         return base64.b64decode(encoded.strip().translate(bytes.maketrans(b"-_", b"+/")))
     except (binascii.Error, ValueError) as error:
-        raise DataError(f"{where}: its picture is not base64: {error}") from None
+        raise DataError(f"{where}: its image is not base64: {error}") from None
 
 
 def write_tsv(folder: Path, samples: Iterable[Sample], *, split: str) -> None:
@@ -151,13 +151,13 @@ def write_tsv(folder: Path, samples: Iterable[Sample], *, split: str) -> None:
         for sample in samples:
             images.write(sample.image_id.encode() + b"\t" + base64.b64encode(sample.image) + b"\n")
             for text_id, text in sample.texts:
-                image_ids = [plain_id(sample.image_id)]
-                line = {"text_id": plain_id(text_id), "text": text, "image_ids": image_ids}
+                image_ids = [parse_id(sample.image_id)]
+                line = {"text_id": parse_id(text_id), "text": text, "image_ids": image_ids}
                 texts.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def plain_id(given: str) -> int | str:
-    """Official ids are numbers; ``007`` is a string, so that it comes out as it went in."""
-    digits = given.isascii() and given.isdigit() and len(given) < 256  # int() has a limit
-    canonical = digits and str(int(given)) == given
-    return int(given) if canonical else given
+def parse_id(id: str) -> int | str:
+    """Return a decimal id as a number, like the official files; ``007`` stays a string."""
+    digits = id.isascii() and id.isdigit() and len(id) < 256  # int() has a limit
+    canonical = digits and str(int(id)) == id
+    return int(id) if canonical else id

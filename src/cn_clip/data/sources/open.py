@@ -1,4 +1,4 @@
-"""Any source of pairs by one string, such as ``tar:shards/{000..099}.tar``, and mixes of them."""
+"""Open a source by its URI, such as ``tar:shards/{000..099}.tar``, and mixes of sources."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from cn_clip.errors import DataError, UnknownNameError, UsageError
 from cn_clip.files import as_path, find
 from cn_clip.text import path_text
 
-_MOST_NAMES = 1_000_000  # that braces may stand for
+_MAX_FILES = 1_000_000  # that braces may expand to
 _COLUMNS = ("image", "text", "image_id", "text_id")
 _TABLE_OPTIONS = (*_COLUMNS, "root", "encoding")
-# kind -> the options that may follow its path
-KINDS = {
+# kind -> options
+SOURCE_OPTIONS = {
     "folder": ("encoding",),
     "csv": _TABLE_OPTIONS,
     "jsonl": _TABLE_OPTIONS,
@@ -40,43 +40,43 @@ KINDS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Weighted:
-    """A source of a mix; each of its pairs comes ``weight`` times an epoch on average."""
+class WeightedSource:
+    """A source of a mix; an epoch has ``weight`` times its pairs."""
 
     source: Source
     weight: float = 1.0
 
 
 def open_source(uri: str) -> Source:
-    """Open ``KIND:PATH?OPTION=VALUE&...``; the kind may be left out where the path tells it.
+    """Open ``KIND:PATH?OPTION=VALUE&...``; KIND is optional if the path implies it.
 
     Args:
-        uri: KIND is folder, csv, jsonl, parquet, tsv, lmdb or tar. PATH may hold globs and braces,
-            ``{000..099}`` or ``{a,b}``; the files are then read one after another. Options: the
-            columns ``image``, ``text``, ``image_id``, ``text_id`` of a manifest, its ``root`` for
-            relative paths, the ``encoding`` of texts, the ``texts`` file of a tsv, and its
-            ``unpaired=yes``, which takes pictures and texts without the other, to compare with.
+        uri: KIND is folder, csv, jsonl, parquet, tsv, lmdb or tar. PATH may contain globs and
+            braces, ``{000..099}`` or ``{a,b}``; the files are concatenated. Options: the columns
+            ``image``, ``text``, ``image_id``, ``text_id`` of a manifest, its ``root`` for relative
+            paths, the ``encoding`` of texts, the ``texts`` file of a tsv, and its
+            ``unpaired=yes``, which includes images without texts and texts without images.
 
     Raises:
-        UsageError: the string cannot be understood.
-        DataError: nothing is there, or it is damaged.
+        UsageError: the URI is invalid.
+        DataError: the source does not exist or is damaged.
     """
-    kind, path, options = _parsed(uri)
-    paths = _expanded(path)
+    kind, path, options = _parse_uri(uri)
+    paths = _expand(path)
     if not paths:
-        raise DataError(f"{uri}: nothing is at {path}")
-    parts = [_open_one(kind, each, options) for each in paths]
+        raise DataError(f"{uri}: no file matches {path}")
+    parts = [_open_one(kind, file, options) for file in paths]
     return parts[0] if len(parts) == 1 else Chain(uri, parts)
 
 
-def split_of(folder: str, split: str) -> str:
-    """Return the string of a split's source within a folder, as the usual layouts have it.
+def split_source(folder: str, split: str) -> str:
+    """Return the URI of a split in a folder of a common layout.
 
-    The official ``SPLIT_imgs.tsv`` and ``lmdb/SPLIT``; ``SPLIT.jsonl``, ``.csv``, ``.parquet`` or
-    ``.tar``; a folder ``SPLIT`` of tar shards, or of pictures with their texts.
+    Layouts: the official ``SPLIT_imgs.tsv`` and ``lmdb/SPLIT``; ``SPLIT.jsonl``, ``.csv``,
+    ``.parquet`` or ``.tar``; a folder ``SPLIT`` of tar shards, or of images with their texts.
 
     Raises:
-        DataError: the folder has none of them.
+        DataError: the folder has none of these.
     """
     root = as_path(folder)
     tables = {f"{split}.{kind}": kind for kind in ("jsonl", "csv", "parquet", "tar")}
@@ -93,14 +93,14 @@ def split_of(folder: str, split: str) -> str:
     )
 
 
-def open_mix(uris: Sequence[str]) -> list[Weighted]:
-    """Open several sources; ``0.5@tar:a.tar`` takes half of that one's pairs an epoch.
+def open_mix(uris: Sequence[str]) -> list[WeightedSource]:
+    """Open several sources; ``0.5@tar:a.tar`` uses half of the source's pairs per epoch.
 
     Raises:
-        UsageError, DataError: as ``open_source``, or a weight is not above zero.
+        UsageError, DataError: as ``open_source``, or a weight is not positive.
     """
     if not uris:
-        raise UsageError("no source of pairs; name one, such as folder:photos or tar:shards/*.tar")
+        raise UsageError("no source of pairs; give one, such as folder:photos or tar:shards/*.tar")
     mix = []
     for uri in uris:
         weight, alone = _weight_of(uri)
@@ -110,19 +110,19 @@ def open_mix(uris: Sequence[str]) -> list[Weighted]:
             factor = 0.0
         if not 0 < factor < math.inf:
             raise UsageError(f"{uri}: the weight {weight} is not a number above zero")
-        mix.append(Weighted(open_source(alone), factor))
+        mix.append(WeightedSource(open_source(alone), factor))
     return mix
 
 
 def paths_of(uri: str) -> list[Path]:
-    """Return the files and folders that a source names, with or without a weight.
+    """Return the files and folders of a source URI, with or without a weight.
 
     Raises:
-        UsageError: the string cannot be understood.
+        UsageError: the URI is invalid.
     """
-    _, path, options = _parsed(_weight_of(uri)[1])
+    _, path, options = _parse_uri(_weight_of(uri)[1])
     texts = [as_path(options["texts"])] if "texts" in options else []
-    return [*_expanded(path), *texts]
+    return [*_expand(path), *texts]
 
 
 def _weight_of(uri: str) -> tuple[str, str]:
@@ -132,7 +132,7 @@ def _weight_of(uri: str) -> tuple[str, str]:
 
 
 class Chain:
-    """Sources one after another, as one."""
+    """Concatenated sources."""
 
     def __init__(self, name: str, parts: Sequence[Source]) -> None:
         self.name = path_text(name)
@@ -143,34 +143,34 @@ class Chain:
         return self._starts[-1]
 
     def row(self, index: int) -> Row:
-        part, within = self._place(index)
-        return part.row(within)
+        part, offset = self._locate(index)
+        return part.row(offset)
 
     def image(self, index: int) -> bytes:
-        part, within = self._place(index)
-        return part.image(within)
+        part, offset = self._locate(index)
+        return part.image(offset)
 
     def where(self, index: int) -> str:
-        part, within = self._place(index)
-        return part.where(within)
+        part, offset = self._locate(index)
+        return part.where(offset)
 
     def unmatched(self) -> list[str]:
-        return [each for part in self._parts for each in part.unmatched()]
+        return [message for part in self._parts for message in part.unmatched()]
 
     def part(self, index: int) -> int:
-        """Return which of the sources a pair is in."""
+        """Return the number of the source that a pair is in."""
         return bisect.bisect_right(self._starts, index) - 1
 
-    def _place(self, index: int) -> tuple[Source, int]:
+    def _locate(self, index: int) -> tuple[Source, int]:
         number = self.part(index)
         return self._parts[number], index - self._starts[number]
 
 
 def id_digest(source: Source, index: int, id: str) -> int:
-    """Return 64 bits that stand for an id of a pair, of its picture or its text.
+    """Return a 64-bit digest of the image id or text id of a pair.
 
-    An id stands for one thing within a file only: img2dataset counts from 0 in every folder, and
-    rows without an id go by their number.
+    Ids are unique within one file only: img2dataset counts from 0 in every folder, and rows without
+    an id use their number.
     """
     part = source.part(index) if isinstance(source, Chain) else 0
     return digest(f"{part}\0{id}")
@@ -179,15 +179,15 @@ def id_digest(source: Source, index: int, id: str) -> int:
 def _open_one(kind: str, path: Path, options: dict[str, str]) -> Source:
     name, encoding = path_text(f"{kind}:{path}"), options.get("encoding")
     if kind in ("csv", "jsonl", "parquet", "tar") and path.is_dir():
-        raise DataError(f"{name} is a folder; name the files in it: {name}/*.{kind}")
+        raise DataError(f"{name} is a folder; give the files in it: {name}/*.{kind}")
     if kind in ("csv", "jsonl", "parquet"):
         if not path.exists():
             raise DataError(f"{name}: no such file: {path}")
-        given = {column: options.get(column) for column in _COLUMNS}
+        columns = {column: options.get(column) for column in _COLUMNS}
         open_table: dict[str, Callable[[], Table]] = {
-            "csv": lambda: Csv(name, path, given, encoding),
-            "jsonl": lambda: JsonLines(name, path, given, encoding),
-            "parquet": lambda: Parquet(name, path, given),
+            "csv": lambda: Csv(name, path, columns, encoding),
+            "jsonl": lambda: JsonLines(name, path, columns, encoding),
+            "parquet": lambda: Parquet(name, path, columns),
         }
         root = as_path(options["root"]) if "root" in options else path.parent
         return Manifest(name, open_table[kind](), root)
@@ -197,34 +197,34 @@ def _open_one(kind: str, path: Path, options: dict[str, str]) -> Source:
         texts = as_path(options["texts"]) if "texts" in options else None
         unpaired = options.get("unpaired", "no")
         if unpaired not in ("yes", "no"):
-            raise UsageError(f"{name}: unpaired={unpaired} is not known; give yes or no")
+            raise UsageError(f"{name}: unpaired={unpaired} is unknown; give yes or no")
         return Tsv(name, path, texts, encoding, unpaired=unpaired == "yes")
     return Lmdb(name, path) if kind == "lmdb" else Tar(path, name)
 
 
-def _parsed(uri: str) -> tuple[str, str, dict[str, str]]:
+def _parse_uri(uri: str) -> tuple[str, str, dict[str, str]]:
     kind, colon, path = uri.partition(":")
-    if not colon or (len(kind) == 1 and not kind.islower()):  # C:\photos is no kind
+    if not colon or (len(kind) == 1 and not kind.islower()):  # C:\photos is a Windows path
         kind, path = "", uri
     path, _, query = path.partition("?")
-    if "=" not in query and query:  # a question mark of a glob
+    if "=" not in query and query:  # "?" of a glob
         path, query = f"{path}?{query}", ""
     if not path.strip():
-        raise UsageError(f"{uri!r} names no path; write KIND:PATH, such as folder:photos")
-    kind = kind or _told(path, uri)
-    if kind not in KINDS:
-        raise UnknownNameError("kind of source", kind, KINDS)
+        raise UsageError(f"{uri!r} has no path; write KIND:PATH, such as folder:photos")
+    kind = kind or _detect_kind(path, uri)
+    if kind not in SOURCE_OPTIONS:
+        raise UnknownNameError("kind of source", kind, SOURCE_OPTIONS)
     options = dict(parse_qsl(query, keep_blank_values=True))
     for option in options:
-        if option not in KINDS[kind]:
-            raise UnknownNameError(f"option of {kind}:", option, KINDS[kind] or ["none"])
+        if option not in SOURCE_OPTIONS[kind]:
+            raise UnknownNameError(f"option of {kind}:", option, SOURCE_OPTIONS[kind] or ["none"])
         if not options[option].strip():
             raise UsageError(f"{uri}: {option} is empty; give a value, or leave it out")
     return kind, path, options
 
 
-def _told(path: str, uri: str) -> str:
-    """Tell the kind from the path."""
+def _detect_kind(path: str, uri: str) -> str:
+    """Return the kind of source at a path."""
     suffix = Path(path).suffix.lower()
     if path.endswith("_imgs.tsv"):
         return "tsv"
@@ -232,60 +232,62 @@ def _told(path: str, uri: str) -> str:
     if suffix in known:
         return known[suffix]
     if re.search(r"\.(tgz|tbz2?|txz|tar\.\w+)$", path.lower()):
-        return "tar"  # which says what to do with it
-    place = os.path.expanduser(path)
-    if os.path.isdir(os.path.join(place, "pairs")) and os.path.isdir(os.path.join(place, "imgs")):
+        return "tar"  # its reader asks to decompress the file
+    folder = os.path.expanduser(path)
+    if os.path.isdir(os.path.join(folder, "pairs")) and os.path.isdir(os.path.join(folder, "imgs")):
         return "lmdb"
-    if os.path.isdir(place):
+    if os.path.isdir(folder):
         return "folder"
     raise UsageError(
-        f"{uri}: which kind of source is it? Write KIND:PATH; KIND: {', '.join(KINDS)}"
+        f"{uri}: unknown kind of source; write KIND:PATH, KIND one of {', '.join(SOURCE_OPTIONS)}"
     )
 
 
-def _expanded(pattern: str) -> list[Path]:
-    """Expand braces, then globs; what braces name must exist, what globs find is sorted."""
+def _expand(pattern: str) -> list[Path]:
+    """Expand braces, then globs. Brace names must exist; glob matches are sorted."""
     literal = os.path.lexists(os.path.expanduser(pattern))
-    found: list[Path] = []
-    for path in map(as_path, [pattern] if literal else _braces(pattern)):
-        magic = any(c in str(path) for c in "*?[")
-        found += [path] if path.exists() or not magic else find(str(path))
-    return found
+    paths: list[Path] = []
+    for path in map(as_path, [pattern] if literal else _expand_braces(pattern)):
+        is_glob = any(c in str(path) for c in "*?[")
+        paths += [path] if path.exists() or not is_glob else find(str(path))
+    return paths
 
 
-def _braces(pattern: str) -> list[str]:
-    """Expand every ``{000..099}`` and ``{a,b}``, inner ones first.
+def _expand_braces(pattern: str) -> list[str]:
+    """Expand all ``{000..099}`` and ``{a,b}``, innermost first.
 
     Raises:
-        UsageError: they name more files than anybody has.
+        UsageError: there are too many names.
     """
     done, names = False, [pattern]
     while not done:
-        # Pieces of plain text and of choices by turns; choices are a range or a list.
+        # Literal text at even positions, braces at odd ones.
         split = [re.split(r"(\{\d+\.\.\d+\}|\{[^{}]*,[^{}]*\})", name) for name in names]
-        count = sum(math.prod(len(_span(piece)) for piece in each[1::2]) for each in split)
-        if count > _MOST_NAMES:
+        count = sum(math.prod(len(_span(piece)) for piece in pieces[1::2]) for pieces in split)
+        if count > _MAX_FILES:
             raise UsageError(
-                f"{pattern} names {count:,} files, above the limit of {_MOST_NAMES:,}; name fewer, "
+                f"{pattern} names {count:,} files, above the limit of {_MAX_FILES:,}; give fewer, "
                 "or use a glob such as *.tar"
             )
-        names = ["".join(each) for pieces in split for each in itertools.product(*_every(pieces))]
+        names = [
+            "".join(name) for pieces in split for name in itertools.product(*_alternatives(pieces))
+        ]
         done = all(len(pieces) == 1 for pieces in split)
     return names
 
 
-def _every(pieces: Sequence[str]) -> Iterator[list[str]]:
+def _alternatives(pieces: Sequence[str]) -> Iterator[list[str]]:
     for at, piece in enumerate(pieces):
         yield _choices(piece) if at % 2 else [piece]
 
 
 def _span(braces: str) -> range:
-    """Return as many numbers as there are choices in braces."""
+    """Return a range as long as the number of choices in braces."""
     ends = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", braces)
     if ends is None:
         return range(braces.count(",") + 1)
     if max(map(len, ends.groups())) > 18:
-        return range(_MOST_NAMES + 1)
+        return range(_MAX_FILES + 1)
     return range(int(ends[1]), int(ends[2]) + 1)
 
 

@@ -1,4 +1,4 @@
-"""Parquet files as tables of pairs: columns of strings, lists of captions, and images as bytes."""
+"""Parquet files as tables of pairs."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cn_clip.data.sources.index_cache import cached
+from cn_clip.data.sources.index_cache import cached_index
 from cn_clip.data.sources.lines import read_at
-from cn_clip.data.sources.table import Given, chosen
+from cn_clip.data.sources.table import NamedColumns, choose_columns
 from cn_clip.errors import CNClipError, DataError, UsageError
-from cn_clip.files import check_plain, mistaken
+from cn_clip.files import check_regular, wrong_format
 from cn_clip.text import path_text
 
-_ROWS, _ROWS_OF_IMAGES = 65_536, 256  # that are in memory at once while the index is built
+_ROWS, _ROWS_OF_IMAGES = 65_536, 256  # in memory at once while the index is built
 _EXPECTED = {
     "image": "paths, bytes, or struct<bytes, path>",
     "text": "strings, or lists of strings",
     "image_id": "strings or whole numbers",
     "text_id": "strings or whole numbers",
 }
-# What a column is laid out as.
+# Kinds of columns.
 _STRING, _NUMBER, _BYTES, _STRUCT, _LIST = "string", "number", "bytes", "struct", "list"
-_FITTING = {
+_ACCEPTED = {
     "image": (_STRING, _BYTES, _STRUCT),
     "text": (_STRING, _LIST),
     "image_id": (_STRING, _NUMBER),
@@ -36,65 +36,64 @@ _FITTING = {
 
 
 class Parquet:
-    """``.parquet``, through a copy of its columns that can be read in any order.
+    """``.parquet``, in random access through an index: a copy of the columns it uses.
 
-    A Parquet file can only be read by groups of rows, often a million. The columns that pairs are
-    made of are laid out once as an Arrow file, which is mapped: memory holds the pages in use. A
-    list of texts makes a pair of each. Images may be paths, bytes, or Hugging Face's
-    ``struct<bytes, path>``; one of bytes has the number of its row for an id.
+    Parquet itself is read by row groups, often of a million rows. The index is an Arrow file, which
+    is memory-mapped. A list of texts makes one pair per text. Images are paths, bytes, or Hugging
+    Face's ``struct<bytes, path>``; the id of an image of bytes is its row number.
     """
 
-    def __init__(self, name: str, path: Path, given: Given) -> None:
+    def __init__(self, name: str, path: Path, named: NamedColumns) -> None:
         self._path = path
-        arrow = _arrow("pyarrow")
+        arrow = _import("pyarrow")
         try:
-            check_plain(path)
+            check_regular(path)
         except (OSError, ValueError) as error:
             raise DataError(
                 f"{path} cannot be read: {getattr(error, 'strerror', None) or error}"
             ) from None
-        fields = _fields(path)
-        kinds = {field.name: _kind(arrow, field.type) for field in fields}
-        self.columns = chosen(
+        fields = _read_fields(path)
+        kinds = {field.name: _column_kind(arrow, field.type) for field in fields}
+        self.columns = choose_columns(
             name,
             [field.name for field in fields],
-            given,
-            lambda what, column: kinds[column] in _FITTING[what],
+            named,
+            lambda role, column: kinds[column] in _ACCEPTED[role],
         )
         self._kinds: dict[str, str] = {}
-        """Of each column that is used, by what it is used for."""
-        for what, fitting in _FITTING.items():
-            if column := getattr(self.columns, what):
-                if kinds[column] not in fitting:
-                    found = next(field.type for field in fields if field.name == column)
+        """Role (image, text, ...) -> kind of its column."""
+        for role, accepted in _ACCEPTED.items():
+            if column := getattr(self.columns, role):
+                if kinds[column] not in accepted:
+                    type = next(field.type for field in fields if field.name == column)
                     raise DataError(
-                        f"{name}: the column {column} is {found}; expected {_EXPECTED[what]}. "
-                        f"Convert it, or name another one with ?{what}=COLUMN"
+                        f"{name}: the column {column} is {type}; expected {_EXPECTED[role]}. "
+                        f"Convert it, or name another one with ?{role}=COLUMN"
                     )
-                self._kinds[what] = kinds[column]
-        laid = {what: (getattr(self.columns, what), kind) for what, kind in self._kinds.items()}
-        mark = hashlib.blake2b(repr(laid).encode(), digest_size=4).hexdigest()
+                self._kinds[role] = kinds[column]
+        layout = {role: (getattr(self.columns, role), kind) for role, kind in self._kinds.items()}
+        layout_digest = hashlib.blake2b(repr(layout).encode(), digest_size=4).hexdigest()
 
         def write(index: Path) -> None:
-            _lay_out(path, laid, index)
+            _write_index(path, layout, index)
 
         def read(index: Path) -> Path:
             self._open(index)
             return index
 
-        self._index = cached(path, f"-{mark}.2.arrow", write, read)
+        self._index = cached_index(path, f"-{layout_digest}.2.arrow", write, read)
 
     def _open(self, index: Path) -> None:
-        arrow = _arrow("pyarrow")
+        arrow = _import("pyarrow")
         with arrow.memory_map(str(index)) as mapped:
             table = arrow.ipc.open_file(mapped).read_all()
         table.validate()
         self._table = table
         self._ends: npt.NDArray[np.int64] | None = None
         if self._kinds["text"] == _LIST:
-            lengths = _arrow("pyarrow.compute").list_value_length(table.column("text"))
+            lengths = _import("pyarrow.compute").list_value_length(table.column("text"))
             counts = lengths.fill_null(0).to_numpy()
-            # A row without a text is one all the same, which says so when it is read.
+            # A row without a text is a pair too: reading it reports the error.
             self._ends = np.cumsum(np.maximum(counts, 1), dtype=np.int64)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -108,23 +107,23 @@ class Parquet:
         return int(self._table.num_rows if self._ends is None else self._ends[-1:].sum())
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        row, which = self._place(index)
-        values = {what: self._value(what, row) for what in self._kinds if what != "image"}
+        row, text_number = self._locate(index)
+        values = {role: self._value(role, row) for role in self._kinds if role != "image"}
         if self._ends is not None:
             texts = values["text"] or [None]
-            values["text"] = texts[which]
-            if which and values.get("text_id") is not None:
-                values["text_id"] = f"{values['text_id']}#{which}"
+            values["text"] = texts[text_number]
+            if text_number and values.get("text_id") is not None:
+                values["text_id"] = f"{values['text_id']}#{text_number}"
         if self._kinds["image"] == _STRING:
             values["image"] = self._value("image", row)
         elif self._kinds["image"] == _STRUCT and not self._holds_bytes(row):
             values["image"] = self._value("image_path", row)
         else:
             values["image"] = str(row)
-        return {getattr(self.columns, what): value for what, value in values.items()}
+        return {getattr(self.columns, role): value for role, value in values.items()}
 
     def content(self, index: int) -> bytes | None:
-        row, _ = self._place(index)
+        row, _ = self._locate(index)
         if self._kinds["image"] == _STRING or not self._holds_bytes(row):
             return None
         content = self._value("image", row)
@@ -132,10 +131,10 @@ class Parquet:
         return content
 
     def where(self, index: int) -> str:
-        return f"{path_text(self._path)}, row {self._place(index)[0]}"
+        return f"{path_text(self._path)}, row {self._locate(index)[0]}"
 
-    def _place(self, index: int) -> tuple[int, int]:
-        """Return the row of a pair, and which of its texts it has."""
+    def _locate(self, index: int) -> tuple[int, int]:
+        """Return the row of a pair, and the number of its text in that row."""
         if self._ends is None:
             return index, 0
         row = int(np.searchsorted(self._ends, index, "right"))
@@ -147,102 +146,102 @@ class Parquet:
     def _value(self, column: str, row: int) -> Any:
         try:
             return self._table.column(column)[row].as_py()
-        except (ValueError, OSError) as error:  # strings need not be UTF-8; see UnicodeDecodeError
+        except (ValueError, OSError) as error:  # including UnicodeDecodeError
             raise DataError(f"{path_text(self._path)}, row {row}: {error}") from None
 
 
-def _fields(path: Path) -> list[Any]:
-    parquet = _arrow("pyarrow.parquet")
-    return list(_parsed(path, lambda: list(parquet.ParquetFile(path).schema_arrow)))
+def _read_fields(path: Path) -> list[Any]:
+    parquet = _import("pyarrow.parquet")
+    return list(_map_parse_errors(path, lambda: list(parquet.ParquetFile(path).schema_arrow)))
 
 
-def _kind(arrow: Any, type: Any) -> str:
-    """Return what a column of a type is laid out as; "" if it is of no use."""
+def _column_kind(arrow: Any, type: Any) -> str:
+    """Return the kind of a column of an Arrow type; "" if it is not supported."""
     types = arrow.types
 
-    def named(*names: str) -> bool:  # older versions of pyarrow know fewer types
+    def is_any(*names: str) -> bool:  # older versions of pyarrow have fewer types
         return any(getattr(types, f"is_{name}", lambda _: False)(type) for name in names)
 
-    if named("dictionary"):
-        inner = _kind(arrow, type.value_type)
+    if is_any("dictionary"):
+        inner = _column_kind(arrow, type.value_type)
         return inner if inner in (_STRING, _NUMBER) else ""
-    if named("string", "large_string", "string_view"):
+    if is_any("string", "large_string", "string_view"):
         return _STRING
-    if named("integer"):
+    if is_any("integer"):
         return _NUMBER
-    if named("binary", "large_binary", "binary_view", "fixed_size_binary"):
+    if is_any("binary", "large_binary", "binary_view", "fixed_size_binary"):
         return _BYTES
-    if named("list", "large_list", "fixed_size_list", "list_view", "large_list_view"):
-        return _LIST if _kind(arrow, type.value_type) == _STRING else ""
-    if named("struct"):
-        inside = {field.name: _kind(arrow, field.type) for field in type}
-        fits = inside.get("bytes") == _BYTES and inside.get("path", _STRING) == _STRING
+    if is_any("list", "large_list", "fixed_size_list", "list_view", "large_list_view"):
+        return _LIST if _column_kind(arrow, type.value_type) == _STRING else ""
+    if is_any("struct"):
+        members = {field.name: _column_kind(arrow, field.type) for field in type}
+        fits = members.get("bytes") == _BYTES and members.get("path", _STRING) == _STRING
         return _STRUCT if fits else ""
     return ""
 
 
-def _lay_out(path: Path, laid: Mapping[str, tuple[str, str]], index: Path) -> None:
-    """Write the columns, each named by what it is used for, as an Arrow file."""
-    arrow = _arrow("pyarrow")
-    to = {
+def _write_index(path: Path, layout: Mapping[str, tuple[str, str]], index: Path) -> None:
+    """Write the columns, named by their roles, as an Arrow file."""
+    arrow = _import("pyarrow")
+    types = {
         _STRING: arrow.large_string(),
         _NUMBER: arrow.large_string(),  # ids are strings, and some are above 2 ** 63
         _BYTES: arrow.large_binary(),
         _STRUCT: arrow.large_binary(),
         _LIST: arrow.large_list(arrow.large_string()),
     }
-    fields = [arrow.field(what, to[kind]) for what, (_, kind) in laid.items()]
-    if laid["image"][1] == _STRUCT:
-        fields.append(arrow.field("image_path", to[_STRING]))
+    fields = [arrow.field(role, types[kind]) for role, (_, kind) in layout.items()]
+    if layout["image"][1] == _STRUCT:
+        fields.append(arrow.field("image_path", types[_STRING]))
     schema = arrow.schema(fields)
     with (
         arrow.OSFile(str(index), "wb") as sink,
         arrow.ipc.new_file(sink, schema) as writer,
     ):
-        for columns in _batches(path, laid):
+        for columns in _batches(path, layout):
             arrays = [_cast(path, columns[field.name], field.type) for field in schema]
             writer.write_batch(arrow.record_batch(arrays, schema=schema))
 
 
-def _batches(path: Path, laid: Mapping[str, tuple[str, str]]) -> Iterator[dict[str, Any]]:
-    parquet = _arrow("pyarrow.parquet")
-    names = list(dict.fromkeys(column for column, _ in laid.values()))
-    size = _ROWS if laid["image"][1] == _STRING else _ROWS_OF_IMAGES
-    file = _parsed(path, lambda: parquet.ParquetFile(path, buffer_size=1 << 20))
-    batches = _parsed(path, lambda: file.iter_batches(batch_size=size, columns=names))
-    while (batch := _parsed(path, lambda: next(batches, None))) is not None:
-        columns = {what: batch.column(column) for what, (column, _) in laid.items()}
-        if laid["image"][1] == _STRUCT:
-            whole = columns["image"]
-            inside = dict(zip([f.name for f in whole.type], whole.flatten(), strict=True))
-            columns["image"] = inside["bytes"]
-            columns["image_path"] = inside.get("path", _arrow("pyarrow").nulls(len(whole)))
+def _batches(path: Path, layout: Mapping[str, tuple[str, str]]) -> Iterator[dict[str, Any]]:
+    parquet = _import("pyarrow.parquet")
+    names = list(dict.fromkeys(column for column, _ in layout.values()))
+    size = _ROWS if layout["image"][1] == _STRING else _ROWS_OF_IMAGES
+    file = _map_parse_errors(path, lambda: parquet.ParquetFile(path, buffer_size=1 << 20))
+    batches = _map_parse_errors(path, lambda: file.iter_batches(batch_size=size, columns=names))
+    while (batch := _map_parse_errors(path, lambda: next(batches, None))) is not None:
+        columns = {role: batch.column(column) for role, (column, _) in layout.items()}
+        if layout["image"][1] == _STRUCT:
+            structs = columns["image"]
+            members = dict(zip([f.name for f in structs.type], structs.flatten(), strict=True))
+            columns["image"] = members["bytes"]
+            columns["image_path"] = members.get("path", _import("pyarrow").nulls(len(structs)))
         yield columns
 
 
 def _cast(path: Path, column: Any, type: Any) -> Any:
-    arrow = _arrow("pyarrow")
+    arrow = _import("pyarrow")
     try:
         return column.cast(type)
-    except arrow.ArrowException:  # from views, in versions of pyarrow that do not know them well
-        return _parsed(path, lambda: arrow.array(column.to_pylist(), type))
+    except arrow.ArrowException:  # some versions of pyarrow cannot cast views
+        return _map_parse_errors(path, lambda: arrow.array(column.to_pylist(), type))
 
 
-def _parsed(path: Path, read: Callable[[], Any]) -> Any:
-    """Run a parser of pyarrow over the bytes of a file; damaged ones make it raise many kinds."""
+def _map_parse_errors(path: Path, read: Callable[[], Any]) -> Any:
+    """Run a pyarrow parser; on a damaged file it raises many kinds of errors."""
     try:
         return read()
     except CNClipError:
         raise
     except Exception as error:
-        if what := mistaken(read_at(path, 0, 32)):
-            raise DataError(f"{path} is {what}") from None
+        if reason := wrong_format(read_at(path, 0, 32)):
+            raise DataError(f"{path} is {reason}") from None
         raise DataError(
-            f"{path} is damaged, or no whole Parquet file: {error or type(error).__name__}"
+            f"{path} is damaged or not a Parquet file: {error or type(error).__name__}"
         ) from None
 
 
-def _arrow(name: str) -> Any:
+def _import(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError:

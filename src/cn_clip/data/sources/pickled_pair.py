@@ -1,7 +1,7 @@
-"""A pair out of its pickle, without unpickling it.
+"""Parse a pickled pair without the pickle module.
 
-A pickle is a program, and even one that calls nothing can run for ever or nest until the process
-ends. A pair is flat, so a few of the opcodes and a few of each are enough.
+A pickle is a program: even one without calls can run forever or nest until the process crashes. A
+pair is flat and needs few opcodes.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ _SCALARS = {
 _PUT, _GET = {"PUT", "BINPUT", "LONG_BINPUT"}, {"GET", "BINGET", "LONG_BINGET"}
 _BUILD = {"MARK", "TUPLE", "TUPLE3", "EMPTY_LIST", "LIST", "APPEND", "APPENDS"}
 _READ = _SCALARS | _PUT | _GET | _BUILD | {"PROTO", "FRAME", "MEMOIZE", "STOP"}
-_OPCODES = {ord(each.code): each for each in pickletools.opcodes}
-_MAX_STEPS = 32  # a list of three, in protocol 0 with a memo for each, takes 14
+_OPCODES = {ord(opcode.code): opcode for opcode in pickletools.opcodes}
+_MAX_STEPS = 32  # a list of three in protocol 0, with a memo for each item, takes 14
 _SHAPE = "(image id, text id, text)"
 _MARK = object()
 
 PickledPair = tuple[int | str, int | str, str]
 
 
-def unpickled_pair(raw: bytes) -> PickledPair:
+def parse_pickled_pair(raw: bytes) -> PickledPair:
     """Return (image id, text id, text) of ``pickle.dumps`` of a tuple or list, of any protocol.
 
     Raises:
-        ValueError: it is anything else; what it is, is named.
+        ValueError: it is not such a pickle.
     """
     stream = io.BytesIO(raw)
     stack: list[Any] = []
@@ -46,27 +46,27 @@ def unpickled_pair(raw: bytes) -> PickledPair:
             stack.append(argument)
         elif name in _GET:
             if argument not in memo:
-                raise ValueError(f"its pickle gets {argument} from its memo, where nothing is")
+                raise ValueError(f"its pickle gets {argument} from its memo, which is not set")
             stack.append(memo[argument])
         elif name in _PUT or name == "MEMOIZE":
             memo[len(memo) if name == "MEMOIZE" else argument] = _top(stack)
         elif name in _BUILD:
             _build(name, stack)
-    raise ValueError(f"its pickle has more than {_MAX_STEPS} opcodes; a pair needs fewer")
+    raise ValueError(f"its pickle has more than {_MAX_STEPS} opcodes; expected a pair")
 
 
 def _step(stream: io.BytesIO, stack: list[Any]) -> tuple[str, Any]:
-    """Read an opcode and its argument, the latter only of those that a pair may have."""
+    """Read an opcode and its argument; the argument only of opcodes that a pair may use."""
     code = stream.read(1)
     opcode = _OPCODES.get(code[0]) if code else None
     if opcode is None:
         raise ValueError(
-            f"its pickle has {code!r} for an opcode" if code else "its pickle ends early"
+            f"its pickle has the unknown opcode {code!r}" if code else "its pickle ends early"
         )
     if opcode.name == "STACK_GLOBAL":
-        raise _naming(*(str(each) for each in stack[-2:]))
+        raise _refuse_name(*(str(item) for item in stack[-2:]))
     if opcode.name == "GLOBAL":
-        raise _naming(*(stream.readline(80).decode("latin-1").strip() for _ in range(2)))
+        raise _refuse_name(*(stream.readline(80).decode("latin-1").strip() for _ in range(2)))
     if opcode.name not in _READ:
         raise ValueError(
             f"its pickle has the opcode {opcode.name}; a pair is {_SHAPE}, numbers and strings"
@@ -75,7 +75,7 @@ def _step(stream: io.BytesIO, stack: list[Any]) -> tuple[str, Any]:
 
 
 def _build(name: str, stack: list[Any]) -> None:
-    """Make a tuple or a list of what is on top of the stack, or add it to a list."""
+    """Make a tuple or a list of the top items of the stack, or append them to a list."""
     if name in ("TUPLE3", "APPEND"):
         at = max(0, len(stack) - (3 if name == "TUPLE3" else 1))
         items = stack[at:]
@@ -85,7 +85,7 @@ def _build(name: str, stack: list[Any]) -> None:
             raise ValueError("its pickle lacks a mark")
         items = stack[at + 1 :]
     del stack[at:]
-    # What holds only these cannot hold itself, and cannot nest.
+    # A list of numbers and strings cannot contain itself or nest.
     if not all(type(item) in (int, str) for item in items):
         raise ValueError(f"its pickle holds more than numbers and strings; a pair is {_SHAPE}")
     if name in ("TUPLE", "TUPLE3", "LIST"):
@@ -93,15 +93,15 @@ def _build(name: str, stack: list[Any]) -> None:
     elif isinstance(_top(stack), list):
         stack[-1] += items
     else:
-        raise ValueError("its pickle adds to what is not a list")
+        raise ValueError("its pickle appends to something other than a list")
 
 
 def _pair(stack: list[Any]) -> PickledPair:
-    found = _top(stack)
-    if isinstance(found, tuple | list) and len(found) == 3 and isinstance(found[2], str):
-        return found[0], found[1], found[2]
-    what = f"{found!r:.80}" if found is not _MARK else "nothing"
-    raise ValueError(f"its pickle holds {what}; expected {_SHAPE}")
+    value = _top(stack)
+    if isinstance(value, tuple | list) and len(value) == 3 and isinstance(value[2], str):
+        return value[0], value[1], value[2]
+    shown = f"{value!r:.80}" if value is not _MARK else "nothing"
+    raise ValueError(f"its pickle holds {shown}; expected {_SHAPE}")
 
 
 def _top(stack: list[Any]) -> Any:
@@ -110,5 +110,5 @@ def _top(stack: list[Any]) -> Any:
     return stack[-1]
 
 
-def _naming(*parts: str) -> ValueError:
-    return ValueError(f"its pickle names {'.'.join(parts)}, and only data is read")
+def _refuse_name(*parts: str) -> ValueError:
+    return ValueError(f"its pickle names {'.'.join(parts)}; only data is read")

@@ -1,5 +1,4 @@
-"""Pairs listed in CSV or JSON Lines files, with the paths of their images, and the contract of
-tables; Parquet has a file of its own."""
+"""Manifests of pairs: CSV, JSON Lines, and the protocol of tables, which Parquet implements too."""
 
 from __future__ import annotations
 
@@ -15,9 +14,9 @@ from urllib.parse import unquote, urlsplit
 from cn_clip.data.sources.base import Row
 from cn_clip.data.sources.lines import Lines, json_object, read_at
 from cn_clip.errors import DataError
-from cn_clip.files import beside, check_plain, read_file
+from cn_clip.files import check_regular, read_file, resolve_in
 
-# The names that columns go by, the first one found is taken.
+# Common column names, in order of preference.
 IMAGE = (
     "image",
     "image_path",
@@ -32,17 +31,17 @@ IMAGE = (
 )
 TEXT = ("text", "caption", "title", "TEXT", "sentence", "query_text")
 IMAGE_ID, TEXT_ID = ("image_id", "img_id", "photo_id"), ("text_id", "caption_id", "query_id")
-KNOWN = {"image": IMAGE, "text": TEXT, "image_id": IMAGE_ID, "text_id": TEXT_ID}
+COLUMN_NAMES = {"image": IMAGE, "text": TEXT, "image_id": IMAGE_ID, "text_id": TEXT_ID}
 _DELIMITERS = (",", "\t", ";", "|")
-_HEAD = 1 << 16  # bytes at the start of a file in which its columns are looked for
+_HEAD = 1 << 16  # bytes read to detect the separator
 
-Given = Mapping[str, str | None]
-"""Of image, text, image_id and text_id: the column that was named, if one was."""
+NamedColumns = Mapping[str, str | None]
+"""image, text, image_id and text_id -> the column that the user named, or None."""
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Which column is what; an empty one is not there."""
+    """Column names; empty if the table has no such column."""
 
     image: str
     text: str
@@ -51,7 +50,7 @@ class Columns:
 
 
 class Table(Protocol):
-    """Records by number, each a mapping from the names of columns."""
+    """Records (column -> value) by index."""
 
     columns: Columns
 
@@ -60,17 +59,17 @@ class Table(Protocol):
     def __getitem__(self, index: int) -> Mapping[str, Any]: ...
 
     def content(self, index: int) -> bytes | None:
-        """Return the bytes of an image that the table itself holds; None if it holds paths."""
+        """Return the bytes of an embedded image; None if the table holds paths."""
         ...
 
     def where(self, index: int) -> str: ...
 
 
 class Manifest:
-    """A table's rows as pairs. Paths start at ``root``, by default the table's folder.
+    """The rows of a table as pairs. Paths are relative to ``root``, by default the table's folder.
 
-    A web address stands for the file of its last part in ``root``: ``http://a.b/c/cat.jpg`` is
-    ``root/cat.jpg``. A path with ``\\``, written on Windows, is found by the one with ``/``.
+    A URL means its downloaded file in ``root``: ``http://a.b/c/cat.jpg`` is ``root/cat.jpg``. In
+    paths written on Windows, ``\\`` means ``/``.
     """
 
     def __init__(self, name: str, table: Table, root: Path) -> None:
@@ -93,17 +92,17 @@ class Manifest:
         content = self._table.content(index)
         if content is not None:
             return content
-        given = self._string(self._table[index], self._columns.image, index)
-        path: Path | str = given
+        value = self._string(self._table[index], self._columns.image, index)
+        path: Path | str = value
         try:
-            path = beside(self._root, _local(given))
+            path = resolve_in(self._root, _downloaded_name(value))
             return read_file(path)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            remedy = "download it first, or " if "://" in given else ""
+            remedy = "download it first, or " if "://" in value else ""
             raise DataError(
-                f"{self.where(index)}: no picture {path} ({reason}); {remedy}name the folder of "
-                "the pictures with ?root=FOLDER"
+                f"{self.where(index)}: no image {path} ({reason}); {remedy}set the folder of the "
+                "images with ?root=FOLDER"
             ) from None
 
     def where(self, index: int) -> str:
@@ -118,8 +117,8 @@ class Manifest:
             return value
         if isinstance(value, list):
             raise DataError(
-                f"{self.where(index)}: {column} is a list of {len(value)}; give each caption a row "
-                "of its own"
+                f"{self.where(index)}: {column} is a list of {len(value)}; give every caption "
+                "its own row"
             )
         raise DataError(f"{self.where(index)}: {column} is {value!r:.40}; expected a string")
 
@@ -133,11 +132,13 @@ class Manifest:
 
 
 class JsonLines:
-    """``.jsonl``: a JSON object a line."""
+    """``.jsonl``: one JSON object per line."""
 
-    def __init__(self, name: str, path: Path, given: Given, encoding: str | None = None) -> None:
+    def __init__(
+        self, name: str, path: Path, named: NamedColumns, encoding: str | None = None
+    ) -> None:
         self._lines = Lines(path, encoding=encoding)
-        self.columns = chosen(name, tuple(self[0]) if len(self._lines) else (), given)
+        self.columns = choose_columns(name, tuple(self[0]) if len(self._lines) else (), named)
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -153,19 +154,21 @@ class JsonLines:
 
 
 class Csv:
-    """``.csv`` with a header; ``.tsv`` has tabs for commas.
+    """``.csv`` with a header; ``.tsv`` is separated by tabs.
 
-    Another separator is found if the header has the columns by it and by no other one, or is named
-    by a first line ``sep=;``, as Excel writes it.
+    Another separator is detected if it is the only one that gives the header an image and a text
+    column, or if the first line is ``sep=;``, as Excel writes it.
     """
 
-    def __init__(self, name: str, path: Path, given: Given, encoding: str | None = None) -> None:
-        self._delimiter, skip = _dialect(path, given, encoding)
+    def __init__(
+        self, name: str, path: Path, named: NamedColumns, encoding: str | None = None
+    ) -> None:
+        self._delimiter, skip = _dialect(path, named, encoding)
         self._lines = Lines(path, encoding=encoding, delimiter=self._delimiter, skip=skip)
         if not len(self._lines):
-            raise DataError(f"{path} is empty; its first line names the columns")
-        self._names = tuple(each.strip() for each in self._fields(0))
-        self.columns = chosen(name, self._names, given)
+            raise DataError(f"{path} is empty; expected a header in the first line")
+        self._names = tuple(field.strip() for field in self._fields(0))
+        self.columns = choose_columns(name, self._names, named)
 
     def __len__(self) -> int:
         return len(self._lines) - 1
@@ -175,7 +178,7 @@ class Csv:
         if len(fields) != len(self._names):
             raise DataError(
                 f"{self.where(index)} has {len(fields)} fields, its header {len(self._names)}; "
-                "put fields that hold a separator in double quotes"
+                "quote fields that hold a separator"
             )
         return dict(zip(self._names, fields, strict=True))
 
@@ -186,42 +189,40 @@ class Csv:
         return self._lines.where(index + 1)
 
     def _fields(self, record: int) -> list[str]:
-        # Given with its line ends, as the csv module wants it, for quoted fields of several lines.
+        # The csv module needs the line ends of quoted fields that span lines.
         text = io.StringIO(self._lines[record], newline="")
         try:
             fields, *more = csv.reader(text, delimiter=self._delimiter, strict=True)
         except (csv.Error, ValueError) as error:
             raise DataError(
-                f"{self._lines.where(record)}: {error}; put a field that holds quotes or line "
-                "ends in double quotes, and double the quotes in it"
+                f"{self._lines.where(record)}: {error}; quote fields that hold quotes or line "
+                "ends, and double the quotes in them"
             ) from None
         if more:
-            raise DataError(
-                f"{self._lines.where(record)} has a line end within; put the field in double quotes"
-            )
+            raise DataError(f"{self._lines.where(record)} holds a line end; quote the field")
         return fields
 
 
-def _dialect(path: Path, given: Given, encoding: str | None) -> tuple[str, int]:
-    """Return the separator of a CSV file, and how many lines are before its header."""
+def _dialect(path: Path, named: NamedColumns, encoding: str | None) -> tuple[str, int]:
+    """Return the separator of a CSV file, and the number of lines before its header."""
     default = "\t" if path.suffix.lower() == ".tsv" else ","
     try:
         head = read_head(path).decode(encoding or "utf-8", "replace").removeprefix("\ufeff")
     except (LookupError, UnicodeError):
-        return default, 0  # reading the file reports it
+        return default, 0  # Lines reports it
     lines = [line for line in re.split(r"[\r\n]+", head) if line.strip()]
     if not lines:
         return default, 0
-    if named := re.fullmatch(r"sep=(.)\s*", lines[0], re.IGNORECASE | re.DOTALL):
-        return named[1], 1
-    fitting = [each for each in _DELIMITERS if _fits(_header(lines[0], each), given)]
+    if separator := re.fullmatch(r"sep=(.)\s*", lines[0], re.IGNORECASE | re.DOTALL):
+        return separator[1], 1
+    fitting = [d for d in _DELIMITERS if _has_columns(_header(lines[0], d), named)]
     return (fitting[0] if len(fitting) == 1 and default not in fitting else default), 0
 
 
 def read_head(path: Path) -> bytes:
-    """Return the first bytes of a plain file, none if it is none."""
+    """Return the first bytes of a file; empty if it is not a regular file."""
     try:
-        check_plain(path)
+        check_regular(path)
     except OSError:
         return b""
     return read_at(path, 0, _HEAD)
@@ -229,54 +230,56 @@ def read_head(path: Path) -> bytes:
 
 def _header(line: str, delimiter: str) -> list[str]:
     try:
-        return [each.strip() for each in next(csv.reader([line], delimiter=delimiter), [])]
+        return [field.strip() for field in next(csv.reader([line], delimiter=delimiter), [])]
     except csv.Error:
         return []
 
 
-def _fits(columns: Sequence[str], given: Given) -> bool:
+def _has_columns(columns: Sequence[str], named: NamedColumns) -> bool:
     return all(
-        given[what] in columns if given.get(what) else any(each in columns for each in KNOWN[what])
-        for what in ("image", "text")
+        named[role] in columns
+        if named.get(role)
+        else any(name in columns for name in COLUMN_NAMES[role])
+        for role in ("image", "text")
     )
 
 
-def chosen(
+def choose_columns(
     name: str,
     columns: Sequence[str],
-    given: Given,
-    usable: Callable[[str, str], bool] = lambda what, column: True,
+    named: NamedColumns,
+    usable: Callable[[str, str], bool] = lambda role, column: True,
 ) -> Columns:
-    """Choose the columns of a table: those that were named, else those of a usual name, first those
-    that are ``usable``.
+    """Choose the columns of a table: named ones, otherwise those with a common name, ``usable``
+    ones first.
 
     Raises:
-        DataError: there is none, or two have its name.
+        DataError: there is no image or text column, or its name is not unique.
     """
-    found: dict[str, str] = {}
-    for what, known in KNOWN.items():
-        named = given.get(what)
-        if named is not None and named not in columns:
-            raise DataError(f"{name}: no column {named!r}; it has {', '.join(columns)}")
-        usual = sorted(
-            (each for each in known if each in columns), key=lambda each: not usable(what, each)
-        )
-        column = named if named is not None else next(iter(usual), "")
-        if not column and what in ("image", "text"):
+    chosen: dict[str, str] = {}
+    for role, common in COLUMN_NAMES.items():
+        column = named.get(role)
+        if column is not None and column not in columns:
+            raise DataError(f"{name}: no column {column!r}; it has {', '.join(columns)}")
+        if column is None:
+            candidates = [known for known in common if known in columns]
+            candidates.sort(key=lambda known: not usable(role, known))
+            column = next(iter(candidates), "")
+        if not column and role in ("image", "text"):
             raise DataError(
-                f"{name}: no column for the {what} ({', '.join(known)}) among "
-                f"{', '.join(columns) or 'none'}; name it with ?{what}=COLUMN"
+                f"{name}: no column for the {role} ({', '.join(common)}) among "
+                f"{', '.join(columns) or 'none'}; name it with ?{role}=COLUMN"
             )
         if column and columns.count(column) > 1:
             raise DataError(f"{name}: two columns are called {column!r}; rename one of them")
-        found[what] = column
-    return Columns(**found)
+        chosen[role] = column
+    return Columns(**chosen)
 
 
-def _local(given: str) -> str:
-    """Turn a web address into the name of the file that it was downloaded to."""
-    if given.startswith("file://"):
-        return unquote(urlsplit(given).path)
-    if given.startswith(("http://", "https://")):
-        return unquote(urlsplit(given).path).rpartition("/")[2]
-    return given
+def _downloaded_name(path: str) -> str:
+    """Return the file name that a URL is downloaded to; other paths stay unchanged."""
+    if path.startswith("file://"):
+        return unquote(urlsplit(path).path)
+    if path.startswith(("http://", "https://")):
+        return unquote(urlsplit(path).path).rpartition("/")[2]
+    return path

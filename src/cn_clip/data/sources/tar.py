@@ -1,4 +1,4 @@
-"""Tar shards as WebDataset and img2dataset write them, read in any order and never extracted."""
+"""Tar shards of WebDataset and img2dataset, in random access, without extraction."""
 
 from __future__ import annotations
 
@@ -17,58 +17,59 @@ import numpy.typing as npt
 
 from cn_clip.arrays import read_npz
 from cn_clip.data.sources.base import Row
-from cn_clip.data.sources.index_cache import cached
+from cn_clip.data.sources.index_cache import cached_index
 from cn_clip.data.sources.lines import json_object, read_at
 from cn_clip.errors import DataError
-from cn_clip.files import MAX_FILE, MAX_TEXT, check_plain, mistaken, passed_over
+from cn_clip.files import MAX_FILE, MAX_TEXT, check_regular, skipped_files, wrong_format
 from cn_clip.image.decode import SUFFIXES
 from cn_clip.text import path_text, read_json
 
 _TEXT, _JSON = (".txt", ".caption"), (".json",)
-_PARTS = frozenset((*SUFFIXES, *_TEXT, *_JSON))
+_SUFFIXES = frozenset((*SUFFIXES, *_TEXT, *_JSON))
 _BLOCK = 512
-_FORMAT = ".2.npz"  # of the index; another one is built anew
+_INDEX_SUFFIX = ".2.npz"  # format version of the index
 
-_HEADER = 1 << 16  # bytes of a header; the parser of tarfile takes their square in time
+_MAX_HEADER = 1 << 16  # bytes of a header; the time of tarfile's parser is quadratic in them
 
 
 class Tar:
     """One shard: members ``KEY.jpg``, ``KEY.txt``, ``KEY.json`` make a sample, in any order.
 
-    KEY is a member's path without its last suffix. Members that have no partner so, but one up to
-    the first dot of their names, as WebDataset has it, make a sample as well: ``KEY.img.jpg`` and
-    ``KEY.cap.txt``.
+    KEY is a member's path without its last suffix. Members that do not match this way are matched
+    by their names up to the first dot, as in WebDataset: ``KEY.img.jpg`` and ``KEY.cap.txt``.
 
-    The text is that of ``KEY.txt``, else ``caption`` or ``text`` in the JSON. A list ``texts`` in
-    the JSON, as ``write_shard`` writes it, makes a pair of each. The ids are those in the JSON,
+    The text is ``KEY.txt``, or else ``caption`` or ``text`` in the JSON. A list ``texts`` in the
+    JSON, as ``write_shard`` writes it, makes one pair per text. The ids are those in the JSON, or
     else the key.
     """
 
     def __init__(self, path: Path, name: str | None = None) -> None:
-        """Open a shard by its index, which is built once.
+        """Open a shard; its index is built once.
 
         Raises:
-            DataError: it is no whole tar, one still being written say, or holds no sample.
-            CNClipError: there is no place to write the index.
+            DataError: the tar is incomplete (perhaps still being written) or has no sample.
+            CNClipError: the index cannot be written.
         """
         self.name = path_text(name or f"tar:{path}")
         self._path = path
         try:
-            check_plain(path)
-            index = cached(path, _FORMAT, lambda to: _write_index(_scan(path), to), _read_index)
+            check_regular(path)
+            index = cached_index(
+                path, _INDEX_SUFFIX, lambda to: _write_index(_scan(path), to), _read_index
+            )
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}") from None
         self._spans: npt.NDArray[np.int64] = index.spans
         self._pairs: npt.NDArray[np.int32] = index.pairs
         self._keys, self._unmatched = index.keys, index.unmatched
         if not len(self._pairs):
-            raise DataError(f"{path} holds no picture with a text or JSON of the same name")
+            raise DataError(f"{path} holds no image with a text or JSON of the same name")
 
     def __len__(self) -> int:
         return len(self._pairs)
 
     def row(self, index: int) -> Row:
-        sample, which = self._pairs[index].tolist()
+        sample, text_number = self._pairs[index].tolist()
         key = self._keys[sample]
         _, _, text_at, text_size, json_at, json_size = self._spans[sample].tolist()
         values: dict[str, Any] = {}
@@ -76,18 +77,18 @@ class Tar:
             content = read_at(self._path, json_at, json_size)
             values = json_object(content, f"the JSON of {self.where(index)}")
         image_id = str(values.get("image_id", values.get("key", key)))
-        if which >= 0:
+        if text_number >= 0:
             texts = _texts(values)
-            if which >= len(texts):
+            if text_number >= len(texts):
                 raise DataError(f"{self.where(index)} has changed since it was opened; start again")
-            return Row(texts[which]["text"], image_id, texts[which]["text_id"])
+            return Row(texts[text_number]["text"], image_id, texts[text_number]["text_id"])
         text = values.get("caption", values.get("text"))
         if text_size:
             try:
                 text = read_at(self._path, text_at, text_size).decode("utf-8-sig")
             except UnicodeDecodeError:
                 raise DataError(
-                    f"{self.where(index)}: its text is not UTF-8; pack it anew"
+                    f"{self.where(index)}: its text is not UTF-8; pack it again"
                 ) from None
         if not isinstance(text, str):
             raise DataError(f"{self.where(index)}: its caption is {text!r:.40}; expected a string")
@@ -106,7 +107,7 @@ class Tar:
 
 @dataclass(slots=True)
 class Sample:
-    """What a shard holds of one picture: its bytes, their suffix, and its texts with their ids."""
+    """An image with all its texts: encoded bytes, file suffix, ids and texts."""
 
     image: bytes
     suffix: str
@@ -116,7 +117,7 @@ class Sample:
 
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> None:
-    """Write a tar that WebDataset reads too; the same samples give the same bytes."""
+    """Write a tar that WebDataset can read; the same samples give the same bytes."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
         for number, sample in enumerate(samples):
             values: dict[str, Any] = {"image_id": sample.image_id}
@@ -138,8 +139,14 @@ _Span = tuple[int, int]  # offset and size
 
 @dataclass(slots=True)
 class _Index:
-    """Of every sample: key, and (offset, size) of picture, text and JSON; of every pair: sample
-    and which of its texts, -1 if it has but one."""
+    """The index of a shard of S samples and N pairs.
+
+    Attributes:
+        keys: (S,) keys.
+        spans: (S, 6) offset and size of image, text and JSON.
+        pairs: (N, 2) sample, and number of the text in its list; -1 without a list.
+        unmatched: messages about members without a pair.
+    """
 
     keys: list[str]
     spans: npt.NDArray[np.int64]
@@ -148,14 +155,14 @@ class _Index:
 
 
 @dataclass(slots=True)
-class _Group:
-    """The members of one name: image, text and JSON, by suffix, in the order they were met."""
+class _Members:
+    """The members of one name: image, text and JSON, by suffix, in archive order."""
 
     key: str
     parts: dict[str, _Span] = field(default_factory=dict)
 
     def part(self, suffixes: Sequence[str]) -> _Span | None:
-        return next((self.parts[each] for each in suffixes if each in self.parts), None)
+        return next((self.parts[suffix] for suffix in suffixes if suffix in self.parts), None)
 
     @property
     def image(self) -> _Span | None:
@@ -163,24 +170,24 @@ class _Group:
 
     @property
     def has_text(self) -> bool:
-        """Whether there is a text or JSON."""
+        """Whether there is a text or JSON member."""
         return self.part((*_TEXT, *_JSON)) is not None
 
 
 def _scan(path: Path) -> _Index:
     try:
         with path.open("rb", buffering=1 << 20) as stream:
-            return _indexed(stream, path)
+            return _build_index(stream, path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _indexed(stream: BinaryIO, path: Path) -> _Index:
+def _build_index(stream: BinaryIO, path: Path) -> _Index:
     unmatched: list[str] = []
-    samples, alone = _matched(_gathered(stream, path, unmatched))
-    for each in alone:
-        lacks = "no picture" if each.image is None else "neither text nor JSON"
-        unmatched.append(f"{path_text(path)}, member {each.key} has {lacks}")
+    samples, alone = _match_samples(_collect_members(stream, path, unmatched))
+    for members in alone:
+        missing = "no image" if members.image is None else "neither text nor JSON"
+        unmatched.append(f"{path_text(path)}, member {members.key} has {missing}")
     spans, pairs = [], []
     for number, sample in enumerate(samples):
         values = sample.part(_JSON) or (0, 0)
@@ -197,74 +204,71 @@ def _indexed(stream: BinaryIO, path: Path) -> _Index:
     )
 
 
-def _gathered(stream: BinaryIO, path: Path, unmatched: list[str]) -> list[_Group]:
-    """Return the members of each name, wherever they stand in the archive.
+def _collect_members(stream: BinaryIO, path: Path, unmatched: list[str]) -> list[_Members]:
+    """Group the members of an archive by name.
 
-    A name that comes again, as in archives joined to one, begins another sample.
+    A repeated name, as in concatenated archives, starts another sample.
     """
-    latest: dict[str, _Group] = {}
+    latest: dict[str, _Members] = {}
     count: Counter[str] = Counter()
-    found: list[_Group] = []
+    groups: list[_Members] = []
     others: list[Path] = []
     for member in _members(stream, path):
-        if refused := _refused(member):
+        if reason := _refusal_reason(member):
             name = path_text(member.name)
-            unmatched.append(f"{path_text(path)}, member {name!r} is left out: {refused}")
+            unmatched.append(f"{path_text(path)}, member {name!r} is skipped: {reason}")
             continue
         folder, _, base = posixpath.normpath(path_text(member.name)).rpartition("/")
         stem, suffix = posixpath.splitext(base)
         suffix = suffix.lower()
-        if suffix not in _PARTS or base.startswith("._"):  # KEY.cls, and what macOS adds
+        if suffix not in _SUFFIXES or base.startswith("._"):  # KEY.cls, and resource forks of macOS
             others.append(Path(base))
             continue
         key = f"{folder}/{stem}" if folder else stem
         if key not in latest or suffix in latest[key].parts:
             count[key] += 1
-            latest[key] = _Group(key if count[key] == 1 else f"{key}#{count[key]}")
-            found.append(latest[key])
+            latest[key] = _Members(key if count[key] == 1 else f"{key}#{count[key]}")
+            groups.append(latest[key])
         latest[key].parts[suffix] = (member.offset_data, member.size)
-    if passed := passed_over(others, (".cls", ".index"), path):
-        unmatched.append(passed)
-    return found
+    if skipped := skipped_files(others, (".cls", ".index"), path):
+        unmatched.append(skipped)
+    return groups
 
 
-def _matched(found: list[_Group]) -> tuple[list[_Group], list[_Group]]:
-    """Return the samples, in the order of their first members, and the names that make none."""
-    groups: dict[str, list[_Group]] = {}
-    for each in found:
-        folder, _, base = each.key.rpartition("/")
+def _match_samples(by_name: list[_Members]) -> tuple[list[_Members], list[_Members]]:
+    """Return the samples, in the order of their first members, and the unmatched members."""
+    groups: dict[str, list[_Members]] = {}
+    for members in by_name:
+        folder, _, base = members.key.rpartition("/")
         key = f"{folder}/{base.partition('.')[0]}" if folder else base.partition(".")[0]
-        groups.setdefault(key, []).append(each)
-    samples: list[_Group] = []
-    alone: list[_Group] = []
+        groups.setdefault(key, []).append(members)
+    samples: list[_Members] = []
+    alone: list[_Members] = []
     for key, group in groups.items():
-        whole = [each for each in group if each.image is not None and each.has_text]
-        images = [each for each in group if each.image is not None]
-        texts = [each for each in group if each.has_text]
-        if not whole and len(images) == 1 and texts:
-            parts = {
-                suffix: span for each in (*texts, *images) for suffix, span in each.parts.items()
-            }
-            if sum(len(each.parts) for each in group) == len(parts):
-                samples.append(_Group(key, parts))
+        complete = [m for m in group if m.image is not None and m.has_text]
+        images = [m for m in group if m.image is not None]
+        texts = [m for m in group if m.has_text]
+        if not complete and len(images) == 1 and texts:
+            parts = {suffix: span for m in (*texts, *images) for suffix, span in m.parts.items()}
+            if sum(len(m.parts) for m in group) == len(parts):
+                samples.append(_Members(key, parts))
                 continue
-        samples += whole
-        # Beside KEY.jpg, KEY.seg.png is another part of its sample.
-        if not any(each.key == key for each in whole):
-            alone += [each for each in group if each.image is None or not each.has_text]
+        samples += complete
+        # KEY.seg.png next to KEY.jpg is another part of its sample, and not unmatched.
+        if not any(m.key == key for m in complete):
+            alone += [m for m in group if m.image is None or not m.has_text]
     return samples, alone
 
 
-class _Within:
-    """A stream for headers, which may claim any size: it never reads, or reserves memory, beyond
-    its end."""
+class _BoundedStream:
+    """A stream for tarfile that refuses oversized headers and never reads beyond the file."""
 
     def __init__(self, stream: BinaryIO, size: int) -> None:
         self._stream, self._size = stream, size
         self.tell = stream.tell
 
     def read(self, size: int) -> bytes:
-        if size > _HEADER:
+        if size > _MAX_HEADER:
             raise tarfile.ReadError(f"a header claims {size:,} bytes")
         return self._stream.read(max(0, min(size, self._size - self._stream.tell())))
 
@@ -273,17 +277,17 @@ class _Within:
 
 
 def _members(stream: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
-    """Yield the regular members and links; raise unless the archive is closed as it should be."""
+    """Yield all members but folders; raise if the archive lacks its end marker."""
     size = path.stat().st_size
-    if what := mistaken(stream.read(32)):
-        raise DataError(f"{path} is {what}; pairs are read out of a plain .tar")
+    if reason := wrong_format(stream.read(32)):
+        raise DataError(f"{path} is {reason}; pairs are read from an uncompressed .tar")
     stream.seek(0)
-    within: Any = _Within(stream, size)
-    archive = _parsed(path, lambda: tarfile.TarFile(fileobj=within, errorlevel=2))
+    bounded: Any = _BoundedStream(stream, size)
+    archive = _map_parse_errors(path, lambda: tarfile.TarFile(fileobj=bounded, errorlevel=2))
     end = 0
-    while (member := _parsed(path, archive.next)) is not None:
-        archive.members = []  # kept, they are gigabytes
-        if member.size < 0:  # the next header would be looked for backwards, for ever
+    while (member := _map_parse_errors(path, archive.next)) is not None:
+        archive.members = []  # otherwise gigabytes of TarInfo
+        if member.size < 0:  # tarfile would seek backwards forever
             raise DataError(f"{path}, member {member.name!r} claims {member.size} bytes")
         if member.isdir():
             continue
@@ -294,27 +298,27 @@ def _members(stream: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
     if size < end + _BLOCK or any(read_at(path, -(-end // _BLOCK) * _BLOCK, _BLOCK)):
         raise DataError(
             f"{path} ends within {member.name if member else 'its last member'}: it is still "
-            "being written, or was cut off; wait for its end, or make it anew"
+            "being written, or truncated; wait until it is written, or write it again"
         )
 
 
-def _parsed(path: Path, read: Callable[[], Any]) -> Any:
-    """Run the tar parser over the bytes of a file; damaged headers make it raise many kinds."""
+def _map_parse_errors(path: Path, read: Callable[[], Any]) -> Any:
+    """Run tarfile's parser; on damaged headers it raises many kinds of errors."""
     try:
         return read()
     except Exception as error:
         raise DataError(
-            f"{path} is not a whole tar file: {error or type(error).__name__}; make it anew"
+            f"{path} is not a complete tar file: {error or type(error).__name__}; write it again"
         ) from None
 
 
-def _refused(member: tarfile.TarInfo) -> str | None:
+def _refusal_reason(member: tarfile.TarInfo) -> str | None:
     if member.islnk():
         return f"it is a hard link to {path_text(member.linkname)!r}; pack it as a file"
     if not member.isreg() or member.issparse():
-        return "it is a link, a device or sparse, not a plain file"
+        return "it is a link, a device or sparse, not a regular file"
     if member.name.startswith(("/", "\\")) or ".." in member.name.replace("\\", "/").split("/"):
-        return "its name leads out of the archive"
+        return "its path leads outside of the archive"
     if "\n" in member.name:
         return "its name has a line break"
     limit = MAX_TEXT if member.name.lower().endswith((*_TEXT, *_JSON)) else MAX_FILE
@@ -331,7 +335,7 @@ def _json(content: bytes) -> Any:
 
 
 def _texts(values: Any) -> Sequence[dict[str, str]]:
-    """Return the list of texts in a sample's JSON, if it is one as ``write_shard`` writes it."""
+    """Return the list of texts that ``write_shard`` puts into the JSON; empty otherwise."""
     try:
         texts: Sequence[dict[str, str]] = values["texts"]
         return texts if all(isinstance(t["text"] + t["text_id"], str) for t in texts) else ()

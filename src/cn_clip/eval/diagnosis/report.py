@@ -15,7 +15,7 @@ from cn_clip.eval.dataset import EvalSet
 from cn_clip.eval.diagnosis.measure import BINS, Diagnosis, Difference, Indexes
 from cn_clip.eval.images import EmbeddedImages
 from cn_clip.html.charts import table
-from cn_clip.html.page import data_uri, overlaid, page, sheet, thumbnail
+from cn_clip.html.page import data_uri, image_grid, overlaid_histograms, page, thumbnail
 from cn_clip.publish import write_text
 
 _MAX_IMAGES = 12  # in a grid
@@ -188,10 +188,10 @@ def _cosines(diagnosis: Diagnosis) -> str:
     pairs, non_pairs, correct, wrong = (f"{median:.3f}" for median in cosines.medians)
     return (
         f"<p>Pairs (blue, median {pairs}) and non-pairs (grey, {non_pairs}), scaled separately.</p>"
-        f"{overlaid(cosines.pairs, cosines.non_pairs, BINS)}"
+        f"{overlaid_histograms(cosines.pairs, cosines.non_pairs, BINS)}"
         f"<p>Top result of each text, correct (blue, median {correct}) and wrong (grey, {wrong}): "
         "a threshold for no match has to separate the two.</p>"
-        f"{overlaid(cosines.top_correct, cosines.top_wrong, BINS)}"
+        f"{overlaid_histograms(cosines.top_correct, cosines.top_wrong, BINS)}"
     )
 
 
@@ -205,7 +205,7 @@ def _hubs(diagnosis: Diagnosis, content: _Content) -> str:
         f"<p>Skewness of N<sub>{hubs.k}</sub>: {hubs.skewness:.2f}. An image is in the top "
         f"{hubs.k} of {hubs.counts.mean():.1f} texts on average, the largest hub of "
         f"{hubs.counts.max():,}; {hubs.never_retrieved:.1%} of the images are never retrieved.</p>"
-        f"{sheet(figures)}"
+        f"{image_grid(figures)}"
     )
 
 
@@ -277,7 +277,7 @@ def _missed_images(diagnosis: Diagnosis, content: _Content) -> str:
             f'<span class="small">rank {diagnosis.text_ranks[query] + 1:,}</span>'
         )
         figures.append((content.thumbnail(image), caption))
-    return sheet(figures) if figures else "<p>none</p>"
+    return image_grid(figures) if figures else "<p>none</p>"
 
 
 def _captions_of(image: int, content: _Content) -> str:

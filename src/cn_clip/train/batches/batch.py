@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cn_clip.data.loading.loader import (
-    LISTED,
+    MAX_LISTED,
     Loader,
     check_skipped,
     keys_of,
-    stacked_keys,
+    stack_keys,
     token_ids,
 )
 from cn_clip.data.loading.sampler import BatchPart, batch_count, batches, plan_of
 from cn_clip.data.sources.base import Row, located
-from cn_clip.data.sources.open import Weighted
+from cn_clip.data.sources.open import WeightedSource
 from cn_clip.errors import CNClipError, DataError
 from cn_clip.train.batches.feature_cache import ImageFeatures
 
@@ -58,7 +58,7 @@ class CachedLoader:
 
     def __init__(
         self,
-        mix: Sequence[Weighted],
+        mix: Sequence[WeightedSource],
         cached: ImageFeatures,
         global_batch_size: int,
         *,
@@ -107,7 +107,7 @@ class CachedLoader:
                     raise DataError("its picture could not be read when features were computed")
             except CNClipError as error:
                 self.skipped += 1
-                if len(self.reasons) < LISTED:
+                if len(self.reasons) < MAX_LISTED:
                     self.reasons.append(located(source, index, error))
                 continue
             rows.append(row)
@@ -116,4 +116,4 @@ class CachedLoader:
         self.seen += len(part.indexes)
         check_skipped(self, len(self.plan) // self._world_size, self._most_skipped)
         ids = token_ids([row.text for row in rows], self._context_length)
-        return Share(None, features[kept], ids, rows, stacked_keys(keys))
+        return Share(None, features[kept], ids, rows, stack_keys(keys))

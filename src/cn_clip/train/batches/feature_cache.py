@@ -26,16 +26,17 @@ from cn_clip.arrays import read_npy
 from cn_clip.data.captions import digest
 from cn_clip.data.loading.loader import (
     Preparation,
+    init_worker,
+    open_iterator,
     pixels_of,
-    stacked_pixels,
-    worked,
-    worker_starts,
+    stack_pixels,
 )
 from cn_clip.data.loading.sampler import BatchPart
-from cn_clip.data.sources.open import Weighted, id_digest
+from cn_clip.data.sources.open import WeightedSource, id_digest
 from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.model.clip import CLIP
-from cn_clip.publish import entries, folder_by, json_object_at, published
+from cn_clip.outputs import entries, json_object_at, own_folder
+from cn_clip.publish import atomic_file
 
 _PER_SHARD = 4096  # pictures
 _ABOUT = "about.json"
@@ -53,7 +54,7 @@ class Pictures:
     fingerprint: str
 
 
-def pictures_of(mix: Sequence[Weighted]) -> Pictures:
+def pictures_of(mix: Sequence[WeightedSource]) -> Pictures:
     """Find the pictures of a mix by their image ids, reading rows alone."""
     of_rows: list[npt.NDArray[np.int64]] = []
     places: list[npt.NDArray[np.int64]] = []
@@ -124,7 +125,7 @@ class ImageFeatures:
 
 
 def cache_image_features(
-    mix: Sequence[Weighted],
+    mix: Sequence[WeightedSource],
     run: Callable[[Tensor], Tensor],
     stamp: dict[str, Any],
     preparation: Preparation,
@@ -182,10 +183,10 @@ def cache_image_features(
             _Views(sources, preparation, jobs),
             batch_size=None,
             num_workers=workers,
-            worker_init_fn=worker_starts,
+            worker_init_fn=init_worker,
         )
         rows: list[list[npt.NDArray[np.float32]]] = [[] for _ in range(views)]
-        with worked(loaded) as found:
+        with open_iterator(loaded) as found:
             for (view, _), (pixels, kept, size) in zip(jobs, found, strict=True):
                 features = run(pixels).float().cpu().numpy()
                 whole = np.full((size, features.shape[1]), np.nan, np.float32)
@@ -196,7 +197,7 @@ def cache_image_features(
                     tick(done, count)
         shard = np.stack([np.concatenate(each) for each in rows], axis=1)  # (P, views, D)
         try:
-            with published(_shard_path(folder, number)) as path, path.open("wb") as stream:
+            with atomic_file(_shard_path(folder, number)) as path, path.open("wb") as stream:
                 np.save(stream, shard)
         except OSError as error:
             raise DataError(
@@ -232,7 +233,7 @@ class _Views(Dataset[tuple[Tensor, list[int], int]]):
             except CNClipError:  # said when the pair is asked for
                 continue
             kept.append(at)
-        return stacked_pixels(pixels, self._preparation.resolution), kept, len(places)
+        return stack_pixels(pixels, self._preparation.resolution), kept, len(places)
 
 
 def _shard_path(folder: Path, number: int) -> Path:
@@ -247,7 +248,7 @@ def _own_features(folder: Path) -> Collection[str]:
     return {_ABOUT, *shards}
 
 
-FEATURES = folder_by("train", _own_features, _HALF_WRITTEN)
+FEATURES = own_folder("train", _own_features, _HALF_WRITTEN)
 """The objection to a folder that holds anything but cached features."""
 
 
@@ -260,7 +261,7 @@ def _check_stamp(folder: Path, about: dict[str, Any]) -> None:
         reason = FEATURES(folder)
         if reason is not None:
             raise UsageError(f"{folder} {reason}; give another place") from None
-        with published(path) as new:
+        with atomic_file(path) as new:
             new.write_text(text + "\n", encoding="utf-8")
         return
     except (OSError, ValueError, RecursionError) as error:

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from cn_clip import distributed
 from cn_clip.errors import CheckpointError
-from cn_clip.publish import STAMP, published_folder
+from cn_clip.outputs import STAMP, atomic_folder
 from cn_clip.train.model.freeze import Course
 from cn_clip.train.optim import Average
 from cn_clip.weights.pickles import check_pickle
@@ -99,7 +99,7 @@ def save_state(folder: Path, progress: Progress, tensors: Mapping[str, Any], *, 
         with ExitStack() as stack:
             made = None
             if distributed.is_main():
-                made = stack.enter_context(published_folder(path, "train", objection=_objection))
+                made = stack.enter_context(atomic_folder(path, "train", check=_objection))
             place = distributed.broadcast_object(made)
             assert place is not None
             with warnings.catch_warnings():  # it says what it was told: one process

@@ -16,7 +16,7 @@ import torch
 
 from cn_clip import distributed
 from cn_clip.errors import CNClipError, TrainingError
-from cn_clip.processes import ENDING, drop_dead_terminal
+from cn_clip.processes import TERMINATION_SIGNALS, drop_dead_terminal
 from cn_clip.train.recipe.schema import Machine, Stage
 
 _WINDOW = 50  # losses that are averaged
@@ -122,7 +122,7 @@ def signals() -> Iterator[Stop]:
 
     before = {
         number: signal.signal(number, heard)
-        for number in ENDING
+        for number in TERMINATION_SIGNALS
         if signal.getsignal(number) is not signal.SIG_IGN
     }
     try:

@@ -13,8 +13,8 @@ from cn_clip.arrays import read_npz
 from cn_clip.errors import CNClipError, DataError
 from cn_clip.eval.dataset import EvalSet
 from cn_clip.html.charts import Point, circle, linear_scale, polyline, table
-from cn_clip.html.page import data_uri, page, sheet, thumbnail
-from cn_clip.publish import published
+from cn_clip.html.page import data_uri, image_grid, page, thumbnail
+from cn_clip.publish import atomic_file
 from cn_clip.train.recipe.schema import Recipe
 from cn_clip.train.run.log import Event, read_log
 from cn_clip.train.validation import Vectors
@@ -86,7 +86,7 @@ def write_report(
         "<h2>Recipe</h2>",
         f"<pre>{escape(recipe.to_toml())}</pre>",
     ]
-    with published(folder / "report.html") as path:
+    with atomic_file(folder / "report.html") as path:
         path.write_text(page(f"Training: {recipe.name}", parts, "train"), encoding="utf-8")
     return scores
 
@@ -303,7 +303,7 @@ def _retrievals(folder: Path, validation: EvalSet | None) -> list[str]:
         right = set(validation.pairs[validation.pairs[:, 1] == text, 0].tolist())
         for name, (images, texts) in (("before", before), ("after", after)):
             parts.append(f"<p>{name}</p>")
-            parts.append(sheet(_found(images, texts[text], right, validation)))
+            parts.append(image_grid(_found(images, texts[text], right, validation)))
     return parts
 
 

@@ -15,18 +15,8 @@ from filelock import FileLock, Timeout
 from cn_clip import distributed, hub, weights
 from cn_clip.data.sources.open import paths_of
 from cn_clip.errors import CheckpointError, CNClipError, UsageError
-from cn_clip.publish import (
-    LOCK,
-    STAMP,
-    claim,
-    folder_by,
-    published,
-    same,
-    stamp,
-    stamped,
-    sweep,
-    unwritable_named,
-)
+from cn_clip.outputs import LOCK, STAMP, claim, own_folder, same_file, stamp, stamped_files
+from cn_clip.publish import atomic_file, map_write_errors, sweep
 from cn_clip.train.batches.feature_cache import FEATURES
 from cn_clip.train.recipe.schema import Recipe
 from cn_clip.train.recipe.toml import build_recipe, difference, read_recipe
@@ -61,7 +51,7 @@ class Outcome:
 
 def write_outcome(folder: Path, outcome: Outcome) -> None:
     """Write what a run came to, which tells that it has ended."""
-    with published(folder / _OUTCOME) as path:
+    with atomic_file(folder / _OUTCOME) as path:
         path.write_text(json.dumps(asdict(outcome), indent=2) + "\n", encoding="utf-8")
 
 
@@ -90,12 +80,12 @@ def claim_folders(recipe: Recipe, inputs: Iterable[str | Path] = ()) -> None:
         inputs: what is read besides, such as the file of the recipe.
 
     Raises:
-        UsageError: see ``publish.claim``.
+        UsageError: see ``outputs.claim``.
     """
     folder = Path(recipe.output.folder).expanduser()
     read = [*_inputs(recipe), *(Path(each).expanduser() for each in inputs)]
     if _is_run(folder):  # whose own recipe may be what is carried out
-        read = [each for each in read if not same(each, folder / _RECIPE)]
+        read = [each for each in read if not same_file(each, folder / _RECIPE)]
     claim(
         recipe.output.folder and folder,
         _objection,
@@ -136,12 +126,12 @@ def _is_run(folder: Path) -> bool:
     """Tell whether a run has begun in a folder."""
     if not os.path.isdir(folder):  # nothing, or no usable name, which the claim says
         return False
-    return STAMP in stamped(folder, "train") or bool(states(folder))
+    return STAMP in stamped_files(folder, "train") or bool(states(folder))
 
 
 def _objection(folder: Path) -> str | None:
     """What stands beside a run is left alone; but none begins beside anything."""
-    return None if _is_run(folder) else folder_by("train")(folder)
+    return None if _is_run(folder) else own_folder("train")(folder)
 
 
 def locked(folder: Path) -> AbstractContextManager[object]:
@@ -177,7 +167,7 @@ def prepared(folder: Path, recipe: Recipe, resume: bool, allow_changes: bool) ->
     """
 
     def look() -> Outcome | None:
-        with unwritable_named(folder):
+        with map_write_errors(folder):
             return _looked_into(folder, recipe, resume, allow_changes)
 
     return distributed.on_main(look)
@@ -211,7 +201,7 @@ def _looked_into(folder: Path, recipe: Recipe, resume: bool, allow_changes: bool
     if not states(folder):  # what came of an earlier try is no part of this run
         (folder / "log.jsonl").unlink(missing_ok=True)
     if not _is_written(path, recipe):
-        with published(path) as new:
+        with atomic_file(path) as new:
             new.write_text(recipe.to_toml(), encoding="utf-8")
     return None
 
