@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cn_clip.train.recipe.flags import OFFICIAL
-from cn_clip.train.recipe.schema import options, spoken
+from cn_clip.train.recipe.schema import options, type_text
 from cn_clip.train.recipe.toml import read_recipe, shipped
 
 PAGE = Path(__file__).parent / "recipe.md"
@@ -22,7 +22,7 @@ Every option, as `recipe.py` has it. This page is generated; to renew it:
 In TOML, the part before the last dot is a table; each stage is a `[[stages]]`. On the command line
 each is a flag, `--data.workers 4`; where the last part is the only one of its name it is enough,
 `--workers 4`. For one stage: `--stages.locked.epochs 3`; for all: `--epochs 3`. A list is given by
-several values; `none` or `off` takes an option away; `--plateau on` and `--lora on` take the
+several values; `none` or `off` takes an option away; `--early_stopping on` and `--lora on` take the
 defaults of their tables.
 """
 
@@ -32,7 +32,7 @@ def rows() -> Iterator[str]:
     yield "| Option | Value | Default | |\n|---|---|---|---|"
     for name, kind, default, told in options():
         shown = "" if default is None else f"`{_toml(default)}`"
-        yield f"| `{name}` | {spoken(kind)} | {shown} | {told.replace('|', chr(92) + '|')} |"
+        yield f"| `{name}` | {type_text(kind)} | {shown} | {told.replace('|', chr(92) + '|')} |"
 
 
 def official() -> Iterator[str]:

@@ -177,11 +177,11 @@ def test_a_share_above_the_limit_ends_the_run(workers):
     loader = loader_of(Made(200, broken=30), workers=workers)
     with pytest.raises(DataError, match=r"of 2?\d\d pairs cannot be read, above the limit of 10%"):
         list(loader.batches(0))
-    assert ids_of(loader_of(Made(200, broken=30), most_skipped=0.2, workers=workers))
+    assert ids_of(loader_of(Made(200, broken=30), max_skipped_fraction=0.2, workers=workers))
 
 
 def test_a_batch_of_which_nothing_can_be_read_is_empty():
-    (batch,) = loader_of(Made(3, broken=3), most_skipped=1.0, workers=0).batches(0)
+    (batch,) = loader_of(Made(3, broken=3), max_skipped_fraction=1.0, workers=0).batches(0)
     assert (batch.pixels.shape, len(batch.rows), len(batch.skipped)) == ((0, 3, 32, 32), 0, 3)
     assert batch.ids.shape[0] == 0
 

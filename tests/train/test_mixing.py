@@ -15,8 +15,8 @@ from cn_clip.eval.dataset import eval_set_of
 from cn_clip.train.interpolation import WEIGHTS, Choice, Mixture, choose, mix
 from cn_clip.train.loop import train
 from cn_clip.train.run.log import read_log
-from cn_clip.train.run.loss_watchdog import InterruptedRun
 from cn_clip.train.run.report import write_report
+from cn_clip.train.run.signals import InterruptedRun
 from cn_clip.train.validation import embed, score
 
 FAST = {"epochs": 6, "optimizer": {"learning_rate": 3e-3, "warmup": 4}}  # learns by heart
@@ -137,7 +137,7 @@ def test_a_stop_among_the_mixtures_measures_them_again_and_ends_alike(pairs, sta
     seen = (pairs[0], pairs[0])
     recipe = make_recipe(seen, start, tmp_path / "run", AUTO)
     with pytest.raises(InterruptedRun, match=r"mixtures.*--resume auto") as stopped:
-        train(recipe, tell=stop)
+        train(recipe, on_event=stop)
     assert stopped.value.code == 130
     outcome = train(recipe, resume=True)
     whole = train(make_recipe(seen, start, tmp_path / "whole", AUTO))

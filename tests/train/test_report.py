@@ -74,7 +74,7 @@ def run(pairs, start, tmp_path):
     stages = [{"name": "locked"}, {"name": "unlocked"}]
     recipe = make_recipe(pairs, start, tmp_path / "run", *stages, name="<two> stages")
     folder = tmp_path / "run"
-    log = Log(folder, recipe, tell=lambda event: None, writes=True)
+    log = Log(folder, recipe, on_event=lambda event: None, writes=True)
     for kind, total, values in EVENTS:
         log.write(kind, total, **values)
     log.close()

@@ -8,11 +8,11 @@ from cn_clip import distributed
 from cn_clip.data.loading.loader import token_ids
 from cn_clip.embeddings.files import read_captions
 from cn_clip.errors import UsageError
-from cn_clip.train.batches.text_targets import SentenceBatches
+from cn_clip.train.batches.text_targets import TextTargets
 
 
 def batches(folder, size=8, *, dim=32, seed=0):
-    return SentenceBatches(
+    return TextTargets(
         str(folder), size, dim=dim, context_length=52, stage="all", seed=seed
     )  # fmt: skip
 
@@ -89,7 +89,7 @@ def test_shares_of_processes_are_disjoint_and_together_the_batch(sentences, monk
 
 def test_embeddings_of_another_width_are_refused(tmp_path):
     folder = write_sentences(tmp_path / "texts", dim=24)
-    said = r"stages\.all\.loss\.sentences: .* have 24 numbers each, and the model's 32; .*project"
+    said = r"stages\.all\.loss\.text_targets: .* have width 24, the model's 32; .*project"
     with pytest.raises(UsageError, match=said):
         batches(folder)
 
@@ -100,7 +100,7 @@ def test_fewer_texts_than_a_batch_or_than_processes_are_refused(
 ):
     among(monkeypatch, world, 0)
     said = (
-        rf"sentences_batch_size is {size}, with 40 texts in .* {world} processes; give {world} to"
+        rf"text_targets_batch_size is {size}, with 40 texts in .* {world} processes; give {world}"
     )
     with pytest.raises(UsageError, match=said):
         batches(sentences, size)

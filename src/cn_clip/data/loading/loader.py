@@ -104,7 +104,7 @@ class Loader:
         world_size: int = 1,
         workers: int = 2,
         prefetch_bytes: int = 1 << 30,
-        most_skipped: float = 0.1,
+        max_skipped_fraction: float = 0.1,
         drop_last: bool = False,
         pin_memory: bool = False,
     ) -> None:
@@ -119,7 +119,7 @@ class Loader:
             workers: processes that read and decode; 0 does it in this one. They are started as
                 ``multiprocessing`` is set to; any start method will do.
             prefetch_bytes: how much prepared data may wait; one batch a worker always may.
-            most_skipped: the share of unreadable pairs above which the run ends.
+            max_skipped_fraction: the share of unreadable pairs above which the run ends.
             drop_last: leave out the last batch of an epoch if it is not full.
             pin_memory: put batches where a GPU fetches them faster.
         """
@@ -128,7 +128,7 @@ class Loader:
         self.reasons: list[str] = []
         self._mix, self._preparation = mix, preparation
         self._size, self._rank, self._world_size = global_batch_size, rank, world_size
-        self._workers, self._most_skipped = workers, most_skipped
+        self._workers, self._max_skipped_fraction = workers, max_skipped_fraction
         self._drop_last, self._pin = drop_last, pin_memory
         each = math.ceil(global_batch_size / world_size) * 3 * preparation.resolution**2
         self._prefetch = max(1, prefetch_bytes // (each * max(1, workers)))
@@ -170,7 +170,7 @@ class Loader:
         self.seen += len(batch.rows) + len(batch.skipped)
         self.skipped += len(batch.skipped)
         self.reasons += batch.skipped[: LISTED - len(self.reasons)]
-        check_skipped(self, len(self.plan) // self._world_size, self._most_skipped)
+        check_skipped(self, len(self.plan) // self._world_size, self._max_skipped_fraction)
 
 
 @contextmanager
