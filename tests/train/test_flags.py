@@ -10,7 +10,7 @@ from train.test_recipe import SCRIPTS
 
 from cn_clip.cli import run
 from cn_clip.errors import UnknownNameError, UsageError
-from cn_clip.train.optim import learning_rate
+from cn_clip.train.optim import peak_lr
 from cn_clip.train.recipe import flags
 from cn_clip.train.recipe.flags import OFFICIAL, apply_flags
 from cn_clip.train.recipe.schema import options
