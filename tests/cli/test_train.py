@@ -110,7 +110,7 @@ def test_sigterm_saves_and_leaves_with_its_exit_code(recipe_file, tmp_path):
         process.send_signal(signal.SIGTERM)
         _, told = process.communicate(timeout=60)
         assert process.returncode == 128 + signal.SIGTERM
-    assert "the state is saved. Go on with: --resume auto" in told
+    assert "the state is saved. Resume with: --resume auto" in told
     assert "Traceback" not in told
 
 

@@ -291,7 +291,7 @@ def test_pairs_of_a_broken_picture_are_skipped_counted_and_named(tower, tmp_path
         "made, row 2",
         "made, row 7",
     ]
-    assert "could not be read when features were computed" in loader.reasons[0]
+    assert "was unreadable when its features were computed" in loader.reasons[0]
 
 
 def test_too_many_broken_pictures_end_the_run(tower, tmp_path):

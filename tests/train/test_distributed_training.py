@@ -155,4 +155,4 @@ def test_an_error_in_one_process_ends_all_with_its_sentence(pairs, start, tmp_pa
     recipe["stages"][0]["freeze"] = ["visual.*", "bret.*"]
     done = torchrun(2, recipe, tmp_path)
     assert done.returncode != 0
-    assert "the pattern 'bret.*' matches no parameter; near it: bert" in done.stderr
+    assert "the pattern 'bret.*' matches no parameter; did you mean bert" in done.stderr

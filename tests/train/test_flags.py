@@ -141,22 +141,22 @@ def test_the_recipes_values_stay_as_they_were():
         (["--stages.7.epochs", "1"], "unknown stage '7'"),
         (["--stages.locked", "5"], r"names a stage; its options are --stages\.locked\.NAME"),
         (["--stages.locked.epoch", "1"], "'epoch'; did you mean epochs"),
-        (["--stages.locked.epochs.all", "1"], "epochs has no options inside"),
-        (["workers", "5"], "'workers' is no flag; write --NAME VALUE"),
-        (["--", "5"], "'--' is no flag"),
+        (["--stages.locked.epochs.all", "1"], "epochs has no options"),
+        (["workers", "5"], "'workers' is not a flag; write --NAME VALUE"),
+        (["--", "5"], "'--' is not a flag"),
         (["--workers", "many"], "--data.workers is 'many'; give a whole number"),
         (["--learning-rate", "fast"], "is 'fast'; give a number"),
         (["--augment", "perhaps"], "is 'perhaps'; give true or false"),
         (
             ["--early-stopping", "3"],
-            r"--early_stopping is on or off; its options are --early_stopping\.NAME",
+            r"--early-stopping is on or off; its options are --early-stopping\.NAME",
         ),
         (["--precision", "fp8"], "unknown machine.precision 'fp8'"),
         (["--learning-rate"], "--learning-rate needs a value"),
         (["--start.text", "--augment"], "--start.text needs a value"),
         (["--stages.locked.freeze"], "--stages.locked.freeze needs a value"),
         (["--train-data"], "--train-data needs a value"),
-        (["--batch-size", "8x"], "'8x' is no whole number"),
+        (["--batch-size", "8x"], "'8x' is not a whole number"),
         (["--accum-freq", "2"], "multiplies --batch-size; give both, or --global-batch-size"),
         (["--vision-model", "RN50"], "give both --vision-model and --text-model"),
     ],
@@ -298,7 +298,7 @@ def test_distillation_without_a_teacher_is_refused():
 
 
 def test_logs_that_are_none_are_refused():
-    with pytest.raises(UsageError, match="--logs is None; a run is kept in a folder"):
+    with pytest.raises(UsageError, match="--logs is None, but a run needs a folder"):
         recipe_of("--logs", "None")
 
 
@@ -333,7 +333,7 @@ def test_the_flags_of_an_official_script_say_what_the_shipped_recipe_says(name):
     theirs = recipe_of(*flags, values={}, world_size=8).stages[0]
     ours = build_recipe(read_recipe(name)).stages[0]
     assert theirs.global_batch_size == ours.global_batch_size
-    assert learning_rate(theirs.optimizer, 1024) == script["lr"]
+    assert peak_lr(theirs.optimizer, 1024) == script["lr"]
     same = ("warmup", "weight_decay", "schedule", "beta1", "beta2", "eps")
     assert all(getattr(theirs.optimizer, n) == getattr(ours.optimizer, n) for n in same)
     assert all(getattr(theirs, n) == getattr(ours, n) for n in ("epochs", "augment", "flip"))

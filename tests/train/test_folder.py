@@ -78,7 +78,7 @@ def test_the_lock_is_given_back_after_an_error(tmp_path):
 
 
 def test_a_run_is_gone_on_with_only_if_told(recipes, begun):
-    with pytest.raises(UsageError, match=r"holds a run; go on with it by --resume auto, or give"):
+    with pytest.raises(UsageError, match=r"has a run; resume it with --resume auto, or give"):
         prepare_folder(begun, recipes[0], False, False)
     assert prepare_folder(begun, recipes[0], True, False) is None
 
@@ -100,7 +100,7 @@ def test_a_changed_recipe_is_shown_and_refused_unless_told(recipes, begun):
         prepare_folder(begun, recipes[1], True, False)
     said = str(caught.value)
     assert "seed: 0, now 7; stages.train.optimizer.learning_rate: 0.001, now 0.002." in said
-    assert said.endswith("--allow-changes goes on all the same")
+    assert said.endswith("--allow-changes resumes it with the new recipe")
     assert recipe_in(begun) == recipes[0]
     assert prepare_folder(begun, recipes[1], True, True) is None
     assert recipe_in(begun) == recipes[1]
@@ -109,7 +109,7 @@ def test_a_changed_recipe_is_shown_and_refused_unless_told(recipes, begun):
 def test_a_run_that_has_ended_gives_its_outcome_and_trains_no_more(recipes, begun):
     write_outcome(begun, outcome_of(begun))
     assert prepare_folder(begun, recipes[0], True, False) == outcome_of(begun)
-    with pytest.raises(UsageError, match="holds a run"):
+    with pytest.raises(UsageError, match="has a run"):
         prepare_folder(begun, recipes[0], False, False)
 
 
@@ -137,4 +137,13 @@ def test_a_run_whose_outcome_is_damaged_goes_on(recipes, begun):
 def test_a_damaged_recipe_in_the_folder_is_named(recipes, begun):
     (begun / "recipe.toml").write_bytes(b"seed = \xff")
     with pytest.raises(UsageError, match=r"recipe\.toml cannot be read: byte 7 is not UTF-8"):
+        prepare_folder(begun, recipes[0], True, False)
+
+
+def test_a_run_with_old_option_names_is_refused_with_the_new_name(recipes, begun):
+    text = (begun / "recipe.toml").read_text("utf-8")
+    old = text.replace("max_skipped_fraction", "most_skipped")
+    (begun / "recipe.toml").write_text(old, encoding="utf-8")
+    said = r"^data\.most_skipped is now data\.max_skipped_fraction; write the new name$"
+    with pytest.raises(UsageError, match=said):
         prepare_folder(begun, recipes[0], True, False)

@@ -339,7 +339,7 @@ def test_validation_pairs_in_the_training_data_are_named(pairs, start, tmp_path)
 def test_a_second_run_in_the_folder_is_refused_unless_it_goes_on(pairs, start, tmp_path):
     recipe = make_recipe(pairs, start, tmp_path / "run", {"steps": 2, "epochs": None})
     first = train(recipe)
-    with pytest.raises(UsageError, match=r"holds a run; go on with it by --resume auto"):
+    with pytest.raises(UsageError, match=r"has a run; resume it with --resume auto"):
         train(recipe)
     assert train(recipe, resume=True) == first
     other = make_recipe(pairs, start, tmp_path / "run", {"steps": 3, "epochs": None})

@@ -115,7 +115,7 @@ def test_auto_measures_every_mixture_and_goes_on_with_the_best(pairs, start, tmp
     names = ("stage", "weight", "within", "mixtures")
     assert outcome.mixtures == [{name: found[name] for name in names}]
     text = (run / "report.html").read_text("utf-8")
-    assert "Mixtures of stage train" in text and text.count("<polyline") == 4 + 2
+    assert "Interpolated weights of stage train" in text and text.count("<polyline") == 4 + 2
 
 
 def test_a_locked_image_tower_is_run_once_for_all_mixtures(pairs, start, tmp_path):
@@ -196,7 +196,7 @@ def test_the_curve_says_the_weight_and_both_scores(pairs, start, tmp_path):
     (tmp_path / "run" / "log.jsonl").write_text(line, encoding="utf-8")
     write_report(tmp_path / "run", recipe, None)
     text = (tmp_path / "run" / "report.html").read_text("utf-8")
-    assert "Mixtures of stage a&lt;b" in text
+    assert "Interpolated weights of stage a&lt;b" in text
     for each in ("37.5", "50.0", "49.2", "weight 0.5: 12.5", "weight 0.5: -0.79", "chosen"):
         assert each in text
 

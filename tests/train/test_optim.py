@@ -169,7 +169,7 @@ def test_a_rate_is_its_factor_times_the_layers_and_the_last_pattern_that_matches
 def test_a_pattern_of_rates_that_matches_nothing_is_refused_with_what_is_near():
     named = skeleton(TINY["vit"]).named_parameters()
     with pytest.raises(
-        UsageError, match=r"lr_multipliers: the pattern 'bret\.\*' matches no .*near it: bert"
+        UsageError, match=r"lr_multipliers: the pattern 'bret\.\*' matches no .*did you mean bert"
     ):
         parameter_groups(named, Optimizer(lr_multipliers=("bret.*=0.1",)))
 

@@ -14,6 +14,7 @@ from cn_clip.config import MODELS, model_config
 from cn_clip.errors import UnknownNameError, UsageError
 from cn_clip.train.optim import peak_lr
 from cn_clip.train.recipe.flags import apply_flags
+from cn_clip.train.recipe.renamed import RENAMED
 from cn_clip.train.recipe.schema import EarlyStoppingOptions, Recipe, options
 from cn_clip.train.recipe.toml import build_recipe, difference, from_toml, read_recipe, shipped
 
@@ -161,10 +162,10 @@ def test_what_is_unknown_offers_the_nearest(values, said):
         (changed(mask_ratio="half"), "mask_ratio is 'half'; expected a number"),
         (changed(freeze=3), "freeze is 3; expected a list of texts"),
         (changed(freeze=[3]), r"freeze\.0 is 3; expected a text"),
-        (changed(early_stopping=3), "early_stopping is 3, no table"),
-        (changed(data="csv:a.csv"), "data is 'csv:a.csv', no table"),
+        (changed(early_stopping=3), "early_stopping is 3; expected a table"),
+        (changed(data="csv:a.csv"), "data is 'csv:a.csv'; expected a table"),
         ({"stages": {"epochs": 1}}, "stages is .*; expected a list of tables"),
-        ({"stages": ["finetune"]}, r"stages\.0 is 'finetune', no table"),
+        ({"stages": ["finetune"]}, r"stages\.0 is 'finetune'; expected a table"),
         (changed(version="1"), "version is '1'; expected a whole number"),
     ],
 )
@@ -208,16 +209,16 @@ def test_a_value_out_of_range_is_refused_with_the_range(values, said):
         (changed(steps=5), "must have either epochs or steps"),
         ({"stages": [{}]}, "must have either epochs or steps"),
         ({"stages": []}, r"no stage; give it a table \[\[stages\]\]"),
-        ({"stages": [STAGE, STAGE]}, "named train, train; give each a name of its own"),
+        ({"stages": [STAGE, STAGE]}, "named train, train; give each its own name"),
         ({"stages": [STAGE | {"name": "a/b"}]}, "letters, digits and hyphens"),
         (changed(early_stopping={}, data={}), "no validation pairs; give --val-data"),
         (
             changed(early_stopping={}, evaluation={"every_epochs": 0}),
             "every_epochs is 0 and every_steps",
         ),
-        (changed(cached=True, freeze=[]), r"its freeze must hold 'visual\.\*'"),
-        (changed(cached=True, mask_ratio=0.5), "no patches can be masked"),
-        (changed(cached=True, loss={"teacher": "ViT-H-14"}), "a teacher needs the pictures"),
+        (changed(cached=True, freeze=[]), r"add 'visual\.\*' to its freeze"),
+        (changed(cached=True, mask_ratio=0.5), "mask_ratio has no effect"),
+        (changed(cached=True, loss={"teacher": "ViT-H-14"}), "a teacher needs the images"),
         (changed(loss={"kind": "sigmoid", "teacher": "RN50"}), "set loss.teacher_features"),
     ],
 )
@@ -228,13 +229,39 @@ def test_options_that_exclude_each_other_are_refused_with_the_remedy(values, sai
 
 @pytest.mark.parametrize("entry", ["visual.*", "=0.1", "visual.*=", "visual.*=low", "bert.*=-1"])
 def test_an_entry_of_rates_that_is_no_pattern_and_factor_is_refused(entry):
-    said = f"lr_multipliers holds '{re.escape(entry)}'; give PATTERN=FACTOR, such as"
+    said = f"lr_multipliers has the entry '{re.escape(entry)}'; give PATTERN=FACTOR, such as"
     with pytest.raises(UsageError, match=said):
         build_recipe(changed(optimizer={"lr_multipliers": ["bert.*=0.5", entry]}))
 
 
+TABLES = {"most_skipped": "data", "plateau": ""} | {
+    **dict.fromkeys(("for_batch", "clip_norm", "rates"), "optimizer"),
+    **dict.fromkeys(("sentences", "sentences_weight", "sentences_batch_size"), "loss"),
+}
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_renamed_option_is_refused_with_its_new_name(old, new):
+    """In a file, and as a flag, by its full name or its last part."""
+    table = TABLES[old]
+    option = {table: {old: 1}} if table else {old: 1}
+    values = {"stages": [STAGE]} | option if table == "data" else {"stages": [STAGE | option]}
+    prefix = f"{table}." if table else ""
+    said = f"^{prefix}{old} is now {prefix}{new}; write the new name$"
+    with pytest.raises(UsageError, match=said):
+        build_recipe(values)
+    if table != "data":
+        prefix = f"stages.0.{prefix}"
+    said = f"^--{prefix}{old} is now --{prefix}{new}; write the new name$"
+    with pytest.raises(UsageError, match=said.replace("_", "[-_]")):
+        apply_flags({"stages": [STAGE]}, [f"--{prefix}{old}", "1"])
+    said = f"^--{old} is now --{new.replace('_', '-')}; write the new name$"
+    with pytest.raises(UsageError, match=said):
+        apply_flags({"stages": [STAGE]}, [f"--{old}", "1"])
+
+
 def test_a_recipe_of_a_newer_version_is_refused_before_its_unknown_keys():
-    with pytest.raises(UsageError, match=r"of version 99, .* pip install -U cn-clip"):
+    with pytest.raises(UsageError, match=r"has version 99, .* pip install -U cn-clip"):
         build_recipe({"version": 99, "inventions": {"of": "tomorrow"}})
 
 
@@ -284,13 +311,13 @@ HOSTILE = {
     ),
     "no batch": (b"[[stages]]\nepochs=1\nglobal_batch_size = 0", "global_batch_size is 0; give 2"),
     "a list for text": (b"[start]\ncheckpoint = ['a']", r"start.checkpoint is \['a'\]; expected"),
-    "a number for a table": (b"data = 5", "recipe's data is 5, no table"),
+    "a number for a table": (b"data = 5", "recipe's data is 5; expected a table"),
     "a table for a list": (b"[data.train]\nx = 1", r"data.train is \{'x': 1\}; expected a list"),
-    "stages of numbers": (b"stages = [1]", "is 1, no table|no list of tables"),
+    "stages of numbers": (b"stages = [1]", "is 1; expected a table|not a list of tables"),
     "an empty path": (b"[start]\ncheckpoint = ''", "start.checkpoint is empty; give a value"),
     "an empty source": (b"[data]\ntrain = ['a.csv', '']", r"data.train.1 is empty; give a value"),
     "a NUL": (b'[start]\ncheckpoint = "a\\u0000"', "start.checkpoint is .*; remove the line break"),
-    "nobody's home": (b"[output]\nfolder = '~nobody-x/y'", "home of a user who is not known"),
+    "nobody's home": (b"[output]\nfolder = '~nobody-x/y'", "home of an unknown user"),
     "a long name": (b"[[stages]]\nepochs=1\nname='%s'" % (b"x" * 99), "more than 64 characters"),
     "a key like a known one": (b"[data]\ntrian = ['a']", "'trian'; did you mean train"),
     "deep lists": (b"a = " + b"[" * 1900, "nested too deeply"),
@@ -312,7 +339,7 @@ def test_a_damaged_recipe_is_one_sentence_that_names_the_option(tmp_path, conten
 
 @pytest.mark.parametrize("path", ["\0", "~nobody-x/recipe.toml", "x" * 5000, "/dev/zero", "/"])
 def test_what_is_no_path_of_a_recipe_is_refused(path):
-    with pytest.raises(UsageError, match=r"no usable path|unknown recipe|cannot be read"):
+    with pytest.raises(UsageError, match=r"not a valid path|unknown recipe|cannot be read"):
         read_recipe(path)
 
 

@@ -61,10 +61,10 @@ def test_another_stage_lets_learn_what_was_frozen(tiny_model):
 @pytest.mark.parametrize(
     ("pattern", "near"),
     [
-        ("visul.*", r"near it: visual\.\*"),
+        ("visul.*", r"did you mean visual\.\*"),
         ("bert.encoder.layers.*", r"bert\.encoder\.layer\.\*"),
         ("logit_scal", "logit_scale"),
-        ("visual", r"'visual' matches no parameter; near it: visual\.\*"),
+        ("visual", r"'visual' matches no parameter; did you mean visual\.\*"),
         ("qqqq", "see: cn-clip train --recipe RECIPE --show parameters"),
     ],
 )
