@@ -61,7 +61,7 @@ def render() -> str:
             "## Flags of the official training",
             "",
             "Flags with the same meaning work. `--batch-size` is per process, so it is multiplied",
-            "by the number of processes and by `--accum-freq`; `--lr` is the learning rate for that",
+            "by the number of processes and `--accum-freq`; `--lr` is the learning rate for that",
             "batch size. With",
             "`--logs` and `--name`, the folder is LOGS/NAME. `--resume`, `--seed`, `--warmup`,",
             "`--beta1`, `--beta2`, `--eps` and `--mask-ratio` have the same names here.",
