@@ -122,7 +122,7 @@ def our_step(batch: int, captions: list[str], locked: bool, cached: bool, precis
     from cn_clip.data.loading.loader import stack_keys, token_ids
     from cn_clip.data.sources.base import Row
     from cn_clip.model.clip import CLIP, initialize
-    from cn_clip.train.batches.batch import Share
+    from cn_clip.train.batches.batch import LocalBatch
     from cn_clip.train.model.freeze import freeze, set_modes
     from cn_clip.train.optim import (
         clamp_logit_scale,
@@ -130,7 +130,7 @@ def our_step(batch: int, captions: list[str], locked: bool, cached: bool, precis
         parameter_groups,
     )
     from cn_clip.train.recipe.schema import Stage
-    from cn_clip.train.step import Heads, Numbers, Towers, backward
+    from cn_clip.train.step import Heads, MixedPrecision, Towers, backward
 
     stage = Stage(epochs=1, freeze=("visual.*",) if locked else ())
     model = CLIP(MODELS["ViT-B-16"])
@@ -142,9 +142,10 @@ def our_step(batch: int, captions: list[str], locked: bool, cached: bool, precis
         parameter_groups(model.named_parameters(), stage.optimizer), stage.optimizer
     )
     dtype = torch.bfloat16 if precision == "bf16" else None
-    numbers = Numbers(torch.device("cpu"), dtype, torch.amp.GradScaler("cpu", enabled=False))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    mixed_precision = MixedPrecision(torch.device("cpu"), dtype, scaler)
     pixels = torch.randint(0, 256, (batch, 3, RESOLUTION, RESOLUTION)).to(torch.uint8)
-    share = Share(
+    local_batch = LocalBatch(
         None if cached else pixels,
         torch.randn(batch, 512) if cached else None,
         token_ids(captions, 52),
@@ -155,7 +156,7 @@ def our_step(batch: int, captions: list[str], locked: bool, cached: bool, precis
 
     def step() -> None:
         nonlocal done
-        backward(towers, share, stage, numbers, chunks=1, seed=(0, 0, done))
+        backward(towers, local_batch, stage, mixed_precision, chunks=1, seed=(0, 0, done))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         clamp_logit_scale(model)
@@ -193,7 +194,7 @@ def run_row(python: str, name: str, options: argparse.Namespace) -> dict[str, An
     command += ["--seconds", str(options.seconds)]
     if options.captions:
         command += ["--captions", options.captions]
-    # Ours first on the path only where it is wanted: the packages share their name.
+    # PYTHONPATH for our rows only: the official package has the same name.
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src") if ours else ""}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:

@@ -18,7 +18,7 @@ run() { # NAME FOLDER-OF-START OPTIONS...
 }
 
 run layers-3 mini "$@"
-run no-sentences mini --loss.sentences off "$@"
+run no-sentences mini --loss.text_targets off "$@"
 for layers in 2 4; do
     test -d "mini/layers-$layers/start" || $python "$recipe/prepare.py" \
         --packages mini/packages --out "mini/layers-$layers" --layers "$layers"

@@ -1,6 +1,6 @@
-"""What one process of several says to the others; alone, every function is the identity.
+"""Communication between processes; with one process, every function is the identity.
 
-Tensors stay on their device: ``gloo`` carries those of the CPU, ``nccl`` those of a GPU.
+Tensors stay on their device: CPU tensors use ``gloo``, GPU tensors ``nccl``.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from torch import Tensor
 from cn_clip.errors import CNClipError, UsageError
 from cn_clip.processes import terminate_with_launcher
 
-_PATIENCE = timedelta(hours=2)  # others wait while one writes or looks through the data
+_TIMEOUT = timedelta(hours=2)  # one process may write or scan the data while others wait
 _T = TypeVar("_T")
-_LAUNCHED = "TORCHELASTIC_RUN_ID"
+_TORCHRUN_ID = "TORCHELASTIC_RUN_ID"
 _SET_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @contextmanager
 def start(device_type: str) -> Iterator[None]:
-    """Join the other processes, if torchrun started several, and leave them at the end.
+    """Initialise the process group if torchrun started several processes; destroy it at the end.
 
-    ``device_type`` is ``cuda`` or ``cpu``; a process of ``cuda`` takes the GPU of its
-    ``LOCAL_RANK`` as current device. Without ``WORLD_SIZE``, or at 1, nothing is started.
+    ``device_type`` is ``cuda`` or ``cpu``; with ``cuda`` the current device is the GPU of
+    ``LOCAL_RANK``. If ``WORLD_SIZE`` is unset or 1, this does nothing.
 
     Raises:
-        UsageError: ``WORLD_SIZE`` is set, but not what else torchrun sets.
+        UsageError: ``WORLD_SIZE`` is set, but other variables of torchrun are not.
     """
     count = os.environ.get("WORLD_SIZE", "1")
     if count == "1":
@@ -44,39 +44,39 @@ def start(device_type: str) -> Iterator[None]:
             f"WORLD_SIZE is {count}, but {', '.join(missing)} not set; "
             "start several processes with torchrun, or unset WORLD_SIZE"
         )
-    if _LAUNCHED in os.environ:  # torchrun ends its processes, unless it is killed itself
+    if _TORCHRUN_ID in os.environ:  # torchrun ends its processes, but not if it is killed
         terminate_with_launcher()
     device = None
     if device_type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     backend = "nccl" if device else "gloo"
-    dist.init_process_group(backend, device_id=device, timeout=_PATIENCE)
+    dist.init_process_group(backend, device_id=device, timeout=_TIMEOUT)
     yield
-    # Not after an error: it waits for the others, who wait for this process in something else.
-    # Its exit code makes torchrun end them.
-    gc.collect()  # models in shares hold on to the group in circles, and must go before it
+    # Not after an error: the barrier would wait for processes that wait elsewhere. The exit code
+    # makes torchrun end them.
+    gc.collect()  # sharded models have reference cycles to the group, and must be freed first
     dist.barrier()
     dist.destroy_process_group()
 
 
 def rank() -> int:
-    """Return the number of this process, from 0."""
-    return dist.get_rank() if _joined() else 0
+    """Return the rank of this process, from 0."""
+    return dist.get_rank() if _initialized() else 0
 
 
 def world_size() -> int:
     """Return the number of processes."""
-    return dist.get_world_size() if _joined() else 1
+    return dist.get_world_size() if _initialized() else 1
 
 
 def is_main() -> bool:
-    """Tell whether this process is the one that writes and prints."""
+    """Return whether this is the process that writes and prints, rank 0."""
     return rank() == 0
 
 
 def row_counts(x: Tensor) -> list[int]:
-    """Return the number of rows that each rank holds."""
+    """Return the number of rows of each rank."""
     if world_size() == 1:
         return [len(x)]
     counts = _gathered(torch.tensor([len(x)], device=x.device))
@@ -84,35 +84,34 @@ def row_counts(x: Tensor) -> list[int]:
 
 
 def all_gather_rows(x: Tensor, *, counts: list[int] | None = None) -> Tensor:
-    """Return the rows (N, ...) of all ranks in their order, out of this one's (b, ...).
+    """Gather the rows (b, ...) of all ranks to (N, ...), in the order of ranks, without gradient.
 
-    The rank's ``b`` may differ, and be 0. ``counts`` saves asking for them, if ``row_counts``
-    was called before. No gradient flows through.
+    ``b`` may differ between ranks and be 0. ``counts`` is the result of ``row_counts``, if known.
     """
     x = x.detach()
     if world_size() == 1:
         return x
     counts = counts or row_counts(x)
-    most = max(counts)
-    if most == 0:
+    longest = max(counts)
+    if longest == 0:
         return x
-    # Collectives take equal shapes: every rank sends as many rows as the one with most.
-    padded = torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
+    # Collectives need equal shapes, so every rank pads its rows.
+    padded = torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])])
     return torch.cat([block[:n] for block, n in zip(_gathered(padded), counts, strict=True)])
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
-    """Return the sum of all ranks' tensors of one shape."""
+    """Return the sum over ranks of tensors of the same shape."""
     return _reduced(x, "sum")
 
 
 def all_reduce_max(x: Tensor) -> Tensor:
-    """Return the element-wise maximum of all ranks' tensors of one shape."""
+    """Return the element-wise maximum over ranks of tensors of the same shape."""
     return _reduced(x, "max")
 
 
 def broadcast_object(value: _T) -> _T:
-    """Return the main process' value, which is pickled; the other ranks' is ignored."""
+    """Return the value of the main process, by pickle; those of other ranks are ignored."""
     if world_size() == 1:
         return value
     values = [value]
@@ -121,7 +120,7 @@ def broadcast_object(value: _T) -> _T:
 
 
 def all_gather_object(value: _T) -> list[_T]:
-    """Return the values of all ranks in their order; they are pickled."""
+    """Return the values of all ranks in order, by pickle."""
     if world_size() == 1:
         return [value]
     values = cast(list[_T], [None] * world_size())
@@ -130,36 +129,36 @@ def all_gather_object(value: _T) -> list[_T]:
 
 
 def on_main(work: Callable[[], _T]) -> _T:
-    """Return what ``work`` returns in the main process, on every rank; or raise there what it does.
+    """Run ``work`` in the main process; on all ranks, return its result or raise its error.
 
-    So that a rank whose main process has failed does not wait for it. Errors of this package only:
-    of others the process ends, and torchrun ends the rest.
+    So no rank waits for a main process that failed. This holds for a ``CNClipError``; any other
+    error ends the process, and torchrun ends the others.
     """
-    answer: tuple[_T | None, CNClipError | None] = (None, None)
+    result: tuple[_T | None, CNClipError | None] = (None, None)
     if is_main():
         try:
-            answer = work(), None
+            result = work(), None
         except CNClipError as error:
-            answer = None, error
-    value, failed = broadcast_object(answer)
-    if failed is not None:
-        raise failed
+            result = None, error
+    value, error_of_main = broadcast_object(result)
+    if error_of_main is not None:
+        raise error_of_main
     return cast(_T, value)
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait for all ranks."""
     if world_size() > 1:
         dist.barrier()
 
 
-def _joined() -> bool:
+def _initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
 def _gathered(x: Tensor) -> list[Tensor]:
-    """Return the tensors of all ranks, of one shape."""
-    # Not all_gather_into_tensor: its name differs between the versions of torch that we support.
+    """Return the tensors of all ranks; they have the same shape."""
+    # Not all_gather_into_tensor, whose name differs between supported versions of torch.
     blocks = [torch.empty_like(x) for _ in range(world_size())]
     dist.all_gather(blocks, x)
     return blocks

@@ -70,7 +70,7 @@ def test_parameters_are_shown_for_patterns(recipe_file, capsys):
         ([], "which recipe? Give --recipe"),
         (["--recipe", "distill", "--epochz", "3"], "unknown flag --epochz; did you mean --epochs"),
         (["--recipe", "distill", "--epochs", "three"], "is 'three'; give a whole number"),
-        (["--recipe", "distill"], "the recipe names no training data; give --train-data"),
+        (["--recipe", "distill"], "the recipe has no training data; give --train-data"),
         (["--recipe", "two-stage", "--train-data", "x"], "there are no validation pairs"),
         (["--recipe", "distill", "--global-batch-size", "1"], "is 1; give 2 to"),
     ],
@@ -84,7 +84,7 @@ def test_bad_usage_is_one_sentence_with_its_remedy(flags, sentence, capsys):
 def test_a_missing_file_of_weights_stops_the_run(recipe_file, capsys):
     assert run(["train", "--recipe", recipe_file(), "--image", "nowhere.pt"]) == 1
     assert (
-        "no such file: nowhere.pt; it should hold the visual.* weights" in capsys.readouterr().err
+        "no such file: nowhere.pt; give a file with the visual.* weights" in capsys.readouterr().err
     )
 
 
@@ -110,7 +110,7 @@ def test_sigterm_saves_and_leaves_with_its_exit_code(recipe_file, tmp_path):
         process.send_signal(signal.SIGTERM)
         _, told = process.communicate(timeout=60)
         assert process.returncode == 128 + signal.SIGTERM
-    assert "the state is saved. Go on with: --resume auto" in told
+    assert "the state is saved. Resume with: --resume auto" in told
     assert "Traceback" not in told
 
 

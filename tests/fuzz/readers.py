@@ -554,7 +554,7 @@ _RECIPE = """version = 1
 train = ["jsonl:pairs.jsonl", "0.5@tar:{000..003}.tar"]
 val = ["jsonl:val.jsonl"]
 workers = 0
-most_skipped = 0.1
+max_skipped_fraction = 0.1
 [start]
 checkpoint = "mini"
 [machine]
@@ -571,7 +571,7 @@ global_batch_size = 16
 [stages.optimizer]
 learning_rate = 0.001
 warmup = 2
-rates = ["visual.*=0.1"]
+lr_multipliers = ["visual.*=0.1"]
 [[stages]]
 name = "two"
 epochs = 2
@@ -630,7 +630,7 @@ def _run(folder: Path) -> None:
     from cn_clip.train.recipe.toml import from_toml
     from cn_clip.train.run.checkpoint import load_tensors, read_progress, states
     from cn_clip.train.run.report import write_report
-    from cn_clip.train.run.run_dir import prepared
+    from cn_clip.train.run.run_dir import prepare_folder
 
     write_report(folder, from_toml(_RECIPE), None)
     for state in states(folder):
@@ -638,8 +638,8 @@ def _run(folder: Path) -> None:
             read_progress(state)
         finally:
             load_tensors(state, _run_tensors())
-    prepared(folder, from_toml(_RECIPE), True, True)
-    prepared(folder, from_toml(_RECIPE), True, False)
+    prepare_folder(folder, from_toml(_RECIPE), True, True)
+    prepare_folder(folder, from_toml(_RECIPE), True, False)
 
 
 def _cache(folder: Path) -> None:

@@ -17,8 +17,12 @@ from cn_clip.data.sources.open import WeightedSource, open_mix
 from cn_clip.embedder import Embedder
 from cn_clip.errors import DataError, UsageError
 from cn_clip.train.batches import feature_cache as cache
-from cn_clip.train.batches.batch import CachedLoader, shares
-from cn_clip.train.batches.feature_cache import cache_image_features, pictures_of, tower_fingerprint
+from cn_clip.train.batches.batch import CachedLoader, local_batches
+from cn_clip.train.batches.feature_cache import (
+    cache_image_features,
+    tower_fingerprint,
+    unique_images,
+)
 from cn_clip.train.recipe.schema import Stage
 from cn_clip.train.step import Heads, Towers
 
@@ -263,10 +267,12 @@ def loader_of(source, tower, folder, **options):
 def test_batches_are_those_of_the_loader_that_opens_pictures(tower, tmp_path):
     source = Made(broken={2})
     online = Loader([WeightedSource(source)], SMALL, 4, seed=1, workers=0, max_skipped_fraction=1.0)
-    offline = loader_of(source, tower, tmp_path, most_skipped=1.0)
+    offline = loader_of(source, tower, tmp_path, max_skipped_fraction=1.0)
     assert len(online) == len(offline) == 4
     for epoch, start in ((0, 0), (1, 2)):
-        pairs = zip(shares(online, epoch, start), shares(offline, epoch, start), strict=True)
+        pairs = zip(
+            local_batches(online, epoch, start), local_batches(offline, epoch, start), strict=True
+        )
         for seen, kept in pairs:
             assert kept.rows == seen.rows
             assert torch.equal(kept.ids, seen.ids) and torch.equal(kept.keys, seen.keys)
@@ -276,8 +282,8 @@ def test_batches_are_those_of_the_loader_that_opens_pictures(tower, tmp_path):
 
 
 def test_pairs_of_a_broken_picture_are_skipped_counted_and_named(tower, tmp_path):
-    loader = loader_of(Made(broken={2}), tower, tmp_path, most_skipped=0.2)
-    rows = [row for share in loader.shares(0) for row in share.rows]
+    loader = loader_of(Made(broken={2}), tower, tmp_path, max_skipped_fraction=0.2)
+    rows = [row for share in loader.local_batches(0) for row in share.rows]
     assert (loader.seen, loader.skipped, len(rows)) == (15, 3, 12)
     assert not any(row.image_id == "2" for row in rows)
     assert sorted(reason.split(":")[0] for reason in loader.reasons) == [
@@ -285,18 +291,20 @@ def test_pairs_of_a_broken_picture_are_skipped_counted_and_named(tower, tmp_path
         "made, row 2",
         "made, row 7",
     ]
-    assert "could not be read when features were computed" in loader.reasons[0]
+    assert "was unreadable when its features were computed" in loader.reasons[0]
 
 
 def test_too_many_broken_pictures_end_the_run(tower, tmp_path):
-    loader = loader_of(Made(broken={2, 3}), tower, tmp_path, most_skipped=0.3)
+    loader = loader_of(Made(broken={2, 3}), tower, tmp_path, max_skipped_fraction=0.3)
     with pytest.raises(DataError, match="6 of 15 pairs cannot be read, above the limit of 30%"):
-        list(loader.shares(0))
+        list(loader.local_batches(0))
 
 
 def test_processes_share_a_batch(tower, tmp_path):
-    alone = [s.rows for s in loader_of(Made(), tower, tmp_path).shares(0)]
-    two = [loader_of(Made(), tower, tmp_path, rank=n, world_size=2).shares(0) for n in (0, 1)]
+    alone = [s.rows for s in loader_of(Made(), tower, tmp_path).local_batches(0)]
+    two = [
+        loader_of(Made(), tower, tmp_path, rank=n, world_size=2).local_batches(0) for n in (0, 1)
+    ]
     assert [a.rows + b.rows for a, b in zip(*two, strict=True)] == alone
 
 
@@ -308,8 +316,8 @@ def test_an_empty_text_and_a_line_that_is_no_row_are_left_out(tower, tmp_path, p
     manifest.write_text("\n".join([lines[0], empty, "{", *lines[2:]]) + "\n", encoding="utf-8")
     mix = open_mix([uri])
     found = cached(mix, tower, tmp_path / "features")
-    loader = CachedLoader(mix, found, 8, context_length=52, most_skipped=1.0)
-    (share,) = loader.shares(0)
+    loader = CachedLoader(mix, found, 8, context_length=52, max_skipped_fraction=1.0)
+    (share,) = loader.local_batches(0)
     assert (loader.seen, loader.skipped) == (5, 2)
     assert {row.text_id for row in share.rows} == {"001", "003", "004"}
     assert share.features.isfinite().all()
@@ -319,7 +327,7 @@ def test_pictures_are_found_without_opening_one(pictures):
     uri = write_csv(pictures)
     for path in pictures.glob("*.jpg"):
         path.unlink()
-    found = pictures_of(open_mix([uri]))
+    found = unique_images(open_mix([uri]))
     assert len(found.places) == 3
     assert found.of_rows[0][0] == found.of_rows[0][1]
     assert len({*found.of_rows[0].tolist()}) == 3

@@ -23,12 +23,12 @@ STAGES = (
 def values(pairs, start, out, **tables):
     # 10 texts: shares of 3 and of 2, among four processes.
     texts = str(write_sentences(out.parent / "sentences"))
-    held = {"loss": {"sentences": texts, "sentences_batch_size": 10}}
+    held = {"loss": {"text_targets": texts, "text_targets_batch_size": 10}}
     stages = [dict(stage, epochs=None, global_batch_size=20, **held) for stage in STAGES]
     found = recipe_values(pairs, start, out, *stages, **tables)
     for stage in found["stages"]:
         del stage["epochs"]
-        stage["optimizer"] = {"clip_norm": 1e6} | stage["optimizer"]  # so that norms are logged
+        stage["optimizer"] = {"max_grad_norm": 1e6} | stage["optimizer"]  # so that norms are logged
     return found
 
 
@@ -81,7 +81,7 @@ def test_weights_in_shares_give_the_losses_and_norms_of_one_process(pairs, start
         machine = {"device": "cpu", "precision": "fp32", "parallel": parallel}
         recipe = values(pairs, start, run, output={"log_every": 1}, machine=machine)
         for stage in recipe["stages"]:
-            stage["optimizer"] |= {"ema": 0.9, "clip_norm": 1.0}
+            stage["optimizer"] |= {"ema": 0.9, "max_grad_norm": 1.0}
         done = torchrun(processes, recipe, tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
         found[parallel] = logged(run), logged(run, "gradient_norm")
@@ -155,4 +155,4 @@ def test_an_error_in_one_process_ends_all_with_its_sentence(pairs, start, tmp_pa
     recipe["stages"][0]["freeze"] = ["visual.*", "bret.*"]
     done = torchrun(2, recipe, tmp_path)
     assert done.returncode != 0
-    assert "the pattern 'bret.*' matches no parameter; near it: bert" in done.stderr
+    assert "the pattern 'bret.*' matches no parameter; did you mean bert" in done.stderr

@@ -10,7 +10,7 @@ from train.test_recipe import SCRIPTS
 
 from cn_clip.cli import run
 from cn_clip.errors import UnknownNameError, UsageError
-from cn_clip.train.optim import learning_rate
+from cn_clip.train.optim import peak_lr
 from cn_clip.train.recipe import flags
 from cn_clip.train.recipe.flags import OFFICIAL, apply_flags
 from cn_clip.train.recipe.schema import options
@@ -19,8 +19,8 @@ from cn_clip.train.recipe.toml import build_recipe, read_recipe
 TWO = {
     "data": {"train": ["csv:a.csv"], "val": ["csv:b.csv"]},
     "stages": [
-        {"name": "locked", "epochs": 5, "plateau": {"patience": 7}},
-        {"name": "un-locked", "steps": 9, "optimizer": {"for_batch": 64}},
+        {"name": "locked", "epochs": 5, "early_stopping": {"patience": 7}},
+        {"name": "un-locked", "steps": 9, "optimizer": {"reference_batch_size": 64}},
     ],
 }
 
@@ -87,10 +87,13 @@ def test_lists_take_values_until_the_next_flag_and_flags_again():
     assert again.data.train == ("a.csv", "b.csv")
     assert both(recipe_of("--freeze", "none"), "freeze") == [(), ()]
     for given in (
-        ["--rates", "visual.*=0.1", "bert.*=2"],
-        ["--rates=visual.*=0.1", "--rates=bert.*=2"],
+        ["--lr-multipliers", "visual.*=0.1", "bert.*=2"],
+        ["--lr-multipliers=visual.*=0.1", "--lr-multipliers=bert.*=2"],
     ):
-        assert both(recipe_of(*given), "optimizer", "rates") == [("visual.*=0.1", "bert.*=2")] * 2
+        assert (
+            both(recipe_of(*given), "optimizer", "lr_multipliers")
+            == [("visual.*=0.1", "bert.*=2")] * 2
+        )
 
 
 def test_a_switch_needs_no_value_and_takes_one():
@@ -107,13 +110,15 @@ def test_none_takes_an_option_away():
     assert both(build_recipe(auto), "interpolate") == ["auto", "auto"]
     with pytest.raises(UsageError, match=r"interpolate is 'atuo'; give a number or auto"):
         apply_flags(TWO, ["--interpolate", "atuo"])
-    assert both(recipe_of("--for-batch", "off"), "optimizer", "for_batch") == [None, None]
+    assert both(
+        recipe_of("--reference-batch-size", "off"), "optimizer", "reference_batch_size"
+    ) == [None, None]
 
 
 def test_a_table_is_switched_on_with_its_defaults_and_off():
-    assert both(recipe_of("--plateau", "off"), "plateau") == [None, None]
-    on = recipe_of("--plateau")
-    assert [each.patience for each in both(on, "plateau")] == [7, 3]
+    assert both(recipe_of("--early-stopping", "off"), "early_stopping") == [None, None]
+    on = recipe_of("--early-stopping")
+    assert [each.patience for each in both(on, "early_stopping")] == [7, 3]
     assert recipe_of("--stages.un-locked.lora", "on").stages[1].lora.rank == 8
     assert recipe_of("--stages.locked.lora.rank", "2").stages[0].lora.rank == 2
     assert [each.rank for each in both(recipe_of("--lora.rank", "2"), "lora")] == [2, 2]
@@ -121,7 +126,7 @@ def test_a_table_is_switched_on_with_its_defaults_and_off():
 
 def test_the_recipes_values_stay_as_they_were():
     before = copy.deepcopy(TWO)
-    apply_flags(TWO, ["--epochs", "1", "--plateau.patience", "1", "--freeze", "bert.*"])
+    apply_flags(TWO, ["--epochs", "1", "--early-stopping.patience", "1", "--freeze", "bert.*"])
     assert before == TWO
 
 
@@ -136,19 +141,22 @@ def test_the_recipes_values_stay_as_they_were():
         (["--stages.7.epochs", "1"], "unknown stage '7'"),
         (["--stages.locked", "5"], r"names a stage; its options are --stages\.locked\.NAME"),
         (["--stages.locked.epoch", "1"], "'epoch'; did you mean epochs"),
-        (["--stages.locked.epochs.all", "1"], "epochs has no options inside"),
-        (["workers", "5"], "'workers' is no flag; write --NAME VALUE"),
-        (["--", "5"], "'--' is no flag"),
+        (["--stages.locked.epochs.all", "1"], "epochs has no options"),
+        (["workers", "5"], "'workers' is not a flag; write --NAME VALUE"),
+        (["--", "5"], "'--' is not a flag"),
         (["--workers", "many"], "--data.workers is 'many'; give a whole number"),
         (["--learning-rate", "fast"], "is 'fast'; give a number"),
         (["--augment", "perhaps"], "is 'perhaps'; give true or false"),
-        (["--plateau", "3"], r"--plateau is on or off; its options are --plateau\.NAME"),
+        (
+            ["--early-stopping", "3"],
+            r"--early-stopping is on or off; its options are --early-stopping\.NAME",
+        ),
         (["--precision", "fp8"], "unknown machine.precision 'fp8'"),
         (["--learning-rate"], "--learning-rate needs a value"),
         (["--start.text", "--augment"], "--start.text needs a value"),
         (["--stages.locked.freeze"], "--stages.locked.freeze needs a value"),
         (["--train-data"], "--train-data needs a value"),
-        (["--batch-size", "8x"], "'8x' is no whole number"),
+        (["--batch-size", "8x"], "'8x' is not a whole number"),
         (["--accum-freq", "2"], "multiplies --batch-size; give both, or --global-batch-size"),
         (["--vision-model", "RN50"], "give both --vision-model and --text-model"),
     ],
@@ -209,7 +217,7 @@ def test_every_official_flag_is_understood(name, underscores):
         ("--valid-epoch-interval 4", "evaluation.every_epochs", 4),
         ("--context-length 24", "start.context_length", 24),
         ("--lr 3e-5", "stages.0.optimizer.learning_rate", 3e-5),
-        ("--lr 3e-5", "stages.1.optimizer.for_batch", None),
+        ("--lr 3e-5", "stages.1.optimizer.reference_batch_size", None),
         ("--wd 0.2", "stages.0.optimizer.weight_decay", 0.2),
         ("--beta1 0.8", "stages.0.optimizer.beta1", 0.8),
         ("--eps 1e-8", "stages.0.optimizer.eps", 1e-8),
@@ -290,7 +298,7 @@ def test_distillation_without_a_teacher_is_refused():
 
 
 def test_logs_that_are_none_are_refused():
-    with pytest.raises(UsageError, match="--logs is None; a run is kept in a folder"):
+    with pytest.raises(UsageError, match="--logs is None, but a run needs a folder"):
         recipe_of("--logs", "None")
 
 
@@ -325,7 +333,7 @@ def test_the_flags_of_an_official_script_say_what_the_shipped_recipe_says(name):
     theirs = recipe_of(*flags, values={}, world_size=8).stages[0]
     ours = build_recipe(read_recipe(name)).stages[0]
     assert theirs.global_batch_size == ours.global_batch_size
-    assert learning_rate(theirs.optimizer, 1024) == script["lr"]
+    assert peak_lr(theirs.optimizer, 1024) == script["lr"]
     same = ("warmup", "weight_decay", "schedule", "beta1", "beta2", "eps")
     assert all(getattr(theirs.optimizer, n) == getattr(ours.optimizer, n) for n in same)
     assert all(getattr(theirs, n) == getattr(ours, n) for n in ("epochs", "augment", "flip"))

@@ -1,4 +1,4 @@
-"""What stops a run: a loss that is no number, one that stands at chance, a signal."""
+"""What stops a run: a NaN or infinite loss, a loss at chance, a signal."""
 
 import math
 import os
@@ -10,7 +10,8 @@ import torch
 
 from cn_clip.errors import TrainingError
 from cn_clip.train.recipe.schema import Loss, Machine, Optimizer, Stage
-from cn_clip.train.run.loss_watchdog import Guard, Stop, signals
+from cn_clip.train.run.loss_watchdog import LossWatchdog
+from cn_clip.train.run.signals import StopRequest, catch_stop_signals
 
 
 def guard_of(precision="bf16", stop_at_chance=100, loss=None, batch=64, warmup=0):
@@ -21,7 +22,7 @@ def guard_of(precision="bf16", stop_at_chance=100, loss=None, batch=64, warmup=0
         loss=loss or Loss(),
         optimizer=Optimizer(warmup=warmup),
     )
-    return Guard(stage, Machine(precision=precision), 5e-4, stop_at_chance)
+    return LossWatchdog(stage, Machine(precision=precision), 5e-4, stop_at_chance)
 
 
 def stopped_at(guard, losses):
@@ -40,12 +41,12 @@ def test_a_loss_that_is_no_number_names_the_rate_and_a_remedy(loss):
         guard_of().check(loss, 6)
     said = str(caught.value)
     assert said.startswith(f"the loss is {loss} at step 7 of stage first")
-    assert "5.0e-04 for a batch of 64" in said and "a tenth" in said and "--clip-norm 1" in said
+    assert "5.0e-04 for a batch of 64" in said and "a tenth" in said and "--max-grad-norm 1" in said
     assert "are kept" in said
 
 
 def test_in_float16_the_precision_is_the_likelier_cause():
-    with pytest.raises(TrainingError, match=r"float16 has overflowed.*--precision bf16"):
+    with pytest.raises(TrainingError, match=r"float16 has probably overflowed.*--precision bf16"):
         guard_of("fp16").check(float("nan"), 0)
 
 
@@ -53,7 +54,7 @@ def test_a_loss_that_stands_at_chance_is_stopped_when_it_may_be_with_causes_and_
     """OFA-Sys/Chinese-CLIP#362: a rate of 3e-4 and a loss near ln(128) for hours."""
     step, said = stopped_at(guard_of(batch=128), [math.log(128)] * 500)
     assert step == 99
-    assert "after 100 steps the loss stands at 4.852, and ln(128) = 4.852" in said
+    assert "after 100 steps the loss is 4.852, and ln(128) = 4.852" in said
     for each in (
         "5.0e-04 for a batch of 128",
         "a tenth",
@@ -77,7 +78,7 @@ def noise(count, around, spread, seed=0):
         ([math.log(64)] * 99, {}),  # too early to tell
         ([math.log(64)] * 300, {"stop_at_chance": 0}),
         ([math.log(64)] * 300, {"loss": Loss(kind="sigmoid")}),  # whose chance is another
-        ([math.log(64)] * 300, {"loss": Loss(sentences="s")}),  # pairs and sentences together
+        ([math.log(64)] * 300, {"loss": Loss(text_targets="s")}),  # pairs and sentences together
         ([math.log(64)] * 300, {"loss": Loss(teacher="t", teacher_features=1.0)}),
     ],
 )
@@ -109,16 +110,16 @@ def test_after_a_resume_it_takes_some_losses_before_it_judges():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_noted_and_the_run_decides(number):
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
-    with signals() as stop:
-        assert stop.agreed(torch.device("cpu")) == 0
+    with catch_stop_signals() as stop:
+        assert stop.on_any_process(torch.device("cpu")) == 0
         os.kill(os.getpid(), number)
-        assert stop.agreed(torch.device("cpu")) == number
+        assert stop.on_any_process(torch.device("cpu")) == number
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_a_second_ctrl_c_ends_at_once_and_a_second_sigterm_waits():
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), signals() as stop:
+    with pytest.raises(KeyboardInterrupt), catch_stop_signals() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.signal == signal.SIGTERM
@@ -128,7 +129,7 @@ def test_a_second_ctrl_c_ends_at_once_and_a_second_sigterm_waits():
 
 def test_handlers_come_back_after_an_error():
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(TrainingError), signals():
+    with pytest.raises(TrainingError), catch_stop_signals():
         assert signal.getsignal(signal.SIGTERM) is not before
         raise TrainingError("it ended")
     assert signal.getsignal(signal.SIGTERM) is before
@@ -138,13 +139,13 @@ def test_a_thread_beside_the_main_one_leaves_signals_alone():
     before, found = signal.getsignal(signal.SIGTERM), []
 
     def run():
-        with signals() as stop:
+        with catch_stop_signals() as stop:
             found.extend([stop, signal.getsignal(signal.SIGTERM)])
 
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    assert found == [Stop(0), before]
+    assert found == [StopRequest(0), before]
 
 
 def test_the_warm_up_is_not_held_against_a_run():
@@ -156,8 +157,8 @@ def test_the_warm_up_is_not_held_against_a_run():
 
 
 @pytest.mark.parametrize("norm", [math.nan, math.inf])
-def test_a_gradient_that_is_no_number_stops_before_it_is_used(norm):
+def test_a_gradient_that_is_not_finite_stops_before_it_is_used(norm):
     guard = guard_of()
     guard.check_gradient(3.0, 6)
-    with pytest.raises(TrainingError, match=r"gradient is (nan|inf) at step 8.*tenth"):
+    with pytest.raises(TrainingError, match=r"gradient norm is (nan|inf) at step 8.*tenth"):
         guard.check_gradient(norm, 7)

@@ -10,8 +10,8 @@ from cn_clip.train.recipe.schema import Output, Recipe
 from cn_clip.train.run.log import Log, read_log
 
 
-def opened(folder, tell=lambda event: None, writes=True, **output):
-    return Log(folder, Recipe(output=Output(**output)), tell=tell, writes=writes)
+def opened(folder, on_event=lambda event: None, writes=True, **output):
+    return Log(folder, Recipe(output=Output(**output)), on_event=on_event, writes=writes)
 
 
 def written(folder, *events):

@@ -21,8 +21,8 @@ from cn_clip.eval.dataset import EvalSet
 from cn_clip.train.loop import train
 from cn_clip.train.run import checkpoint as states_on_disk
 from cn_clip.train.run.log import Log, read_log
-from cn_clip.train.run.loss_watchdog import InterruptedRun
-from cn_clip.train.run.run_dir import prepared
+from cn_clip.train.run.run_dir import prepare_folder
+from cn_clip.train.run.signals import InterruptedRun
 
 OPTIMIZER = {"learning_rate": 1e-3, "warmup": 2}
 FAST = {"epochs": 6, "optimizer": {"learning_rate": 3e-3, "warmup": 4}}  # learns by heart
@@ -129,7 +129,7 @@ def test_augmented_views_are_cached_too(pairs, start, tmp_path):
 def test_a_stage_ends_by_plateau_and_hands_on_its_best_weights(pairs, start, tmp_path):
     frozen = {"learning_rate": 1e-9, "warmup": 0}  # nothing will change, so nothing will rise
     stages = (
-        {"name": "still", "epochs": 50, "plateau": {"patience": 2}, "optimizer": frozen},
+        {"name": "still", "epochs": 50, "early_stopping": {"patience": 2}, "optimizer": frozen},
         {"name": "next", "epochs": 1, "optimizer": frozen},
     )
     outcome = train(make_recipe(pairs, start, tmp_path / "run", *stages))
@@ -242,11 +242,13 @@ def test_the_next_stage_begins_with_the_mixture_and_has_its_score_to_beat(pairs,
     assert scores["train, mixed"] == scores["still"] == scores["final"] < scores["train"]
 
 
-def test_sentences_draw_texts_to_their_places_with_cached_pictures_too(
-    pairs, start, sentences, tmp_path
-):
-    held = {"sentences": str(sentences), "sentences_weight": 5.0, "sentences_batch_size": 20}
-    stage = LOCKED | {"cached": True, "epochs": 8, "loss": held}
+def test_text_targets_pull_texts_to_them_with_cached_images_too(pairs, start, sentences, tmp_path):
+    targets = {
+        "text_targets": str(sentences),
+        "text_targets_weight": 5.0,
+        "text_targets_batch_size": 20,
+    }
+    stage = LOCKED | {"cached": True, "epochs": 8, "loss": targets}
     train(make_recipe(pairs, start, tmp_path / "run", stage, data={"val": []}))
     stored = read_captions(sentences)
     near = [
@@ -256,10 +258,8 @@ def test_sentences_draw_texts_to_their_places_with_cached_pictures_too(
     assert near[1] > near[0] + 0.1
 
 
-def test_sentences_that_cannot_be_used_are_refused_before_features_are_computed(
-    pairs, start, tmp_path
-):
-    stage = LOCKED | {"cached": True, "loss": {"sentences": str(tmp_path / "nowhere")}}
+def test_unusable_text_targets_are_refused_before_features_are_computed(pairs, start, tmp_path):
+    stage = LOCKED | {"cached": True, "loss": {"text_targets": str(tmp_path / "nowhere")}}
     with pytest.raises(UsageError, match=r"no folder .*nowhere; make it with: cn-clip embed texts"):
         train(make_recipe(pairs, start, tmp_path / "run", stage, data={"val": []}))
     assert not (tmp_path / "run" / "features").exists()
@@ -307,7 +307,7 @@ def test_every_tower_trains_in_half_precision(pairs, tmp_path, kind, precision):
             "epochs": 1,
             "micro_batch_size": 6,
             "augment": True,
-            "optimizer": OPTIMIZER | {"clip_norm": 1.0},
+            "optimizer": OPTIMIZER | {"max_grad_norm": 1.0},
         },
         machine={"precision": precision, "device": "cpu", "grad_checkpointing": True},
         data={"val": []},
@@ -340,7 +340,7 @@ def test_validation_pairs_in_the_training_data_are_named(pairs, start, tmp_path)
 def test_a_second_run_in_the_folder_is_refused_unless_it_goes_on(pairs, start, tmp_path):
     recipe = make_recipe(pairs, start, tmp_path / "run", {"steps": 2, "epochs": None})
     first = train(recipe)
-    with pytest.raises(UsageError, match=r"holds a run; go on with it by --resume auto"):
+    with pytest.raises(UsageError, match=r"has a run; resume it with --resume auto"):
         train(recipe)
     assert train(recipe, resume=True) == first
     other = make_recipe(pairs, start, tmp_path / "run", {"steps": 3, "epochs": None})
@@ -447,7 +447,7 @@ def test_a_batch_that_cannot_be_read_at_all_is_passed_over(start, tmp_path):
     uri = write_pairs(tmp_path, "train", range(17))
     recipe = make_recipe(
         (uri, uri), start, tmp_path / "run", {"epochs": 1},
-        data={"val": [], "most_skipped": 0.5},
+        data={"val": [], "max_skipped_fraction": 0.5},
     )  # fmt: skip
     from cn_clip.data.loading.sampler import plan_of
     from cn_clip.data.sources.open import open_mix
@@ -461,7 +461,7 @@ def test_a_batch_that_cannot_be_read_at_all_is_passed_over(start, tmp_path):
 
 def test_events_tell_everything_the_log_holds(pairs, start, tmp_path):
     told = []
-    train(make_recipe(pairs, start, tmp_path / "run"), tell=told.append)
+    train(make_recipe(pairs, start, tmp_path / "run"), on_event=told.append)
     assert [e for e in told if e["kind"] != "tick"] == read_log(tmp_path / "run")
     assert {e["kind"] for e in told} == {"start", "stage", "score", "step", "saved", "end", "tick"}
 
@@ -481,7 +481,7 @@ def test_a_run_that_goes_on_with_a_larger_batch_counts_its_epochs_anew(pairs, st
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(InterruptedRun):
-        train(recipe, tell=stop)
+        train(recipe, on_event=stop)
     large = small | {"global_batch_size": 24}  # of which an epoch has two batches, not six
     changed = make_recipe(pairs, start, tmp_path / "run", large, output={"save_every": 1})
     outcome = train(changed, resume=True, allow_changes=True)
@@ -514,7 +514,7 @@ def test_a_stop_while_a_score_is_due_saves_first_and_measures_when_it_goes_on(
 
     recipe = make_recipe(pairs, start, tmp_path / "run")
     with pytest.raises(InterruptedRun):
-        train(recipe, tell=stop)
+        train(recipe, on_event=stop)
     assert [event["total"] for event in events(tmp_path / "run", "score")] == [0]
     train(recipe, resume=True)
     train(make_recipe(pairs, start, tmp_path / "whole"))
@@ -533,7 +533,7 @@ def test_a_full_disk_under_the_log_is_one_sentence(pairs, start, tmp_path, monke
 
 def test_what_a_kill_left_half_written_is_swept(pairs, start, tmp_path):
     recipe = make_recipe(pairs, start, tmp_path / "run", {"steps": 1, "epochs": None})
-    prepared(tmp_path / "run", recipe, False, False)
+    prepare_folder(tmp_path / "run", recipe, False, False)
     left = tmp_path / "run" / "stages" / ".1-train.abcdefgh.cn-clip-tmp" / "new"
     left.mkdir(parents=True)
     (left / "model.safetensors").write_bytes(b"half")

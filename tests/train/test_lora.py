@@ -120,7 +120,7 @@ def test_an_update_has_the_rate_of_its_layer():
 @pytest.mark.parametrize(
     ("pattern", "said"),
     [
-        ("*.ln_1.weight", r"ln_1\.weight has shape \[64\]; name matrices only"),
+        ("*.ln_1.weight", r"ln_1\.weight has shape \[64\]; match matrices only"),
         ("visual.conv1.weight", r"has shape \[64, 3, 8, 8\]"),
         ("visual.*.in_proj_wieght", "lora.layers: the pattern .* matches no parameter"),
     ],

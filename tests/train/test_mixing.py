@@ -15,8 +15,8 @@ from cn_clip.eval.dataset import eval_set_of
 from cn_clip.train.interpolation import WEIGHTS, Choice, Mixture, choose, mix
 from cn_clip.train.loop import train
 from cn_clip.train.run.log import read_log
-from cn_clip.train.run.loss_watchdog import InterruptedRun
 from cn_clip.train.run.report import write_report
+from cn_clip.train.run.signals import InterruptedRun
 from cn_clip.train.validation import embed, score
 
 FAST = {"epochs": 6, "optimizer": {"learning_rate": 3e-3, "warmup": 4}}  # learns by heart
@@ -115,7 +115,7 @@ def test_auto_measures_every_mixture_and_goes_on_with_the_best(pairs, start, tmp
     names = ("stage", "weight", "within", "mixtures")
     assert outcome.mixtures == [{name: found[name] for name in names}]
     text = (run / "report.html").read_text("utf-8")
-    assert "Mixtures of stage train" in text and text.count("<polyline") == 4 + 2
+    assert "Interpolated weights of stage train" in text and text.count("<polyline") == 4 + 2
 
 
 def test_a_locked_image_tower_is_run_once_for_all_mixtures(pairs, start, tmp_path):
@@ -137,7 +137,7 @@ def test_a_stop_among_the_mixtures_measures_them_again_and_ends_alike(pairs, sta
     seen = (pairs[0], pairs[0])
     recipe = make_recipe(seen, start, tmp_path / "run", AUTO)
     with pytest.raises(InterruptedRun, match=r"mixtures.*--resume auto") as stopped:
-        train(recipe, tell=stop)
+        train(recipe, on_event=stop)
     assert stopped.value.code == 130
     outcome = train(recipe, resume=True)
     whole = train(make_recipe(seen, start, tmp_path / "whole", AUTO))
@@ -196,7 +196,7 @@ def test_the_curve_says_the_weight_and_both_scores(pairs, start, tmp_path):
     (tmp_path / "run" / "log.jsonl").write_text(line, encoding="utf-8")
     write_report(tmp_path / "run", recipe, None)
     text = (tmp_path / "run" / "report.html").read_text("utf-8")
-    assert "Mixtures of stage a&lt;b" in text
+    assert "Interpolated weights of stage a&lt;b" in text
     for each in ("37.5", "50.0", "49.2", "weight 0.5: 12.5", "weight 0.5: -0.79", "chosen"):
         assert each in text
 

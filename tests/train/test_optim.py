@@ -1,4 +1,4 @@
-"""The rate at each step, the groups of AdamW, the clamp, averaged weights."""
+"""The learning rate at each step, the groups of AdamW, the clamp, averaged weights."""
 
 import itertools
 import math
@@ -14,16 +14,16 @@ from cn_clip.model.clip import CLIP
 from cn_clip.train.optim import (
     Average,
     clamp_logit_scale,
-    learning_rate,
+    lr_at,
     make_optimizer,
     parameter_groups,
-    rate_at,
-    set_rate,
+    peak_lr,
+    set_lr,
 )
 from cn_clip.train.recipe.schema import Optimizer
 
 
-def official_rate(step, steps, base, warmup):
+def official_lr(step, steps, base, warmup):
     """training/scheduler.py of the official package, as open_clip's."""
     if step < warmup:
         return base * (step + 1) / warmup
@@ -40,36 +40,36 @@ def skeleton(config):
 def test_warm_up_and_cosine_are_the_official_ones(steps, warmup, base):
     optimizer = Optimizer(learning_rate=base, warmup=warmup)
     for step in range(steps):
-        ours = base * rate_at(step, steps, optimizer)
-        assert ours == pytest.approx(official_rate(step, steps, base, warmup), rel=1e-12, abs=1e-18)
+        ours = base * lr_at(step, steps, optimizer)
+        assert ours == pytest.approx(official_lr(step, steps, base, warmup), rel=1e-12, abs=1e-18)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant", "inverse_sqrt"])
 @pytest.mark.parametrize("warmup", [0, 1, 40])
 def test_every_schedule_rises_to_the_peak_and_never_jumps(schedule, warmup):
     optimizer = Optimizer(schedule=schedule, warmup=warmup)
-    rates = [rate_at(step, 400, optimizer) for step in range(400)]
-    assert max(rates) == 1 and rates[max(0, warmup - 1)] == rates[warmup] == 1
-    assert all(0 < rate <= 1 for rate in rates)
-    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
-    if warmup == 40:  # no step changes the rate by more than one of the warm-up does
-        assert max(abs(a - b) for a, b in itertools.pairwise(rates)) < 1 / 40 + 1e-12
+    lrs = [lr_at(step, 400, optimizer) for step in range(400)]
+    assert max(lrs) == 1 and lrs[max(0, warmup - 1)] == lrs[warmup] == 1
+    assert all(0 < lr <= 1 for lr in lrs)
+    assert lrs[warmup:] == sorted(lrs[warmup:], reverse=True)
+    if warmup == 40:  # no step changes the lr by more than one of the warm-up does
+        assert max(abs(a - b) for a, b in itertools.pairwise(lrs)) < 1 / 40 + 1e-12
 
 
 def test_the_inverse_square_root_halves_at_four_times_the_warm_up():
     optimizer = Optimizer(schedule="inverse_sqrt", warmup=50)
-    assert rate_at(200, 10**6, optimizer) == pytest.approx(0.5)
-    assert rate_at(5000, 10**6, optimizer) == pytest.approx(0.1)
+    assert lr_at(200, 10**6, optimizer) == pytest.approx(0.5)
+    assert lr_at(5000, 10**6, optimizer) == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("steps", [1, 9, 60, 100])
 def test_a_warm_up_longer_than_the_stage_still_reaches_the_peak(steps):
-    rates = [rate_at(step, steps, Optimizer(warmup=100)) for step in range(steps)]
-    assert max(rates) == 1 and min(rates) > 0
+    lrs = [lr_at(step, steps, Optimizer(warmup=100)) for step in range(steps)]
+    assert max(lrs) == 1 and min(lrs) > 0
 
 
 @pytest.mark.parametrize(
-    ("scaling", "for_batch", "batch", "expected"),
+    ("scaling", "reference", "batch", "expected"),
     [
         ("linear", 1024, 128, 1e-4 / 8),
         ("linear", 128, 1024, 8e-4),
@@ -79,9 +79,9 @@ def test_a_warm_up_longer_than_the_stage_still_reaches_the_peak(steps):
         ("sqrt", 64, 64, 1e-4),
     ],
 )
-def test_the_rate_is_scaled_from_the_batch_it_is_stated_for(scaling, for_batch, batch, expected):
-    optimizer = Optimizer(learning_rate=1e-4, scaling=scaling, for_batch=for_batch)
-    assert learning_rate(optimizer, batch) == pytest.approx(expected, rel=1e-12)
+def test_the_learning_rate_scales_with_the_batch_size(scaling, reference, batch, expected):
+    optimizer = Optimizer(learning_rate=1e-4, scaling=scaling, reference_batch_size=reference)
+    assert peak_lr(optimizer, batch) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["ViT-B-16", "RN50"])
@@ -149,7 +149,7 @@ def test_without_layer_decay_all_rates_are_one():
 def test_a_rate_is_its_factor_times_the_layers_and_the_last_pattern_that_matches_counts():
     named = dict(skeleton(TINY["vit"]).named_parameters())
     rates = ("visual.*=0.1", "*.resblocks.0.*=3", "text_projection=0")
-    groups = parameter_groups(named.items(), Optimizer(layer_decay=0.5, rates=rates))
+    groups = parameter_groups(named.items(), Optimizer(layer_decay=0.5, lr_multipliers=rates))
     scales = {each: group["scale"] for group in groups for each in group["names"]}
     for name, scale in {
         "visual.proj": 0.1,
@@ -162,16 +162,16 @@ def test_a_rate_is_its_factor_times_the_layers_and_the_last_pattern_that_matches
     }.items():
         assert scales[name] == pytest.approx(scale), name
     optimizer = make_optimizer(groups, Optimizer())
-    set_rate(optimizer, 0.01)
+    set_lr(optimizer, 0.01)
     assert all(g["lr"] == pytest.approx(0.01 * g["scale"]) for g in optimizer.param_groups)
 
 
 def test_a_pattern_of_rates_that_matches_nothing_is_refused_with_what_is_near():
     named = skeleton(TINY["vit"]).named_parameters()
     with pytest.raises(
-        UsageError, match=r"rates: the pattern 'bret\.\*' matches no .*near it: bert"
+        UsageError, match=r"lr_multipliers: the pattern 'bret\.\*' matches no .*did you mean bert"
     ):
-        parameter_groups(named, Optimizer(rates=("bret.*=0.1",)))
+        parameter_groups(named, Optimizer(lr_multipliers=("bret.*=0.1",)))
 
 
 def test_a_step_without_gradients_shrinks_what_is_decayed_and_nothing_else():
@@ -179,7 +179,7 @@ def test_a_step_without_gradients_shrinks_what_is_decayed_and_nothing_else():
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     options = Optimizer(weight_decay=0.5, layer_decay=0.5)
     optimizer = make_optimizer(parameter_groups(model.named_parameters(), options), options)
-    set_rate(optimizer, 0.1)
+    set_lr(optimizer, 0.1)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

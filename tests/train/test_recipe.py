@@ -12,9 +12,10 @@ import pytest
 
 from cn_clip.config import MODELS, model_config
 from cn_clip.errors import UnknownNameError, UsageError
-from cn_clip.train.optim import learning_rate
+from cn_clip.train.optim import peak_lr
 from cn_clip.train.recipe.flags import apply_flags
-from cn_clip.train.recipe.schema import Plateau, Recipe, options
+from cn_clip.train.recipe.renamed import RENAMED
+from cn_clip.train.recipe.schema import EarlyStoppingOptions, Recipe, options
 from cn_clip.train.recipe.toml import build_recipe, difference, from_toml, read_recipe, shipped
 
 # run_scripts/*_finetune_vit-b-16_rbt-base.sh of the official repository: all on 8 GPUs, with
@@ -77,7 +78,7 @@ def test_a_finetune_recipe_has_the_values_of_the_official_script(name):
     (stage,) = recipe.stages
     optimizer = stage.optimizer
     assert stage.global_batch_size == 8 * script["batch"]
-    assert learning_rate(optimizer, 8 * script["batch"]) == script["lr"]
+    assert peak_lr(optimizer, 8 * script["batch"]) == script["lr"]
     assert (optimizer.warmup, optimizer.weight_decay) == (script["warmup"], 0.001)
     assert (stage.epochs, stage.steps) == (script["epochs"], None)
     assert (recipe.evaluation.every_steps, recipe.evaluation.every_epochs) == (script["every"], 1)
@@ -95,7 +96,9 @@ def test_the_two_stages_are_those_of_the_paper():
     assert locked.freeze == ("visual.*",) and unlocked.freeze == ()
     assert (locked.global_batch_size, unlocked.global_batch_size) == (32768, 16384)
     assert (locked.optimizer.learning_rate, unlocked.optimizer.learning_rate) == (1e-4, 2e-5)
-    assert isinstance(locked.plateau, Plateau) and isinstance(unlocked.plateau, Plateau)
+    assert isinstance(locked.early_stopping, EarlyStoppingOptions) and isinstance(
+        unlocked.early_stopping, EarlyStoppingOptions
+    )
 
 
 @pytest.mark.parametrize(
@@ -159,10 +162,10 @@ def test_what_is_unknown_offers_the_nearest(values, said):
         (changed(mask_ratio="half"), "mask_ratio is 'half'; expected a number"),
         (changed(freeze=3), "freeze is 3; expected a list of texts"),
         (changed(freeze=[3]), r"freeze\.0 is 3; expected a text"),
-        (changed(plateau=3), "plateau is 3, no table"),
-        (changed(data="csv:a.csv"), "data is 'csv:a.csv', no table"),
+        (changed(early_stopping=3), "early_stopping is 3; expected a table"),
+        (changed(data="csv:a.csv"), "data is 'csv:a.csv'; expected a table"),
         ({"stages": {"epochs": 1}}, "stages is .*; expected a list of tables"),
-        ({"stages": ["finetune"]}, r"stages\.0 is 'finetune', no table"),
+        ({"stages": ["finetune"]}, r"stages\.0 is 'finetune'; expected a table"),
         (changed(version="1"), "version is '1'; expected a whole number"),
     ],
 )
@@ -182,15 +185,15 @@ def test_a_value_of_the_wrong_kind_is_refused(values, said):
         (changed(optimizer={"learning_rate": float("nan")}), "learning_rate is nan"),
         (changed(optimizer={"layer_decay": 1.5}), "layer_decay is 1.5"),
         (changed(optimizer={"ema": 1.0}), "ema is 1.0"),
-        (changed(optimizer={"clip_norm": 0.0}), "clip_norm is 0.0"),
+        (changed(optimizer={"max_grad_norm": 0.0}), "max_grad_norm is 0.0"),
         (changed(optimizer={"eps": -1e-6}), "eps is -1e-06"),
         (changed(lora={"rank": 0}), "lora.rank is 0; give 1"),
-        (changed(plateau={"patience": 0}), "plateau.patience is 0; give 1"),
+        (changed(early_stopping={"patience": 0}), "early_stopping.patience is 0; give 1"),
         (changed(loss={"teacher_weight": 2.0}), "teacher_weight is 2.0; give 0 to 1"),
-        (changed(data={"most_skipped": 1.5}), "data.most_skipped is 1.5"),
+        (changed(data={"max_skipped_fraction": 1.5}), "data.max_skipped_fraction is 1.5"),
         (changed(interpolate=1.5), r"stages\.train\.interpolate is 1.5; give 0 to 1"),
-        (changed(loss={"sentences_weight": -1.0}), "sentences_weight is -1"),
-        (changed(loss={"sentences_batch_size": 0}), "sentences_batch_size is 0; give 1"),
+        (changed(loss={"text_targets_weight": -1.0}), "text_targets_weight is -1"),
+        (changed(loss={"text_targets_batch_size": 0}), "text_targets_batch_size is 0; give 1"),
         (changed(output={"log_every": 0}), "output.log_every is 0"),
         (changed(evaluation={"every_epochs": -1}), "evaluation.every_epochs is -1"),
     ],
@@ -206,13 +209,16 @@ def test_a_value_out_of_range_is_refused_with_the_range(values, said):
         (changed(steps=5), "must have either epochs or steps"),
         ({"stages": [{}]}, "must have either epochs or steps"),
         ({"stages": []}, r"no stage; give it a table \[\[stages\]\]"),
-        ({"stages": [STAGE, STAGE]}, "named train, train; give each a name of its own"),
+        ({"stages": [STAGE, STAGE]}, "named train, train; give each its own name"),
         ({"stages": [STAGE | {"name": "a/b"}]}, "letters, digits and hyphens"),
-        (changed(plateau={}, data={}), "no validation pairs; give --val-data"),
-        (changed(plateau={}, evaluation={"every_epochs": 0}), "every_epochs is 0 and every_steps"),
-        (changed(cached=True, freeze=[]), r"its freeze must hold 'visual\.\*'"),
-        (changed(cached=True, mask_ratio=0.5), "no patches can be masked"),
-        (changed(cached=True, loss={"teacher": "ViT-H-14"}), "a teacher needs the pictures"),
+        (changed(early_stopping={}, data={}), "no validation pairs; give --val-data"),
+        (
+            changed(early_stopping={}, evaluation={"every_epochs": 0}),
+            "every_epochs is 0 and every_steps",
+        ),
+        (changed(cached=True, freeze=[]), r"add 'visual\.\*' to its freeze"),
+        (changed(cached=True, mask_ratio=0.5), "mask_ratio has no effect"),
+        (changed(cached=True, loss={"teacher": "ViT-H-14"}), "a teacher needs the images"),
         (changed(loss={"kind": "sigmoid", "teacher": "RN50"}), "set loss.teacher_features"),
     ],
 )
@@ -223,13 +229,39 @@ def test_options_that_exclude_each_other_are_refused_with_the_remedy(values, sai
 
 @pytest.mark.parametrize("entry", ["visual.*", "=0.1", "visual.*=", "visual.*=low", "bert.*=-1"])
 def test_an_entry_of_rates_that_is_no_pattern_and_factor_is_refused(entry):
-    said = f"rates holds '{re.escape(entry)}'; give PATTERN=FACTOR, such as"
+    said = f"lr_multipliers has the entry '{re.escape(entry)}'; give PATTERN=FACTOR, such as"
     with pytest.raises(UsageError, match=said):
-        build_recipe(changed(optimizer={"rates": ["bert.*=0.5", entry]}))
+        build_recipe(changed(optimizer={"lr_multipliers": ["bert.*=0.5", entry]}))
+
+
+TABLES = {"most_skipped": "data", "plateau": ""} | {
+    **dict.fromkeys(("for_batch", "clip_norm", "rates"), "optimizer"),
+    **dict.fromkeys(("sentences", "sentences_weight", "sentences_batch_size"), "loss"),
+}
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_renamed_option_is_refused_with_its_new_name(old, new):
+    """In a file, and as a flag, by its full name or its last part."""
+    table = TABLES[old]
+    option = {table: {old: 1}} if table else {old: 1}
+    values = {"stages": [STAGE]} | option if table == "data" else {"stages": [STAGE | option]}
+    prefix = f"{table}." if table else ""
+    said = f"^{prefix}{old} is now {prefix}{new}; write the new name$"
+    with pytest.raises(UsageError, match=said):
+        build_recipe(values)
+    if table != "data":
+        prefix = f"stages.0.{prefix}"
+    said = f"^--{prefix}{old} is now --{prefix}{new}; write the new name$"
+    with pytest.raises(UsageError, match=said.replace("_", "[-_]")):
+        apply_flags({"stages": [STAGE]}, [f"--{prefix}{old}", "1"])
+    said = f"^--{old} is now --{new.replace('_', '-')}; write the new name$"
+    with pytest.raises(UsageError, match=said):
+        apply_flags({"stages": [STAGE]}, [f"--{old}", "1"])
 
 
 def test_a_recipe_of_a_newer_version_is_refused_before_its_unknown_keys():
-    with pytest.raises(UsageError, match=r"of version 99, .* pip install -U cn-clip"):
+    with pytest.raises(UsageError, match=r"has version 99, .* pip install -U cn-clip"):
         build_recipe({"version": 99, "inventions": {"of": "tomorrow"}})
 
 
@@ -279,13 +311,13 @@ HOSTILE = {
     ),
     "no batch": (b"[[stages]]\nepochs=1\nglobal_batch_size = 0", "global_batch_size is 0; give 2"),
     "a list for text": (b"[start]\ncheckpoint = ['a']", r"start.checkpoint is \['a'\]; expected"),
-    "a number for a table": (b"data = 5", "recipe's data is 5, no table"),
+    "a number for a table": (b"data = 5", "recipe's data is 5; expected a table"),
     "a table for a list": (b"[data.train]\nx = 1", r"data.train is \{'x': 1\}; expected a list"),
-    "stages of numbers": (b"stages = [1]", "is 1, no table|no list of tables"),
+    "stages of numbers": (b"stages = [1]", "is 1; expected a table|not a list of tables"),
     "an empty path": (b"[start]\ncheckpoint = ''", "start.checkpoint is empty; give a value"),
     "an empty source": (b"[data]\ntrain = ['a.csv', '']", r"data.train.1 is empty; give a value"),
     "a NUL": (b'[start]\ncheckpoint = "a\\u0000"', "start.checkpoint is .*; remove the line break"),
-    "nobody's home": (b"[output]\nfolder = '~nobody-x/y'", "home of a user who is not known"),
+    "nobody's home": (b"[output]\nfolder = '~nobody-x/y'", "home of an unknown user"),
     "a long name": (b"[[stages]]\nepochs=1\nname='%s'" % (b"x" * 99), "more than 64 characters"),
     "a key like a known one": (b"[data]\ntrian = ['a']", "'trian'; did you mean train"),
     "deep lists": (b"a = " + b"[" * 1900, "nested too deeply"),
@@ -307,7 +339,7 @@ def test_a_damaged_recipe_is_one_sentence_that_names_the_option(tmp_path, conten
 
 @pytest.mark.parametrize("path", ["\0", "~nobody-x/recipe.toml", "x" * 5000, "/dev/zero", "/"])
 def test_what_is_no_path_of_a_recipe_is_refused(path):
-    with pytest.raises(UsageError, match=r"no usable path|unknown recipe|cannot be read"):
+    with pytest.raises(UsageError, match=r"not a valid path|unknown recipe|cannot be read"):
         read_recipe(path)
 
 
@@ -333,17 +365,19 @@ def test_a_mutated_recipe_is_read_or_refused():
 
 def test_a_difference_names_the_option_and_both_values():
     old = built("two-stage")
-    new = built("two-stage", "--workers", "4", "--stages.locked.plateau", "off", "--seed", "3")
+    new = built(
+        "two-stage", "--workers", "4", "--stages.locked.early_stopping", "off", "--seed", "3"
+    )
     assert difference(old, old) == []
     assert difference(old, new) == [
         "data.workers: 2, now 4",
         "seed: 0, now 3",
-        "stages.locked.plateau.min_gain: 0.001, now None",
-        "stages.locked.plateau.patience: 3, now None",
+        "stages.locked.early_stopping.min_gain: 0.001, now None",
+        "stages.locked.early_stopping.patience: 3, now None",
     ]
 
 
 def test_an_option_that_is_off_is_left_out_of_the_toml():
     values = tomllib.loads(built("finetune-muge").to_toml())
-    assert "clip_norm" not in values["stages"][0]["optimizer"]
-    assert "plateau" not in values["stages"][0]
+    assert "max_grad_norm" not in values["stages"][0]["optimizer"]
+    assert "early_stopping" not in values["stages"][0]

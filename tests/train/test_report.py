@@ -74,7 +74,7 @@ def run(pairs, start, tmp_path):
     stages = [{"name": "locked"}, {"name": "unlocked"}]
     recipe = make_recipe(pairs, start, tmp_path / "run", *stages, name="<two> stages")
     folder = tmp_path / "run"
-    log = Log(folder, recipe, tell=lambda event: None, writes=True)
+    log = Log(folder, recipe, on_event=lambda event: None, writes=True)
     for kind, total, values in EVENTS:
         log.write(kind, total, **values)
     log.close()
@@ -159,7 +159,7 @@ def test_a_run_without_validation_says_so(run):
         (folder / f"{when}.npz").unlink()
     assert write_report(folder, recipe, None) == []
     _, page = read_page(folder)
-    assert "There were no validation pairs." in page.texts and "img" not in page.tags
+    assert "No validation pairs." in page.texts and "img" not in page.tags
 
 
 def test_the_headline_is_before_the_best_of_each_stage_and_the_final_score(run):

@@ -13,9 +13,9 @@ from train.runs import make_recipe, recipe_values, write_start
 from cn_clip.train.loop import train
 from cn_clip.train.run import checkpoint
 from cn_clip.train.run.log import read_log
-from cn_clip.train.run.loss_watchdog import InterruptedRun
+from cn_clip.train.run.signals import InterruptedRun
 
-AVERAGED = {"learning_rate": 1e-3, "warmup": 2, "ema": 0.9, "clip_norm": 1.0}
+AVERAGED = {"learning_rate": 1e-3, "warmup": 2, "ema": 0.9, "max_grad_norm": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def dropping(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stages(sentences):
-    held = {"loss": {"sentences": str(sentences), "sentences_batch_size": 12}}
+    held = {"loss": {"text_targets": str(sentences), "text_targets_batch_size": 12}}
     locked = {"name": "locked", "freeze": ["visual.*"], "cached": True, "interpolate": 0.75}
     return locked | held, {"name": "all", "augment": True, "micro_batch_size": 6} | held
 
@@ -60,7 +60,7 @@ def test_a_stopped_run_goes_on_with_the_same_bits(pairs, dropping, stages, tmp_p
     parts = make_recipe(pairs, dropping, tmp_path / "parts", *stages, **options)
     for step in (2, 6, 8, 11):  # within an epoch, at a stage's end, within the next
         with pytest.raises(InterruptedRun, match=rf"step {step}; the state is saved") as stopped:
-            train(parts, resume=True, tell=stopping_at(step))
+            train(parts, resume=True, on_event=stopping_at(step))
         assert stopped.value.code == 128 + signal.SIGTERM
     outcome = train(parts, resume=True)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
@@ -71,7 +71,7 @@ def test_a_stopped_run_goes_on_with_the_same_bits(pairs, dropping, stages, tmp_p
 def test_ctrl_c_saves_too(pairs, dropping, tmp_path):
     recipe = make_recipe(pairs, dropping, tmp_path / "run")
     with pytest.raises(InterruptedRun) as stopped:
-        train(recipe, tell=stopping_at(1, signal.SIGINT))
+        train(recipe, on_event=stopping_at(1, signal.SIGINT))
     assert stopped.value.code == 130
     assert checkpoint.states(tmp_path / "run")[-1].name == "000000001"
 
@@ -132,7 +132,7 @@ def test_a_run_killed_at_twenty_moments_goes_on_with_the_same_bits(
 def test_what_a_killed_save_left_is_no_state_and_goes_with_the_next(pairs, dropping, tmp_path):
     recipe = make_recipe(pairs, dropping, tmp_path / "run")
     with pytest.raises(InterruptedRun):
-        train(recipe, tell=stopping_at(1))
+        train(recipe, on_event=stopping_at(1))
     left = tmp_path / "run" / "states" / ".000000002.abcdefgh.cn-clip-tmp" / "new" / "tensors"
     left.mkdir(parents=True)
     (left / "__0_0.distcp").write_bytes(b"half")

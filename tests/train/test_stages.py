@@ -1,4 +1,4 @@
-"""What a stage holds still, in which mode its parts are, and when it ends."""
+"""Frozen parameters, training modes and early stopping of a stage."""
 
 from fnmatch import fnmatchcase
 
@@ -9,15 +9,15 @@ from torch import nn
 
 from cn_clip.errors import UsageError
 from cn_clip.model.text import SelfAttention
+from cn_clip.train.early_stopping import EarlyStopping
 from cn_clip.train.model.freeze import (
-    Course,
     batch_norm_mode,
     freeze,
-    learns,
+    is_trainable,
     set_modes,
     statistics_frozen,
 )
-from cn_clip.train.recipe.schema import Plateau, Stage, Start
+from cn_clip.train.recipe.schema import EarlyStoppingOptions, Stage, Start
 
 
 def buffers(model):
@@ -61,10 +61,10 @@ def test_another_stage_lets_learn_what_was_frozen(tiny_model):
 @pytest.mark.parametrize(
     ("pattern", "near"),
     [
-        ("visul.*", r"near it: visual\.\*"),
+        ("visul.*", r"did you mean visual\.\*"),
         ("bert.encoder.layers.*", r"bert\.encoder\.layer\.\*"),
         ("logit_scal", "logit_scale"),
-        ("visual", r"'visual' matches no parameter; near it: visual\.\*"),
+        ("visual", r"'visual' matches no parameter; did you mean visual\.\*"),
         ("qqqq", "see: cn-clip train --recipe RECIPE --show parameters"),
     ],
 )
@@ -96,9 +96,9 @@ def test_a_frozen_batch_norm_keeps_its_statistics_and_another_does_not(kind):
 
 
 def test_of_trained_weights_the_best_are_taken_though_the_start_is_better():
-    course = Course(best=0.5, mark=0.5)
-    assert [course.add_trained(score) for score in (0.3, 0.2, 0.4, 0.4)] == [1, 0, 1, 0]
-    assert course.best == 0.5 and course.trained == 0.4
+    stopping = EarlyStopping(best=0.5, mark=0.5)
+    assert [stopping.add_trained(score) for score in (0.3, 0.2, 0.4, 0.4)] == [1, 0, 1, 0]
+    assert stopping.best == 0.5 and stopping.trained == 0.4
 
 
 @pytest.mark.parametrize("kind", ["resnet", "efficientnet_lite"])
@@ -109,7 +109,7 @@ def test_frozen_statistics_stay_while_the_weights_of_batch_norm_learn(kind):
     set_modes(model, frozen_statistics=True)
     assert batch_norm_mode(model) == "frozen"
     assert not changed_buffers(model)
-    assert all(learns(m) for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    assert all(is_trainable(m) for m in model.modules() if isinstance(m, nn.BatchNorm2d))
     set_modes(model)
     assert batch_norm_mode(model) == "train"
 
@@ -192,24 +192,26 @@ def test_the_dropout_of_a_stage_is_every_one_of_the_text_tower(tiny_model):
 def test_a_stage_ends_when_the_score_has_not_risen_for_so_many_evaluations(
     scores, patience, min_gain, ends_at, best_at
 ):
-    course, plateau, ended = Course(), Plateau(patience, min_gain), None
+    stopping, options, ended = EarlyStopping(), EarlyStoppingOptions(patience, min_gain), None
     for step, score in enumerate(scores):
-        best_before = course.best
-        is_best = course.add(score, step, plateau)
+        best_before = stopping.best
+        is_best = stopping.add(score, step, options)
         assert is_best is (best_before is None or score > best_before)
-        if ended is None and course.ended(plateau):
+        if ended is None and stopping.ended(options):
             ended = step
     assert ended == ends_at
-    assert (course.best_step, course.best) == (best_at, max(scores))
+    assert (stopping.best_step, stopping.best) == (best_at, max(scores))
 
 
 def test_without_a_plateau_a_stage_never_ends_by_its_score():
-    course = Course()
-    assert [course.add(0.5, step, None) for step in range(9)] == [True] + 8 * [False]
-    assert not course.ended(None)
+    stopping = EarlyStopping()
+    assert [stopping.add(0.5, step, None) for step in range(9)] == [True] + 8 * [False]
+    assert not stopping.ended(None)
 
 
 def test_a_later_stage_has_to_beat_what_came_before():
-    course = Course(best=0.5, mark=0.5)
-    assert not course.add(0.49, 10, Plateau(1))
-    assert course.ended(Plateau(1)) and course.best == 0.5 and course.best_step == 0
+    stopping = EarlyStopping(best=0.5, mark=0.5)
+    assert not stopping.add(0.49, 10, EarlyStoppingOptions(1))
+    assert (
+        stopping.ended(EarlyStoppingOptions(1)) and stopping.best == 0.5 and stopping.best_step == 0
+    )

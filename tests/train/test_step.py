@@ -9,15 +9,15 @@ from conftest import TINY, make_model
 from cn_clip.data.loading.loader import stack_keys, token_ids
 from cn_clip.data.sources.base import Row
 from cn_clip.embedder import Embedder
-from cn_clip.train.batches.batch import Share
-from cn_clip.train.batches.text_targets import Sentences
+from cn_clip.train.batches.batch import LocalBatch
+from cn_clip.train.batches.text_targets import TextTargetBatch
 from cn_clip.train.loss import clip_loss, sigmoid_loss
 from cn_clip.train.model.freeze import set_modes
 from cn_clip.train.recipe.schema import Loss, Stage
-from cn_clip.train.step import Heads, Numbers, Towers, _seed_of, backward
+from cn_clip.train.step import Heads, MixedPrecision, Towers, _hash_seed, backward
 
 CPU = torch.device("cpu")
-NUMBERS = Numbers(CPU, None, torch.amp.GradScaler("cpu", enabled=False))
+PRECISION = MixedPrecision(CPU, None, torch.amp.GradScaler("cpu", enabled=False))
 TEXTS = [
     "猫",
     "一只白色的狗",
@@ -32,12 +32,12 @@ TEXTS = [
 ]
 
 
-def share_of(resolution, count=10):
+def batch_of(resolution, count=10):
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randint(0, 256, (count, 3, resolution, resolution), generator=generator)
     rows = [Row(text, str(n), str(n)) for n, text in enumerate(TEXTS[:count])]
     keys = stack_keys([[n, n, TEXTS.index(text)] for n, text in enumerate(TEXTS[:count])])
-    return Share(pixels.to(torch.uint8), None, token_ids(TEXTS[:count], 52), rows, keys)
+    return LocalBatch(pixels.to(torch.uint8), None, token_ids(TEXTS[:count], 52), rows, keys)
 
 
 def towers_of(kind, stage=None, dropout=0.0, teacher_dim=None):
@@ -58,9 +58,9 @@ def gradients(towers):
     return {n: p.grad.clone() for n, p in towers.named_parameters() if p.grad is not None}
 
 
-def run(towers, share, stage, chunks, **options):
+def run(towers, batch, stage, chunks, **options):
     towers.zero_grad()
-    result = backward(towers, share, stage, NUMBERS, chunks=chunks, seed=(0, 0, 0), **options)
+    result = backward(towers, batch, stage, PRECISION, chunks=chunks, seed=(0, 0, 0), **options)
     return float(result), gradients(towers)
 
 
@@ -74,9 +74,9 @@ def assert_same(one, other, tolerance=1e-5):
 @pytest.mark.parametrize("kind", ["clip", "sigmoid"])
 def test_gradient_caching_gives_the_gradients_of_the_whole_batch(chunks, kind):
     stage = Stage(epochs=1, loss=Loss(kind=kind))
-    towers, share = towers_of("vit", stage), share_of(32)
-    plain_loss, plain = run(towers, share, stage, 1)
-    loss, cached = run(towers, share, stage, chunks)
+    towers, batch = towers_of("vit", stage), batch_of(32)
+    plain_loss, plain = run(towers, batch, stage, 1)
+    loss, cached = run(towers, batch, stage, chunks)
     assert loss == pytest.approx(plain_loss, abs=1e-6)
     assert_same(plain, cached)
 
@@ -85,34 +85,34 @@ def test_gradient_caching_gives_the_gradients_of_the_whole_batch(chunks, kind):
 def test_gradient_caching_draws_the_same_dropout_and_masks_in_both_passes(options):
     stage = Stage(epochs=1, mask_ratio=options.get("mask_ratio", 0.0))
     towers = towers_of("vit", stage, dropout=options.get("dropout", 0.0))
-    share, chunks = share_of(32), 3
-    _, cached = run(towers, share, stage, chunks)
+    batch, chunks = batch_of(32), 3
+    _, cached = run(towers, batch, stage, chunks)
     towers.zero_grad()
     outs = []  # the oracle: the same chunks with the same draws, all in memory at once
-    pixels, ids = share.pixels.tensor_split(chunks), share.ids.tensor_split(chunks)
+    pixels, ids = batch.pixels.tensor_split(chunks), batch.ids.tensor_split(chunks)
     for number in range(chunks):
-        torch.manual_seed(_seed_of(0, 0, 0, 0, number))
+        torch.manual_seed(_hash_seed(0, 0, 0, 0, number))
         outs.append(towers(pixels[number], None, ids[number]))
     image, text = (torch.cat([out[n] for out in outs]) for n in (0, 1))
-    clip_loss(image, text, outs[0][2], keys=share.keys).backward()
+    clip_loss(image, text, outs[0][2], keys=batch.keys).backward()
     assert_same(gradients(towers), cached)
 
 
 def test_batch_norm_counts_a_batch_once_with_gradient_caching():
-    stage, share = Stage(epochs=1), share_of(64)
+    stage, batch = Stage(epochs=1), batch_of(64)
     towers = towers_of("resnet", stage)
     norm = towers.model.visual.bn1
     before = norm.running_mean.clone()
-    run(towers, share, stage, 2)
+    run(towers, batch, stage, 2)
     halves = []
-    for half in share.pixels.tensor_split(2):
+    for half in batch.pixels.tensor_split(2):
         towers.model.visual.bn1.running_mean.copy_(before)
         with torch.no_grad():
             towers.encode_pixels(half)
         halves.append(norm.running_mean.clone())
     # The second pass alone: the first half moved it by a tenth, then the second did.
     towers.model.visual.bn1.running_mean.copy_(before)
-    run(towers, share, stage, 2)
+    run(towers, batch, stage, 2)
     moved = norm.running_mean
     expected = halves[1] + 0.9 * (halves[0] - before)
     torch.testing.assert_close(moved, expected, atol=1e-6, rtol=1e-4)
@@ -120,39 +120,39 @@ def test_batch_norm_counts_a_batch_once_with_gradient_caching():
 
 @pytest.mark.parametrize("kind", ["resnet", "efficientnet_lite"])
 def test_with_frozen_statistics_gradient_caching_is_exact_with_batch_norm_too(kind):
-    stage, share = Stage(epochs=1), share_of(TINY[kind].vision.resolution)
+    stage, batch = Stage(epochs=1), batch_of(TINY[kind].vision.resolution)
     towers = towers_of(kind, stage)
     set_modes(towers.model, frozen_statistics=True)
     before = {name: each.clone() for name, each in towers.model.named_buffers()}
-    plain_loss, plain = run(towers, share, stage, 1)
-    loss, cached = run(towers, share, stage, 3)
+    plain_loss, plain = run(towers, batch, stage, 1)
+    loss, cached = run(towers, batch, stage, 3)
     assert loss == pytest.approx(plain_loss, abs=1e-6)
     assert_same(plain, cached, 1e-4)
     assert all(torch.equal(before[name], each) for name, each in towers.model.named_buffers())
 
 
 def test_a_locked_image_tower_gets_no_gradients_and_its_features_may_stand_for_pictures():
-    stage, share = Stage(epochs=1), share_of(32)
+    stage, batch = Stage(epochs=1), batch_of(32)
     towers = towers_of("vit", stage)
     towers.model.visual.requires_grad_(False)
     set_modes(towers.model)
-    loss, online = run(towers, share, stage, 1)
+    loss, online = run(towers, batch, stage, 1)
     assert not any(name.startswith("model.visual.") for name in online)
     with torch.no_grad():
-        features = towers.encode_pixels(share.pixels)
-    kept = Share(None, features, share.ids, share.rows, share.keys)
+        features = towers.encode_pixels(batch.pixels)
+    kept = LocalBatch(None, features, batch.ids, batch.rows, batch.keys)
     cached_loss, cached = run(towers, kept, stage, 1)
     assert cached_loss == pytest.approx(loss, abs=1e-6)
     assert_same(online, cached)
 
 
 def test_two_captions_of_one_picture_are_no_negatives_unless_told():
-    share, towers = share_of(32), towers_of("vit")
-    share.keys[1, 0] = share.keys[0, 0]
-    aware, _ = run(towers, share, Stage(epochs=1), 1)
-    plain, _ = run(towers, share, Stage(epochs=1, loss=Loss(duplicates=False)), 1)
+    batch, towers = batch_of(32), towers_of("vit")
+    batch.keys[1, 0] = batch.keys[0, 0]
+    aware, _ = run(towers, batch, Stage(epochs=1), 1)
+    plain, _ = run(towers, batch, Stage(epochs=1, loss=Loss(duplicates=False)), 1)
     with torch.no_grad():
-        out = towers(share.pixels, None, share.ids)
+        out = towers(batch.pixels, None, batch.ids)
         logits = out[2] * out[0] @ out[1].T
     target = torch.arange(10)
     cross = torch.nn.functional.cross_entropy
@@ -164,15 +164,15 @@ def test_two_captions_of_one_picture_are_no_negatives_unless_told():
 def test_a_teacher_mixes_its_similarities_into_the_targets():
     stage = Stage(epochs=1, loss=Loss(teacher="t", teacher_weight=1.0, duplicates=False))
     teacher = Embedder.from_model(make_model(TINY["vit"], seed=5))
-    share, towers = share_of(32), towers_of("vit", stage, teacher_dim=teacher.dim)
-    loss, _ = run(towers, share, stage, 1, teacher=teacher)
-    pictures = list(share.pixels.permute(0, 2, 3, 1).numpy())
+    batch, towers = batch_of(32), towers_of("vit", stage, teacher_dim=teacher.dim)
+    loss, _ = run(towers, batch, stage, 1, teacher=teacher)
+    pictures = list(batch.pixels.permute(0, 2, 3, 1).numpy())
     image, text = (
         torch.from_numpy(x) for x in (teacher.embed_images(pictures), teacher.embed_texts(TEXTS))
     )
     wanted = teacher.logit_scale * image @ text.T
     with torch.no_grad():
-        out = towers(share.pixels, None, share.ids)
+        out = towers(batch.pixels, None, batch.ids)
         logits = out[2] * out[0] @ out[1].T
     both = [-(wanted.softmax(dim) * logits.log_softmax(dim)).sum(dim).mean() for dim in (1, 0)]
     assert loss == pytest.approx(float(sum(both) / 2), abs=1e-5)
@@ -181,9 +181,9 @@ def test_a_teacher_mixes_its_similarities_into_the_targets():
 def test_a_learned_projection_is_trained_towards_the_teachers_features():
     stage = Stage(epochs=1, loss=Loss(teacher="t", teacher_weight=0.0, teacher_features=1.0))
     teacher = Embedder.from_model(make_model(TINY["resnet"], seed=5))
-    share, towers = share_of(64), towers_of("efficientnet_lite", stage, teacher_dim=teacher.dim)
-    _, one = run(towers, share, stage, 1, teacher=teacher)
-    _, more = run(towers, share, stage, 1, teacher=teacher)
+    batch, towers = batch_of(64), towers_of("efficientnet_lite", stage, teacher_dim=teacher.dim)
+    _, one = run(towers, batch, stage, 1, teacher=teacher)
+    _, more = run(towers, batch, stage, 1, teacher=teacher)
     assert one["heads.image.weight"].abs().sum() > 0
     assert_same(one, more)  # the teacher is the same each time
 
@@ -191,18 +191,18 @@ def test_a_learned_projection_is_trained_towards_the_teachers_features():
 @pytest.mark.parametrize("chunks", [1, 3, 10])  # 10: more than there are sentences
 @pytest.mark.parametrize("kind", ["clip", "sigmoid"])
 def test_sentences_add_their_mean_cosine_distance_to_the_loss(kind, chunks):
-    stage = Stage(epochs=1, loss=Loss(kind=kind, sentences="s", sentences_weight=0.7))
-    towers, share = towers_of("vit", stage), share_of(32)
+    stage = Stage(epochs=1, loss=Loss(kind=kind, text_targets="s", text_targets_weight=0.7))
+    towers, batch = towers_of("vit", stage), batch_of(32)
     places = unit(torch.randn(4, 32, generator=torch.Generator().manual_seed(2)))
-    held = Sentences(token_ids(["木", "一个很长很长的句子", "河流", "灯"], 52), places)
-    loss, found = run(towers, share, stage, chunks, sentences=held)
+    held = TextTargetBatch(token_ids(["木", "一个很长很长的句子", "河流", "灯"], 52), places)
+    loss, found = run(towers, batch, stage, chunks, text_targets=held)
     towers.zero_grad()
-    out = towers(share.pixels, None, share.ids)
+    out = towers(batch.pixels, None, batch.ids)
     distance = 1 - (unit(towers.model.encode_text(held.ids)) * places).sum() / 4
     if kind == "sigmoid":
-        pairs = sigmoid_loss(out.image, out.text, out.logit_scale, out.logit_bias, keys=share.keys)
+        pairs = sigmoid_loss(out.image, out.text, out.logit_scale, out.logit_bias, keys=batch.keys)
     else:
-        pairs = clip_loss(out.image, out.text, out.logit_scale, keys=share.keys)
+        pairs = clip_loss(out.image, out.text, out.logit_scale, keys=batch.keys)
     wanted = pairs + 0.7 * distance
     wanted.backward()
     assert loss == pytest.approx(wanted.item(), abs=1e-5)
@@ -210,13 +210,13 @@ def test_sentences_add_their_mean_cosine_distance_to_the_loss(kind, chunks):
 
 
 def test_gradients_in_float16_are_scaled_and_come_back_the_same():
-    share, stage = share_of(32), Stage(epochs=1)
+    batch, stage = batch_of(32), Stage(epochs=1)
     towers = towers_of("vit", stage)
-    _, plain = run(towers, share, stage, 1)
+    _, plain = run(towers, batch, stage, 1)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     optimizer = torch.optim.SGD(towers.parameters(), lr=0.0)
     towers.zero_grad()
-    backward(towers, share, stage, Numbers(CPU, None, scaler), chunks=3, seed=(0, 0, 0))
+    backward(towers, batch, stage, MixedPrecision(CPU, None, scaler), chunks=3, seed=(0, 0, 0))
     scaled = gradients(towers)
     scaler.unscale_(optimizer)
     assert scaled["model.text_projection"].norm() > 500 * plain["model.text_projection"].norm()

@@ -1,4 +1,4 @@
-"""``cn-clip train``: a recipe, carried out."""
+"""``cn-clip train``: train a model by a recipe."""
 
 from __future__ import annotations
 
@@ -26,34 +26,32 @@ def train(
     show: Literal["recipe", "parameters"] | None = None,
     json: Flag = False,
 ) -> int:
-    """Train a model by a recipe, in stages, as one run that can be stopped and resumed.
+    """Train a model by a recipe, in stages. A run can be interrupted and resumed.
 
-    Every option of a recipe is a flag too, by its full name or its last part, for one stage or for
-    all: --stages.locked.epochs 3, --epochs 3, --learning-rate 1e-5, --global-batch-size 256. They
-    are listed in docs/recipe.md. The official package's flags are understood: --train-data,
-    --val-data, --lr, --batch-size, and so on. Several processes: torchrun --nproc-per-node 8 -m
-    cn_clip train ...
+    Every option of a recipe is also a flag, by its full name or its last part, for one stage or for
+    all: --stages.locked.epochs 3, --epochs 3, --learning-rate 1e-5, --global-batch-size 256; see
+    docs/recipe.md. The official package's flags work too: --train-data, --val-data, --lr,
+    --batch-size, and so on. Several processes: torchrun --nproc-per-node 8 -m cn_clip train ...
 
-    Exit code 130, 143 or 129: it was told to stop by Ctrl-C, SIGTERM or the end of its terminal,
-    and has saved its state.
+    Exit codes 130, 143 and 129: the run was stopped by Ctrl-C, SIGTERM or the end of its terminal,
+    and its state is saved.
 
     Parameters
     ----------
     flags
         Options of the recipe.
     recipe
-        The name of a shipped recipe, two-stage, finetune-muge, finetune-flickr30k-cn,
+        A shipped recipe, two-stage, finetune-muge, finetune-flickr30k-cn,
         finetune-coco-cn, finetune-small, distill or mini, or a TOML file.
     resume
-        auto goes on with the run in --output.folder, if there is one. A checkpoint's path is what
-        training starts from, as --start.checkpoint.
+        auto resumes the run in --output.folder, if there is one. The path of a checkpoint starts a
+        new run from its weights, as --start.checkpoint does.
     allow_changes
-        Go on with a run although the recipe has changed.
+        Resume a run although the recipe has changed.
     show
-        Print the recipe as it would be carried out, or the names of its model's parameters, and
-        stop.
+        Print the resulting recipe, or the names of the model's parameters, without training.
     json
-        Print JSON instead of sentences.
+        Print JSON instead of text.
     """
     from cn_clip.train.recipe.flags import apply_flags
     from cn_clip.train.recipe.toml import build_recipe, read_recipe, shipped
@@ -62,10 +60,10 @@ def train(
         raise UsageError(
             f"which recipe? Give --recipe with a TOML file or one of: {', '.join(shipped())}"
         )
-    given = list(flags)
+    all_flags = list(flags)
     if resume not in (None, "auto"):
-        given += ["--start.checkpoint", str(resume)]
-    built = build_recipe(apply_flags(read_recipe(recipe), given, _world_size()))
+        all_flags += ["--start.checkpoint", str(resume)]
+    built = build_recipe(apply_flags(read_recipe(recipe), all_flags, _world_size()))
     if show == "recipe":
         print(built.to_toml(), end="")
         return 0
@@ -74,23 +72,23 @@ def train(
         return 0
     from dataclasses import asdict
 
-    from cn_clip.train.loop import train as carry_out
-    from cn_clip.train.run.loss_watchdog import InterruptedRun
+    from cn_clip.train.loop import train as run_recipe
+    from cn_clip.train.run.signals import InterruptedRun
 
     quiet = json or os.environ.get("RANK", "0") != "0"
     try:
-        with _narrating(quiet) as tell:
-            outcome = carry_out(
+        with _event_printer(quiet) as on_event:
+            outcome = run_recipe(
                 built,
                 resume=resume == "auto",
                 allow_changes=allow_changes,
                 inputs=[] if recipe in shipped() else [recipe],
-                tell=tell,
+                on_event=on_event,
             )
-    except InterruptedRun as stopped:
+    except InterruptedRun as error:
         if os.environ.get("RANK", "0") == "0":
-            Console(stderr=True).print(f"cn-clip: {stopped}", markup=False, soft_wrap=True)
-        return stopped.code
+            Console(stderr=True).print(f"cn-clip: {error}", markup=False, soft_wrap=True)
+        return error.code
     if json and os.environ.get("RANK", "0") == "0":
         print_json(asdict(outcome))
     elif not quiet:
@@ -99,16 +97,16 @@ def train(
 
 
 def _world_size() -> int:
-    """Return the number of processes, which torchrun states."""
-    stated = os.environ.get("WORLD_SIZE") or "1"
-    if not stated.isdecimal() or int(stated) < 1:
-        raise UsageError(f"WORLD_SIZE is {stated!r}; start several processes with torchrun")
-    return int(stated)
+    """Return the number of processes, from torchrun's WORLD_SIZE."""
+    value = os.environ.get("WORLD_SIZE") or "1"
+    if not value.isdecimal() or int(value) < 1:
+        raise UsageError(f"WORLD_SIZE is {value!r}; start several processes with torchrun")
+    return int(value)
 
 
 @contextmanager
-def _narrating(quiet: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Yield what tells the events of a run to people: lines, and a bar under them."""
+def _event_printer(quiet: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Yield a function that prints the events of a run, with a progress bar below."""
     if quiet:
         yield lambda event: None
         return
@@ -116,24 +114,26 @@ def _narrating(quiet: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
         tasks: dict[str, Any] = {}
         out = console() if bars.disable else bars.console
 
-        def tell(event: dict[str, Any]) -> None:
-            drop_dead_terminal()  # a run in the background outlives it
+        def print_event(event: dict[str, Any]) -> None:
+            drop_dead_terminal()  # a background run outlives its terminal
             if event["kind"] == "tick":
-                what = event["what"]
-                if what not in tasks:
-                    for old in tasks.values():
-                        bars.remove_task(old)
+                label = event["what"]
+                if label not in tasks:
+                    for task in tasks.values():
+                        bars.remove_task(task)
                     tasks.clear()
-                    tasks[what] = bars.add_task(what, total=event["of"])
-                bars.update(tasks[what], completed=event["done"])
+                    tasks[label] = bars.add_task(label, total=event["of"])
+                bars.update(tasks[label], completed=event["done"])
                 return
             for line in _lines(event):
                 out.print(line, markup=False, highlight=False, soft_wrap=True)
 
-        yield tell
+        yield print_event
 
 
 def _lines(event: dict[str, Any]) -> Iterator[str]:
+    from cn_clip.train.run.events import FINAL
+
     kind, total = event["kind"], event["total"]
     if kind == "start":
         yield (
@@ -144,34 +144,36 @@ def _lines(event: dict[str, Any]) -> Iterator[str]:
     elif kind == "warning":
         yield f"warning: {event['text']}"
     elif kind == "resumed":
-        yield f"going on from step {total:,}"
+        yield f"resumed from step {total:,}"
     elif kind == "stage":
         yield (
             f"stage {event['stage']}: {event['steps']:,} steps of {event['batch']:,} pairs, "
-            f"{event['learns'] / 1e6:,.1f} M parameters learn, peak rate {event['rate']:.2e} at "
-            f"this batch after {event['warmup']:,} steps"
+            f"{event['learns'] / 1e6:,.1f} M trainable parameters, peak learning rate "
+            f"{event['rate']:.2e} after {event['warmup']:,} warm-up steps"
             + (f", BatchNorm statistics: {event['batch_norm']}" if event["batch_norm"] else "")
         )
     elif kind == "step":
         yield (
-            f"  step {event['step']:,}: loss {_number(event['mean_loss'])}, rate "
+            f"  step {event['step']:,}: loss {_number(event['mean_loss'])}, lr "
             f"{event['rate']:.2e}, logit scale {event['logit_scale']:.1f}, "
             f"{event['pairs_per_second']:,.0f} pairs/s"
             + (f", {event['skipped']:,} pairs skipped" if event["skipped"] else "")
         )
     elif kind == "mixtures":
-        for each in event["mixtures"]:
-            kept = "" if each["kept"] is None else f", kept {100 * each['kept']:.2f} %"
-            chosen = ", chosen" if each["weight"] == event["weight"] else ""
-            yield f"  mixture {each['weight']:g}: {100 * each['score']:.2f} %{kept}{chosen}"
+        for row in event["mixtures"]:
+            kept = "" if row["kept"] is None else f", kept {100 * row['kept']:.2f} %"
+            chosen = ", chosen" if row["weight"] == event["weight"] else ""
+            yield f"  weight {row['weight']:g}: {100 * row['score']:.2f} %{kept}{chosen}"
     elif kind == "score":
-        where = "before training" if total == 0 else f"at step {event['step']:,}"
-        where = "of the final weights" if event["stage"] == "final" else where
-        held = [(word, event[word]) for word in ("before", "best") if event[word] is not None]
-        held = [(word, value) for word, value in held if total]
-        best = "".join(f", {word} {100 * value:.2f} %" for word, value in held)
+        when = "before training" if total == 0 else f"at step {event['step']:,}"
+        when = "of the final weights" if event["stage"] == FINAL else when
+        earlier = "".join(
+            f", {name} {100 * event[name]:.2f} %"
+            for name in ("before", "best")
+            if total and event[name] is not None
+        )
         yield (
-            f"  mean recall {where}: {100 * event['mean_recall']:.2f} %{best} (text to image R@1 "
+            f"  mean recall {when}: {100 * event['mean_recall']:.2f} %{earlier} (text to image R@1 "
             f"{100 * event['t2i_r1']:.1f}, R@10 {100 * event['t2i_r10']:.1f}; image to text R@1 "
             f"{100 * event['i2t_r1']:.1f}, R@10 {100 * event['i2t_r10']:.1f})"
         )
@@ -191,7 +193,7 @@ def _summary(outcome: Any) -> None:
             table.add_row(name, f"{100 * value:.2f} %", gain)
         out.print(table)
     out.print(
-        f"{outcome.steps:,} steps; weights in {outcome.weights}, the whole story in "
+        f"{outcome.steps:,} steps; weights in {outcome.weights}, report in "
         f"{outcome.folder}/report.html",
         markup=False,
         soft_wrap=True,

@@ -14,7 +14,8 @@ from cn_clip.eval.dataset import EvalSet
 from cn_clip.eval.metrics.recall import Retrieval
 from cn_clip.model.clip import CLIP
 from cn_clip.train.run.checkpoint import Progress
-from cn_clip.train.run.loss_watchdog import InterruptedRun
+from cn_clip.train.run.events import WarningEvent, interpolated
+from cn_clip.train.run.signals import InterruptedRun
 from cn_clip.train.scoring import log_score
 from cn_clip.train.stage import Run
 from cn_clip.train.validation import Vectors, embed, score
@@ -94,7 +95,7 @@ def mix_stage(run: Run, progress: Progress, begun: str) -> float | None:
         return None
     model.to(run.device)
     found, _ = _measured(run, model, run.validation, None)
-    log_score(run, f"{stage.name}, mixed", progress, found)
+    log_score(run, interpolated(stage.name), progress, found)
     return found.mean_recall
 
 
@@ -116,7 +117,7 @@ def _swept(run: Run, progress: Progress, model: CLIP, old: State, new: State) ->
     model.to(run.device)
     for number, weight in enumerate(WEIGHTS):
         run.log.tick("measuring mixtures", number, len(WEIGHTS))
-        stop = run.stop.agreed(run.device)
+        stop = run.stop.on_any_process(run.device)
         if stop:
             raise InterruptedRun(
                 "stopped while mixtures of weights were measured, which is done again when the "
@@ -143,7 +144,7 @@ def _swept(run: Run, progress: Progress, model: CLIP, old: State, new: State) ->
     )
     if not choice.within:
         text = f"no mixture of stage {stage} gains without costing the kept pairs over 1 point"
-        run.log.write("warning", progress.total, text=f"{text}; the best is taken")
+        run.log.record(WarningEvent(progress.total, f"{text}; the best is taken"))
     if run.kept is not None:
         what = "kept pairs or images cannot be read, and are left out"
         run.warn(what, run.kept.skipped, f"unread-kept-{stage}.txt", progress.total)
@@ -154,5 +155,7 @@ def _measured(
     run: Run, model: CLIP, pairs: EvalSet, images: Vectors | None
 ) -> tuple[Retrieval, Vectors]:
     """Return the score of a model, and the embeddings of the images."""
-    images, texts = embed(model, pairs, autocast=run.scored, images=images, tick=run.stop_between)
+    images, texts = embed(
+        model, pairs, autocast=run.score_dtype, images=images, tick=run.stop_between
+    )
     return distributed.on_main(lambda: score(images, texts, pairs)), images

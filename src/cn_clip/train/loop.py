@@ -1,11 +1,11 @@
-"""The run: stage by stage, step by step; it can stop anywhere and go on as if it had not."""
+"""The training loop: stage by stage, step by step. A run can be interrupted and resumed."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,40 +16,51 @@ from cn_clip.data.loading.loader import map_worker_errors
 from cn_clip.data.sources.open import open_mix
 from cn_clip.errors import UsageError
 from cn_clip.eval.dataset import eval_set_of
-from cn_clip.train.batches.batch import Share, shares
+from cn_clip.train.batches.batch import LocalBatch, local_batches
+from cn_clip.train.early_stopping import EarlyStopping
 from cn_clip.train.interpolation import mix_stage
-from cn_clip.train.model.freeze import Course, batch_norm_mode
+from cn_clip.train.model.freeze import batch_norm_mode
 from cn_clip.train.model.init import initial_model
-from cn_clip.train.optim import clamp_logit_scale, rate_at, set_rate, warmup_of
+from cn_clip.train.optim import clamp_logit_scale, lr_at, set_lr, warmup_steps
 from cn_clip.train.parallel import (
-    average_statistics,
-    average_unshared,
+    average_batch_norm,
+    average_unsharded_gradients,
     clip_gradients,
     pick,
 )
 from cn_clip.train.recipe.schema import Recipe
 from cn_clip.train.run.checkpoint import Progress, load_tensors, read_progress, save_state, states
+from cn_clip.train.run.events import (
+    FINAL,
+    EndEvent,
+    ResumedEvent,
+    SavedEvent,
+    StageEvent,
+    StartEvent,
+    StepEvent,
+)
 from cn_clip.train.run.log import Event, Log, read_log
-from cn_clip.train.run.loss_watchdog import Guard, InterruptedRun, signals
+from cn_clip.train.run.loss_watchdog import LossWatchdog
 from cn_clip.train.run.report import mixtures, write_report
 from cn_clip.train.run.run_dir import (
     Outcome,
     claim_folders,
-    full_disk_named,
-    locked,
-    prepared,
+    disk_errors_named,
+    lock_folder,
+    prepare_folder,
     write_outcome,
 )
+from cn_clip.train.run.signals import InterruptedRun, catch_stop_signals
 from cn_clip.train.scoring import (
     best_weights,
     evaluate,
-    is_over,
+    evaluate_and_keep_best,
     keep_embeddings,
     log_score,
-    measure,
+    stage_finished,
 )
 from cn_clip.train.stage import Run, Training, set_up
-from cn_clip.train.step import Numbers, backward
+from cn_clip.train.step import MixedPrecision, backward
 from cn_clip.train.validation import embed, score, shared_pairs
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
@@ -61,32 +72,31 @@ def train(
     resume: bool = False,
     allow_changes: bool = False,
     inputs: Sequence[str | Path] = (),
-    tell: Callable[[Event], None] = lambda event: None,
+    on_event: Callable[[Event], None] = lambda event: None,
 ) -> Outcome:
-    """Carry out a recipe, or go on with the run in its folder.
+    """Train by a recipe, or resume the run in its folder.
 
-    The folder holds everything: the recipe, the log, the states, the best weights of each stage,
-    the final weights in ``final``, and ``report.html``. A run that is taken up again gives the same
-    losses, bit for bit on a CPU, as one that was never stopped. Under torchrun, each process calls
-    this.
+    The folder has the recipe, the log, the states, the best weights of each stage, the final
+    weights in ``final``, and ``report.html``. A resumed run gives the same losses as an
+    uninterrupted one, bit for bit on a CPU. Under torchrun, each process calls this.
 
     Args:
-        recipe: what to do.
-        resume: go on with the run in the folder, if there is one.
-        allow_changes: go on even though the recipe has changed since.
-        inputs: files that are read besides those of the recipe, which is one of them.
-        tell: is given every event of the log as it happens.
+        recipe: the recipe.
+        resume: resume the run in the folder, if there is one.
+        allow_changes: resume although the recipe has changed.
+        inputs: files that are read besides those of the recipe, such as its own file.
+        on_event: called with every event of the log.
 
     Raises:
-        UsageError: the recipe cannot be carried out here, or the folder holds another run.
+        UsageError: the recipe cannot be run here, or the folder has another run.
         DataError: the data cannot be read.
         CheckpointError: weights or a state cannot be read or written.
-        TrainingError: the loss is no number, or nothing is learned.
-        InterruptedRun: a signal asked it to stop; the state is saved.
+        TrainingError: the loss is NaN or infinite, or stays at chance.
+        InterruptedRun: a signal stopped the run; its state is saved.
     """
     if not recipe.data.train:
         raise UsageError(
-            "the recipe names no training data; give --train-data, such as folder:photos"
+            "the recipe has no training data; give --train-data, such as folder:photos"
         )
     device = pick(recipe.machine)
     folder = Path(recipe.output.folder).expanduser()
@@ -94,250 +104,303 @@ def train(
         stack.enter_context(distributed.start(device.type))
         distributed.on_main(lambda: claim_folders(recipe, inputs))
         if distributed.is_main():
-            stack.enter_context(locked(folder))
-        finished = prepared(folder, recipe, resume, allow_changes)
-        if finished is not None:
-            return finished
-        log = Log(folder, recipe, tell=tell, writes=distributed.is_main())
+            stack.enter_context(lock_folder(folder))
+        outcome = prepare_folder(folder, recipe, resume, allow_changes)
+        if outcome is not None:
+            return outcome
+        log = Log(folder, recipe, on_event=on_event, writes=distributed.is_main())
         stack.callback(log.close)
-        autocast = _AUTOCAST[recipe.machine.precision]
-        scaler = torch.amp.GradScaler(device.type, enabled=autocast is torch.float16)
+        dtype = _AUTOCAST[recipe.machine.precision]
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
         run = Run(
-            recipe,
-            folder,
-            device,
-            Numbers(device, autocast, scaler),
-            _AUTOCAST[recipe.evaluation.score_precision or recipe.machine.precision],
-            log,
-            stack.enter_context(signals()),
-            open_mix(recipe.data.train),
-            eval_set_of(open_mix(recipe.data.val)) if recipe.data.val else None,
-            eval_set_of(open_mix(recipe.data.keep_data)) if recipe.data.keep_data else None,
+            recipe=recipe,
+            folder=folder,
+            device=device,
+            precision=MixedPrecision(device, dtype, scaler),
+            score_dtype=_AUTOCAST[recipe.evaluation.score_precision or recipe.machine.precision],
+            log=log,
+            stop=stack.enter_context(catch_stop_signals()),
+            mix=open_mix(recipe.data.train),
+            validation=eval_set_of(open_mix(recipe.data.val)) if recipe.data.val else None,
+            kept=eval_set_of(open_mix(recipe.data.keep_data)) if recipe.data.keep_data else None,
         )
-        with map_worker_errors(), full_disk_named(folder):
-            return _carried_out(run)
+        with map_worker_errors(), disk_errors_named(folder):
+            return _run_stages(run)
 
 
-def _carried_out(run: Run) -> Outcome:
-    begun = time.monotonic()
-    saved = states(run.folder)
-    progress = Progress()
-    if saved:
-        progress = read_progress(saved[-1])
-        if progress.scaler:
-            run.numbers.scaler.load_state_dict(progress.scaler)
-        run.log.write("resumed", progress.total, step=progress.step, state=saved[-1].name)
-    else:
-        _begin(run)
-    state = saved[-1] if saved else None
+def _run_stages(run: Run) -> Outcome:
+    started = time.monotonic()
+    progress, state = _start_or_resume(run)
     while progress.stage < len(run.recipe.stages):
-        _stage(run, progress, state)
-        progress, state = _advanced(run, progress), None
-    return _end(run, progress, time.monotonic() - begun)
+        _run_stage(run, progress, state)
+        progress, state = _next_stage(run, progress), None
+    return _finish(run, progress, time.monotonic() - started)
 
 
-def _begin(run: Run) -> None:
-    """Build the model that everything starts from, and keep it in the run's folder."""
+def _start_or_resume(run: Run) -> tuple[Progress, Path | None]:
+    """Return where the run is, and the state that it resumes from, None at the start."""
+    saved = states(run.folder)
+    if not saved:
+        _start(run)
+        return Progress(), None
+    progress, state = read_progress(saved[-1]), saved[-1]
+    if progress.scaler:
+        run.precision.scaler.load_state_dict(progress.scaler)
+    run.log.record(ResumedEvent(progress.total, progress.step, state.name))
+    return progress, state
+
+
+def _start(run: Run) -> None:
+    """Build the initial model and save it in the run's folder."""
     recipe = run.recipe
     model, origins = initial_model(recipe.start, recipe.seed)
-    run.log.write(
-        "start",
-        0,
-        recipe=recipe.name,
-        model=model.config.name,
-        parameters=sum(p.numel() for p in model.parameters()),
-        device=str(run.device),
-        processes=distributed.world_size(),
-        pairs=sum(len(part.source) for part in run.mix),
-        origins=[str(origin) for origin in origins],
+    run.log.record(
+        StartEvent(
+            0,
+            recipe=recipe.name,
+            model=model.config.name,
+            parameters=sum(p.numel() for p in model.parameters()),
+            device=str(run.device),
+            processes=distributed.world_size(),
+            pairs=sum(len(part.source) for part in run.mix),
+            origins=[str(origin) for origin in origins],
+        )
     )
     if run.validation is not None and distributed.is_main():
         shared = shared_pairs(run.validation, run.mix)
-        what = "validation pairs are in the training data, so scores will be too high"
-        run.warn(what, shared, "shared.txt")
+        run.warn(
+            "validation pairs are in the training data, so scores will be too high",
+            shared,
+            "shared.txt",
+        )
     if distributed.is_main():
         weights.save_weights(model.config, model.state_dict(), run.folder / "start")
     distributed.barrier()
 
 
-def _stage(run: Run, progress: Progress, state: Path | None) -> None:
+def _run_stage(run: Run, progress: Progress, state: Path | None) -> None:
     """Train one stage to its end, from its start or from a saved state."""
-    stage = run.recipe.stages[progress.stage]
     training = set_up(run, progress)
     if state is not None:
         load_tensors(state, training.tensors())
-        progress.finished = is_over(training, progress)  # a longer recipe may go on
-        measure(run, training, progress)
-    run.log.write(
-        "stage",
-        progress.total,
-        stage=stage.name,
-        number=progress.stage,
-        step=progress.step,
-        steps=training.steps,
-        rate=training.rate,
-        warmup=warmup_of(training.steps, stage.optimizer),
-        batch=stage.global_batch_size,
-        learns=sum(p.numel() for p in training.model.parameters() if p.requires_grad),
-        batch_norm=batch_norm_mode(training.model),
-    )
+        progress.finished = stage_finished(training, progress)  # the stage may be longer now
+        if progress.evaluation_pending:
+            progress.evaluation_pending = False
+            evaluate_and_keep_best(run, training, progress)
+    _log_stage(run, training, progress)
     if progress.before is None and progress.total == 0 and run.validation is not None:
-        found = evaluate(run, training, progress)
-        what = "validation pairs or pictures cannot be read, and are left out"
-        run.warn(what, run.validation.skipped, "unread.txt")
-        progress.before = found.mean_recall
-        progress.course.add(found.mean_recall, 0, stage.plateau)
-        save_state(run.folder, progress, training.tensors(), keep=run.recipe.output.keep)
-    guard = Guard(stage, run.recipe.machine, training.rate, run.recipe.output.stop_at_chance)
+        _evaluate_start(run, training, progress)
+    watchdog = LossWatchdog(
+        training.stage, run.recipe.machine, training.peak_lr, run.recipe.output.stop_at_chance
+    )
     window = _Window()
     while not progress.finished:
-        if progress.batch >= len(training.loader):  # another batch size, or more processes
+        if progress.batch >= len(training.loader):  # after a change of batch size or processes
             progress.epoch, progress.batch = progress.epoch + 1, 0
-        for share in shares(training.loader, progress.epoch, progress.batch):
-            _step(run, training, progress, share, guard, window)
-            begun = time.monotonic()
-            _after_step(run, training, progress)
-            window.since += time.monotonic() - begun  # pairs a second are those of training alone
+        for batch in local_batches(training.loader, progress.epoch, progress.batch):
+            progress.step += 1
+            progress.total += 1
+            metrics = _train_step(run, training, progress, batch, watchdog)
+            if metrics is not None:
+                window.add(metrics.loss, len(batch))
+                _log_step(run, training, progress, metrics, window)
+            with window.paused():  # only training counts in the pairs per second
+                _evaluate_and_save(run, training, progress)
             if progress.finished:
                 break
-    what = "training pairs could not be read"
     reasons = [
-        each for some in distributed.all_gather_object(training.loader.reasons) for each in some
+        reason
+        for of_process in distributed.all_gather_object(training.loader.reasons)
+        for reason in of_process
     ]
-    run.warn(what, reasons, f"skipped-{stage.name}.txt", progress.total)
+    file = f"skipped-{training.stage.name}.txt"
+    run.warn("training pairs could not be read", reasons, file, progress.total)
 
 
-def _step(
-    run: Run,
-    training: Training,
-    progress: Progress,
-    share: Share,
-    guard: Guard,
-    window: _Window,
-) -> None:
-    """Do one step: gradients, the optimizer, the clamp, the average."""
-    progress.step += 1
-    progress.total += 1
-    if not int(distributed.all_reduce_sum(torch.tensor(len(share), device=run.device))):
-        return  # no pair of this batch could be read, by any process
-    step, stage, scaler = progress.step - 1, training.stage, run.numbers.scaler
-    rate = training.rate * rate_at(step, training.steps, stage.optimizer)
-    set_rate(training.optimizer, rate)
-    local = math.ceil(stage.global_batch_size / distributed.world_size())
-    found = backward(
+def _log_stage(run: Run, training: Training, progress: Progress) -> None:
+    stage = training.stage
+    run.log.record(
+        StageEvent(
+            progress.total,
+            stage=stage.name,
+            number=progress.stage,
+            step=progress.step,
+            steps=training.steps,
+            rate=training.peak_lr,
+            warmup=warmup_steps(training.steps, stage.optimizer),
+            batch=stage.global_batch_size,
+            learns=sum(p.numel() for p in training.model.parameters() if p.requires_grad),
+            batch_norm=batch_norm_mode(training.model),
+        )
+    )
+
+
+def _evaluate_start(run: Run, training: Training, progress: Progress) -> None:
+    """Measure the score before the first step, and save the state."""
+    assert run.validation is not None
+    recall = evaluate(run, training, progress)
+    run.warn(
+        "validation pairs or images cannot be read, and are left out",
+        run.validation.skipped,
+        "unread.txt",
+    )
+    progress.before = recall.mean_recall
+    progress.early_stopping.add(recall.mean_recall, 0, training.stage.early_stopping)
+    save_state(run.folder, progress, training.tensors(), keep=run.recipe.output.keep)
+
+
+@dataclass(frozen=True, slots=True)
+class _StepMetrics:
+    loss: float
+    lr: float
+    gradient_norm: float
+
+
+def _train_step(
+    run: Run, training: Training, progress: Progress, batch: LocalBatch, watchdog: LossWatchdog
+) -> _StepMetrics | None:
+    """Update the weights by one batch; return None if no process could read any pair of it.
+
+    Raises:
+        TrainingError: from the watchdog, before the weights are changed.
+    """
+    if not int(distributed.all_reduce_sum(torch.tensor(len(batch), device=run.device))):
+        return None
+    step, stage, scaler = progress.step - 1, training.stage, run.precision.scaler
+    lr = training.peak_lr * lr_at(step, training.steps, stage.optimizer)
+    set_lr(training.optimizer, lr)
+    local_batch_size = math.ceil(stage.global_batch_size / distributed.world_size())
+    loss_tensor = backward(
         training.wrapped,
-        share,
+        batch,
         stage,
-        run.numbers,
-        chunks=math.ceil(local / (stage.micro_batch_size or local)),
+        run.precision,
+        chunks=math.ceil(local_batch_size / (stage.micro_batch_size or local_batch_size)),
         seed=(run.recipe.seed, progress.stage, step),
         teacher=training.teacher,
-        sentences=None if training.sentences is None else training.sentences.at(step),
+        text_targets=None if training.text_targets is None else training.text_targets.at(step),
     )
-    average_unshared(training.towers)
-    average_statistics(training.model)
-    loss = float(found)
-    guard.check(loss, step)
+    average_unsharded_gradients(training.towers)
+    average_batch_norm(training.model)
+    loss = float(loss_tensor)
+    watchdog.check(loss, step)
     scaler.unscale_(training.optimizer)
-    learning = [p for group in training.optimizer.param_groups for p in group["params"]]
-    norm = clip_gradients(learning, stage.optimizer.clip_norm)
-    if not scaler.is_enabled():  # which passes over a step that float16 overflowed in
-        guard.check_gradient(norm, step)
+    parameters = [p for group in training.optimizer.param_groups for p in group["params"]]
+    norm = clip_gradients(parameters, stage.optimizer.max_grad_norm)
+    if not scaler.is_enabled():  # the scaler skips steps in which float16 overflowed
+        watchdog.check_gradient(norm, step)
     scaler.step(training.optimizer)
     scaler.update()
     training.optimizer.zero_grad(set_to_none=True)
     clamp_logit_scale(training.model)
     if training.average is not None:
         training.average.update(training.model, step)
-    window.add(loss, len(share))
+    return _StepMetrics(loss, lr, norm)
+
+
+def _log_step(
+    run: Run, training: Training, progress: Progress, metrics: _StepMetrics, window: _Window
+) -> None:
+    stage = training.stage
     run.log.tick(f"stage {stage.name}", progress.step, training.steps)
-    if progress.step % run.recipe.output.log_every == 0 or progress.step in (1, training.steps):
-        run.log.write(
-            "step",
+    if progress.step % run.recipe.output.log_every and progress.step not in (1, training.steps):
+        return
+    run.log.record(
+        StepEvent(
             progress.total,
             stage=stage.name,
             step=progress.step,
-            loss=loss,
-            mean_loss=window.mean,
-            rate=rate,
+            loss=metrics.loss,
+            mean_loss=window.mean_loss,
+            rate=metrics.lr,
             logit_scale=float(training.model.logit_scale.detach().exp()),
-            pairs_per_second=round(window.rate * distributed.world_size(), 1),
+            pairs_per_second=round(window.pairs_per_second * distributed.world_size(), 1),
             skipped=training.loader.skipped,
-            gradient_norm=norm,
-            **_memory(run.device),
+            gradient_norm=metrics.gradient_norm,
+            memory_mb=_memory_mb(run.device),
         )
-        window.clear()
+    )
+    window.clear()
 
 
-def _after_step(run: Run, training: Training, progress: Progress) -> None:
-    """Evaluate, save or stop, as is due."""
-    recipe, stage = run.recipe, training.stage
+def _evaluate_and_save(run: Run, training: Training, progress: Progress) -> None:
+    """Count the batch, then evaluate and save if due.
+
+    Raises:
+        InterruptedRun: a signal came; the state is saved.
+    """
     progress.batch += 1
     epoch_ended = progress.batch >= len(training.loader)
     if epoch_ended:
         progress.epoch, progress.batch = progress.epoch + 1, 0
-    evaluation, every = recipe.evaluation, recipe.evaluation.every_epochs
-    progress.due = (
-        progress.step >= training.steps
-        or (epoch_ended and every > 0 and progress.epoch % every == 0)
-        or (evaluation.every_steps is not None and progress.step % evaluation.every_steps == 0)
-    )
-    stop = run.stop.agreed(run.device)
-    if not stop:  # who is told to stop has little time: what is due is done when it goes on
+    evaluate_now = _evaluation_due(run.recipe, training, progress, epoch_ended)
+    stop = run.stop.on_any_process(run.device)
+    if evaluate_now and not stop:
         try:
-            measure(run, training, progress)
+            evaluate_and_keep_best(run, training, progress)
         except InterruptedRun:
-            stop = run.stop.agreed(run.device)
-    save_every = recipe.output.save_every
-    if (
-        stop
-        or progress.finished
-        or epoch_ended
-        or (save_every is not None and progress.step % save_every == 0)
-    ):
-        progress.scaler = run.numbers.scaler.state_dict()
-        save_state(run.folder, progress, training.tensors(), keep=recipe.output.keep)
-        run.log.write("saved", progress.total, stage=stage.name, step=progress.step)
+            stop = run.stop.on_any_process(run.device)
+    # On a stop signal, save first; a pending evaluation runs after resume.
+    progress.evaluation_pending = evaluate_now and stop != 0
+    if stop or _save_due(run.recipe, progress, epoch_ended):
+        progress.scaler = run.precision.scaler.state_dict()
+        save_state(run.folder, progress, training.tensors(), keep=run.recipe.output.keep)
+        run.log.record(SavedEvent(progress.total, training.stage.name, progress.step))
     if stop:
         raise InterruptedRun(
-            f"stopped at step {progress.total}; the state is saved. Go on with: --resume auto",
+            f"stopped at step {progress.total}; the state is saved. Resume with: --resume auto",
             128 + stop,
         )
 
 
-def _advanced(run: Run, progress: Progress) -> Progress:
-    """Return the start of the next stage: the best weights so far, with their score to beat."""
-    begun, best = progress.weights, progress.course.best
-    interpolate, course = run.recipe.stages[progress.stage].interpolate, progress.course
-    if course.best_step > 0 or (interpolate == "auto" and course.trained is not None):
+def _evaluation_due(
+    recipe: Recipe, training: Training, progress: Progress, epoch_ended: bool
+) -> bool:
+    every_epochs, every_steps = recipe.evaluation.every_epochs, recipe.evaluation.every_steps
+    return (
+        progress.step >= training.steps
+        or (epoch_ended and every_epochs > 0 and progress.epoch % every_epochs == 0)
+        or (every_steps is not None and progress.step % every_steps == 0)
+    )
+
+
+def _save_due(recipe: Recipe, progress: Progress, epoch_ended: bool) -> bool:
+    every = recipe.output.save_every
+    return progress.finished or epoch_ended or (every is not None and progress.step % every == 0)
+
+
+def _next_stage(run: Run, progress: Progress) -> Progress:
+    """Return the start of the next stage: the best weights so far, and their score."""
+    initial, best = progress.weights, progress.early_stopping.best
+    interpolate, stopping = run.recipe.stages[progress.stage].interpolate, progress.early_stopping
+    if stopping.best_step > 0 or (interpolate == "auto" and stopping.trained is not None):
         progress.weights = best_weights(progress, run.recipe)
         if interpolate is not None:
-            best = mix_stage(run, progress, begun)
+            best = mix_stage(run, progress, initial)
     return Progress(
         stage=progress.stage + 1,
         total=progress.total,
         scaler=progress.scaler,
         before=progress.before,
         weights=progress.weights,
-        course=Course(best=best, mark=best),
+        early_stopping=EarlyStopping(best=best, mark=best),
     )
 
 
-def _end(run: Run, progress: Progress, seconds: float) -> Outcome:
-    """Write the final weights, measure them, and tell the whole story in a page."""
+def _finish(run: Run, progress: Progress, seconds: float) -> Outcome:
+    """Save and evaluate the final weights, and write the report."""
     recipe, final = run.recipe, run.folder / "final"
     model = weights.build(weights.read(run.folder / progress.weights))
     if distributed.is_main():
         weights.save_weights(model.config, model.state_dict(), final)
     if run.validation is not None:
         images, texts = embed(
-            model.to(run.device), run.validation, autocast=run.scored, tick=run.stop_between
+            model.to(run.device), run.validation, autocast=run.score_dtype, tick=run.stop_between
         )
-        found = score(images, texts, run.validation)
-        log_score(run, "final", progress, found)
+        log_score(run, FINAL, progress, score(images, texts, run.validation))
         if distributed.is_main():
             keep_embeddings(run.folder, "after", images, texts)
-    run.log.write("end", progress.total, seconds=round(seconds, 1), weights=str(final))
+    run.log.record(EndEvent(progress.total, round(seconds, 1), str(final)))
     outcome = None
     if distributed.is_main():
         scores = write_report(run.folder, recipe, run.validation)
@@ -350,14 +413,14 @@ def _end(run: Run, progress: Progress, seconds: float) -> Outcome:
             mixtures(read_log(run.folder)),
         )
         write_outcome(run.folder, outcome)
-    whole = distributed.broadcast_object(outcome)
-    assert whole is not None
-    return whole
+    outcome = distributed.broadcast_object(outcome)
+    assert outcome is not None
+    return outcome
 
 
 @dataclass(slots=True)
 class _Window:
-    """Losses and pairs since the last line of the log."""
+    """Losses and pairs since the last logged step."""
 
     losses: list[float] = field(default_factory=list)
     pairs: int = 0
@@ -368,18 +431,23 @@ class _Window:
         self.pairs += pairs
 
     @property
-    def mean(self) -> float:
+    def mean_loss(self) -> float:
         return sum(self.losses) / max(1, len(self.losses))
 
     @property
-    def rate(self) -> float:
+    def pairs_per_second(self) -> float:
         return self.pairs / max(1e-9, time.monotonic() - self.since)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of the context out."""
+        started = time.monotonic()
+        yield
+        self.since += time.monotonic() - started
 
     def clear(self) -> None:
         self.losses, self.pairs, self.since = [], 0, time.monotonic()
 
 
-def _memory(device: torch.device) -> dict[str, int]:
-    if device.type != "cuda":
-        return {}
-    return {"memory_mb": torch.cuda.max_memory_allocated(device) >> 20}
+def _memory_mb(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated(device) >> 20 if device.type == "cuda" else None

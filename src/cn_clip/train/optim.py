@@ -1,4 +1,4 @@
-"""Parameter groups, the learning rate as a function of the step, averaged weights."""
+"""Learning rate schedule, parameter groups of AdamW, and the moving average of the weights."""
 
 from __future__ import annotations
 
@@ -12,44 +12,44 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from cn_clip.model.clip import CLIP, MAX_LOGIT_SCALE
-from cn_clip.train.model.freeze import matched
-from cn_clip.train.recipe.checks import rate_factor
+from cn_clip.train.model.freeze import match_names
+from cn_clip.train.recipe.checks import parse_lr_multiplier
 from cn_clip.train.recipe.schema import Optimizer
 
-# What the official training does not decay, as it finds it: by these letters in the name. A norm
-# of BERT is called LayerNorm, so its weight is decayed, as it was when the weights were made.
-_UNDECAYED = ("bn", "ln", "bias", "logit_scale")
-# The number of a layer in a name, in each kind of tower.
+# Weight decay skips parameters with these substrings in their names, as in the official training.
+# BERT's norms are called LayerNorm, so their weights are decayed, as when the weights were trained.
+_NO_DECAY = ("bn", "ln", "bias", "logit_scale")
+# The layer number in a parameter name, for each kind of tower.
 _LAYER = re.compile(
     r"(visual)\.(?:transformer\.resblocks|backbone\.blocks)\.(\d+)\."
     r"|(visual)\.layer(\d+)\."
     r"|(bert)\.encoder\.layer\.(\d+)\."
 )
-_BELOW = re.compile(
+_BELOW_LAYERS = re.compile(
     r"visual\.(conv\d|bn\d|class_embedding|positional_embedding|ln_pre|backbone\.stem)|bert\.embeddings"
 )
 
 
-def learning_rate(optimizer: Optimizer, global_batch_size: int) -> float:
-    """Return the peak rate, scaled from the batch it is stated for to the actual one."""
-    if optimizer.for_batch is None or optimizer.scaling == "none":
+def peak_lr(optimizer: Optimizer, global_batch_size: int) -> float:
+    """Return the peak learning rate, scaled from the reference batch size to the actual one."""
+    if optimizer.reference_batch_size is None or optimizer.scaling == "none":
         return optimizer.learning_rate
-    ratio = global_batch_size / optimizer.for_batch
+    ratio = global_batch_size / optimizer.reference_batch_size
     return optimizer.learning_rate * (ratio if optimizer.scaling == "linear" else math.sqrt(ratio))
 
 
-def warmup_of(steps: int, optimizer: Optimizer) -> int:
-    """Return the steps of the warm-up; one as long as the stage is cut to a tenth of it, since it
-    would end before its peak."""
+def warmup_steps(steps: int, optimizer: Optimizer) -> int:
+    """Return the warm-up steps: 10 % of the stage if it is not longer than ``optimizer.warmup``."""
     return optimizer.warmup if optimizer.warmup < steps else steps // 10
 
 
-def rate_at(step: int, steps: int, optimizer: Optimizer) -> float:
-    """Return the share of the peak rate at a step (from 0) of a stage of so many steps.
+def lr_at(step: int, steps: int, optimizer: Optimizer) -> float:
+    """Return the learning rate of a step (from 0) of a stage of ``steps`` steps, as a fraction of
+    the peak.
 
-    The warm-up and the cosine are those of the official training.
+    Warm-up and cosine are those of the official training.
     """
-    warmup = warmup_of(steps, optimizer)
+    warmup = warmup_steps(steps, optimizer)
     if step < warmup:
         return (step + 1) / warmup
     if optimizer.schedule == "constant":
@@ -62,25 +62,25 @@ def rate_at(step: int, steps: int, optimizer: Optimizer) -> float:
 def parameter_groups(
     named: Iterable[tuple[str, nn.Parameter]], optimizer: Optimizer
 ) -> list[dict[str, Any]]:
-    """Return the groups of AdamW: with and without decay, and of each depth its own rate.
+    """Return the parameter groups of AdamW, by weight decay and learning rate.
 
-    ``scale`` in a group is the factor on the rate: ``layer_decay`` to the number of layers above,
-    times what ``rates`` say.
+    ``scale`` in a group is the factor on the learning rate: ``layer_decay`` to the power of the
+    number of layers above, times the factor of ``lr_multipliers``.
 
     Raises:
-        UsageError: a pattern of ``rates`` matches nothing.
+        UsageError: a pattern of ``lr_multipliers`` matches no parameter.
     """
     named = list(named)
-    factors = _factors([name for name, _ in named], optimizer.rates)
-    depths = _depths([name for name, _ in named])  # frozen layers are layers, too
+    factors = _factors([name for name, _ in named], optimizer.lr_multipliers)
+    depths = _depths([name for name, _ in named])  # frozen layers count
     groups: dict[tuple[bool, float, bool], dict[str, Any]] = {}
     for name, parameter in named:
         if not parameter.requires_grad:
             continue
-        decayed = not any(each in name for each in _UNDECAYED)
+        decayed = not any(part in name for part in _NO_DECAY)
         scale = optimizer.layer_decay ** depths[name] * factors.get(name, 1.0)
         group = groups.setdefault(
-            # Whole weights and shares of them (FSDP2) do not go into one fused step.
+            # A fused step does not take tensors and DTensors (FSDP2) together.
             (decayed, scale, isinstance(parameter, DTensor)),
             {
                 "params": [],
@@ -94,20 +94,21 @@ def parameter_groups(
     return list(groups.values())
 
 
-def _factors(names: list[str], rates: Sequence[str]) -> dict[str, float]:
+def _factors(names: list[str], multipliers: Sequence[str]) -> dict[str, float]:
     factors: dict[str, float] = {}
-    for pattern, factor in map(rate_factor, rates):
-        factors |= dict.fromkeys(matched([pattern], names, "stages.NAME.optimizer.rates"), factor)
+    for pattern, factor in map(parse_lr_multiplier, multipliers):
+        matches = match_names([pattern], names, "stages.NAME.optimizer.lr_multipliers")
+        factors |= dict.fromkeys(matches, factor)
     return factors
 
 
 def _depths(names: list[str]) -> dict[str, int]:
-    """Return how many layers of its tower stand above each parameter."""
+    """Return the number of layers above each parameter in its tower."""
     layers: dict[str, tuple[str, int]] = {}
     for name in names:
         match = _LAYER.match(name)
         if match is not None:
-            tower, number = (each for each in match.groups() if each is not None)
+            tower, number = (group for group in match.groups() if group is not None)
             layers[name] = (tower, int(number))
     numbers = {tower: [n for t, n in layers.values() if t == tower] for tower, _ in layers.values()}
     depths = {}
@@ -115,7 +116,7 @@ def _depths(names: list[str]) -> dict[str, int]:
         tower = name.split(".")[0]
         if name in layers:
             depths[name] = max(numbers[tower]) + 1 - layers[name][1]
-        elif _BELOW.match(name):  # a ViT counts its layers from 0, a ResNet from 1
+        elif _BELOW_LAYERS.match(name):  # a ViT counts its layers from 0, a ResNet from 1
             depths[name] = max(numbers[tower]) + 2 - min(numbers[tower])
         else:
             depths[name] = 0
@@ -123,7 +124,7 @@ def _depths(names: list[str]) -> dict[str, int]:
 
 
 def make_optimizer(groups: list[dict[str, Any]], optimizer: Optimizer) -> torch.optim.AdamW:
-    """Return AdamW over groups; fused where the device has it, which is everywhere but MPS."""
+    """Return AdamW over the groups; fused, except on MPS."""
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
     return torch.optim.AdamW(
         groups,
@@ -134,10 +135,10 @@ def make_optimizer(groups: list[dict[str, Any]], optimizer: Optimizer) -> torch.
     )
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the rate of every group to ``rate`` times its scale."""
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every group to ``lr`` times its scale."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["scale"]
+        group["lr"] = lr * group["scale"]
 
 
 @torch.no_grad()
@@ -147,7 +148,7 @@ def clamp_logit_scale(model: CLIP) -> None:
 
 
 class Average:
-    """Exponential moving average of the weights that learn, in float32."""
+    """Exponential moving average of the trainable weights, in float32."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -159,7 +160,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Take up the weights after a step (from 0); early ones count more, as the start is far."""
+        """Add the weights after a step (from 0); the decay is lower in the first steps."""
         decay = min(self.decay, (1 + step) / (10 + step))
         parameters = dict(model.named_parameters())
         torch._foreach_lerp_(
@@ -170,7 +171,7 @@ class Average:
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:
-        """Exchange the model's weights with the averaged ones; a second call undoes it."""
+        """Swap the model's weights with the averaged ones; a second call undoes it."""
         parameters = dict(model.named_parameters())
         for name, average in self.shadow.items():
             current = parameters[name].detach().clone()

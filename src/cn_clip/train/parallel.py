@@ -1,4 +1,4 @@
-"""One model over several processes: whole copies (DDP), or weights in shares (FSDP2)."""
+"""One model on several processes: replicas (DDP), or sharded weights (FSDP2)."""
 
 from __future__ import annotations
 
@@ -21,49 +21,50 @@ _BLOCKS = ("visual.transformer.resblocks", "bert.encoder.layer")
 
 
 def pick(machine: Machine) -> torch.device:
-    """Return this process's device: with several GPUs, the one of its ``LOCAL_RANK``.
+    """Return this process's device; with several GPUs, that of its ``LOCAL_RANK``.
 
     Raises:
-        UsageError: there is no such device.
+        UsageError: the device is not available.
     """
     from cn_clip.backends.torch import pick_device
 
-    name, mine = machine.device, os.environ.get("LOCAL_RANK")
-    if mine is not None and (name == "cuda" or (name == "auto" and torch.cuda.is_available())):
-        name = f"cuda:{mine}"
+    name, local_rank = machine.device, os.environ.get("LOCAL_RANK")
+    uses_cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
+    if local_rank is not None and uses_cuda:
+        name = f"cuda:{local_rank}"
     return pick_device(name)
 
 
 def shard(model: CLIP) -> None:
-    """Share the weights among the processes, block by block (FSDP2), in place.
+    """Shard the weights over the processes, block by block (FSDP2), in place.
 
     Raises:
-        UsageError: there is one process only, or the image tower is no ViT.
+        UsageError: there is only one process, or the image tower is not a ViT.
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     if distributed.world_size() == 1:
         raise UsageError(
-            "machine.parallel = fsdp shares weights among processes; start several with torchrun"
+            "machine.parallel = fsdp shards weights over processes; start several with torchrun"
         )
     if model.config.vision.kind != "vit":
         raise UsageError(
-            f"machine.parallel = fsdp shares ViT towers only, not {model.config.vision.kind}; "
-            "take --parallel ddp"
+            f"machine.parallel = fsdp shards ViT towers only, not {model.config.vision.kind}; "
+            "use --parallel ddp"
         )
     mesh = init_device_mesh(model.logit_scale.device.type, (distributed.world_size(),))
     for name in _BLOCKS:
         for block in model.get_submodule(name).children():
             fully_shard(block, mesh=mesh)
-    # A scalar cannot be shared out: every process keeps its own, and its gradient is averaged.
+    # A scalar cannot be sharded: every process has a copy, and its gradient is averaged.
     fully_shard(model, mesh=mesh, ignored_params={model.logit_scale})
     for method in ("encode_image", "encode_text"):
         register_fsdp_forward_method(model, method)
 
 
 def wrap(towers: Towers, device: torch.device) -> nn.Module:
-    """Return the towers so that gradients are averaged over the processes."""
-    if distributed.world_size() == 1 or sharded(towers):
+    """Wrap the towers in DDP, unless there is one process or FSDP averages the gradients."""
+    if distributed.world_size() == 1 or is_sharded(towers):
         return towers
     return nn.parallel.DistributedDataParallel(
         towers,
@@ -73,13 +74,13 @@ def wrap(towers: Towers, device: torch.device) -> nn.Module:
     )
 
 
-def sharded(module: nn.Module) -> bool:
-    """Tell whether weights are in shares."""
+def is_sharded(module: nn.Module) -> bool:
+    """Return whether any weight is sharded."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def reshard(model: CLIP) -> None:
-    """Share the weights out again after a forward pass that no backward pass follows."""
+    """Reshard the weights after a forward pass without a backward pass."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():
@@ -87,9 +88,9 @@ def reshard(model: CLIP) -> None:
             module.reshard()
 
 
-def average_unshared(towers: Towers) -> None:
-    """Average the gradients that neither DDP nor FSDP does: of the scalar and the heads."""
-    if distributed.world_size() == 1 or not sharded(towers):
+def average_unsharded_gradients(towers: Towers) -> None:
+    """Average the gradients that FSDP leaves out: of the logit scale and the heads."""
+    if distributed.world_size() == 1 or not is_sharded(towers):
         return
     for parameter in (towers.model.logit_scale, *towers.heads.parameters()):
         if parameter.grad is not None:
@@ -98,39 +99,42 @@ def average_unshared(towers: Towers) -> None:
 
 
 @torch.no_grad()
-def average_statistics(model: CLIP) -> None:
-    """Average what the processes' BatchNorms have seen, so that all have one model."""
+def average_batch_norm(model: CLIP) -> None:
+    """Average the running statistics of BatchNorm over processes."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
     if distributed.world_size() == 1 or not norms:
         return
-    seen = [x for norm in norms for x in (norm.running_mean, norm.running_var) if x is not None]
-    flat = distributed.all_reduce_sum(torch.cat(seen)) / distributed.world_size()
-    for mine, mean in zip(seen, torch.split(flat, [len(x) for x in seen]), strict=True):
-        mine.copy_(mean)
+    statistics = [
+        x for norm in norms for x in (norm.running_mean, norm.running_var) if x is not None
+    ]
+    flat = distributed.all_reduce_sum(torch.cat(statistics)) / distributed.world_size()
+    means = torch.split(flat, [len(x) for x in statistics])
+    for own, mean in zip(statistics, means, strict=True):
+        own.copy_(mean)
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Sequence[nn.Parameter], most: float | None) -> float:
-    """Return how long the gradient of all parameters is; shorten it to ``most``, if given.
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None) -> float:
+    """Return the gradient norm of all parameters; clip it to ``max_norm``, if given.
 
-    Weights in shares and whole ones together, which torch's own function does not take.
+    Unlike torch's function, this takes sharded and unsharded parameters together.
     """
-    shares: list[Tensor] = []
+    sharded: list[Tensor] = []
     whole: list[Tensor] = []
     for parameter in parameters:
         gradient = parameter.grad
         if isinstance(gradient, DTensor):
-            shares.append(gradient.to_local())
+            sharded.append(gradient.to_local())
         elif gradient is not None:
             whole.append(gradient)
     squared = torch.zeros((), device=parameters[0].device)
-    if shares:
-        squared = distributed.all_reduce_sum(squared + _squared_norm(shares))
+    if sharded:
+        squared = distributed.all_reduce_sum(squared + _squared_norm(sharded))
     if whole:
         squared = squared + _squared_norm(whole)
     norm = float(squared.sqrt())
-    if most is not None and norm > most:
-        torch._foreach_mul_(shares + whole, most / norm)
+    if max_norm is not None and norm > max_norm:
+        torch._foreach_mul_(sharded + whole, max_norm / norm)
     return norm
 
 
@@ -139,10 +143,10 @@ def _squared_norm(tensors: list[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def whole_state(model: CLIP) -> dict[str, Tensor]:
-    """Return all weights under official names, on the CPU, on every process."""
+def full_state(model: CLIP) -> dict[str, Tensor]:
+    """Return all weights, unsharded, under official names, on the CPU; on every process."""
     state = {}
     for name, tensor in plain_state(model).items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        state[name] = whole.detach().cpu()
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        state[name] = full.detach().cpu()
     return state

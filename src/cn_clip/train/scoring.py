@@ -1,4 +1,4 @@
-"""Scores of a run as it goes: measured when due, the best weights kept, the end of a stage told."""
+"""Evaluations of a run: the score of the current weights, and the best weights of a stage."""
 
 from __future__ import annotations
 
@@ -9,52 +9,44 @@ import numpy as np
 from cn_clip import distributed, weights
 from cn_clip.eval.metrics.recall import Retrieval
 from cn_clip.publish import atomic_file
-from cn_clip.train.model.freeze import learns
-from cn_clip.train.optim import warmup_of
-from cn_clip.train.parallel import reshard, sharded, whole_state
+from cn_clip.train.model.freeze import is_trainable
+from cn_clip.train.optim import warmup_steps
+from cn_clip.train.parallel import full_state, is_sharded, reshard
 from cn_clip.train.recipe.schema import Recipe
 from cn_clip.train.run.checkpoint import Progress
-from cn_clip.train.run.loss_watchdog import InterruptedRun
+from cn_clip.train.run.events import ScoreEvent
 from cn_clip.train.stage import Run, Training
 from cn_clip.train.validation import Vectors, embed, score
 
 
-def measure(run: Run, training: Training, progress: Progress) -> None:
-    """Evaluate if it is due, keep weights that are the best, and tell whether the stage is over.
-
-    Raises:
-        InterruptedRun: a signal came meanwhile; it is due still.
-    """
-    if not progress.due:
-        return
-    progress.due = False
-    stage = training.stage
+def evaluate_and_keep_best(run: Run, training: Training, progress: Progress) -> None:
+    """Evaluate the current weights, save them if they are the best, and update
+    ``progress.finished``."""
+    stage, stopping = training.stage, progress.early_stopping
     if run.validation is not None:
-        try:
-            found = evaluate(run, training, progress)
-        except InterruptedRun:
-            progress.due = True
-            raise
-        # Within the warm-up a standstill says nothing.
-        warm = progress.step > warmup_of(training.steps, stage.optimizer)
-        plateau = stage.plateau if warm else None
-        best = progress.course.add(found.mean_recall, progress.step, plateau, counts=warm)
-        # Weights below the start's score may be above it when mixed with the start's.
-        if progress.course.add_trained(found.mean_recall) if stage.interpolate == "auto" else best:
-            _keep(run, training, progress)
-    elif progress.step >= training.steps:  # nothing tells which weights are best: the last ones
-        progress.course.best_step = progress.step
-        _keep(run, training, progress)
-    progress.finished = is_over(training, progress)
+        recall = evaluate(run, training, progress).mean_recall
+        # A score that does not improve within the warm-up does not use up the patience.
+        warm = progress.step > warmup_steps(training.steps, stage.optimizer)
+        options = stage.early_stopping if warm else None
+        best = stopping.add(recall, progress.step, options, counts=warm)
+        # Weights that score below the initial ones may score above them when interpolated.
+        if stopping.add_trained(recall) if stage.interpolate == "auto" else best:
+            _save_best(run, training, progress)
+    elif progress.step >= training.steps:  # without a score, the last weights are kept
+        stopping.best_step = progress.step
+        _save_best(run, training, progress)
+    progress.finished = stage_finished(training, progress)
 
 
-def is_over(training: Training, progress: Progress) -> bool:
-    """Tell whether a stage has done all its steps, or its score has stopped to rise."""
-    return progress.step >= training.steps or progress.course.ended(training.stage.plateau)
+def stage_finished(training: Training, progress: Progress) -> bool:
+    """Return whether a stage has done all its steps, or its score has stopped improving."""
+    return progress.step >= training.steps or progress.early_stopping.ended(
+        training.stage.early_stopping
+    )
 
 
 def evaluate(run: Run, training: Training, progress: Progress) -> Retrieval:
-    """Measure and log the score of the current weights, averaged ones if there are."""
+    """Measure and log the score of the current weights, or of their moving average."""
     assert run.validation is not None
     validation, model, average = run.validation, training.model, training.average
     if average is not None:
@@ -64,45 +56,60 @@ def evaluate(run: Run, training: Training, progress: Progress) -> Retrieval:
         images, texts = embed(
             model,
             validation,
-            autocast=run.scored,
+            autocast=run.score_dtype,
             images=training.images,
-            divided=not sharded(model),
+            divided=not is_sharded(model),
             tick=run.stop_between,
         )
-    finally:  # who stops here still saves the state
+    finally:  # a run that stops here still saves its state
         reshard(model)
         if average is not None:
             average.swap(model)
         training.set_modes()
-    if not learns(model.visual):
+    if not is_trainable(model.visual):
         training.images = images
-    found = distributed.on_main(lambda: score(images, texts, validation))
+    recall = distributed.on_main(lambda: score(images, texts, validation))
     if progress.total == 0 and distributed.is_main():
         keep_embeddings(run.folder, "before", images, texts)
-    log_score(run, training.stage.name, progress, found)
-    return found
+    log_score(run, training.stage.name, progress, recall)
+    return recall
 
 
-def log_score(run: Run, stage: str, progress: Progress, found: Retrieval) -> None:
-    values = {"mean_recall": found.mean_recall}
-    for name, recall in (("t2i", found.text_to_image), ("i2t", found.image_to_text)):
-        values |= {f"{name}_r1": recall.r1, f"{name}_r5": recall.r5, f"{name}_r10": recall.r10}
-    # What it is to be held against.
-    marks = {"before": progress.before, "best": progress.course.best}
-    run.log.write("score", progress.total, stage=stage, step=progress.step, **marks, **values)
+def log_score(run: Run, stage: str, progress: Progress, recall: Retrieval) -> None:
+    """Log a score; for ``stage`` see ``ScoreEvent``."""
+    t2i, i2t = recall.text_to_image, recall.image_to_text
+    run.log.record(
+        ScoreEvent(
+            progress.total,
+            stage=stage,
+            step=progress.step,
+            before=progress.before,
+            best=progress.early_stopping.best,
+            mean_recall=recall.mean_recall,
+            t2i_r1=t2i.r1,
+            t2i_r5=t2i.r5,
+            t2i_r10=t2i.r10,
+            i2t_r1=i2t.r1,
+            i2t_r5=i2t.r5,
+            i2t_r10=i2t.r10,
+        )
+    )
 
 
-def keep_embeddings(folder: Path, when: str, images: Vectors, texts: Vectors) -> None:
-    with atomic_file(folder / f"{when}.npz") as path, path.open("wb") as stream:
+def keep_embeddings(folder: Path, name: str, images: Vectors, texts: Vectors) -> None:
+    """Save the embeddings of the validation pairs for the report, in float16."""
+    with atomic_file(folder / f"{name}.npz") as path, path.open("wb") as stream:
         np.savez(stream, images=images.astype(np.float16), texts=texts.astype(np.float16))
 
 
-def _keep(run: Run, training: Training, progress: Progress) -> None:
-    """Write the current weights, averaged ones if there are, as the best of the stage."""
+def _save_best(run: Run, training: Training, progress: Progress) -> None:
+    """Save the current weights, or their moving average, as the best of the stage."""
     model, average = training.model, training.average
     if average is not None:
         average.swap(model)
-    state = whole_state(model)  # on a CPU, the model's own memory: swapped back when written
+    state = full_state(
+        model
+    )  # on a CPU it shares memory with the model, so swap back after writing
     if distributed.is_main():
         weights.save_weights(model.config, state, run.folder / best_weights(progress, run.recipe))
     if average is not None:
@@ -111,4 +118,5 @@ def _keep(run: Run, training: Training, progress: Progress) -> None:
 
 
 def best_weights(progress: Progress, recipe: Recipe) -> str:
+    """Return the folder of the stage's best weights, within the run's folder."""
     return f"stages/{progress.stage + 1}-{recipe.stages[progress.stage].name}"

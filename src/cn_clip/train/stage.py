@@ -1,4 +1,4 @@
-"""A stage as it is at its first step: its model, optimizer and loader."""
+"""A stage at its first step: model, optimizer and loader."""
 
 from __future__ import annotations
 
@@ -20,36 +20,40 @@ from cn_clip.model.clip import CLIP
 from cn_clip.publish import atomic_file
 from cn_clip.train.batches.batch import CachedLoader
 from cn_clip.train.batches.feature_cache import cache_image_features, tower_fingerprint
-from cn_clip.train.batches.text_targets import SentenceBatches
-from cn_clip.train.model.freeze import freeze, learns, set_modes, statistics_frozen
+from cn_clip.train.batches.text_targets import TextTargets
+from cn_clip.train.model.freeze import freeze, is_trainable, set_modes, statistics_frozen
 from cn_clip.train.model.lora import add_lora
-from cn_clip.train.optim import Average, learning_rate, make_optimizer, parameter_groups
+from cn_clip.train.optim import Average, make_optimizer, parameter_groups, peak_lr
 from cn_clip.train.parallel import shard, wrap
 from cn_clip.train.recipe.schema import Recipe, Stage
 from cn_clip.train.run.checkpoint import Progress, tensors_of
+from cn_clip.train.run.events import WarningEvent
 from cn_clip.train.run.log import Log
-from cn_clip.train.run.loss_watchdog import InterruptedRun, Stop
-from cn_clip.train.step import Heads, Numbers, Towers
+from cn_clip.train.run.signals import InterruptedRun, StopRequest
+from cn_clip.train.step import Heads, MixedPrecision, Towers
 from cn_clip.train.validation import Vectors
 
-_LISTED = 5  # lines of a warning that are shown
+_LISTED = 5  # lines shown in a warning
 
 
 @dataclass(slots=True)
 class Run:
-    """What all stages share; ``scored`` is the dtype of the towers while a score is measured, None
-    for float32."""
+    """A run: recipe, folder, data, and what else all stages have in common.
+
+    ``score_dtype`` is the dtype of the towers in an evaluation, None for float32; ``kept`` are the
+    pairs of ``data.keep_data``.
+    """
 
     recipe: Recipe
     folder: Path
     device: torch.device
-    numbers: Numbers
-    scored: torch.dtype | None
+    precision: MixedPrecision
+    score_dtype: torch.dtype | None
     log: Log
-    stop: Stop
+    stop: StopRequest
     mix: list[WeightedSource]
     validation: EvalSet | None
-    kept: EvalSet | None = None  # pairs whose score should not suffer
+    kept: EvalSet | None = None
 
     def stop_between(self) -> None:
         """Stop between two pictures of a score, if asked to; of several processes, none does alone.
@@ -65,19 +69,20 @@ class Run:
             )
 
     def warn(self, what: str, lines: list[str], file: str, total: int = 0) -> None:
-        """Name the first of some lines in the log, and write all of them to a file of the run's."""
+        """Log a warning with the first of some lines, and write all lines to a file of the run."""
         if not lines or not distributed.is_main():
             return
         with atomic_file(self.folder / file) as path:
             path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         more = f" and {len(lines) - _LISTED:,} more" if len(lines) > _LISTED else ""
         text = f"{len(lines):,} {what}: {'; '.join(lines[:_LISTED])}{more}; see {file}"
-        self.log.write("warning", total, text=text)
+        self.log.record(WarningEvent(total, text))
 
 
 @dataclass(slots=True)
 class Training:
-    """A stage under way."""
+    """The state of a stage in training; ``images`` caches the embeddings of the validation images
+    while the image tower is frozen."""
 
     stage: Stage
     towers: Towers
@@ -86,22 +91,22 @@ class Training:
     average: Average | None
     loader: Loader | CachedLoader
     teacher: Embedder | None
-    sentences: SentenceBatches | None
+    text_targets: TextTargets | None
     steps: int
-    rate: float
+    peak_lr: float
     frozen_statistics: bool  # of BatchNorm
-    images: Vectors | None = None  # of the validation pictures, while the image tower is locked
+    images: Vectors | None = None
 
     @property
     def model(self) -> CLIP:
         return self.towers.model
 
     def set_modes(self) -> None:
-        """Put the model in the stage's training mode, at its start and after an evaluation."""
+        """Set the training mode of each module, at the start and after an evaluation."""
         set_modes(self.model, self.stage.dropout, frozen_statistics=self.frozen_statistics)
 
     def tensors(self) -> dict[str, Any]:
-        """Return all tensors that the next step depends on, sharing memory with them."""
+        """Return all tensors that the next step depends on; they share memory."""
         return tensors_of(self.model, self.towers.heads, self.optimizer, self.average)
 
 
@@ -112,21 +117,24 @@ def set_up(run: Run, progress: Progress) -> Training:
     freeze(model, stage.freeze)
     if stage.lora is not None:
         add_lora(model, stage.lora, torch.Generator().manual_seed(recipe.seed + progress.stage))
-    if stage.cached and learns(model.visual):
+    if stage.cached and is_trainable(model.visual):
         raise UsageError(
             f"stages.{stage.name}.lora.layers match the image tower, whose features are cached; "
             "give patterns of bert.*, or set cached to false"
         )
-    if not learns(model):
-        raise UsageError(f"stages.{stage.name}.freeze holds every parameter; nothing would learn")
+    if not is_trainable(model):
+        raise UsageError(
+            f"stages.{stage.name}.freeze matches every parameter, so nothing would be trained; "
+            "give fewer patterns"
+        )
     model.to(run.device)
     if model.config.vision.kind != "vit":
         model.visual.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.set_grad_checkpointing(recipe.machine.grad_checkpointing)
     teacher = _teacher(stage, run.device)
-    sentences = _sentences(run, stage, model)
+    text_targets = _text_targets(run, stage, model)
     loader = _loader(run, progress, model)
-    torch.manual_seed(recipe.seed)  # the heads' weights
+    torch.manual_seed(recipe.seed)  # initial weights of the heads
     heads = Heads(stage, model.config.embed_dim, None if teacher is None else teacher.dim)
     if recipe.machine.parallel == "fsdp":
         shard(model)
@@ -139,17 +147,17 @@ def set_up(run: Run, progress: Progress) -> Training:
     optimizer = make_optimizer(groups, stage.optimizer)
     decay = stage.optimizer.ema
     training = Training(
-        stage,
-        towers,
-        wrap(towers, run.device),
-        optimizer,
-        Average(model, decay) if decay else None,
-        loader,
-        teacher,
-        sentences,
-        stage.steps or (stage.epochs or 1) * len(loader),
-        learning_rate(stage.optimizer, stage.global_batch_size),
-        statistics_frozen(stage, recipe.start),
+        stage=stage,
+        towers=towers,
+        wrapped=wrap(towers, run.device),
+        optimizer=optimizer,
+        average=Average(model, decay) if decay else None,
+        loader=loader,
+        teacher=teacher,
+        text_targets=text_targets,
+        steps=stage.steps or (stage.epochs or 1) * len(loader),
+        peak_lr=peak_lr(stage.optimizer, stage.global_batch_size),
+        frozen_statistics=statistics_frozen(stage, recipe.start),
     )
     training.set_modes()
     return training
@@ -161,12 +169,12 @@ def _teacher(stage: Stage, device: torch.device) -> Embedder | None:
     return load(stage.loss.teacher, device=str(device))
 
 
-def _sentences(run: Run, stage: Stage, model: CLIP) -> SentenceBatches | None:
-    if stage.loss.sentences is None:
+def _text_targets(run: Run, stage: Stage, model: CLIP) -> TextTargets | None:
+    if stage.loss.text_targets is None:
         return None
-    return SentenceBatches(
-        stage.loss.sentences,
-        stage.loss.sentences_batch_size,
+    return TextTargets(
+        stage.loss.text_targets,
+        stage.loss.text_targets_batch_size,
         dim=model.config.embed_dim,
         context_length=model.config.context_length,
         stage=stage.name,
@@ -197,20 +205,20 @@ def _loader(run: Run, progress: Progress, model: CLIP) -> Loader | CachedLoader:
             world_size=world,
             workers=data.workers,
             prefetch_bytes=data.prefetch_mb << 20,
-            max_skipped_fraction=data.most_skipped,
+            max_skipped_fraction=data.max_skipped_fraction,
             pin_memory=run.device.type == "cuda",
         )
     else:
         folder = recipe.output.features
         cached = cache_image_features(
             run.mix,
-            _runner(model, stage, run),
+            _feature_function(model, stage, run),
             {"tower": tower_fingerprint(model), "precision": recipe.machine.precision},
             preparation,
             run.folder / "features" / stage.name if folder is None else Path(folder).expanduser(),
             views=stage.views,
             workers=data.workers,
-            tick=lambda done, of: _tick(run, done, of),
+            tick=lambda done, of: _report_features(run, done, of),
         )
         loader = CachedLoader(
             run.mix,
@@ -220,34 +228,34 @@ def _loader(run: Run, progress: Progress, model: CLIP) -> Loader | CachedLoader:
             seed=recipe.seed,
             rank=rank,
             world_size=world,
-            most_skipped=data.most_skipped,
+            max_skipped_fraction=data.max_skipped_fraction,
         )
     if not len(loader):
         raise UsageError(
-            f"an epoch of {len(loader.plan):,} pairs gives {world} processes no batch; start fewer"
+            f"{len(loader.plan):,} pairs are too few for a batch of {world} processes; start fewer"
         )
     return loader
 
 
-def _tick(run: Run, done: int, of: int) -> None:
-    """Tell how many pictures have features, and stop between two batches if asked to."""
-    run.log.tick("computing features of pictures", done, of)
+def _report_features(run: Run, done: int, of: int) -> None:
+    """Report the progress of the feature cache, and stop between two batches on a signal."""
+    run.log.tick("computing image features", done, of)
     if run.stop.signal:
         raise InterruptedRun(
-            f"stopped while features were computed, {done:,} of {of:,}; finished shards are kept. "
-            "Go on with: --resume auto",
+            f"stopped while computing features, {done:,} of {of:,}; finished shards are kept. "
+            "Resume with: --resume auto",
             128 + run.stop.signal,
         )
 
 
-def _runner(model: CLIP, stage: Stage, run: Run) -> Callable[[Tensor], Tensor]:
-    """Return what computes features of pixels with the locked tower, as a step would."""
+def _feature_function(model: CLIP, stage: Stage, run: Run) -> Callable[[Tensor], Tensor]:
+    """Return a function from pixels to features of the frozen tower, as in a training step."""
     towers = Towers(model, Heads(stage, model.config.embed_dim, None), stage).to(run.device)
     set_modes(model)
 
     @torch.no_grad()
     def encode(pixels: Tensor) -> Tensor:
-        with run.numbers.towers():
+        with run.precision.autocast():
             return towers.encode_pixels(pixels.to(run.device))
 
     return encode

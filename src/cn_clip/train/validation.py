@@ -1,4 +1,4 @@
-"""The score of a run: true recall on the validation pairs, both ways."""
+"""The score of a run: recall on the validation pairs, in both directions."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from cn_clip.eval.dataset import EvalSet
 from cn_clip.eval.metrics.recall import Retrieval, retrieval
 from cn_clip.model.clip import CLIP
 
-_COMPARED_ROWS = 2_000_000  # of training, with validation's
-_COMPARED_PICTURES = 10_000
+_COMPARED_ROWS = 2_000_000  # training rows compared with the validation pairs
+_COMPARED_IMAGES = 10_000
 
 Vectors = npt.NDArray[np.float32]
 
@@ -34,88 +34,100 @@ def embed(
     divided: bool = True,
     tick: Callable[[], None] = lambda: None,
 ) -> tuple[Vectors, Vectors]:
-    """Return the embeddings of all pictures (N, D) and all texts (M, D), on every process.
+    """Return the embeddings of all images (N, D) and all texts (M, D), on every process.
 
-    Each process embeds its share; or all of them everything, if not ``divided``: a model whose
-    weights are in shares must run as often on each. A picture that cannot be read has zeros.
-    ``images`` from an earlier call are returned as they are, if the image tower has not changed.
-    ``tick`` is called before each picture is read, and before the texts; what it raises ends this.
+    An unreadable image has a row of zeros, and ``validation.skipped`` names it.
+
+    Args:
+        model: the model, in evaluation mode.
+        validation: the validation pairs.
+        autocast: dtype of the towers, None for float32.
+        images: image embeddings of an earlier call, returned as they are; for an image tower that
+            has not changed.
+        divided: each process embeds a part. If not, each embeds everything: sharded models must
+            run equally often on all processes.
+        tick: called before each image is read, and before the texts; may raise to stop.
     """
     embedder = Embedder.from_model(model)
     device = model.text_projection.device.type
     with torch.autocast(device, autocast or torch.bfloat16, enabled=autocast is not None):
         if images is None:
-            mine = _my_share(len(validation.images), divided)
-            said: list[str] = []
-            rows, errors = embedder.embed_readable(_bytes(validation, mine, tick))
-            whole = np.zeros((len(mine), rows.shape[1]), np.float32)
-            whole[[n for n in range(len(mine)) if n not in errors]] = rows
+            part = _process_part(len(validation.images), divided)
+            messages: list[str] = []
+            rows, errors = embedder.embed_readable(_bytes(validation, part, tick))
+            own = np.zeros((len(part), rows.shape[1]), np.float32)
+            own[[n for n in range(len(part)) if n not in errors]] = rows
             for n, error in errors.items():
-                source, index = validation.images[mine[n]]
-                said.append(located(validation.sources[source], index, error))
-            images = _joined(whole, divided)
-            for each in (one for many in distributed.all_gather_object(said) for one in many):
-                if each not in validation.skipped:  # at an evaluation before
-                    validation.skipped.append(each)
+                source, index = validation.images[part[n]]
+                messages.append(located(validation.sources[source], index, error))
+            images = _gather(own, divided)
+            for of_process in distributed.all_gather_object(messages):
+                for message in of_process:
+                    if message not in validation.skipped:  # from an earlier evaluation
+                        validation.skipped.append(message)
         tick()
-        mine = _my_share(len(validation.texts), divided)
-        texts = _joined(embedder.embed_texts([validation.texts[n] for n in mine]), divided)
+        part = _process_part(len(validation.texts), divided)
+        texts = _gather(embedder.embed_texts([validation.texts[n] for n in part]), divided)
     return images, texts
 
 
 def score(images: Vectors, texts: Vectors, validation: EvalSet) -> Retrieval:
-    """Measure recall in both directions, without the pictures that cannot be read."""
-    there = np.asarray(images.any(axis=1))
-    pairs = validation.pairs[there[validation.pairs[:, 0]]]
-    numbers = np.cumsum(there) - 1
-    return retrieval(images[there], texts, np.stack([numbers[pairs[:, 0]], pairs[:, 1]], axis=1))
+    """Measure recall in both directions, without unreadable images."""
+    readable = np.asarray(images.any(axis=1))
+    pairs = validation.pairs[readable[validation.pairs[:, 0]]]
+    new_index = np.cumsum(readable) - 1
+    pairs = np.stack([new_index[pairs[:, 0]], pairs[:, 1]], axis=1)
+    return retrieval(images[readable], texts, pairs)
 
 
 def shared_pairs(validation: EvalSet, training: Sequence[WeightedSource]) -> list[str]:
-    """Say which validation pairs are in the training data: the same caption with a picture of the
-    same id or the same bytes. At most the first two million training rows are compared."""
-    wanted: dict[int, list[int]] = {}
+    """Return a line for each validation pair that is in the training data too: the same caption,
+    and an image with the same id or the same bytes.
+
+    At most ``_COMPARED_ROWS`` training rows and ``_COMPARED_IMAGES`` images are compared.
+    """
+    images_of: dict[int, list[int]] = {}  # validation images by the digest of a caption
     for image, text in validation.pairs.tolist():
         caption = validation.texts[text]
-        wanted.setdefault(digest(plain(caption) or caption), []).append(image)
-    found, compared, pictures = [], 0, 0
+        images_of.setdefault(digest(plain(caption) or caption), []).append(image)
+    lines, compared, opened = [], 0, 0
     for part in training:
         for index in range(min(len(part.source), _COMPARED_ROWS - compared)):
             try:
                 row = part.source.row(index)
-                candidates = wanted.get(digest(plain(row.text) or row.text), ())
-                if not candidates or pictures >= _COMPARED_PICTURES:
+                candidates = images_of.get(digest(plain(row.text) or row.text), ())
+                if not candidates or opened >= _COMPARED_IMAGES:
                     continue
                 content = part.source.image(index)
             except CNClipError:
                 continue
-            pictures += 1
+            opened += 1
             for image in candidates:
-                source, at = validation.images[image]
-                held = validation.sources[source]
-                with suppress(CNClipError):  # that it cannot be read is told elsewhere
-                    if held.row(at).image_id != row.image_id and held.image(at) != content:
+                number, at = validation.images[image]
+                source = validation.sources[number]
+                with suppress(CNClipError):  # unreadable images are reported by ``embed``
+                    if source.row(at).image_id != row.image_id and source.image(at) != content:
                         continue
-                    found.append(f"{held.where(at)} is also {part.source.where(index)}")
+                    lines.append(f"{source.where(at)} is also {part.source.where(index)}")
         compared += len(part.source)
-    return found
+    return lines
 
 
 def _bytes(
-    validation: EvalSet, numbers: Sequence[int], tick: Callable[[], None]
+    validation: EvalSet, indexes: Sequence[int], tick: Callable[[], None]
 ) -> Iterator[bytes]:
-    for number in numbers:
+    for index in indexes:
         tick()
         try:
-            yield validation.image_bytes(number)
+            yield validation.image_bytes(index)
         except CNClipError:
-            yield b""  # no picture: refused as one by the embedder, and named
+            yield b""  # not an image: the embedder reports it
 
 
-def _my_share(count: int, divided: bool) -> range:
+def _process_part(count: int, divided: bool) -> range:
     world, rank = (distributed.world_size(), distributed.rank()) if divided else (1, 0)
     return range(count * rank // world, count * (rank + 1) // world)
 
 
-def _joined(mine: Vectors, divided: bool) -> Vectors:
-    return np.concatenate(distributed.all_gather_object(mine)) if divided else mine
+def _gather(own: Vectors, divided: bool) -> Vectors:
+    return np.concatenate(distributed.all_gather_object(own)) if divided else own

@@ -1,1 +1,1 @@
-"""What a training step takes: batches, cached image features, text targets."""
+"""Inputs of a training step: batches, cached image features, text targets."""

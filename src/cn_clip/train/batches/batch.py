@@ -1,4 +1,4 @@
-"""What a step takes: a process's share of a batch, with pictures or with their cached features."""
+"""Local batches: one process's part of each global batch, with pixels or cached features."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from cn_clip.train.batches.feature_cache import ImageFeatures
 
 
 @dataclass(slots=True)
-class Share:
-    """One process's share of a batch.
+class LocalBatch:
+    """One process's part of a global batch.
 
     Attributes:
-        pixels: uint8 (B, 3, S, S), or None where ``features`` stand for them.
+        pixels: uint8 (B, 3, S, S), or None with ``features``.
         features: float32 (B, D) of the image tower, or None.
-        ids: int64 (B, L).
+        ids: int64 token ids (B, L).
         rows: texts and ids of the B pairs.
-        keys: int64 (B, 3): pairs that agree in any of them are no negatives of each other.
+        keys: int64 (B, 3); pairs that agree in any column are not negatives of each other.
     """
 
     pixels: Tensor | None
@@ -44,17 +44,19 @@ class Share:
         return len(self.rows)
 
 
-def shares(loader: Loader | CachedLoader, epoch: int, start: int = 0) -> Iterator[Share]:
-    """Yield this process's shares of an epoch's batches, from number ``start`` on."""
+def local_batches(
+    loader: Loader | CachedLoader, epoch: int, start: int = 0
+) -> Iterator[LocalBatch]:
+    """Yield the local batches of an epoch, from index ``start`` on."""
     if isinstance(loader, CachedLoader):
-        yield from loader.shares(epoch, start)
+        yield from loader.local_batches(epoch, start)
         return
     for batch in loader.batches(epoch, start):
-        yield Share(batch.pixels, None, batch.ids, batch.rows, batch.keys)
+        yield LocalBatch(batch.pixels, None, batch.ids, batch.rows, batch.keys)
 
 
 class CachedLoader:
-    """Yields the batches of an epoch without opening a picture; see ``cn_clip.data.Loader``."""
+    """Yields batches with cached image features; see ``cn_clip.data.loading.loader.Loader``."""
 
     def __init__(
         self,
@@ -66,20 +68,24 @@ class CachedLoader:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        most_skipped: float = 0.1,
+        max_skipped_fraction: float = 0.1,
     ) -> None:
         self.plan = plan_of(mix, seed)
         self.seen, self.skipped = 0, 0
         self.reasons: list[str] = []
         self._mix, self._cached, self._context_length = mix, cached, context_length
         self._size, self._rank, self._world_size = global_batch_size, rank, world_size
-        self._most_skipped = most_skipped
+        self._max_skipped_fraction = max_skipped_fraction
 
     def __len__(self) -> int:
         return batch_count(self.plan, self._size, self._world_size)
 
-    def shares(self, epoch: int, start: int = 0) -> Iterator[Share]:
-        """Yield this process's shares of an epoch's batches, from number ``start`` on."""
+    def local_batches(self, epoch: int, start: int = 0) -> Iterator[LocalBatch]:
+        """Yield the local batches of an epoch, from index ``start`` on.
+
+        Raises:
+            DataError: more than ``max_skipped_fraction`` of the pairs cannot be read.
+        """
         parts = batches(
             self.plan,
             epoch,
@@ -89,13 +95,13 @@ class CachedLoader:
             start=start,
         )
         for part in parts:
-            yield self._share(part)
+            yield self._local_batch(part)
 
-    def _share(self, part: BatchPart) -> Share:
+    def _local_batch(self, part: BatchPart) -> LocalBatch:
         rows, keys, kept = [], [], []
         features = self._cached.features(part)
         readable = ~features[:, 0].isnan()
-        for place, (number, index) in enumerate(
+        for at, (number, index) in enumerate(
             zip(part.sources.tolist(), part.indexes.tolist(), strict=True)
         ):
             source = self._mix[number].source
@@ -103,8 +109,8 @@ class CachedLoader:
                 row = source.row(index)
                 if not row.text.strip():
                     raise DataError("its text is empty")
-                if not readable[place]:
-                    raise DataError("its picture could not be read when features were computed")
+                if not readable[at]:
+                    raise DataError("its image was unreadable when its features were computed")
             except CNClipError as error:
                 self.skipped += 1
                 if len(self.reasons) < MAX_LISTED:
@@ -112,8 +118,8 @@ class CachedLoader:
                 continue
             rows.append(row)
             keys.append(keys_of(row, source, number, index))
-            kept.append(place)
+            kept.append(at)
         self.seen += len(part.indexes)
-        check_skipped(self, len(self.plan) // self._world_size, self._most_skipped)
+        check_skipped(self, len(self.plan) // self._world_size, self._max_skipped_fraction)
         ids = token_ids([row.text for row in rows], self._context_length)
-        return Share(None, features[kept], ids, rows, stack_keys(keys))
+        return LocalBatch(None, features[kept], ids, rows, stack_keys(keys))

@@ -1,8 +1,8 @@
-"""Features of a locked image tower, computed once and kept on disk.
+"""A cache on disk of the image features of a frozen tower.
 
-Each picture of a mix is run once (or once for each augmented view), however many texts it has. The
-features lie in shards that are written whole; a second run computes what is missing. A stamp says
-which weights, preparation and pictures they are of; features with another stamp are refused.
+Each image of a mix is encoded once per augmented view, however many texts it has. Shards are
+written atomically; a second run computes the missing ones. A stamp identifies the weights, the
+preparation and the images; features with another stamp are refused.
 """
 
 from __future__ import annotations
@@ -38,24 +38,29 @@ from cn_clip.model.clip import CLIP
 from cn_clip.outputs import entries, json_object_at, own_folder
 from cn_clip.publish import atomic_file
 
-_PER_SHARD = 4096  # pictures
-_ABOUT = "about.json"
+_PER_SHARD = 4096  # images
+_STAMP_FILE = "about.json"
 _SHARD = re.compile(r"features-\d{5,}\.npy")
-_HALF_WRITTEN = re.compile(rf"{_SHARD.pattern}|about\.json")
+_OWN_FILE = re.compile(rf"{_SHARD.pattern}|about\.json")
 
 
 @dataclass(frozen=True, slots=True)
-class Pictures:
-    """The pictures of a mix: of each source, which picture each row has (rows,), and of each
-    picture where it stands first, as (source, row), (P, 2)."""
+class UniqueImages:
+    """The distinct images of a mix.
+
+    Attributes:
+        of_rows: for each source, the image index of each row, (rows,).
+        places: the first (source, row) of each image, (P, 2).
+        fingerprint: digest of the image ids.
+    """
 
     of_rows: list[npt.NDArray[np.int64]]
     places: npt.NDArray[np.int64]
     fingerprint: str
 
 
-def pictures_of(mix: Sequence[WeightedSource]) -> Pictures:
-    """Find the pictures of a mix by their image ids, reading rows alone."""
+def unique_images(mix: Sequence[WeightedSource]) -> UniqueImages:
+    """Find the distinct images of a mix by their ids, without opening images."""
     of_rows: list[npt.NDArray[np.int64]] = []
     places: list[npt.NDArray[np.int64]] = []
     digests = hashlib.sha256()
@@ -65,63 +70,63 @@ def pictures_of(mix: Sequence[WeightedSource]) -> Pictures:
             try:
                 image_id = part.source.row(index).image_id
                 ids[index] = id_digest(part.source, index, image_id)
-            except CNClipError:  # a row that cannot be read is a picture of its own, never used
+            except CNClipError:  # an unreadable row counts as an image of its own, never used
                 ids[index] = digest(f"\0{index}")
         _, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
-        of_rows.append(inverse.astype(np.int64) + sum(len(each) for each in places))
+        of_rows.append(inverse.astype(np.int64) + sum(len(rows) for rows in places))
         places.append(np.stack([np.full_like(first, number), first], axis=1))
         digests.update(ids.tobytes())
-    return Pictures(of_rows, np.concatenate(places), digests.hexdigest()[:32])
+    return UniqueImages(of_rows, np.concatenate(places), digests.hexdigest()[:32])
 
 
 def tower_fingerprint(model: CLIP) -> str:
-    """Return what changes with the image tower's weights or shape."""
-    found = hashlib.sha256()
+    """Return a digest of the image tower's weights and shape."""
+    sha = hashlib.sha256()
     config = model.config.to_dict()
     shape = {key: config[key] for key in ("vision", "embed_dim", "image_mean", "image_std")}
-    found.update(json.dumps(shape, sort_keys=True).encode())
-    weights.add_to_digest(found, model.visual.state_dict())
-    return found.hexdigest()[:32]
+    sha.update(json.dumps(shape, sort_keys=True).encode())
+    weights.add_to_digest(sha, model.visual.state_dict())
+    return sha.hexdigest()[:32]
 
 
 class ImageFeatures:
-    """Reads the features of a mix's pictures, by pair."""
+    """Reads the cached features of the pairs of a mix."""
 
-    def __init__(self, folder: Path, pictures: Pictures, views: int) -> None:
-        self._folder, self._pictures, self._views = folder, pictures, views
-        self._open: dict[int, npt.NDArray[np.float32]] = {}
+    def __init__(self, folder: Path, images: UniqueImages, views: int) -> None:
+        self._folder, self._images, self._views = folder, images, views
+        self._shards: dict[int, npt.NDArray[np.float32]] = {}
 
     def features(self, part: BatchPart) -> Tensor:
-        """Return float32 (B, D) of the pairs of a share; NaN for pictures that are unreadable."""
-        pictures = np.empty(len(part.indexes), np.int64)
-        for number, of_rows in enumerate(self._pictures.of_rows):
-            mine = part.sources == number
-            pictures[mine] = of_rows[part.indexes[mine]]
-        shards, within = np.divmod(pictures, _PER_SHARD)
+        """Return float32 (B, D) of a local batch; rows of unreadable images are NaN."""
+        images = np.empty(len(part.indexes), np.int64)
+        for number, of_rows in enumerate(self._images.of_rows):
+            in_source = part.sources == number
+            images[in_source] = of_rows[part.indexes[in_source]]
+        shards, within = np.divmod(images, _PER_SHARD)
         view = part.epoch % self._views
-        rows = np.empty((len(pictures), self._shard(0).shape[2]), np.float32)
+        rows = np.empty((len(images), self._shard(0).shape[2]), np.float32)
         for shard in np.unique(shards).tolist():
-            mine = shards == shard
-            rows[mine] = self._shard(shard)[within[mine], view]
+            in_shard = shards == shard
+            rows[in_shard] = self._shard(shard)[within[in_shard], view]
         return torch.from_numpy(rows)
 
     def _shard(self, number: int) -> npt.NDArray[np.float32]:
-        if number not in self._open:
+        if number not in self._shards:
             path = _shard_path(self._folder, number)
-            rows = min(_PER_SHARD, len(self._pictures.places) - number * _PER_SHARD)
+            rows = min(_PER_SHARD, len(self._images.places) - number * _PER_SHARD)
             try:
-                found = read_npy(path, mapped=True)
+                shard = read_npy(path, mapped=True)
             except DataError as error:
-                raise DataError(f"{error}; delete it, and it is computed anew") from None
-            fits = found.ndim == 3 and found.shape[:2] == (rows, self._views)
-            width = found.shape[2] if number == 0 or not fits else self._shard(0).shape[2]
-            if not fits or found.dtype != np.float32 or found.shape[2] != width or not width:
+                raise DataError(f"{error}; delete it, and it is computed again") from None
+            fits = shard.ndim == 3 and shard.shape[:2] == (rows, self._views)
+            width = shard.shape[2] if number == 0 or not fits else self._shard(0).shape[2]
+            if not fits or shard.dtype != np.float32 or shard.shape[2] != width or not width:
                 raise DataError(
-                    f"{path} holds {found.dtype} of shape {found.shape}; expected float32 of shape "
-                    f"({rows}, {self._views}, D); delete it, and it is computed anew"
+                    f"{path} has {shard.dtype} of shape {shard.shape}; expected float32 of shape "
+                    f"({rows}, {self._views}, D); delete it, and it is computed again"
                 )
-            self._open[number] = found
-        return self._open[number]
+            self._shards[number] = shard
+        return self._shards[number]
 
 
 def cache_image_features(
@@ -136,44 +141,44 @@ def cache_image_features(
     workers: int = 2,
     tick: Callable[[int, int], None] = lambda done, of: None,
 ) -> ImageFeatures:
-    """Compute what is missing of the features of every picture, and open them.
+    """Compute the missing features of a mix's images, and open the cache.
 
-    With several processes, each computes some of the shards; they must see the same folder.
+    With several processes, each computes some of the shards; all must see the same folder.
 
     Args:
         mix: sources and their weights.
-        run: uint8 pixels (B, 3, S, S) to features (B, D), on whatever device.
-        stamp: what the features are of besides pictures and preparation: the tower's fingerprint,
-            its precision.
-        preparation: how pictures become pixels; augmented differently in each view.
-        folder: where the features are kept.
-        views: augmented versions of each picture; epoch ``e`` takes version ``e % views``.
-        batch: pictures run at once.
+        run: uint8 pixels (B, 3, S, S) to features (B, D), on any device.
+        stamp: identifies the features besides images and preparation: fingerprint and precision of
+            the tower.
+        preparation: how images become pixels; augmented differently in each view.
+        folder: folder of the cache.
+        views: augmented versions of each image; epoch ``e`` uses version ``e % views``.
+        batch: images encoded at once.
         workers: processes that read and decode.
-        tick: told how many pictures are done, of how many.
+        tick: called with the number of images done and the total.
 
     Raises:
-        UsageError: the folder holds features of another tower, preparation or set of pictures.
+        UsageError: the folder has features of another tower, preparation or set of images.
         DataError: the features cannot be written.
     """
-    pictures = pictures_of(mix)
+    images = unique_images(mix)
     about = stamp | {
         "preparation": {k: v for k, v in asdict(preparation).items() if k != "context_length"},
-        "pictures": pictures.fingerprint,
+        "pictures": images.fingerprint,
         "views": views,
     }
     distributed.on_main(lambda: _check_stamp(folder, about))
-    count = len(pictures.places)
+    count = len(images.places)
     shards = range(-(-count // _PER_SHARD))
     missing = distributed.on_main(
         lambda: [number for number in shards if not _shard_path(folder, number).exists()]
     )
-    mine = missing[distributed.rank() :: distributed.world_size()]
-    done = count - sum(min(_PER_SHARD, count - n * _PER_SHARD) for n in mine)
+    own = missing[distributed.rank() :: distributed.world_size()]
+    done = count - sum(min(_PER_SHARD, count - n * _PER_SHARD) for n in own)
     tick(done, count)
     sources = [part.source for part in mix]
-    for number in mine:
-        places = pictures.places[number * _PER_SHARD : (number + 1) * _PER_SHARD]
+    for number in own:
+        places = images.places[number * _PER_SHARD : (number + 1) * _PER_SHARD]
         jobs = [
             (view, places[at : at + batch])
             for at in range(0, len(places), batch)
@@ -186,30 +191,30 @@ def cache_image_features(
             worker_init_fn=init_worker,
         )
         rows: list[list[npt.NDArray[np.float32]]] = [[] for _ in range(views)]
-        with open_iterator(loaded) as found:
-            for (view, _), (pixels, kept, size) in zip(jobs, found, strict=True):
+        with open_iterator(loaded) as loaded_jobs:
+            for (view, _), (pixels, kept, size) in zip(jobs, loaded_jobs, strict=True):
                 features = run(pixels).float().cpu().numpy()
-                whole = np.full((size, features.shape[1]), np.nan, np.float32)
-                whole[kept] = features
-                rows[view].append(whole)
+                padded = np.full((size, features.shape[1]), np.nan, np.float32)
+                padded[kept] = features
+                rows[view].append(padded)
                 if view == views - 1:
                     done += size
                     tick(done, count)
-        shard = np.stack([np.concatenate(each) for each in rows], axis=1)  # (P, views, D)
+        shard = np.stack([np.concatenate(parts) for parts in rows], axis=1)  # (P, views, D)
         try:
             with atomic_file(_shard_path(folder, number)) as path, path.open("wb") as stream:
                 np.save(stream, shard)
         except OSError as error:
             raise DataError(
-                f"features could not be written to {folder}: {error}; what was written stays, and "
-                "a run with --resume auto goes on from it"
+                f"features could not be written to {folder}: {error}; finished shards are kept; "
+                "continue from them with --resume auto"
             ) from error
     distributed.barrier()
-    return ImageFeatures(folder, pictures, views)
+    return ImageFeatures(folder, images, views)
 
 
 class _Views(Dataset[tuple[Tensor, list[int], int]]):
-    """Pixels of runs of pictures, which of them could be read, and how many there are."""
+    """For each job: pixels of the readable images, their positions, and the number of images."""
 
     def __init__(
         self,
@@ -230,7 +235,7 @@ class _Views(Dataset[tuple[Tensor, list[int], int]]):
                 row = self._sources[source].row(index)
                 content = self._sources[source].image(index)
                 pixels.append(pixels_of(content, row.image_id, view, self._preparation))
-            except CNClipError:  # said when the pair is asked for
+            except CNClipError:  # reported when the pair is loaded
                 continue
             kept.append(at)
         return stack_pixels(pixels, self._preparation.resolution), kept, len(places)
@@ -241,22 +246,22 @@ def _shard_path(folder: Path, number: int) -> Path:
 
 
 def _own_features(folder: Path) -> Collection[str]:
-    """Return the names of the files of cached features in a folder; none if they have no stamp."""
-    if not {"preparation", "pictures", "views"} <= json_object_at(folder / _ABOUT).keys():
+    """Return the names of the cache's files in a folder; none if there is no stamp."""
+    if not {"preparation", "pictures", "views"} <= json_object_at(folder / _STAMP_FILE).keys():
         return ()
     shards = (name for name in entries(folder) if _SHARD.fullmatch(name))
-    return {_ABOUT, *shards}
+    return {_STAMP_FILE, *shards}
 
 
-FEATURES = own_folder("train", _own_features, _HALF_WRITTEN)
-"""The objection to a folder that holds anything but cached features."""
+FEATURES = own_folder("train", _own_features, _OWN_FILE)
+"""Returns why a folder is not a feature cache, None if it is one."""
 
 
 def _check_stamp(folder: Path, about: dict[str, Any]) -> None:
-    path = folder / _ABOUT
+    path = folder / _STAMP_FILE
     text = json.dumps(about, indent=2, sort_keys=True)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        stored = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         reason = FEATURES(folder)
         if reason is not None:
@@ -266,9 +271,9 @@ def _check_stamp(folder: Path, about: dict[str, Any]) -> None:
         return
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read ({error}); delete the folder {folder}") from None
-    if not isinstance(found, dict):
-        raise UsageError(f"{path} is no object; delete the folder {folder}")
-    other = sorted(k for k in found | about if found.get(k) != json.loads(text).get(k))
+    if not isinstance(stored, dict):
+        raise UsageError(f"{path} is not a JSON object; delete the folder {folder}")
+    other = sorted(k for k in stored | about if stored.get(k) != json.loads(text).get(k))
     if other:
         raise UsageError(
             f"the features in {folder} are of another {', '.join(other)}; delete the folder, or "

@@ -1,4 +1,4 @@
-"""The model that training starts from, and where each part of it comes from."""
+"""The initial model, and the origin of each of its tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _POSITIONS = "visual.positional_embedding"
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Which tensors came from one place; ``dropped`` are those of the file left out."""
+    """The tensors of a model from one file; ``dropped`` are the file's unused tensors."""
 
     place: str
     names: tuple[str, ...]
@@ -28,33 +28,33 @@ class Origin:
 
     def __str__(self) -> str:
         parts = {name.split(".")[0] for name in self.names}
-        left = f"; left out: {_listed(self.dropped)}" if self.dropped else ""
-        what = ", ".join(sorted(f"{p}.*" if p in ("visual", "bert") else p for p in parts))
-        return f"{what} ({len(self.names)} tensors) from {self.place}{left}"
+        dropped = f"; left out: {_listed(self.dropped)}" if self.dropped else ""
+        names = ", ".join(sorted(f"{p}.*" if p in ("visual", "bert") else p for p in parts))
+        return f"{names} ({len(self.names)} tensors) from {self.place}{dropped}"
 
 
 def initial_model(start: Start, seed: int) -> tuple[CLIP, list[Origin]]:
-    """Build the model and fill it: random first, then the checkpoint, then each tower's file.
+    """Build the model with random weights, then load the checkpoint, then the file of each tower.
 
     Returns:
-        The model in float32, and where its tensors come from; what no file gave is last, as
+        The model in float32, and the origins of its tensors, the random ones last, as
         ``"random numbers"``.
 
     Raises:
         UsageError: the recipe names no model.
-        UnknownModelError: it names one that is not known.
-        MissingWeightsError: a file is not there.
-        CheckpointError: a file does not fit.
+        UnknownModelError: the model is unknown.
+        MissingWeightsError: a file is missing.
+        CheckpointError: a file does not fit the model.
     """
     checkpoint = None if start.checkpoint is None else weights.read(_locate(start.checkpoint))
     config = _config(start, None if checkpoint is None else checkpoint.config)
-    given: dict[str, Tensor] = {}
+    loaded: dict[str, Tensor] = {}
     origins: list[Origin] = []
     shapes = _skeleton(config).state_dict()
     if checkpoint is not None:
         tensors = _resized(checkpoint.tensors, shapes)
-        weights.check_fit(tensors, shapes, f"{config.name}, which {start.checkpoint} should fill")
-        given |= tensors
+        weights.check_fit(tensors, shapes, f"{config.name}, loaded from {start.checkpoint}")
+        loaded |= tensors
         origins.append(Origin(str(start.checkpoint), tuple(tensors), checkpoint.dropped))
     for path, prefix, read in (
         (start.image, "visual.", weights.image_tower),
@@ -63,35 +63,34 @@ def initial_model(start: Start, seed: int) -> tuple[CLIP, list[Origin]]:
         if path is None:
             continue
         if not Path(path).expanduser().exists():
-            raise MissingWeightsError(f"no such file: {path}; it should hold the {prefix}* weights")
+            raise MissingWeightsError(
+                f"no such file: {path}; give a file with the {prefix}* weights"
+            )
         tower = read(Path(path).expanduser())
         tensors = _resized(tower.tensors, shapes)
         wanted = {n: t for n, t in shapes.items() if n.startswith(prefix) or n in tensors}
         weights.check_fit(tensors, wanted, f"the {prefix}* tower of {config.name} from {path}")
-        given |= tensors
+        loaded |= tensors
         origins = [replace(o, names=tuple(n for n in o.names if n not in tensors)) for o in origins]
         origins.append(Origin(path, tuple(tensors), tower.dropped))
     with torch.device("meta"):
         model = CLIP(config)
     model.to_empty(device="cpu")
     initialize(model, torch.Generator().manual_seed(seed))
-    model.load_state_dict(model.state_dict() | {n: t.float() for n, t in given.items()})
-    drawn = tuple(name for name, _ in model.named_parameters() if name not in given)
-    if drawn:
-        origins.append(Origin("random numbers", drawn))
+    model.load_state_dict(model.state_dict() | {n: t.float() for n, t in loaded.items()})
+    random = tuple(name for name, _ in model.named_parameters() if name not in loaded)
+    if random:
+        origins.append(Origin("random numbers", random))
     return model, [origin for origin in origins if origin.names]
 
 
-def _config(start: Start, found: ModelConfig | None) -> ModelConfig:
+def _config(start: Start, of_checkpoint: ModelConfig | None) -> ModelConfig:
     if start.model is not None:
         config = _named_config(start.model)
-        if found is not None and replace(found, name="") != replace(config, name=""):
-            towers = replace(config, name="", vision=replace(config.vision, resolution=0))
-            held = replace(found, name="", vision=replace(found.vision, resolution=0))
-            if towers != held:
-                weights.check_model(found, config, str(start.checkpoint))
-    elif found is not None:
-        config = found
+        if of_checkpoint is not None and _shape(config) != _shape(of_checkpoint):
+            weights.check_model(of_checkpoint, config, str(start.checkpoint))
+    elif of_checkpoint is not None:
+        config = of_checkpoint
     else:
         raise UsageError(
             "the recipe names no model; give --start.model, such as ViT-B-16, or --start.checkpoint"
@@ -101,6 +100,11 @@ def _config(start: Start, found: ModelConfig | None) -> ModelConfig:
     if start.context_length is not None:
         config = replace(config, context_length=start.context_length)
     return ModelConfig.from_dict(config.to_dict())  # checked
+
+
+def _shape(config: ModelConfig) -> ModelConfig:
+    """Return a config without name and resolution, which may differ from a checkpoint's."""
+    return replace(config, name="", vision=replace(config.vision, resolution=0))
 
 
 def _named_config(model: str) -> ModelConfig:
@@ -132,7 +136,7 @@ def _skeleton(config: ModelConfig) -> CLIP:
 
 
 def _resized(tensors: Mapping[str, Tensor], shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Resize position embeddings to the wanted resolution; a ResNet's stay, and must fit."""
+    """Resize position embeddings to the model's resolution, except those of a ResNet."""
     resized = dict(tensors)
     if _POSITIONS in resized and _POSITIONS in shapes:
         resized[_POSITIONS] = weights.resize_positions(

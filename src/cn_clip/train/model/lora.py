@@ -10,12 +10,12 @@ from torch.nn.utils import parametrize
 
 from cn_clip.errors import UsageError
 from cn_clip.model.clip import CLIP
-from cn_clip.train.model.freeze import matched
+from cn_clip.train.model.freeze import match_names
 from cn_clip.train.recipe.schema import Lora
 
 
 class LowRank(nn.Module):
-    """W (out, in) to W + alpha / rank * B A; A (rank, in), and B (out, rank), which starts at 0."""
+    """W (out, in) to W + alpha / rank * B A; A is (rank, in), and B (out, rank) is initially 0."""
 
     def __init__(self, weight: Tensor, lora: Lora, generator: torch.Generator) -> None:
         super().__init__()
@@ -31,24 +31,24 @@ class LowRank(nn.Module):
 
 
 def add_lora(model: CLIP, lora: Lora, generator: torch.Generator) -> list[str]:
-    """Give the matrices that ``lora.layers`` match an update to learn, and freeze all else but the
-    logit scale.
+    """Add trainable updates to the matrices that ``lora.layers`` matches, and freeze all other
+    parameters but the logit scale.
 
     Returns:
         The names of the matrices.
 
     Raises:
-        UsageError: a pattern matches nothing, or no matrix.
+        UsageError: a pattern matches no parameter, or one that is not a matrix.
     """
     parameters = dict(model.named_parameters())
-    names = sorted(matched(lora.layers, parameters, "lora.layers"))
+    names = sorted(match_names(lora.layers, parameters, "lora.layers"))
     for name, parameter in parameters.items():
         parameter.requires_grad_(parameter.requires_grad and name == "logit_scale")
     for name in names:
         weight = parameters[name]
         if weight.ndim != 2:
             raise UsageError(
-                f"lora.layers: {name} has shape {list(weight.shape)}; name matrices only"
+                f"lora.layers: {name} has shape {list(weight.shape)}; match matrices only"
             )
         owner, _, attribute = name.rpartition(".")
         module = model.get_submodule(owner)
@@ -58,7 +58,7 @@ def add_lora(model: CLIP, lora: Lora, generator: torch.Generator) -> list[str]:
 
 
 def plain_state(model: CLIP) -> dict[str, Tensor]:
-    """Return the state dict under official names, updates merged into it; the model stays."""
+    """Return the state dict under official names, with the updates merged into the weights."""
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         if ".parametrizations." not in name and not name.startswith("parametrizations."):

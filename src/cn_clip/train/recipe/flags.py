@@ -1,4 +1,4 @@
-"""Flags of the command line as changes to a recipe: its own dotted names, and the official ones."""
+"""Command-line flags as changes to a recipe: its own dotted names, and the official flags."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from dataclasses import dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
 from cn_clip.errors import UnknownNameError, UsageError
-from cn_clip.train.recipe.schema import Recipe, Stage, nested, options, spoken
+from cn_clip.train.recipe.renamed import RENAMED, refuse_renamed
+from cn_clip.train.recipe.schema import Recipe, Stage, nested_class, options, type_text
 
 _ON, _OFF = ("true", "on", "yes"), ("false", "off", "no")
 _NONE = ("none", "off")
+_STAGE_TABLES = ("early_stopping", "lora")  # optional tables of a stage, switched on or off
 
 
 @dataclass(frozen=True, slots=True)
 class Official:
-    """An official flag: the options it sets, as ``(name, value)`` pairs, of its value here."""
+    """An official flag: ``sets(value, world_size)`` returns the (option, value) pairs it sets."""
 
     sets: Callable[[str, int], list[tuple[str, str]]]
     takes_value: bool = True
@@ -42,45 +44,44 @@ def _precision(value: str, _: int) -> list[tuple[str, str]]:
 
 def _logs(value: str, _: int) -> list[tuple[str, str]]:
     if value.lower() == "none":
-        raise UsageError("--logs is None; a run is kept in a folder here, so give one")
+        raise UsageError("--logs is None, but a run needs a folder; give one")
     return [("*logs", value)]
 
 
 def _positive(name: str) -> Callable[[str, int], list[tuple[str, str]]]:
-    """Officially, -1 stands for never."""
+    """Map the official -1, never, to none."""
     return lambda value, _: [(name, "none" if value in ("-1", "0") else value)]
 
 
 def _bn_sync(_: str, world_size: int) -> list[tuple[str, str]]:
     if world_size > 1:
         warnings.warn(
-            "--use-bn-sync is ignored: a BatchNorm that learns takes the statistics of its own "
-            "process' batch; a ViT has none, and --freeze visual.* keeps those of RN50",
+            "--use-bn-sync is ignored: a trainable BatchNorm uses the statistics of its process's "
+            "batch; a ViT has none, and --freeze visual.* keeps those of RN50",
             stacklevel=2,
         )
     return []
 
 
-# Every flag of cn_clip/training/params.py of the official package 1.6.0 and before, except those
-# that are options here under the same name. The batch was stated per process and step, and
-# accumulated.
+# Every flag of cn_clip/training/params.py of the official package up to 1.6.0, except those with
+# the same name here. The official batch size is per process, before gradient accumulation.
 OFFICIAL: dict[str, Official] = {
     "train-data": _same("data.train"),
     "val-data": _same("data.val"),
     "num-workers": _same("data.workers"),
     "logs": Official(_logs),
     "log-interval": _same("output.log_every"),
-    "report-training-batch-acc": _ignored(),  # it is mistaken for recall, which is logged
+    "report-training-batch-acc": _ignored(),  # easily mistaken for recall, which is logged
     "batch-size": Official(lambda value, world: [("*batch", f"{_whole(value) * world}")]),
     "accum-freq": _same("*accumulate"),
-    "valid-batch-size": _ignored(takes_value=True),  # the embedder chooses it
+    "valid-batch-size": _ignored(takes_value=True),  # chosen by the embedder
     "max-steps": _same("steps"),
     "max-epochs": _same("epochs"),
     "valid-step-interval": _same("evaluation.every_steps"),
     "valid-epoch-interval": _same("evaluation.every_epochs"),
     "context-length": _same("start.context_length"),
-    # Stated for the batch that is trained with, not for another one.
-    "lr": Official(lambda value, _: [("learning_rate", value), ("for_batch", "none")]),
+    # For the batch that is trained with, so it is not scaled.
+    "lr": Official(lambda value, _: [("learning_rate", value), ("reference_batch_size", "none")]),
     "wd": _same("weight_decay"),
     "save-step-frequency": Official(_positive("output.save_every")),
     "precision": Official(_precision),
@@ -94,16 +95,16 @@ OFFICIAL: dict[str, Official] = {
         lambda _, __: [("augment", "true"), ("flip", "true")], takes_value=False
     ),
     "skip-scheduler": _switch("schedule", "constant"),
-    "use-flash-attention": _ignored(),  # the fastest attention is always taken
-    "gather-with-grad": _ignored(),  # always
+    "use-flash-attention": _ignored(),  # the fastest attention is always used
+    "gather-with-grad": _ignored(),  # always so
     "use-bn-sync": Official(_bn_sync, takes_value=False),
-    "debug": _ignored(),  # the log is always whole
-    "skip-aggregate": _ignored(),  # nothing is ever aggregated whole
-    "reset-data-offset": _ignored(),  # weights given with --resume bring neither of the two
+    "debug": _ignored(),  # the log is always complete
+    "skip-aggregate": _ignored(),  # all features are never gathered at once
+    "reset-data-offset": _ignored(),  # --resume with weights restores neither
     "reset-optimizer": _ignored(),
-    "save-epoch-frequency": _ignored(takes_value=True),  # always, and the last ones are kept
+    "save-epoch-frequency": _ignored(takes_value=True),  # every epoch; the last states are kept
     "valid-num-workers": _ignored(takes_value=True),
-    "local-rank": _ignored(takes_value=True),  # torchrun tells by a variable
+    "local-rank": _ignored(takes_value=True),  # torchrun sets LOCAL_RANK
     "distillation": _switch("*distillation"),
     "distllation": _switch("*distillation"),  # as the official README spells it
     "teacher-model-name": _same("teacher"),
@@ -117,28 +118,29 @@ def apply_flags(
     """Return a recipe's plain values with flags applied to them.
 
     Args:
-        values: what ``read_recipe`` returned.
-        flags: ``--data.workers 4``, ``--data.workers=4``; ``--stages.NAME.epochs 3`` for one stage,
-            or ``--epochs 3`` for all: the last part of a name is enough where it is the only one.
-            ``-`` and ``_`` are the same. Lists are given by naming the flag again. ``none`` or
-            ``off`` takes an option away.
-        world_size: processes, for the official ``--batch-size``, which is meant for each.
+        values: plain values of a recipe, from ``read_recipe``.
+        flags: ``--data.workers 4`` or ``--data.workers=4``; ``--stages.NAME.epochs 3`` for one
+            stage, ``--epochs 3`` for all. The last part of a name is enough if it is unique. ``-``
+            and ``_`` are the same. Repeated flags make a list. ``none`` or ``off`` removes an
+            option.
+        world_size: number of processes; the official ``--batch-size`` is per process.
 
     Raises:
-        UsageError: a flag is unknown, lacks its value, or has one of the wrong kind.
+        UsageError: a flag is unknown or renamed, lacks its value, or has a value of the wrong
+            type.
     """
     changed: dict[str, Any] = _copied(values)
     changed.setdefault("stages", [{}])
     stages = changed["stages"]
-    if not isinstance(stages, list) or not all(isinstance(each, dict) for each in stages):
-        raise UsageError("the recipe's stages are no list of tables; write [[stages]]")
-    asked: dict[str, list[str]] = {}
-    for name, value in _read(flags):
-        for target, text in _meaning(name, value, world_size):
-            asked.setdefault(target, []).append(text)
-    distillation = asked.pop("*distillation", None)
-    _official_sums(asked, world_size)
-    for name, texts in asked.items():
+    if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
+        raise UsageError("the recipe's stages are not a list of tables; write [[stages]]")
+    settings: dict[str, list[str]] = {}
+    for name, value in _parse(flags):
+        for option, text in _settings_of(name, value, world_size):
+            settings.setdefault(option, []).append(text)
+    distillation = settings.pop("*distillation", None)
+    _combine_official(settings, world_size)
+    for name, texts in settings.items():
         _set(changed, name, texts)
     if distillation and not any(_has_teacher(stage) for stage in changed["stages"]):
         raise UsageError("--distillation needs a teacher; give --teacher-model-name or --teacher")
@@ -150,24 +152,24 @@ def _has_teacher(stage: Mapping[str, Any]) -> bool:
     return isinstance(loss, Mapping) and bool(loss.get("teacher"))
 
 
-def _read(flags: Sequence[str]) -> list[tuple[str, str | None]]:
+def _parse(flags: Sequence[str]) -> list[tuple[str, str | None]]:
     """Split flags into names and values; a switch has no value."""
-    found: list[tuple[str, str | None]] = []
-    waiting = list(flags)
-    while waiting:
-        flag = waiting.pop(0)
+    parsed: list[tuple[str, str | None]] = []
+    rest = list(flags)
+    while rest:
+        flag = rest.pop(0)
         if not flag.startswith("--") or len(flag) < 3:
-            raise UsageError(f"{flag!r} is no flag; write --NAME VALUE")
+            raise UsageError(f"{flag!r} is not a flag; write --NAME VALUE")
         name, equals, value = flag[2:].partition("=")
         if equals:
-            found.append((name, value))
-        elif waiting and not waiting[0].startswith("--") and _takes_value(name):
-            found.append((name, waiting.pop(0)))
-            while waiting and not waiting[0].startswith("--") and _is_list(name):
-                found.append((name, waiting.pop(0)))
+            parsed.append((name, value))
+        elif rest and not rest[0].startswith("--") and _takes_value(name):
+            parsed.append((name, rest.pop(0)))
+            while rest and not rest[0].startswith("--") and _is_list(name):
+                parsed.append((name, rest.pop(0)))
         else:
-            found.append((name, None))
-    return found
+            parsed.append((name, None))
+    return parsed
 
 
 def _takes_value(name: str) -> bool:
@@ -180,84 +182,87 @@ def _official(name: str) -> Official | None:
 
 
 def _is_list(name: str) -> bool:
-    """Whether a flag may be followed by several values."""
+    """Return whether a flag may be followed by several values."""
     plain = {"train-data": "train", "val-data": "val"}.get(name.replace("_", "-"), name)
     last = plain.replace("-", "_").split(".")[-1]
-    return any(full.split(".")[-1] == last and _plural(kind) for full, kind, _, _ in options())
+    return any(full.split(".")[-1] == last and _is_tuple(kind) for full, kind, _, _ in options())
 
 
-def _plural(kind: Any) -> bool:
+def _is_tuple(kind: Any) -> bool:
     return get_origin(kind) is tuple
 
 
-def _meaning(name: str, value: str | None, world_size: int) -> list[tuple[str, str]]:
-    """Return the options that a flag sets, by their full names."""
+def _settings_of(name: str, value: str | None, world_size: int) -> list[tuple[str, str]]:
+    """Return ``(full option name, value)`` of each option that a flag sets."""
     official = _official(name)
     if official is not None:
         if official.takes_value and value is None:
             raise UsageError(f"--{name} needs a value")
-        said = official.sets(value or "", world_size)
+        pairs = official.sets(value or "", world_size)
     else:
-        said = [(name, value if value is not None else "true")]
-    meant = [(_full(option.replace("-", "_"), name), text) for option, text in said]
-    if value is None and official is None and not _is_switch(meant[0][0]):
+        pairs = [(name, value if value is not None else "true")]
+    settings = [(_full_name(option.replace("-", "_"), name), text) for option, text in pairs]
+    if value is None and official is None and not _is_switch(settings[0][0]):
         raise UsageError(f"--{name} needs a value")
-    return meant
+    return settings
 
 
 def _is_switch(full: str) -> bool:
-    """Whether an option can be named alone, which sets it to true; unknown ones are told later."""
+    """Return whether an option needs no value; unknown options are refused later."""
     parts = full.split(".")
     if parts[0] == "stages":
         parts[1:2] = ["NAME"]
     return not any(n == ".".join(parts) and kind is not bool for n, kind, _, _ in options())
 
 
-def _full(name: str, flag: str) -> str:
-    """Return the full name of an option, of its full name or its last part."""
-    if name.startswith("*"):  # no option yet, but a part of one: see _official_sums
+def _full_name(name: str, flag: str) -> str:
+    """Return the full name of an option from its full name or its last part."""
+    if name.startswith("*"):  # part of an option: see _combine_official
         return name
-    known = [each for each, _, _, _ in options()]
+    known = [full for full, _, _, _ in options()]
     if name.startswith("stages."):
-        return name  # which stages there are, the recipe tells
-    if name in known or name == "plateau" or name == "lora":
+        return name  # checked against the recipe's stages later
+    if name in known or name in _STAGE_TABLES:
         return name
-    ends = [each for each in known if each.split(".")[-1] == name]
-    if not ends:
-        ends = [each for each in known if each.endswith(f".{name}")]
-    if len(ends) == 1:
-        return ends[0]
-    if ends:
-        raise UsageError(f"--{flag} could be {' or '.join(ends)}; write the whole name")
-    every = {*known, *OFFICIAL, *(each.split(".")[-1] for each in known)}
-    near = difflib.get_close_matches(name, {each.replace("-", "_") for each in every}, n=2)
-    hint = f"did you mean {' or '.join(f'--{each}' for each in near)}? " if near else ""
+    matches = [full for full in known if full.split(".")[-1] == name]
+    if not matches:
+        matches = [full for full in known if full.endswith(f".{name}")]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise UsageError(f"--{flag} could be {' or '.join(matches)}; write the whole name")
+    new = ".".join(RENAMED.get(part, part) for part in name.split("."))
+    if new != name:
+        raise UsageError(f"--{flag} is now --{new.replace('_', '-')}; write the new name")
+    names = {*known, *OFFICIAL, *(full.split(".")[-1] for full in known)}
+    close = difflib.get_close_matches(name, {each.replace("-", "_") for each in names}, n=2)
+    hint = f"did you mean {' or '.join(f'--{match}' for match in close)}? " if close else ""
     raise UsageError(f"unknown flag --{flag}; {hint}All flags are listed in docs/recipe.md")
 
 
-def _official_sums(asked: dict[str, list[str]], world_size: int) -> None:
-    """Turn the official batch per process, the two towers' names and LOGS/NAME into options."""
-    if logs := asked.pop("*logs", None):
-        folder = os.path.join(logs[-1], asked["name"][-1]) if "name" in asked else logs[-1]
-        asked.setdefault("output.folder", [folder])
-    batch, times = asked.pop("*batch", None), asked.pop("*accumulate", None)
+def _combine_official(settings: dict[str, list[str]], world_size: int) -> None:
+    """Replace parts of options (``*batch`` and others) that several official flags combine to."""
+    if logs := settings.pop("*logs", None):
+        folder = os.path.join(logs[-1], settings["name"][-1]) if "name" in settings else logs[-1]
+        settings.setdefault("output.folder", [folder])
+    batch, accumulation = settings.pop("*batch", None), settings.pop("*accumulate", None)
     if batch is not None:
-        rounds = _whole((times or ["1"])[-1])
-        asked["stages.NAME.global_batch_size"] = [f"{_whole(batch[-1]) * rounds}"]
-        if rounds > 1:  # as many as that are in memory at once
-            asked["stages.NAME.micro_batch_size"] = [f"{_whole(batch[-1]) // world_size}"]
-    elif times is not None:
+        accumulated = _whole((accumulation or ["1"])[-1])
+        settings["stages.NAME.global_batch_size"] = [f"{_whole(batch[-1]) * accumulated}"]
+        if accumulated > 1:  # one accumulation step is in memory at once
+            settings["stages.NAME.micro_batch_size"] = [f"{_whole(batch[-1]) // world_size}"]
+    elif accumulation is not None:
         raise UsageError("--accum-freq multiplies --batch-size; give both, or --global-batch-size")
-    vision, text = asked.pop("*vision", None), asked.pop("*text", None)
+    vision, text = settings.pop("*vision", None), settings.pop("*text", None)
     if vision or text:
         if not (vision and text):
             raise UsageError("give both --vision-model and --text-model, or --start.model")
-        asked["start.model"] = [f"{vision[-1]}@{text[-1]}"]
+        settings["start.model"] = [f"{vision[-1]}@{text[-1]}"]
 
 
 def _set(values: dict[str, Any], name: str, texts: list[str]) -> None:
-    """Set one option, in every stage that its name is meant for."""
-    if not name.startswith("stages.") and name not in ("plateau", "lora"):
+    """Set one option, for stages in every stage that its name selects."""
+    if not name.startswith("stages.") and name not in _STAGE_TABLES:
         table, *rest = name.split(".")
         _set_in(values, Recipe, [table, *rest], texts, name)
         return
@@ -266,7 +271,7 @@ def _set(values: dict[str, Any], name: str, texts: list[str]) -> None:
     names = [str(stage.get("name", Stage().name)) for stage in stages]
     if which == "NAME":
         chosen = stages
-    elif which in (plain := [each.replace("-", "_") for each in names]):  # as flags are read
+    elif which in (plain := [stage_name.replace("-", "_") for stage_name in names]):  # as in flags
         chosen = [stages[plain.index(which)]]
     elif which.isdecimal() and int(which) < len(stages):
         chosen = [stages[int(which)]]
@@ -282,22 +287,26 @@ def _set_in(table: dict[str, Any], cls: type, path: list[str], texts: list[str],
     hints = get_type_hints(cls)
     key, *rest = path
     if key not in hints:
+        refuse_renamed(key, hints, f"--{name.rpartition(key)[0]}")
         raise UnknownNameError(f"option in --{name}:", key, hints)
-    inner = nested(hints[key])
+    inner = nested_class(hints[key])
     if rest and inner is not None:
         if not isinstance(table.setdefault(key, {}), dict):
-            raise UsageError(f"the recipe's {key} is {table[key]!r:.60}, no table; --{name}")
+            raise UsageError(
+                f"the recipe's {key} is {table[key]!r:.60}; --{name} needs it to be a table"
+            )
         _set_in(table[key], inner, rest, texts, name)
         return
     if rest:
-        raise UsageError(f"--{name}: {key} has no options inside")
-    if inner is not None:  # a table can be switched, on with its defaults
+        raise UsageError(f"--{name}: {key} has no options")
+    if inner is not None:  # a table is switched off, or on with its defaults
         if texts[-1] in _NONE:
             table.pop(key, None)
         elif texts[-1] in _ON:
             table.setdefault(key, {})
         else:
-            raise UsageError(f"--{name} is on or off; its options are --{name}.NAME")
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{flag} is on or off; its options are {flag}.NAME")
         return
     _assign(table, key, hints[key], texts, name, cls)
 
@@ -309,19 +318,19 @@ def _assign(
     if optional and texts[-1] in _NONE:
         table.pop(key, None)
         return
-    if _plural(kind):
+    if _is_tuple(kind):
         table[key] = [] if texts[-1] in _NONE else texts
         return
     table[key] = _parsed(kind, texts[-1], name)
-    if cls is Stage and key in ("steps", "epochs"):  # one stands for the other
+    if cls is Stage and key in ("steps", "epochs"):  # one replaces the other
         table.pop({"steps": "epochs", "epochs": "steps"}[key], None)
 
 
 def _parsed(kind: Any, text: str, name: str) -> Any:
-    expected = spoken(kind)
+    expected = type_text(kind)
     if type(None) in get_args(kind):
-        kind, *words = (each for each in get_args(kind) if each is not type(None))
-        if any(text in get_args(each) for each in words):  # such as auto, where a number can stand
+        kind, *literals = (arg for arg in get_args(kind) if arg is not type(None))
+        if any(text in get_args(literal) for literal in literals):  # such as auto
             return text
     if kind is bool:
         if text.lower() in (*_ON, *_OFF):
@@ -339,10 +348,10 @@ def _whole(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise UsageError(f"{text!r} is no whole number") from None
+        raise UsageError(f"{text!r} is not a whole number; give one") from None
 
 
 def _copied(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _copied(each) for key, each in value.items()}
-    return [_copied(each) for each in value] if isinstance(value, list | tuple) else value
+        return {key: _copied(inner) for key, inner in value.items()}
+    return [_copied(inner) for inner in value] if isinstance(value, list | tuple) else value

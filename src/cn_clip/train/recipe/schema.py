@@ -1,6 +1,6 @@
-"""A recipe: everything that decides a training run, as one frozen tree of values.
+"""The schema of a recipe: every option of a training run, as a tree of frozen dataclasses.
 
-The help of every option stands beside it; ``docs/recipe.md`` is made of it.
+Each option carries its help text; ``docs/recipe.md`` is generated from them.
 """
 
 from __future__ import annotations
@@ -12,52 +12,56 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
 
-VERSION = 1  # counts changes after which an older cn_clip would misread a recipe
+VERSION = 1  # incremented by changes that an older cn_clip would misread
 
 Precision = Literal["bf16", "fp16", "fp32"]
 
 
-def _option(default: Any, told: str) -> Any:
-    return field(default=default, metadata={"help": told})
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
 
 
-def _group(cls: type, told: str) -> Any:
-    return field(default_factory=cls, metadata={"help": told})
+def _table(cls: type, help: str) -> Any:
+    return field(default_factory=cls, metadata={"help": help})
 
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """What is trained on."""
+    """Training and validation data."""
 
-    train: tuple[str, ...] = _option((), "Sources of pairs, such as `tar:shards/*.tar`, or several")
-    val: tuple[str, ...] = _option((), "Sources of the pairs that scores are measured on")
+    train: tuple[str, ...] = _option((), "Sources of training pairs, such as `tar:shards/*.tar`")
+    val: tuple[str, ...] = _option((), "Sources of validation pairs, which scores are measured on")
     keep_data: tuple[str, ...] = _option(
         (),
-        "Sources of pairs of another kind whose score should be kept, which `interpolate = "
-        '"auto"` measures and heeds',
+        "Sources of validation pairs of another kind, whose score `interpolate = "
+        '"auto"` limits the loss of',
     )
-    workers: int = _option(2, "Processes that read and decode, beside each training process")
-    prefetch_mb: int = _option(1024, "How many megabytes of prepared pairs may wait")
+    workers: int = _option(2, "Processes that read and decode, for each training process")
+    prefetch_mb: int = _option(1024, "Limit of prepared pairs in memory, in megabytes")
     fast_decode: bool = _option(False, "Decode large JPEG files at reduced size")
-    most_skipped: float = _option(0.1, "Share of unreadable pairs above which the run ends")
+    max_skipped_fraction: float = _option(
+        0.1, "Fraction of unreadable pairs above which the run ends"
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where the weights come from. What no file gives stays random, and the log says so."""
+    """The initial weights. Tensors that no file provides are random, and the log names them."""
 
     model: str | None = _option(
         None,
-        "A name of `cn-clip models`, VISION@TEXT, or a folder with a config.json; by default what "
-        "the checkpoint holds",
+        "A name of `cn-clip models`, VISION@TEXT, or a folder with a config.json; by default the "
+        "model of the checkpoint",
     )
     checkpoint: str | None = _option(None, "All weights: a path, a name, or org/name on a hub")
-    image: str | None = _option(None, "Image tower: a file of CLIP (OpenAI, Hugging Face, ...)")
+    image: str | None = _option(None, "Image tower: a CLIP file (OpenAI, Hugging Face, ...)")
     text: str | None = _option(None, "Text tower: a file of a Chinese BERT or RoBERTa")
     resolution: int | None = _option(
-        None, "Side of the pictures in pixels; position embeddings are resized"
+        None, "Side of the images in pixels; position embeddings are resized"
     )
-    context_length: int | None = _option(None, "Most tokens of a text; by default the model's, 52")
+    context_length: int | None = _option(
+        None, "Maximum tokens of a text; by default the model's, 52"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,136 +69,152 @@ class Optimizer:
     """AdamW and its learning rate."""
 
     learning_rate: float = _option(5e-5, "Peak learning rate")
-    for_batch: int | None = _option(
-        None, "Global batch that the rate is meant for; it is scaled to the actual one"
+    reference_batch_size: int | None = _option(
+        None,
+        "Global batch size that learning_rate is given for; it is scaled to the actual batch size",
     )
     scaling: Literal["linear", "sqrt", "none"] = _option(
-        "linear", "How the rate grows with the global batch, if for_batch is given"
+        "linear", "How the learning rate scales from reference_batch_size to the actual batch size"
     )
     schedule: Literal["cosine", "constant", "inverse_sqrt"] = _option(
-        "cosine", "How the rate falls after the warm-up"
+        "cosine", "Learning rate schedule after the warm-up"
     )
     warmup: int = _option(
-        100, "Steps in which the rate rises from zero; cut to a tenth of a stage that is no longer"
+        100, "Warm-up steps; 10 % of the stage if the stage is not longer than this"
     )
     weight_decay: float = _option(
-        0.001, "Of all but biases, the logit scale and norms; of BERT's norms too, as officially"
+        0.001,
+        "Weight decay, except of biases, the logit scale and norms; BERT's norms are decayed, as "
+        "in the official training",
     )
-    beta1: float = _option(0.9, "Of AdamW")
-    beta2: float = _option(0.98, "Of AdamW")
-    eps: float = _option(1e-6, "Of AdamW")
-    clip_norm: float | None = _option(None, "Longest gradient; a longer one is shortened to it")
+    beta1: float = _option(0.9, "beta1 of AdamW")
+    beta2: float = _option(0.98, "beta2 of AdamW")
+    eps: float = _option(1e-6, "eps of AdamW")
+    max_grad_norm: float | None = _option(
+        None, "Maximum norm of the gradient; larger gradients are clipped to it"
+    )
     layer_decay: float = _option(
-        1.0, "Factor on the rate from each layer to the one below; 0.75 keeps low layers still"
+        1.0, "Factor on the learning rate from each layer to the one below, such as 0.75"
     )
-    rates: tuple[str, ...] = _option(
+    lr_multipliers: tuple[str, ...] = _option(
         (),
-        "Factors on the rate by patterns of names, such as `visual.backbone.*=0.1`; of several "
-        "that match a parameter, the last counts",
+        "Factors on the learning rate by patterns of parameter names, such as "
+        "`visual.backbone.*=0.1`; the last matching pattern counts",
     )
     ema: float = _option(
-        0.0, "Decay of averaged weights, such as 0.999, which are then what is measured and kept"
+        0.0,
+        "Decay of an exponential moving average of the weights, such as 0.999; the average is "
+        "what is evaluated and saved",
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """What is minimised."""
+    """The training loss."""
 
     kind: Literal["clip", "sigmoid"] = _option(
         "clip", "CLIP's symmetric cross-entropy, or SigLIP's sigmoid loss"
     )
     duplicates: bool = _option(
         True,
-        "Pairs of a batch that share picture, text id or caption count as matching; false gives "
+        "Pairs of a batch with the same image, text id or caption count as positives; false gives "
         "the plain loss",
     )
-    teacher: str | None = _option(None, "A local model to learn from: a name or a path")
+    teacher: str | None = _option(None, "Model to distill from: a name or a path")
     teacher_weight: float = _option(
-        0.5, "Share of the teacher's similarities in the targets of the clip loss"
+        0.5, "Weight of the teacher's similarities in the targets of the clip loss"
     )
     teacher_features: float = _option(
         0.0, "Weight of the distance to the teacher's embeddings, after a learned projection"
     )
-    sentences: str | None = _option(
+    text_targets: str | None = _option(
         None,
-        "Texts with embeddings to keep to, of a sentence encoder: a folder in clip-retrieval's "
-        "layout, as wide as the model's",
+        "Texts with target embeddings from a sentence encoder: a folder in clip-retrieval's "
+        "layout, of the model's embedding width",
     )
-    sentences_weight: float = _option(1.0, "Of the mean cosine distance to them")
-    sentences_batch_size: int = _option(512, "Texts of them in a step, over all processes")
+    text_targets_weight: float = _option(1.0, "Weight of the mean cosine distance to the targets")
+    text_targets_batch_size: int = _option(512, "Texts with targets in a step, over all processes")
 
 
 @dataclass(frozen=True, slots=True)
-class Plateau:
-    """When a stage ends early: the mean recall on the validation pairs has stopped to rise."""
+class EarlyStoppingOptions:
+    """When a stage ends early: the mean recall on the validation pairs has stopped improving."""
 
-    patience: int = _option(3, "Evaluations without a gain after which the stage ends")
-    min_gain: float = _option(0.001, "Least rise of the mean recall that counts; 0.001 is 0.1 %")
+    patience: int = _option(3, "Evaluations without improvement after which the stage ends")
+    min_gain: float = _option(
+        0.001, "Minimum improvement of the mean recall that counts; 0.001 is 0.1 %"
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """Low-rank updates of chosen matrices (Hu et al., arXiv:2106.09685). All else but the logit
-    scale is frozen; the updates are merged into the weights at the end of the stage."""
+    """Low-rank updates of chosen matrices (Hu et al., arXiv:2106.09685). All other parameters but
+    the logit scale are frozen; the updates are merged into the weights at the end of the stage."""
 
     layers: tuple[str, ...] = _option(
         ("*.attn.in_proj_weight", "bert.*.self.*.weight"), "Patterns of the matrices' names"
     )
-    rank: int = _option(8, "Of the update")
+    rank: int = _option(8, "Rank of the update")
     alpha: float = _option(16.0, "The update is scaled by alpha / rank")
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One stage: what is frozen, how long it lasts, and its own optimizer and loss."""
+    """One stage: its frozen parameters, length, optimizer and loss."""
 
-    name: str = _option("train", "Shown in logs and names of folders")
-    freeze: tuple[str, ...] = _option((), "Patterns of parameters to keep, such as `visual.*`")
-    epochs: int | None = _option(None, "Passes over the pairs, which the schedule is laid over")
-    steps: int | None = _option(None, "Steps, instead of epochs")
-    plateau: Plateau | None = field(
-        default=None, metadata={"help": "Ends the stage when the score stops to rise"}
+    name: str = _option("train", "Name, shown in the log and in folder names")
+    freeze: tuple[str, ...] = _option((), "Patterns of parameters to freeze, such as `visual.*`")
+    epochs: int | None = _option(None, "Length in epochs; the schedule spans all of them")
+    steps: int | None = _option(None, "Length in steps, instead of epochs")
+    early_stopping: EarlyStoppingOptions | None = field(
+        default=None, metadata={"help": "Ends the stage when the score has stopped improving"}
     )
     global_batch_size: int = _option(128, "Pairs in a step, over all processes")
     micro_batch_size: int | None = _option(
         None,
-        "Pairs that a process has in memory at once; more are done by gradient caching, which "
+        "Pairs that a process has in memory at once; larger batches use gradient caching, which "
         "gives the gradients of the whole batch",
     )
-    augment: bool = _option(False, "Crop and recolour pictures, as the official training does")
-    flip: bool = _option(False, "Mirror half of the augmented pictures")
+    augment: bool = _option(False, "Crop and recolour images, as the official training does")
+    flip: bool = _option(False, "Mirror half of the augmented images")
     batch_norm: Literal["auto", "frozen", "train"] = _option(
         "auto",
-        "Running statistics of BatchNorm: `frozen` keeps them, `train` updates them by the "
+        "Running statistics of BatchNorm: `frozen` keeps them, `train` updates them from the "
         "batches; `auto` is `frozen` if training starts from `start.checkpoint` alone",
     )
-    mask_ratio: float = _option(0.0, "Share of patches left out at random (FLIP; ViT only)")
-    dropout: float | None = _option(None, "Of the text tower; by default the model's own")
+    mask_ratio: float = _option(0.0, "Fraction of patches dropped at random (FLIP; ViT only)")
+    dropout: float | None = _option(
+        None, "Dropout of the text tower; by default that of the model's config"
+    )
     cached: bool = _option(
         False, "Compute the features of the frozen image tower once, and keep them on disk"
     )
-    views: int = _option(1, "Augmented versions of each picture to compute, if cached")
+    views: int = _option(1, "Augmented versions of each image in the feature cache")
     interpolate: float | Literal["auto"] | None = _option(
         None,
-        "Mix the best weights of the stage with those it began with: 1 is all new, 0 all old, "
-        "`auto` what the validation pairs choose of 0, 0.1 ... 1 (WiSE-FT, arXiv:2109.01903)",
+        "Interpolate the best weights of the stage with its initial weights: 1 is all new, 0 all "
+        "old, `auto` chooses one of 0, 0.1 ... 1 on the validation pairs (WiSE-FT, "
+        "arXiv:2109.01903)",
     )
-    optimizer: Optimizer = _group(Optimizer, "AdamW and its rate")
-    loss: Loss = _group(Loss, "What is minimised")
+    optimizer: Optimizer = _table(Optimizer, "AdamW and its learning rate")
+    loss: Loss = _table(Loss, "The training loss")
     lora: Lora | None = field(default=None, metadata={"help": "Low-rank updates"})
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What it runs on, and in which numbers."""
+    """Device, precision and parallelism."""
 
     device: str = _option("auto", "cpu, cuda, mps or auto")
-    precision: Precision = _option("bf16", "Of the towers; weights and losses are in float32")
-    parallel: Literal["ddp", "fsdp"] = _option(
-        "ddp", "With several processes: whole copies, or weights in shares (FSDP2)"
+    precision: Precision = _option(
+        "bf16", "Precision of the towers; weights and losses are in float32"
     )
-    grad_checkpointing: bool = _option(False, "Save memory by computing activations twice")
+    parallel: Literal["ddp", "fsdp"] = _option(
+        "ddp", "With several processes: replicas (DDP), or sharded weights (FSDP2)"
+    )
+    grad_checkpointing: bool = _option(
+        False, "Recompute activations in the backward pass to save memory"
+    )
     compile: bool = _option(False, "torch.compile each tower")
 
 
@@ -202,91 +222,99 @@ class Machine:
 class Evaluation:
     """When the score is measured: recall in both directions on the validation pairs."""
 
-    every_epochs: int = _option(1, "After so many epochs; 0: not, only at the end of a stage")
-    every_steps: int | None = _option(None, "And after so many steps")
+    every_epochs: int = _option(
+        1, "Epochs between evaluations; 0 evaluates only at the end of a stage"
+    )
+    every_steps: int | None = _option(None, "Steps between additional evaluations")
     score_precision: Precision | None = _option(
-        None, "Of the towers meanwhile, by default that of training; fp32 tells small gains apart"
+        None,
+        "Precision of the towers in an evaluation; by default that of training. fp32 "
+        "distinguishes small gains",
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What is written where."""
+    """The run's folder, its states and its log."""
 
-    folder: str = _option("run", "The run's folder; it holds everything")
-    save_every: int | None = _option(None, "Save the state after so many steps; always at epochs")
-    keep: int = _option(2, "States kept")
-    features: str | None = _option(None, "Folder of cached features; by default in the run's")
+    folder: str = _option("run", "Folder of the run")
+    save_every: int | None = _option(
+        None, "Steps between saved states; a state is also saved at the end of every epoch"
+    )
+    keep: int = _option(2, "Number of states kept")
+    features: str | None = _option(
+        None, "Folder of cached features; by default in the folder of the run"
+    )
     log_every: int = _option(10, "Steps between lines of the log")
     tensorboard: bool = _option(False, "Also log for TensorBoard")
     swanlab: bool = _option(False, "Also log to SwanLab")
     wandb: bool = _option(False, "Also log to Weights & Biases")
     stop_at_chance: int = _option(
-        300, "Steps after which a loss that stands at ln(batch) ends the run; 0: never"
+        300, "Steps after which a loss that stays at ln(batch) ends the run; 0: never"
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A whole training run."""
+    """All options of a training run."""
 
-    version: int = _option(VERSION, "Of the recipe format")
-    name: str = _option("train", "Of the recipe")
-    seed: int = _option(0, "Of the order, the augmentation, the dropout and random weights")
-    data: Data = _group(Data, "What is trained on")
-    start: Start = _group(Start, "Where the weights come from")
-    machine: Machine = _group(Machine, "What it runs on")
-    evaluation: Evaluation = _group(Evaluation, "When the score is measured")
-    output: Output = _group(Output, "What is written where")
+    version: int = _option(VERSION, "Version of the recipe format")
+    name: str = _option("train", "Name of the recipe")
+    seed: int = _option(0, "Seed of order, augmentation, dropout and random weights")
+    data: Data = _table(Data, "Training and validation data")
+    start: Start = _table(Start, "The initial weights")
+    machine: Machine = _table(Machine, "Device, precision and parallelism")
+    evaluation: Evaluation = _table(Evaluation, "When the score is measured")
+    output: Output = _table(Output, "The run's folder, its states and its log")
     stages: tuple[Stage, ...] = field(
-        default=(Stage(),), metadata={"help": "One after another, each with what follows"}
+        default=(Stage(),), metadata={"help": "The stages, in order, each with the options below"}
     )
 
     def to_toml(self) -> str:
-        """Return the whole recipe as TOML; ``reading.from_toml`` reads it back."""
+        """Return the whole recipe as TOML, which ``toml.from_toml`` reads back."""
         return tomli_w.dumps(_without_none(asdict(self)))
 
 
 def options(cls: type = Recipe, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
     """Yield (dotted name, type, default, help) of every option, in order.
 
-    Options of a stage are named as those of ``stages.NAME``.
+    The names of stage options begin with ``stages.NAME``.
     """
     hints = get_type_hints(cls)
-    for each in fields(cls):
-        name = f"{prefix}{each.name}"
-        kind = hints[each.name]
-        inner = nested(kind)
+    for option in fields(cls):
+        name = f"{prefix}{option.name}"
+        kind = hints[option.name]
+        inner = nested_class(kind)
         if inner is not None:
-            more = "NAME." if get_origin(kind) is tuple else ""
-            yield from options(inner, f"{name}.{more}")
+            stage = "NAME." if get_origin(kind) is tuple else ""
+            yield from options(inner, f"{name}.{stage}")
         else:
-            default = each.default if each.default is not MISSING else None
-            yield name, kind, default, each.metadata["help"]
+            default = option.default if option.default is not MISSING else None
+            yield name, kind, default, option.metadata["help"]
 
 
-def nested(kind: Any) -> type | None:
-    """Return the dataclass that a type is, may be, or is a tuple of."""
-    for each in (kind, *get_args(kind)):
-        if is_dataclass(each) and isinstance(each, type):
-            return each
+def nested_class(kind: Any) -> type | None:
+    """Return the dataclass in a type: ``C``, ``C | None`` or ``tuple[C, ...]``; None otherwise."""
+    for candidate in (kind, *get_args(kind)):
+        if is_dataclass(candidate) and isinstance(candidate, type):
+            return candidate
     return None
 
 
-def spoken(kind: Any) -> str:
-    """Name a type as people say it."""
+def type_text(kind: Any) -> str:
+    """Return a type in words, for messages and documentation."""
     if get_origin(kind) in (Union, types.UnionType):
-        return " or ".join(spoken(each) for each in get_args(kind) if each is not type(None))
+        return " or ".join(type_text(arg) for arg in get_args(kind) if arg is not type(None))
     if get_origin(kind) is Literal:
         return ", ".join(map(str, get_args(kind)))
     if get_origin(kind) is tuple:
-        return f"list of {spoken(get_args(kind)[0])}s"
+        return f"list of {type_text(get_args(kind)[0])}s"
     names = {bool: "true or false", int: "whole number", float: "number", str: "text"}
     return names.get(kind) or "table"
 
 
 def _without_none(value: Any) -> Any:
-    """TOML has no null: an option that is off is left out."""
+    """Drop options that are None, since TOML has no null."""
     if isinstance(value, dict):
-        return {key: _without_none(each) for key, each in value.items() if each is not None}
-    return [_without_none(each) for each in value] if isinstance(value, list | tuple) else value
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+    return [_without_none(inner) for inner in value] if isinstance(value, list | tuple) else value

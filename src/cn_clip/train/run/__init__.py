@@ -1,1 +1,1 @@
-"""A run on disk: folder, checkpoints, log, report, loss watchdog."""
+"""A run on disk: folder, checkpoints, log, report, loss watchdog, stop signals."""

@@ -1,9 +1,8 @@
-"""The state of a run on disk: everything that the next step depends on.
+"""The states of a run on disk: everything that the next step depends on.
 
-A state is a folder ``states/STEP`` that appears whole: written beside its place, flushed, renamed.
-It holds the tensors as ``torch.distributed.checkpoint`` writes them, each process its own, and
-``progress.json``. It is for going on with this run; what is shared with others is the folder of
-weights (safetensors).
+A state is a folder ``states/STEP``, written atomically. It has the tensors, which each process
+writes with ``torch.distributed.checkpoint``, and ``progress.json``. A state serves to resume its
+run; weights for other uses are in safetensors folders.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from cn_clip import distributed
 from cn_clip.errors import CheckpointError
 from cn_clip.outputs import STAMP, atomic_folder
-from cn_clip.train.model.freeze import Course
+from cn_clip.train.early_stopping import EarlyStopping
 from cn_clip.train.optim import Average
 from cn_clip.weights.pickles import check_pickle
 
@@ -41,9 +40,10 @@ _STATES = "states"
 _PROGRESS = "progress.json"
 _STEP = re.compile(r"[0-9]{9,}")
 _TENSORS = "tensors"
-_LARGEST_PICKLE = 1 << 20  # of one tensor; some 200 bytes
-# What tensors are described with; a path, because the folder that was saved to is named.
-_DESCRIPTIONS: dict[str, tuple[str, ...]] = {
+_RENAMED = {"course": "early_stopping", "due": "evaluation_pending"}  # in states of old runs
+_MAX_PICKLE_BYTES = 1 << 20  # of one tensor; usually about 200
+# The classes in the metadata of tensors; paths, because it names the folder.
+_METADATA_CLASSES: dict[str, tuple[str, ...]] = {
     "torch.distributed.checkpoint.metadata": (
         "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
         "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
@@ -58,19 +58,19 @@ _DESCRIPTIONS: dict[str, tuple[str, ...]] = {
 
 @dataclass(slots=True)
 class Progress:
-    """Where a run is.
+    """The position of a run.
 
     Attributes:
-        stage: number of the stage, from 0.
+        stage: index of the stage.
         step: steps done in the stage.
-        total: steps done in all.
-        epoch, batch: the next batch, of the stage's passes over the data.
-        before: the score before the first step.
-        weights: the folder, within the run's, that the stage started from.
-        course: how its scores have gone.
-        scaler: of float16.
-        due: whether a score was due when the run was stopped.
-        finished: whether the stage is over.
+        total: steps done in all stages.
+        epoch, batch: indexes of the next batch, within the stage.
+        before: score before the first step.
+        weights: folder of the stage's initial weights, within the run's folder.
+        early_stopping: scores of the stage so far.
+        scaler: state of the loss scaler of float16.
+        evaluation_pending: a signal came before an evaluation that was due.
+        finished: the stage has ended.
     """
 
     stage: int = 0
@@ -80,47 +80,47 @@ class Progress:
     batch: int = 0
     before: float | None = None
     weights: str = "start"
-    course: Course = field(default_factory=Course)
+    early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
     scaler: dict[str, Any] = field(default_factory=dict)
-    due: bool = False
+    evaluation_pending: bool = False
     finished: bool = False
 
 
 def save_state(folder: Path, progress: Progress, tensors: Mapping[str, Any], *, keep: int) -> Path:
-    """Write a state, then remove all but the newest ``keep``.
+    """Save a state, then remove all but the newest ``keep``.
 
     Every process calls this. A state of the same step is replaced.
 
     Raises:
-        CheckpointError: it cannot be written; the states before it are as they were.
+        CheckpointError: the state cannot be written; earlier states are unchanged.
     """
     path = folder / _STATES / f"{progress.total:09d}"
     try:
         with ExitStack() as stack:
-            made = None
+            temporary = None
             if distributed.is_main():
-                made = stack.enter_context(atomic_folder(path, "train", check=_objection))
-            place = distributed.broadcast_object(made)
-            assert place is not None
-            with warnings.catch_warnings():  # it says what it was told: one process
+                temporary = stack.enter_context(atomic_folder(path, "train", check=_objection))
+            temporary = distributed.broadcast_object(temporary)
+            assert temporary is not None
+            with warnings.catch_warnings():  # that there is only one process
                 warnings.simplefilter("ignore")
                 save(
                     dict(tensors),
-                    checkpoint_id=place / _TENSORS,
+                    checkpoint_id=temporary / _TENSORS,
                     no_dist=distributed.world_size() == 1,
                 )
             if distributed.is_main():
                 text = json.dumps(asdict(progress), indent=2)
-                (place / _PROGRESS).write_text(text + "\n", encoding="utf-8")
+                (temporary / _PROGRESS).write_text(text + "\n", encoding="utf-8")
             distributed.barrier()
     except (OSError, RuntimeError, CheckpointException) as error:
         last = states(folder)
         kept = (
-            f"the last state, {last[-1].name}, is whole" if last else "there is no state before it"
+            f"the last state, {last[-1].name}, is complete" if last else "there is no earlier state"
         )
         raise CheckpointError(
-            f"the state of step {progress.total} could not be saved ({_first(error)}); {kept}. "
-            "Free some space, then go on with: --resume auto"
+            f"the state of step {progress.total} was not saved ({_root_cause(error)}); {kept}. "
+            "Free some space, then resume with: --resume auto"
         ) from error
     if distributed.is_main():
         for old in states(folder)[:-keep]:
@@ -131,40 +131,41 @@ def save_state(folder: Path, progress: Progress, tensors: Mapping[str, Any], *, 
 
 
 def states(folder: Path) -> list[Path]:
-    """Return the whole states of a run, oldest first; a copy that somebody keeps under another name
-    is none."""
-    found = (path for path in (folder / _STATES).glob("[0-9]*") if _STEP.fullmatch(path.name))
-    whole = (path for path in found if (path / _PROGRESS).is_file())
-    return sorted(whole, key=lambda path: int(path.name))
+    """Return the complete states of a run, oldest first; a copy under another name is not one."""
+    paths = (path for path in (folder / _STATES).glob("[0-9]*") if _STEP.fullmatch(path.name))
+    complete = (path for path in paths if (path / _PROGRESS).is_file())
+    return sorted(complete, key=lambda path: int(path.name))
 
 
 def _objection(state: Path) -> str | None:
-    """A state of this step, whole or not, may be replaced, and nothing else."""
+    """Return why a folder may not be replaced; a state, complete or not, may."""
     other = {path.name for path in state.iterdir()} - {_PROGRESS, _TENSORS, STAMP}
-    return f"holds {sorted(other)[0]}, which no train wrote" if other else None
+    return f"has {sorted(other)[0]}, which train did not write" if other else None
 
 
 def read_progress(state: Path) -> Progress:
-    """Read where a state is.
+    """Read the progress of a state.
 
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: the file is damaged.
     """
     try:
         values = json.loads((state / _PROGRESS).read_text(encoding="utf-8"))
-        progress = Progress(**values | {"course": Course(**values["course"])})
-        _check_kinds(progress)
-        _check_kinds(progress.course)
+        values = {_RENAMED.get(name, name): value for name, value in values.items()}
+        stopping = EarlyStopping(**values["early_stopping"])
+        progress = Progress(**values | {"early_stopping": stopping})
+        _check_types(progress)
+        _check_types(stopping)
         return progress
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{state / _PROGRESS} is damaged: {error}; delete {state}") from None
 
 
 def load_tensors(state: Path, tensors: dict[str, Any]) -> None:
-    """Fill tensors in place with those of a state.
+    """Load the tensors of a state in place.
 
     Raises:
-        CheckpointError: it is damaged, or of another model.
+        CheckpointError: the state is damaged, or of another model.
     """
     try:
         with warnings.catch_warnings():
@@ -174,17 +175,17 @@ def load_tensors(state: Path, tensors: dict[str, Any]) -> None:
                 storage_reader=_Reader(state / _TENSORS),
                 no_dist=distributed.world_size() == 1,
             )
-    # torch reads bytes here that may be anything, and what they make it raise is of many kinds.
+    # torch parses the files here, and damaged ones make it raise errors of many types.
     except (Exception, CheckpointException) as error:
         raise CheckpointError(
-            f"the state {state} cannot be read: {_first(error)}; if the recipe has changed in what "
-            "learns, begin a new run with --start.checkpoint; if a file is damaged, delete that "
-            "folder, and the run goes on from the one before"
+            f"the state {state} cannot be read: {_root_cause(error)}; if other parameters are "
+            "trainable now, start a new run with --start.checkpoint; if a file is damaged, delete "
+            "that folder, and the run resumes from the state before"
         ) from error
 
 
 class _Reader(FileSystemReader):
-    """Reads a state without running anything that its files name, as torch's own reader would."""
+    """Reads a state without running code that its files name; torch's own reader would."""
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         path = Path(self.path) / ".metadata"
@@ -194,30 +195,30 @@ class _Reader(FileSystemReader):
             stream.seek(0)
             metadata = _Metadata(stream).load()
         if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-            raise ValueError(".metadata describes no tensors")
-        for place in metadata.storage_data.values():
-            name = place.relative_path
+            raise ValueError(".metadata has no tensors")
+        for location in metadata.storage_data.values():
+            name = location.relative_path
             if not isinstance(name, str) or name != Path(name).name:
                 raise ValueError(f".metadata names the file {name!r:.60}, outside its folder")
-            self._check_tensor(place)
+            self._check_tensor(location)
         metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return metadata
 
-    def _check_tensor(self, place: Any) -> None:
-        """Bound the pickle of a tensor before torch unpickles it."""
-        with (Path(self.path) / place.relative_path).open("rb") as file:
+    def _check_tensor(self, location: Any) -> None:
+        """Check the pickle of a tensor before torch unpickles it."""
+        with (Path(self.path) / location.relative_path).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            part = io.BufferedReader(_Part(file, place.offset, min(size, place.length)))
+            part = io.BufferedReader(_Part(file, location.offset, min(size, location.length)))
             with part, zipfile.ZipFile(part) as archive:
                 for member in archive.infolist():
                     if member.filename.endswith(".pkl"):
-                        if member.file_size > _LARGEST_PICKLE:
+                        if member.file_size > _MAX_PICKLE_BYTES:
                             raise ValueError("the pickle of a tensor is too large")
                         check_pickle(io.BytesIO(archive.read(member)), size=size)
 
 
 class _Part(io.RawIOBase):
-    """A part of a file as a file; it is not read whole, because a tensor may be large."""
+    """A range of a file as a file, which is not read at once, since a tensor may be large."""
 
     def __init__(self, file: BinaryIO, start: int, length: int) -> None:
         self._file, self._start, self._length, self._at = file, start, length, 0
@@ -235,20 +236,20 @@ class _Part(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         self._file.seek(self._start + self._at)
-        found = self._file.read(max(0, min(len(buffer), self._length - self._at)))
-        buffer[: len(found)] = found
-        self._at += len(found)
-        return len(found)
+        content = self._file.read(max(0, min(len(buffer), self._length - self._at)))
+        buffer[: len(content)] = content
+        self._at += len(content)
+        return len(content)
 
 
 class _Metadata(pickle.Unpickler):
-    """Makes what torch describes tensors with, and nothing else: what it would take for objects
-    other than tensors (``BytesStorageMetadata``), it would unpickle without a check."""
+    """Unpickles the metadata of tensors only: torch would unpickle other objects
+    (``BytesStorageMetadata``) without a check."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        if name not in _DESCRIPTIONS.get(module, ()):
+        if name not in _METADATA_CLASSES.get(module, ()):
             raise pickle.UnpicklingError(f".metadata names {name} of {module}")
         return super().find_class(module, name)
 
@@ -256,16 +257,16 @@ class _Metadata(pickle.Unpickler):
         raise pickle.UnpicklingError(f".metadata refers to {reference!r:.60}")
 
 
-def _check_kinds(values: Progress | Course) -> None:
-    """Raise a ``ValueError`` for a value that is not of its field's type."""
-    for name, kind in get_type_hints(type(values)).items():
+def _check_types(values: Progress | EarlyStopping) -> None:
+    """Raise a ``ValueError`` for a value that does not have its field's type."""
+    for name, hint in get_type_hints(type(values)).items():
         value = getattr(values, name)
-        kinds = {get_origin(each) or each for each in get_args(kind) or (kind,)}
-        if get_origin(kind) is dict:
-            kinds = {dict}
-        number = isinstance(value, int) and not isinstance(value, bool)
-        fits = type(value) in kinds or (float in kinds and number)
-        if not fits or (number and not 0 <= value < 1 << 53):
+        types = {get_origin(arg) or arg for arg in get_args(hint) or (hint,)}
+        if get_origin(hint) is dict:
+            types = {dict}
+        is_int = isinstance(value, int) and not isinstance(value, bool)
+        valid = type(value) in types or (float in types and is_int)
+        if not valid or (is_int and not 0 <= value < 1 << 53):
             raise ValueError(f"{name} is {value!r:.60}")
 
 
@@ -275,9 +276,9 @@ def tensors_of(
     optimizer: torch.optim.Optimizer,
     average: Average | None,
 ) -> dict[str, Any]:
-    """Return all tensors of a run, sharing memory with it, so that loading fills it.
+    """Return all tensors of a run; they share memory, so that loading into them restores the run.
 
-    AdamW's moments are made if it has done no step yet.
+    The moments of AdamW are created if it has done no step yet.
     """
     moments: dict[str, Tensor] = {}
     for group in optimizer.param_groups:
@@ -298,11 +299,11 @@ def tensors_of(
     }
 
 
-def _first(error: BaseException) -> str:
-    """Return the root of an error in one line."""
+def _root_cause(error: BaseException) -> str:
+    """Return the first line of the error that caused another."""
     failures = getattr(error, "failures", None)
     if failures:
-        each = next(iter(failures.values()))
-        return _first(each[0] if isinstance(each, tuple) else each)
+        failure = next(iter(failures.values()))
+        return _root_cause(failure[0] if isinstance(failure, tuple) else failure)
     reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-    return reason.rpartition("metadata read failed: ")[2]  # what torch puts in front says nothing
+    return reason.rpartition("metadata read failed: ")[2]  # torch's prefix

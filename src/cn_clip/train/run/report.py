@@ -1,4 +1,4 @@
-"""A run as one page that needs nothing beside it: scores, curves, retrievals as pictures."""
+"""The HTML report of a run, as one self-contained file: scores, curves, retrieved images."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from cn_clip.html.charts import Point, circle, linear_scale, polyline, table
 from cn_clip.html.page import data_uri, image_grid, page, thumbnail
 from cn_clip.publish import atomic_file
 from cn_clip.train.recipe.schema import Recipe
+from cn_clip.train.run.events import FINAL, interpolated
 from cn_clip.train.run.log import Event, read_log
 from cn_clip.train.validation import Vectors
 
-_QUERIES, _SHOWN = 8, 5  # retrievals on the page, and pictures of each
-_MOST_POINTS = 600  # of a curve
-_WIDE, _HIGH, _EDGE = 860, 220, 64
+_QUERIES, _TOP_K = 8, 5  # queries in the report, and images of each
+_MAX_POINTS = 600  # of a curve
+_WIDTH, _HEIGHT, _MARGIN = 860, 220, 64
 
 _NUMBER = (int, float)
-_LARGEST = 1e15
+_MAX_VALUE = 1e15
 _RECALLS = ("mean_recall", *(f"{way}_r{k}" for way in ("t2i", "i2t") for k in (1, 5, 10)))
-# What the report needs of an event; NaN, of a loss, is kept as null.
-_TOLD: dict[str, dict[str, Any]] = {
+# Types of the fields that the report needs, by the kind of event.
+_REQUIRED: dict[str, dict[str, Any]] = {
     "start": {
         "model": str,
         "parameters": int,
@@ -50,9 +51,9 @@ def write_report(
     """Write ``report.html`` into a run's folder.
 
     Returns:
-        The scores that it shows first: where measured, and the mean recall there.
+        The scores at its top, as (name, mean recall).
     """
-    events = [event for event in read_log(folder) if _is_whole(event)]
+    events = [event for event in read_log(folder) if _is_valid(event)]
     scores = headline(events, recipe)
     steps = [event for event in events if event["kind"] == "step"]
     marks = [
@@ -60,14 +61,14 @@ def write_report(
         for event in events
         if event["kind"] == "stage" and event["step"] == 0
     ]
-    measured = [e for e in events if e["kind"] == "score" and e["stage"] != "final"]
+    scored = [e for e in events if e["kind"] == "score" and e["stage"] != FINAL]
     parts = [
         f"<h1>{escape(recipe.name)}</h1>",
         _summary(events, recipe),
         "<h2>Mean recall on the validation pairs</h2>",
-        _scores(events, recipe) if scores else "<p>There were no validation pairs.</p>",
+        _scores(events, recipe) if scores else "<p>No validation pairs.</p>",
         curve(
-            [(e["total"], 100 * e["mean_recall"]) for e in measured],
+            [(e["total"], 100 * e["mean_recall"]) for e in scored],
             marks,
             "mean recall, %",
             dots=True,
@@ -76,11 +77,11 @@ def write_report(
         "<h2>Loss</h2>",
         curve([(e["total"], e["mean_loss"]) for e in steps], marks, "loss"),
         "<h2>Learning rate</h2>",
-        curve([(e["total"], e["rate"]) for e in steps], marks, "rate"),
+        curve([(e["total"], e["rate"]) for e in steps], marks, "learning rate"),
         "<h2>Logit scale</h2>",
         curve([(e["total"], e["logit_scale"]) for e in steps], marks, "factor on the cosine"),
         *_retrievals(folder, validation),
-        "<h2>Where the weights came from</h2>",
+        "<h2>Initial weights</h2>",
         _listed(line for e in events if e["kind"] == "start" for line in e["origins"]),
         *(f'<p class="bad">{escape(e["text"])}</p>' for e in events if e["kind"] == "warning"),
         "<h2>Recipe</h2>",
@@ -91,62 +92,67 @@ def write_report(
     return scores
 
 
-def _is_whole(event: Event) -> bool:
-    """Tell whether an event has all that the page shows of its kind; a line may be damaged."""
+def _is_valid(event: Event) -> bool:
+    """Return whether an event has the fields that the report needs; a line may be damaged."""
     return all(
         name in event and _fits(event[name], types)
-        for name, types in (("total", int), *_TOLD.get(event["kind"], {}).items())
+        for name, types in (("total", int), *_REQUIRED.get(event["kind"], {}).items())
     )
 
 
 def _fits(value: Any, types: Any) -> bool:
-    if isinstance(value, int | float) and not abs(value) < _LARGEST:  # nor NaN
+    if isinstance(value, int | float) and not abs(value) < _MAX_VALUE:  # nor NaN
         return False
     return isinstance(value, types) and not isinstance(value, bool)
 
 
 def headline(events: Sequence[Event], recipe: Recipe) -> list[tuple[str, float]]:
-    """Return the score before training, the best after each stage, mixed, and the final one."""
+    """Return the scores before training, of each stage (best and interpolated), and final."""
     return [(name, event["mean_recall"]) for name, event in _chosen(events, recipe)]
 
 
 def _chosen(events: Sequence[Event], recipe: Recipe) -> list[tuple[str, Event]]:
-    measured = [event for event in events if event["kind"] == "score"]
-    chosen = [("before", event) for event in measured if event["total"] == 0]
+    scored = [event for event in events if event["kind"] == "score"]
+    chosen = [("before", event) for event in scored if event["total"] == 0]
     best = chosen[0][1] if chosen else None
     for stage in recipe.stages:
-        mine = [e for e in measured if e["stage"] == stage.name and e["total"]]
-        for event in mine:
+        of_stage = [e for e in scored if e["stage"] == stage.name and e["total"]]
+        for event in of_stage:
             if best is None or event["mean_recall"] > best["mean_recall"]:
                 best = event
-        if mine and best is not None:
+        if of_stage and best is not None:
             chosen.append((stage.name, best))
-        mixed = [e for e in measured if e["stage"] == f"{stage.name}, mixed"]
-        for event in mixed[-1:]:  # a stage made longer is mixed again; the next begins with this
+        # A stage that was made longer has several; the next stage starts from the last.
+        for event in [e for e in scored if e["stage"] == interpolated(stage.name)][-1:]:
             best = event
             chosen.append((event["stage"], event))
-    chosen += [("final", event) for event in measured if event["stage"] == "final"][-1:]
+    chosen += [("final", event) for event in scored if event["stage"] == FINAL][-1:]
     return chosen
 
 
 def curve(
     points: Sequence[Point],
     marks: Sequence[tuple[float, str]],
-    what: str,
+    label: str,
     dots: bool = False,
     *,
     second: Sequence[Point] = (),
-    along: str = "step",
+    x_label: str = "step",
 ) -> str:
-    """Return an SVG of a curve over steps; ``marks`` are where stages begin.
+    """Return an SVG of a curve.
 
-    ``second`` is another curve, drawn dashed; ``along`` says what the points lie along, if not
-    steps.
+    Args:
+        points: (x, y); a ``y`` that is not a number is left out.
+        marks: (x, text) of vertical lines, such as the starts of stages.
+        label: the y axis, for screen readers.
+        dots: draw the points.
+        second: another curve, drawn dashed.
+        x_label: the x axis.
     """
     points = [(x, y) for x, y in points if isinstance(y, int | float)]
     if not points:
         return "<p>none</p>"
-    points = points[:: max(1, len(points) // _MOST_POINTS)]
+    points = points[:: max(1, len(points) // _MAX_POINTS)]
     xs, ys = zip(*points, *second, strict=True)
     left, right = 0.0, max(1.0, max(xs))
     low, high = min(ys), max(ys)
@@ -154,54 +160,56 @@ def curve(
         low, high = low - 0.5, high + 0.5
 
     to_pixels = linear_scale(
-        ((left, low), (right, high)), (_EDGE, 10), (_WIDE - _EDGE - 10, _HIGH - 40)
+        ((left, low), (right, high)), (_MARGIN, 10), (_WIDTH - _MARGIN - 10, _HEIGHT - 40)
     )
     shapes = []
-    for some, dashes in ((points, ""), (second, ' stroke-dasharray="6 4"')):
-        if some:
+    for curve_points, dashes in ((points, ""), (second, ' stroke-dasharray="6 4"')):
+        if curve_points:
             options = f' stroke-width="1.5"{dashes}'
-            shapes.append(polyline(map(to_pixels, some), options=options))
+            shapes.append(polyline(map(to_pixels, curve_points), options=options))
     for value in (low, (low + high) / 2, high):
         _, y = to_pixels((0, value))
         shapes.append(
-            f'<line x1="{_EDGE}" x2="{_WIDE - 10}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--line)"/>'
-            f'<text x="{_EDGE - 4}" y="{y + 4:.1f}" text-anchor="end">{_short(value)}</text>'
+            f'<line x1="{_MARGIN}" x2="{_WIDTH - 10}" y1="{y:.1f}" y2="{y:.1f}" '
+            'stroke="var(--line)"/>'
+            f'<text x="{_MARGIN - 4}" y="{y + 4:.1f}" text-anchor="end">{_short(value)}</text>'
         )
     for at, name in marks:
         x, _ = to_pixels((at, low))
         shapes.append(
-            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="6" y2="{_HIGH - 28}" stroke="currentColor" '
-            f'stroke-dasharray="3 3"/><text x="{x + 4:.1f}" y="{_HIGH - 16}">{escape(name)}</text>'
+            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="6" y2="{_HEIGHT - 28}" stroke="currentColor" '
+            'stroke-dasharray="3 3"/>'
+            f'<text x="{x + 4:.1f}" y="{_HEIGHT - 16}">{escape(name)}</text>'
         )
     if dots:
         for point in (*points, *second):
-            title = f"{along} {_short(point[0])}: {_short(point[1])}"
+            title = f"{x_label} {_short(point[0])}: {_short(point[1])}"
             shapes.append(circle(to_pixels(point), title))
     shapes.append(
-        f'<text x="{_WIDE - 10}" y="{_HIGH - 2}" text-anchor="end">{along} {_short(right)}</text>'
+        f'<text x="{_WIDTH - 10}" y="{_HEIGHT - 2}" text-anchor="end">'
+        f"{x_label} {_short(right)}</text>"
     )
     return (
-        f'<svg viewBox="0 0 {_WIDE} {_HIGH}" width="{_WIDE}" role="img" '
-        f'aria-label="{escape(what)}">{"".join(shapes)}</svg>'
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" role="img" '
+        f'aria-label="{escape(label)}">{"".join(shapes)}</svg>'
     )
 
 
 def _summary(events: Sequence[Event], recipe: Recipe) -> str:
     start = next((e for e in events if e["kind"] == "start"), None)
     end = next((e for e in events if e["kind"] == "end"), None)
-    told = []
+    sentences = []
     if start is not None:
-        told.append(
+        sentences.append(
             f"{escape(start['model'])}, {start['parameters'] / 1e6:,.1f} M parameters, "
             f"{start['pairs']:,} training pairs, on {escape(start['device'])}, "
             f"{start['processes']} process(es), {recipe.machine.precision}."
         )
     if end is not None:
-        told.append(
-            f"{end['total']:,} steps; since it was last started, the run took "
-            f"{end['seconds'] / 60:,.1f} minutes."
+        sentences.append(
+            f"{end['total']:,} steps; {end['seconds'] / 60:,.1f} minutes since the last start."
         )
-    return f"<p>{' '.join(told)}</p>"
+    return f"<p>{' '.join(sentences)}</p>"
 
 
 def _scores(events: Sequence[Event], recipe: Recipe) -> str:
@@ -252,27 +260,27 @@ def _is_sweep(event: Event) -> bool:
 
 
 def _mixtures(events: Sequence[Event]) -> Iterator[str]:
-    """Show what each mixture of old and new weights gains, and what the kept pairs lose by it."""
+    """Yield a curve and a table of the scores of the interpolated weights of each stage."""
     for sweep in mixtures(events):
         rows, weight = sweep["mixtures"], sweep["weight"]
         first = rows[0]
         has_kept = first["kept"] is not None
-        yield f"<h2>Mixtures of stage {escape(sweep['stage'])}</h2>"
+        yield f"<h2>Interpolated weights of stage {escape(sweep['stage'])}</h2>"
         yield (
-            "<p>Mean recall when the new weights are mixed with those the stage began with, in "
-            "points above the latter: on the validation pairs"
-            + (" (line), and on the pairs to keep (dashes)" if has_kept else "")
-            + f". The weight of the new ones that was chosen: {weight:g}.</p>"
+            "<p>Mean recall of the initial and the new weights of the stage, interpolated, "
+            "in points above the initial weights: on the validation pairs"
+            + (" (solid), and on the kept pairs (dashed)" if has_kept else "")
+            + f". Chosen weight of the new weights: {weight:g}.</p>"
         )
         yield curve(
             [(e["weight"], round(100 * (e["score"] - first["score"]), 2)) for e in rows],
             [(weight, "chosen")],
-            "points of mean recall, by the weight of the new weights",
+            "points of mean recall",
             dots=True,
             second=[
                 (e["weight"], round(100 * (e["kept"] - first["kept"]), 2)) for e in rows if has_kept
             ],
-            along="weight",
+            x_label="weight",
         )
         heads = ("weight", "validation", "kept") if has_kept else ("weight", "validation")
         yield table(
@@ -288,41 +296,41 @@ def _mixtures(events: Sequence[Event]) -> Iterator[str]:
 
 
 def _retrievals(folder: Path, validation: EvalSet | None) -> list[str]:
-    """Show what some validation texts find, before and after."""
+    """Return the top images of some validation texts, before and after training."""
     try:
-        before, after = (_embeddings(folder / f"{when}.npz") for when in ("before", "after"))
+        before, after = (_embeddings(folder / f"{name}.npz") for name in ("before", "after"))
     except DataError:
         return []
     if validation is None:
         return []
     count = len(validation.texts)
     chosen = sorted({round(n * (count - 1) / max(1, _QUERIES - 1)) for n in range(_QUERIES)})
-    parts = ["<h2>What some texts find</h2>"]
+    parts = ["<h2>Retrieved images</h2>"]
     for text in chosen:
         parts.append(f"<h3>{escape(validation.texts[text])}</h3>")
-        right = set(validation.pairs[validation.pairs[:, 1] == text, 0].tolist())
+        correct = set(validation.pairs[validation.pairs[:, 1] == text, 0].tolist())
         for name, (images, texts) in (("before", before), ("after", after)):
             parts.append(f"<p>{name}</p>")
-            parts.append(image_grid(_found(images, texts[text], right, validation)))
+            parts.append(image_grid(_top_images(images, texts[text], correct, validation)))
     return parts
 
 
 def _embeddings(path: Path) -> tuple[Vectors, Vectors]:
-    held = read_npz(path, ("images", "texts"))
-    return held["images"].astype(np.float32), held["texts"].astype(np.float32)
+    arrays = read_npz(path, ("images", "texts"))
+    return arrays["images"].astype(np.float32), arrays["texts"].astype(np.float32)
 
 
-def _found(
-    images: Vectors, text: Vectors, right: set[int], validation: EvalSet
+def _top_images(
+    images: Vectors, text: Vectors, correct: set[int], validation: EvalSet
 ) -> Iterable[tuple[str, str]]:
     cosines = images @ text
-    for image in np.argsort(-cosines, kind="stable")[:_SHOWN].tolist():
+    for image in np.argsort(-cosines, kind="stable")[:_TOP_K].tolist():
         try:
-            address = data_uri(thumbnail(validation.image_bytes(image)))
+            uri = data_uri(thumbnail(validation.image_bytes(image)))
         except CNClipError:
             continue
-        mark = " ✓" if image in right else ""
-        yield address, f"{cosines[image]:.3f}{mark}"
+        mark = " ✓" if image in correct else ""
+        yield uri, f"{cosines[image]:.3f}{mark}"
 
 
 def _listed(lines: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""A run's folder: who may train in it, which recipe it is of, and whether it has ended."""
+"""The folder of a run: its lock, its recipe, and its outcome."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cn_clip.train.recipe.schema import Recipe
 from cn_clip.train.recipe.toml import build_recipe, difference, read_recipe
 from cn_clip.train.run.checkpoint import states
 
-# Options that decide nothing about the weights, so they may change when a run goes on.
+# Options that may change between a run and its resumption: they do not affect the weights.
 _FREE = (
     "data.workers", "data.prefetch_mb", "output.folder", "output.keep", "output.log_every",
     "output.save_every", "output.tensorboard", "output.swanlab", "output.wandb",
@@ -32,13 +32,18 @@ _RECIPE, _OUTCOME = "recipe.toml", "outcome.json"
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a run came to.
+    """The result of a finished run.
 
-    ``scores`` holds, in order, where each was measured and the mean recall there: ``before``, the
-    best of each stage, its mixture (``NAME, mixed``) if it interpolates, and ``final``. ``weights``
-    is the folder of the final model. ``mixtures`` holds, for each stage with ``interpolate =
-    "auto"``, its ``stage``, the ``weight`` that was chosen, whether the kept pairs lose at most a
-    point of mean recall (``within``), and of every mixture its ``weight``, ``score`` and ``kept``.
+    Attributes:
+        folder: the run's folder.
+        weights: folder of the final model.
+        steps: steps of all stages.
+        seconds: duration since the last start or resume.
+        scores: (name, mean recall): ``before``, the best of each stage, its interpolated weights
+            (``NAME, mixed``), and ``final``.
+        mixtures: for each stage with ``interpolate = "auto"``: ``stage``, chosen ``weight``,
+            whether the kept pairs lose at most one point of mean recall (``within``), and the
+            ``weight``, ``score`` and ``kept`` of every mixture.
     """
 
     folder: str
@@ -50,42 +55,42 @@ class Outcome:
 
 
 def write_outcome(folder: Path, outcome: Outcome) -> None:
-    """Write what a run came to, which tells that it has ended."""
+    """Write the outcome, which marks the run as finished."""
     with atomic_file(folder / _OUTCOME) as path:
         path.write_text(json.dumps(asdict(outcome), indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
-def full_disk_named(folder: Path) -> Iterator[None]:
-    """Turn what cannot be written into the folder into one sentence."""
+def disk_errors_named(folder: Path) -> Iterator[None]:
+    """Turn an ``OSError`` of the run into a ``CheckpointError`` that names the folder."""
     try:
         yield
     except CNClipError:
         raise
     except OSError as error:
         raise CheckpointError(
-            f"the run in {folder} cannot go on: {error}; its last state is whole. Free some space, "
-            "then go on with: --resume auto"
+            f"the run in {folder} cannot go on: {error}; its last state is complete. Free some "
+            "space, then resume with: --resume auto"
         ) from error
 
 
 def claim_folders(recipe: Recipe, inputs: Iterable[str | Path] = ()) -> None:
-    """Check that a run may write into its folder, and into that of cached features; nothing is
-    touched.
+    """Check that a run may write into its folder, and into that of cached features, without
+    changing them.
 
-    A folder is new, empty, or of a run before: a first run never begins among other files.
+    A folder is new, empty, or of an earlier run; a new run never starts among other files.
 
     Args:
-        recipe: of the run.
-        inputs: what is read besides, such as the file of the recipe.
+        recipe: the run's recipe.
+        inputs: other files that are read, such as the file of the recipe.
 
     Raises:
         UsageError: see ``outputs.claim``.
     """
     folder = Path(recipe.output.folder).expanduser()
-    read = [*_inputs(recipe), *(Path(each).expanduser() for each in inputs)]
-    if _is_run(folder):  # whose own recipe may be what is carried out
-        read = [each for each in read if not same_file(each, folder / _RECIPE)]
+    read = [*_inputs(recipe), *(Path(path).expanduser() for path in inputs)]
+    if _is_run(folder):  # its own recipe may be an input
+        read = [path for path in read if not same_file(path, folder / _RECIPE)]
     claim(
         recipe.output.folder and folder,
         _objection,
@@ -98,8 +103,8 @@ def claim_folders(recipe: Recipe, inputs: Iterable[str | Path] = ()) -> None:
         features = Path(recipe.output.features).expanduser()
         if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(features)):
             raise UsageError(
-                f"--output.features {features} holds the run's folder {folder}; give a folder of "
-                "its own"
+                f"--output.features {features} contains the run's folder {folder}; give a separate "
+                "folder"
             )
         claim(
             recipe.output.features and features,
@@ -112,33 +117,33 @@ def claim_folders(recipe: Recipe, inputs: Iterable[str | Path] = ()) -> None:
 
 
 def _inputs(recipe: Recipe) -> list[Path]:
-    """Return the files and folders that a recipe names."""
+    """Return the files and folders that a recipe reads."""
     start, losses = recipe.start, [stage.loss for stage in recipe.stages]
-    given = [start.model, start.checkpoint, start.image, start.text]
-    given += [each for loss in losses for each in (loss.teacher, loss.sentences)]
+    inputs = [start.model, start.checkpoint, start.image, start.text]
+    inputs += [path for loss in losses for path in (loss.teacher, loss.text_targets)]
     names = hub.names()
-    files = [Path(each) for each in given if each is not None and each not in names]
-    listed = (value for value in asdict(recipe.data).values() if isinstance(value, tuple))
-    return files + [path for uris in listed for uri in uris for path in paths_of(uri)]
+    files = [Path(path) for path in inputs if path is not None and path not in names]
+    sources = (value for value in asdict(recipe.data).values() if isinstance(value, tuple))
+    return files + [path for uris in sources for uri in uris for path in paths_of(uri)]
 
 
 def _is_run(folder: Path) -> bool:
-    """Tell whether a run has begun in a folder."""
-    if not os.path.isdir(folder):  # nothing, or no usable name, which the claim says
+    """Return whether a folder has a run."""
+    if not os.path.isdir(folder):  # missing, or an invalid name, which ``claim`` reports
         return False
     return STAMP in stamped_files(folder, "train") or bool(states(folder))
 
 
 def _objection(folder: Path) -> str | None:
-    """What stands beside a run is left alone; but none begins beside anything."""
+    """Return why a run may not start in a folder: it has other files, and no run."""
     return None if _is_run(folder) else own_folder("train")(folder)
 
 
-def locked(folder: Path) -> AbstractContextManager[object]:
-    """Hold the folder for this run alone.
+def lock_folder(folder: Path) -> AbstractContextManager[object]:
+    """Create the folder and lock it for this run.
 
     Raises:
-        UsageError: another run does, or it cannot be a folder: there is a file, say.
+        UsageError: another run has the lock, or the folder cannot be created or written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -149,7 +154,7 @@ def locked(folder: Path) -> AbstractContextManager[object]:
         ) from None
     except (FileExistsError, NotADirectoryError):
         raise UsageError(
-            f"output.folder is {folder}, where there is a file; give another --output.folder"
+            f"output.folder is {folder}, which is a file; give another --output.folder"
         ) from None
     except OSError as error:
         raise UsageError(
@@ -158,47 +163,50 @@ def locked(folder: Path) -> AbstractContextManager[object]:
         ) from None
 
 
-def prepared(folder: Path, recipe: Recipe, resume: bool, allow_changes: bool) -> Outcome | None:
-    """Check what is in the folder, write the recipe there; return the outcome of a run that ended.
+def prepare_folder(
+    folder: Path, recipe: Recipe, resume: bool, allow_changes: bool
+) -> Outcome | None:
+    """Check the folder and write the recipe into it; return the outcome if the run is finished.
 
     Raises:
-        UsageError: it holds a run, and this is not to go on with it, or has another recipe; or it
-            holds other files.
+        UsageError: the folder has a run, and ``resume`` is false or its recipe differs; or it has
+            other files.
     """
 
-    def look() -> Outcome | None:
+    def prepare() -> Outcome | None:
         with map_write_errors(folder):
-            return _looked_into(folder, recipe, resume, allow_changes)
+            return _prepare_folder(folder, recipe, resume, allow_changes)
 
-    return distributed.on_main(look)
+    return distributed.on_main(prepare)
 
 
-def _looked_into(folder: Path, recipe: Recipe, resume: bool, allow_changes: bool) -> Outcome | None:
+def _prepare_folder(
+    folder: Path, recipe: Recipe, resume: bool, allow_changes: bool
+) -> Outcome | None:
     path, reason = folder / _RECIPE, _objection(folder)
     if reason is not None:
         raise UsageError(f"{folder} {reason}; give another place")
     if path.is_file() and states(folder):
         if not resume:
             raise UsageError(
-                f"{folder} holds a run; go on with it by --resume auto, or give another "
-                "--output.folder"
+                f"{folder} has a run; resume it with --resume auto, or give another --output.folder"
             )
         changes = difference(build_recipe(read_recipe(str(path))), recipe)
-        changes = [each for each in changes if not each.startswith(_FREE)]
+        changes = [change for change in changes if not change.startswith(_FREE)]
         if changes and not allow_changes:
             raise UsageError(
-                f"the recipe of the run in {folder} was another one: {'; '.join(changes)}. "
-                "--allow-changes goes on all the same"
+                f"the recipe of the run in {folder} differs: {'; '.join(changes)}. --allow-changes "
+                "resumes it with the new recipe"
             )
         if not changes and (outcome := _read_outcome(folder)) is not None:
             return outcome
     _sweep(folder)
-    for place in (folder / "final", *(folder / "stages").glob("[0-9]*")):
-        weights.refuse_foreign_folder(place)  # now, and not when the run has ended
+    for path_of_weights in (folder / "final", *(folder / "stages").glob("[0-9]*")):
+        weights.refuse_foreign_folder(path_of_weights)  # fail now, not at the end of the run
     if not _is_run(folder):
         stamp(folder, "train")
-    (folder / _OUTCOME).unlink(missing_ok=True)  # of the recipe before
-    if not states(folder):  # what came of an earlier try is no part of this run
+    (folder / _OUTCOME).unlink(missing_ok=True)  # of an earlier recipe
+    if not states(folder):  # the log of an attempt that saved no state
         (folder / "log.jsonl").unlink(missing_ok=True)
     if not _is_written(path, recipe):
         with atomic_file(path) as new:
@@ -215,8 +223,8 @@ def _is_written(path: Path, recipe: Recipe) -> bool:
 
 
 def _read_outcome(folder: Path) -> Outcome | None:
-    """Return the outcome of a run that has ended; None if the file is missing or damaged, so that
-    the run's end is done again."""
+    """Return the outcome of a finished run; None if the file is missing or damaged, so that the end
+    of the run is repeated."""
     try:
         values = json.loads((folder / _OUTCOME).read_text(encoding="utf-8"))
         scores = [(str(name), float(value)) for name, value in values["scores"]]
@@ -233,7 +241,7 @@ def _read_outcome(folder: Path) -> Outcome | None:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what was half written when a run was killed."""
+    """Remove partial files of a killed run."""
     features = (folder / "features").glob("*")
-    for place in (folder, folder / "stages", folder / "states", *features):
-        sweep(place)
+    for path in (folder, folder / "stages", folder / "states", *features):
+        sweep(path)
