@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import time
+from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
 import pytest
@@ -200,3 +201,9 @@ def test_a_line_without_an_end_is_not_read_whole(tmp_path, monkeypatch):
         list(read_texts([str(tmp_path / "t.txt")]))
     with pytest.raises(DataError, match="line 1 has 209,715,200 bytes or more"):
         lines.Lines(tmp_path / "t.txt")[0]
+
+
+def test_the_whole_file_system_is_not_searched():
+    for root in (Path("/"), Path("/../")):
+        with pytest.raises(UsageError, match="the whole file system"):
+            walk(root)

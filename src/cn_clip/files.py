@@ -138,7 +138,13 @@ class Listing:
 
 def walk(root: Path) -> Listing:
     """List all files in a folder, recursively. Links to folders are followed, except to parent
-    folders; every real folder is listed once, under its real path if it is inside ``root``."""
+    folders; every real folder is listed once, under its real path if it is inside ``root``.
+
+    Raises:
+        UsageError: the folder is the root of the file system, whose listing takes minutes.
+    """
+    if os.path.realpath(root) == os.path.abspath(os.sep):
+        raise UsageError(f"{root} is the whole file system; name a folder in it")
     listing = Listing()
     for _, entries in _walk_folders(root, listing.unreadable):
         listing.files += [Path(entry.path) for entry in entries if not _is_dir(entry)]

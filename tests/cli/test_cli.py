@@ -87,7 +87,7 @@ def test_a_damaged_image_is_reported_and_the_others_are_classified(cn_clip, mode
     code, out, err = cn_clip("classify", image_folder, "--labels", "猫,狗", "--model", model)
     assert code == 1
     assert out.count("probability") == 3
-    assert "cut.jpg is damaged" in err and "1 of 4 pictures failed" in err
+    assert "cut.jpg is damaged" in err and "1 of 4 images failed" in err
     code, out, _ = cn_clip(
         "classify", image_folder, "--labels", "猫,狗", "--model", model, "--json"
     )

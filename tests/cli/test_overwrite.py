@@ -358,7 +358,7 @@ def test_a_run_goes_on_beside_notes_and_by_its_own_recipe(command, tmp_path, cap
     (out / "final" / "README.md").write_text("mine")
     capsys.readouterr()
     assert run([*words, "--resume", "auto", "--allow-changes", "--steps", "3"]) == 1
-    assert "final holds other files too" in capsys.readouterr().err
+    assert "final has other files too" in capsys.readouterr().err
     assert (out / "final" / "README.md").read_text() == "mine"
 
 

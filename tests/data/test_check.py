@@ -67,7 +67,7 @@ def test_every_kind_of_problem_is_counted_and_named(pictures, workers):
     assert told["empty"] == f"{texts} 8: its text is empty"
     assert told["long"] == f"{texts} 9: 62 tokens, 10 are cut"
     assert told["text id"] == f"{texts} 5: its text id is also that of {texts} 1"
-    assert told["pair"] == f"{texts} 7: this picture had this text before"
+    assert told["pair"] == f"{texts} 7: repeats an earlier pair of the same image and text"
     assert told["same picture"].startswith((f"{texts} 6: looks like", f"{texts} 5: looks like"))
     assert sum(found.languages.values()) == sum(found.lengths.values()) == 11
 

@@ -124,7 +124,7 @@ def test_what_cannot_be_read_is_left_out_and_named(pictures, tmp_path, workers):
     for sentence in (
         "line 2: its 10 bytes are not an image in a known format",
         "(and 1 more texts of this image)",
-        "line 6: no picture",
+        "line 6: no image",
         "line 7: its text is empty",
         "line 8 has 5 fields, its header 4",
     ):
