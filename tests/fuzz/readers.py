@@ -737,9 +737,9 @@ def _write_removed(folder: Path) -> None:
 
 
 def _hub(folder: Path) -> None:
-    from cn_clip.hub import _check_kind
+    from cn_clip.hub import _check_model_type
 
-    _check_kind("a/b", folder / "config.json")
+    _check_model_type("a/b", folder / "config.json")
 
 
 # Lists

@@ -66,7 +66,14 @@ def test_a_description_that_would_take_for_ever_is_refused(state):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("stage", -1), ("step", "3"), ("before", "x"), ("weights", 1), ("due", 0), ("total", 2**80)],
+    [
+        ("stage", -1),
+        ("step", "3"),
+        ("before", "x"),
+        ("weights", 1),
+        ("evaluation_pending", 0),
+        ("total", 2**80),
+    ],
 )
 def test_progress_of_the_wrong_kind_is_named(state, name, value):
     path = state / "progress.json"

@@ -362,7 +362,7 @@ def test_a_disk_full_inside_a_save_leaves_the_state_before_it(pairs, start, tmp_
         return save(*given, **options)
 
     monkeypatch.setattr(states_on_disk, "save", full)
-    with pytest.raises(CheckpointError, match=r"step 6 could not be saved.*No space left.*000003"):
+    with pytest.raises(CheckpointError, match=r"step 6 was not saved.*No space left.*000003"):
         train(recipe)
     assert [path.name for path in states_on_disk.states(run)] == ["000000000", "000000003"]
     monkeypatch.undo()
@@ -391,7 +391,7 @@ def test_a_signal_ends_a_score_at_the_next_image_and_the_run_goes_on_as_if_it_ha
     # In the first score, in that after epoch 1, and again in that: each is measured again.
     for at, states in ((2, 0), (images + 2, 2), (2, 2)):
         count, fatal = 0, at
-        with pytest.raises(InterruptedRun, match="Go on with") as stopped:
+        with pytest.raises(InterruptedRun, match="Resume with") as stopped:
             train(recipe, resume=True)
         assert stopped.value.code == 128 + signal.SIGTERM
         assert count <= fatal + 1

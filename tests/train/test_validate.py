@@ -95,7 +95,7 @@ def test_rows_that_cannot_be_used_are_named_and_the_rest_counts():
 
 
 def test_nothing_to_validate_on_is_an_error():
-    with pytest.raises(DataError, match="no pair that can be measured on; see: cn-clip data check"):
+    with pytest.raises(DataError, match="no readable pair in the data; see: cn-clip data check"):
         validation(("1", " ", A))
 
 

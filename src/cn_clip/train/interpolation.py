@@ -121,7 +121,7 @@ def _swept(run: Run, progress: Progress, model: CLIP, old: State, new: State) ->
         if stop:
             raise InterruptedRun(
                 "stopped while mixtures of weights were measured, which is done again when the "
-                "run goes on. Go on with: --resume auto",
+                "run resumes. Resume with: --resume auto",
                 128 + stop,
             )
         mix(model, old, new, weight)

@@ -56,15 +56,15 @@ class Run:
     kept: EvalSet | None = None
 
     def stop_between(self) -> None:
-        """Stop between two pictures of a score, if asked to; of several processes, none does alone.
+        """Stop between two images of an evaluation after a signal; only in a run of one process.
 
         Raises:
-            InterruptedRun: a signal came.
+            InterruptedRun: a signal was received.
         """
         if self.stop.signal and distributed.world_size() == 1:
             raise InterruptedRun(
-                "stopped while a score was measured, which is done again when the run goes on. Go "
-                "on with: --resume auto",
+                "stopped during an evaluation, which runs again after resume. Resume with: "
+                "--resume auto",
                 128 + self.stop.signal,
             )
 
