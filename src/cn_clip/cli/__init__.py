@@ -82,9 +82,8 @@ def _run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt as error:
         return _interrupted(error.number if isinstance(error, Interrupted) else signal.SIGINT)
     except Exception as error:
-        if (
-            number := received_signal()
-        ):  # a library turned the exception of the signal into another error
+        # A library may turn the exception of a signal into another error.
+        if number := received_signal():
             return _interrupted(number)
         return _failed(error, arguments)
     return code if isinstance(code, int) else 0

@@ -185,7 +185,9 @@ def _lengths(diagnosis: Diagnosis) -> str:
 
 def _cosines(diagnosis: Diagnosis) -> str:
     cosines = diagnosis.cosines
-    pairs, non_pairs, correct, wrong = (f"{median:.3f}" for median in cosines.medians)
+    pairs, non_pairs, correct, wrong = (
+        "none" if np.isnan(median) else f"{median:.3f}" for median in cosines.medians
+    )
     return (
         f"<p>Pairs (blue, median {pairs}) and non-pairs (grey, {non_pairs}), scaled separately.</p>"
         f"{overlaid_histograms(cosines.pairs, cosines.non_pairs, BINS)}"
