@@ -429,3 +429,16 @@ def test_a_home_that_cannot_be_written_is_a_note_of_the_command(pictures):
     assert (
         done.stderr.count("\n") == 1 and "Name a lasting folder with CN_CLIP_CACHE" in done.stderr
     )
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "folder", "tsv"])
+@pytest.mark.parametrize("encoding", ["no-such", "gb\x0018030", "hex", "idna"])
+def test_an_encoding_that_is_not_one_of_text_is_named(pictures, kind, encoding):
+    for image in pictures.glob("*.jpg"):
+        image.with_suffix(".txt").write_text("猫", encoding="utf-8")
+    uri = f"folder:{pictures}" if kind == "folder" else WRITERS[kind](pictures)
+    joint = "&" if "?" in uri else "?"
+    with pytest.raises(DataError, match=r"gb18030|is not"):
+        source = open_source(f"{uri}{joint}encoding={encoding}")
+        for index in range(len(source)):
+            source.row(index)

@@ -62,7 +62,7 @@ class Folder:
         except (OSError, IndexError) as error:
             reason = getattr(error, "strerror", None) or "the file has changed"
             raise DataError(f"{self.where(index)} cannot be read: {reason}") from None
-        except (UnicodeError, LookupError):
+        except (ValueError, LookupError):
             raise DataError(
                 f"{self.where(index)} is not {self._encoding}; save it as UTF-8, or set its "
                 "encoding with ?encoding=gb18030"

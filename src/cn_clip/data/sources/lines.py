@@ -55,7 +55,7 @@ class Lines:
         self._limit = limit
         try:
             "".encode(self._encoding)
-        except (LookupError, UnicodeError):
+        except (LookupError, ValueError):
             raise DataError(f"{path}: unknown encoding {encoding!r}; try gb18030") from None
         try:
             check_regular(path)

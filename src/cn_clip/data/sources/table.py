@@ -208,7 +208,7 @@ def _dialect(path: Path, named: NamedColumns, encoding: str | None) -> tuple[str
     default = "\t" if path.suffix.lower() == ".tsv" else ","
     try:
         head = read_head(path).decode(encoding or "utf-8", "replace").removeprefix("\ufeff")
-    except (LookupError, UnicodeError):
+    except (LookupError, ValueError):
         return default, 0  # Lines reports it
     lines = [line for line in re.split(r"[\r\n]+", head) if line.strip()]
     if not lines:
