@@ -106,7 +106,7 @@ def _fingerprint(config: ModelConfig, state: Mapping[str, torch.Tensor]) -> str:
             name,
             str(tensor.dtype).removeprefix("torch."),
             tensor.shape,
-            tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data,
+            weights.tensor_bytes(tensor),
         )
         for name, tensor in state.items()
     )

@@ -276,11 +276,16 @@ class _SmallWrites(io.FileIO):
         return size
 
 
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor in row-major order, copied to the CPU if needed."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
 def add_to_digest(digest: hashlib._Hash, state: Mapping[str, Tensor]) -> None:
     """Add names, shapes, precision and bytes of tensors to a digest."""
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update(tensor_bytes(tensor))
 
 
 def _write_json(path: Path, values: Any) -> None:
