@@ -10,8 +10,8 @@ from typing import Any, Literal, get_args
 
 from cn_clip.errors import CheckpointError, UnknownModelError, UsageError
 
-BackendName = Literal["auto", "torch"]
-Precision = Literal["auto", "float32", "bfloat16", "float16"]
+BackendName = Literal["auto", "torch", "onnx", "openvino"]
+Precision = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 VisionKind = Literal["vit", "resnet", "efficientnet_lite"]
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -29,6 +29,7 @@ from cn_clip.cli.doctor import doctor
 from cn_clip.cli.embed import embed
 from cn_clip.cli.empty import refuse_empty
 from cn_clip.cli.eval import eval_app
+from cn_clip.cli.export import export
 from cn_clip.cli.models import models
 from cn_clip.cli.train import train
 from cn_clip.errors import CNClipError, UsageError, one_line
@@ -44,6 +45,7 @@ app.command(models)
 app.command(classify)
 app.command(embed)
 app.command(convert)
+app.command(export)
 app.command(data)
 app.command(train)
 app.command(eval_app)

@@ -13,11 +13,11 @@ from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
+from cn_clip.cache import VARIABLE, cache_folder
 from cn_clip.errors import CNClipError
 from cn_clip.publish import atomic_file
 
 _Index = TypeVar("_Index")
-_CACHE_VARIABLE = "CN_CLIP_CACHE"
 
 
 def cached_index(
@@ -54,7 +54,7 @@ def cached_index(
             failed.append(f"{root} ({error.strerror or error})")
     raise CNClipError(
         f"the index of {path.name} cannot be written: {'; '.join(failed)}; set another folder "
-        f"with {_CACHE_VARIABLE}"
+        f"with {VARIABLE}"
     )
 
 
@@ -68,9 +68,9 @@ def _name(path: Path, suffix: str) -> str:
 
 def _cache_roots(failed: list[str]) -> Iterator[Path]:
     """Yield the folders to try: the cache, then a temporary folder, with a warning."""
-    given = os.environ.get(_CACHE_VARIABLE)
+    given = os.environ.get(VARIABLE)
     try:
-        yield Path(given or "~/.cache/cn_clip").expanduser()
+        yield cache_folder()
     except RuntimeError:  # no HOME, and the user has no passwd entry
         failed.append("the home folder (there is none)")
     if not given:
@@ -87,7 +87,7 @@ def _temporary_root(failed: str) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="cn_clip-"))
     warnings.warn(
         f"cannot write {failed}; indexes of tar and Parquet files are kept in {folder} until this "
-        f"process ends. Set a permanent folder with {_CACHE_VARIABLE}",
+        f"process ends. Set a permanent folder with {VARIABLE}",
         stacklevel=2,
     )
     atexit.register(_remove, folder, os.getpid())
