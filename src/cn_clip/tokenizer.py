@@ -100,7 +100,8 @@ class Tokenizer:
     def save(self, path: str | os.PathLike[str], context_length: int = CONTEXT_LENGTH) -> None:
         """Write ``tokenizer.json`` for the `tokenizers` library, transformers and transformers.js.
 
-        Its ids equal ours, but for a Greek final sigma and for lone surrogates.
+        Its ids equal ours, except for a Greek final sigma, lone surrogates, and special tokens
+        that are part of the text, such as "[MASK]".
         """
         exported = _word_piece(self.vocab)
         exported.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])

@@ -110,7 +110,9 @@ def export(
     sample = embedded_sample()
     reference = Reference(original, [*sample.images, *images], [*sample.texts, *texts])
     with atomic_folder(target, "export") as folder:
-        exported = _write(original, folder, to, precision, _graphs(target, official_names))
+        exported = _write(
+            original, folder, to, precision, _graphs(target.name, precision, official_names)
+        )
         parity = reference.compare(_as_embedder(folder, exported, original))
         if not parity.smallest_cosine >= REQUIRED_COSINE[precision]:
             raise CheckpointError(
@@ -192,16 +194,17 @@ def _as_embedder(folder: Path, exported: Exported, original: Embedder) -> Embedd
     return Embedder(backend, original.config, fingerprint=lambda: fingerprint)
 
 
-def _graphs(out: Path, official_names: bool) -> tuple[Graph, Graph]:
+def _graphs(prefix: str, precision: GraphPrecision, official_names: bool) -> tuple[Graph, Graph]:
     """Return file, input and output names of the image and the text graph."""
     if not official_names:
         return (
             Graph("image.onnx", "pixel_values", "image_features"),
             Graph("text.onnx", "input_ids", "text_features"),
         )
+    kind = {"float32": "fp32", "float16": "fp16", "int8": "int8"}[precision]
     return (
-        Graph(f"{out.name}.img.fp32.onnx", "image", "unnorm_image_features"),
-        Graph(f"{out.name}.txt.fp32.onnx", "text", "unnorm_text_features"),
+        Graph(f"{prefix}.img.{kind}.onnx", "image", "unnorm_image_features"),
+        Graph(f"{prefix}.txt.{kind}.onnx", "text", "unnorm_text_features"),
     )
 
 
