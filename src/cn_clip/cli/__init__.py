@@ -21,6 +21,7 @@ from typing import TextIO
 from cyclopts import App, CycloptsError
 
 from cn_clip import __version__
+from cn_clip.cli.bench import bench
 from cn_clip.cli.classify import classify
 from cn_clip.cli.convert import convert
 from cn_clip.cli.crash import DEBUG, report_crash
@@ -49,6 +50,7 @@ app.command(export)
 app.command(data)
 app.command(train)
 app.command(eval_app)
+app.command(bench)
 app.command(doctor)
 
 

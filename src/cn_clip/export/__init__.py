@@ -31,10 +31,10 @@ from cn_clip.errors import CheckpointError, UsageError
 from cn_clip.export.graphs import OPSET, write_graphs
 from cn_clip.export.parity import REQUIRED_COSINE, Parity, Reference
 from cn_clip.export.precision import to_float16
-from cn_clip.export.sample import embedded_sample, golden_sample
 from cn_clip.fingerprint import Fingerprint, derived
 from cn_clip.image.decode import ImageInput
 from cn_clip.outputs import atomic_folder, claim, entries, own_folder
+from cn_clip.sample import embedded_sample, golden_sample
 from cn_clip.weights.folder_config import preprocessor_config
 
 _TOKENIZER = "tokenizer.json"
