@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import numpy as np
 
@@ -103,6 +105,11 @@ def _round(embedder: Embedder, batch_size: int) -> Callable[[], Round]:
 
 def peak_memory() -> int:
     """Return the peak resident memory of this process in bytes; 0 where it is unknown."""
+    # On Linux, getrusage() counts the memory of the parent at the time of the fork too.
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     try:
         import resource
     except ImportError:  # Windows
