@@ -1,11 +1,10 @@
-"""What a command may replace: claims of output paths, and folders stamped_files by their writer.
+"""What a command may replace: claims of output paths, and folders stamped by their writer.
 
 A command replaces only what it wrote itself, and only with ``--overwrite``; a command without that
 option always replaces its own output. It never touches an input or a folder with other files, and
 never writes inside an input folder. ``claim`` checks this before any computation.
 
-Folders are is_own by a stamp, ``.cn-clip.json``, which names the command and its files; single
-files by their first bytes.
+Folders are recognised by a stamp, ``.cn-clip.json``, which names the command and its files.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import stat
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,10 +19,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cn_clip.errors import UsageError
-from cn_clip.publish import NO_NAME, atomic_file, flush, is_leftover, temporary_beside
+from cn_clip.publish import LOCK, NO_NAME, atomic_file, flush, is_leftover, temporary_beside
 
 STAMP = ".cn-clip.json"
-LOCK = ".lock"
 _NAME_MAX = 255  # bytes of a file name on common file systems
 
 OutputCheck = Callable[[Path], str | None]
@@ -222,7 +219,7 @@ def atomic_folder(
     check: OutputCheck | None = None,
     also: Collection[str] = (),
 ) -> Iterator[Path]:
-    """Yield a temporary folder to write into; on success it is stamped_files and replaces ``path``.
+    """Yield a temporary folder to write into; on success it is stamped and replaces ``path``.
 
     The old folder stays until the new one is complete.
 
@@ -240,9 +237,8 @@ def atomic_folder(
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{path} is a file; give a new folder")
     target.parent.mkdir(parents=True, exist_ok=True)
-    work = temporary_beside(target)
-    new, old = work / "new", work / "old"
-    try:
+    with temporary_beside(target) as work:
+        new, old = work / "new", work / "old"
         new.mkdir()
         yield new
         stamp(new, command, {*entries(new), *also})
@@ -259,9 +255,6 @@ def atomic_folder(
             if old.exists():
                 old.rename(target)
             raise
-    finally:
-        if not old.exists() or target.exists():  # never delete the only copy
-            shutil.rmtree(work, ignore_errors=True)
 
 
 def _check_path(target: Path, given: str, kind: str, in_place: bool) -> None:

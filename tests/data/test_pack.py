@@ -138,6 +138,17 @@ def test_pairs_named_for_removal_are_left_out(pictures, tmp_path):
     assert pairs_of(f"{tmp_path}/out/00000.tar") == EXPECTED[1:3]
 
 
+@pytest.mark.parametrize("to", ["tsv", "lmdb"])
+def test_a_stopped_tsv_or_lmdb_says_that_it_starts_anew(pictures, tmp_path, monkeypatch, to):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, f"write_{to}", full)
+    with pytest.raises(CNClipError, match=r"No space left on device; nothing of it stays"):
+        pack(open_source(write_csv(pictures)), tmp_path / "out" / "packed", to=to)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_a_stopped_run_resumes_after_the_last_shard(pictures, tmp_path, monkeypatch):
     source, out = open_source(write_csv(pictures)), tmp_path / "out"
     written = []

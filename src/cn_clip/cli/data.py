@@ -53,8 +53,8 @@ def pack(
     """Write a source of pairs as tar shards, or as the official TSV or LMDB.
 
     Every image is written once, with all its texts. After an interruption, the same command resumes
-    after the last finished shard. Unreadable pairs are skipped, counted and listed; the exit code
-    is then 1.
+    after the last finished shard; a tsv or lmdb starts anew. Unreadable pairs are skipped, counted
+    and listed; the exit code is then 1.
 
     Parameters
     ----------
