@@ -97,7 +97,8 @@ if at == "rename":  # of the new folder, after the old one has moved away
             os.kill(os.getpid(), signal.SIGKILL)
         return rename(self, to)
     Path.rename = killed
-with publish.atomic_file(target) if kind == "file" else outputs.atomic_folder(target, "test") as path:
+write = publish.atomic_file if kind == "file" else lambda out: outputs.atomic_folder(out, "test")
+with write(target) as path:
     (path / "a" if path.is_dir() else path).write_text("half")
     if at == "write":
         os.kill(os.getpid(), signal.SIGKILL)

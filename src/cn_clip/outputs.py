@@ -112,6 +112,19 @@ def starts_with(*starts: bytes) -> Callable[[Path], bool]:
     return is_own
 
 
+def reads_as(start: re.Pattern[bytes], end: bytes) -> Callable[[Path], bool]:
+    """Return a predicate: whether the first 4 KiB of a file match ``start``, and it ends in
+    ``end``. For formats of others, which have no room for a mark of ours."""
+
+    def is_own(path: Path) -> bool:
+        with path.open("rb") as stream:
+            head = stream.read(1 << 12)
+            stream.seek(-min(len(end), path.stat().st_size), os.SEEK_END)
+            return start.match(head) is not None and stream.read() == end
+
+    return is_own
+
+
 def own_folder(
     command: str,
     own: Callable[[Path], Collection[str]] | None = None,

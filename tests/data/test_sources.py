@@ -7,11 +7,11 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from data.formats import IMAGES, PAIRS, WRITERS, jpeg, put, records, write_tsv
+from data.formats import IMAGES, PAIRS, WRITERS, jpeg, put, records, write_csv, write_tsv
 from PIL import Image
 
 from cn_clip.data.sources.base import read_pair
-from cn_clip.data.sources.open import open_mix, open_source, split_source
+from cn_clip.data.sources.open import open_mix, open_source, paths_of, split_source
 from cn_clip.errors import CNClipError, DataError, UsageError
 
 
@@ -180,6 +180,17 @@ def test_columns_root_and_addresses_can_be_named(pictures, tmp_path):
     assert read_pair(source, 0).image == IMAGES["007"]
     with pytest.raises(DataError, match="no column 'wort'; it has bild, satz"):
         open_source(f"{tmp_path}/list.csv?image=bild&text=wort")
+
+
+def test_the_files_named_in_an_address_are_inputs(pictures, tmp_path, monkeypatch):
+    csv, root = write_csv(pictures).removeprefix("csv:"), tmp_path / "root"
+    (root / "inner").mkdir(parents=True)
+    monkeypatch.chdir(root / "inner")
+    assert paths_of(f"0.5@csv:{csv}?root={pictures}") == [Path(csv), pictures]
+    assert paths_of(f"csv:{csv}?root=none") == [Path(csv), Path("none")]
+    for holds_the_current_folder in (".", "..", root, "/"):
+        assert paths_of(f"csv:{csv}?root={holds_the_current_folder}") == [Path(csv)]
+    assert paths_of(f"tsv:{csv}?texts={pictures}/t.jsonl") == [Path(csv), pictures / "t.jsonl"]
 
 
 # The official formats

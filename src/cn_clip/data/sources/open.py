@@ -22,6 +22,7 @@ from cn_clip.data.sources.table import Csv, JsonLines, Manifest, Table
 from cn_clip.data.sources.tar import Tar
 from cn_clip.errors import DataError, UnknownNameError, UsageError
 from cn_clip.files import as_path, find
+from cn_clip.outputs import is_within
 from cn_clip.text import path_text
 
 _MAX_FILES = 1_000_000  # that braces may expand to
@@ -117,12 +118,18 @@ def open_mix(uris: Sequence[str]) -> list[WeightedSource]:
 def paths_of(uri: str) -> list[Path]:
     """Return the files and folders of a source URI, with or without a weight.
 
+    A ``root`` that holds the current folder is not among them: it would hold all outputs.
+
     Raises:
         UsageError: the URI is invalid.
     """
     _, path, options = _parse_uri(_weight_of(uri)[1])
-    texts = [as_path(options["texts"])] if "texts" in options else []
-    return [*_expand(path), *texts]
+    here = Path(os.path.realpath("."))
+    named = [as_path(options[option]) for option in ("texts", "root") if option in options]
+    return [
+        *_expand(path),
+        *(path for path in named if not is_within(here, Path(os.path.realpath(path)))),
+    ]
 
 
 def _weight_of(uri: str) -> tuple[str, str]:
