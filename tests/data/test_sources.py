@@ -3,6 +3,7 @@ import io
 import json
 import os
 import pickle
+import sys
 import tarfile
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import pytest
 from data.formats import IMAGES, PAIRS, WRITERS, jpeg, put, records, write_csv, write_tsv
 from PIL import Image
 
+from cn_clip.data.encode import UNCHANGED, encode_image
 from cn_clip.data.sources.base import read_pair
 from cn_clip.data.sources.open import open_mix, open_source, paths_of, split_source
 from cn_clip.errors import CNClipError, DataError, UsageError
+from cn_clip.image.decode import read_image
 
 
 def pairs_of(source):
@@ -191,6 +194,21 @@ def test_the_files_named_in_an_address_are_inputs(pictures, tmp_path, monkeypatc
     for holds_the_current_folder in (".", "..", root, "/"):
         assert paths_of(f"csv:{csv}?root={holds_the_current_folder}") == [Path(csv)]
     assert paths_of(f"tsv:{csv}?texts={pictures}/t.jsonl") == [Path(csv), pictures / "t.jsonl"]
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_the_bytes_of_an_image_have_one_limit_in_every_format(kind, pictures, monkeypatch):
+    uri, limit = WRITERS[kind](pictures), min(map(len, IMAGES.values())) - 1
+    modules = [module for name, module in sys.modules.items() if name.startswith("cn_clip.")]
+    for name, small in (("MAX_ENCODED", limit), ("MAX_BASE64", limit // 3 * 4 + 4)):
+        for module in (module for module in modules if hasattr(module, name)):
+            monkeypatch.setattr(module, name, small)
+    said = f"above the limit of ({limit:,}|{limit // 3 * 4 + 4:,})"
+    if kind == "tar":
+        said = "holds no image with a text"  # the other members are read
+    for use in (read_image, lambda content: encode_image(content, UNCHANGED)):
+        with pytest.raises(CNClipError, match=said):
+            use(open_source(uri).image(0))
 
 
 # The official formats

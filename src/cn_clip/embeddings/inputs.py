@@ -12,8 +12,9 @@ from typing import Any, Literal
 from cn_clip.data.sources.lines import line_end, stream_lines
 from cn_clip.data.sources.official import decode_base64, parse_id
 from cn_clip.errors import DataError, UsageError
-from cn_clip.files import MAX_FILE, MAX_TEXT, as_path, resolve_in
+from cn_clip.files import MAX_TEXT, as_path, resolve_in
 from cn_clip.image.decode import SUFFIXES, find_images
+from cn_clip.image.limits import MAX_BASE64
 from cn_clip.text import path_text, read_json
 
 Kind = Literal["images", "texts"]
@@ -95,7 +96,7 @@ def read_texts(inputs: Sequence[str]) -> Iterator[Item]:
 
 
 def _tsv(path: Path) -> Iterator[Item]:
-    for where, raw in _lines(path, MAX_FILE):
+    for where, raw in _lines(path, MAX_BASE64):
         name, tab, encoded = raw.partition(b"\t")
         if not tab or not name:
             start = raw[:40].decode(errors="replace")

@@ -25,7 +25,7 @@ from cn_clip.errors import ImageError, UsageError
 from cn_clip.files import as_path, find, skipped_files, walk
 from cn_clip.image.limits import (
     MAX_DECODED,
-    MAX_FILE,
+    MAX_ENCODED,
     MemoryBudget,
     check_file,
     check_opened,
@@ -120,7 +120,7 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     if name.startswith("data:"):
         raise ImageError(f"{name} is not a path; decode the base64 of the data: URI first")
     try:
-        return files.read_file(path, MAX_FILE)
+        return files.read_file(path, MAX_ENCODED)
     except (OSError, ValueError) as error:
         raise ImageError(_unreadable(name, error)) from None
 

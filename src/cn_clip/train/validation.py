@@ -51,7 +51,8 @@ def embed(
             has not changed.
         divided: each process embeds a part. If not, each embeds everything: sharded models must
             run equally often on all processes.
-        between: called before each batch of a tower; may raise to stop.
+        between: called before each batch of a tower, and with one process before each image is
+            read; may raise to stop.
     """
     embedder = Embedder.from_model(model)
     embedder.backend = _InterruptibleBackend(model, between)
@@ -60,7 +61,7 @@ def embed(
         if images is None:
             part = _process_part(len(validation.images), divided)
             messages: list[str] = []
-            rows, errors = embedder.embed_readable(_bytes(validation, part))
+            rows, errors = embedder.embed_readable(_bytes(validation, part, between))
             _wait_for_others(between)
             own = np.zeros((len(part), rows.shape[1]), np.float32)
             own[[n for n in range(len(part)) if n not in errors]] = rows
@@ -141,8 +142,10 @@ def _wait_for_others(between: Between) -> None:
         pass
 
 
-def _bytes(validation: EvalSet, indexes: Sequence[int]) -> Iterator[bytes]:
+def _bytes(validation: EvalSet, indexes: Sequence[int], between: Between) -> Iterator[bytes]:
     for index in indexes:
+        if distributed.world_size() == 1:  # several agree once per batch
+            between(True)
         try:
             yield validation.image_bytes(index)
         except CNClipError:

@@ -11,6 +11,7 @@ from cn_clip.data.sources.base import Row
 from cn_clip.errors import DataError
 from cn_clip.files import MAX_TEXT, read_file, skipped_files, walk
 from cn_clip.image.decode import SUFFIXES
+from cn_clip.image.limits import MAX_ENCODED
 from cn_clip.text import path_text
 
 
@@ -73,7 +74,7 @@ class Folder:
     def image(self, index: int) -> bytes:
         image = self._images[self._pairs[index][0]]
         try:
-            return read_file(image)
+            return read_file(image, MAX_ENCODED)
         except OSError as error:
             raise DataError(f"{image} cannot be read: {error.strerror}") from None
 

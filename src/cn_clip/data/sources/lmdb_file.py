@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cn_clip.errors import DataError
-from cn_clip.files import MAX_FILE
+from cn_clip.image.limits import MAX_BASE64
 
 _HEADER = struct.Struct("<QHHHH")  # page number, padding, kind, end of offsets, start of nodes
 _OVERFLOW_HEADER = struct.Struct("<QHHI")  # page number, padding, kind, count of pages
@@ -181,8 +181,13 @@ class _Pages:
             _OVERFLOW,
         ) or count > self._page_count - number:
             raise self._damaged(f"page {number} is not the start of a large value")
-        if size > min(count * self._page_size - _HEADER.size, MAX_FILE):
+        if size > count * self._page_size - _HEADER.size:
             raise self._damaged(f"the value at page {number} has {size:,} bytes")
+        if size > MAX_BASE64:
+            raise DataError(
+                f"{self._path}: the value at page {number} has {size:,} bytes, above the limit of "
+                f"{MAX_BASE64:,}; make the image smaller"
+            )
         return self._read(start + _HEADER.size, size)
 
     def _page(self, number: int, kind: int) -> _Page:

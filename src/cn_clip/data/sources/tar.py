@@ -20,8 +20,9 @@ from cn_clip.data.sources.base import Row
 from cn_clip.data.sources.index_cache import cached_index
 from cn_clip.data.sources.lines import json_object, read_at
 from cn_clip.errors import DataError
-from cn_clip.files import MAX_FILE, MAX_TEXT, check_regular, skipped_files, wrong_format
+from cn_clip.files import MAX_TEXT, check_regular, skipped_files, wrong_format
 from cn_clip.image.decode import SUFFIXES
+from cn_clip.image.limits import MAX_ENCODED
 from cn_clip.text import path_text, read_json
 
 _TEXT, _JSON = (".txt", ".caption"), (".json",)
@@ -321,7 +322,7 @@ def _refusal_reason(member: tarfile.TarInfo) -> str | None:
         return "its path leads outside of the archive"
     if "\n" in member.name:
         return "its name has a line break"
-    limit = MAX_TEXT if member.name.lower().endswith((*_TEXT, *_JSON)) else MAX_FILE
+    limit = MAX_TEXT if member.name.lower().endswith((*_TEXT, *_JSON)) else MAX_ENCODED
     if member.size > limit:
         return f"it has {member.size:,} bytes, above the limit of {limit:,}"
     return None
