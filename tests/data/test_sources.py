@@ -165,6 +165,17 @@ def test_gbk_is_detected_named_and_converted_on_request(pictures):
         ("p.jsonl", '{"url": "http://a/b/x.jpg", "text": "a"}\n', "download it first"),
         ("p.csv", "image,words\n007.jpg,a\n", "no column for the text"),
         ("p.csv", "", "is empty; expected a header in the first line"),
+        (
+            "p.jsonl",
+            '[{"image": "007.jpg", "text": "a"}]',
+            "not a JSON object.*; write .*jq -c '.\\[",
+        ),
+        (
+            "p.jsonl",
+            '[\n{"image": "007.jpg", "text": "a"}\n]',
+            "line 1 is not JSON.*jq -c '.\\[",
+        ),
+        ("p.jsonl", '{\n"image": "007.jpg"}', "line 1 is not JSON.*jq -c . FILE"),
         ("p.csv", 'image,text\n007.jpg,"a\n' + "b\n" * 100_000, "a quote is opened"),
         ("p.csv", "image,text\n".encode("utf-16"), "is UTF-16; save it as UTF-8"),
     ],
@@ -174,6 +185,22 @@ def test_a_bad_manifest_names_the_line(pictures, name, content, sentence):
         source = manifest(pictures, content, name)
         for index in range(len(source)):
             read_pair(source, index)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("p.json", r"is a JSON file; write one object per line \(jq .*, or give jsonl:p.json if"),
+        ("p.XLSX", r"is a spreadsheet; save it as CSV"),
+        ("p.xls", r"is a spreadsheet; save it as CSV"),
+        ("p.pkl", r"unknown kind of source; write KIND:PATH"),
+    ],
+)
+def test_a_file_that_is_no_source_is_named_with_the_remedy(pictures, monkeypatch, name, sentence):
+    monkeypatch.chdir(pictures)
+    (pictures / name).write_text("{}")
+    with pytest.raises(UsageError, match=sentence):
+        open_source(name)
 
 
 def test_columns_root_and_addresses_can_be_named(pictures, tmp_path):

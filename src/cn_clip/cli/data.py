@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,14 +89,13 @@ def pack(
     from cn_clip.data.curate.decontaminate import read_removed
     from cn_clip.data.encode import Encoding
     from cn_clip.data.pack import claim_pack, pack
-    from cn_clip.data.sources.open import open_source, paths_of
+    from cn_clip.data.sources.open import paths_of
 
     encodings = {None: None, "jpeg": "JPEG", "webp": "WEBP"}
     inputs = paths_of(source)
     inputs += [] if without is None else [Path(without)]
     claim_pack(out, to=to, inputs=inputs, overwrite=overwrite)
-    opened = open_source(source)
-    _warn_unmatched(opened)
+    opened = _open(source)
     with _progress_bar("packing images") as on_progress:
         done = pack(
             opened,
@@ -254,7 +254,7 @@ def decontaminate(
         write_removed,
         write_removed_report,
     )
-    from cn_clip.data.sources.open import open_source, paths_of
+    from cn_clip.data.sources.open import paths_of
     from cn_clip.html.page import claim_page
 
     inputs = [*paths_of(source), *paths_of(against)]
@@ -262,9 +262,7 @@ def decontaminate(
     if report is not None:
         claim_page(report, "data decontaminate", inputs=inputs)
         check_different_paths(out, report)
-    train, test = open_source(source), open_source(against)
-    for opened in (train, test):
-        _warn_unmatched(opened)
+    train, test = _open(source), _open(against)
     with _progress_bar("comparing images") as on_progress:
         result = decontaminate(
             train,
@@ -310,13 +308,24 @@ def _progress_bar(description: str) -> Iterator[Progress]:
         yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
-def _warn_unmatched(source: Source) -> None:
-    if unmatched := source.unmatched():
+def _open(uri: str) -> Source:
+    """Open a source; warn of what is not in a pair, without repeating warnings of the opening."""
+    from cn_clip.data.sources.open import open_source
+
+    with warnings.catch_warnings(record=True) as raised:
+        warnings.simplefilter("always")
+        source = open_source(uri)
+    for warning in raised:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    known = {str(warning.message) for warning in raised}
+    unmatched = [message for message in source.unmatched() if message not in known]
+    if unmatched:
         print(
             f"cn-clip: warning: {len(unmatched):,} items of {source.name} are not in a pair (the "
             f"first: {one_line(unmatched[0])}); cn-clip data check lists them",
             file=sys.stderr,
         )
+    return source
 
 
 def _print_listed(messages: list[str], out: str) -> None:

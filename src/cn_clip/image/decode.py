@@ -22,7 +22,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from cn_clip import files
 from cn_clip.config import CLIP_MEAN, CLIP_STD
 from cn_clip.errors import ImageError, UsageError
-from cn_clip.files import as_path, find, skipped_files, walk
+from cn_clip.files import as_path, find, of_suffixes, skipped_files, walk
 from cn_clip.image.limits import (
     MAX_DECODED,
     MAX_ENCODED,
@@ -204,7 +204,7 @@ def _expand(path: Path) -> tuple[list[Path], list[str]]:
     else:
         files = [match for match in find(str(path)) if match.suffix or match.is_file()]
     skipped = skipped_files(files, SUFFIXES, path)
-    return [file for file in files if file.suffix.lower() in SUFFIXES], [
+    return of_suffixes(files, SUFFIXES), [
         *notes,
         *([skipped] if skipped else []),
     ]

@@ -10,8 +10,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from cn_clip.errors import DataError
-from cn_clip.files import MAX_TEXT, check_regular, wrong_format
+from cn_clip.errors import CNClipError, DataError
+from cn_clip.files import HEAD, MAX_TEXT, check_regular, wrong_format
 from cn_clip.text import path_text, read_json, valid_text
 
 _BLOCK = 16 << 20
@@ -97,7 +97,7 @@ class Lines:
         return f"{path_text(self.path)}, line {self._numbers[index]}"
 
     def _index(self, skip: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]:
-        head = read_at(self.path, 0, 32)
+        head = read_at(self.path, 0, HEAD)
         if reason := wrong_format(head):
             raise DataError(f"{self.path} is {reason}")
         if head.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -258,19 +258,30 @@ def read_at(path: Path, offset: int, length: int) -> bytes:
         raise DataError(f"{path_text(path)} cannot be read: {_reason(error)}") from None
 
 
-def json_object(text: str | bytes, where: str) -> dict[str, Any]:
-    """Parse a JSON object; its strings become valid Unicode.
+def json_object(
+    text: str | bytes, where: str, *, kind: type[CNClipError] = DataError
+) -> dict[str, Any]:
+    """Parse a JSON object of one line; its strings become valid Unicode.
 
     Raises:
-        DataError: it is not a JSON object; the message names ``where``.
+        DataError, or the given ``kind``: it is not a JSON object; the message names ``where``.
     """
     try:
         values = read_json(text)
     except ValueError as error:
-        raise DataError(f"{where} is not JSON: {error}") from None
+        raise kind(f"{where} is not JSON: {error}{_json_advice(text)}") from None
     if not isinstance(values, dict):
-        raise DataError(f"{where} is not a JSON object: {text[:40]!r}")
+        raise kind(f"{where} is not a JSON object: {text[:40]!r}{_json_advice(text)}")
     return values
+
+
+def _json_advice(text: str | bytes) -> str:
+    """Return the remedy if a line is the start of a JSON array, or of an object over lines."""
+    start = text.strip() if isinstance(text, str) else ""  # bytes are not of a line
+    if not start.startswith("[") and start != "{":
+        return ""
+    elements = "'.[]'" if start.startswith("[") else "."
+    return f"; write one object per line, as JSON Lines: jq -c {elements} FILE > NEW.jsonl"
 
 
 def _reason(error: Exception) -> str:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cn_clip.errors import DataError
+from cn_clip.files import wrong_format
 from cn_clip.image.limits import MAX_BASE64
 
 _HEADER = struct.Struct("<QHHHH")  # page number, padding, kind, end of offsets, start of nodes
@@ -225,8 +226,8 @@ class _Pages:
 
     def _check_kind(self, start: bytes) -> None:
         """Raise a ``DataError`` unless the file starts like a 64-bit little-endian LMDB."""
-        if start.startswith(b"version https://git-lfs"):
-            raise DataError(f"{self._path} is a Git LFS pointer; fetch the file: git lfs pull")
+        if reason := wrong_format(start):
+            raise DataError(f"{self._path} is {reason}")
         magic = _MAGIC.to_bytes(4, "little")
         if start[12:16] == magic or start[12:20].find(magic[::-1]) >= 0:
             raise DataError(

@@ -38,6 +38,13 @@ SOURCE_OPTIONS = {
     "lmdb": (),
     "tar": (),
 }
+# Suffixes of files that are no source -> what to do.
+_JSON_REMEDY = (
+    "a JSON file; write one object per line (jq -c '.[]' FILE > NEW.jsonl), or give jsonl:{path} "
+    "if it has them"
+)
+_SHEET_REMEDY = "a spreadsheet; save it as CSV (UTF-8), with a column of images and one of captions"
+_REMEDIES = {".json": _JSON_REMEDY} | dict.fromkeys((".xlsx", ".xls", ".ods"), _SHEET_REMEDY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +252,8 @@ def _detect_kind(path: str, uri: str) -> str:
         return "lmdb"
     if os.path.isdir(folder):
         return "folder"
+    if suffix in _REMEDIES:
+        raise UsageError(f"{uri} is {_REMEDIES[suffix].format(path=path)}")
     raise UsageError(
         f"{uri}: unknown kind of source; write KIND:PATH, KIND one of {', '.join(SOURCE_OPTIONS)}"
     )
