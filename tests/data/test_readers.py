@@ -155,6 +155,40 @@ def test_a_quote_that_is_not_closed_is_an_error_with_its_line(pictures):
             manifest(pictures, "\n".join(["image,text", "007.jpg,第一张", *stray]))
 
 
+TABLES = {  # header -> a row of the n-th caption
+    "image,text": "{n}.jpg,{text}",
+    "text,image": "{text},{n}.PNG",
+    "text_id,text,image": "{n},{text},http://a.b/{n}",
+    "image\ttext\timage_id": "photos/{n}\t{text}\ta{n}",
+}
+
+
+@pytest.mark.parametrize("header", TABLES)
+@pytest.mark.parametrize("lines", [12, 150])
+def test_a_quoted_caption_of_many_lines_is_one_caption(pictures, header, lines):
+    """Each line has as many separators as a row, as the two halves of a verse have a comma."""
+    separator = "\t" if "\t" in header else ","
+    verse = separator.join(
+        ["春眠不觉晓", "处处闻啼鸟", "夜来风雨声"][: header.count(separator) + 1]
+    )
+    poem = "\n".join([verse] * lines)
+    rows = [
+        TABLES[header].format(n=n, text=text) for n, text in enumerate(["一", f'"{poem}"', "二"])
+    ]
+    source = manifest(pictures, "\n".join([header, *rows]), "p.csv")
+    assert [row[2] for row in rows_of(source)] == ["一", poem, "二"]
+
+
+@pytest.mark.parametrize("header", TABLES)
+def test_an_open_quote_is_named_wherever_the_caption_stands(pictures, header):
+    texts = [f"第{n}张" for n in range(30)]
+    texts[4], texts[20] = '"5寸屏幕', '屏幕7寸"'
+    rows = [TABLES[header].format(n=n, text=text) for n, text in enumerate(texts)]
+    rows[10] = rows[10].replace(".jpg", ".webp") + "\n"
+    with pytest.raises(DataError, match="line 6: a quote is opened and not closed.* 17 more lines"):
+        manifest(pictures, "\n".join([header, *rows]), "p.csv")
+
+
 def test_a_wrong_quote_within_a_line_costs_that_row_only(pictures):
     source = manifest(pictures, 'image,text\n007.jpg,"5寸"屏幕\n008.jpg,火箭\n')
     with pytest.raises(DataError, match=r"line 2: ',' expected after '\"'; quote fields"):
