@@ -199,11 +199,11 @@ def _walk_folders(
     root: Path, unreadable: list[str], *, hidden: bool = True
 ) -> Iterator[tuple[Path, list[os.DirEntry[str]]]]:
     """Yield (folder, entries) for a folder and all below it, each once, real ones before links."""
-    seen = {_device_inode(parent) for parent in Path(os.path.realpath(root)).parents}
+    seen = {device_inode(parent) for parent in Path(os.path.realpath(root)).parents}
     real, linked = [root], list[Path]()
     while real or linked:
         folder = real.pop() if real else linked.pop(0)
-        identity = _device_inode(folder)
+        identity = device_inode(folder)
         if identity is None or identity in seen:
             continue
         seen.add(identity)
@@ -274,10 +274,12 @@ def _is_dir(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _device_inode(folder: Path) -> tuple[int, int] | None:
+def device_inode(path: Path) -> tuple[int, int] | None:
+    """Return what identifies a file or folder, whatever its case, mounts and hard links; None if
+    it cannot be read."""
     try:
-        status = folder.stat()
-    except OSError:
+        status = path.stat()
+    except (OSError, ValueError):
         return None
     return status.st_dev, status.st_ino
 

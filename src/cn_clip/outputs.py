@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cn_clip.errors import UsageError
+from cn_clip.files import device_inode
 from cn_clip.publish import LOCK, NO_NAME, atomic_file, flush, is_leftover, temporary_beside
 
 STAMP = ".cn-clip.json"
@@ -213,14 +214,15 @@ def remove(folder: Path, names: Iterable[str]) -> None:
 
 def same_file(one: Path, other: Path) -> bool:
     """Return whether two resolved paths are one file, whatever case, mounts and hard links."""
-    return one == other or (_identity(one) is not None and _identity(one) == _identity(other))
+    identity = device_inode(one)
+    return one == other or (identity is not None and identity == device_inode(other))
 
 
 def is_within(inner: Path, outer: Path) -> bool:
     """Return whether a resolved path is ``outer`` or inside of it."""
-    identity = _identity(outer)
+    identity = device_inode(outer)
     return identity is not None and any(
-        _identity(path) == identity for path in (inner, *inner.parents)
+        device_inode(path) == identity for path in (inner, *inner.parents)
     )
 
 
@@ -308,14 +310,6 @@ def _resolved(path: str | os.PathLike[str]) -> Path | None:
         return resolved if resolved.exists() else None
     except (OSError, ValueError, RuntimeError):  # a NUL, a loop of links, an unknown home folder
         return None
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        status = path.stat()
-    except (OSError, ValueError):
-        return None
-    return status.st_dev, status.st_ino
 
 
 def _is_empty(path: Path) -> bool:

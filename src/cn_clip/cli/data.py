@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -21,17 +19,15 @@ from cn_clip.cli.show import (
     check_different_paths,
     console,
     print_json,
-    progress,
+    print_some,
+    progress_bar,
 )
 from cn_clip.errors import one_line
 
 if TYPE_CHECKING:
-    from cn_clip.data.process_map import Progress
     from cn_clip.data.sources.base import Source
 
 data = App(name="data", help="Pack, check and decontaminate training data.")
-
-_MAX_LISTED = 20  # messages printed; --json and --report have more
 
 
 @data.command
@@ -96,7 +92,7 @@ def pack(
     inputs += [] if without is None else [Path(without)]
     claim_pack(out, to=to, inputs=inputs, overwrite=overwrite)
     opened = _open(source)
-    with _progress_bar("packing images") as on_progress:
+    with progress_bar("packing images") as on_progress:
         done = pack(
             opened,
             out,
@@ -110,7 +106,7 @@ def pack(
             overwrite=overwrite,
             on_progress=on_progress,
         )
-    _print_listed(done.skipped, out)
+    print_some(done.skipped, f"see {out}")
     if json:
         print_json(asdict(done))
     else:
@@ -162,7 +158,7 @@ def check(
     if report is not None:
         claim_page(report, "data check", inputs=paths_of(source))
     opened = open_source(source)
-    with _progress_bar("checking") as on_progress:
+    with progress_bar("checking") as on_progress:
         result = check(
             opened,
             context_length=context_length,
@@ -263,7 +259,7 @@ def decontaminate(
         claim_page(report, "data decontaminate", inputs=inputs)
         check_different_paths(out, report)
     train, test = _open(source), _open(against)
-    with _progress_bar("comparing images") as on_progress:
+    with progress_bar("comparing images") as on_progress:
         result = decontaminate(
             train,
             test,
@@ -275,7 +271,7 @@ def decontaminate(
     write_removed(result, train, test, Path(out))
     if report is not None:
         write_removed_report(result, train, test, Path(report))
-    _print_listed(result.unreadable, report or "--report")
+    print_some(result.unreadable, f"see {report or '--report'}")
     if json:
         print_json(
             {
@@ -301,13 +297,6 @@ def _worker_count(workers: int | None) -> int:
     return (os.cpu_count() or 1) if workers is None else workers
 
 
-@contextmanager
-def _progress_bar(description: str) -> Iterator[Progress]:
-    with progress() as bars:
-        task = bars.add_task(description, total=None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)
-
-
 def _open(uri: str) -> Source:
     """Open a source; warn of what is not in a pair, without repeating warnings of the opening."""
     from cn_clip.data.sources.open import open_source
@@ -326,10 +315,3 @@ def _open(uri: str) -> Source:
             file=sys.stderr,
         )
     return source
-
-
-def _print_listed(messages: list[str], out: str) -> None:
-    for message in messages[:_MAX_LISTED]:
-        print(f"cn-clip: {message}", file=sys.stderr)
-    if len(messages) > _MAX_LISTED:
-        print(f"cn-clip: and {len(messages) - _MAX_LISTED:,} more; see {out}", file=sys.stderr)

@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from cn_clip.config import read_json, shard_names
+from cn_clip.config import read_config_json, shard_names
 from cn_clip.errors import CheckpointError, MissingWeightsError
 from cn_clip.weights.content import checked_members, detect_format
 from cn_clip.weights.pickles import RefusedPickle, check_pickle
@@ -86,7 +86,7 @@ def _read_shards(index: Path, mapped: bool) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         tensors |= read_tensors(index.parent / shard, mapped=mapped)
-    missing = [name for name in read_json(index)["weight_map"] if name not in tensors]
+    missing = [name for name in read_config_json(index)["weight_map"] if name not in tensors]
     if missing:
         raise CheckpointError(f"{index} lists {missing[0]}, which is in no shard")
     return tensors
