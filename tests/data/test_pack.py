@@ -10,14 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data.formats import IMAGES, PAIRS, WRITERS, jpeg, write_csv, write_tsv
+from data.formats import IMAGES, PAIRS, WRITERS, jpeg, read_pair, write_csv, write_tsv
 from filelock import FileLock
 from PIL import Image
 
 from cn_clip.data import pack as module
 from cn_clip.data.encode import Encoding
 from cn_clip.data.pack import pack
-from cn_clip.data.sources.base import read_pair
 from cn_clip.data.sources.open import open_source
 from cn_clip.errors import CNClipError, DataError, UsageError
 

@@ -13,13 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data.formats import IMAGES, WRITERS, jpeg, write_csv, write_tsv
+from data.formats import IMAGES, WRITERS, jpeg, read_pair, write_csv, write_tsv
 from data.test_sources import link, manifest, tar_bytes
 
 from cn_clip.cli import run
 from cn_clip.data.curate.check import check
 from cn_clip.data.sources import index_cache as cache
-from cn_clip.data.sources.base import read_pair
 from cn_clip.data.sources.open import open_source
 from cn_clip.embeddings.inputs import read_images
 from cn_clip.errors import CNClipError, DataError, UsageError

@@ -8,11 +8,10 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from data.formats import IMAGES, PAIRS, WRITERS, jpeg, put, records, write_csv, write_tsv
+from data.formats import IMAGES, PAIRS, WRITERS, jpeg, put, read_pair, records, write_csv, write_tsv
 from PIL import Image
 
 from cn_clip.data.encode import UNCHANGED, encode_image
-from cn_clip.data.sources.base import read_pair
 from cn_clip.data.sources.open import open_mix, open_source, paths_of, split_source
 from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.image.decode import read_image
