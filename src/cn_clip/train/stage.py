@@ -64,8 +64,10 @@ class Run:
         Raises:
             InterruptedRun: a signal was received; on all processes at the same call.
         """
-        state = torch.tensor([self.stop.signal, working], device=self.device)
-        signal, any_working = distributed.all_reduce_max(state).tolist()
+        signal, any_working = self.stop.signal, int(working)
+        if distributed.world_size() > 1:
+            state = torch.tensor([signal, any_working], device=self.device)
+            signal, any_working = distributed.all_reduce_max(state).tolist()
         if signal:
             raise InterruptedRun(
                 "stopped during an evaluation, which runs again after resume. Resume with: "
