@@ -302,7 +302,7 @@ def _open(uri: str) -> Source:
     from cn_clip.data.sources.open import open_source
 
     with warnings.catch_warnings(record=True) as raised:
-        warnings.simplefilter("always")
+        warnings.simplefilter("always", UserWarning)
         source = open_source(uri)
     for warning in raised:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
