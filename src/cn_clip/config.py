@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from cn_clip.errors import CheckpointError, UnknownModelError, UsageError
+from cn_clip.files import read_file
+from cn_clip.text import read_json
 
 BackendName = Literal["auto", "torch", "onnx", "openvino"]
 Precision = Literal["auto", "float32", "bfloat16", "float16", "int8"]
@@ -163,20 +164,15 @@ def estimate_parameters(config: ModelConfig) -> int:
     return count + text.hidden_size * (tables + embed_dim) + text.layers * layer
 
 
-def read_json(path: Path) -> Any:
+def read_config_json(path: Path) -> Any:
     """Read a JSON file of a model folder.
 
     Raises:
         CheckpointError: the file is unreadable, not JSON, or too large for a config.
     """
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise CheckpointError(
-                f"{path} has {path.stat().st_size:,} bytes, too many for a config; is it the "
-                "right file?"
-            )
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        return read_json(read_file(path, _MAX_JSON_BYTES))
+    except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}); download it again") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
@@ -188,7 +184,7 @@ def shard_names(index: Path) -> list[str]:
     Raises:
         CheckpointError: the file is not an index, or names a file outside its folder.
     """
-    values = read_json(index)
+    values = read_config_json(index)
     names = values.get("weight_map") if isinstance(values, dict) else None
     if not isinstance(names, dict):
         raise CheckpointError(f"{index} is not an index of shards: it has no weight_map")

@@ -23,18 +23,34 @@ _OTHER_SUFFIXES = frozenset((
     ".xml", ".html", ".yaml", ".yml", ".toml", ".ini", ".log", ".db", ".pkl", ".npy", ".npz", ".pt",
     ".pth", ".safetensors", ".py", ".ipynb", ".sh", ".mat", ".tar", ".zip", ".gz", ".pdf",
 ))  # fmt: skip
+_APPLE_DOUBLE = "._* (metadata of macOS)"
 _OTHER_NAMES = ("readme", "license", "licence", "copying", "notice", "authors", "makefile")
 
 
-# First bytes of files in the wrong format -> description and remedy.
-_WRONG_FORMATS = {
-    b"\x1f\x8b": "compressed with gzip: gunzip it first",
-    b"BZh": "compressed with bzip2: bunzip2 it first",
-    b"\xfd7zXZ\0": "compressed with xz: unxz it first",
-    b"\x28\xb5\x2f\xfd": "compressed with zstd: unzstd it first",
-    b"PK\x03\x04": "a zip file: unzip it first",
-    b"version https://git-lfs": "a Git LFS pointer, not the file: run git lfs pull first",
-}
+# The start of files that are given as another format, white space aside -> description and remedy.
+HEAD = 512  # bytes to read for ``wrong_format``
+_OFFICE = "a spreadsheet or another office document; save it as CSV (UTF-8) first"
+_WEB_PAGE = "a web page, not the file; on Hugging Face use the /resolve/ URL"
+_WRONG_FORMATS = tuple(
+    (re.compile(start, re.DOTALL), description)
+    for start, description in (
+        (rb"version https://git-lfs", "a Git LFS pointer; fetch the file: git lfs pull"),
+        (rb"\x1f\x8b", "compressed with gzip: gunzip it first"),
+        (rb"BZh\d", "compressed with bzip2: bunzip2 it first"),
+        (rb"\xfd7zXZ\0", "compressed with xz: unxz it first"),
+        (rb"\x28\xb5\x2f\xfd", "compressed with zstd: unzstd it first"),
+        (rb"7z\xbc\xaf\x27\x1c", "compressed with 7-Zip: unpack it first"),
+        (rb"Rar!\x1a\x07", "compressed with RAR: unpack it first"),
+        (rb"PK\x03\x04.{26}(?:\[Content_Types\]|_rels/|xl/|docProps/|mimetypeapp)", _OFFICE),
+        (rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", _OFFICE),
+        (rb"PK\x03\x04", "a zip file: unzip it first"),
+        (rb"(?i:<!doctype html|<html)", _WEB_PAGE),
+        (rb"<\?xml", "an XML page, as of a server's error, not the file; download it again"),
+        (rb"GGUF[\x01-\x0f]\0\0\0", "a GGUF file of llama.cpp; give the original weights"),
+        (rb"\x89HDF\r\n\x1a\n", "an HDF5 file, as of Keras; convert it"),
+        (rb"\x93NUMPY", "a NumPy array; convert it"),
+    )
+)
 
 
 def as_path(given: str | os.PathLike[str]) -> Path:
@@ -107,8 +123,10 @@ def check_regular(path: str | os.PathLike[str]) -> None:
 
 
 def wrong_format(head: bytes) -> str | None:
-    """Describe a compressed file or a Git LFS pointer by its first 32 bytes; None for others."""
-    return next((text for start, text in _WRONG_FORMATS.items() if head.startswith(start)), None)
+    """Describe a compressed file, an office document, a Git LFS pointer or another file that is
+    none of pairs or weights, by its first ``HEAD`` bytes; None for others."""
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    return next((text for pattern, text in _WRONG_FORMATS if pattern.match(start)), None)
 
 
 def read_lines(path: str | os.PathLike[str], limit: int = MAX_TEXT) -> list[str]:
@@ -181,11 +199,11 @@ def _walk_folders(
     root: Path, unreadable: list[str], *, hidden: bool = True
 ) -> Iterator[tuple[Path, list[os.DirEntry[str]]]]:
     """Yield (folder, entries) for a folder and all below it, each once, real ones before links."""
-    seen = {_device_inode(parent) for parent in Path(os.path.realpath(root)).parents}
+    seen = {device_inode(parent) for parent in Path(os.path.realpath(root)).parents}
     real, linked = [root], list[Path]()
     while real or linked:
         folder = real.pop() if real else linked.pop(0)
-        identity = _device_inode(folder)
+        identity = device_inode(folder)
         if identity is None or identity in seen:
             continue
         seen.add(identity)
@@ -200,16 +218,30 @@ def _walk_folders(
         linked += [Path(entry.path) for entry in below if entry.is_symlink()]
 
 
+def is_apple_double(file: Path) -> bool:
+    """Return whether a file is ``._cat.jpg``, where macOS keeps metadata of ``cat.jpg``."""
+    return file.name.startswith("._")
+
+
+def of_suffixes(files: Iterable[Path], suffixes: Iterable[str]) -> list[Path]:
+    """Return the files that have one of the suffixes, without metadata of macOS."""
+    known = set(suffixes)
+    return [file for file in files if file.suffix.lower() in known and not is_apple_double(file)]
+
+
 def skipped_files(files: Iterable[Path], suffixes: Iterable[str], where: object) -> str | None:
-    """Return a warning that counts the skipped files of a folder by suffix; None without any.
+    """Return a warning that counts the files not in ``of_suffixes`` by suffix; None without any.
 
     Hidden files and files that are common next to images are not counted.
     """
-    known = {*suffixes, *_OTHER_SUFFIXES}
+    wanted = set(suffixes)
+    known = wanted | _OTHER_SUFFIXES
     counts: dict[str, int] = {}
     for file in files:
         name, suffix = file.name.lower(), file.suffix.lower()
-        if suffix not in known and not name.startswith(".") and name not in _OTHER_NAMES:
+        if is_apple_double(file) and suffix in wanted:
+            counts[_APPLE_DOUBLE] = counts.get(_APPLE_DOUBLE, 0) + 1
+        elif suffix not in known and not name.startswith(".") and name not in _OTHER_NAMES:
             counts[suffix] = counts.get(suffix, 0) + 1
     if not counts:
         return None
@@ -242,10 +274,12 @@ def _is_dir(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _device_inode(folder: Path) -> tuple[int, int] | None:
+def device_inode(path: Path) -> tuple[int, int] | None:
+    """Return what identifies a file or folder, whatever its case, mounts and hard links; None if
+    it cannot be read."""
     try:
-        status = folder.stat()
-    except OSError:
+        status = path.stat()
+    except (OSError, ValueError):
         return None
     return status.st_dev, status.st_ino
 

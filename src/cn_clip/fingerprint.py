@@ -23,7 +23,12 @@ from cn_clip.errors import CheckpointError
 from cn_clip.tokenizer import default_tokenizer
 from cn_clip.weights.folder_config import WEIGHTS, read_config_format
 
-_PREPROCESSING_VERSION = 1  # raise it when preprocessing or tokenization changes embeddings
+# Raise it when preprocessing or tokenization changes embeddings of ordinary images or texts.
+# It was not raised when 16-bit grey and float images began to be scaled by their range: before,
+# nearly all of them were one white or black square. A raise refuses every stored embedding, cached
+# feature and calibration, whose 8-bit images embed bit for bit as before; only embeddings of those
+# rare files have to be made again, and the changelog says so.
+_PREPROCESSING_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from cn_clip.config import PUBLISHED, read_json, shard_names
+from cn_clip.config import PUBLISHED, read_config_json, shard_names
 from cn_clip.errors import CheckpointError, MissingWeightsError, UnknownModelError, UsageError
 
 EMBEDDED = "mini"
@@ -204,7 +204,7 @@ def _download(name: str, hub: str, root: Path, incomplete: Path) -> Path:
 
 def _check_model_type(name: str, config: Path) -> None:
     """Refuse another architecture before its weights are downloaded."""
-    values = read_json(config)
+    values = read_config_json(config)
     model_type = values.get("model_type") if isinstance(values, dict) else None
     ours = isinstance(values, dict) and "embed_dim" in values
     if model_type != "chinese_clip" and not ours:

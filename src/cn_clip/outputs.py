@@ -1,11 +1,10 @@
-"""What a command may replace: claims of output paths, and folders stamped_files by their writer.
+"""What a command may replace: claims of output paths, and folders stamped by their writer.
 
 A command replaces only what it wrote itself, and only with ``--overwrite``; a command without that
 option always replaces its own output. It never touches an input or a folder with other files, and
 never writes inside an input folder. ``claim`` checks this before any computation.
 
-Folders are is_own by a stamp, ``.cn-clip.json``, which names the command and its files; single
-files by their first bytes.
+Folders are recognised by a stamp, ``.cn-clip.json``, which names the command and its files.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import stat
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,10 +19,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cn_clip.errors import UsageError
-from cn_clip.publish import NO_NAME, atomic_file, flush, is_leftover, temporary_beside
+from cn_clip.files import device_inode
+from cn_clip.publish import LOCK, NO_NAME, atomic_file, flush, is_leftover, temporary_beside
 
 STAMP = ".cn-clip.json"
-LOCK = ".lock"
 _NAME_MAX = 255  # bytes of a file name on common file systems
 
 OutputCheck = Callable[[Path], str | None]
@@ -111,6 +109,19 @@ def starts_with(*starts: bytes) -> Callable[[Path], bool]:
     def is_own(path: Path) -> bool:
         with path.open("rb") as stream:
             return stream.read(max(map(len, starts))).startswith(starts)
+
+    return is_own
+
+
+def reads_as(start: re.Pattern[bytes], end: bytes) -> Callable[[Path], bool]:
+    """Return a predicate: whether the first 4 KiB of a file match ``start``, and it ends in
+    ``end``. For formats of others, which have no room for a mark of ours."""
+
+    def is_own(path: Path) -> bool:
+        with path.open("rb") as stream:
+            head = stream.read(1 << 12)
+            stream.seek(-min(len(end), path.stat().st_size), os.SEEK_END)
+            return start.match(head) is not None and stream.read() == end
 
     return is_own
 
@@ -203,14 +214,15 @@ def remove(folder: Path, names: Iterable[str]) -> None:
 
 def same_file(one: Path, other: Path) -> bool:
     """Return whether two resolved paths are one file, whatever case, mounts and hard links."""
-    return one == other or (_identity(one) is not None and _identity(one) == _identity(other))
+    identity = device_inode(one)
+    return one == other or (identity is not None and identity == device_inode(other))
 
 
 def is_within(inner: Path, outer: Path) -> bool:
     """Return whether a resolved path is ``outer`` or inside of it."""
-    identity = _identity(outer)
+    identity = device_inode(outer)
     return identity is not None and any(
-        _identity(path) == identity for path in (inner, *inner.parents)
+        device_inode(path) == identity for path in (inner, *inner.parents)
     )
 
 
@@ -222,7 +234,7 @@ def atomic_folder(
     check: OutputCheck | None = None,
     also: Collection[str] = (),
 ) -> Iterator[Path]:
-    """Yield a temporary folder to write into; on success it is stamped_files and replaces ``path``.
+    """Yield a temporary folder to write into; on success it is stamped and replaces ``path``.
 
     The old folder stays until the new one is complete.
 
@@ -240,9 +252,8 @@ def atomic_folder(
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{path} is a file; give a new folder")
     target.parent.mkdir(parents=True, exist_ok=True)
-    work = temporary_beside(target)
-    new, old = work / "new", work / "old"
-    try:
+    with temporary_beside(target) as work:
+        new, old = work / "new", work / "old"
         new.mkdir()
         yield new
         stamp(new, command, {*entries(new), *also})
@@ -259,9 +270,6 @@ def atomic_folder(
             if old.exists():
                 old.rename(target)
             raise
-    finally:
-        if not old.exists() or target.exists():  # never delete the only copy
-            shutil.rmtree(work, ignore_errors=True)
 
 
 def _check_path(target: Path, given: str, kind: str, in_place: bool) -> None:
@@ -302,14 +310,6 @@ def _resolved(path: str | os.PathLike[str]) -> Path | None:
         return resolved if resolved.exists() else None
     except (OSError, ValueError, RuntimeError):  # a NUL, a loop of links, an unknown home folder
         return None
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        status = path.stat()
-    except (OSError, ValueError):
-        return None
-    return status.st_dev, status.st_ino
 
 
 def _is_empty(path: Path) -> bool:

@@ -12,13 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import lmdb
 import pytest
-from data.formats import IMAGES, PAIRS, WRITERS, jpeg, put
+from data.formats import IMAGES, PAIRS, WRITERS, jpeg, put, read_pair
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cn_clip.cli import run
 from cn_clip.data.curate.check import check
-from cn_clip.data.sources.base import read_pair
 from cn_clip.data.sources.lmdb import write_lmdb
 from cn_clip.data.sources.lmdb_file import LmdbFile
 from cn_clip.data.sources.open import open_source

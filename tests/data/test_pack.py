@@ -10,14 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data.formats import IMAGES, PAIRS, WRITERS, jpeg, write_csv, write_tsv
+from data.formats import IMAGES, PAIRS, WRITERS, jpeg, read_pair, write_csv, write_tsv
 from filelock import FileLock
 from PIL import Image
 
 from cn_clip.data import pack as module
 from cn_clip.data.encode import Encoding
 from cn_clip.data.pack import pack
-from cn_clip.data.sources.base import read_pair
 from cn_clip.data.sources.open import open_source
 from cn_clip.errors import CNClipError, DataError, UsageError
 
@@ -136,6 +135,17 @@ def test_what_cannot_be_read_is_left_out_and_named(pictures, tmp_path, workers):
 def test_pairs_named_for_removal_are_left_out(pictures, tmp_path):
     pack(open_source(write_csv(pictures)), tmp_path / "out", without=np.array([0, 3]))
     assert pairs_of(f"{tmp_path}/out/00000.tar") == EXPECTED[1:3]
+
+
+@pytest.mark.parametrize("to", ["tsv", "lmdb"])
+def test_a_stopped_tsv_or_lmdb_says_that_it_starts_anew(pictures, tmp_path, monkeypatch, to):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, f"write_{to}", full)
+    with pytest.raises(CNClipError, match=r"No space left on device; nothing of it stays"):
+        pack(open_source(write_csv(pictures)), tmp_path / "out" / "packed", to=to)
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_stopped_run_resumes_after_the_last_shard(pictures, tmp_path, monkeypatch):

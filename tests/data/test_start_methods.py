@@ -10,11 +10,10 @@ from pathlib import Path
 import lmdb
 import numpy as np
 import pytest
-from data.formats import IMAGES, PAIRS, WRITERS
+from data.formats import IMAGES, PAIRS, WRITERS, read_pair
 
 import cn_clip
 from cn_clip.data.loading.loader import Loader, Preparation
-from cn_clip.data.sources.base import read_pair
 from cn_clip.data.sources.open import SOURCE_OPTIONS, open_mix
 from cn_clip.image.decode import read_image, to_pixels
 

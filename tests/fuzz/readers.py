@@ -8,6 +8,7 @@ import pickle
 import shutil
 import sys
 import tempfile
+import tomllib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -581,15 +582,20 @@ rank = 4
 """
 
 
+def from_toml(text: str) -> Any:
+    from cn_clip.train.recipe.toml import build_recipe
+
+    return build_recipe(tomllib.loads(text))
+
+
 def _recipe(folder: Path) -> None:
-    from cn_clip.train.recipe.toml import build_recipe, from_toml, read_recipe
+    from cn_clip.train.recipe.toml import build_recipe, read_recipe
 
     recipe = build_recipe(read_recipe(str(folder / "recipe.toml")))
     from_toml(recipe.to_toml())
 
 
 def _write_run(folder: Path) -> None:
-    from cn_clip.train.recipe.toml import from_toml
     from cn_clip.train.run.checkpoint import Progress, save_state
     from cn_clip.train.run.run_dir import Outcome, write_outcome
 
@@ -627,7 +633,6 @@ def _run_tensors() -> dict[str, Any]:
 
 
 def _run(folder: Path) -> None:
-    from cn_clip.train.recipe.toml import from_toml
     from cn_clip.train.run.checkpoint import load_tensors, read_progress, states
     from cn_clip.train.run.report import write_report
     from cn_clip.train.run.run_dir import prepare_folder

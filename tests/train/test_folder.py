@@ -4,10 +4,9 @@ import subprocess
 import sys
 
 import pytest
-from train.runs import make_recipe
+from train.runs import from_toml, make_recipe
 
 from cn_clip.errors import UsageError
-from cn_clip.train.recipe.toml import from_toml
 from cn_clip.train.run.checkpoint import Progress, save_state
 from cn_clip.train.run.run_dir import Outcome, lock_folder, prepare_folder, write_outcome
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import cosines
-from train.runs import CAPTIONS, make_recipe, write_pairs, write_start
+from train.runs import CAPTIONS, from_toml, make_recipe, write_pairs, write_start
 
 import cn_clip
 from cn_clip import weights
@@ -63,8 +63,6 @@ def test_what_a_stage_freezes_keeps_its_bits(pairs, start, tmp_path):
 def test_the_resolved_recipe_lies_in_the_run(pairs, start, tmp_path):
     recipe = make_recipe(pairs, start, tmp_path / "run", {"steps": 1, "epochs": None})
     train(recipe)
-    from cn_clip.train.recipe.toml import from_toml
-
     assert from_toml((tmp_path / "run" / "recipe.toml").read_text("utf-8")) == recipe
 
 

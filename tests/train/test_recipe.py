@@ -9,6 +9,7 @@ from types import UnionType
 from typing import Literal, Union, get_args, get_origin
 
 import pytest
+from train.runs import from_toml
 
 from cn_clip.config import MODELS, model_config
 from cn_clip.errors import UnknownNameError, UsageError
@@ -16,7 +17,7 @@ from cn_clip.train.optim import peak_lr
 from cn_clip.train.recipe.flags import apply_flags
 from cn_clip.train.recipe.renamed import RENAMED
 from cn_clip.train.recipe.schema import EarlyStoppingOptions, Recipe, options
-from cn_clip.train.recipe.toml import build_recipe, difference, from_toml, read_recipe, shipped
+from cn_clip.train.recipe.toml import build_recipe, difference, read_recipe, shipped
 
 # run_scripts/*_finetune_vit-b-16_rbt-base.sh of the official repository: all on 8 GPUs, with
 # ViT-B-16, RoBERTa-wwm-ext-base-chinese, --use-augment and --context-length 52.

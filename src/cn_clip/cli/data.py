@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -20,17 +19,15 @@ from cn_clip.cli.show import (
     check_different_paths,
     console,
     print_json,
-    progress,
+    print_some,
+    progress_bar,
 )
 from cn_clip.errors import one_line
 
 if TYPE_CHECKING:
-    from cn_clip.data.process_map import Progress
     from cn_clip.data.sources.base import Source
 
 data = App(name="data", help="Pack, check and decontaminate training data.")
-
-_MAX_LISTED = 20  # messages printed; --json and --report have more
 
 
 @data.command
@@ -53,8 +50,8 @@ def pack(
     """Write a source of pairs as tar shards, or as the official TSV or LMDB.
 
     Every image is written once, with all its texts. After an interruption, the same command resumes
-    after the last finished shard. Unreadable pairs are skipped, counted and listed; the exit code
-    is then 1.
+    after the last finished shard; a tsv or lmdb starts anew. Unreadable pairs are skipped, counted
+    and listed; the exit code is then 1.
 
     Parameters
     ----------
@@ -88,15 +85,14 @@ def pack(
     from cn_clip.data.curate.decontaminate import read_removed
     from cn_clip.data.encode import Encoding
     from cn_clip.data.pack import claim_pack, pack
-    from cn_clip.data.sources.open import open_source, paths_of
+    from cn_clip.data.sources.open import paths_of
 
     encodings = {None: None, "jpeg": "JPEG", "webp": "WEBP"}
     inputs = paths_of(source)
     inputs += [] if without is None else [Path(without)]
     claim_pack(out, to=to, inputs=inputs, overwrite=overwrite)
-    opened = open_source(source)
-    _warn_unmatched(opened)
-    with _progress_bar("packing images") as on_progress:
+    opened = _open(source)
+    with progress_bar("packing images") as on_progress:
         done = pack(
             opened,
             out,
@@ -110,7 +106,7 @@ def pack(
             overwrite=overwrite,
             on_progress=on_progress,
         )
-    _print_listed(done.skipped, out)
+    print_some(done.skipped, f"see {out}")
     if json:
         print_json(asdict(done))
     else:
@@ -162,7 +158,7 @@ def check(
     if report is not None:
         claim_page(report, "data check", inputs=paths_of(source))
     opened = open_source(source)
-    with _progress_bar("checking") as on_progress:
+    with progress_bar("checking") as on_progress:
         result = check(
             opened,
             context_length=context_length,
@@ -254,7 +250,7 @@ def decontaminate(
         write_removed,
         write_removed_report,
     )
-    from cn_clip.data.sources.open import open_source, paths_of
+    from cn_clip.data.sources.open import paths_of
     from cn_clip.html.page import claim_page
 
     inputs = [*paths_of(source), *paths_of(against)]
@@ -262,10 +258,8 @@ def decontaminate(
     if report is not None:
         claim_page(report, "data decontaminate", inputs=inputs)
         check_different_paths(out, report)
-    train, test = open_source(source), open_source(against)
-    for opened in (train, test):
-        _warn_unmatched(opened)
-    with _progress_bar("comparing images") as on_progress:
+    train, test = _open(source), _open(against)
+    with progress_bar("comparing images") as on_progress:
         result = decontaminate(
             train,
             test,
@@ -277,7 +271,7 @@ def decontaminate(
     write_removed(result, train, test, Path(out))
     if report is not None:
         write_removed_report(result, train, test, Path(report))
-    _print_listed(result.unreadable, report or "--report")
+    print_some(result.unreadable, f"see {report or '--report'}")
     if json:
         print_json(
             {
@@ -303,24 +297,21 @@ def _worker_count(workers: int | None) -> int:
     return (os.cpu_count() or 1) if workers is None else workers
 
 
-@contextmanager
-def _progress_bar(description: str) -> Iterator[Progress]:
-    with progress() as bars:
-        task = bars.add_task(description, total=None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)
+def _open(uri: str) -> Source:
+    """Open a source; warn of what is not in a pair, without repeating warnings of the opening."""
+    from cn_clip.data.sources.open import open_source
 
-
-def _warn_unmatched(source: Source) -> None:
-    if unmatched := source.unmatched():
+    with warnings.catch_warnings(record=True) as raised:
+        warnings.simplefilter("always", UserWarning)
+        source = open_source(uri)
+    for warning in raised:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    known = {str(warning.message) for warning in raised}
+    unmatched = [message for message in source.unmatched() if message not in known]
+    if unmatched:
         print(
             f"cn-clip: warning: {len(unmatched):,} items of {source.name} are not in a pair (the "
             f"first: {one_line(unmatched[0])}); cn-clip data check lists them",
             file=sys.stderr,
         )
-
-
-def _print_listed(messages: list[str], out: str) -> None:
-    for message in messages[:_MAX_LISTED]:
-        print(f"cn-clip: {message}", file=sys.stderr)
-    if len(messages) > _MAX_LISTED:
-        print(f"cn-clip: and {len(messages) - _MAX_LISTED:,} more; see {out}", file=sys.stderr)
+    return source

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 from cyclopts import Parameter
@@ -15,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cn_clip.errors import UsageError
 
 BAR_WIDTH = 20
+_MAX_PRINTED = 20  # messages about rows
 
 Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
 
@@ -47,6 +50,30 @@ def progress() -> Progress:
         transient=True,
         disable=not sys.stderr.isatty(),
     )
+
+
+@contextmanager
+def progress_bar(task: str) -> Iterator[Callable[[int, int | None], None]]:
+    """Show one progress bar; yield the function that sets it to ``done`` of ``total``."""
+    with progress() as bars:
+        number = bars.add_task(task, total=None)
+        yield lambda done, total: bars.update(number, completed=done, total=total)
+
+
+def print_some(messages: Sequence[str], where: str) -> None:
+    """Print the first messages on stderr, and ``where`` the others are."""
+    for message in messages[:_MAX_PRINTED]:
+        print(f"cn-clip: {message}", file=sys.stderr)
+    if len(messages) > _MAX_PRINTED:
+        print(f"cn-clip: and {len(messages) - _MAX_PRINTED:,} more; {where}", file=sys.stderr)
+
+
+def list_failed(messages: Sequence[str]) -> None:
+    """Print the messages of unreadable rows on stderr, and their number."""
+    print_some(messages, "--json lists all")
+    if messages:
+        count = f"{len(messages):,} unreadable and excluded from the scores"
+        print(f"cn-clip: {count}", file=sys.stderr)
 
 
 def check_different_paths(out: str, report: str) -> None:

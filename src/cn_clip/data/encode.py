@@ -9,7 +9,8 @@ from typing import Literal
 from PIL import Image
 
 from cn_clip.errors import DataError, ImageError, UsageError
-from cn_clip.image.decode import FORMATS, read_image
+from cn_clip.image.decode import FORMATS, describe, read_image
+from cn_clip.image.limits import check_file
 
 _SUFFIXES = {
     "JPEG": ".jpg",
@@ -100,6 +101,7 @@ def _format_for(image: Image.Image, wanted: str) -> str:
 
 def _suffix(content: bytes) -> str:
     """Return the file suffix of the format in the header."""
+    check_file(content, describe(content))
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             return _SUFFIXES[str(image.format)]

@@ -31,7 +31,6 @@ from cn_clip.data.sources.open import id_digest
 from cn_clip.data.sources.tar import Sample, write_shard
 from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.outputs import (
-    LOCK,
     atomic_folder,
     claim,
     entries,
@@ -40,7 +39,7 @@ from cn_clip.outputs import (
     remove,
     stamped_files,
 )
-from cn_clip.publish import atomic_file, sweep
+from cn_clip.publish import LOCK, atomic_file, sweep
 
 Target = Literal["tar", "tsv", "lmdb"]
 _MANIFEST, _PLAN = "manifest.json", ".plan.json"
@@ -95,7 +94,8 @@ def pack(
         UsageError: ``out`` exists, is an input or holds other files, or was started from other
             data or with other options.
         DataError: no pair is usable, or a worker died.
-        CNClipError: another process writes to ``out``, or the disk is full; finished shards stay.
+        CNClipError: another process writes to ``out``, or the disk is full; finished tar shards
+            stay, a TSV and an LMDB start anew.
     """
     if images_per_shard < 1:
         raise UsageError(f"{images_per_shard} images per shard; give 1 or more")
@@ -118,9 +118,10 @@ def pack(
     except Timeout:
         raise CNClipError(f"another process is writing {out}; wait for it to end") from None
     except OSError as error:
+        kept = "finished shards stay" if to == "tar" else "nothing of it stays"
         raise CNClipError(
-            f"could not write {out}: {error}; finished shards stay. Free some space and run the "
-            "same command again"
+            f"could not write {out}: {error}; {kept}. Free some space and run the same command "
+            "again"
         ) from error
     return result
 

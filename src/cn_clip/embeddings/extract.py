@@ -24,8 +24,8 @@ from cn_clip.embedder import Embedder
 from cn_clip.embeddings.files import EmbeddingsToWrite, claim_embeddings, writer_for
 from cn_clip.embeddings.inputs import Item, Kind
 from cn_clip.errors import CNClipError, DataError, ImageError, UsageError
-from cn_clip.outputs import LOCK, claim, entries, json_object_at, own_folder, remove
-from cn_clip.publish import atomic_file, sweep, sweep_beside
+from cn_clip.outputs import claim, entries, json_object_at, own_folder, remove
+from cn_clip.publish import LOCK, atomic_file, sweep
 from cn_clip.text import path_text, read_json
 
 _PER_PART = {"images": 128, "texts": 16_384}
@@ -96,7 +96,6 @@ def extract(
         parts.mkdir(parents=True, exist_ok=True)
         with FileLock(parts / LOCK, timeout=0):
             sweep(parts, _HALF_WRITTEN)
-            sweep_beside(out)
             store = _PartStore(parts, about, overwrite=overwrite)
             embedded = _embed_all(embedder, kind, items, store, report, on_progress)
             rows = [(item, row) for item in embedded if (row := store.find(item.key))]

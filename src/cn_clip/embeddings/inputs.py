@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cn_clip.data.sources.lines import line_end, stream_lines
+from cn_clip.data.sources.lines import json_object, line_end, stream_lines
 from cn_clip.data.sources.official import decode_base64, parse_id
 from cn_clip.errors import DataError, UsageError
-from cn_clip.files import MAX_FILE, MAX_TEXT, as_path, resolve_in
+from cn_clip.files import MAX_TEXT, as_path, resolve_in
 from cn_clip.image.decode import SUFFIXES, find_images
-from cn_clip.text import path_text, read_json
+from cn_clip.image.limits import MAX_BASE64
+from cn_clip.text import path_text
 
 Kind = Literal["images", "texts"]
 
@@ -95,7 +96,7 @@ def read_texts(inputs: Sequence[str]) -> Iterator[Item]:
 
 
 def _tsv(path: Path) -> Iterator[Item]:
-    for where, raw in _lines(path, MAX_FILE):
+    for where, raw in _lines(path, MAX_BASE64):
         name, tab, encoded = raw.partition(b"\t")
         if not tab or not name:
             start = raw[:40].decode(errors="replace")
@@ -128,14 +129,7 @@ def _file_item(path: Path, name: str, where: str) -> Item:
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for where, raw in _lines(path):
-        line = _decoded(raw, where)
-        try:
-            values = read_json(line)
-        except ValueError as error:
-            raise UsageError(f"{where} is not JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise UsageError(f"{where} is not a JSON object: {line[:40]!r}")
-        yield where, values
+        yield where, json_object(_decoded(raw, where), where, kind=UsageError)
 
 
 def _lines(path: Path, limit: int = MAX_TEXT) -> Iterator[tuple[str, bytes]]:

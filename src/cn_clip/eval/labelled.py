@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cn_clip.errors import DataError
-from cn_clip.files import MAX_TEXT, read_file, read_lines, skipped_files, walk
+from cn_clip.files import MAX_TEXT, of_suffixes, read_file, read_lines, skipped_files, walk
 from cn_clip.image.decode import SUFFIXES
 from cn_clip.text import read_json
 
@@ -64,7 +64,7 @@ def read_labelled(root: Path, *, split: str = "test", truth: Path | None = None)
     classes: list[int] = []
     for number, folder in enumerate(folders):
         listing = walk(folder)
-        paths = [path for path in listing.files if path.suffix.lower() in SUFFIXES]
+        paths = of_suffixes(listing.files, SUFFIXES)
         files += listing.files
         if not paths:
             raise DataError(

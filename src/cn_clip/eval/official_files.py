@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from cn_clip.embeddings.inputs import Kind
 from cn_clip.errors import DataError, UsageError
 from cn_clip.eval.metrics.recall import Recall, recall_of
 from cn_clip.eval.retrieval import Id, RetrievalResult
-from cn_clip.outputs import claim, own_file, own_folder, stamp, starts_with
+from cn_clip.outputs import claim, own_file, own_folder, reads_as, stamp
 from cn_clip.publish import atomic_file, map_write_errors, write_text
 from cn_clip.topk import top_k
 
@@ -28,6 +29,13 @@ _KEYS: dict[Direction, tuple[str, str]] = {
     "text_to_image": ("text_id", "image_ids"),
     "image_to_text": ("image_id", "text_ids"),
 }
+# What ``write_metrics`` writes, whole.
+_METRICS = re.compile(
+    rb'\{"success": true, "score": (N), "scoreJson": '
+    rb'\{"score": \1, "mean_recall": \1, "r1": N, "r5": N, "r10": N\}\}\Z'.replace(
+        b"N", rb"[\d.e-]+"
+    )
+)
 _PLURALS = {"image_id": "images", "text_id": "texts"}
 
 
@@ -66,8 +74,8 @@ def claim_metrics(out: str | Path, *, inputs: Iterable[str | Path] = ()) -> Path
     Raises:
         UsageError: see ``outputs.claim``.
     """
-    own = starts_with(b'{"success": true, "score": ')
-    return claim(out, own_file("eval predictions", own), inputs=inputs)
+    own = own_file("eval predictions", reads_as(_METRICS, b"}}"))
+    return claim(out, own, inputs=inputs)
 
 
 def write_official_files(result: RetrievalResult, folder: Path) -> list[Path]:

@@ -7,6 +7,7 @@ A class embedding is the normalised mean of the unit embeddings of its prompts (
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -29,13 +30,19 @@ from cn_clip.eval.metrics.classification import (
     roc_auc,
 )
 from cn_clip.files import MAX_TEXT, lines_of, read_file
-from cn_clip.outputs import claim, own_file, starts_with
+from cn_clip.outputs import claim, own_file, reads_as
 from cn_clip.topk import checked_vectors
 from cn_clip.zeroshot import label_embeddings, softmax
 
 # The official script's logit scale, independent of the model's. The submitted probabilities, and so
 # mAP and AUC on ELEVATER's server, depend on it.
 LOGIT_SCALE = 100.0
+# The start of what ``submission`` returns, as JSON.
+_SUBMISSION = re.compile(
+    rb'\{"model_name": "CN-CLIP-(?:[^"\\]|\\.)*", "dataset_name": "(?:[^"\\]|\\.)*", '
+    rb'"num_trainable_params": 0, "num_params": (\d+), "num_visual_params": \d+, '
+    rb'"num_backbone_params": \1, "n_shot": 0, "rnd_seeds": \[123\], "predictions": \[\[\['
+)
 _IMAGE_CHUNK = 256
 _LABEL_CHUNK = 64
 
@@ -192,7 +199,7 @@ def claim_submission(out: str | Path, *, inputs: Iterable[str | Path] = ()) -> P
     Raises:
         UsageError: see ``outputs.claim``.
     """
-    own = own_file("eval zeroshot", starts_with(b'{"model_name": "CN-CLIP-'))
+    own = own_file("eval zeroshot", reads_as(_SUBMISSION, b"]]]}"))
     return claim(out, own, option="--submission", inputs=inputs)
 
 

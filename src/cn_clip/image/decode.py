@@ -22,10 +22,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from cn_clip import files
 from cn_clip.config import CLIP_MEAN, CLIP_STD
 from cn_clip.errors import ImageError, UsageError
-from cn_clip.files import as_path, find, skipped_files, walk
+from cn_clip.files import as_path, find, of_suffixes, skipped_files, walk
 from cn_clip.image.limits import (
     MAX_DECODED,
-    MAX_FILE,
+    MAX_ENCODED,
     MemoryBudget,
     check_file,
     check_opened,
@@ -120,7 +120,7 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     if name.startswith("data:"):
         raise ImageError(f"{name} is not a path; decode the base64 of the data: URI first")
     try:
-        return files.read_file(path, MAX_FILE)
+        return files.read_file(path, MAX_ENCODED)
     except (OSError, ValueError) as error:
         raise ImageError(_unreadable(name, error)) from None
 
@@ -204,7 +204,7 @@ def _expand(path: Path) -> tuple[list[Path], list[str]]:
     else:
         files = [match for match in find(str(path)) if match.suffix or match.is_file()]
     skipped = skipped_files(files, SUFFIXES, path)
-    return [file for file in files if file.suffix.lower() in SUFFIXES], [
+    return of_suffixes(files, SUFFIXES), [
         *notes,
         *([skipped] if skipped else []),
     ]

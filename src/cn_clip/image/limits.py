@@ -18,7 +18,8 @@ from PIL import Image
 from cn_clip.errors import ImageError
 
 MAX_DECODED = 2**30  # bytes of all decoders of a process at once
-MAX_FILE = 600_000_000  # bytes of a file; uncompressed RGBA of the most pixels is 537 MB
+MAX_ENCODED = 600_000_000  # bytes of a file or record; uncompressed RGBA of MAX_PIXELS is 537 MB
+MAX_BASE64 = MAX_ENCODED // 3 * 4 + 1024  # characters of its base64, with an id or a prefix
 
 # Peak bytes per pixel, measured with Pillow 13. WebP keeps two canvases, the frame and the image;
 # libtiff a strip and the image. 8: the image and one copy (rotated, or on a background).
@@ -47,8 +48,11 @@ def check_file(content: bytes, name: str) -> None:
     """Check for structures that slow down a parser before it knows the image size.
 
     Raises:
-        ImageError: there are more of them than in any ordinary file.
+        ImageError: there are more of them than in any ordinary file, or the file is too large.
     """
+    if len(content) > MAX_ENCODED:
+        limit = f"above the limit of {MAX_ENCODED:,} bytes"
+        raise ImageError(f"{name} is {limit}; make it smaller first")
     for magic, check in _CHECKS:
         if content.startswith(magic):
             if (problem := check(content)) is not None:

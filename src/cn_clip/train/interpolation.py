@@ -156,6 +156,6 @@ def _measured(
 ) -> tuple[Retrieval, Vectors]:
     """Return the score of a model, and the embeddings of the images."""
     images, texts = embed(
-        model, pairs, autocast=run.score_dtype, images=images, tick=run.stop_between
+        model, pairs, autocast=run.score_dtype, images=images, between=run.stop_between
     )
     return distributed.on_main(lambda: score(images, texts, pairs)), images

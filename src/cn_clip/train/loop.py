@@ -395,7 +395,7 @@ def _finish(run: Run, progress: Progress, seconds: float) -> Outcome:
         weights.save_weights(model.config, model.state_dict(), final)
     if run.validation is not None:
         images, texts = embed(
-            model.to(run.device), run.validation, autocast=run.score_dtype, tick=run.stop_between
+            model.to(run.device), run.validation, autocast=run.score_dtype, between=run.stop_between
         )
         log_score(run, FINAL, progress, score(images, texts, run.validation))
         if distributed.is_main():

@@ -59,7 +59,7 @@ def evaluate(run: Run, training: Training, progress: Progress) -> Retrieval:
             autocast=run.score_dtype,
             images=training.images,
             divided=not is_sharded(model),
-            tick=run.stop_between,
+            between=run.stop_between,
         )
     finally:  # a run that stops here still saves its state
         reshard(model)

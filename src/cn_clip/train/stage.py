@@ -55,18 +55,26 @@ class Run:
     validation: EvalSet | None
     kept: EvalSet | None = None
 
-    def stop_between(self) -> None:
-        """Stop between two images of an evaluation after a signal; only in a run of one process.
+    def stop_between(self, working: bool) -> bool:
+        """Stop between two batches of an evaluation after a signal to any process.
+
+        Returns:
+            Whether any process is working.
 
         Raises:
-            InterruptedRun: a signal was received.
+            InterruptedRun: a signal was received; on all processes at the same call.
         """
-        if self.stop.signal and distributed.world_size() == 1:
+        signal, any_working = self.stop.signal, int(working)
+        if distributed.world_size() > 1:
+            state = torch.tensor([signal, any_working], device=self.device)
+            signal, any_working = distributed.all_reduce_max(state).tolist()
+        if signal:
             raise InterruptedRun(
                 "stopped during an evaluation, which runs again after resume. Resume with: "
                 "--resume auto",
-                128 + self.stop.signal,
+                128 + signal,
             )
+        return bool(any_working)
 
     def warn(self, what: str, lines: list[str], file: str, total: int = 0) -> None:
         """Log a warning with the first of some lines, and write all lines to a file of the run."""

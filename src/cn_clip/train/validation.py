@@ -10,6 +10,8 @@ import numpy.typing as npt
 import torch
 
 from cn_clip import distributed
+from cn_clip.backends import Features, Pixels
+from cn_clip.backends.torch import TorchBackend
 from cn_clip.data.captions import digest, plain
 from cn_clip.data.sources.base import located
 from cn_clip.data.sources.open import WeightedSource
@@ -23,6 +25,9 @@ _COMPARED_ROWS = 2_000_000  # training rows compared with the validation pairs
 _COMPARED_IMAGES = 10_000
 
 Vectors = npt.NDArray[np.float32]
+Between = Callable[[bool], bool]
+"""Given whether this process has more batches, returns whether any process has. All processes call
+it equally often, so it may communicate."""
 
 
 def embed(
@@ -32,7 +37,7 @@ def embed(
     autocast: torch.dtype | None,
     images: Vectors | None = None,
     divided: bool = True,
-    tick: Callable[[], None] = lambda: None,
+    between: Between = lambda working: False,
 ) -> tuple[Vectors, Vectors]:
     """Return the embeddings of all images (N, D) and all texts (M, D), on every process.
 
@@ -46,15 +51,18 @@ def embed(
             has not changed.
         divided: each process embeds a part. If not, each embeds everything: sharded models must
             run equally often on all processes.
-        tick: called before each image is read, and before the texts; may raise to stop.
+        between: called before each batch of a tower, and with one process before each image is
+            read; may raise to stop.
     """
     embedder = Embedder.from_model(model)
+    embedder.backend = _InterruptibleBackend(model, between)
     device = model.text_projection.device.type
     with torch.autocast(device, autocast or torch.bfloat16, enabled=autocast is not None):
         if images is None:
             part = _process_part(len(validation.images), divided)
             messages: list[str] = []
-            rows, errors = embedder.embed_readable(_bytes(validation, part, tick))
+            rows, errors = embedder.embed_readable(_bytes(validation, part, between))
+            _wait_for_others(between)
             own = np.zeros((len(part), rows.shape[1]), np.float32)
             own[[n for n in range(len(part)) if n not in errors]] = rows
             for n, error in errors.items():
@@ -65,9 +73,10 @@ def embed(
                 for message in of_process:
                     if message not in validation.skipped:  # from an earlier evaluation
                         validation.skipped.append(message)
-        tick()
         part = _process_part(len(validation.texts), divided)
-        texts = _gather(embedder.embed_texts([validation.texts[n] for n in part]), divided)
+        own = embedder.embed_texts([validation.texts[n] for n in part])
+        _wait_for_others(between)
+        texts = _gather(own, divided)
     return images, texts
 
 
@@ -113,11 +122,30 @@ def shared_pairs(validation: EvalSet, training: Sequence[WeightedSource]) -> lis
     return lines
 
 
-def _bytes(
-    validation: EvalSet, indexes: Sequence[int], tick: Callable[[], None]
-) -> Iterator[bytes]:
+class _InterruptibleBackend(TorchBackend):
+    def __init__(self, model: CLIP, between: Between) -> None:
+        super().__init__(model)
+        self._between = between
+
+    def run_images(self, pixels: Pixels) -> Features:
+        self._between(True)
+        return super().run_images(pixels)
+
+    def run_texts(self, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.bool_]) -> Features:
+        self._between(True)
+        return super().run_texts(ids, mask)
+
+
+def _wait_for_others(between: Between) -> None:
+    """Call ``between`` until all processes are done, as they may have more batches."""
+    while between(False):
+        pass
+
+
+def _bytes(validation: EvalSet, indexes: Sequence[int], between: Between) -> Iterator[bytes]:
     for index in indexes:
-        tick()
+        if distributed.world_size() == 1:  # several agree once per batch
+            between(True)
         try:
             yield validation.image_bytes(index)
         except CNClipError:

@@ -7,26 +7,13 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from cn_clip.errors import CheckpointError
+from cn_clip.files import HEAD, wrong_format
 
 Content = Literal["safetensors", "archive", "pickle"]
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors
 _MAX_DIRECTORY_BYTES = 16 << 20  # about 200,000 tensors
 _AGAIN = "download or copy it again"
-# Other files that are given as weights: first bytes, description and remedy.
-_OTHER_FILES = (
-    (b"version https://git-lfs", "a Git LFS pointer of {size:,} bytes, not the file: git lfs pull"),
-    (b"<!doctype html", "a web page, not the file; on Hugging Face use the /resolve/ URL"),
-    (b"<html", "a web page, not the file; on Hugging Face use the /resolve/ URL"),
-    (b"<?xml", "an XML page, such as a server's error message, not the file; download it again"),
-    (b"{", "a JSON file, not weights; give its folder or the weights file"),
-    (b"\x1f\x8b", "compressed with gzip; unpack it first"),
-    (b"7z\xbc\xaf", "compressed with 7-Zip; unpack it first"),
-    (b"rar!", "compressed with RAR; unpack it first"),
-    (b"gguf", "a GGUF file of llama.cpp, which is not supported; give the original weights"),
-    (b"\x89hdf", "an HDF5 file of Keras, which is not supported; give the PyTorch weights"),
-    (b"\x93numpy", "a NumPy array, not a model's weights"),
-)
 
 
 def detect_format(path: Path) -> Content:
@@ -38,7 +25,7 @@ def detect_format(path: Path) -> Content:
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
-            start = stream.read(512)
+            start = stream.read(HEAD)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     if not start:
@@ -54,10 +41,11 @@ def detect_format(path: Path) -> Content:
         return "archive"
     if start.startswith(b"\x80") and start[257:262] != b"ustar":
         return "pickle"
-    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    for prefix, description in _OTHER_FILES:
-        if text.startswith(prefix):
-            raise CheckpointError(f"{path} is {description.format(size=size)}")
+    reason = wrong_format(start)
+    if reason is None and start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
+        reason = "a JSON file, not weights; give its folder or the weights file"
+    if reason is not None:
+        raise CheckpointError(f"{path} is {reason}")
     kind = "safetensors file" if path.suffix == ".safetensors" else ".pt file"
     raise CheckpointError(f"{path} is not a valid {kind}: unknown first bytes; {_AGAIN}")
 

@@ -19,7 +19,7 @@ from cn_clip.config import (
     TextConfig,
     VisionConfig,
     check_config,
-    read_json,
+    read_config_json,
 )
 from cn_clip.errors import CheckpointError, MissingWeightsError
 
@@ -68,11 +68,11 @@ def read_config_format(folder: Path) -> tuple[ModelConfig, bool]:
             f"the folder {folder} has no {CONFIG}; a model folder has {CONFIG} and {WEIGHTS}"
             f"{suggest_weights(folder)}"
         )
-    values = read_json(folder / CONFIG)
+    values = read_config_json(folder / CONFIG)
     if not isinstance(values, dict) or "model_type" not in values:
         return ModelConfig.from_dict(values), False
     path = folder / "preprocessor_config.json"
-    preprocessor = read_json(path) if os.path.isfile(path) else None
+    preprocessor = read_config_json(path) if os.path.isfile(path) else None
     return with_known_name(config_from_hugging_face(values, preprocessor, str(folder))), True
 
 

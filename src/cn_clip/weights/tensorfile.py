@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from cn_clip.config import read_json, shard_names
+from cn_clip.config import read_config_json, shard_names
 from cn_clip.errors import CheckpointError, MissingWeightsError
 from cn_clip.weights.content import checked_members, detect_format
 from cn_clip.weights.pickles import RefusedPickle, check_pickle
@@ -68,10 +68,11 @@ def other_checkpoint_keys(path: str | os.PathLike[str]) -> tuple[str, ...]:
     if detect_format(path) == "archive" and _is_torchscript(checked_members(path)):
         return ()
     blob = _load_pickle(path)
-    state_dict_key = _state_dict_key(blob)
-    if state_dict_key is None:
-        return ()
-    return tuple(str(key) for key in blob if key not in (state_dict_key, "epoch", "name"))
+    others: list[str] = []
+    for state_dict_key in _state_dict_keys(blob):
+        others += [str(key) for key in blob if key not in (state_dict_key, "epoch", "name")]
+        blob = blob[state_dict_key]
+    return tuple(others)
 
 
 def _read_shards(index: Path, mapped: bool) -> dict[str, Tensor]:
@@ -85,7 +86,7 @@ def _read_shards(index: Path, mapped: bool) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         tensors |= read_tensors(index.parent / shard, mapped=mapped)
-    missing = [name for name in read_json(index)["weight_map"] if name not in tensors]
+    missing = [name for name in read_config_json(index)["weight_map"] if name not in tensors]
     if missing:
         raise CheckpointError(f"{index} lists {missing[0]}, which is in no shard")
     return tensors
@@ -230,12 +231,20 @@ def _records(stream: BinaryIO) -> Iterator[tuple[int, int]]:
 _STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict", "module")
 
 
-def _state_dict_key(blob: Any) -> str | None:
-    """Return the key of the state dict in a training checkpoint, None if ``blob`` is not one."""
-    if not isinstance(blob, dict):
-        return None
-    keys = (key for key in _STATE_DICT_KEYS if isinstance(blob.get(key), Mapping))
-    return next(keys, None)
+_MAX_NESTED = 3  # ``{"model": {"state_dict": {"module": ...}}}``
+
+
+def _state_dict_keys(blob: Any) -> list[str]:
+    """Return the keys that lead to the state dict in a training checkpoint, none if ``blob`` is not
+    one."""
+    keys: list[str] = []
+    while isinstance(blob, dict) and len(keys) < _MAX_NESTED:
+        key = next((k for k in _STATE_DICT_KEYS if isinstance(blob.get(k), Mapping)), None)
+        if key is None:
+            break
+        keys.append(key)
+        blob = blob[key]
+    return keys
 
 
 def state_dict_in(blob: Any, where: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -244,8 +253,10 @@ def state_dict_in(blob: Any, where: str | os.PathLike[str]) -> dict[str, Tensor]
     Raises:
         CheckpointError: there is no state dict, or it has something other than tensors.
     """
-    state_dict_key = _state_dict_key(blob)
-    state = blob if state_dict_key is None else blob[state_dict_key]
+    keys = _state_dict_keys(blob)
+    state = blob
+    for key in keys:
+        state = state[key]
     if not isinstance(state, Mapping) or not state:
         raise CheckpointError(f"{where} has no state dict, but {type(state).__name__}")
     others = [name for name, value in state.items() if not isinstance(value, Tensor)]
@@ -254,7 +265,7 @@ def state_dict_in(blob: Any, where: str | os.PathLike[str]) -> dict[str, Tensor]
     dicts = [str(k) for k, v in state.items() if isinstance(v, Mapping)]
     remedy = (
         f'; if the weights are under {dicts[0]!r}: torch.save(torch.load(f)["{dicts[0]}"], g)'
-        if dicts and state_dict_key is None
+        if dicts and not keys
         else f"; it has {', '.join(str(name) for name in list(state)[:4])}"
     )
     raise CheckpointError(f"{where} is not a state dict: {others[0]!r} is not a tensor{remedy}")

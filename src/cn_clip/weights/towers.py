@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cn_clip.config import read_json
+from cn_clip.config import read_config_json
 from cn_clip.errors import CheckpointError, MissingWeightsError
 from cn_clip.weights.huggingface import from_hugging_face
 from cn_clip.weights.official import plain_names, unfuse_attention
@@ -137,7 +137,7 @@ def _check_activation(folder: Path) -> None:
         return
     for name in ("config.json", "open_clip_config.json"):
         try:
-            values = read_json(folder / name)
+            values = read_config_json(folder / name)
             vision = values.get("vision_config")
             if name == "config.json" and isinstance(vision, dict):
                 activation = vision.get("hidden_act", "quick_gelu")

@@ -10,9 +10,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
 
-from cn_clip.cli.eval.retrieval import list_failed
 from cn_clip.cli.loading import model_paths
-from cn_clip.cli.show import Amount, Flag, check_different_paths, console, print_json, progress
+from cn_clip.cli.show import (
+    Amount,
+    Flag,
+    check_different_paths,
+    console,
+    list_failed,
+    print_json,
+    progress_bar,
+)
 from cn_clip.config import Precision
 
 if TYPE_CHECKING:
@@ -98,13 +105,8 @@ def calibrate(
         fast_decode=fast_decode,
         download_root=download_root,
     )
-    with progress() as bars:
-        task = bars.add_task("embedding images", total=None)
-        embedded = embed_pairs(
-            embedder,
-            dataset,
-            tick=lambda done, total: bars.update(task, completed=done, total=total),
-        )
+    with progress_bar("embedding images") as tick:
+        embedded = embed_pairs(embedder, dataset, tick=tick)
     calibration, held_out = fit_calibration(
         embedded.images,
         embedded.texts,

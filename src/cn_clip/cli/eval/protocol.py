@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 from rich.table import Table
 
-from cn_clip.cli.eval.retrieval import progress_bar
 from cn_clip.cli.loading import DEFAULT, Loading
-from cn_clip.cli.show import Flag, console, print_json
+from cn_clip.cli.show import Flag, console, print_json, progress_bar
 from cn_clip.errors import UsageError
 
 if TYPE_CHECKING:

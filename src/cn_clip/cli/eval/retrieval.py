@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,14 +9,12 @@ from cyclopts import Parameter
 from rich.table import Table
 
 from cn_clip.cli.loading import DEFAULT, Loading
-from cn_clip.cli.show import Flag, console, print_json, progress
+from cn_clip.cli.show import Flag, console, list_failed, print_json, progress_bar
 from cn_clip.errors import UsageError
 
 if TYPE_CHECKING:
     from cn_clip.eval.metrics.recall import Recall
     from cn_clip.eval.retrieval import RetrievalResult
-
-_MAX_PRINTED = 20  # unreadable rows; --json lists all
 
 
 def retrieval(
@@ -143,26 +138,6 @@ def recall_table(title: str, rows: dict[str, Recall]) -> Table:
         cells = (f"{value:.1f}" for value in percent(recall).values())
         table.add_row(direction.replace("_", " "), *cells)
     return table
-
-
-@contextmanager
-def progress_bar(task: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar; yield the function that sets it to ``done`` of ``total``."""
-    with progress() as bars:
-        number = bars.add_task(task, total=None)
-        yield lambda done, total: bars.update(number, completed=done, total=total)
-
-
-def list_failed(messages: list[str]) -> None:
-    """Print the messages of unreadable rows on stderr."""
-    for message in messages[:_MAX_PRINTED]:
-        print(f"cn-clip: {message}", file=sys.stderr)
-    if messages:
-        more = "; --json lists all" if len(messages) > _MAX_PRINTED else ""
-        print(
-            f"cn-clip: {len(messages):,} unreadable and excluded from the scores{more}",
-            file=sys.stderr,
-        )
 
 
 def _print(result: RetrievalResult) -> None:

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
 
-from cn_clip.cli.eval.retrieval import list_failed
 from cn_clip.cli.loading import DEFAULT, Loading
-from cn_clip.cli.show import Flag, console, print_json, progress
+from cn_clip.cli.show import Flag, console, list_failed, print_json, progress
 from cn_clip.errors import UnknownNameError, UsageError
 
 if TYPE_CHECKING:

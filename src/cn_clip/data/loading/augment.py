@@ -50,6 +50,7 @@ POLICY: tuple[tuple[tuple[str, float, int], tuple[str, float, int]], ...] = (
 SIGNED_OPS = ("Rotate", "ShearX")  # in either direction with equal probability
 FILL_COLOUR = tuple(round(255 * mean) for mean in CLIP_MEAN)  # empty corners: 0 after normalisation
 CROP_ATTEMPTS = 10
+KEPT_AREA = (0.9, 1.0)  # fraction of the area in a crop; elongated images can lose more
 
 # Only Generator.random() is called: numpy may change its other methods between versions.
 
@@ -72,8 +73,6 @@ def augment(
     rng: np.random.Generator,
     *,
     flip: bool = False,
-    auto_augment: bool = True,
-    scale: tuple[float, float] = (0.9, 1.0),
 ) -> npt.NDArray[np.uint8]:
     """Crop, resize and recolour an image for training: uint8 (size, size, 3).
 
@@ -83,21 +82,18 @@ def augment(
         rng: source of all randomness; see ``generator_for``.
         flip: flip half of the images, as the official training did. Off by default: flipped
             Chinese characters are unreadable, and 左 (left) becomes 右 (right).
-        auto_augment: apply one of the pairs of ``POLICY``.
-        scale: minimum and maximum fraction of the area to keep; elongated images can lose more,
-            see ``crop_box``.
 
     Raises:
-        UsageError: ``size`` or ``scale`` is out of range.
+        UsageError: ``size`` is out of range.
     """
-    square = random_resized_crop(image, size, rng, scale=scale)
+    square = random_resized_crop(image, size, rng, scale=KEPT_AREA)
     if flip and rng.random() < 0.5:
         square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     # Bicubic before RGB, as without augmentation; the operations below need RGB. Pillow would warn
     # about the transparency of a palette before dropping it.
     square.info.pop("transparency", None)
     square = square.convert("RGB")
-    return np.asarray(_auto_augment(square, rng) if auto_augment else square)
+    return np.asarray(auto_augment(square, rng))
 
 
 def random_resized_crop(
@@ -171,9 +167,6 @@ def auto_augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
             negative = name in SIGNED_OPS and rng.random() > 0.5
             image = apply_op(image, name, level, negative=negative)
     return image
-
-
-_auto_augment = auto_augment  # ``augment`` has an option of the same name
 
 
 def apply_op(image: Image.Image, name: str, level: float, *, negative: bool = False) -> Image.Image:

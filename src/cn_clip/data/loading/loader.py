@@ -104,7 +104,6 @@ class Loader:
         workers: int = 2,
         prefetch_bytes: int = 1 << 30,
         max_skipped_fraction: float = 0.1,
-        drop_last: bool = False,
         pin_memory: bool = False,
     ) -> None:
         """Plan the epochs of a mix.
@@ -119,7 +118,6 @@ class Loader:
                 start method works.
             prefetch_bytes: limit of prefetched data; at least one batch per worker is prefetched.
             max_skipped_fraction: fraction of unreadable pairs above which loading fails.
-            drop_last: drop the last batch of an epoch if it is not full.
             pin_memory: put batches into pinned memory.
         """
         self.plan: Plan = plan_of(mix, seed)
@@ -128,13 +126,13 @@ class Loader:
         self._mix, self._preparation = mix, preparation
         self._size, self._rank, self._world_size = global_batch_size, rank, world_size
         self._workers, self._max_skipped_fraction = workers, max_skipped_fraction
-        self._drop_last, self._pin = drop_last, pin_memory
+        self._pin = pin_memory
         batch_bytes = math.ceil(global_batch_size / world_size) * 3 * preparation.resolution**2
         self._prefetch = max(1, prefetch_bytes // (batch_bytes * max(1, workers)))
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
-        return batch_count(self.plan, self._size, self._world_size, self._drop_last)
+        return batch_count(self.plan, self._size, self._world_size)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch from batch ``start`` on; earlier ones are not read.
@@ -150,7 +148,6 @@ class Loader:
             rank=self._rank,
             world_size=self._world_size,
             start=start,
-            drop_last=self._drop_last,
         )
         loader = DataLoader(
             _BatchDataset([part.source for part in self._mix], self._preparation),
@@ -205,8 +202,8 @@ def map_worker_errors() -> Iterator[None]:
         else:
             raise
         raise DataError(
-            f"a worker that reads data died ({reason}); if memory ran out, use fewer workers or a "
-            "smaller prefetch"
+            f"a worker that reads data died ({reason}); if memory ran out, lower data.workers or "
+            "data.prefetch_mb"
         ) from error
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from cn_clip.data.sources.base import Row
 from cn_clip.errors import DataError
-from cn_clip.files import MAX_TEXT, read_file, skipped_files, walk
+from cn_clip.files import MAX_TEXT, of_suffixes, read_file, skipped_files, walk
 from cn_clip.image.decode import SUFFIXES
+from cn_clip.image.limits import MAX_ENCODED
 from cn_clip.text import path_text
 
 
@@ -24,7 +25,7 @@ class Folder:
         self.name = name
         self._encoding = encoding or "utf-8"
         listing = walk(root)
-        self._images = [file for file in listing.files if file.suffix.lower() in SUFFIXES]
+        self._images = of_suffixes(listing.files, SUFFIXES)
         self._ids = _ids(root, self._images)
         self._pairs: list[tuple[int, int]] = []  # (image, line)
         self._unmatched = list(listing.unreadable)
@@ -42,7 +43,7 @@ class Folder:
             # Bytes, not text: row() reports captions in another encoding.
             self._pairs += [(number, at) for at, line in enumerate(lines) if line.strip() or not at]
         captions = {image.with_suffix(".txt") for image in self._images}
-        for text in listing.files:
+        for text in of_suffixes(listing.files, (".txt",)):
             if text.suffix == ".txt" and text not in captions:
                 self._unmatched.append(f"{path_text(text)} has no image next to it")
         if not self._pairs:
@@ -73,7 +74,7 @@ class Folder:
     def image(self, index: int) -> bytes:
         image = self._images[self._pairs[index][0]]
         try:
-            return read_file(image)
+            return read_file(image, MAX_ENCODED)
         except OSError as error:
             raise DataError(f"{image} cannot be read: {error.strerror}") from None
 

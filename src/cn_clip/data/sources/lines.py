@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -10,14 +11,15 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from cn_clip.errors import DataError
-from cn_clip.files import MAX_TEXT, check_regular, wrong_format
+from cn_clip.errors import CNClipError, DataError
+from cn_clip.files import HEAD, MAX_TEXT, check_regular, wrong_format
 from cn_clip.text import path_text, read_json, valid_text
 
 _BLOCK = 16 << 20
 _LF, _CR = b"\n", b"\r"
-_MAX_LINES = 100  # of a CSV record; more mean an unclosed quote
-_MANY_LINES = 10  # in a quoted field, all with the header's number of fields: an unclosed quote
+_MANY_LINES = 10  # within a quoted field, which may be records after an unclosed quote
+_MAX_LINES = 100  # of a record of which nothing tells whether they are
+_ALIKE = 0.9  # of these lines
 
 
 class Lines:
@@ -97,7 +99,7 @@ class Lines:
         return f"{path_text(self.path)}, line {self._numbers[index]}"
 
     def _index(self, skip: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]:
-        head = read_at(self.path, 0, 32)
+        head = read_at(self.path, 0, HEAD)
         if reason := wrong_format(head):
             raise DataError(f"{self.path} is {reason}")
         if head.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -164,11 +166,11 @@ class Lines:
                     return np.array(starts, np.int64), np.array(numbers, np.uint32)
                 fields = fields or len(record)
             except csv.Error as error:
-                csv_error = error
+                record, csv_error = [], error
             if csv_error is not None and "unexpected end of data" in str(csv_error):
                 raise DataError(f"{self.path}, line {number}: {_UNCLOSED}") from None
             if len(consumed) > 1 and (
-                csv_error is not None or _swallows(consumed, delimiter, fields)
+                csv_error is not None or _swallows(record, consumed, delimiter, fields)
             ):
                 raise DataError(
                     f"{self.path}, line {number}: {_UNCLOSED}; it spans {len(consumed) - 1:,} more "
@@ -181,14 +183,36 @@ class Lines:
 _UNCLOSED = 'a quote is opened and not closed; double literal quotes (""), or remove it'
 
 
-def _swallows(lines: Sequence[str], delimiter: str, fields: int) -> bool:
-    """Return whether the lines of one CSV record are probably separate records."""
-    if len(lines) > _MAX_LINES:
-        return True
-    inner = lines[1:-1]
-    return len(inner) >= _MANY_LINES and all(
-        line.count(delimiter) == fields - 1 > 0 for line in inner
+def _swallows(record: Sequence[str], lines: Sequence[str], delimiter: str, fields: int) -> bool:
+    """Return whether the lines of one CSV record are probably separate records.
+
+    They are if they have the header's number of fields, and fields of the same kinds as the record
+    has beside its quoted one: lines of a caption have no path, number or URL there.
+    """
+    rows = [line.split(delimiter) for line in lines[1:-1] if line.strip()]
+    if len(rows) < _MANY_LINES:
+        return False
+    beside = [(n, _kind(field)) for n, field in enumerate(record) if "\n" not in field]
+    kinds = {n: kind for n, kind in beside if kind} if len(record) == fields else {}
+    alike = sum(
+        len(row) == fields > 1 and all(_kind(row[n]) == kind for n, kind in kinds.items())
+        for row in rows
     )
+    if kinds:
+        return alike >= _ALIKE * len(rows)
+    return alike == len(rows) or len(lines) > _MAX_LINES
+
+
+def _kind(field: str) -> str:
+    """Return the kind of a field; empty for text."""
+    field = field.strip()
+    if "://" in field:
+        return "URL"
+    if re.search(r"\.[A-Za-z]\w{1,4}$", field, re.ASCII):
+        return "file"
+    if re.fullmatch(r"[0-9]+", field):
+        return "number"
+    return "word" if re.fullmatch(r"[!-~]+", field) else ""
 
 
 def line_end(path: Path) -> bytes:
@@ -258,19 +282,30 @@ def read_at(path: Path, offset: int, length: int) -> bytes:
         raise DataError(f"{path_text(path)} cannot be read: {_reason(error)}") from None
 
 
-def json_object(text: str | bytes, where: str) -> dict[str, Any]:
-    """Parse a JSON object; its strings become valid Unicode.
+def json_object(
+    text: str | bytes, where: str, *, kind: type[CNClipError] = DataError
+) -> dict[str, Any]:
+    """Parse a JSON object of one line; its strings become valid Unicode.
 
     Raises:
-        DataError: it is not a JSON object; the message names ``where``.
+        DataError, or the given ``kind``: it is not a JSON object; the message names ``where``.
     """
     try:
         values = read_json(text)
     except ValueError as error:
-        raise DataError(f"{where} is not JSON: {error}") from None
+        raise kind(f"{where} is not JSON: {error}{_json_advice(text)}") from None
     if not isinstance(values, dict):
-        raise DataError(f"{where} is not a JSON object: {text[:40]!r}")
+        raise kind(f"{where} is not a JSON object: {text[:40]!r}{_json_advice(text)}")
     return values
+
+
+def _json_advice(text: str | bytes) -> str:
+    """Return the remedy if a line is the start of a JSON array, or of an object over lines."""
+    start = text.strip() if isinstance(text, str) else ""  # bytes are not of a line
+    if not start.startswith("[") and start != "{":
+        return ""
+    elements = "'.[]'" if start.startswith("[") else "."
+    return f"; write one object per line, as JSON Lines: jq -c {elements} FILE > NEW.jsonl"
 
 
 def _reason(error: Exception) -> str:

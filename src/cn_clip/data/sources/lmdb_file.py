@@ -19,7 +19,8 @@ from typing import NamedTuple
 import numpy as np
 
 from cn_clip.errors import DataError
-from cn_clip.files import MAX_FILE
+from cn_clip.files import wrong_format
+from cn_clip.image.limits import MAX_BASE64
 
 _HEADER = struct.Struct("<QHHHH")  # page number, padding, kind, end of offsets, start of nodes
 _OVERFLOW_HEADER = struct.Struct("<QHHI")  # page number, padding, kind, count of pages
@@ -181,8 +182,13 @@ class _Pages:
             _OVERFLOW,
         ) or count > self._page_count - number:
             raise self._damaged(f"page {number} is not the start of a large value")
-        if size > min(count * self._page_size - _HEADER.size, MAX_FILE):
+        if size > count * self._page_size - _HEADER.size:
             raise self._damaged(f"the value at page {number} has {size:,} bytes")
+        if size > MAX_BASE64:
+            raise DataError(
+                f"{self._path}: the value at page {number} has {size:,} bytes, above the limit of "
+                f"{MAX_BASE64:,}; make the image smaller"
+            )
         return self._read(start + _HEADER.size, size)
 
     def _page(self, number: int, kind: int) -> _Page:
@@ -220,8 +226,8 @@ class _Pages:
 
     def _check_kind(self, start: bytes) -> None:
         """Raise a ``DataError`` unless the file starts like a 64-bit little-endian LMDB."""
-        if start.startswith(b"version https://git-lfs"):
-            raise DataError(f"{self._path} is a Git LFS pointer; fetch the file: git lfs pull")
+        if reason := wrong_format(start):
+            raise DataError(f"{self._path} is {reason}")
         magic = _MAGIC.to_bytes(4, "little")
         if start[12:16] == magic or start[12:20].find(magic[::-1]) >= 0:
             raise DataError(

@@ -16,7 +16,7 @@ from cn_clip.data.sources.base import Row
 from cn_clip.data.sources.lines import Lines, json_object
 from cn_clip.data.sources.tar import Sample
 from cn_clip.errors import DataError
-from cn_clip.files import MAX_FILE
+from cn_clip.image.limits import MAX_BASE64
 from cn_clip.text import path_text
 
 _ID_BYTES = 256  # maximum length of an id
@@ -44,7 +44,7 @@ class Tsv:
         texts = texts or images.with_name(f"{images.name.removesuffix('_imgs.tsv')}_texts.jsonl")
         if not texts.is_file():
             raise DataError(f"{name}: no texts at {texts}; set them with ?texts=FILE.jsonl")
-        self._images = Lines(images, limit=MAX_FILE)
+        self._images = Lines(images, limit=MAX_BASE64)
         self._texts = Lines(texts, encoding=encoding)
         image_lines: dict[str, int] = {}
         self._repeated: dict[str, str] = {}

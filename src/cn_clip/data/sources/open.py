@@ -22,6 +22,7 @@ from cn_clip.data.sources.table import Csv, JsonLines, Manifest, Table
 from cn_clip.data.sources.tar import Tar
 from cn_clip.errors import DataError, UnknownNameError, UsageError
 from cn_clip.files import as_path, find
+from cn_clip.outputs import is_within
 from cn_clip.text import path_text
 
 _MAX_FILES = 1_000_000  # that braces may expand to
@@ -37,6 +38,13 @@ SOURCE_OPTIONS = {
     "lmdb": (),
     "tar": (),
 }
+# Suffixes of files that are no source -> what to do.
+_JSON_REMEDY = (
+    "a JSON file; write one object per line (jq -c '.[]' FILE > NEW.jsonl), or give jsonl:{path} "
+    "if it has them"
+)
+_SHEET_REMEDY = "a spreadsheet; save it as CSV (UTF-8), with a column of images and one of captions"
+_REMEDIES = {".json": _JSON_REMEDY} | dict.fromkeys((".xlsx", ".xls", ".ods"), _SHEET_REMEDY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +125,18 @@ def open_mix(uris: Sequence[str]) -> list[WeightedSource]:
 def paths_of(uri: str) -> list[Path]:
     """Return the files and folders of a source URI, with or without a weight.
 
+    A ``root`` that holds the current folder is not among them: it would hold all outputs.
+
     Raises:
         UsageError: the URI is invalid.
     """
     _, path, options = _parse_uri(_weight_of(uri)[1])
-    texts = [as_path(options["texts"])] if "texts" in options else []
-    return [*_expand(path), *texts]
+    here = Path(os.path.realpath("."))
+    named = [as_path(options[option]) for option in ("texts", "root") if option in options]
+    return [
+        *_expand(path),
+        *(path for path in named if not is_within(here, Path(os.path.realpath(path)))),
+    ]
 
 
 def _weight_of(uri: str) -> tuple[str, str]:
@@ -238,6 +252,8 @@ def _detect_kind(path: str, uri: str) -> str:
         return "lmdb"
     if os.path.isdir(folder):
         return "folder"
+    if suffix in _REMEDIES:
+        raise UsageError(f"{uri} is {_REMEDIES[suffix].format(path=path)}")
     raise UsageError(
         f"{uri}: unknown kind of source; write KIND:PATH, KIND one of {', '.join(SOURCE_OPTIONS)}"
     )

@@ -15,7 +15,7 @@ from cn_clip.data.sources.index_cache import cached_index
 from cn_clip.data.sources.lines import read_at
 from cn_clip.data.sources.table import NamedColumns, choose_columns
 from cn_clip.errors import CNClipError, DataError, UsageError
-from cn_clip.files import check_regular, wrong_format
+from cn_clip.files import HEAD, check_regular, wrong_format
 from cn_clip.text import path_text
 
 _ROWS, _ROWS_OF_IMAGES = 65_536, 256  # in memory at once while the index is built
@@ -234,7 +234,7 @@ def _map_parse_errors(path: Path, read: Callable[[], Any]) -> Any:
     except CNClipError:
         raise
     except Exception as error:
-        if reason := wrong_format(read_at(path, 0, 32)):
+        if reason := wrong_format(read_at(path, 0, HEAD)):
             raise DataError(f"{path} is {reason}") from None
         raise DataError(
             f"{path} is damaged or not a Parquet file: {error or type(error).__name__}"

@@ -15,6 +15,7 @@ from cn_clip.data.sources.base import Row
 from cn_clip.data.sources.lines import Lines, json_object, read_at
 from cn_clip.errors import DataError
 from cn_clip.files import check_regular, read_file, resolve_in
+from cn_clip.image.limits import MAX_ENCODED
 
 # Common column names, in order of preference.
 IMAGE = (
@@ -96,7 +97,7 @@ class Manifest:
         path: Path | str = value
         try:
             path = resolve_in(self._root, _downloaded_name(value))
-            return read_file(path)
+            return read_file(path, MAX_ENCODED)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             remedy = "download it first, or " if "://" in value else ""

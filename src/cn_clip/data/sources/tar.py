@@ -20,8 +20,16 @@ from cn_clip.data.sources.base import Row
 from cn_clip.data.sources.index_cache import cached_index
 from cn_clip.data.sources.lines import json_object, read_at
 from cn_clip.errors import DataError
-from cn_clip.files import MAX_FILE, MAX_TEXT, check_regular, skipped_files, wrong_format
+from cn_clip.files import (
+    HEAD,
+    MAX_TEXT,
+    check_regular,
+    is_apple_double,
+    skipped_files,
+    wrong_format,
+)
 from cn_clip.image.decode import SUFFIXES
+from cn_clip.image.limits import MAX_ENCODED
 from cn_clip.text import path_text, read_json
 
 _TEXT, _JSON = (".txt", ".caption"), (".json",)
@@ -221,7 +229,7 @@ def _collect_members(stream: BinaryIO, path: Path, unmatched: list[str]) -> list
         folder, _, base = posixpath.normpath(path_text(member.name)).rpartition("/")
         stem, suffix = posixpath.splitext(base)
         suffix = suffix.lower()
-        if suffix not in _SUFFIXES or base.startswith("._"):  # KEY.cls, and resource forks of macOS
+        if suffix not in _SUFFIXES or is_apple_double(Path(base)):  # such as KEY.cls
             others.append(Path(base))
             continue
         key = f"{folder}/{stem}" if folder else stem
@@ -230,7 +238,7 @@ def _collect_members(stream: BinaryIO, path: Path, unmatched: list[str]) -> list
             latest[key] = _Members(key if count[key] == 1 else f"{key}#{count[key]}")
             groups.append(latest[key])
         latest[key].parts[suffix] = (member.offset_data, member.size)
-    if skipped := skipped_files(others, (".cls", ".index"), path):
+    if skipped := skipped_files(others, (*SUFFIXES, ".cls", ".index"), path):
         unmatched.append(skipped)
     return groups
 
@@ -279,7 +287,7 @@ class _BoundedStream:
 def _members(stream: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
     """Yield all members but folders; raise if the archive lacks its end marker."""
     size = path.stat().st_size
-    if reason := wrong_format(stream.read(32)):
+    if reason := wrong_format(stream.read(HEAD)):
         raise DataError(f"{path} is {reason}; pairs are read from an uncompressed .tar")
     stream.seek(0)
     bounded: Any = _BoundedStream(stream, size)
@@ -321,7 +329,7 @@ def _refusal_reason(member: tarfile.TarInfo) -> str | None:
         return "its path leads outside of the archive"
     if "\n" in member.name:
         return "its name has a line break"
-    limit = MAX_TEXT if member.name.lower().endswith((*_TEXT, *_JSON)) else MAX_FILE
+    limit = MAX_TEXT if member.name.lower().endswith((*_TEXT, *_JSON)) else MAX_ENCODED
     if member.size > limit:
         return f"it has {member.size:,} bytes, above the limit of {limit:,}"
     return None

@@ -271,7 +271,7 @@ class Recipe:
     )
 
     def to_toml(self) -> str:
-        """Return the whole recipe as TOML, which ``toml.from_toml`` reads back."""
+        """Return the whole recipe as TOML, which ``toml.read_recipe`` reads back."""
         return tomli_w.dumps(_without_none(asdict(self)))
 
 

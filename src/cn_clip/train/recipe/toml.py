@@ -92,15 +92,6 @@ def _children(value: Any) -> Iterable[Any]:
     return value if isinstance(value, list) else ()
 
 
-def from_toml(text: str) -> Recipe:
-    """Read the output of ``Recipe.to_toml``.
-
-    Raises:
-        UsageError: the text is not TOML, or as ``build_recipe``.
-    """
-    return build_recipe(_tables(text, "the recipe"))
-
-
 def build_recipe(values: Mapping[str, Any]) -> Recipe:
     """Build a recipe from plain values, and check it.
 

@@ -15,8 +15,8 @@ from filelock import FileLock, Timeout
 from cn_clip import distributed, hub, weights
 from cn_clip.data.sources.open import paths_of
 from cn_clip.errors import CheckpointError, CNClipError, UsageError
-from cn_clip.outputs import LOCK, STAMP, claim, own_folder, same_file, stamp, stamped_files
-from cn_clip.publish import atomic_file, map_write_errors, sweep
+from cn_clip.outputs import STAMP, claim, own_folder, same_file, stamp, stamped_files
+from cn_clip.publish import LOCK, atomic_file, map_write_errors, sweep
 from cn_clip.train.batches.feature_cache import FEATURES
 from cn_clip.train.recipe.schema import Recipe
 from cn_clip.train.recipe.toml import build_recipe, difference, read_recipe
