@@ -280,7 +280,7 @@ def _expand_braces(pattern: str) -> list[str]:
                 choices = [*inside, *names] if inside else [f"{{{name}}}" for name in names]
                 names, count = before, len(choices)
             total = len(names) * count + (len(outer[-1][1]) if outer else 0)
-            total *= math.prod(len(before) for before, _ in outer)
+            total *= math.prod(len(before) for before, _inside in outer)
             if total > _MAX_FILES:
                 raise UsageError(
                     f"{pattern} names {total:,} files, above the limit of {_MAX_FILES:,}; give "

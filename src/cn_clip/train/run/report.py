@@ -165,14 +165,14 @@ def curve(
             options = f' stroke-width="1.5"{dashes}'
             shapes.append(polyline(map(to_pixels, curve_points), options=options))
     for value in (low, (low + high) / 2, high):
-        _, y = to_pixels((0, value))
+        _unused, y = to_pixels((0, value))
         shapes.append(
             f'<line x1="{_MARGIN}" x2="{_WIDTH - 10}" y1="{y:.1f}" y2="{y:.1f}" '
             'stroke="var(--line)"/>'
             f'<text x="{_MARGIN - 4}" y="{y + 4:.1f}" text-anchor="end">{_short(value)}</text>'
         )
     for at, name in marks:
-        x, _ = to_pixels((at, low))
+        x, _unused = to_pixels((at, low))
         shapes.append(
             f'<line x1="{x:.1f}" x2="{x:.1f}" y1="6" y2="{_HEIGHT - 28}" stroke="currentColor" '
             'stroke-dasharray="3 3"/>'
