@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Literal
 
@@ -29,10 +28,10 @@ from cn_clip.data.sources.base import Source, located
 from cn_clip.data.sources.open import id_digest
 from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.files import MAX_FILE, read_lines
-from cn_clip.html.page import data_uri, page, thumbnail
+from cn_clip.html.page import thumbnail, write_page
 from cn_clip.image.decode import read_image
 from cn_clip.outputs import claim, own_file, starts_with
-from cn_clip.publish import atomic_file, map_write_errors, write_text
+from cn_clip.publish import atomic_file, map_write_errors
 from cn_clip.text import read_json
 
 _CHUNK = 128
@@ -206,28 +205,18 @@ def write_removed_report(
     result: DecontaminationResult, train: Source, against: Source, path: Path
 ) -> None:
     """Write the HTML report: each removed pair next to the test pair it matches."""
-    rows = []
-    for pair in result.removed[:_MAX_SHOWN]:
-        what = f"{pair.distance} of 256 bits differ" if pair.reason == "image" else "same caption"
-        cells = "".join(
-            f"<td>{_figure_html(source, index)}</td>"
-            for source, index in ((train, pair.index), (against, pair.against))
-        )
-        rows.append(f"<tr><td>{what}</td>{cells}</tr>")
-    unreadable = "".join(
-        f"<li>{escape(message)}</li>" for message in result.unreadable[:_MAX_SHOWN]
+    write_page(
+        path,
+        "data/curate/removed_report.html",
+        "Pairs removed from training",
+        "data decontaminate",
+        result=result,
+        removed=[
+            (pair, _shown(train, pair.index), _shown(against, pair.against))
+            for pair in result.removed[:_MAX_SHOWN]
+        ],
+        unreadable=result.unreadable[:_MAX_SHOWN],
     )
-    parts = [
-        f"<h1>{escape(result.train)} against {escape(result.against)}</h1>",
-        f"<p>{len(result.removed):,} of {result.pairs:,} pairs are removed: {result.by_image:,} "
-        f"for their image, {result.by_caption:,} for their caption alone. "
-        f"{len(result.unreadable):,} images could not be compared. {result.test_images:,} test "
-        f"images; at most {result.threshold} of 256 bits may differ; captions of "
-        f"{result.min_caption} characters and more were compared.</p>",
-        f"<table><tr><th></th><th>training</th><th>test</th></tr>{''.join(rows)}</table>",
-        f"<h2>Could not be compared</h2><ul>{unreadable}</ul>" if unreadable else "",
-    ]
-    write_text(path, page("RemovedPair from training", parts, "data decontaminate"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,11 +323,11 @@ def _pair_json(source: Source, index: int) -> dict[str, str]:
     return values | {"where": source.where(index)}
 
 
-def _figure_html(source: Source, index: int) -> str:
+def _shown(source: Source, index: int) -> dict[str, str | bytes | None]:
+    """Return what the report shows of a pair; ``jpeg`` is None for an unreadable image."""
     row = source.row(index)
     try:
-        image = f'<img src="{data_uri(thumbnail(source.image(index)))}" alt="">'
+        jpeg = thumbnail(source.image(index))
     except CNClipError:
-        image = "(unreadable)" if row.image_id else "(a text without an image)"
-    caption = f"{escape(row.text)}<br><small>{escape(source.where(index))}</small>"
-    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+        jpeg = None
+    return {"jpeg": jpeg, "image_id": row.image_id, "text": row.text, "where": source.where(index)}

@@ -7,7 +7,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qsl
@@ -26,6 +26,7 @@ from cn_clip.outputs import is_within
 from cn_clip.text import path_text
 
 _MAX_FILES = 1_000_000  # that braces may expand to
+_MAX_DEPTH = 16  # of nested braces
 _COLUMNS = ("image", "text", "image_id", "text_id")
 _TABLE_OPTIONS = (*_COLUMNS, "root", "encoding")
 # kind -> options
@@ -270,47 +271,49 @@ def _expand(pattern: str) -> list[Path]:
 
 
 def _expand_braces(pattern: str) -> list[str]:
-    """Expand all ``{000..099}`` and ``{a,b}``, innermost first.
+    """Expand all ``{000..099}`` and ``{a,b}``, nested ones too, in the order of a shell.
+
+    Braces without a partner make the whole pattern literal, braces without a comma themselves.
 
     Raises:
-        UsageError: there are too many names.
+        UsageError: there are too many names, or too many nested braces.
     """
-    done, names = False, [pattern]
-    while not done:
-        # Literal text at even positions, braces at odd ones.
-        split = [re.split(r"(\{\d+\.\.\d+\}|\{[^{}]*,[^{}]*\})", name) for name in names]
-        count = sum(math.prod(len(_span(piece)) for piece in pieces[1::2]) for pieces in split)
-        if count > _MAX_FILES:
-            raise UsageError(
-                f"{pattern} names {count:,} files, above the limit of {_MAX_FILES:,}; give fewer, "
-                "or use a glob such as *.tar"
-            )
-        names = [
-            "".join(name) for pieces in split for name in itertools.product(*_alternatives(pieces))
-        ]
-        done = all(len(pieces) == 1 for pieces in split)
-    return names
+    outer: list[tuple[list[str], list[str]]] = []  # by open brace: names before it, and inside
+    names = [""]
+    for token in re.split(r"(\{\d+\.\.\d+\}|[{},])", pattern):
+        if token == "{":
+            outer.append((names, []))
+            names = [""]
+            if len(outer) > _MAX_DEPTH:
+                raise UsageError(f"{pattern} has more than {_MAX_DEPTH} nested braces; give fewer")
+        elif token == "," and outer:
+            outer[-1][1].extend(names)
+            names = [""]
+        else:
+            count, choices = _choices(token)
+            if token == "}" and outer:
+                before, inside = outer.pop()
+                choices = [*inside, *names] if inside else [f"{{{name}}}" for name in names]
+                names, count = before, len(choices)
+            total = len(names) * count + (len(outer[-1][1]) if outer else 0)
+            total *= math.prod(len(before) for before, _inside in outer)
+            if total > _MAX_FILES:
+                raise UsageError(
+                    f"{pattern} names {total:,} files, above the limit of {_MAX_FILES:,}; give "
+                    "fewer, or use a glob such as *.tar"
+                )
+            names = list(map("".join, itertools.product(names, choices)))
+    return [pattern] if outer else names
 
 
-def _alternatives(pieces: Sequence[str]) -> Iterator[list[str]]:
-    for at, piece in enumerate(pieces):
-        yield _choices(piece) if at % 2 else [piece]
-
-
-def _span(braces: str) -> range:
-    """Return a range as long as the number of choices in braces."""
-    ends = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", braces)
+def _choices(token: str) -> tuple[int, Iterable[str]]:
+    """Return the count of ``{FIRST..LAST}``, 1 for any other text, and the choices."""
+    ends = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", token)
     if ends is None:
-        return range(braces.count(",") + 1)
+        return 1, [token]
     if max(map(len, ends.groups())) > 18:
-        return range(_MAX_FILES + 1)
-    return range(int(ends[1]), int(ends[2]) + 1)
-
-
-def _choices(braces: str) -> list[str]:
-    ends = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", braces)
-    if ends is None:
-        return braces[1:-1].split(",")
-    first, last = ends.groups()
-    width = len(first) if first.startswith("0") or len(first) == len(last) else 0
-    return [f"{number:0{width}}" for number in _span(braces)]
+        return _MAX_FILES + 1, []
+    first, last = map(int, ends.groups())
+    numbers = range(first, last + 1) if first <= last else range(first, last - 1, -1)
+    width = len(ends[1]) if ends[1][0] == "0" or len(ends[1]) == len(ends[2]) else 0
+    return len(numbers), (f"{number:0{width}}" for number in numbers)

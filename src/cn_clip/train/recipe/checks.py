@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, is_dataclass
+from typing import Any
+
 from cn_clip.errors import UsageError
-from cn_clip.train.recipe.schema import VERSION, Recipe, Stage
+from cn_clip.train.recipe.schema import Recipe, Stage
 
 _MAX_NAME_LENGTH = 64  # folders are named after stages
 
 
 def check_recipe(recipe: Recipe) -> None:
     """Raise a ``UsageError`` for the first invalid option; the message gives the valid values."""
-    for name, (value, low, high) in _ranges(recipe).items():
-        if value is not None and not low <= value <= high:
-            raise UsageError(f"{name} is {value}; give {low} to {high}")
+    _check_ranges(recipe)
     if recipe.machine.parallel == "fsdp" and recipe.machine.precision == "fp16":
         raise UsageError("machine.parallel = fsdp has no scaler for fp16; use --precision bf16")
     names = [stage.name for stage in recipe.stages]
@@ -36,62 +37,19 @@ def check_recipe(recipe: Recipe) -> None:
         )
 
 
-def _ranges(recipe: Recipe) -> dict[str, tuple[float | None, float, float]]:
-    """Return (value, minimum, maximum) of every numeric option."""
-    ranges: dict[str, tuple[float | None, float, float]] = {
-        "version": (recipe.version, 1, VERSION),
-        "seed": (recipe.seed, 0, (1 << 63) - 1),
-        "data.workers": (recipe.data.workers, 0, 1024),
-        "data.prefetch_mb": (recipe.data.prefetch_mb, 1, 1 << 30),
-        "data.max_skipped_fraction": (recipe.data.max_skipped_fraction, 0, 1),
-        "output.keep": (recipe.output.keep, 1, 1000),
-        "output.log_every": (recipe.output.log_every, 1, 1 << 30),
-        "output.save_every": (recipe.output.save_every, 1, 1 << 30),
-        "output.stop_at_chance": (recipe.output.stop_at_chance, 0, 1 << 30),
-        "evaluation.every_epochs": (recipe.evaluation.every_epochs, 0, 1 << 30),
-        "evaluation.every_steps": (recipe.evaluation.every_steps, 1, 1 << 30),
-        "start.resolution": (recipe.start.resolution, 1, 4096),
-        "start.context_length": (recipe.start.context_length, 2, 512),
-    }
-    for stage in recipe.stages:
-        at, optimizer = f"stages.{stage.name}", stage.optimizer
-        ranges |= {
-            f"{at}.epochs": (stage.epochs, 1, 1 << 30),
-            f"{at}.steps": (stage.steps, 1, 1 << 40),
-            # The contrastive loss of a single pair is zero.
-            f"{at}.global_batch_size": (stage.global_batch_size, 2, 1 << 30),
-            f"{at}.micro_batch_size": (stage.micro_batch_size, 1, 1 << 30),
-            f"{at}.mask_ratio": (stage.mask_ratio, 0, 0.99),
-            f"{at}.dropout": (stage.dropout, 0, 0.99),
-            f"{at}.views": (stage.views, 1, 1000),
-            f"{at}.interpolate": (
-                None if isinstance(stage.interpolate, str) else stage.interpolate,
-                0,
-                1,
-            ),
-            f"{at}.optimizer.learning_rate": (optimizer.learning_rate, 0, 10),
-            f"{at}.optimizer.reference_batch_size": (optimizer.reference_batch_size, 1, 1 << 30),
-            f"{at}.optimizer.warmup": (optimizer.warmup, 0, 1 << 40),
-            f"{at}.optimizer.weight_decay": (optimizer.weight_decay, 0, 10),
-            f"{at}.optimizer.beta1": (optimizer.beta1, 0, 0.99999),
-            f"{at}.optimizer.beta2": (optimizer.beta2, 0, 0.9999999),
-            f"{at}.optimizer.eps": (optimizer.eps, 0, 1),
-            f"{at}.optimizer.max_grad_norm": (optimizer.max_grad_norm, 1e-6, 1e6),
-            f"{at}.optimizer.layer_decay": (optimizer.layer_decay, 0.01, 1),
-            f"{at}.optimizer.ema": (optimizer.ema, 0, 0.9999999),
-            f"{at}.loss.teacher_weight": (stage.loss.teacher_weight, 0, 1),
-            f"{at}.loss.teacher_features": (stage.loss.teacher_features, 0, 1e6),
-            f"{at}.loss.text_targets_weight": (stage.loss.text_targets_weight, 0, 1e6),
-            f"{at}.loss.text_targets_batch_size": (stage.loss.text_targets_batch_size, 1, 1 << 30),
-        }
-        if stage.early_stopping is not None:
-            stopping = f"{at}.early_stopping"
-            ranges[f"{stopping}.patience"] = (stage.early_stopping.patience, 1, 1 << 30)
-            ranges[f"{stopping}.min_gain"] = (stage.early_stopping.min_gain, 0, 1)
-        if stage.lora is not None:
-            ranges[f"{at}.lora.rank"] = (stage.lora.rank, 1, 1 << 16)
-            ranges[f"{at}.lora.alpha"] = (stage.lora.alpha, 0, 1e6)
-    return ranges
+def _check_ranges(table: Any, where: str = "") -> None:
+    """Check the numbers of a table and of the tables in it."""
+    for option in fields(table):
+        value, name = getattr(table, option.name), f"{where}{option.name}"
+        if is_dataclass(value):
+            _check_ranges(value, f"{name}.")
+        elif option.name == "stages":
+            for stage in value:
+                _check_ranges(stage, f"{name}.{stage.name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            low, high = option.metadata["within"]
+            if not low <= value <= high:
+                raise UsageError(f"{name} is {value}; give {low} to {high}")
 
 
 def _check_stage(stage: Stage, recipe: Recipe) -> None:

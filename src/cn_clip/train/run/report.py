@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from cn_clip.arrays import read_npz
 from cn_clip.errors import CNClipError, DataError
 from cn_clip.eval.dataset import EvalSet
-from cn_clip.html.charts import Point, circle, linear_scale, polyline, table
-from cn_clip.html.page import data_uri, image_grid, page, thumbnail
-from cn_clip.publish import atomic_file
+from cn_clip.html.charts import NONE, Point, circle, linear_scale, polyline, svg
+from cn_clip.html.page import thumbnail, write_page
 from cn_clip.train.recipe.schema import Recipe
 from cn_clip.train.run.events import FINAL, interpolated
 from cn_clip.train.run.log import Event, read_log
@@ -62,33 +62,30 @@ def write_report(
         if event["kind"] == "stage" and event["step"] == 0
     ]
     scored = [e for e in events if e["kind"] == "score" and e["stage"] != FINAL]
-    parts = [
-        f"<h1>{escape(recipe.name)}</h1>",
-        _summary(events, recipe),
-        "<h2>Mean recall on the validation pairs</h2>",
-        _scores(events, recipe) if scores else "<p>No validation pairs.</p>",
-        curve(
-            [(e["total"], 100 * e["mean_recall"]) for e in scored],
-            marks,
-            "mean recall, %",
-            dots=True,
-        ),
-        *_mixtures(events),
-        "<h2>Loss</h2>",
-        curve([(e["total"], e["mean_loss"]) for e in steps], marks, "loss"),
-        "<h2>Learning rate</h2>",
-        curve([(e["total"], e["rate"]) for e in steps], marks, "learning rate"),
-        "<h2>Logit scale</h2>",
-        curve([(e["total"], e["logit_scale"]) for e in steps], marks, "factor on the cosine"),
-        *_retrievals(folder, validation),
-        "<h2>Initial weights</h2>",
-        _listed(line for e in events if e["kind"] == "start" for line in e["origins"]),
-        *(f'<p class="bad">{escape(e["text"])}</p>' for e in events if e["kind"] == "warning"),
-        "<h2>Recipe</h2>",
-        f"<pre>{escape(recipe.to_toml())}</pre>",
-    ]
-    with atomic_file(folder / "report.html") as path:
-        path.write_text(page(f"Training: {recipe.name}", parts, "train"), encoding="utf-8")
+    recalls = [(e["total"], 100 * e["mean_recall"]) for e in scored]
+    write_page(
+        folder / "report.html",
+        "train/run/report.html",
+        f"Training: {recipe.name}",
+        "train",
+        recipe=recipe,
+        first=next((e for e in events if e["kind"] == "start"), None),
+        end=next((e for e in events if e["kind"] == "end"), None),
+        scores=_chosen(events, recipe),
+        recall_curve=curve(recalls, marks, "mean recall, %", dots=True),
+        mixtures=[(sweep, _mixture_curve(sweep)) for sweep in mixtures(events)],
+        step_curves=[
+            (heading, curve([(e["total"], e[key]) for e in steps], marks, label))
+            for heading, key, label in (
+                ("Loss", "mean_loss", "loss"),
+                ("Learning rate", "rate", "learning rate"),
+                ("Logit scale", "logit_scale", "factor on the cosine"),
+            )
+        ],
+        retrievals=_retrievals(folder, validation),
+        origins=[line for e in events if e["kind"] == "start" for line in e["origins"]],
+        warnings=[e["text"] for e in events if e["kind"] == "warning"],
+    )
     return scores
 
 
@@ -138,7 +135,7 @@ def curve(
     *,
     second: Sequence[Point] = (),
     x_label: str = "step",
-) -> str:
+) -> Markup:
     """Return an SVG of a curve.
 
     Args:
@@ -151,7 +148,7 @@ def curve(
     """
     points = [(x, y) for x, y in points if isinstance(y, int | float)]
     if not points:
-        return "<p>none</p>"
+        return NONE
     points = points[:: max(1, len(points) // _MAX_POINTS)]
     xs, ys = zip(*points, *second, strict=True)
     left, right = 0.0, max(1.0, max(xs))
@@ -168,14 +165,14 @@ def curve(
             options = f' stroke-width="1.5"{dashes}'
             shapes.append(polyline(map(to_pixels, curve_points), options=options))
     for value in (low, (low + high) / 2, high):
-        _, y = to_pixels((0, value))
+        _unused, y = to_pixels((0, value))
         shapes.append(
             f'<line x1="{_MARGIN}" x2="{_WIDTH - 10}" y1="{y:.1f}" y2="{y:.1f}" '
             'stroke="var(--line)"/>'
             f'<text x="{_MARGIN - 4}" y="{y + 4:.1f}" text-anchor="end">{_short(value)}</text>'
         )
     for at, name in marks:
-        x, _ = to_pixels((at, low))
+        x, _unused = to_pixels((at, low))
         shapes.append(
             f'<line x1="{x:.1f}" x2="{x:.1f}" y1="6" y2="{_HEIGHT - 28}" stroke="currentColor" '
             'stroke-dasharray="3 3"/>'
@@ -189,49 +186,7 @@ def curve(
         f'<text x="{_WIDTH - 10}" y="{_HEIGHT - 2}" text-anchor="end">'
         f"{x_label} {_short(right)}</text>"
     )
-    return (
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" role="img" '
-        f'aria-label="{escape(label)}">{"".join(shapes)}</svg>'
-    )
-
-
-def _summary(events: Sequence[Event], recipe: Recipe) -> str:
-    start = next((e for e in events if e["kind"] == "start"), None)
-    end = next((e for e in events if e["kind"] == "end"), None)
-    sentences = []
-    if start is not None:
-        sentences.append(
-            f"{escape(start['model'])}, {start['parameters'] / 1e6:,.1f} M parameters, "
-            f"{start['pairs']:,} training pairs, on {escape(start['device'])}, "
-            f"{start['processes']} process(es), {recipe.machine.precision}."
-        )
-    if end is not None:
-        sentences.append(
-            f"{end['total']:,} steps; {end['seconds'] / 60:,.1f} minutes since the last start."
-        )
-    return f"<p>{' '.join(sentences)}</p>"
-
-
-def _scores(events: Sequence[Event], recipe: Recipe) -> str:
-    chosen = _chosen(events, recipe)
-    first = chosen[0][1]["mean_recall"]
-    columns = ("t2i_r1", "t2i_r5", "t2i_r10", "i2t_r1", "i2t_r5", "i2t_r10")
-    heads = (
-        "",
-        "mean recall",
-        "gain",
-        *(
-            c.replace("_r", " R@").replace("t2i", "text→image").replace("i2t", "image→text")
-            for c in columns
-        ),
-    )
-    rows = []
-    for name, event in chosen:
-        numbers = [event["mean_recall"], event["mean_recall"] - first, *(event[c] for c in columns)]
-        shown = [f"{100 * n:.1f}" for n in numbers]
-        shown[1] = "" if name == "before" else f"{100 * numbers[1]:+.1f}"
-        rows.append([escape(name), *shown])
-    return table(heads, rows)
+    return svg(_WIDTH, _HEIGHT, shapes, label)
 
 
 def mixtures(events: Sequence[Event]) -> list[dict[str, Any]]:
@@ -259,60 +214,38 @@ def _is_sweep(event: Event) -> bool:
     )
 
 
-def _mixtures(events: Sequence[Event]) -> Iterator[str]:
-    """Yield a curve and a table of the scores of the interpolated weights of each stage."""
-    for sweep in mixtures(events):
-        rows, weight = sweep["mixtures"], sweep["weight"]
-        first = rows[0]
-        has_kept = first["kept"] is not None
-        yield f"<h2>Interpolated weights of stage {escape(sweep['stage'])}</h2>"
-        yield (
-            "<p>Mean recall of the initial and the new weights of the stage, interpolated, "
-            "in points above the initial weights: on the validation pairs"
-            + (" (solid), and on the kept pairs (dashed)" if has_kept else "")
-            + f". Chosen weight of the new weights: {weight:g}.</p>"
-        )
-        yield curve(
-            [(e["weight"], round(100 * (e["score"] - first["score"]), 2)) for e in rows],
-            [(weight, "chosen")],
-            "points of mean recall",
-            dots=True,
-            second=[
-                (e["weight"], round(100 * (e["kept"] - first["kept"]), 2)) for e in rows if has_kept
-            ],
-            x_label="weight",
-        )
-        heads = ("weight", "validation", "kept") if has_kept else ("weight", "validation")
-        yield table(
-            heads,
-            (
-                [
-                    f"{each['weight']:g}" + (", chosen" if each["weight"] == weight else ""),
-                    *(f"{100 * each[key]:.1f}" for key in ("score", "kept")[: 1 + has_kept]),
-                ]
-                for each in rows
-            ),
-        )
+def _mixture_curve(sweep: dict[str, Any]) -> Markup:
+    """Return the curve of the scores of interpolated weights, above those of the initial ones."""
+    rows = sweep["mixtures"]
+    score, kept = (
+        [(e["weight"], round(100 * (e[key] - rows[0][key]), 2)) for e in rows if e[key] is not None]
+        for key in ("score", "kept")
+    )
+    marks = [(sweep["weight"], "chosen")]
+    return curve(score, marks, "points of mean recall", dots=True, second=kept, x_label="weight")
 
 
-def _retrievals(folder: Path, validation: EvalSet | None) -> list[str]:
-    """Return the top images of some validation texts, before and after training."""
+def _retrievals(
+    folder: Path, validation: EvalSet | None
+) -> Iterator[tuple[str, list[tuple[str, list[tuple[bytes, str]]]]]]:
+    """Yield some validation texts and their top images, before and after training."""
+    if validation is None:
+        return
     try:
         before, after = (_embeddings(folder / f"{name}.npz") for name in ("before", "after"))
     except DataError:
-        return []
-    if validation is None:
-        return []
+        return
     count = len(validation.texts)
     chosen = sorted({round(n * (count - 1) / max(1, _QUERIES - 1)) for n in range(_QUERIES)})
-    parts = ["<h2>Retrieved images</h2>"]
     for text in chosen:
-        parts.append(f"<h3>{escape(validation.texts[text])}</h3>")
         correct = set(validation.pairs[validation.pairs[:, 1] == text, 0].tolist())
-        for name, (images, texts) in (("before", before), ("after", after)):
-            parts.append(f"<p>{name}</p>")
-            parts.append(image_grid(_top_images(images, texts[text], correct, validation)))
-    return parts
+        yield (
+            validation.texts[text],
+            [
+                (name, list(_top_images(images, texts[text], correct, validation)))
+                for name, (images, texts) in (("before", before), ("after", after))
+            ],
+        )
 
 
 def _embeddings(path: Path) -> tuple[Vectors, Vectors]:
@@ -322,19 +255,15 @@ def _embeddings(path: Path) -> tuple[Vectors, Vectors]:
 
 def _top_images(
     images: Vectors, text: Vectors, correct: set[int], validation: EvalSet
-) -> Iterable[tuple[str, str]]:
+) -> Iterator[tuple[bytes, str]]:
     cosines = images @ text
     for image in np.argsort(-cosines, kind="stable")[:_TOP_K].tolist():
         try:
-            uri = data_uri(thumbnail(validation.image_bytes(image)))
+            jpeg = thumbnail(validation.image_bytes(image))
         except CNClipError:
             continue
         mark = " ✓" if image in correct else ""
-        yield uri, f"{cosines[image]:.3f}{mark}"
-
-
-def _listed(lines: Iterable[str]) -> str:
-    return f"<ul>{''.join(f'<li>{escape(str(line))}</li>' for line in lines)}</ul>"
+        yield jpeg, f"{cosines[image]:.3f}{mark}"
 
 
 def _short(value: float) -> str:
