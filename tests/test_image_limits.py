@@ -181,8 +181,8 @@ def test_one_bad_image_ends_no_command(tmp_path):
     bad_images(photos)
     source = open_source(f"folder:{photos}")
     found = check(source)
-    named = [problem.text for problem in found.problems if problem.kind == "picture"]
-    assert found.counts["picture"] == 2
+    named = [problem.text for problem in found.problems if problem.kind == "image"]
+    assert found.counts["image"] == 2
     assert all(any(name in text for text in named) for name in ("bomb", "nan"))
     packed = pack(source, tmp_path / "packed", encoding=Encoding(format="WEBP"))
     assert (packed.images, len(packed.skipped)) == (6, 2)

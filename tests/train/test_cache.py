@@ -197,8 +197,8 @@ def test_views_are_augmented_versions_that_epochs_take_in_turn(tower, tmp_path):
         ({"preparation": Preparation(resolution=64)}, "preparation"),
         ({"preparation": Preparation(resolution=32, background="white")}, "preparation"),
         ({"views": 2}, "views"),
-        ({"mix": [WeightedSource(Made(first=1))]}, "pictures"),
-        ({"mix": [WeightedSource(Made()), WeightedSource(Made())]}, "pictures"),
+        ({"mix": [WeightedSource(Made(first=1))]}, "images"),
+        ({"mix": [WeightedSource(Made()), WeightedSource(Made())]}, "images"),
         ({"stamp": {"tower": "that"}, "views": 3}, "tower, views"),
     ],
 )
@@ -237,7 +237,7 @@ def test_the_stamp_can_be_read_by_people(tower, tmp_path):
     cached(Made(), tower, tmp_path)
     about = json.loads((tmp_path / "about.json").read_text(encoding="utf-8"))
     assert about["tower"] == "this" and about["views"] == 1
-    assert about["preparation"]["resolution"] == 32 and len(about["pictures"]) == 32
+    assert about["preparation"]["resolution"] == 32 and len(about["images"]) == 32
 
 
 def test_a_fingerprint_changes_with_the_image_tower_alone(tiny_model):

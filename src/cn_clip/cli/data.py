@@ -284,8 +284,8 @@ def decontaminate(
                 "out": out,
                 "pairs": result.pairs,
                 "removed": len(result.removed),
-                "for_picture": result.by_image,
-                "for_caption": result.by_caption,
+                "by_image": result.by_image,
+                "by_caption": result.by_caption,
                 "unreadable": result.unreadable,
             }
         )

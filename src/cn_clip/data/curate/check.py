@@ -35,7 +35,7 @@ from cn_clip.tokenizer import CONTEXT_LENGTH, default_tokenizer
 # kind -> (whether it makes a source unfit for training, description)
 PROBLEM_KINDS = {
     "row": (True, "unreadable rows"),
-    "picture": (True, "images missing or damaged"),
+    "image": (True, "images missing or damaged"),
     "empty": (True, "empty captions"),
     "text id": (True, "text ids used for two texts"),
     "unmatched": (False, "images, texts or files without a pair"),
@@ -43,7 +43,7 @@ PROBLEM_KINDS = {
     "long": (False, "captions longer than the context length"),
     "pair": (False, "repeated pairs"),
     "same caption": (False, "captions used for several images"),
-    "same picture": (False, "near-duplicate images under another id"),
+    "same image": (False, "near-duplicate images under another id"),
     "small": (False, "images smaller than 64 pixels"),
 }
 _CHUNK = 128
@@ -349,7 +349,7 @@ class _ReadImages:
 def _add_image_problems(source: Source, batch: _ImageBatch, result: CheckResult) -> None:
     """Add problems of single images."""
     for index, error in batch.errors:
-        result.add("picture", index, error)
+        result.add("image", index, error)
     result.sides.update(batch.sides.tolist())
     sides = dict(zip(batch.indexes.tolist(), batch.sides.tolist(), strict=True))
 
@@ -388,7 +388,7 @@ def _add_near_duplicates(
         first = indexes[before[np.searchsorted(indexes, index)]]
         return f"{source.where(index)}: looks like {source.where(int(first))}"
 
-    result.add_all("same picture", indexes[duplicates], same)
+    result.add_all("same image", indexes[duplicates], same)
 
 
 def _memory_map(hash_file: IO[bytes], count: int) -> Hashes:
@@ -408,7 +408,7 @@ def _short_digests(hashes: Hashes) -> npt.NDArray[np.uint64]:
 
 
 def _draw_samples(source: Source, firsts: npt.NDArray[np.int64], result: CheckResult) -> None:
-    broken = {problem.index for problem in result.problems if problem.kind == "picture"}
+    broken = {problem.index for problem in result.problems if problem.kind == "image"}
     drawn = map(int, np.random.default_rng(0).permutation(firsts))
     for index in islice((pair for pair in drawn if pair not in broken), _SAMPLES):
         try:

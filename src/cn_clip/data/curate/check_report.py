@@ -61,7 +61,7 @@ def _problems(kind: str, result: CheckResult, source: Source) -> str:
     not_shown = result.counts[kind] - _MAX_SHOWN
     more = f"<p>and {not_shown:,} more</p>" if not_shown > 0 else ""
     images = []
-    if kind in ("same picture", "same caption", "pair", "small"):
+    if kind in ("same image", "same caption", "pair", "small"):
         for problem in problems[:_MAX_IMAGES]:
             try:
                 jpeg = thumbnail(source.image(problem.index or 0))

@@ -34,10 +34,13 @@ from cn_clip.data.loading.loader import (
 from cn_clip.data.loading.sampler import BatchPart
 from cn_clip.data.sources.open import WeightedSource, id_digest
 from cn_clip.errors import CNClipError, DataError, UsageError
+from cn_clip.format_version import FIELD, Format
 from cn_clip.model.clip import CLIP
 from cn_clip.outputs import entries, json_object_at, own_folder
 from cn_clip.publish import atomic_file
 
+_FORMAT = Format("feature cache", 1)
+_RENAMED = {"pictures": "images"}  # in stamps without a format version
 _PER_SHARD = 4096  # images
 _STAMP_FILE = "about.json"
 _SHARD = re.compile(r"features-\d{5,}\.npy")
@@ -162,11 +165,15 @@ def cache_image_features(
         DataError: the features cannot be written.
     """
     images = unique_images(mix)
-    about = stamp | {
-        "preparation": {k: v for k, v in asdict(preparation).items() if k != "context_length"},
-        "pictures": images.fingerprint,
-        "views": views,
-    }
+    about = (
+        {FIELD: str(_FORMAT)}
+        | stamp
+        | {
+            "preparation": {k: v for k, v in asdict(preparation).items() if k != "context_length"},
+            "images": images.fingerprint,
+            "views": views,
+        }
+    )
     distributed.on_main(lambda: _check_stamp(folder, about))
     count = len(images.places)
     shards = range(-(-count // _PER_SHARD))
@@ -247,7 +254,8 @@ def _shard_path(folder: Path, number: int) -> Path:
 
 def _own_features(folder: Path) -> Collection[str]:
     """Return the names of the cache's files in a folder; none if there is no stamp."""
-    if not {"preparation", "pictures", "views"} <= json_object_at(folder / _STAMP_FILE).keys():
+    stamp = _renamed(json_object_at(folder / _STAMP_FILE))
+    if not {"preparation", "images", "views"} <= stamp.keys():
         return ()
     shards = (name for name in entries(folder) if _SHARD.fullmatch(name))
     return {_STAMP_FILE, *shards}
@@ -255,6 +263,10 @@ def _own_features(folder: Path) -> Collection[str]:
 
 FEATURES = own_folder("train", _own_features, _OWN_FILE)
 """Returns why a folder is not a feature cache, None if it is one."""
+
+
+def _renamed(stamp: dict[str, Any]) -> dict[str, Any]:
+    return {_RENAMED.get(name, name): value for name, value in stamp.items()}
 
 
 def _check_stamp(folder: Path, about: dict[str, Any]) -> None:
@@ -273,7 +285,11 @@ def _check_stamp(folder: Path, about: dict[str, Any]) -> None:
         raise UsageError(f"{path} cannot be read ({error}); delete the folder {folder}") from None
     if not isinstance(stored, dict):
         raise UsageError(f"{path} is not a JSON object; delete the folder {folder}")
-    other = sorted(k for k in stored | about if stored.get(k) != json.loads(text).get(k))
+    version = stored.pop(FIELD, None)
+    _FORMAT.check(version, path, UsageError, f"delete the folder {folder}")
+    stored, about = _renamed(stored), json.loads(text)
+    del about[FIELD]
+    other = sorted(k for k in stored | about if stored.get(k) != about.get(k))
     if other:
         raise UsageError(
             f"the features in {folder} are of another {', '.join(other)}; delete the folder, or "
