@@ -50,7 +50,7 @@ def test_a_run_of_two_stages_gives_a_model_that_loads(pairs, start, tmp_path):
     assert (run / "report.html").is_file()
     stages = events(run, "stage")
     assert [event["stage"] for event in stages] == ["locked", "all"]
-    assert stages[0]["learns"] < stages[1]["learns"]
+    assert stages[0]["trainable"] < stages[1]["trainable"]
 
 
 def test_what_a_stage_freezes_keeps_its_bits(pairs, start, tmp_path):
@@ -200,7 +200,7 @@ def test_lora_trains_little_and_ends_as_plain_weights(pairs, start, tmp_path):
     stage = {"lora": {"rank": 2}, "freeze": ["visual.*", "bert.*", "text_projection"]}
     train(make_recipe(pairs, start, tmp_path / "run", stage, data={"val": []}))
     (begun,) = events(tmp_path / "run", "stage")
-    assert begun["learns"] < 10_000
+    assert begun["trainable"] < 10_000
     before, after = tensors(start), tensors(tmp_path / "run" / "final")
     assert set(before) == set(after)
     changed = {name for name in before if not torch.equal(before[name], after[name])}

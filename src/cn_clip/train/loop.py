@@ -39,7 +39,7 @@ from cn_clip.train.run.events import (
     StartEvent,
     StepEvent,
 )
-from cn_clip.train.run.log import Event, Log, read_log
+from cn_clip.train.run.log import Event, Log, read_events
 from cn_clip.train.run.loss_watchdog import LossWatchdog
 from cn_clip.train.run.report import mixtures, write_report
 from cn_clip.train.run.run_dir import (
@@ -226,10 +226,10 @@ def _log_stage(run: Run, training: Training, progress: Progress) -> None:
             number=progress.stage,
             step=progress.step,
             steps=training.steps,
-            rate=training.peak_lr,
+            lr=training.peak_lr,
             warmup=warmup_steps(training.steps, stage.optimizer),
             batch=stage.global_batch_size,
-            learns=sum(p.numel() for p in training.model.parameters() if p.requires_grad),
+            trainable=sum(p.numel() for p in training.model.parameters() if p.requires_grad),
             batch_norm=batch_norm_mode(training.model),
         )
     )
@@ -312,7 +312,7 @@ def _log_step(
             step=progress.step,
             loss=metrics.loss,
             mean_loss=window.mean_loss,
-            rate=metrics.lr,
+            lr=metrics.lr,
             logit_scale=float(training.model.logit_scale.detach().exp()),
             pairs_per_second=round(window.pairs_per_second * distributed.world_size(), 1),
             skipped=training.loader.skipped,
@@ -410,7 +410,7 @@ def _finish(run: Run, progress: Progress, seconds: float) -> Outcome:
             progress.total,
             round(seconds, 1),
             scores,
-            mixtures(read_log(run.folder)),
+            [event.values() for event in mixtures(read_events(run.folder))],
         )
         write_outcome(run.folder, outcome)
     outcome = distributed.broadcast_object(outcome)
