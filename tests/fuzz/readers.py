@@ -598,8 +598,8 @@ def _write_run(folder: Path) -> None:
         save_state(folder, Progress(total=total, before=0.5), _run_tensors(), keep=2)
     recalls = {f"{way}_r{k}": 0.1 for way in ("t2i", "i2t") for k in (1, 5, 10)}
     events: list[dict[str, Any]] = [
-        {"kind": "start", "total": 0, "recipe": "r", "model": "tiny", "parameters": 9, "device": "cpu",
-         "processes": 1, "pairs": 16, "origins": ["random"]},
+        {"kind": "start", "total": 0, "recipe": "r", "model": "tiny", "parameters": 9,
+         "device": "cpu", "processes": 1, "pairs": 16, "origins": ["random"]},
         {"kind": "stage", "total": 0, "stage": "one", "number": 0, "step": 0, "steps": 6,
          "lr": 1e-3, "warmup": 1, "batch": 16, "trainable": 9, "batch_norm": None},
         {"kind": "warning", "total": 0, "text": "2 pairs are the same"},
