@@ -10,7 +10,8 @@ from PIL import Image
 from cn_clip.cli import run
 from cn_clip.data.captions import language_of
 from cn_clip.data.curate import check as module
-from cn_clip.data.curate.check import PROBLEM_KINDS, check
+from cn_clip.data.curate.check import check
+from cn_clip.data.curate.check_result import PROBLEM_KINDS
 from cn_clip.data.sources.open import open_source
 from cn_clip.errors import CNClipError
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
-from cn_clip.data.curate.check import PROBLEM_KINDS, CheckResult
+from cn_clip.data.curate.check_result import PROBLEM_KINDS, CheckResult
 from cn_clip.data.sources.base import Source
 from cn_clip.errors import CNClipError
 from cn_clip.html.page import data_uri, histogram, image_grid, page, thumbnail
