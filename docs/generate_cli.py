@@ -35,19 +35,19 @@ def help_text(words: Sequence[str]) -> str:
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()).strip("\n")
 
 
-def verbs(app: App, before: Sequence[str] = ()) -> Iterator[list[str]]:
-    """Yield the words of every verb, and of those below it."""
+def commands(app: App, before: Sequence[str] = ()) -> Iterator[list[str]]:
+    """Yield the words of every command, subcommands included."""
     yield [*before]
     for name in app:
         if not name.startswith("-"):
-            yield from verbs(app[name], [*before, name])
+            yield from commands(app[name], [*before, name])
 
 
 def render() -> str:
     """Return the whole page."""
     blocks = [
         f"## {' '.join(['cn-clip', *words])}\n\n```text\n{help_text(words)}\n```\n"
-        for words in verbs(app)
+        for words in commands(app)
     ]
     return "\n".join([HEAD, *blocks])
 

@@ -79,7 +79,9 @@ COSTLY = {
 
 @pytest.mark.parametrize("name", COSTLY)
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_what_costs_far_more_than_its_size_is_refused_before_it_is_decoded(name, monkeypatch):
+def test_images_that_need_far_more_memory_than_their_size_are_refused_before_decoding(
+    name, monkeypatch
+):
     content, message = COSTLY[name]
     Image.init()  # loading Pillow's plugins decodes an image of its own
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
@@ -100,7 +102,7 @@ def test_what_costs_far_more_than_its_size_is_refused_before_it_is_decoded(name,
     ],
     ids=["scans", "segments", "EXIF", "comment", "TIFF", "chunks"],
 )
-def test_what_costs_little_more_than_usual_is_read(content):
+def test_images_that_need_little_more_memory_than_usual_are_read(content):
     assert read_pixels(content, 16).shape == (16, 16, 3)
 
 

@@ -95,7 +95,7 @@ def test_every_repetition_of_an_image_is_reported(tmp_path):
     assert found.counts["same image"] == 5 and found.fit
 
 
-def test_a_full_disk_names_what_to_do(pictures, monkeypatch):
+def test_a_full_disk_is_reported_with_the_remedy(pictures, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -104,7 +104,7 @@ def test_a_full_disk_names_what_to_do(pictures, monkeypatch):
         check(open_source(write_csv(pictures)))
 
 
-def test_two_files_may_number_their_texts_alike(pictures, tmp_path):
+def test_two_files_may_use_the_same_text_ids(pictures, tmp_path):
     """Rows without a text id go by their number, which starts anew in each file."""
     for name in ("a", "b"):
         row = f"007.jpg,文件{name}里的一句话"

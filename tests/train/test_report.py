@@ -103,7 +103,7 @@ def read_page(folder):
     return text, Page(text)
 
 
-def test_the_page_needs_nothing_beside_it(run):
+def test_the_page_is_self_contained(run):
     write_report(*run)
     text, page = read_page(run[0])
     assert page.addresses and all(each.startswith("data:image/") for each in page.addresses)
@@ -111,7 +111,7 @@ def test_the_page_needs_nothing_beside_it(run):
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
 
 
-def test_the_page_shows_stages_scores_curves_and_where_weights_came_from(run):
+def test_the_page_shows_stages_scores_curves_and_origins_of_weights(run):
     write_report(*run)
     text, page = read_page(run[0])
     shown = " ".join(page.texts)
@@ -134,7 +134,7 @@ def test_the_page_shows_stages_scores_curves_and_where_weights_came_from(run):
     assert "nan" not in text
 
 
-def test_what_texts_find_is_shown_as_pictures_before_and_after(run):
+def test_the_page_shows_retrieved_images_before_and_after(run):
     folder, _, validation = run
     images = np.eye(16, dtype=np.float16)
     np.savez(folder / "after.npz", images=images, texts=images)
@@ -153,7 +153,7 @@ class OneWhole:
         return b"broken" if index else jpeg(1)
 
 
-def test_a_picture_that_cannot_be_read_is_left_out_of_the_page(run):
+def test_an_unreadable_image_is_left_out_of_the_page(run):
     folder, recipe, validation = run
     images = np.linspace(1, 0.5, 16, dtype=np.float16)[:, None]  # the first is best for any text
     for when in ("before", "after"):
@@ -200,7 +200,7 @@ def test_the_headline_is_before_the_best_of_each_stage_and_the_final_score(run):
         ),
     ],
 )  # fmt: skip
-def test_the_headline_of_a_run_under_way(run, scores, expected):
+def test_the_headline_of_an_unfinished_run(run, scores, expected):
     events = parse(
         {"kind": kind, "total": total, **values}
         for kind, total, values in (scored(*score) for score in scores)

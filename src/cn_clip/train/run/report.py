@@ -201,17 +201,17 @@ def _scores(events: Sequence[RunEvent], recipe: Recipe) -> str:
     rows = []
     for name, event in chosen:
         recalls = (getattr(event, column) for column in columns)
-        numbers = [event.mean_recall, event.mean_recall - first, *recalls]
-        shown = [f"{100 * n:.1f}" for n in numbers]
-        shown[1] = "" if name == "before" else f"{100 * numbers[1]:+.1f}"
+        values = [event.mean_recall, event.mean_recall - first, *recalls]
+        shown = [f"{100 * n:.1f}" for n in values]
+        shown[1] = "" if name == "before" else f"{100 * values[1]:+.1f}"
         rows.append([escape(name), *shown])
     return table(heads, rows)
 
 
 def mixtures(events: Sequence[RunEvent]) -> list[MixturesEvent]:
     """Return the interpolated weights that were scored, of each stage the last time."""
-    found = (event for event in events if isinstance(event, MixturesEvent) and event.mixtures)
-    return list({event.stage: event for event in found if _has_kept(event) is not None}.values())
+    scored = (event for event in events if isinstance(event, MixturesEvent) and event.mixtures)
+    return list({event.stage: event for event in scored if _has_kept(event) is not None}.values())
 
 
 def _has_kept(event: MixturesEvent) -> bool | None:
