@@ -135,10 +135,10 @@ def _run_stage(run: Run, progress: Progress, state: Path | None) -> None:
     training = set_up(run, progress)
     if state is not None:
         load_tensors(state, training.tensors())
-        progress.finished = stage_finished(training, progress)  # the stage may be longer now
         if progress.evaluation_pending:
             progress.evaluation_pending = False
             evaluate_and_keep_best(run, training, progress)
+        progress.finished = stage_finished(training, progress)  # the stage may be longer now
     _log_stage(run, training, progress)
     if progress.before is None and progress.total == 0 and run.validation is not None:
         _evaluate_start(run, training, progress)
@@ -258,6 +258,7 @@ def _evaluate_and_save(run: Run, training: Training, progress: Progress) -> None
     if evaluate_now and not stop:
         try:
             evaluate_and_keep_best(run, training, progress)
+            progress.finished = stage_finished(training, progress)
         except InterruptedRun:
             stop = run.stop.on_any_process(run.device)
     # On a stop signal, save first; a pending evaluation runs after resume.

@@ -148,7 +148,7 @@ def claim_removed(
     """Check that the list may be written to ``out``, without touching it. Return it as a path.
 
     Raises:
-        UsageError: see ``outputs.claim_output``.
+        UsageError: see ``outputs.claim``.
     """
     own = starts_with(f'{{"{FIELD}": "cn-clip {_FORMAT.name} '.encode())  # any version
     check = own_file("data decontaminate", own)

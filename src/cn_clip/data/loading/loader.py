@@ -66,7 +66,6 @@ class Batch:
         ids: int64 (B, L), L the length of the longest text, rounded up.
         rows: texts and ids of the B pairs.
         keys: int64 (B, 3), see ``keys_of``.
-        epoch, batch: position in the plan.
         skipped: a message for each unreadable pair.
     """
 
@@ -74,8 +73,6 @@ class Batch:
     ids: Tensor
     rows: list[Row]
     keys: Tensor
-    epoch: int
-    batch: int
     skipped: list[str] = field(default_factory=list)
 
     def pin_memory(self) -> Batch:
@@ -274,8 +271,6 @@ def prepare(sources: Sequence[Source], part: BatchPart, preparation: Preparation
         token_ids([row.text for row in rows], preparation.context_length),
         rows,
         stack_keys(keys),
-        part.epoch,
-        part.batch,
         skipped,
     )
 
