@@ -87,7 +87,6 @@ def batches(
     rank: int = 0,
     world_size: int = 1,
     start: int = 0,
-    drop_last: bool = False,
 ) -> Iterator[BatchPart]:
     """Yield the local batches of process ``rank`` in an epoch, from batch ``start`` on.
 
@@ -103,19 +102,17 @@ def batches(
             f"a global batch of {global_batch_size} cannot be split over {world_size} processes; "
             "raise it, or start fewer"
         )
-    for batch in range(start, batch_count(plan, global_batch_size, world_size, drop_last)):
+    for batch in range(start, batch_count(plan, global_batch_size, world_size)):
         first = batch * global_batch_size
         size = min(global_batch_size, len(plan) - first)
         mine = np.arange(first + size * rank // world_size, first + size * (rank + 1) // world_size)
         yield BatchPart(epoch, batch, *plan.pairs_at(epoch, mine))
 
 
-def batch_count(
-    plan: Plan, global_batch_size: int, world_size: int = 1, drop_last: bool = False
-) -> int:
+def batch_count(plan: Plan, global_batch_size: int, world_size: int = 1) -> int:
     """Return the number of batches in an epoch."""
     full, rest = divmod(len(plan), global_batch_size)
-    return full + (rest >= world_size and not drop_last)
+    return full + (rest >= world_size)
 
 
 def permuted(positions: npt.NDArray[np.int64], size: int, *key: int) -> npt.NDArray[np.int64]:
