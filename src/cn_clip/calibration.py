@@ -19,6 +19,7 @@ import numpy.typing as npt
 from cn_clip.embedder import Embedder
 from cn_clip.errors import UsageError
 from cn_clip.files import MAX_TEXT, read_file
+from cn_clip.format_version import FIELD, Format
 from cn_clip.outputs import claim, own_file, starts_with
 from cn_clip.publish import write_text
 from cn_clip.text import read_json
@@ -27,7 +28,7 @@ CurveKind = Literal["logistic", "isotonic"]
 CURVE_KINDS: tuple[CurveKind, ...] = ("logistic", "isotonic")
 USES = ("search", "labels")
 COUNTS = ("images", "texts", "pairs", "non_pairs")
-_FORMAT = "cn-clip calibration 1"
+_FORMAT = Format("calibration", 1)
 _MAX_VALUE = 1e30  # of any number in the file: products of two stay finite
 _REMEDY = "fit one with: cn-clip eval calibrate"
 
@@ -127,14 +128,14 @@ def claim_calibration(
     Raises:
         UsageError: see ``outputs.claim``.
     """
-    own = starts_with(f'{{\n  "format": "{_FORMAT}"'.encode())
+    own = starts_with(f'{{\n  "{FIELD}": "cn-clip {_FORMAT.name} '.encode())  # any version
     return claim(out, own_file("eval calibrate", own), inputs=inputs, overwrite=overwrite)
 
 
 def write_calibration(calibration: Calibration, path: Path) -> None:
     """Write the file atomically."""
     values = {
-        "format": _FORMAT,
+        FIELD: str(_FORMAT),
         "model": calibration.model,
         "fingerprint": calibration.fingerprint,
         "kind": calibration.kind,
@@ -161,6 +162,8 @@ def read_calibration(path: Path) -> Calibration:
         raise UsageError(f"{path} cannot be read: {error.strerror}; {_REMEDY}") from None
     except ValueError as error:  # not UTF-8, not JSON
         raise UsageError(f"{path} is not a calibration ({error}); {_REMEDY}") from None
+    if isinstance(values, dict):
+        _FORMAT.check(values.get(FIELD), path, UsageError, _REMEDY)
     try:
         return _parse(values)
     except ValueError as error:
@@ -169,12 +172,10 @@ def read_calibration(path: Path) -> Calibration:
 
 def _parse(values: Any) -> Calibration:
     fields = [
-        "format", "model", "fingerprint", "kind", "coefficients", "prior", "precision",
+        FIELD, "model", "fingerprint", "kind", "coefficients", "prior", "precision",
         "thresholds", "counts", "data", "date",
     ]  # fmt: skip
     _check_fields(values, fields, "the file")
-    if values["format"] != _FORMAT:
-        raise ValueError(f"its format is {values['format']!r:.60}, not {_FORMAT!r}")
     for name in ("model", "fingerprint", "data", "date"):
         if not isinstance(values[name], str) or not values[name]:
             raise ValueError(f"{name} is {values[name]!r:.60}, not a string")

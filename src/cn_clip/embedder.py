@@ -77,6 +77,8 @@ class Embedder:
         """
         if batch_size < 1:
             raise UsageError(f"batch_size {batch_size} is below 1; the default is 32")
+        if max_pixels < 1:
+            raise UsageError(f"max_pixels {max_pixels} is below 1; the default is {MAX_PIXELS}")
         self.backend, self.config = backend, config
         self.tokenizer = tokenizer or default_tokenizer()
         self.batch_size = batch_size
@@ -89,7 +91,12 @@ class Embedder:
 
     @classmethod
     def from_model(
-        cls, model: CLIP, *, fast_decode: bool = False, batch_size: int = 32
+        cls,
+        model: CLIP,
+        *,
+        fast_decode: bool = False,
+        max_pixels: int = MAX_PIXELS,
+        batch_size: int = 32,
     ) -> Embedder:
         """Wrap a ``CLIP`` in memory; it keeps its device and precision."""
         from cn_clip.backends.torch import TorchBackend, model_fingerprint
@@ -99,6 +106,7 @@ class Embedder:
             model.config,
             fingerprint=lambda: model_fingerprint(model, fast_decode=fast_decode),
             fast_decode=fast_decode,
+            max_pixels=max_pixels,
             batch_size=batch_size,
         )
 
@@ -234,6 +242,7 @@ def load(
     device: str = "auto",
     precision: Precision = "auto",
     fast_decode: bool = False,
+    max_pixels: int = MAX_PIXELS,
     download_root: str | os.PathLike[str] | None = None,
 ) -> Embedder:
     """Load a model for embedding.
@@ -248,6 +257,7 @@ def load(
             one.
         precision: ``"auto"`` is float16 on CUDA and float32 elsewhere.
         fast_decode: decode large JPEG files at reduced size. Faster; embeddings differ slightly.
+        max_pixels: images with more pixels are refused before they are decoded; 2**27 by default.
         download_root: the folder that is searched first, and downloaded to.
 
     Raises:
@@ -289,7 +299,13 @@ def load(
             return model_fingerprint(model, fast_decode=fast_decode)
         return file_fingerprint(path, torch_backend.precision, fast_decode=fast_decode)
 
-    return Embedder(torch_backend, model.config, fingerprint=fingerprint, fast_decode=fast_decode)
+    return Embedder(
+        torch_backend,
+        model.config,
+        fingerprint=fingerprint,
+        fast_decode=fast_decode,
+        max_pixels=max_pixels,
+    )
 
 
 def _existing_path(reference: str) -> Path:

@@ -150,8 +150,9 @@ def check(
     json
         Print JSON instead of a table.
     """
-    from cn_clip.data.curate.check import PROBLEM_KINDS, check
+    from cn_clip.data.curate.check import check
     from cn_clip.data.curate.check_report import write_report
+    from cn_clip.data.curate.check_result import PROBLEM_KINDS
     from cn_clip.data.sources.open import open_source, paths_of
     from cn_clip.html.page import claim_page
 
@@ -278,8 +279,8 @@ def decontaminate(
                 "out": out,
                 "pairs": result.pairs,
                 "removed": len(result.removed),
-                "for_picture": result.by_image,
-                "for_caption": result.by_caption,
+                "by_image": result.by_image,
+                "by_caption": result.by_caption,
                 "unreadable": result.unreadable,
             }
         )

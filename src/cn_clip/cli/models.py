@@ -28,7 +28,7 @@ def models(
     """
     rows = [_describe(name, hub.find(name, download_root)) for name in hub.names()]
     if json:
-        print_json(rows)
+        print_json({"models": rows})
         return
     table = Table(box=None, header_style="dim")
     for heading in ("name", "image tower", "text tower", "parameters", "pixels", "dim", "path"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -15,9 +15,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cn_clip.errors import UsageError
+from cn_clip.format_version import FIELD, Format
 
 BAR_WIDTH = 20
 _MAX_PRINTED = 20  # messages about rows
+_JSON = Format("json", 1)  # of --json; raised when a key is renamed or removed
 
 Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
 
@@ -32,11 +34,15 @@ def console() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
-def print_json(value: Any) -> None:
-    """Print one JSON document; Chinese is not escaped if the output supports it."""
+def print_json(values: Mapping[str, Any]) -> None:
+    """Print one JSON object, with its format version first.
+
+    Chinese is not escaped if the output supports it.
+    """
     # With another encoding, the stream would escape as \xe9, which is not JSON.
     unicode = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
-    print(json.dumps(value, ensure_ascii=not unicode, indent=2))
+    document = {FIELD: str(_JSON)} | dict(values)
+    print(json.dumps(document, ensure_ascii=not unicode, indent=2))
 
 
 def progress() -> Progress:

@@ -148,14 +148,14 @@ def _lines(event: dict[str, Any]) -> Iterator[str]:
     elif kind == "stage":
         yield (
             f"stage {event['stage']}: {event['steps']:,} steps of {event['batch']:,} pairs, "
-            f"{event['learns'] / 1e6:,.1f} M trainable parameters, peak learning rate "
-            f"{event['rate']:.2e} after {event['warmup']:,} warm-up steps"
+            f"{event['trainable'] / 1e6:,.1f} M trainable parameters, peak learning rate "
+            f"{event['lr']:.2e} after {event['warmup']:,} warm-up steps"
             + (f", BatchNorm statistics: {event['batch_norm']}" if event["batch_norm"] else "")
         )
     elif kind == "step":
         yield (
             f"  step {event['step']:,}: loss {_number(event['mean_loss'])}, lr "
-            f"{event['rate']:.2e}, logit scale {event['logit_scale']:.1f}, "
+            f"{event['lr']:.2e}, logit scale {event['logit_scale']:.1f}, "
             f"{event['pairs_per_second']:,.0f} pairs/s"
             + (f", {event['skipped']:,} pairs skipped" if event["skipped"] else "")
         )

@@ -21,9 +21,16 @@ from filelock import FileLock, Timeout
 from cn_clip.arrays import read_npz
 from cn_clip.data.process_map import Progress, no_progress
 from cn_clip.embedder import Embedder
-from cn_clip.embeddings.files import EmbeddingsToWrite, claim_embeddings, writer_for
+from cn_clip.embeddings.files import (
+    EMBEDDINGS,
+    EmbeddingsToWrite,
+    claim_embeddings,
+    with_format,
+    writer_for,
+)
 from cn_clip.embeddings.inputs import Item, Kind
 from cn_clip.errors import CNClipError, DataError, ImageError, UsageError
+from cn_clip.format_version import FIELD
 from cn_clip.outputs import claim, entries, json_object_at, own_folder, remove
 from cn_clip.publish import LOCK, atomic_file, sweep
 from cn_clip.text import path_text, read_json
@@ -242,17 +249,21 @@ class _PartStore:
         self._rows: dict[str, tuple[int, int]] = {}
         self._dim = int(about["dim"])
         self._load_cached = lru_cache(maxsize=64)(self._load)  # the order of items may mix parts
+        about = with_format(about)
         about_file = folder / _ABOUT
         files = sorted(folder / name for name in _own_part_files(folder) if name != _ABOUT)
         if overwrite:
             for file in files:
                 file.unlink()
             files = []
-        elif files and json_object_at(about_file) != about:
-            raise UsageError(
-                f"{folder} was started with another model, precision or kind; use the same one, "
-                "or --overwrite to start over"
-            )
+        elif files:
+            stored = json_object_at(about_file)
+            EMBEDDINGS.check(stored.get(FIELD), folder, UsageError, "start over with --overwrite")
+            if with_format(stored) != about:
+                raise UsageError(
+                    f"{folder} was started with another model, precision or kind; use the same "
+                    "one, or --overwrite to start over"
+                )
         with atomic_file(about_file) as path:
             path.write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
         self._next = 0

@@ -17,10 +17,12 @@ from cn_clip.data.sources.lines import Lines, json_object
 from cn_clip.embeddings.inputs import Kind
 from cn_clip.errors import DataError, UsageError
 from cn_clip.files import check_regular
+from cn_clip.format_version import FIELD, Format
 from cn_clip.outputs import atomic_folder, claim, json_object_at, own_file, own_folder, starts_with
 from cn_clip.publish import atomic_file
 from cn_clip.text import valid_text
 
+EMBEDDINGS = Format("embeddings", 1)  # of the metadata
 _ROWS_PER_FILE = 100_000
 
 
@@ -93,7 +95,7 @@ def write_npz(embeddings: EmbeddingsToWrite, out: Path) -> None:
     ids: npt.NDArray[Any] = np.array(embeddings.ids)
     if ids.dtype.kind == "U" or any(isinstance(id, str) for id in embeddings.ids):
         ids = np.array([str(id) for id in embeddings.ids], dtype=np.str_)
-    about = np.array(json.dumps(embeddings.about, ensure_ascii=False))
+    about = np.array(json.dumps(with_format(embeddings.about), ensure_ascii=False))
     with atomic_file(out) as path, path.open("wb") as stream:
         rows = embeddings.rows(0, len(embeddings.ids))
         np.savez(stream, embeddings=rows, ids=ids, about=about)
@@ -135,6 +137,16 @@ def write_clip_retrieval(embeddings: EmbeddingsToWrite, out: Path) -> None:
         _write_about(embeddings, folder / "about.json")
 
 
+def with_format(about: dict[str, Any]) -> dict[str, Any]:
+    """Return metadata with its format version first."""
+    return {FIELD: str(EMBEDDINGS)} | about
+
+
+def check_format(about: dict[str, Any], path: Path) -> None:
+    """Raise a ``DataError`` for metadata of a newer version."""
+    EMBEDDINGS.check(about.get(FIELD), path, DataError, "embed again")
+
+
 @dataclass(frozen=True, slots=True)
 class StoredEmbeddings:
     """Embeddings read from ``path``: unique ``ids`` (N,), and ``vectors`` float32 (N, D)."""
@@ -154,7 +166,7 @@ def read_embeddings(path: Path, kind: Kind) -> StoredEmbeddings:
     Raises:
         UsageError: the format is unknown, or a library for it is missing.
         DataError: the rows are of the other kind, of different widths or not finite, an id is
-            repeated, or the file is damaged.
+            repeated, or the file is damaged or of a newer version.
     """
     if not path.exists():
         raise UsageError(f"no embeddings at {path}; make them with: cn-clip embed {kind}")
@@ -227,6 +239,7 @@ def _read_npz(path: Path, kind: Kind) -> StoredEmbeddings:
         raise DataError(f"{path}: ids or about is not valid text; embed again") from None
     if text is not None:
         about = json_object(text, f"{path}: about")
+    check_format(about, path)
     if about.get("kind", kind) != kind:
         raise DataError(f"{path} holds {about['kind']}, not {kind}")
     if arrays["ids"].ndim != 1:
@@ -247,6 +260,7 @@ def _as_vectors(array: npt.NDArray[Any], path: Path) -> npt.NDArray[np.float32]:
 
 def _read_jsonl(path: Path, kind: Kind) -> StoredEmbeddings:
     key = {"images": "image_id", "texts": "text_id"}[kind]
+    check_format(json_object_at(about_path(path)), about_path(path))
     lines = Lines(path)
     ids: list[str] = []
     rows: list[npt.NDArray[np.float32]] = []
@@ -270,6 +284,7 @@ def _read_jsonl(path: Path, kind: Kind) -> StoredEmbeddings:
 
 def _read_clip_retrieval(path: Path, kind: Kind, columns: Sequence[str]) -> StoredEmbeddings:
     _parquet()
+    check_format(json_object_at(path / "about.json"), path / "about.json")
     stem = {"images": "img_emb", "texts": "text_emb"}[kind]
     vectors = sorted((path / stem).glob("*.npy"), key=_part_number)
     tables = sorted((path / "metadata").glob("*.parquet"), key=_part_number)
@@ -337,7 +352,7 @@ def _is_about(path: Path) -> bool:
 
 
 def _write_about(embeddings: EmbeddingsToWrite, path: Path) -> None:
-    text = json.dumps(embeddings.about, ensure_ascii=False, indent=2)
+    text = json.dumps(with_format(embeddings.about), ensure_ascii=False, indent=2)
     path.write_text(text + "\n", encoding="utf-8")
 
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
-import math
 import mmap
 import os
-import pickle
 import re
-import tarfile
 import zipfile
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
@@ -25,11 +20,9 @@ from torch import Tensor
 from cn_clip.config import read_config_json, shard_names
 from cn_clip.errors import CheckpointError, MissingWeightsError
 from cn_clip.weights.content import checked_members, detect_format
-from cn_clip.weights.pickles import RefusedPickle, check_pickle
+from cn_clip.weights.pickled_file import load_pickle, reason_of
+from cn_clip.weights.torchscript import is_torchscript, read_torchscript
 
-_MAX_PICKLE_BYTES = 64 << 20  # without the data of the tensors, which is in other members
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file of torch before 1.6
-_LEGACY_PICKLES = 5  # pickles in such a file, before the data
 _READ_BYTES = 16 << 20
 _READERS = 2  # threads: the page faults of fresh memory are worth sharing
 
@@ -65,9 +58,9 @@ def other_checkpoint_keys(path: str | os.PathLike[str]) -> tuple[str, ...]:
         or detect_format(path) == "safetensors"
     ):
         return ()
-    if detect_format(path) == "archive" and _is_torchscript(checked_members(path)):
+    if detect_format(path) == "archive" and is_torchscript(checked_members(path)):
         return ()
-    blob = _load_pickle(path)
+    blob = load_pickle(path)
     others: list[str] = []
     for state_dict_key in _state_dict_keys(blob):
         others += [str(key) for key in blob if key not in (state_dict_key, "epoch", "name")]
@@ -106,16 +99,16 @@ def _read_safetensors(path: Path, mapped: bool) -> dict[str, Tensor]:
                 return _read_at(stream, views, offsets)
     except Exception as error:  # the parser raises many kinds on damaged files
         raise CheckpointError(
-            f"{path} is not a valid safetensors file: {_reason(error)}; download or copy it again"
+            f"{path} is not a valid safetensors file: {reason_of(error)}; download or copy it again"
         ) from None
 
 
 def _read_pt(path: Path, mapped: bool) -> dict[str, Tensor]:
-    if detect_format(path) == "archive" and _is_torchscript(checked_members(path)):
-        return _checked(_read_torchscript(path), path)
+    if detect_format(path) == "archive" and is_torchscript(checked_members(path)):
+        return _checked(read_torchscript(path), path)
     # Memory-mapped, so the optimizer state of a training checkpoint is never read. The weights are
     # then copied, since a mapping is lost when the file is overwritten.
-    views = _checked(state_dict_in(_load_pickle(path), path), path)
+    views = _checked(state_dict_in(load_pickle(path), path), path)
     if mapped:
         return views
     offsets = _storage_offsets(path, views)
@@ -269,142 +262,3 @@ def state_dict_in(blob: Any, where: str | os.PathLike[str]) -> dict[str, Tensor]
         else f"; it has {', '.join(str(name) for name in list(state)[:4])}"
     )
     raise CheckpointError(f"{where} is not a state dict: {others[0]!r} is not a tensor{remedy}")
-
-
-def _load_pickle(path: Path) -> Any:
-    zipped = detect_format(path) == "archive"  # the format of torch before 1.6 cannot be mapped
-    _check_pickles(path, zipped)
-    try:
-        if path.suffix != ".safetensors":
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-        with path.open("rb") as stream:  # torch would read a .safetensors path as safetensors
-            return torch.load(stream, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        match = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if match is None:
-            raise CheckpointError(f"{path} is not a checkpoint, or is damaged") from None
-        raise CheckpointError(
-            f"{path} is refused: its pickle names {match[1]}; only tensors are read, never code. "
-            "If you trust the file, re-save it as a state dict"
-        ) from None
-    except Exception as error:  # the parser raises many kinds on damaged files
-        raise CheckpointError(
-            f"{path} is not a valid .pt file: {_reason(error)}; download or copy it again"
-        ) from None
-
-
-def _check_pickles(path: Path, zipped: bool) -> None:
-    """Check every pickle in a file before it is unpickled."""
-    size = path.stat().st_size
-    try:
-        if zipped:
-            pickled = [m for m in checked_members(path) if m.orig_filename.lower().endswith(".pkl")]
-            if sum(member.file_size for member in pickled) > _MAX_PICKLE_BYTES:
-                raise RefusedPickle("its pickle is too large for a state dict")
-            with zipfile.ZipFile(path) as archive:
-                for member in pickled:
-                    check_pickle(io.BytesIO(archive.read(member)), size=size)
-        else:
-            with (
-                path.open("rb") as stream,
-                mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as m,
-            ):
-                if tarfile.is_tarfile(path):
-                    raise RefusedPickle("it is a tar archive, as torch wrote before 0.1.10")
-                pickles = cast(BinaryIO, m)  # its reads return at most the rest of the file
-                if check_pickle(pickles, size=size) == _LEGACY_MAGIC:
-                    for _ in range(_LEGACY_PICKLES - 1):
-                        check_pickle(pickles, size=size)
-    except RefusedPickle as error:
-        raise CheckpointError(f"{path} is refused: {error}") from None
-    except CheckpointError:
-        raise
-    except Exception as error:  # the parser raises many kinds on damaged files
-        raise CheckpointError(
-            f"{path} is not a valid .pt file: {_reason(error)}; download or copy it again"
-        ) from None
-
-
-def _reason(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-# TorchScript: the format of OpenAI's CLIP. The tensors are attributes of pickled modules, which
-# become empty namespaces here. The code in the archive is ignored.
-
-_DTYPES = {
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "DoubleStorage": torch.float64,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "BoolStorage": torch.bool,
-}
-
-
-class _Module:
-    """A pickled module: only its attributes, without code."""
-
-
-def _is_torchscript(members: Iterable[zipfile.ZipInfo]) -> bool:
-    return any(member.orig_filename.endswith("/constants.pkl") for member in members)
-
-
-def _read_torchscript(path: Path) -> dict[str, Tensor]:
-    _check_pickles(path, True)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            (pickled,) = (n for n in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", n))
-            with archive.open(pickled) as stream:
-                root = _Unpickler(stream, archive, pickled.removesuffix(".pkl")).load()
-            return dict(_tensors_of(root, ""))
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} is refused: {error}") from None
-    except Exception as error:  # the parser raises many kinds on damaged files
-        raise CheckpointError(f"{path} is not a valid TorchScript archive: {error}") from None
-
-
-class _Unpickler(pickle.Unpickler):
-    """Builds only tensors and namespaces."""
-
-    def __init__(self, stream: Any, archive: zipfile.ZipFile, folder: str) -> None:
-        super().__init__(stream)
-        self._archive, self._folder = archive, folder
-        self._storages: dict[str, Tensor] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module.startswith("__torch__"):
-            return _Module
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _strided
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if module == "torch" and name in _DTYPES:
-            return _DTYPES[name]
-        raise pickle.UnpicklingError(
-            f"its pickle names {module}.{name}; only tensors are read, never code"
-        )
-
-    def persistent_load(self, reference: Any) -> Tensor:
-        _, dtype, key, _, _ = reference
-        if key not in self._storages:
-            raw = bytearray(self._archive.read(f"{self._folder}/{int(key)}"))
-            empty = torch.empty(0, dtype=dtype)
-            self._storages[key] = torch.frombuffer(raw, dtype=dtype) if raw else empty
-        return self._storages[key]
-
-
-def _strided(storage: Tensor, offset: int, shape: Any, stride: Any, *_: Any) -> Tensor:
-    end = offset + 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-    if math.prod(shape) and not 0 <= offset < end <= len(storage):
-        raise ValueError("a tensor exceeds its storage")
-    return storage.as_strided(tuple(shape), tuple(stride), offset)
-
-
-def _tensors_of(module: _Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    for name, value in vars(module).items():
-        if isinstance(value, Tensor):
-            yield prefix + name, value
-        elif isinstance(value, _Module):
-            yield from _tensors_of(value, f"{prefix}{name}.")

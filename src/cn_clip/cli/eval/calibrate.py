@@ -152,7 +152,7 @@ def calibrate(
 
 def _held_out_json(held_out: HeldOut) -> dict[str, Any]:
     def scores(of: CalibrationScores) -> dict[str, Any]:
-        bins = [{"mean": b.mean, "share": b.matching, "pairs": b.pairs} for b in of.bins]
+        bins = [{"mean": b.mean, "matching": b.matching, "pairs": b.pairs} for b in of.bins]
         return {"ece": of.ece, "brier": of.brier, "right": of.accuracy, "bins": bins}
 
     def effects(of: Mapping[str, ThresholdEffect]) -> dict[str, Any]:

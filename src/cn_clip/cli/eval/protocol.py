@@ -73,7 +73,7 @@ def protocol(
                 "protocol": name,
                 "setup": setup,
                 "model": result.model,
-                "pictures": len(result.image_ids),
+                "images": len(result.image_ids),
                 "texts": len(result.text_ids),
                 "source": spec.source,
                 "figures": [{**asdict(row), "difference": row.difference} for row in rows],
@@ -103,7 +103,7 @@ def _print_comparison(spec: Protocol, model: str, setup: str, rows: list[ScoreCo
 
 def _print_list(specs: list[Protocol], json: bool) -> None:
     if json:
-        print_json([asdict(spec) for spec in specs])
+        print_json({"protocols": [asdict(spec) for spec in specs]})
         return
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("protocol", "dataset", "images", "texts", "metric", "published, zero-shot"):

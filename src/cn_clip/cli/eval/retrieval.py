@@ -107,7 +107,7 @@ def as_json(result: RetrievalResult) -> dict[str, Any]:
     """Return the scores in percent, with the model and the counts."""
     return {
         "model": result.model,
-        "pictures": len(result.image_ids),
+        "images": len(result.image_ids),
         "texts": len(result.text_ids),
         "pairs": len(result.pairs),
         "text_to_image": percent(result.recall.text_to_image),

@@ -88,7 +88,7 @@ def robustness(
                 "images": len(images.indexes),
                 "queries": result.queries,
                 "plain": fractions(result.original),
-                "asked": [_as_json(row) for row in result.results],
+                "rewrites": [_as_json(row) for row in result.results],
                 "normalize": list(result.normalizers),
                 "normalized": [_as_json(row) for row in result.normalized],
                 "left_out": list(omitted),
@@ -157,7 +157,7 @@ def _as_json(row: RewriteResult) -> dict[str, Any]:
         "meaning": row.description,
         "changed": row.changed,
         "plain": None if row.original is None else fractions(row.original),
-        "asked": None if row.rewritten is None else fractions(row.rewritten),
+        "rewritten": None if row.rewritten is None else fractions(row.rewritten),
         "lost": None
         if row.loss is None
         else {"value": row.loss.value, "low": row.loss.low, "high": row.loss.high},

@@ -116,7 +116,7 @@ def zeroshot(
             "dataset": name if name in known else None,
             "templates": sentences,
             "classes": len(labelled.labels),
-            "pictures": scores.images,
+            "images": scores.images,
             "metric": scores.metric,
             "value": scores.value,
             "top1": scores.top1,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from cn_clip.data.curate.check import PROBLEM_KINDS, CheckResult
+from cn_clip.data.curate.check_result import PROBLEM_KINDS, CheckResult
 from cn_clip.data.sources.base import Source
 from cn_clip.errors import CNClipError
 from cn_clip.html.page import thumbnail, write_page
@@ -30,7 +30,7 @@ def write_report(result: CheckResult, source: Source, path: Path) -> None:
 
 def _images(kind: str, result: CheckResult, source: Source) -> Iterator[tuple[str, bytes]]:
     """Yield (caption, JPEG thumbnail) of the first problems of a kind, if it is about images."""
-    if kind in ("same picture", "same caption", "pair", "small"):
+    if kind in ("same image", "same caption", "pair", "small"):
         problems = [problem for problem in result.problems if problem.kind == kind]
         for index in (problem.index or 0 for problem in problems[:_MAX_IMAGES]):
             try:

@@ -28,6 +28,7 @@ from cn_clip.data.sources.base import Source, located
 from cn_clip.data.sources.open import id_digest
 from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.files import MAX_FILE, read_lines
+from cn_clip.format_version import FIELD, Format
 from cn_clip.html.page import thumbnail, write_page
 from cn_clip.image.decode import read_image
 from cn_clip.outputs import claim, own_file, starts_with
@@ -35,7 +36,7 @@ from cn_clip.publish import atomic_file, map_write_errors
 from cn_clip.text import read_json
 
 _CHUNK = 128
-_FORMAT = "cn-clip data decontaminate 1"  # first line of the list of removed pairs
+_FORMAT = Format("data decontaminate", 1)  # first line of the list of removed pairs
 _MAX_SHOWN = 200  # removed pairs in the report
 _DECODED = 256  # minimum decoded side of a JPEG in pixels; a hash uses 64
 
@@ -146,9 +147,9 @@ def claim_removed(
     """Check that the list may be written to ``out``, without touching it. Return it as a path.
 
     Raises:
-        UsageError: see ``outputs.claim_output``.
+        UsageError: see ``outputs.claim``.
     """
-    own = starts_with(json.dumps({"format": _FORMAT})[:-1].encode())
+    own = starts_with(f'{{"{FIELD}": "cn-clip {_FORMAT.name} '.encode())  # any version
     check = own_file("data decontaminate", own)
     return claim(out, check, inputs=inputs, overwrite=overwrite)
 
@@ -164,7 +165,7 @@ def write_removed(result: DecontaminationResult, train: Source, against: Source,
         atomic_file(out) as path,
         path.open("w", encoding="utf-8") as stream,
     ):
-        head = {"format": _FORMAT, "train": result.train, "pairs": result.pairs}
+        head = {FIELD: str(_FORMAT), "train": result.train, "pairs": result.pairs}
         head |= {"against": result.against, "threshold": result.threshold}
         head |= {"min_caption": result.min_caption}
         stream.write(json.dumps(head, ensure_ascii=False) + "\n")
@@ -180,19 +181,26 @@ def read_removed(path: Path, source: Source) -> npt.NDArray[np.int64]:
     """Return the indexes (N,) of the pairs that ``write_removed`` listed, in order.
 
     Raises:
-        DataError: the file is not such a list, or was made for other data than ``source``.
+        DataError: the file is not such a list, of a newer version, or was made for other data
+            than ``source``.
     """
+    damaged = DataError(f"{path} was not written by `cn-clip data decontaminate`")
     try:
         lines = read_lines(path, MAX_FILE)
         head = read_json(lines[0])
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, LookupError, RecursionError):
+        raise damaged from None
+    if isinstance(head, dict):
+        _FORMAT.check(head.get(FIELD), path, DataError, "decontaminate again")
+    try:
         pairs = int(head["pairs"])
         indexes = np.array([read_json(line)["index"] for line in lines[1:]], dtype=np.int64)
         if len(indexes) and not 0 <= indexes.min() <= indexes.max() < pairs:
             raise IndexError("index out of range")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
-        raise DataError(f"{path} was not written by `cn-clip data decontaminate`") from None
+        raise damaged from None
     if pairs != len(source):
         raise DataError(
             f"{path} was made for {pairs:,} pairs of {head.get('train')}, and {source.name} holds "

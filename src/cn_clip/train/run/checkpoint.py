@@ -31,11 +31,13 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from cn_clip import distributed
 from cn_clip.errors import CheckpointError
+from cn_clip.format_version import FIELD, Format
 from cn_clip.outputs import STAMP, atomic_folder
 from cn_clip.train.early_stopping import EarlyStopping
 from cn_clip.train.optim import Average
 from cn_clip.weights.pickles import check_pickle
 
+_FORMAT = Format("run state", 1)
 _STATES = "states"
 _PROGRESS = "progress.json"
 _STEP = re.compile(r"[0-9]{9,}")
@@ -110,7 +112,7 @@ def save_state(folder: Path, progress: Progress, tensors: Mapping[str, Any], *, 
                     no_dist=distributed.world_size() == 1,
                 )
             if distributed.is_main():
-                text = json.dumps(asdict(progress), indent=2)
+                text = json.dumps({FIELD: str(_FORMAT), **asdict(progress)}, indent=2)
                 (temporary / _PROGRESS).write_text(text + "\n", encoding="utf-8")
             distributed.barrier()
     except (OSError, RuntimeError, CheckpointException) as error:
@@ -147,10 +149,12 @@ def read_progress(state: Path) -> Progress:
     """Read the progress of a state.
 
     Raises:
-        CheckpointError: the file is damaged.
+        CheckpointError: the file is damaged, or of a newer version.
     """
+    path = state / _PROGRESS
     try:
-        values = json.loads((state / _PROGRESS).read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
+        _FORMAT.check(values.pop(FIELD, None), path, CheckpointError, f"delete {state}")
         values = {_RENAMED.get(name, name): value for name, value in values.items()}
         stopping = EarlyStopping(**values["early_stopping"])
         progress = Progress(**values | {"early_stopping": stopping})
@@ -158,7 +162,7 @@ def read_progress(state: Path) -> Progress:
         _check_types(stopping)
         return progress
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{state / _PROGRESS} is damaged: {error}; delete {state}") from None
+        raise CheckpointError(f"{path} is damaged: {error}; delete {state}") from None
 
 
 def load_tensors(state: Path, tensors: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from cn_clip.data.captions import digest
 from cn_clip.errors import UsageError
 from cn_clip.train.recipe.schema import Output, Recipe
-from cn_clip.train.run.events import RunEvent
+from cn_clip.train.run.events import RunEvent, parse
 
 Event = dict[str, Any]  # an event as JSON, with "kind" and "total"; see ``events``
 _FILE = "log.jsonl"
@@ -103,6 +103,11 @@ def read_log(folder: Path) -> list[Event]:
         if isinstance(kind, str) and isinstance(total, int):
             events[kind, total, str(event.get("stage", event.get("text")))] = event
     return list(events.values())
+
+
+def read_events(folder: Path) -> list[RunEvent]:
+    """Read the events of a run as typed values; see ``read_log``."""
+    return parse(read_log(folder))
 
 
 def _lines(path: Path) -> Iterator[Event]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -16,33 +16,24 @@ from cn_clip.eval.dataset import EvalSet
 from cn_clip.html.charts import NONE, Point, circle, linear_scale, polyline, svg
 from cn_clip.html.page import thumbnail, write_page
 from cn_clip.train.recipe.schema import Recipe
-from cn_clip.train.run.events import FINAL, interpolated
-from cn_clip.train.run.log import Event, read_log
+from cn_clip.train.run.events import (
+    FINAL,
+    EndEvent,
+    MixturesEvent,
+    RunEvent,
+    ScoreEvent,
+    StageEvent,
+    StartEvent,
+    StepEvent,
+    WarningEvent,
+    interpolated,
+)
+from cn_clip.train.run.log import read_events
 from cn_clip.train.validation import Vectors
 
 _QUERIES, _TOP_K = 8, 5  # queries in the report, and images of each
 _MAX_POINTS = 600  # of a curve
 _WIDTH, _HEIGHT, _MARGIN = 860, 220, 64
-
-_NUMBER = (int, float)
-_MAX_VALUE = 1e15
-_RECALLS = ("mean_recall", *(f"{way}_r{k}" for way in ("t2i", "i2t") for k in (1, 5, 10)))
-# Types of the fields that the report needs, by the kind of event.
-_REQUIRED: dict[str, dict[str, Any]] = {
-    "start": {
-        "model": str,
-        "parameters": int,
-        "device": str,
-        "processes": int,
-        "pairs": int,
-        "origins": list,
-    },
-    "stage": {"stage": str, "step": int},
-    "step": dict.fromkeys(("mean_loss", "rate", "logit_scale"), (*_NUMBER, type(None))),
-    "score": {"stage": str, **dict.fromkeys(_RECALLS, _NUMBER)},
-    "warning": {"text": str},
-    "end": {"seconds": _NUMBER},
-}
 
 
 def write_report(
@@ -53,77 +44,58 @@ def write_report(
     Returns:
         The scores at its top, as (name, mean recall).
     """
-    events = [event for event in read_log(folder) if _is_valid(event)]
+    events = read_events(folder)
     scores = headline(events, recipe)
-    steps = [event for event in events if event["kind"] == "step"]
-    marks = [
-        (event["total"], event["stage"])
-        for event in events
-        if event["kind"] == "stage" and event["step"] == 0
-    ]
-    scored = [e for e in events if e["kind"] == "score" and e["stage"] != FINAL]
-    recalls = [(e["total"], 100 * e["mean_recall"]) for e in scored]
+    steps = [event for event in events if isinstance(event, StepEvent)]
+    marks = [(e.total, e.stage) for e in events if isinstance(e, StageEvent) and e.step == 0]
+    scored = [e for e in events if isinstance(e, ScoreEvent) and e.stage != FINAL]
+    recalls = [(e.total, 100 * e.mean_recall) for e in scored]
     write_page(
         folder / "report.html",
         "train/run/report.html",
         f"Training: {recipe.name}",
         "train",
         recipe=recipe,
-        first=next((e for e in events if e["kind"] == "start"), None),
-        end=next((e for e in events if e["kind"] == "end"), None),
+        first=next((e for e in events if isinstance(e, StartEvent)), None),
+        end=next((e for e in events if isinstance(e, EndEvent)), None),
         scores=_chosen(events, recipe),
         recall_curve=curve(recalls, marks, "mean recall, %", dots=True),
         mixtures=[(sweep, _mixture_curve(sweep)) for sweep in mixtures(events)],
-        step_curves=[
-            (heading, curve([(e["total"], e[key]) for e in steps], marks, label))
-            for heading, key, label in (
-                ("Loss", "mean_loss", "loss"),
-                ("Learning rate", "rate", "learning rate"),
-                ("Logit scale", "logit_scale", "factor on the cosine"),
-            )
-        ],
+        step_curves={
+            "Loss": curve([(e.total, e.mean_loss) for e in steps], marks, "loss"),
+            "Learning rate": curve([(e.total, e.lr) for e in steps], marks, "learning rate"),
+            "Logit scale": curve(
+                [(e.total, e.logit_scale) for e in steps], marks, "factor on the cosine"
+            ),
+        },
         retrievals=_retrievals(folder, validation),
-        origins=[line for e in events if e["kind"] == "start" for line in e["origins"]],
-        warnings=[e["text"] for e in events if e["kind"] == "warning"],
+        origins=[line for e in events if isinstance(e, StartEvent) for line in e.origins],
+        warnings=[e.text for e in events if isinstance(e, WarningEvent)],
     )
     return scores
 
 
-def _is_valid(event: Event) -> bool:
-    """Return whether an event has the fields that the report needs; a line may be damaged."""
-    return all(
-        name in event and _fits(event[name], types)
-        for name, types in (("total", int), *_REQUIRED.get(event["kind"], {}).items())
-    )
-
-
-def _fits(value: Any, types: Any) -> bool:
-    if isinstance(value, int | float) and not abs(value) < _MAX_VALUE:  # nor NaN
-        return False
-    return isinstance(value, types) and not isinstance(value, bool)
-
-
-def headline(events: Sequence[Event], recipe: Recipe) -> list[tuple[str, float]]:
+def headline(events: Sequence[RunEvent], recipe: Recipe) -> list[tuple[str, float]]:
     """Return the scores before training, of each stage (best and interpolated), and final."""
-    return [(name, event["mean_recall"]) for name, event in _chosen(events, recipe)]
+    return [(name, event.mean_recall) for name, event in _chosen(events, recipe)]
 
 
-def _chosen(events: Sequence[Event], recipe: Recipe) -> list[tuple[str, Event]]:
-    scored = [event for event in events if event["kind"] == "score"]
-    chosen = [("before", event) for event in scored if event["total"] == 0]
+def _chosen(events: Sequence[RunEvent], recipe: Recipe) -> list[tuple[str, ScoreEvent]]:
+    scored = [event for event in events if isinstance(event, ScoreEvent)]
+    chosen = [("before", event) for event in scored if event.total == 0]
     best = chosen[0][1] if chosen else None
     for stage in recipe.stages:
-        of_stage = [e for e in scored if e["stage"] == stage.name and e["total"]]
+        of_stage = [event for event in scored if event.stage == stage.name and event.total]
         for event in of_stage:
-            if best is None or event["mean_recall"] > best["mean_recall"]:
+            if best is None or event.mean_recall > best.mean_recall:
                 best = event
         if of_stage and best is not None:
             chosen.append((stage.name, best))
         # A stage that was made longer has several; the next stage starts from the last.
-        for event in [e for e in scored if e["stage"] == interpolated(stage.name)][-1:]:
+        for event in [e for e in scored if e.stage == interpolated(stage.name)][-1:]:
             best = event
-            chosen.append((event["stage"], event))
-    chosen += [("final", event) for event in scored if event["stage"] == FINAL][-1:]
+            chosen.append((event.stage, event))
+    chosen += [("final", event) for event in scored if event.stage == FINAL][-1:]
     return chosen
 
 
@@ -139,14 +111,14 @@ def curve(
     """Return an SVG of a curve.
 
     Args:
-        points: (x, y); a ``y`` that is not a number is left out.
+        points: (x, y); a ``y`` that is not a finite number is left out.
         marks: (x, text) of vertical lines, such as the starts of stages.
         label: the y axis, for screen readers.
         dots: draw the points.
         second: another curve, drawn dashed.
         x_label: the x axis.
     """
-    points = [(x, y) for x, y in points if isinstance(y, int | float)]
+    points = [(x, y) for x, y in points if isinstance(y, int | float) and math.isfinite(y)]
     if not points:
         return NONE
     points = points[:: max(1, len(points) // _MAX_POINTS)]
@@ -189,40 +161,33 @@ def curve(
     return svg(_WIDTH, _HEIGHT, shapes, label)
 
 
-def mixtures(events: Sequence[Event]) -> list[dict[str, Any]]:
-    """Return the mixtures that were measured, of each stage the last time.
-
-    Damaged events are left out.
-    """
-    names = ("stage", "weight", "within", "mixtures")
-    whole = (each for each in events if each["kind"] == "mixtures" and _is_sweep(each))
-    return list({each["stage"]: {n: each[n] for n in names} for each in whole}.values())
+def mixtures(events: Sequence[RunEvent]) -> list[MixturesEvent]:
+    """Return the interpolated weights that were scored, of each stage the last time."""
+    scored = (event for event in events if isinstance(event, MixturesEvent) and event.mixtures)
+    return list({event.stage: event for event in scored if _has_kept(event) is not None}.values())
 
 
-def _is_sweep(event: Event) -> bool:
-    """Tell whether an event of mixtures has all that the page shows of them."""
-    rows = event.get("mixtures")
-    if not isinstance(rows, list) or not rows or not all(isinstance(each, dict) for each in rows):
-        return False
-    kept = type(None) if rows[0].get("kept") is None else _NUMBER
-    kinds = {"weight": _NUMBER, "score": _NUMBER, "kept": kept}
-    return (
-        isinstance(event.get("within"), bool)
-        and _fits(event.get("stage"), str)
-        and _fits(event.get("weight"), _NUMBER)
-        and all(n in each and _fits(each[n], kind) for each in rows for n, kind in kinds.items())
-    )
+def _has_kept(event: MixturesEvent) -> bool | None:
+    """Return whether all scores include the kept pairs; None if only some do, in a damaged line."""
+    kept = {score.kept is not None for score in event.mixtures}
+    return kept.pop() if len(kept) == 1 else None
 
 
-def _mixture_curve(sweep: dict[str, Any]) -> Markup:
+def _mixture_curve(sweep: MixturesEvent) -> Markup:
     """Return the curve of the scores of interpolated weights, above those of the initial ones."""
-    rows = sweep["mixtures"]
-    score, kept = (
-        [(e["weight"], round(100 * (e[key] - rows[0][key]), 2)) for e in rows if e[key] is not None]
-        for key in ("score", "kept")
-    )
-    marks = [(sweep["weight"], "chosen")]
+    first = sweep.mixtures[0]
+    score = [(row.weight, _points(row.score, first.score)) for row in sweep.mixtures]
+    kept = [
+        (row.weight, _points(row.kept, first.kept)) for row in sweep.mixtures if _has_kept(sweep)
+    ]
+    marks = [(sweep.weight, "chosen")]
     return curve(score, marks, "points of mean recall", dots=True, second=kept, x_label="weight")
+
+
+def _points(recall: float | None, first: float | None) -> float:
+    """Return the difference of two mean recalls in points."""
+    assert recall is not None and first is not None
+    return round(100 * (recall - first), 2)
 
 
 def _retrievals(
