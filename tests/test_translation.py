@@ -11,6 +11,8 @@ import threading
 from pathlib import Path
 
 import pytest
+from jinja2 import Environment
+from jinja2.ext import extract_from_ast
 
 import cn_clip
 from cn_clip import cli, translation
@@ -24,6 +26,10 @@ TREES = {
     path.relative_to(SOURCE).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
     for path in sorted(SOURCE.rglob("*.py"))
 }
+TEMPLATES = [
+    (path.relative_to(SOURCE).as_posix(), path.read_text(encoding="utf-8"))
+    for path in sorted(SOURCE.rglob("*.html"))
+]
 MARKERS = {"_", "_n", "N_", "translate"}
 ERRORS = {node.name for node in TREES["errors.py"].body if isinstance(node, ast.ClassDef)}
 # Other functions whose literal arguments a person reads.
@@ -133,6 +139,22 @@ def test_messages_are_literals_with_exactly_their_values(file):
             assert None not in values
 
 
+@pytest.mark.parametrize(("file", "text"), TEMPLATES)
+def test_a_template_has_no_text_outside_of_its_expressions(file, text):
+    text = re.sub(r"(?s)\{%.*?%\}|\{\{.*?\}\}|\{#.*?#\}|<style>.*?</style>|<[^>]*>", "", text)
+    if file == "eval/diagnosis/report.html":
+        text = re.sub(r"[^{}]*\{[^{}]*\}", "", text)  # a block of CSS
+    assert not text.split()
+
+
+@pytest.mark.parametrize("file", TREES)
+def test_no_message_is_inside_an_f_string_where_extractors_do_not_look(file):
+    for node in ast.walk(TREES[file]):
+        if isinstance(node, ast.JoinedStr):
+            inner = [call for call in ast.walk(node) if isinstance(call, ast.Call)]
+            assert not {"_", "_n", "N_"} & {called(call) for call in inner}, ast.unparse(node)
+
+
 def write_catalogue(root, entries, *, language="xx", plural_forms="nplurals=2; plural=(n != 1);"):
     """Write an .mo file, as `msgfmt` does; plural messages are ``singular NUL plural``."""
     header = f"Content-Type: text/plain; charset=UTF-8\nPlural-Forms: {plural_forms}\n"
@@ -163,6 +185,11 @@ def all_messages():
             elif isinstance(node, ast.Call) and called(node) == "_n":
                 one, many = (argument.value for argument in node.args[:2])
                 entries[f"{one}\0{many}"] = f"⟦{one}⟧\0⟦{many}⟧"
+    for _file, text in TEMPLATES:
+        calls = extract_from_ast(Environment().parse(text), ["_"])
+        # a message with values is a tuple, with None for each value
+        messages = (m if isinstance(m, str) else m[0] for _line, _name, m in calls if m)
+        entries |= {message: f"⟦{message}⟧" for message in messages if message}
     return entries
 
 
@@ -323,7 +350,7 @@ def test_a_data_check_comes_out_translated_but_not_its_json(pseudo, tmp_path, ca
     out = capsys.readouterr().out
     assert "⟦images missing or damaged⟧" in out and "⟦captions in ⟦Chinese⟧⟧" in out
     html = report.read_text(encoding="utf-8")
-    assert "⟦<h2>Random pairs</h2>⟧" in html and "⟦images missing or damaged⟧" in html
+    assert "<h2>⟦Random pairs⟧</h2>" in html and "⟦images missing or damaged⟧" in html
     assert cli.run(["data", "check", source, "--workers", "0", "--json"]) == 1
     assert '"Chinese": 1' in capsys.readouterr().out
 

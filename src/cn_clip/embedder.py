@@ -29,6 +29,7 @@ from cn_clip.errors import ImageError, UnknownModelError, UsageError
 from cn_clip.fingerprint import Fingerprint
 from cn_clip.image.decode import MAX_PIXELS, ImageInput
 from cn_clip.tokenizer import Tokenizer, default_tokenizer
+from cn_clip.translation import _
 
 if TYPE_CHECKING:
     from cn_clip.model.clip import CLIP
@@ -76,9 +77,17 @@ class Embedder:
             batch_size: images per batch.
         """
         if batch_size < 1:
-            raise UsageError(f"batch_size {batch_size} is below 1; the default is 32")
+            raise UsageError(
+                _("batch_size {batch_size} is below 1; the default is 32", batch_size=batch_size)
+            )
         if max_pixels < 1:
-            raise UsageError(f"max_pixels {max_pixels} is below 1; the default is {MAX_PIXELS}")
+            raise UsageError(
+                _(
+                    "max_pixels {max_pixels} is below 1; the default is {limit}",
+                    max_pixels=max_pixels,
+                    limit=MAX_PIXELS,
+                )
+            )
         self.backend, self.config = backend, config
         self.tokenizer = tokenizer or default_tokenizer()
         self.batch_size = batch_size
@@ -175,7 +184,9 @@ class Embedder:
             UsageError: a text is not a string.
         """
         if not isinstance(texts, Iterable):
-            raise UsageError(f"{texts!r:.60} is neither a string nor a list of strings")
+            raise UsageError(
+                _("{texts!r:.60} is neither a string nor a list of strings", texts=texts)
+            )
         remaining = iter([texts] if isinstance(texts, str) else texts)
         embeddings = [np.empty((0, self.dim), dtype=np.float32)]
         while chunk := list(islice(remaining, _TEXTS_PER_CHUNK)):
@@ -267,7 +278,7 @@ def load(
         UsageError: the device, backend or precision is not available.
     """
     if backend not in ("auto", "torch"):
-        raise UsageError(f"unknown backend {backend!r}; available: auto, torch")
+        raise UsageError(_("unknown backend {backend!r}; available: auto, torch", backend=backend))
     if device not in ("auto", "cpu"):  # fail before anything is read or downloaded
         from cn_clip.backends.torch import pick_device
 
@@ -275,7 +286,10 @@ def load(
     reference = os.fspath(name_or_path)
     if not reference.strip():
         raise UsageError(
-            f"the model name is empty; give a path or one of: {', '.join(hub.names())}"
+            _(
+                "the model name is empty; give a path or one of: {names}",
+                names=", ".join(hub.names()),
+            )
         )
     name = reference.replace("/", "-")  # OpenAI writes ViT-B/16
     if name in hub.names():
@@ -314,7 +328,9 @@ def _existing_path(reference: str) -> Path:
         if path.exists():
             return path
     except (OSError, ValueError, RuntimeError) as error:  # too long, no such user
-        raise UsageError(f"{reference!r:.80} is not a valid path: {error}") from None
+        raise UsageError(
+            _("{reference!r:.80} is not a valid path: {error}", reference=reference, error=error)
+        ) from None
     if path.suffix or "/" in reference or os.sep in reference:
-        raise UsageError(f"no such file or folder: {reference!r}")
-    raise UnknownModelError("model", reference, hub.names())
+        raise UsageError(_("no such file or folder: {reference!r}", reference=reference))
+    raise UnknownModelError(_("model"), reference, hub.names())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cn_clip.errors import CNClipError
+from cn_clip.translation import _
 
 FIELD = "format"
 
@@ -19,7 +20,7 @@ class Format:
     version: int
 
     def __str__(self) -> str:
-        return f"cn-clip {self.name} {self.version}"
+        return _("cn-clip {name} {version}", name=self.name, version=self.version)
 
     def check(self, value: Any, where: object, error: type[CNClipError], remedy: str) -> None:
         """Check the field of a file that is read; None passes: old files have no such field.
@@ -34,5 +35,19 @@ class Format:
             return
         match = re.fullmatch(rf"cn-clip {re.escape(self.name)} (\d{{1,9}})", str(value))
         if match and int(match[1]) > self.version:
-            raise error(f"{where}: its format is {value!r}, of a newer cn_clip; update cn_clip")
-        raise error(f"{where}: its format is {value!r:.60}, not {str(self)!r}; {remedy}")
+            raise error(
+                _(
+                    "{where}: its format is {value!r}, of a newer cn_clip; update cn_clip",
+                    where=where,
+                    value=value,
+                )
+            )
+        raise error(
+            _(
+                "{where}: its format is {value!r:.60}, not {self!r}; {remedy}",
+                where=where,
+                value=value,
+                self=str(self),
+                remedy=remedy,
+            )
+        )

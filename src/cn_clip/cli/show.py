@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cn_clip.errors import UsageError
 from cn_clip.format_version import FIELD, Format
+from cn_clip.translation import _
 
 BAR_WIDTH = 20
 _MAX_PRINTED = 20  # messages about rows
@@ -71,21 +72,30 @@ def print_some(messages: Sequence[str], where: str) -> None:
     for message in messages[:_MAX_PRINTED]:
         print(f"cn-clip: {message}", file=sys.stderr)
     if len(messages) > _MAX_PRINTED:
-        print(f"cn-clip: and {len(messages) - _MAX_PRINTED:,} more; {where}", file=sys.stderr)
+        print(
+            _(
+                "cn-clip: and {count:,} more; {where}",
+                count=len(messages) - _MAX_PRINTED,
+                where=where,
+            ),
+            file=sys.stderr,
+        )
 
 
 def list_failed(messages: Sequence[str]) -> None:
     """Print the messages of unreadable rows on stderr, and their number."""
-    print_some(messages, "--json lists all")
+    print_some(messages, _("--json lists all"))
     if messages:
-        count = f"{len(messages):,} unreadable and excluded from the scores"
+        count = _(
+            "{message_count:,} unreadable and excluded from the scores", message_count=len(messages)
+        )
         print(f"cn-clip: {count}", file=sys.stderr)
 
 
 def check_different_paths(out: str, report: str) -> None:
     """Raise a ``UsageError`` if two outputs of a command have the same path."""
     if os.path.realpath(out) == os.path.realpath(report):
-        raise UsageError(f"--out and --report are both {out}; give two different paths")
+        raise UsageError(_("--out and --report are both {out}; give two different paths", out=out))
 
 
 def bar(fraction: float) -> str:

@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup
 
+from cn_clip.translation import _
+
 Point = tuple[float, float]
-NONE = Markup("<p>none</p>")  # instead of a chart without data
 
 
 def svg(width: float, height: float, shapes: Iterable[str], label: str = "") -> Markup:
@@ -21,6 +22,11 @@ def svg(width: float, height: float, shapes: Iterable[str], label: str = "") -> 
     return Markup(
         f'<svg viewBox="0 0 {width} {height}" width="{width}"{role}>{"".join(shapes)}</svg>'
     )
+
+
+def no_chart() -> Markup:
+    """Return what is shown instead of a chart without data."""
+    return Markup("<p>{}</p>").format(_("none"))
 
 
 def polyline(points: Iterable[Point], *, stroke: str = "var(--bar)", options: str = "") -> str:
@@ -63,7 +69,7 @@ def linear_scale(
 def histogram(counts: Counter[int], width: int, limit: int | None = None) -> Markup:
     """Return an SVG histogram with bins of ``width``; bins above ``limit`` are highlighted."""
     if not counts:
-        return NONE
+        return no_chart()
     bins: Counter[int] = Counter()
     for value, count in counts.items():
         bins[value // width] += count
@@ -75,10 +81,15 @@ def histogram(counts: Counter[int], width: int, limit: int | None = None) -> Mar
     for at in range(last + 1):
         bar = height * bins[at] / largest
         css_class = ' class="cut"' if limit is not None and at * width > limit else ""
-        tooltip = f"{at * width} to {at * width + width - 1}: {bins[at]:,}"
+        tooltip = _(
+            "{low} to {high}: {count:,}",
+            low=at * width,
+            high=at * width + width - 1,
+            count=bins[at],
+        )
         marks.append(
             f'<rect{css_class} x="{at * step}" y="{height - bar:.1f}" width="{step - 2}" '
-            f'height="{bar:.1f}"><title>{tooltip}</title></rect>'
+            f'height="{bar:.1f}"><title>{escape(tooltip)}</title></rect>'
         )
         if at % 5 == 0:
             marks.append(f'<text x="{at * step}" y="{height + 14}">{at * width}</text>')
@@ -92,7 +103,7 @@ def overlaid_histograms(
     bins (``edges``) that are not empty; every 0.1 is labelled."""
     filled = np.flatnonzero(ours + others)
     if not len(filled):
-        return NONE
+        return no_chart()
     low, high = max(0, int(filled[0]) - 2), min(len(ours), int(filled[-1]) + 3)
     fractions = [counts[low:high] / max(1, counts.sum()) for counts in (others, ours)]
     largest = max(float(values.max()) for values in fractions)

@@ -6,10 +6,11 @@ import base64
 import io
 from collections.abc import Iterable
 from functools import cache
+from numbers import Number
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from PIL import Image
 
 from cn_clip.html.charts import histogram, overlaid_histograms
@@ -17,6 +18,7 @@ from cn_clip.image.decode import read_image
 from cn_clip.outputs import claim, own_file, starts_with
 from cn_clip.publish import write_text
 from cn_clip.text import path_text
+from cn_clip.translation import translate
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -50,8 +52,21 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
     )
     environment.filters |= {"data_uri": data_uri, "fmt": format, "points": points}
-    environment.globals |= {"histogram": histogram, "overlaid_histograms": overlaid_histograms}
+    environment.globals |= {
+        "_": message,
+        "histogram": histogram,
+        "overlaid_histograms": overlaid_histograms,
+    }
     return environment
+
+
+def message(text: str, /, **values: object) -> Markup:
+    """Translate a message of a template, which may have tags; its values are escaped."""
+    shown = {
+        name: value if isinstance(value, Number) else escape(value)
+        for name, value in values.items()
+    }
+    return Markup(translate(text, **shown))
 
 
 def points(fraction: float, sign: str = "") -> str:

@@ -42,6 +42,7 @@ from cn_clip.train.stage import Run, Training, set_up
 from cn_clip.train.stage_weights import finish, next_stage, save_start
 from cn_clip.train.step import MixedPrecision, backward
 from cn_clip.train.step_metrics import StepMetrics, Window, log_step
+from cn_clip.translation import _
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 
@@ -76,7 +77,7 @@ def train(
     """
     if not recipe.data.train:
         raise UsageError(
-            "the recipe has no training data; give --train-data, such as folder:photos"
+            _("the recipe has no training data; give --train-data, such as folder:photos")
         )
     device = pick(recipe.machine)
     folder = Path(recipe.output.folder).expanduser()
@@ -166,7 +167,7 @@ def _run_stage(run: Run, progress: Progress, state: Path | None) -> None:
         for reason in of_process
     ]
     file = f"skipped-{training.stage.name}.txt"
-    run.warn("training pairs could not be read", reasons, file, progress.total)
+    run.warn(_("training pairs could not be read"), reasons, file, progress.total)
 
 
 def _log_stage(run: Run, training: Training, progress: Progress) -> None:
@@ -192,7 +193,7 @@ def _evaluate_start(run: Run, training: Training, progress: Progress) -> None:
     assert run.validation is not None
     recall = evaluate(run, training, progress)
     run.warn(
-        "validation pairs or images cannot be read, and are left out",
+        _("validation pairs or images cannot be read, and are left out"),
         run.validation.skipped,
         "unread.txt",
     )
@@ -269,7 +270,10 @@ def _evaluate_and_save(run: Run, training: Training, progress: Progress) -> None
         run.log.record(SavedEvent(progress.total, training.stage.name, progress.step))
     if stop:
         raise InterruptedRun(
-            f"stopped at step {progress.total}; the state is saved. Resume with: --resume auto",
+            _(
+                "stopped at step {total}; the state is saved. Resume with: --resume auto",
+                total=progress.total,
+            ),
             128 + stop,
         )
 

@@ -26,6 +26,7 @@ from cn_clip.train.loss_block import (
     total_of,
 )
 from cn_clip.train.loss_positives import positives_of, subtract_positives
+from cn_clip.translation import _
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class Teacher:
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight <= 1:
-            raise UsageError(f"the teacher's weight is {self.weight}; give 0 to 1")
+            raise UsageError(_("the teacher's weight is {weight}; give 0 to 1", weight=self.weight))
 
 
 def clip_loss(
@@ -87,7 +88,11 @@ def clip_loss(
             teacher_block = block_of(teacher.image, teacher.text, scale, len(block.buffers[0]))
             if teacher_block.counts != block.counts:
                 raise UsageError(
-                    f"the teacher has {teacher_block.counts} pairs, the student {block.counts}"
+                    _(
+                        "the teacher has {counts} pairs, the student {block_counts}",
+                        counts=teacher_block.counts,
+                        block_counts=block.counts,
+                    )
                 )
             teacher_sums = sums_of(teacher_block)
         weight = teacher.weight if teacher else 0.0
@@ -170,8 +175,12 @@ def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """
     if student.shape != teacher.shape:
         raise UsageError(
-            f"features {tuple(student.shape)} of the student and {tuple(teacher.shape)} of the "
-            "teacher differ in shape; project the student's to the teacher's width"
+            _(
+                "features {shape} of the student and {teacher_shape} of the teacher differ in "
+                "shape; project the student's to the teacher's width",
+                shape=tuple(student.shape),
+                teacher_shape=tuple(teacher.shape),
+            )
         )
     cosines = F.cosine_similarity(as_float(student), as_float(teacher.detach()), dim=-1)
     total = total_of(row_counts(student))

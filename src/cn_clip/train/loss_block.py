@@ -24,6 +24,7 @@ from cn_clip.distributed import (
     world_size,
 )
 from cn_clip.errors import UsageError
+from cn_clip.translation import _
 
 _CHUNK_BYTES = 32 << 20  # of a chunk's logits
 _MIN_ROWS = 128  # with fewer, memory traffic of the texts' gradients dominates
@@ -69,8 +70,12 @@ class Block:
 def block_of(image: Tensor, text: Tensor, logit_scale: Tensor, chunk: int | None) -> Block:
     if image.shape != text.shape or image.dim() != 2:
         raise UsageError(
-            f"image embeddings {tuple(image.shape)} and text embeddings {tuple(text.shape)} "
-            "do not have the same shape (b, D)"
+            _(
+                "image embeddings {shape} and text embeddings {text_shape} do not have the same "
+                "shape (b, D)",
+                shape=tuple(image.shape),
+                text_shape=tuple(text.shape),
+            )
         )
     image, text = as_float(image), as_float(text)
     counts = row_counts(text)
@@ -95,7 +100,7 @@ def as_float(x: Tensor) -> Tensor:
 def total_of(counts: list[int]) -> int:
     if total := sum(counts):
         return total
-    raise UsageError("a batch without pairs has no loss; skip it")
+    raise UsageError(_("a batch without pairs has no loss; skip it"))
 
 
 @dataclass(frozen=True, slots=True)

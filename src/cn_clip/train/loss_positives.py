@@ -10,6 +10,7 @@ from torch import Tensor
 from cn_clip.distributed import all_gather_rows, all_reduce_sum
 from cn_clip.errors import UsageError
 from cn_clip.train.loss_block import Block
+from cn_clip.translation import _
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +67,20 @@ def positives_of(block: Block, keys: Tensor | None, *, spread: bool) -> Positive
     if keys is None:
         return Positives(weights, [])
     if len(keys) != len(block.image):
-        raise UsageError(f"{len(keys)} keys for {len(block.image)} pairs")
+        raise UsageError(
+            _(
+                "{key_count} keys for {image_count} pairs",
+                key_count=len(keys),
+                image_count=len(block.image),
+            )
+        )
     keys = all_gather_rows(keys.to(weights.device), counts=block.counts)
     positives = Positives(weights, [_Groups.by(key) for key in keys.unbind(1)])
     if not spread:
         return positives
     counts = torch.zeros_like(weights)
     for part in block.parts():
-        rows, _ = positives.of_rows(block.own.start + part.start, part.stop - part.start)
+        rows, _unused = positives.of_rows(block.own.start + part.start, part.stop - part.start)
         counts += rows.bincount(minlength=block.total)
     return replace(positives, weights=1 / all_reduce_sum(counts))
 

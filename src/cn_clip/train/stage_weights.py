@@ -14,6 +14,7 @@ from cn_clip.train.run.run_dir import Outcome, write_outcome
 from cn_clip.train.scoring import best_weights, keep_embeddings, log_score
 from cn_clip.train.stage import Run
 from cn_clip.train.validation import embed, score, shared_pairs
+from cn_clip.translation import _
 
 
 def save_start(run: Run) -> None:
@@ -35,7 +36,7 @@ def save_start(run: Run) -> None:
     if run.validation is not None and distributed.is_main():
         shared = shared_pairs(run.validation, run.mix)
         run.warn(
-            "validation pairs are in the training data, so scores will be too high",
+            _("validation pairs are in the training data, so scores will be too high"),
             shared,
             "shared.txt",
         )

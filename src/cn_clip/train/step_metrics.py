@@ -13,6 +13,7 @@ from cn_clip import distributed
 from cn_clip.train.run.checkpoint import Progress
 from cn_clip.train.run.events import StepEvent
 from cn_clip.train.stage import Run, Training
+from cn_clip.translation import _
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ def log_step(
 ) -> None:
     """Report progress; every ``output.log_every`` steps, log the step and clear the window."""
     stage = training.stage
-    run.log.tick(f"stage {stage.name}", progress.step, training.steps)
+    run.log.tick(_("stage {name}", name=stage.name), progress.step, training.steps)
     if progress.step % run.recipe.output.log_every and progress.step not in (1, training.steps):
         return
     run.log.record(

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, cast
 import torch
 
 from cn_clip.errors import CheckpointError
+from cn_clip.translation import _
 from cn_clip.weights.content import checked_members, detect_format
 from cn_clip.weights.pickles import RefusedPickle, check_pickle
 
@@ -38,14 +39,24 @@ def load_pickle(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         match = re.search(r"GLOBAL ([\w.]+)", str(error))
         if match is None:
-            raise CheckpointError(f"{path} is not a checkpoint, or is damaged") from None
+            raise CheckpointError(
+                _("{path} is not a checkpoint, or is damaged", path=path)
+            ) from None
         raise CheckpointError(
-            f"{path} is refused: its pickle names {match[1]}; only tensors are read, never code. "
-            "If you trust the file, re-save it as a state dict"
+            _(
+                "{path} is refused: its pickle names {name}; only tensors are read, never code. "
+                "If you trust the file, re-save it as a state dict",
+                path=path,
+                name=match[1],
+            )
         ) from None
     except Exception as error:  # the parser raises many kinds on damaged files
         raise CheckpointError(
-            f"{path} is not a valid .pt file: {reason_of(error)}; download or copy it again"
+            _(
+                "{path} is not a valid .pt file: {reason_of}; download or copy it again",
+                path=path,
+                reason_of=reason_of(error),
+            )
         ) from None
 
 
@@ -60,7 +71,7 @@ def check_pickles(path: Path, zipped: bool) -> None:
         if zipped:
             pickled = [m for m in checked_members(path) if m.orig_filename.lower().endswith(".pkl")]
             if sum(member.file_size for member in pickled) > _MAX_PICKLE_BYTES:
-                raise RefusedPickle("its pickle is too large for a state dict")
+                raise RefusedPickle(_("its pickle is too large for a state dict"))
             with zipfile.ZipFile(path) as archive:
                 for member in pickled:
                     check_pickle(io.BytesIO(archive.read(member)), size=size)
@@ -70,18 +81,22 @@ def check_pickles(path: Path, zipped: bool) -> None:
                 mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as m,
             ):
                 if tarfile.is_tarfile(path):
-                    raise RefusedPickle("it is a tar archive, as torch wrote before 0.1.10")
+                    raise RefusedPickle(_("it is a tar archive, as torch wrote before 0.1.10"))
                 pickles = cast(BinaryIO, m)  # its reads return at most the rest of the file
                 if check_pickle(pickles, size=size) == _LEGACY_MAGIC:
-                    for _ in range(_LEGACY_PICKLES - 1):
+                    for _unused in range(_LEGACY_PICKLES - 1):
                         check_pickle(pickles, size=size)
     except RefusedPickle as error:
-        raise CheckpointError(f"{path} is refused: {error}") from None
+        raise CheckpointError(_("{path} is refused: {error}", path=path, error=error)) from None
     except CheckpointError:
         raise
     except Exception as error:  # the parser raises many kinds on damaged files
         raise CheckpointError(
-            f"{path} is not a valid .pt file: {reason_of(error)}; download or copy it again"
+            _(
+                "{path} is not a valid .pt file: {reason_of}; download or copy it again",
+                path=path,
+                reason_of=reason_of(error),
+            )
         ) from None
 
 

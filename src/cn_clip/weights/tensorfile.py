@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cn_clip.config import read_config_json, shard_names
 from cn_clip.errors import CheckpointError, MissingWeightsError
+from cn_clip.translation import _
 from cn_clip.weights.content import checked_members, detect_format
 from cn_clip.weights.pickled_file import load_pickle, reason_of
 from cn_clip.weights.torchscript import is_torchscript, read_torchscript
@@ -40,9 +41,9 @@ def read_tensors(path: str | os.PathLike[str], *, mapped: bool = False) -> dict[
     """
     path = Path(path)
     if os.path.isdir(path):
-        raise MissingWeightsError(f"{path} is a folder; give the weights file in it")
+        raise MissingWeightsError(_("{path} is a folder; give the weights file in it", path=path))
     if not os.path.isfile(path):
-        raise MissingWeightsError(f"no such file or folder: {path}")
+        raise MissingWeightsError(_("no such file or folder: {path}", path=path))
     if path.name.endswith(".index.json"):
         return _read_shards(path, mapped)
     read = _read_safetensors if detect_format(path) == "safetensors" else _read_pt
@@ -73,15 +74,24 @@ def _read_shards(index: Path, mapped: bool) -> dict[str, Tensor]:
     missing = [shard for shard in shards if not os.path.isfile(index.parent / shard)]
     if missing:
         raise MissingWeightsError(
-            f"{len(missing)} of the {len(shards)} shards in {index} are missing: "
-            f"{', '.join(missing)}; download them into {index.parent}"
+            _(
+                "{missing_count} of the {shard_count} shards in {index} are missing: {missing}; "
+                "download them into {folder}",
+                missing_count=len(missing),
+                shard_count=len(shards),
+                index=index,
+                missing=", ".join(missing),
+                folder=index.parent,
+            )
         )
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         tensors |= read_tensors(index.parent / shard, mapped=mapped)
     missing = [name for name in read_config_json(index)["weight_map"] if name not in tensors]
     if missing:
-        raise CheckpointError(f"{index} lists {missing[0]}, which is in no shard")
+        raise CheckpointError(
+            _("{index} lists {missing}, which is in no shard", index=index, missing=missing[0])
+        )
     return tensors
 
 
@@ -99,7 +109,11 @@ def _read_safetensors(path: Path, mapped: bool) -> dict[str, Tensor]:
                 return _read_at(stream, views, offsets)
     except Exception as error:  # the parser raises many kinds on damaged files
         raise CheckpointError(
-            f"{path} is not a valid safetensors file: {reason_of(error)}; download or copy it again"
+            _(
+                "{path} is not a valid safetensors file: {reason_of}; download or copy it again",
+                path=path,
+                reason_of=reason_of(error),
+            )
         ) from None
 
 
@@ -118,7 +132,9 @@ def _read_pt(path: Path, mapped: bool) -> dict[str, Tensor]:
         with path.open("rb") as stream:
             return _read_at(stream, views, offsets)
     except OSError as error:
-        raise CheckpointError(f"{path} is not a valid .pt file: {error}") from None
+        raise CheckpointError(
+            _("{path} is not a valid .pt file: {error}", path=path, error=error)
+        ) from None
 
 
 def _checked(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -127,24 +143,45 @@ def _checked(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     bytes_used, storages = 0, {}
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-            kind = "quantized" if tensor.is_quantized else str(tensor.layout)
-            kind = kind if tensor.device.type == "cpu" else f"on the {tensor.device} device"
+            kind = _("quantized") if tensor.is_quantized else str(tensor.layout)
+            kind = (
+                kind
+                if tensor.device.type == "cpu"
+                else _("on the {device} device", device=tensor.device)
+            )
             raise CheckpointError(
-                f"{path}: {name} is {kind}, not a plain tensor; save it after .dequantize(), "
-                ".to_dense() or .cpu()"
+                _(
+                    "{path}: {name} is {kind}, not a plain tensor; save it after .dequantize(), "
+                    ".to_dense() or .cpu()",
+                    path=path,
+                    name=name,
+                    kind=kind,
+                )
             )
         storage, bytes_needed = tensor.untyped_storage(), tensor.numel() * tensor.itemsize
         if bytes_needed > storage.nbytes():
             raise CheckpointError(
-                f"{path}: {name} {list(tensor.shape)} needs {bytes_needed:,} bytes and has "
-                f"{storage.nbytes():,}; save it after .contiguous(), or download it again"
+                _(
+                    "{path}: {name} {shape} needs {bytes_needed:,} bytes and has {nbytes:,}; save "
+                    "it after .contiguous(), or download it again",
+                    path=path,
+                    name=name,
+                    shape=list(tensor.shape),
+                    bytes_needed=bytes_needed,
+                    nbytes=storage.nbytes(),
+                )
             )
         storages[storage.data_ptr()] = storage.nbytes()
         bytes_used += bytes_needed
     if sum(storages.values()) > size or bytes_used > 2 * size:  # tied weights count twice
         raise CheckpointError(
-            f"{path} is not a valid .pt file: its tensors need {bytes_used:,} bytes, and it has "
-            f"{size:,}"
+            _(
+                "{path} is not a valid .pt file: its tensors need {bytes_used:,} bytes, and it "
+                "has {size:,}",
+                path=path,
+                bytes_used=bytes_used,
+                size=size,
+            )
         )
     return tensors
 
@@ -171,7 +208,7 @@ def _read_at(
         while start < end:
             count = os.preadv(stream.fileno(), [view[start:end]], first + start)
             if not count:
-                raise OSError("it ends too early")
+                raise OSError(_("it ends too early"))
             start += count
 
     with ThreadPoolExecutor(_READERS) as pool:
@@ -251,14 +288,30 @@ def state_dict_in(blob: Any, where: str | os.PathLike[str]) -> dict[str, Tensor]
     for key in keys:
         state = state[key]
     if not isinstance(state, Mapping) or not state:
-        raise CheckpointError(f"{where} has no state dict, but {type(state).__name__}")
+        raise CheckpointError(
+            _(
+                "{where} has no state dict, but {state_type}",
+                where=where,
+                state_type=type(state).__name__,
+            )
+        )
     others = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if not others:
         return {str(name): tensor for name, tensor in state.items()}
     dicts = [str(k) for k, v in state.items() if isinstance(v, Mapping)]
     remedy = (
-        f'; if the weights are under {dicts[0]!r}: torch.save(torch.load(f)["{dicts[0]}"], g)'
+        _(
+            '; if the weights are under {name!r}: torch.save(torch.load(f)["{name}"], g)',
+            name=dicts[0],
+        )
         if dicts and not keys
-        else f"; it has {', '.join(str(name) for name in list(state)[:4])}"
+        else _("; it has {names}", names=", ".join(str(name) for name in list(state)[:4]))
     )
-    raise CheckpointError(f"{where} is not a state dict: {others[0]!r} is not a tensor{remedy}")
+    raise CheckpointError(
+        _(
+            "{where} is not a state dict: {other!r} is not a tensor{remedy}",
+            where=where,
+            other=others[0],
+            remedy=remedy,
+        )
+    )

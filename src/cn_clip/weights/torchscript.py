@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cn_clip.errors import CheckpointError
+from cn_clip.translation import _
 from cn_clip.weights.pickled_file import check_pickles
 
 _DTYPES = {
@@ -55,9 +56,11 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
                 root = _Unpickler(stream, archive, pickled.removesuffix(".pkl")).load()
             return dict(_tensors_of(root, ""))
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} is refused: {error}") from None
+        raise CheckpointError(_("{path} is refused: {error}", path=path, error=error)) from None
     except Exception as error:  # the parser raises many kinds on damaged files
-        raise CheckpointError(f"{path} is not a valid TorchScript archive: {error}") from None
+        raise CheckpointError(
+            _("{path} is not a valid TorchScript archive: {error}", path=path, error=error)
+        ) from None
 
 
 class _Unpickler(pickle.Unpickler):
@@ -78,7 +81,11 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and name in _DTYPES:
             return _DTYPES[name]
         raise pickle.UnpicklingError(
-            f"its pickle names {module}.{name}; only tensors are read, never code"
+            _(
+                "its pickle names {module}.{name}; only tensors are read, never code",
+                module=module,
+                name=name,
+            )
         )
 
     def persistent_load(self, reference: Any) -> Tensor:
@@ -90,10 +97,10 @@ class _Unpickler(pickle.Unpickler):
         return self._storages[key]
 
 
-def _strided(storage: Tensor, offset: int, shape: Any, stride: Any, *_: Any) -> Tensor:
+def _strided(storage: Tensor, offset: int, shape: Any, stride: Any, *_unused: Any) -> Tensor:
     end = offset + 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
     if math.prod(shape) and not 0 <= offset < end <= len(storage):
-        raise ValueError("a tensor exceeds its storage")
+        raise ValueError(_("a tensor exceeds its storage"))
     return storage.as_strided(tuple(shape), tuple(stride), offset)
 
 

@@ -24,6 +24,7 @@ from cn_clip.data.sources.base import Source
 from cn_clip.errors import CNClipError, UsageError
 from cn_clip.html.page import thumbnail
 from cn_clip.tokenizer import CONTEXT_LENGTH
+from cn_clip.translation import _
 
 _CHUNK = 128
 _SAMPLES = 24  # pairs shown in the report
@@ -54,9 +55,11 @@ def check(
         CNClipError: no disk space for a temporary file of 288 bytes per image.
     """
     if not 0 <= threshold <= 128:
-        raise UsageError(f"the threshold is {threshold} bits of 256; give 0 to 128")
+        raise UsageError(
+            _("the threshold is {threshold} bits of 256; give 0 to 128", threshold=threshold)
+        )
     if not len(source):
-        raise UsageError(f"{source.name} holds no pair")
+        raise UsageError(_("{name} holds no pair", name=source.name))
     result = CheckResult(source.name, pairs=len(source), context_length=context_length)
     for sentence in source.unmatched():
         result.add("unmatched", None, sentence)
@@ -97,8 +100,13 @@ def check(
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise CNClipError(
-            f"could not store the hashes of {len(firsts):,} images in {gettempdir()}: {error}; "
-            "set TMPDIR to a larger disk, or skip near-duplicates with --threshold 0"
+            _(
+                "could not store the hashes of {image_count:,} images in {folder}: {error}; set "
+                "TMPDIR to a larger disk, or skip near-duplicates with --threshold 0",
+                image_count=len(firsts),
+                folder=gettempdir(),
+                error=error,
+            )
         ) from error
     _draw_samples(source, firsts, result)
     result.problems.sort(

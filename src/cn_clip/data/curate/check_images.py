@@ -16,6 +16,7 @@ from cn_clip.data.curate.perceptual_hash import HASH_WORDS, Hashes, hash_image, 
 from cn_clip.data.sources.base import Source, located
 from cn_clip.errors import CNClipError
 from cn_clip.image.decode import read_image
+from cn_clip.translation import _
 
 _BLOCK = 1 << 14  # hashes in memory at once
 _SMALL = 64  # pixels of the shorter side
@@ -66,7 +67,11 @@ def add_image_problems(source: Source, batch: ImageBatch, result: CheckResult) -
     sides = dict(zip(batch.indexes.tolist(), batch.sides.tolist(), strict=True))
 
     def small(index: int) -> str:
-        return f"{source.where(index)}: its shorter side is {sides[index]} pixels"
+        return _(
+            "{where}: its shorter side is {side} pixels",
+            where=source.where(index),
+            side=sides[index],
+        )
 
     result.add_all("small", batch.indexes[batch.sides < _SMALL], small)
 
@@ -98,7 +103,11 @@ def add_near_duplicates(
 
     def same(index: int) -> str:
         first = indexes[before[np.searchsorted(indexes, index)]]
-        return f"{source.where(index)}: looks like {source.where(int(first))}"
+        return _(
+            "{where}: looks like {earlier}",
+            where=source.where(index),
+            earlier=source.where(int(first)),
+        )
 
     result.add_all("same image", indexes[duplicates], same)
 

@@ -10,20 +10,21 @@ import numpy as np
 import numpy.typing as npt
 
 from cn_clip.tokenizer import CONTEXT_LENGTH
+from cn_clip.translation import N_
 
 # kind -> (whether it makes a source unfit for training, description)
 PROBLEM_KINDS = {
-    "row": (True, "unreadable rows"),
-    "image": (True, "images missing or damaged"),
-    "empty": (True, "empty captions"),
-    "text id": (True, "text ids used for two texts"),
-    "unmatched": (False, "images, texts or files without a pair"),
-    "character": (False, "captions with a broken character (U+FFFD)"),
-    "long": (False, "captions longer than the context length"),
-    "pair": (False, "repeated pairs"),
-    "same caption": (False, "captions used for several images"),
-    "same image": (False, "near-duplicate images under another id"),
-    "small": (False, "images smaller than 64 pixels"),
+    "row": (True, N_("unreadable rows")),
+    "image": (True, N_("images missing or damaged")),
+    "empty": (True, N_("empty captions")),
+    "text id": (True, N_("text ids used for two texts")),
+    "unmatched": (False, N_("images, texts or files without a pair")),
+    "character": (False, N_("captions with a broken character (U+FFFD)")),
+    "long": (False, N_("captions longer than the context length")),
+    "pair": (False, N_("repeated pairs")),
+    "same caption": (False, N_("captions used for several images")),
+    "same image": (False, N_("near-duplicate images under another id")),
+    "small": (False, N_("images smaller than 64 pixels")),
 }
 MAX_LISTED = 1000  # problems listed of each kind; all are counted
 

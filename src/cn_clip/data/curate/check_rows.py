@@ -16,6 +16,7 @@ from cn_clip.data.sources.open import id_digest
 from cn_clip.errors import DataError
 from cn_clip.text import REPLACEMENT
 from cn_clip.tokenizer import default_tokenizer
+from cn_clip.translation import _
 
 EMPTY_TOKENS = 2  # tokens of an empty text: [CLS] and [SEP]
 
@@ -84,13 +85,22 @@ def add_row_problems(source: Source, batch: RowBatch, result: CheckResult) -> No
 
     def cut(index: int) -> str:
         tokens = int(batch.tokens[index - batch.start])
-        return f"{source.where(index)}: {tokens} tokens, {tokens - result.context_length} are cut"
+        return _(
+            "{where}: {tokens} tokens, {excess} are cut",
+            where=source.where(index),
+            tokens=tokens,
+            excess=tokens - result.context_length,
+        )
 
     def empty(index: int) -> str:
-        return f"{source.where(index)}: its text is empty"
+        return _("{where}: its text is empty", where=source.where(index))
 
     def broken(index: int) -> str:
-        return f"{source.where(index)}: {source.row(index).text[:40]!r} has a broken character"
+        return _(
+            "{where}: {text!r} has a broken character",
+            where=source.where(index),
+            text=source.row(index).text[:40],
+        )
 
     if batch.broken:
         result.add_all("character", np.array(batch.broken, dtype=np.int64), broken)
@@ -118,16 +128,22 @@ def add_repeated_rows(
     )
 
     def text_id(index: int) -> str:
-        return (
-            f"{source.where(index)}: its text id is also that of {source.where(first_rows[index])}"
+        return _(
+            "{where}: its text id is also that of {earlier}",
+            where=source.where(index),
+            earlier=source.where(first_rows[index]),
         )
 
     def pair(index: int) -> str:
-        return f"{source.where(index)}: repeats an earlier pair of the same image and text"
+        return _(
+            "{where}: repeats an earlier pair of the same image and text", where=source.where(index)
+        )
 
     def caption(index: int) -> str:
         text = source.row(index).text[:40]
-        return f"{source.where(index)}: {text!r} is also an earlier caption"
+        return _(
+            "{where}: {text!r} is also an earlier caption", where=source.where(index), text=text
+        )
 
     result.add_all("text id", rows[other], text_id)
     del before

@@ -34,6 +34,7 @@ from cn_clip.image.decode import read_image
 from cn_clip.outputs import claim, own_file, starts_with
 from cn_clip.publish import atomic_file, map_write_errors
 from cn_clip.text import read_json
+from cn_clip.translation import _
 
 _CHUNK = 128
 _FORMAT = Format("data decontaminate", 1)  # first line of the list of removed pairs
@@ -106,7 +107,9 @@ def decontaminate(
         DataError: a test image is unreadable, so leaks could go unnoticed; or a worker died.
     """
     if not 0 <= threshold <= 128:
-        raise UsageError(f"the threshold is {threshold} bits of 256; give 0 to 128")
+        raise UsageError(
+            _("the threshold is {threshold} bits of 256; give 0 to 128", threshold=threshold)
+        )
     result = DecontaminationResult(train.name, against.name, len(train), 0, threshold, min_caption)
     tests, captions = _test_rows(against, min_caption)
     result.test_images = len(tests)
@@ -115,7 +118,7 @@ def decontaminate(
         for chunk in run(chunked(tests, _CHUNK) if threshold else []):
             for hashes in chunk:
                 if isinstance(hashes, str):
-                    raise DataError(f"unreadable test image: {hashes}")
+                    raise DataError(_("unreadable test image: {hashes}", hashes=hashes))
                 test_hashes.append(hashes)
     groups = _train_rows(train, captions, result)
     done = 0
@@ -184,16 +187,18 @@ def read_removed(path: Path, source: Source) -> npt.NDArray[np.int64]:
         DataError: the file is not such a list, of a newer version, or was made for other data
             than ``source``.
     """
-    damaged = DataError(f"{path} was not written by `cn-clip data decontaminate`")
+    damaged = DataError(_("{path} was not written by `cn-clip data decontaminate`", path=path))
     try:
         lines = read_lines(path, MAX_FILE)
         head = read_json(lines[0])
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+        raise DataError(
+            _("{path} cannot be read: {reason}", path=path, reason=error.strerror)
+        ) from None
     except (ValueError, LookupError, RecursionError):
         raise damaged from None
     if isinstance(head, dict):
-        _FORMAT.check(head.get(FIELD), path, DataError, "decontaminate again")
+        _FORMAT.check(head.get(FIELD), path, DataError, _("decontaminate again"))
     try:
         pairs = int(head["pairs"])
         indexes = np.array([read_json(line)["index"] for line in lines[1:]], dtype=np.int64)
@@ -203,8 +208,15 @@ def read_removed(path: Path, source: Source) -> npt.NDArray[np.int64]:
         raise damaged from None
     if pairs != len(source):
         raise DataError(
-            f"{path} was made for {pairs:,} pairs of {head.get('train')}, and {source.name} holds "
-            f"{len(source):,}; decontaminate this source"
+            _(
+                "{path} was made for {pairs:,} pairs of {train}, and {name} holds {pair_count:,}; "
+                "decontaminate this source",
+                path=path,
+                pairs=pairs,
+                train=head.get("train"),
+                name=source.name,
+                pair_count=len(source),
+            )
         )
     return indexes
 
@@ -216,8 +228,8 @@ def write_removed_report(
     write_page(
         path,
         "data/curate/removed_report.html",
-        "Pairs removed from training",
-        "data decontaminate",
+        _("Pairs removed from training"),
+        _("data decontaminate"),
         result=result,
         removed=[
             (pair, _shown(train, pair.index), _shown(against, pair.against))

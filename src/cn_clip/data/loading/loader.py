@@ -30,6 +30,7 @@ from cn_clip.errors import CNClipError, DataError
 from cn_clip.image.decode import read_image, read_pixels
 from cn_clip.processes import end_with_parent, ignore_signals_in_worker
 from cn_clip.tokenizer import CONTEXT_LENGTH, default_tokenizer
+from cn_clip.translation import _
 
 _Item = TypeVar("_Item")
 
@@ -139,9 +140,14 @@ class PlannedLoader:
         enough = self.seen >= min(500, len(self.plan) // self._world_size)
         if enough and self.skipped > self._max_skipped_fraction * self.seen:
             raise DataError(
-                f"{self.skipped:,} of {self.seen:,} pairs cannot be read, above the limit of "
-                f"{self._max_skipped_fraction:.0%}; the first: {self.reasons[0]}. See: "
-                "cn-clip data check"
+                _(
+                    "{skipped:,} of {seen:,} pairs cannot be read, above the limit of "
+                    "{max_skipped_fraction:.0%}; the first: {reason}. See: cn-clip data check",
+                    skipped=self.skipped,
+                    seen=self.seen,
+                    max_skipped_fraction=self._max_skipped_fraction,
+                    reason=self.reasons[0],
+                )
             )
 
 
@@ -233,12 +239,18 @@ def map_worker_errors() -> Iterator[None]:
         if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
             reason = str(error).splitlines()[0]
         elif _is_lost_batch(error):
-            reason = f"the batch of a DataLoader worker is lost: {type(error).__name__}"
+            reason = _(
+                "the batch of a DataLoader worker is lost: {error_type}",
+                error_type=type(error).__name__,
+            )
         else:
             raise
         raise DataError(
-            f"a worker that reads data died ({reason}); if memory ran out, lower data.workers or "
-            "data.prefetch_mb"
+            _(
+                "a worker that reads data died ({reason}); if memory ran out, lower data.workers "
+                "or data.prefetch_mb",
+                reason=reason,
+            )
         ) from error
 
 
@@ -259,7 +271,7 @@ def prepare(sources: Sequence[Source], part: BatchPart, preparation: Preparation
         try:
             row = source.row(index)
             if not row.text.strip():
-                raise DataError("its text is empty")
+                raise DataError(_("its text is empty"))
             pixels.append(pixels_of(source.image(index), row.image_id, part.epoch, preparation))
         except CNClipError as error:
             skipped.append(located(source, index, error))

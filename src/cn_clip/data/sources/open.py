@@ -24,6 +24,7 @@ from cn_clip.errors import DataError, UnknownNameError, UsageError
 from cn_clip.files import as_path, find
 from cn_clip.outputs import is_within
 from cn_clip.text import path_text
+from cn_clip.translation import _
 
 _MAX_FILES = 1_000_000  # that braces may expand to
 _MAX_DEPTH = 16  # of nested braces
@@ -73,7 +74,7 @@ def open_source(uri: str) -> Source:
     kind, path, options = _parse_uri(uri)
     paths = _expand(path)
     if not paths:
-        raise DataError(f"{uri}: no file matches {path}")
+        raise DataError(_("{uri}: no file matches {path}", uri=uri, path=path))
     parts = [_open_one(kind, file, options) for file in paths]
     return parts[0] if len(parts) == 1 else Chain(uri, parts)
 
@@ -98,7 +99,12 @@ def split_source(folder: str, split: str) -> str:
     if (root / split).is_dir():
         return f"folder:{root / split}"
     raise DataError(
-        f"{folder} has no split {split!r}: neither {', '.join(layouts)} nor a folder {split}"
+        _(
+            "{folder} has no split {split!r}: neither {layouts} nor a folder {split}",
+            folder=folder,
+            split=split,
+            layouts=", ".join(layouts),
+        )
     )
 
 
@@ -109,7 +115,9 @@ def open_mix(uris: Sequence[str]) -> list[WeightedSource]:
         UsageError, DataError: as ``open_source``, or a weight is not positive.
     """
     if not uris:
-        raise UsageError("no source of pairs; give one, such as folder:photos or tar:shards/*.tar")
+        raise UsageError(
+            _("no source of pairs; give one, such as folder:photos or tar:shards/*.tar")
+        )
     mix = []
     for uri in uris:
         weight, alone = _weight_of(uri)
@@ -118,7 +126,9 @@ def open_mix(uris: Sequence[str]) -> list[WeightedSource]:
         except ValueError:
             factor = 0.0
         if not 0 < factor < math.inf:
-            raise UsageError(f"{uri}: the weight {weight} is not a number above zero")
+            raise UsageError(
+                _("{uri}: the weight {weight} is not a number above zero", uri=uri, weight=weight)
+            )
         mix.append(WeightedSource(open_source(alone), factor))
     return mix
 
@@ -194,10 +204,12 @@ def id_digest(source: Source, index: int, id: str) -> int:
 def _open_one(kind: str, path: Path, options: dict[str, str]) -> Source:
     name, encoding = path_text(f"{kind}:{path}"), options.get("encoding")
     if kind in ("csv", "jsonl", "parquet", "tar") and path.is_dir():
-        raise DataError(f"{name} is a folder; give the files in it: {name}/*.{kind}")
+        raise DataError(
+            _("{name} is a folder; give the files in it: {name}/*.{kind}", name=name, kind=kind)
+        )
     if kind in ("csv", "jsonl", "parquet"):
         if not path.exists():
-            raise DataError(f"{name}: no such file: {path}")
+            raise DataError(_("{name}: no such file: {path}", name=name, path=path))
         columns = {column: options.get(column) for column in _COLUMNS}
         open_table: dict[str, Callable[[], Table]] = {
             "csv": lambda: Csv(name, path, columns, encoding),
@@ -212,7 +224,13 @@ def _open_one(kind: str, path: Path, options: dict[str, str]) -> Source:
         texts = as_path(options["texts"]) if "texts" in options else None
         unpaired = options.get("unpaired", "no")
         if unpaired not in ("yes", "no"):
-            raise UsageError(f"{name}: unpaired={unpaired} is unknown; give yes or no")
+            raise UsageError(
+                _(
+                    "{name}: unpaired={unpaired} is unknown; give yes or no",
+                    name=name,
+                    unpaired=unpaired,
+                )
+            )
         return Tsv(name, path, texts, encoding, unpaired=unpaired == "yes")
     return Lmdb(name, path) if kind == "lmdb" else Tar(path, name)
 
@@ -221,20 +239,24 @@ def _parse_uri(uri: str) -> tuple[str, str, dict[str, str]]:
     kind, colon, path = uri.partition(":")
     if not colon or (len(kind) == 1 and not kind.islower()):  # C:\photos is a Windows path
         kind, path = "", uri
-    path, _, query = path.partition("?")
+    path, _unused, query = path.partition("?")
     if "=" not in query and query:  # "?" of a glob
         path, query = f"{path}?{query}", ""
     if not path.strip():
-        raise UsageError(f"{uri!r} has no path; write KIND:PATH, such as folder:photos")
+        raise UsageError(_("{uri!r} has no path; write KIND:PATH, such as folder:photos", uri=uri))
     kind = kind or _detect_kind(path, uri)
     if kind not in SOURCE_OPTIONS:
-        raise UnknownNameError("kind of source", kind, SOURCE_OPTIONS)
+        raise UnknownNameError(_("kind of source"), kind, SOURCE_OPTIONS)
     options = dict(parse_qsl(query, keep_blank_values=True))
     for option in options:
         if option not in SOURCE_OPTIONS[kind]:
-            raise UnknownNameError(f"option of {kind}:", option, SOURCE_OPTIONS[kind] or ["none"])
+            raise UnknownNameError(
+                _("option of {kind}:", kind=kind), option, SOURCE_OPTIONS[kind] or [_("none")]
+            )
         if not options[option].strip():
-            raise UsageError(f"{uri}: {option} is empty; give a value, or leave it out")
+            raise UsageError(
+                _("{uri}: {option} is empty; give a value, or leave it out", uri=uri, option=option)
+            )
     return kind, path, options
 
 
@@ -254,9 +276,15 @@ def _detect_kind(path: str, uri: str) -> str:
     if os.path.isdir(folder):
         return "folder"
     if suffix in _REMEDIES:
-        raise UsageError(f"{uri} is {_REMEDIES[suffix].format(path=path)}")
+        raise UsageError(
+            _("{uri} is {format}", uri=uri, format=_REMEDIES[suffix].format(path=path))
+        )
     raise UsageError(
-        f"{uri}: unknown kind of source; write KIND:PATH, KIND one of {', '.join(SOURCE_OPTIONS)}"
+        _(
+            "{uri}: unknown kind of source; write KIND:PATH, KIND one of {kinds}",
+            uri=uri,
+            kinds=", ".join(SOURCE_OPTIONS),
+        )
     )
 
 
@@ -285,7 +313,13 @@ def _expand_braces(pattern: str) -> list[str]:
             outer.append((names, []))
             names = [""]
             if len(outer) > _MAX_DEPTH:
-                raise UsageError(f"{pattern} has more than {_MAX_DEPTH} nested braces; give fewer")
+                raise UsageError(
+                    _(
+                        "{pattern} has more than {limit} nested braces; give fewer",
+                        pattern=pattern,
+                        limit=_MAX_DEPTH,
+                    )
+                )
         elif token == "," and outer:
             outer[-1][1].extend(names)
             names = [""]
@@ -299,8 +333,13 @@ def _expand_braces(pattern: str) -> list[str]:
             total *= math.prod(len(before) for before, _inside in outer)
             if total > _MAX_FILES:
                 raise UsageError(
-                    f"{pattern} names {total:,} files, above the limit of {_MAX_FILES:,}; give "
-                    "fewer, or use a glob such as *.tar"
+                    _(
+                        "{pattern} names {total:,} files, above the limit of {limit:,}; give "
+                        "fewer, or use a glob such as *.tar",
+                        pattern=pattern,
+                        total=total,
+                        limit=_MAX_FILES,
+                    )
                 )
             names = list(map("".join, itertools.product(names, choices)))
     return [pattern] if outer else names

@@ -12,6 +12,7 @@ from cn_clip.calibration import Calibration, probability
 from cn_clip.eval.calibration.fit import FIXED_CUTOFF, Bin, HeldOut
 from cn_clip.html.charts import Point, circle, linear_scale, polyline, svg
 from cn_clip.html.page import write_page
+from cn_clip.translation import _
 
 _SIDE, _MARGIN = 320, 44  # pixels of a chart
 
@@ -23,20 +24,20 @@ def write_report(calibration: Calibration, held_out: HeldOut, path: Path) -> Non
     write_page(
         path,
         "eval/calibration/report.html",
-        f"Calibration: {calibration.model}",
-        "eval calibrate",
+        _("Calibration: {model}", model=calibration.model),
+        _("eval calibrate"),
         calibration=calibration,
         held_out=held_out,
         cutoff=FIXED_CUTOFF,
         reliability=reliability_diagram(held_out.calibrated.bins),
-        curve=_chart("cosine", "probability of a match", list(curve), (-1.0, 1.0)),
+        curve=_chart(_("cosine"), _("probability of a match"), list(curve), (-1.0, 1.0)),
     )
 
 
 def reliability_diagram(bins: Sequence[Bin]) -> Markup:
     """Return an SVG of the fraction of matches by predicted probability, with the diagonal."""
     points = [(b.mean, b.matching) for b in bins]
-    return _chart("predicted probability", "fraction matching", points, (0.0, 1.0), dots=True)
+    return _chart(_("predicted probability"), _("fraction matching"), points, (0.0, 1.0), dots=True)
 
 
 def _chart(
@@ -65,7 +66,11 @@ def _chart(
     if dots:
         shapes.append(polyline([to_pixels((low, 0)), to_pixels((high, 1))], stroke="var(--line)"))
         shapes += [
-            circle(to_pixels((x, y)), f"{x:.3f} predicted, {y:.3f} match", radius=4)
+            circle(
+                to_pixels((x, y)),
+                _("{predicted:.3f} predicted, {matching:.3f} match", predicted=x, matching=y),
+                radius=4,
+            )
             for x, y in points
         ]
     shapes.append(polyline(map(to_pixels, points), options=' stroke-width="1.5"'))

@@ -15,6 +15,7 @@ from cn_clip.eval.diagnosis.measure import BINS, Diagnosis, Difference
 from cn_clip.eval.images import EmbeddedImages
 from cn_clip.eval.metrics.recall import Ranks
 from cn_clip.html.page import data_uri, thumbnail, write_page
+from cn_clip.translation import _
 
 _MAX_IMAGES = 12  # in a grid
 _MAX_MISSES = 20
@@ -63,16 +64,17 @@ def write_diagnosis(
     def captions_of(image: int) -> str:
         start, end = np.searchsorted(by_image[:, 0], [image, image + 1])
         captions = (dataset.texts[text] for text in by_image[start:end, 1][:2].tolist())
-        return " / ".join(captions) or "(without a caption)"
+        return " / ".join(captions) or _("(without a caption)")
 
     def image_of(text: int) -> int:
         return int(by_text[np.searchsorted(by_text[:, 1], text), 0])
 
+    models = [diagnosis.model for diagnosis in diagnoses]
     write_page(
         path,
         "eval/diagnosis/report.html",
-        f"{' and '.join(diagnosis.model for diagnosis in diagnoses)} on {name}",
-        "eval diagnose",
+        _("{models} on {name}", models=_(" and ").join(models), name=name),
+        _("eval diagnose"),
         images=images,
         diagnoses=diagnoses,
         differences=differences,

@@ -13,6 +13,7 @@ from cn_clip.data.sources.base import Row, located
 from cn_clip.data.sources.open import WeightedSource
 from cn_clip.errors import CNClipError, DataError
 from cn_clip.train.batches.feature_cache import ImageFeatures
+from cn_clip.translation import _
 
 
 @dataclass(slots=True)
@@ -93,9 +94,9 @@ class CachedLoader(PlannedLoader):
             try:
                 row = source.row(index)
                 if not row.text.strip():
-                    raise DataError("its text is empty")
+                    raise DataError(_("its text is empty"))
                 if not readable[at]:
-                    raise DataError("its image was unreadable when its features were computed")
+                    raise DataError(_("its image was unreadable when its features were computed"))
             except CNClipError as error:
                 skipped.append(located(source, index, error))
                 continue

@@ -38,6 +38,7 @@ from cn_clip.format_version import FIELD, Format
 from cn_clip.model.clip import CLIP
 from cn_clip.outputs import entries, json_object_at, own_folder
 from cn_clip.publish import atomic_file
+from cn_clip.translation import _
 
 _FORMAT = Format("feature cache", 1)
 _RENAMED = {"pictures": "images"}  # in stamps without a format version
@@ -120,13 +121,22 @@ class ImageFeatures:
             try:
                 shard = read_npy(path, mapped=True)
             except DataError as error:
-                raise DataError(f"{error}; delete it, and it is computed again") from None
+                raise DataError(
+                    _("{error}; delete it, and it is computed again", error=error)
+                ) from None
             fits = shard.ndim == 3 and shard.shape[:2] == (rows, self._views)
             width = shard.shape[2] if number == 0 or not fits else self._shard(0).shape[2]
             if not fits or shard.dtype != np.float32 or shard.shape[2] != width or not width:
                 raise DataError(
-                    f"{path} has {shard.dtype} of shape {shard.shape}; expected float32 of shape "
-                    f"({rows}, {self._views}, D); delete it, and it is computed again"
+                    _(
+                        "{path} has {dtype} of shape {shape}; expected float32 of shape ({rows}, "
+                        "{views}, D); delete it, and it is computed again",
+                        path=path,
+                        dtype=shard.dtype,
+                        shape=shard.shape,
+                        rows=rows,
+                        views=self._views,
+                    )
                 )
             self._shards[number] = shard
         return self._shards[number]
@@ -199,7 +209,7 @@ def cache_image_features(
         )
         rows: list[list[npt.NDArray[np.float32]]] = [[] for _ in range(views)]
         with open_iterator(loaded) as loaded_jobs:
-            for (view, _), (pixels, kept, size) in zip(jobs, loaded_jobs, strict=True):
+            for (view, _unused), (pixels, kept, size) in zip(jobs, loaded_jobs, strict=True):
                 features = run(pixels).float().cpu().numpy()
                 padded = np.full((size, features.shape[1]), np.nan, np.float32)
                 padded[kept] = features
@@ -213,8 +223,12 @@ def cache_image_features(
                 np.save(stream, shard)
         except OSError as error:
             raise DataError(
-                f"features could not be written to {folder}: {error}; finished shards are kept; "
-                "continue from them with --resume auto"
+                _(
+                    "features could not be written to {folder}: {error}; finished shards are "
+                    "kept; continue from them with --resume auto",
+                    folder=folder,
+                    error=error,
+                )
             ) from error
     distributed.barrier()
     return ImageFeatures(folder, images, views)
@@ -277,21 +291,36 @@ def _check_stamp(folder: Path, about: dict[str, Any]) -> None:
     except FileNotFoundError:
         reason = FEATURES(folder)
         if reason is not None:
-            raise UsageError(f"{folder} {reason}; give another place") from None
+            raise UsageError(
+                _("{folder} {reason}; give another place", folder=folder, reason=reason)
+            ) from None
         with atomic_file(path) as new:
             new.write_text(text + "\n", encoding="utf-8")
         return
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} cannot be read ({error}); delete the folder {folder}") from None
+        raise UsageError(
+            _(
+                "{path} cannot be read ({error}); delete the folder {folder}",
+                path=path,
+                error=error,
+                folder=folder,
+            )
+        ) from None
     if not isinstance(stored, dict):
-        raise UsageError(f"{path} is not a JSON object; delete the folder {folder}")
+        raise UsageError(
+            _("{path} is not a JSON object; delete the folder {folder}", path=path, folder=folder)
+        )
     version = stored.pop(FIELD, None)
-    _FORMAT.check(version, path, UsageError, f"delete the folder {folder}")
+    _FORMAT.check(version, path, UsageError, _("delete the folder {folder}", folder=folder))
     stored, about = _renamed(stored), json.loads(text)
     del about[FIELD]
     other = sorted(k for k in stored | about if stored.get(k) != about.get(k))
     if other:
         raise UsageError(
-            f"the features in {folder} are of another {', '.join(other)}; delete the folder, or "
-            "give another one with --output.features"
+            _(
+                "the features in {folder} are of another {other}; delete the folder, or give "
+                "another one with --output.features",
+                folder=folder,
+                other=", ".join(other),
+            )
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 from cn_clip.errors import UsageError
 from cn_clip.train.recipe.schema import Recipe, Stage
+from cn_clip.translation import _
 
 _MAX_NAME_LENGTH = 64  # folders are named after stages
 
@@ -15,25 +16,33 @@ def check_recipe(recipe: Recipe) -> None:
     """Raise a ``UsageError`` for the first invalid option; the message gives the valid values."""
     _check_ranges(recipe)
     if recipe.machine.parallel == "fsdp" and recipe.machine.precision == "fp16":
-        raise UsageError("machine.parallel = fsdp has no scaler for fp16; use --precision bf16")
+        raise UsageError(_("machine.parallel = fsdp has no scaler for fp16; use --precision bf16"))
     names = [stage.name for stage in recipe.stages]
     if not names:
-        raise UsageError("the recipe has no stage; give it a table [[stages]]")
+        raise UsageError(_("the recipe has no stage; give it a table [[stages]]"))
     if len(set(names)) < len(names) or not all(n.replace("-", "").isalnum() for n in names):
         raise UsageError(
-            f"the stages are named {', '.join(names)}; give each its own name, of letters, digits "
-            "and hyphens"
+            _(
+                "the stages are named {names}; give each its own name, of letters, digits and "
+                "hyphens",
+                names=", ".join(names),
+            )
         )
     if len(max(names, key=len)) > _MAX_NAME_LENGTH:
         raise UsageError(
-            f"the name of a stage has more than {_MAX_NAME_LENGTH} characters; shorten it"
+            _(
+                "the name of a stage has more than {limit} characters; shorten it",
+                limit=_MAX_NAME_LENGTH,
+            )
         )
     for stage in recipe.stages:
         _check_stage(stage, recipe)
     if recipe.data.keep_data and all(stage.interpolate != "auto" for stage in recipe.stages):
         raise UsageError(
-            'data.keep_data is only used by interpolate = "auto"; add --interpolate auto, or '
-            "leave --keep-data out"
+            _(
+                'data.keep_data is only used by interpolate = "auto"; add --interpolate auto, or '
+                "leave --keep-data out"
+            )
         )
 
 
@@ -49,7 +58,15 @@ def _check_ranges(table: Any, where: str = "") -> None:
         elif isinstance(value, int | float) and not isinstance(value, bool):
             low, high = option.metadata["within"]
             if not low <= value <= high:
-                raise UsageError(f"{name} is {value}; give {low} to {high}")
+                raise UsageError(
+                    _(
+                        "{name} is {value}; give {low} to {high}",
+                        name=name,
+                        value=value,
+                        low=low,
+                        high=high,
+                    )
+                )
 
 
 def _check_stage(stage: Stage, recipe: Recipe) -> None:
@@ -57,44 +74,66 @@ def _check_stage(stage: Stage, recipe: Recipe) -> None:
     for entry in stage.optimizer.lr_multipliers:
         parse_lr_multiplier(entry)
     if (stage.epochs is None) == (stage.steps is None):
-        raise UsageError(f"{at} must have either epochs or steps; early stopping may end it sooner")
+        raise UsageError(
+            _("{at} must have either epochs or steps; early stopping may end it sooner", at=at)
+        )
     if stage.early_stopping is not None and not recipe.data.val:
         raise UsageError(
-            f"{at} has early_stopping, but there are no validation pairs; give --val-data, or "
-            "--early-stopping off"
+            _(
+                "{at} has early_stopping, but there are no validation pairs; give --val-data, or "
+                "--early-stopping off",
+                at=at,
+            )
         )
     if stage.interpolate == "auto" and not recipe.data.val:
         raise UsageError(
-            f"{at}.interpolate is auto: the validation pairs choose the weight; give --val-data, "
-            "or a number with --interpolate 0.5"
+            _(
+                "{at}.interpolate is auto: the validation pairs choose the weight; give "
+                "--val-data, or a number with --interpolate 0.5",
+                at=at,
+            )
         )
     if stage.early_stopping is not None and not (
         recipe.evaluation.every_epochs or recipe.evaluation.every_steps
     ):
         raise UsageError(
-            f"{at} has early_stopping, but evaluation.every_epochs is 0 and every_steps is not "
-            "given; give one of them"
+            _(
+                "{at} has early_stopping, but evaluation.every_epochs is 0 and every_steps is not "
+                "given; give one of them",
+                at=at,
+            )
         )
     if stage.cached and "visual.*" not in stage.freeze:
         raise UsageError(
-            f"{at}.cached stores the image tower's features; add 'visual.*' to its freeze"
+            _("{at}.cached stores the image tower's features; add 'visual.*' to its freeze", at=at)
         )
     if stage.flip and not stage.augment:
-        raise UsageError(f"{at}.flip mirrors augmented images; set augment to true")
+        raise UsageError(_("{at}.flip mirrors augmented images; set augment to true", at=at))
     if stage.views > 1 and not (stage.cached and stage.augment):
         raise UsageError(
-            f"{at}.views needs cached and augmented images; set both to true, or views to 1"
+            _(
+                "{at}.views needs cached and augmented images; set both to true, or views to 1",
+                at=at,
+            )
         )
     if stage.cached and stage.mask_ratio:
-        raise UsageError(f"{at} has cached features, so mask_ratio has no effect; set it to 0")
+        raise UsageError(
+            _("{at} has cached features, so mask_ratio has no effect; set it to 0", at=at)
+        )
     if stage.cached and stage.loss.teacher is not None:
         raise UsageError(
-            f"{at} has cached features, and a teacher needs the images; set cached to false"
+            _(
+                "{at} has cached features, and a teacher needs the images; set cached to false",
+                at=at,
+            )
         )
     if stage.loss.kind == "sigmoid" and stage.loss.teacher and not stage.loss.teacher_features:
         raise UsageError(
-            f"{at}: the teacher's similarities mix with the clip loss; with the sigmoid loss set "
-            "loss.teacher_features"
+            _(
+                "{at}: the teacher's similarities mix with the clip loss; with the sigmoid loss "
+                "set loss.teacher_features",
+                at=at,
+            )
         )
 
 
@@ -104,14 +143,17 @@ def parse_lr_multiplier(entry: str) -> tuple[str, float]:
     Raises:
         UsageError: the entry has another form, or the factor is not within 0 to 1000.
     """
-    pattern, _, factor = entry.rpartition("=")
+    pattern, _unused, factor = entry.rpartition("=")
     try:
         value = float(factor)
     except ValueError:
         value = -1.0
     if not pattern or not 0 <= value <= 1000:
         raise UsageError(
-            f"stages.NAME.optimizer.lr_multipliers has the entry {entry!r}; give PATTERN=FACTOR, "
-            "such as visual.backbone.*=0.1"
+            _(
+                "stages.NAME.optimizer.lr_multipliers has the entry {entry!r}; give "
+                "PATTERN=FACTOR, such as visual.backbone.*=0.1",
+                entry=entry,
+            )
         )
     return pattern, value

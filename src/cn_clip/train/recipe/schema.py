@@ -12,6 +12,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
 
+from cn_clip.translation import _
+
 VERSION = 1  # incremented by changes that an older cn_clip would misread
 
 Precision = Literal["bf16", "fp16", "fp32"]
@@ -331,12 +333,12 @@ def nested_class(kind: Any) -> type | None:
 def type_text(kind: Any) -> str:
     """Return a type in words, for messages and documentation."""
     if get_origin(kind) in (Union, types.UnionType):
-        return " or ".join(type_text(arg) for arg in get_args(kind) if arg is not type(None))
+        return _(" or ").join(type_text(arg) for arg in get_args(kind) if arg is not type(None))
     if get_origin(kind) is Literal:
         return ", ".join(map(str, get_args(kind)))
     if get_origin(kind) is tuple:
-        return f"list of {type_text(get_args(kind)[0])}s"
-    names = {bool: "true or false", int: "whole number", float: "number", str: "text"}
+        return _("list of {kind}s", kind=type_text(get_args(kind)[0]))
+    names = {bool: _("true or false"), int: _("whole number"), float: "number", str: "text"}
     return names.get(kind) or "table"
 
 

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
+from cn_clip.translation import _
+
 _RENAMED = {"rate": "lr", "learns": "trainable"}  # in logs of old runs
 _MAX_VALUE = 1e15  # of a number; a larger one is damage
 FINAL = "final"  # the ``stage`` of the score of the final weights
@@ -197,7 +199,7 @@ def _build(cls: type[Any], values: Mapping[str, Any]) -> Any:
         if field.name in values:
             given[field.name] = _converted(values[field.name], hints[field.name])
         elif field.default is MISSING:
-            raise ValueError(f"{field.name} is missing")
+            raise ValueError(_("{name} is missing", name=field.name))
     return cls(**given)
 
 
@@ -217,4 +219,4 @@ def _converted(value: Any, hint: Any) -> Any:
         return value
     if hint in (str, bool) and isinstance(value, hint):
         return value
-    raise ValueError(f"{value!r:.60} is not {hint}")
+    raise ValueError(_("{value!r:.60} is not {hint}", value=value, hint=hint))

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from cn_clip.arrays import read_npz
 from cn_clip.errors import CNClipError, DataError
 from cn_clip.eval.dataset import EvalSet
-from cn_clip.html.charts import NONE, Point, circle, linear_scale, polyline, svg
+from cn_clip.html.charts import Point, circle, linear_scale, no_chart, polyline, svg
 from cn_clip.html.page import thumbnail, write_page
 from cn_clip.train.recipe.schema import Recipe
 from cn_clip.train.run.events import (
@@ -30,6 +30,7 @@ from cn_clip.train.run.events import (
 )
 from cn_clip.train.run.log import read_events
 from cn_clip.train.validation import Vectors
+from cn_clip.translation import N_, _
 
 _QUERIES, _TOP_K = 8, 5  # queries in the report, and images of each
 _MAX_POINTS = 600  # of a curve
@@ -53,19 +54,19 @@ def write_report(
     write_page(
         folder / "report.html",
         "train/run/report.html",
-        f"Training: {recipe.name}",
+        _("Training: {name}", name=recipe.name),
         "train",
         recipe=recipe,
         first=next((e for e in events if isinstance(e, StartEvent)), None),
         end=next((e for e in events if isinstance(e, EndEvent)), None),
         scores=_chosen(events, recipe),
-        recall_curve=curve(recalls, marks, "mean recall, %", dots=True),
+        recall_curve=curve(recalls, marks, _("mean recall, %"), dots=True),
         mixtures=[(sweep, _mixture_curve(sweep)) for sweep in mixtures(events)],
         step_curves={
-            "Loss": curve([(e.total, e.mean_loss) for e in steps], marks, "loss"),
-            "Learning rate": curve([(e.total, e.lr) for e in steps], marks, "learning rate"),
-            "Logit scale": curve(
-                [(e.total, e.logit_scale) for e in steps], marks, "factor on the cosine"
+            _("Loss"): curve([(e.total, e.mean_loss) for e in steps], marks, _("loss")),
+            _("Learning rate"): curve([(e.total, e.lr) for e in steps], marks, _("learning rate")),
+            _("Logit scale"): curve(
+                [(e.total, e.logit_scale) for e in steps], marks, _("factor on the cosine")
             ),
         },
         retrievals=_retrievals(folder, validation),
@@ -82,7 +83,7 @@ def headline(events: Sequence[RunEvent], recipe: Recipe) -> list[tuple[str, floa
 
 def _chosen(events: Sequence[RunEvent], recipe: Recipe) -> list[tuple[str, ScoreEvent]]:
     scored = [event for event in events if isinstance(event, ScoreEvent)]
-    chosen = [("before", event) for event in scored if event.total == 0]
+    chosen = [(N_("before"), event) for event in scored if event.total == 0]
     best = chosen[0][1] if chosen else None
     for stage in recipe.stages:
         of_stage = [event for event in scored if event.stage == stage.name and event.total]
@@ -95,7 +96,7 @@ def _chosen(events: Sequence[RunEvent], recipe: Recipe) -> list[tuple[str, Score
         for event in [e for e in scored if e.stage == interpolated(stage.name)][-1:]:
             best = event
             chosen.append((event.stage, event))
-    chosen += [("final", event) for event in scored if event.stage == FINAL][-1:]
+    chosen += [(N_("final"), event) for event in scored if event.stage == FINAL][-1:]
     return chosen
 
 
@@ -106,7 +107,7 @@ def curve(
     dots: bool = False,
     *,
     second: Sequence[Point] = (),
-    x_label: str = "step",
+    x_label: str | None = None,
 ) -> Markup:
     """Return an SVG of a curve.
 
@@ -116,11 +117,12 @@ def curve(
         label: the y axis, for screen readers.
         dots: draw the points.
         second: another curve, drawn dashed.
-        x_label: the x axis.
+        x_label: the x axis; by default the step.
     """
     points = [(x, y) for x, y in points if isinstance(y, int | float) and math.isfinite(y)]
     if not points:
-        return NONE
+        return no_chart()
+    x_label = _("step") if x_label is None else x_label
     points = points[:: max(1, len(points) // _MAX_POINTS)]
     xs, ys = zip(*points, *second, strict=True)
     left, right = 0.0, max(1.0, max(xs))
@@ -180,8 +182,10 @@ def _mixture_curve(sweep: MixturesEvent) -> Markup:
     kept = [
         (row.weight, _points(row.kept, first.kept)) for row in sweep.mixtures if _has_kept(sweep)
     ]
-    marks = [(sweep.weight, "chosen")]
-    return curve(score, marks, "points of mean recall", dots=True, second=kept, x_label="weight")
+    marks = [(sweep.weight, _("chosen"))]
+    return curve(
+        score, marks, _("points of mean recall"), dots=True, second=kept, x_label=_("weight")
+    )
 
 
 def _points(recall: float | None, first: float | None) -> float:
@@ -208,7 +212,7 @@ def _retrievals(
             validation.texts[text],
             [
                 (name, list(_top_images(images, texts[text], correct, validation)))
-                for name, (images, texts) in (("before", before), ("after", after))
+                for name, (images, texts) in ((N_("before"), before), (N_("after"), after))
             ],
         )
 
