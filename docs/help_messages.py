@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from unittest import mock
 
-from generate_cli import help_text, verbs
+from generate_cli import commands, help_text
 
 from cn_clip.cli import app
 
@@ -21,7 +21,7 @@ def help_messages() -> list[str]:
         return message
 
     with mock.patch("cn_clip.cli.help.translate", record):
-        for words in verbs(app):
+        for words in commands(app):
             help_text(words)
     return list(messages)
 
