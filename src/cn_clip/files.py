@@ -13,6 +13,7 @@ from pathlib import Path
 
 from cn_clip.errors import UsageError
 from cn_clip.text import path_text
+from cn_clip.translation import N_, _, _n, translate
 
 MAX_FILE = 1 << 30  # bytes of a file read into memory
 MAX_TEXT = 1 << 26  # bytes of a text file read into memory, or of one line or record
@@ -29,26 +30,26 @@ _OTHER_NAMES = ("readme", "license", "licence", "copying", "notice", "authors", 
 
 # The start of files that are given as another format, white space aside -> description and remedy.
 HEAD = 512  # bytes to read for ``wrong_format``
-_OFFICE = "a spreadsheet or another office document; save it as CSV (UTF-8) first"
-_WEB_PAGE = "a web page, not the file; on Hugging Face use the /resolve/ URL"
+_OFFICE = N_("a spreadsheet or another office document; save it as CSV (UTF-8) first")
+_WEB_PAGE = N_("a web page, not the file; on Hugging Face use the /resolve/ URL")
 _WRONG_FORMATS = tuple(
     (re.compile(start, re.DOTALL), description)
     for start, description in (
-        (rb"version https://git-lfs", "a Git LFS pointer; fetch the file: git lfs pull"),
-        (rb"\x1f\x8b", "compressed with gzip: gunzip it first"),
-        (rb"BZh\d", "compressed with bzip2: bunzip2 it first"),
-        (rb"\xfd7zXZ\0", "compressed with xz: unxz it first"),
-        (rb"\x28\xb5\x2f\xfd", "compressed with zstd: unzstd it first"),
-        (rb"7z\xbc\xaf\x27\x1c", "compressed with 7-Zip: unpack it first"),
-        (rb"Rar!\x1a\x07", "compressed with RAR: unpack it first"),
+        (rb"version https://git-lfs", N_("a Git LFS pointer; fetch the file: git lfs pull")),
+        (rb"\x1f\x8b", N_("compressed with gzip: gunzip it first")),
+        (rb"BZh\d", N_("compressed with bzip2: bunzip2 it first")),
+        (rb"\xfd7zXZ\0", N_("compressed with xz: unxz it first")),
+        (rb"\x28\xb5\x2f\xfd", N_("compressed with zstd: unzstd it first")),
+        (rb"7z\xbc\xaf\x27\x1c", N_("compressed with 7-Zip: unpack it first")),
+        (rb"Rar!\x1a\x07", N_("compressed with RAR: unpack it first")),
         (rb"PK\x03\x04.{26}(?:\[Content_Types\]|_rels/|xl/|docProps/|mimetypeapp)", _OFFICE),
         (rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", _OFFICE),
-        (rb"PK\x03\x04", "a zip file: unzip it first"),
+        (rb"PK\x03\x04", N_("a zip file: unzip it first")),
         (rb"(?i:<!doctype html|<html)", _WEB_PAGE),
-        (rb"<\?xml", "an XML page, as of a server's error, not the file; download it again"),
-        (rb"GGUF[\x01-\x0f]\0\0\0", "a GGUF file of llama.cpp; give the original weights"),
-        (rb"\x89HDF\r\n\x1a\n", "an HDF5 file, as of Keras; convert it"),
-        (rb"\x93NUMPY", "a NumPy array; convert it"),
+        (rb"<\?xml", N_("an XML page, as of a server's error, not the file; download it again")),
+        (rb"GGUF[\x01-\x0f]\0\0\0", N_("a GGUF file of llama.cpp; give the original weights")),
+        (rb"\x89HDF\r\n\x1a\n", N_("an HDF5 file, as of Keras; convert it")),
+        (rb"\x93NUMPY", N_("a NumPy array; convert it")),
     )
 )
 
@@ -61,15 +62,17 @@ def as_path(given: str | os.PathLike[str]) -> Path:
     """
     text = os.fspath(given)
     if not text:
-        raise UsageError("the path is empty; is a shell variable unset? Give . for this folder")
+        raise UsageError(_("the path is empty; is a shell variable unset? Give . for this folder"))
     try:
         path = Path(text).expanduser()
         path.exists()  # raises if a name is too long
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"{path_text(text)!r} is not a valid path: {reason}") from None
+        raise UsageError(
+            _("{text!r} is not a valid path: {reason}", text=path_text(text), reason=reason)
+        ) from None
     if "\0" in text:
-        raise UsageError(f"{text!r} is not a valid path: it holds a NUL character")
+        raise UsageError(_("{text!r} is not a valid path: it holds a NUL character", text=text))
     return path
 
 
@@ -91,7 +94,7 @@ def read_file(path: str | os.PathLike[str], limit: int = MAX_FILE) -> bytes:
     """
     name = os.fspath(path)
     if "\0" in name:
-        raise OSError(errno.EINVAL, "its path holds a NUL character", name)
+        raise OSError(errno.EINVAL, _("its path holds a NUL character"), name)
     check_regular(name)  # before opening: opening a device may have effects
     # O_NONBLOCK: the file may have been replaced by a pipe since.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -99,18 +102,26 @@ def read_file(path: str | os.PathLike[str], limit: int = MAX_FILE) -> bytes:
         status = os.fstat(stream.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise OSError(
-                errno.EINVAL, f"it is {_file_type(status.st_mode)}, not a regular file", name
+                errno.EINVAL,
+                _("it is {file_type}, not a regular file", file_type=_file_type(status.st_mode)),
+                name,
             )
         if status.st_size > limit:
             raise OSError(
-                errno.EFBIG, f"it has {status.st_size:,} bytes, above the limit of {limit:,}", name
+                errno.EFBIG,
+                _(
+                    "it has {st_size:,} bytes, above the limit of {limit:,}",
+                    st_size=status.st_size,
+                    limit=limit,
+                ),
+                name,
             )
         # Not read(limit), which allocates as much. Files in /proc have a size of 0.
         content = stream.read(status.st_size + 1)
         while len(content) <= limit and (more := stream.read(1 << 16)):
             content += more
     if len(content) > limit:
-        raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes", name)
+        raise OSError(errno.EFBIG, _("it has more than {limit:,} bytes", limit=limit), name)
     return content
 
 
@@ -119,14 +130,19 @@ def check_regular(path: str | os.PathLike[str]) -> None:
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
         code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
-        raise OSError(code, f"it is {_file_type(mode)}, not a regular file", os.fspath(path))
+        raise OSError(
+            code,
+            _("it is {file_type}, not a regular file", file_type=_file_type(mode)),
+            os.fspath(path),
+        )
 
 
 def wrong_format(head: bytes) -> str | None:
     """Describe a compressed file, an office document, a Git LFS pointer or another file that is
     none of pairs or weights, by its first ``HEAD`` bytes; None for others."""
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n")
-    return next((text for pattern, text in _WRONG_FORMATS if pattern.match(start)), None)
+    text = next((text for pattern, text in _WRONG_FORMATS if pattern.match(start)), None)
+    return None if text is None else translate(text)
 
 
 def read_lines(path: str | os.PathLike[str], limit: int = MAX_TEXT) -> list[str]:
@@ -162,9 +178,9 @@ def walk(root: Path) -> Listing:
         UsageError: the folder is the root of the file system, whose listing takes minutes.
     """
     if os.path.realpath(root) == os.path.abspath(os.sep):
-        raise UsageError(f"{root} is the whole file system; name a folder in it")
+        raise UsageError(_("{folder} is the whole file system; name a folder in it", folder=root))
     listing = Listing()
-    for _, entries in _walk_folders(root, listing.unreadable):
+    for _unused, entries in _walk_folders(root, listing.unreadable):
         listing.files += [Path(entry.path) for entry in entries if not _is_dir(entry)]
     listing.files.sort()
     return listing
@@ -246,15 +262,20 @@ def skipped_files(files: Iterable[Path], suffixes: Iterable[str], where: object)
     if not counts:
         return None
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    no_suffix = _("without a suffix")
     listed = ", ".join(
-        f"{count:,} {path_text(suffix) or 'without a suffix'}" for suffix, count in ordered[:6]
+        f"{count:,} {path_text(suffix) or no_suffix}" for suffix, count in ordered[:6]
     )
-    more = f", and {len(ordered) - 6} other suffixes" if len(ordered) > 6 else ""
+    more = _(", and {count} other suffixes", count=len(ordered) - 6) if len(ordered) > 6 else ""
     total = sum(counts.values())
-    files_are = "1 file is" if total == 1 else f"{total:,} files are"
-    return (
-        f"{path_text(str(where))}: {files_are} skipped, not of a supported image format ({listed}"
-        f"{more}); convert images among them to JPEG or PNG"
+    return _n(
+        "{where}: {count:,} file is skipped, not of a supported image format ({suffixes}); "
+        "convert images among them to JPEG or PNG",
+        "{where}: {count:,} files are skipped, not of a supported image format ({suffixes}); "
+        "convert images among them to JPEG or PNG",
+        total,
+        where=path_text(str(where)),
+        suffixes=listed + more,
     )
 
 
@@ -263,7 +284,13 @@ def _list_folder(folder: Path, unreadable: list[str]) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
-        unreadable.append(f"the folder {path_text(folder)} cannot be listed: {error.strerror}")
+        unreadable.append(
+            _(
+                "the folder {folder} cannot be listed: {reason}",
+                folder=path_text(folder),
+                reason=error.strerror,
+            )
+        )
         return []
 
 
@@ -297,10 +324,10 @@ def _glob_entries(folder: Path, part: str) -> list[Path]:
 
 def _file_type(mode: int) -> str:
     kinds = {
-        stat.S_IFDIR: "a folder",
-        stat.S_IFIFO: "a named pipe",
-        stat.S_IFSOCK: "a socket",
-        stat.S_IFCHR: "a device",
-        stat.S_IFBLK: "a device",
+        stat.S_IFDIR: _("a folder"),
+        stat.S_IFIFO: _("a named pipe"),
+        stat.S_IFSOCK: _("a socket"),
+        stat.S_IFCHR: _("a device"),
+        stat.S_IFBLK: _("a device"),
     }
-    return kinds.get(stat.S_IFMT(mode), "something else")
+    return kinds.get(stat.S_IFMT(mode), _("something else"))

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from cn_clip.errors import UsageError
 from cn_clip.files import device_inode
 from cn_clip.publish import LOCK, NO_NAME, atomic_file, flush, is_leftover, temporary_beside
+from cn_clip.translation import _
 
 STAMP = ".cn-clip.json"
 _NAME_MAX = 255  # bytes of a file name on common file systems
@@ -58,7 +59,9 @@ def claim(
     """
     given = os.fspath(out)
     if not given or "\0" in given:
-        raise UsageError(f"{option} is {given!r}; give a {kind}")
+        raise UsageError(
+            _("{option} is {given!r}; give a {kind}", option=option, given=given, kind=kind)
+        )
     try:
         target = Path(os.path.realpath(given))  # writes go through a link
     except OSError as error:  # the current folder was deleted
@@ -66,26 +69,49 @@ def claim(
     _check_path(target, given, kind, in_place)
     exists = target.is_file() if kind == "file" else next(entries(target, old), None) is not None
     if exists and overwrite is False:
-        state = "exists" if kind == "file" else "is not empty"
-        raise UsageError(f"{given} {state}; give another place, or --overwrite to replace it")
+        state = _("exists") if kind == "file" else _("is not empty")
+        raise UsageError(
+            _(
+                "{given} {state}; give another place, or --overwrite to replace it",
+                given=given,
+                state=state,
+            )
+        )
     for path in inputs:
         source = _resolved(path)
         if source is None:
             continue  # its reader reports it
         if same_file(target, source):
-            raise UsageError(f"{given} is both input and output; give another place for the output")
+            raise UsageError(
+                _(
+                    "{given} is both input and output; give another place for the output",
+                    given=given,
+                )
+            )
         if source.is_dir() and is_within(target, source):
-            raise UsageError(f"{given} is inside the input {path}; give a place outside of it")
+            raise UsageError(
+                _(
+                    "{given} is inside the input {path}; give a place outside of it",
+                    given=given,
+                    path=path,
+                )
+            )
         if is_within(source, target):
             raise UsageError(
-                f"{given} contains the input {path}; give another place for the output"
+                _(
+                    "{given} contains the input {path}; give another place for the output",
+                    given=given,
+                    path=path,
+                )
             )
     here = _resolved(".")
     if kind == "folder" and not in_place and here is not None and is_within(here, target):
-        raise UsageError(f"{given} is the current folder or contains it; give a new folder")
+        raise UsageError(
+            _("{given} is the current folder or contains it; give a new folder", given=given)
+        )
     reason = check(target) if exists else None
     if reason is not None:
-        raise UsageError(f"{given} {reason}; give another place")
+        raise UsageError(_("{given} {reason}; give another place", given=given, reason=reason))
     return Path(given)
 
 
@@ -97,8 +123,8 @@ def own_file(command: str, is_own: Callable[[Path], bool]) -> OutputCheck:
             if not path.stat().st_size or is_own(path):
                 return None
         except OSError as error:
-            return f"cannot be read ({error.strerror})"
-        return f"was not written by `cn-clip {command}`"
+            return _("cannot be read ({reason})", reason=error.strerror)
+        return _("was not written by `cn-clip {command}`", command=command)
 
     return check
 
@@ -142,7 +168,11 @@ def own_folder(
     def check(path: Path) -> str | None:
         own_names = stamped_files(path, command) if own is None else own(path)
         other = next((name for name in entries(path, old) if name not in own_names), None)
-        return None if other is None else f"holds {other}, not written by {command}"
+        return (
+            None
+            if other is None
+            else _("holds {other}, not written by {command}", other=other, command=command)
+        )
 
     return check
 
@@ -185,7 +215,13 @@ def entries(folder: Path, old: re.Pattern[str] = NO_NAME, above: str = "") -> It
     except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as error:
-        raise UsageError(f"{folder} cannot be read: {error.strerror}; give another place") from None
+        raise UsageError(
+            _(
+                "{folder} cannot be read: {reason}; give another place",
+                folder=folder,
+                reason=error.strerror,
+            )
+        ) from None
     for entry in listing:
         path = Path(entry.path)
         if is_leftover(path, old) or (entry.name == LOCK and _is_empty(path)):
@@ -250,7 +286,7 @@ def atomic_folder(
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"{path} is a file; give a new folder")
+        raise NotADirectoryError(_("{path} is a file; give a new folder", path=path))
     target.parent.mkdir(parents=True, exist_ok=True)
     with temporary_beside(target) as work:
         new, old = work / "new", work / "old"
@@ -261,7 +297,7 @@ def atomic_folder(
         # Again: files may have been added since the claim.
         reason = (check or own_folder(command))(target) if target.exists() else None
         if reason is not None:
-            raise UsageError(f"{path} {reason}; give another place")
+            raise UsageError(_("{path} {reason}; give another place", path=path, reason=reason))
         try:
             if target.exists():
                 target.rename(old)
@@ -282,25 +318,31 @@ def _check_path(target: Path, given: str, kind: str, in_place: bool) -> None:
         raise _unwritable(given, error.strerror) from None
     if status is not None:
         if kind == "file" and stat.S_ISDIR(status.st_mode):
-            raise UsageError(f"{given} is a folder; give a file")
+            raise UsageError(_("{given} is a folder; give a file", given=given))
         if kind == "file" and not stat.S_ISREG(status.st_mode):
-            raise UsageError(f"{given} is a device, a pipe or a socket; give a file")
+            raise UsageError(_("{given} is a device, a pipe or a socket; give a file", given=given))
         if kind == "folder" and not stat.S_ISDIR(status.st_mode):
-            raise UsageError(f"{given} is a file; give a folder")
+            raise UsageError(_("{given} is a file; give a folder", given=given))
     parent = target if status is not None and in_place else target.parent
     while not os.path.lexists(parent):
         parent = parent.parent
     new_names = target.relative_to(parent).parts
     if any(len(os.fsencode(name)) > _NAME_MAX for name in new_names):
-        raise _unwritable(given, "a name is too long")
+        raise _unwritable(given, _("a name is too long"))
     if not parent.is_dir():
-        raise _unwritable(given, f"{parent} is a file")
+        raise _unwritable(given, _("{parent} is a file", parent=parent))
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise _unwritable(given, f"{parent} is not writable")
+        raise _unwritable(given, _("{parent} is not writable", parent=parent))
 
 
 def _unwritable(given: str, reason: str | None) -> UsageError:
-    return UsageError(f"could not write {given}: {reason}; nothing was changed. Give another place")
+    return UsageError(
+        _(
+            "could not write {given}: {reason}; nothing was changed. Give another place",
+            given=given,
+            reason=reason,
+        )
+    )
 
 
 def _resolved(path: str | os.PathLike[str]) -> Path | None:

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cn_clip.errors import CNClipError
+from cn_clip.translation import _
 
 LOCK = ".lock"
 NO_NAME = re.compile("$^")  # matches no name
@@ -58,8 +59,12 @@ def map_write_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         raise
     except OSError as error:
         raise CNClipError(
-            f"could not write {path}: {error.strerror or error}; nothing was changed. Free some "
-            "space or choose another place"
+            _(
+                "could not write {path}: {reason}; nothing was changed. Free some space or choose "
+                "another place",
+                path=path,
+                reason=error.strerror or error,
+            )
         ) from error
 
 

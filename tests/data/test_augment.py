@@ -69,7 +69,7 @@ def test_the_policy_is_timms():
     assert [[list(op) for op in pair] for pair in POLICY] == theirs
 
 
-def test_pairs_and_operations_come_as_often_as_the_policy_says(monkeypatch):
+def test_operations_have_the_frequencies_of_the_policy(monkeypatch):
     expected: Counter[tuple] = Counter()
     for pair in POLICY:
         for outcome in range(4):
@@ -106,7 +106,7 @@ def test_pairs_and_operations_come_as_often_as_the_policy_says(monkeypatch):
         assert share == pytest.approx(0.5, abs=0.05) if two_way else share == 0
 
 
-def test_crops_keep_the_stated_share_shape_and_every_place():
+def test_crops_have_the_stated_area_and_aspect_and_reach_every_position():
     rng, side = np.random.default_rng(1), 1000
     boxes = np.array(
         [crop_box(side, side, rng, scale=(0.2, 0.4), ratio=(3 / 4, 4 / 3)) for _ in range(4000)]
@@ -169,7 +169,7 @@ def test_another_process_gives_the_same_pixels():
         assert out.stdout.strip() == here, out.stderr
 
 
-def test_draws_stay_what_they_are_in_later_versions():
+def test_draws_do_not_change_between_versions():
     assert generator_for(0, 0, "a").random(3).tolist() == [
         0.6204489827165378,
         0.2605049059981318,
@@ -177,7 +177,7 @@ def test_draws_stay_what_they_are_in_later_versions():
     ]
 
 
-def test_no_two_triples_share_their_draws():
+def test_different_seed_epoch_and_image_give_different_draws():
     triples = [(1, 11, "1"), (11, 1, "1"), (1, 1, "1:1"), (1, 1, "11"), (-1, 1, ""), (1, -1, "")]
     triples += [(1, 1, "\ud800"), (1, 1, "?"), (1, 1, "图")]
     assert len({generator_for(*each).random() for each in triples}) == len(triples)

@@ -46,7 +46,7 @@ def test_every_target_gives_the_pairs_back(pictures, tmp_path, to, workers):
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_every_source_is_packed_alike(pictures, tmp_path, kind):
+def test_every_source_gives_the_same_pack(pictures, tmp_path, kind):
     pack(open_source(WRITERS[kind](pictures)), tmp_path / "out")
     held = hashlib.sha256((tmp_path / "out" / "00000.tar").read_bytes()).hexdigest()
     pack(open_source(write_csv(pictures)), tmp_path / "again")
@@ -112,7 +112,7 @@ def test_all_images_can_be_re_encoded(pictures, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_what_cannot_be_read_is_left_out_and_named(pictures, tmp_path, workers):
+def test_unreadable_pairs_are_skipped_and_listed(pictures, tmp_path, workers):
     uri = write_csv(pictures)
     (pictures / "007.jpg").write_bytes(b"no picture")
     with (pictures / "pairs.csv").open("a", encoding="utf-8") as stream:
@@ -222,7 +222,7 @@ def test_a_second_process_is_refused(pictures, tmp_path):
         pack(open_source(write_csv(pictures)), tmp_path / "out")
 
 
-def test_a_source_of_nothing_usable_is_refused(pictures, tmp_path):
+def test_a_source_without_usable_pairs_is_refused(pictures, tmp_path):
     (pictures / "p.csv").write_text("image,text\n007.jpg,\n")
     with pytest.raises(DataError, match=r"has no usable pair; the first: .*line 2"):
         pack(open_source(f"{pictures}/p.csv"), tmp_path / "out")
@@ -258,7 +258,7 @@ def test_a_killed_worker_is_reported(pictures, tmp_path):
     assert "DataError: a worker died, possibly out of memory" in done.stderr
 
 
-def test_a_folder_is_no_longer_locked_when_it_is_done(pictures, tmp_path):
+def test_the_lock_is_released_at_the_end(pictures, tmp_path):
     write_tsv(pictures)
     pack(open_source(f"{pictures}/train_imgs.tsv"), tmp_path / "out")
     assert not Path(tmp_path, "out", ".lock").exists()

@@ -19,7 +19,7 @@ from data.test_sources import link, manifest, tar_bytes
 from cn_clip.cli import run
 from cn_clip.data.curate.check import check
 from cn_clip.data.sources import index_cache as cache
-from cn_clip.data.sources.open import open_source
+from cn_clip.data.sources.open import _expand_braces, open_source
 from cn_clip.embeddings.inputs import read_images
 from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.image.decode import find_images
@@ -459,6 +459,41 @@ def test_braces_of_a_thousand_million_names_are_refused_at_once(pictures):
             UsageError, match=r"names [\d,]+ files, above the limit|not a valid path"
         ):
             open_source(f"tar:{pictures}/{braces}.tar")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),  # what bash prints for them
+    [
+        ("x{8..11}", ["x8", "x9", "x10", "x11"]),
+        ("{08..11}", ["08", "09", "10", "11"]),
+        ("{3..1}", ["3", "2", "1"]),
+        ("{a,b}{1,2}", ["a1", "a2", "b1", "b2"]),
+        ("{a,x{b,c}y,d}", ["a", "xby", "xcy", "d"]),
+        ("{a,{1..3}{b,c}}", ["a", "1b", "1c", "2b", "2c", "3b", "3c"]),
+        ("{,.gz}", ["", ".gz"]),
+        ("{a}{}", ["{a}{}"]),
+        ("{a{b,c}}", ["{ab}", "{ac}"]),
+        ("a,b}", ["a,b}"]),
+        ("{a,b", ["{a,b"]),
+    ],
+)
+def test_braces_expand_as_in_a_shell(pattern, names):
+    assert _expand_braces(pattern) == names
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "{a,b}" * 40_000,
+        "{" * 40_000 + "a,b" + "}" * 40_000,
+        "{{a,b}{0..999999},c}",
+        "{0..999999}{{0..999999},a}",
+        "{" + "{0..999998}," * 2 + "a}",
+    ],
+)
+def test_nested_braces_of_too_many_names_are_refused_at_once(pattern):
+    with pytest.raises(UsageError, match=r"above the limit|nested braces"):
+        _expand_braces(pattern)
 
 
 @pytest.mark.parametrize(

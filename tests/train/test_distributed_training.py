@@ -81,7 +81,7 @@ def test_several_processes_give_the_losses_gradients_and_weights_of_one(
         assert (together[name] - tensor).abs().max() < 2e-4, name
 
 
-def test_weights_in_shares_give_the_losses_and_norms_of_one_process(pairs, start, tmp_path):
+def test_sharded_weights_give_the_losses_and_norms_of_one_process(pairs, start, tmp_path):
     found = {}
     for parallel, processes in (("fsdp", 2), ("ddp", 1)):
         run = tmp_path / parallel
@@ -114,7 +114,7 @@ def test_several_processes_measure_the_mixtures_of_one(pairs, start, tmp_path, p
         assert one == pytest.approx(other, abs=0.03)  # a tie may fall otherwise
 
 
-def test_weights_in_shares_are_measured_on_any_number_of_pictures(start, tmp_path):
+def test_sharded_weights_are_evaluated_on_any_number_of_images(start, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     sources = write_pairs(folder, "train", range(20)), write_pairs(folder, "val", range(65, 130))
@@ -125,7 +125,7 @@ def test_weights_in_shares_are_measured_on_any_number_of_pictures(start, tmp_pat
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_the_order_goes_on_at_another_number_of_processes(pairs, start, tmp_path):
+def test_a_run_resumes_in_the_same_order_with_another_number_of_processes(pairs, start, tmp_path):
     """Two processes do four steps, one does the rest: the losses are those of one alone."""
     run = tmp_path / "run"
     recipe = values(pairs, start, run, output={"log_every": 1, "save_every": 1})
@@ -143,7 +143,7 @@ def test_the_order_goes_on_at_another_number_of_processes(pairs, start, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["resnet", "efficientnet_lite"])
-def test_processes_agree_on_what_batch_norm_has_seen(pairs, tmp_path, kind):
+def test_processes_have_equal_batch_norm_statistics(pairs, tmp_path, kind):
     """Resumed, each gets the statistics of one: so they must have been the same before."""
     begin = write_start(tmp_path / "start", kind)
     recipe = values(pairs, begin, tmp_path / "run", output={"log_every": 1, "save_every": 1})

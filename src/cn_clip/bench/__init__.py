@@ -30,6 +30,7 @@ from cn_clip.processes import usable_cpus
 from cn_clip.sample import embedded_sample
 from cn_clip.tokenizer import Tokenizer
 from cn_clip.topk import top_k
+from cn_clip.translation import N_, _
 
 _ROUNDS = 5
 _GALLERY, _SECONDS = 100_000, 0.5  # of the stages
@@ -121,7 +122,13 @@ def bench(
     floors = measure_floors(embedder.config)
     loaded, results, skipped = _measure(settings, rounds, tick)
     if not results:
-        raise CNClipError(f"no backend can run {model}: {'; '.join(skipped.values())}")
+        raise CNClipError(
+            _(
+                "no backend can run {model}: {skipped}",
+                model=model,
+                skipped="; ".join(skipped.values()),
+            )
+        )
     config = embedder.config
     return BenchResult(
         version=__version__,
@@ -198,12 +205,18 @@ def _measure(
             else:
                 skipped[_title(setting)] = str(answer)
         results: dict[Setting, list[Round]] = {setting: [] for setting in connections}
-        for _ in range(rounds):
+        for _unused in range(rounds):
             for setting, connection in connections.items():
                 connection.send(True)
                 answer = _receive(connection)
                 if not isinstance(answer, Round):
-                    raise CNClipError(f"{_title(setting)} stopped while it was measured: {answer}")
+                    raise CNClipError(
+                        _(
+                            "{title} stopped while it was measured: {answer}",
+                            title=_title(setting),
+                            answer=answer,
+                        )
+                    )
                 results[setting].append(answer)
             tick()
     return loaded, results, skipped
@@ -213,7 +226,7 @@ def _receive(connection: Connection) -> object:
     try:
         return connection.recv()
     except (EOFError, ConnectionResetError):
-        return "its process ended; is there enough memory?"
+        return _("its process ended; is there enough memory?")
 
 
 def _title(setting: Setting) -> str:
@@ -262,16 +275,16 @@ def _stages(prepare: ImagePreparation, tokenizer: Tokenizer, dim: int) -> list[S
         Image.open(sample.images[0]).resize(_LARGE).save(large, quality=92)
         fast = replace(prepare, fast_decode=True)
         return [
-            Stage("decode, 12 megapixels", _per_second(lambda: read_image(large))),
-            Stage("prepare, 12 megapixels", _per_second(lambda: prepare(large))),
-            Stage("prepare, 12 megapixels, fast_decode", _per_second(lambda: fast(large))),
+            Stage(N_("decode, 12 megapixels"), _per_second(lambda: read_image(large))),
+            Stage(N_("prepare, 12 megapixels"), _per_second(lambda: prepare(large))),
+            Stage(N_("prepare, 12 megapixels, fast_decode"), _per_second(lambda: fast(large))),
             Stage(
-                "prepare, 256 pixels",
+                N_("prepare, 256 pixels"),
                 len(sample.images) * _per_second(lambda: [prepare(path) for path in sample.images]),
             ),
-            Stage("tokenize", len(texts) * _per_second(lambda: tokenizer.encode(texts))),
+            Stage(N_("tokenize"), len(texts) * _per_second(lambda: tokenizer.encode(texts))),
             Stage(
-                f"top 10 of {_GALLERY:,}, one query",
+                N_("top 10 of 100,000, one query"),
                 _per_second(lambda: top_k(gallery[:1], gallery, 10)),
             ),
         ]

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cn_clip.cli.show import Flag, console, print_json, progress
+from cn_clip.translation import _, translate
 
 if TYPE_CHECKING:
     from cn_clip.bench import BackendSpeed, BenchResult
@@ -58,7 +59,7 @@ def bench(
     from cn_clip.bench import bench as run  # slow to import
 
     with progress() as bar:
-        task = bar.add_task("measuring", total=rounds)
+        task = bar.add_task(_("measuring"), total=rounds)
         result = run(model, batch_size=batch_size, rounds=rounds, tick=lambda: bar.advance(task))
     if json:
         print_json(asdict(result) | {"noisy": result.is_noisy})
@@ -68,7 +69,13 @@ def bench(
 
 def _print(out: Console, result: BenchResult) -> None:
     out.print(
-        f"{result.model} on {result.processor}, {result.cpus} CPUs, batches of {result.batch_size}",
+        _(
+            "{model} on {processor}, {cpus} CPUs, batches of {batch_size}",
+            model=result.model,
+            processor=result.processor,
+            cpus=result.cpus,
+            batch_size=result.batch_size,
+        ),
         markup=False,
     )
     table = Table(box=None, header_style="dim")
@@ -81,16 +88,17 @@ def _print(out: Console, result: BenchResult) -> None:
     stages.add_column(style="dim")
     stages.add_column(justify="right")
     for stage in result.stages:
-        stages.add_row(escape(stage.name), f"{stage.per_second:,.1f} /s")
+        stages.add_row(escape(translate(stage.name)), f"{stage.per_second:,.1f} /s")
     for floor in result.floors:
         stages.add_row(
-            f"matrix product, {floor.precision}", f"{floor.gflops:,.0f} GFLOP/s ±{floor.spread:.0%}"
+            _("matrix product, {precision}", precision=floor.precision),
+            f"{floor.gflops:,.0f} GFLOP/s ±{floor.spread:.0%}",
         )
     out.print(stages)
     for name, reason in result.skipped.items():
-        out.print(f"not measured: {name}: {reason}", markup=False)
+        out.print(_("not measured: {name}: {reason}", name=name, reason=reason), markup=False)
     if result.is_noisy:
-        out.print("The machine is too noisy: the floor differs between runs by more than 5 %.")
+        out.print(_("The machine is too noisy: the floor differs between runs by more than 5 %."))
     out.print(_line(result), markup=False)
 
 
@@ -102,8 +110,16 @@ def _cells(speed: BackendSpeed) -> list[str]:
         _percent(speed.image_share),
         f"{speed.texts_per_s:,.0f}",
         _percent(speed.text_share),
-        f"{speed.image_ms[0]:.1f}, {speed.image_ms[1]:.1f} ms",
-        f"{speed.text_ms[0]:.1f}, {speed.text_ms[1]:.1f} ms",
+        _(
+            "{image_m:.1f}, {speed_image_m:.1f} ms",
+            image_m=speed.image_ms[0],
+            speed_image_m=speed.image_ms[1],
+        ),
+        _(
+            "{text_m:.1f}, {speed_text_m:.1f} ms",
+            text_m=speed.text_ms[0],
+            speed_text_m=speed.text_ms[1],
+        ),
         f"{speed.load_seconds:.1f} s",
         f"{speed.peak_mb:,.0f} MB",
     ]
@@ -116,9 +132,18 @@ def _percent(share: float | None) -> str:
 def _line(result: BenchResult) -> str:
     """Return one line that people can paste: the fastest backend for images."""
     best = max(result.backends, key=lambda speed: speed.images_per_s)
-    return (
-        f"cn-clip {result.version} bench: {result.model}, {result.processor}, {result.cpus} CPUs: "
-        f"{best.images_per_s:,.1f} images/s, {best.texts_per_s:,.0f} texts/s, one text "
-        f"{best.text_ms[0]:.1f} ms ({best.backend} {best.precision}"
-        f"{', noisy machine' if result.is_noisy else ''})"
+    return _(
+        "cn-clip {version} bench: {model}, {processor}, {cpus} CPUs: {images_per_s:,.1f} "
+        "images/s, {texts_per_s:,.0f} texts/s, one text {text_m:.1f} ms ({backend} "
+        "{precision}{value})",
+        version=result.version,
+        model=result.model,
+        processor=result.processor,
+        cpus=result.cpus,
+        images_per_s=best.images_per_s,
+        texts_per_s=best.texts_per_s,
+        text_m=best.text_ms[0],
+        backend=best.backend,
+        precision=best.precision,
+        value=_(", noisy machine") if result.is_noisy else "",
     )

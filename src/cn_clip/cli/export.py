@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cn_clip.cli.show import Flag, console, print_json
+from cn_clip.translation import _
 
 if TYPE_CHECKING:
     from cn_clip.export import ExportResult
@@ -79,11 +80,24 @@ def _table(result: ExportResult) -> Table:
         "model": result.model,
         "wrote": f"{os.path.normpath(result.out)} ({result.runtime}, {result.precision}, "
         f"{result.bytes / 1e6:,.1f} MB)",
-        "images": f"cosine to the original at least {parity.image_cosine[0]:.6f}, mean "
-        f"{parity.image_cosine[1]:.6f}, of {parity.images}",
-        "texts": f"cosine to the original at least {parity.text_cosine[0]:.6f}, mean "
-        f"{parity.text_cosine[1]:.6f}, of {parity.texts}",
-        "top 10": f"{parity.top10_agreement:.1%} of the 10 best images of a text are the same",
+        "images": _(
+            "cosine to the original at least {image_cosine:.6f}, mean {parity_image_cosine:.6f}, "
+            "of {images}",
+            image_cosine=parity.image_cosine[0],
+            parity_image_cosine=parity.image_cosine[1],
+            images=parity.images,
+        ),
+        "texts": _(
+            "cosine to the original at least {text_cosine:.6f}, mean {parity_text_cosine:.6f}, of "
+            "{texts}",
+            text_cosine=parity.text_cosine[0],
+            parity_text_cosine=parity.text_cosine[1],
+            texts=parity.texts,
+        ),
+        "top 10": _(
+            "{top10_agreement:.1%} of the 10 best images of a text are the same",
+            top10_agreement=parity.top10_agreement,
+        ),
     }.items():
         table.add_row(key, escape(value))
     return table

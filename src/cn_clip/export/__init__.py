@@ -35,6 +35,7 @@ from cn_clip.fingerprint import Fingerprint, derived
 from cn_clip.image.decode import ImageInput
 from cn_clip.outputs import atomic_folder, claim, entries, own_folder
 from cn_clip.sample import embedded_sample, golden_sample
+from cn_clip.translation import _
 from cn_clip.weights.folder_config import preprocessor_config
 
 _TOKENIZER = "tokenizer.json"
@@ -98,7 +99,14 @@ def export(
         ("precision", precision, get_args(GraphPrecision)),
     ):
         if value not in known:
-            raise UsageError(f"unknown {option} {value!r}; available: {', '.join(known)}")
+            raise UsageError(
+                _(
+                    "unknown {option} {value!r}; available: {known}",
+                    option=option,
+                    value=value,
+                    known=", ".join(known),
+                )
+            )
     path = locate(model)
     if out is None:
         target, overwrite = cached_export(path, to, precision), True
@@ -116,8 +124,13 @@ def export(
         parity = reference.compare(_as_embedder(folder, exported, original))
         if not parity.smallest_cosine >= REQUIRED_COSINE[precision]:
             raise CheckpointError(
-                f"{target} was not written: the smallest cosine to the original is "
-                f"{parity.smallest_cosine:.6f}, {REQUIRED_COSINE[precision]} is required"
+                _(
+                    "{target} was not written: the smallest cosine to the original is "
+                    "{smallest_cosine:.6f}, {required_cosine} is required",
+                    target=target,
+                    smallest_cosine=parity.smallest_cosine,
+                    required_cosine=REQUIRED_COSINE[precision],
+                )
             )
     return ExportResult(
         model=original.name,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cn_clip.backends.exported import Graph
 from cn_clip.errors import CheckpointError
 from cn_clip.model.clip import CLIP
+from cn_clip.translation import _
 
 OPSET = 20
 _MAX_BATCH = 1 << 20
@@ -90,8 +91,14 @@ def _check_axes(path: Path, inputs: list[str | int], outputs: list[str | int]) -
         axes = [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
         if axes != expected:
             raise CheckpointError(
-                f"the exporter of torch {torch.__version__} wrote {value.name} of shape {axes} "
-                f"instead of {expected}; use another version of torch"
+                _(
+                    "the exporter of torch {version} wrote {name} of shape {axes} instead of "
+                    "{expected}; use another version of torch",
+                    version=torch.__version__,
+                    name=value.name,
+                    axes=axes,
+                    expected=expected,
+                )
             )
 
 

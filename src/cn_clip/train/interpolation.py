@@ -19,6 +19,7 @@ from cn_clip.train.run.signals import InterruptedRun
 from cn_clip.train.scoring import log_score
 from cn_clip.train.stage import Run
 from cn_clip.train.validation import Vectors, embed, score
+from cn_clip.translation import _
 
 WEIGHTS = tuple(n / 10 for n in range(11))  # tried by "auto"; 0 is all old, 1 all new
 MOST_LOST = 0.01  # mean recall that the kept pairs may lose
@@ -116,12 +117,14 @@ def _swept(run: Run, progress: Progress, model: CLIP, old: State, new: State) ->
     mixtures = []
     model.to(run.device)
     for number, weight in enumerate(WEIGHTS):
-        run.log.tick("measuring mixtures", number, len(WEIGHTS))
+        run.log.tick(_("measuring mixtures"), number, len(WEIGHTS))
         stop = run.stop.on_any_process(run.device)
         if stop:
             raise InterruptedRun(
-                "stopped while mixtures of weights were measured, which is done again when the "
-                "run resumes. Resume with: --resume auto",
+                _(
+                    "stopped while mixtures of weights were measured, which is done again when "
+                    "the run resumes. Resume with: --resume auto"
+                ),
                 128 + stop,
             )
         mix(model, old, new, weight)
@@ -143,10 +146,13 @@ def _swept(run: Run, progress: Progress, model: CLIP, old: State, new: State) ->
         mixtures=[asdict(each) for each in mixtures],
     )
     if not choice.within:
-        text = f"no mixture of stage {stage} gains without costing the kept pairs over 1 point"
-        run.log.record(WarningEvent(progress.total, f"{text}; the best is taken"))
+        text = _(
+            "no mixture of stage {stage} gains without costing the kept pairs over 1 point",
+            stage=stage,
+        )
+        run.log.record(WarningEvent(progress.total, _("{text}; the best is taken", text=text)))
     if run.kept is not None:
-        what = "kept pairs or images cannot be read, and are left out"
+        what = _("kept pairs or images cannot be read, and are left out")
         run.warn(what, run.kept.skipped, f"unread-kept-{stage}.txt", progress.total)
     return choice.mixture.weight
 

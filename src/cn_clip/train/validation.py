@@ -20,6 +20,7 @@ from cn_clip.errors import CNClipError
 from cn_clip.eval.dataset import EvalSet
 from cn_clip.eval.metrics.recall import Retrieval, retrieval
 from cn_clip.model.clip import CLIP
+from cn_clip.translation import _
 
 _COMPARED_ROWS = 2_000_000  # training rows compared with the validation pairs
 _COMPARED_IMAGES = 10_000
@@ -117,7 +118,13 @@ def shared_pairs(validation: EvalSet, training: Sequence[WeightedSource]) -> lis
                 with suppress(CNClipError):  # unreadable images are reported by ``embed``
                     if source.row(at).image_id != row.image_id and source.image(at) != content:
                         continue
-                    lines.append(f"{source.where(at)} is also {part.source.where(index)}")
+                    lines.append(
+                        _(
+                            "{where} is also {training_where}",
+                            where=source.where(at),
+                            training_where=part.source.where(index),
+                        )
+                    )
         compared += len(part.source)
     return lines
 

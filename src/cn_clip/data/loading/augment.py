@@ -17,6 +17,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from cn_clip.config import CLIP_MEAN
 from cn_clip.errors import UsageError
+from cn_clip.translation import _
 
 # Pairs of (operation, probability, level of 0 to 10). The five repeated pairs and the Equalize of
 # probability 0 are the paper's.
@@ -112,7 +113,9 @@ def random_resized_crop(
         UsageError: ``size``, ``scale`` or ``ratio`` is out of range.
     """
     if size < 1:
-        raise UsageError(f"an image cannot have a side of {size}; give 1 pixel or more")
+        raise UsageError(
+            _("an image cannot have a side of {size}; give 1 pixel or more", size=size)
+        )
     box = crop_box(image.width, image.height, rng, scale=scale, ratio=ratio)
     # Not resize(box=...), whose filter reads pixels outside the box at its edges.
     return image.crop(box).resize((size, size), Image.Resampling.BICUBIC)
@@ -137,10 +140,14 @@ def crop_box(
             ``scale`` exceeds 1.
     """
     if not 0 < scale[0] <= scale[1] <= 1:
-        raise UsageError(f"scale {scale} is not a range of fractions; give 0 < min <= max <= 1")
+        raise UsageError(
+            _("scale {scale} is not a range of fractions; give 0 < min <= max <= 1", scale=scale)
+        )
     if not 0 < ratio[0] <= ratio[1] < math.inf:
-        raise UsageError(f"ratio {ratio} is not a range of width / height; give 0 < min <= max")
-    for _ in range(CROP_ATTEMPTS):
+        raise UsageError(
+            _("ratio {ratio} is not a range of width / height; give 0 < min <= max", ratio=ratio)
+        )
+    for _unused in range(CROP_ATTEMPTS):
         area = width * height * _uniform(rng, *scale)
         shape = math.exp(_uniform(rng, math.log(ratio[0]), math.log(ratio[1])))
         # A small fraction of a small image can round to 0.
@@ -181,9 +188,11 @@ def apply_op(image: Image.Image, name: str, level: float, *, negative: bool = Fa
         UsageError: the operation is unknown, the level is out of range, or the image is not RGB.
     """
     if not 0 <= level <= 10:
-        raise UsageError(f"{name} has no level {level}; give 0 to 10")
+        raise UsageError(_("{name} has no level {level}; give 0 to 10", name=name, level=level))
     if image.mode != "RGB":
-        raise UsageError(f"{name} needs an RGB image, not {image.mode}; convert it first")
+        raise UsageError(
+            _("{name} needs an RGB image, not {mode}; convert it first", name=name, mode=image.mode)
+        )
     strength = level / 10
     sign = -1 if negative else 1
     match name:
@@ -217,7 +226,7 @@ def apply_op(image: Image.Image, name: str, level: float, *, negative: bool = Fa
                 fillcolor=FILL_COLOUR,
             )
     known = ", ".join(sorted({op for pair in POLICY for op, _, _ in pair}))
-    raise UsageError(f"unknown operation {name!r}; available: {known}")
+    raise UsageError(_("unknown operation {name!r}; available: {known}", name=name, known=known))
 
 
 def _uniform(rng: np.random.Generator, low: float, high: float) -> float:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from cn_clip.data.sources.open import WeightedSource
 from cn_clip.errors import UsageError
+from cn_clip.translation import _
 
 _ROUNDS = 6  # of the Feistel network; 4 suffice to be pseudo-random (Luby and Rackoff, 1988)
 
@@ -65,7 +66,7 @@ def plan_of(mix: Sequence[WeightedSource], seed: int) -> Plan:
     sizes = tuple(len(part.source) for part in mix)
     counts = tuple(round(part.weight * size) for part, size in zip(mix, sizes, strict=True))
     if not sum(counts):
-        raise UsageError("an epoch of these sources has no pairs; raise their weights")
+        raise UsageError(_("an epoch of these sources has no pairs; raise their weights"))
     return Plan(sizes, counts, seed)
 
 
@@ -99,8 +100,12 @@ def batches(
     """
     if global_batch_size < world_size:
         raise UsageError(
-            f"a global batch of {global_batch_size} cannot be split over {world_size} processes; "
-            "raise it, or start fewer"
+            _(
+                "a global batch of {global_batch_size} cannot be split over {world_size} "
+                "processes; raise it, or start fewer",
+                global_batch_size=global_batch_size,
+                world_size=world_size,
+            )
         )
     for batch in range(start, batch_count(plan, global_batch_size, world_size)):
         first = batch * global_batch_size

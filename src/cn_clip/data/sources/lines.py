@@ -14,6 +14,7 @@ import numpy.typing as npt
 from cn_clip.errors import CNClipError, DataError
 from cn_clip.files import HEAD, MAX_TEXT, check_regular, wrong_format
 from cn_clip.text import path_text, read_json, valid_text
+from cn_clip.translation import N_, _, translate
 
 _BLOCK = 16 << 20
 _LF, _CR = b"\n", b"\r"
@@ -58,7 +59,13 @@ class Lines:
         try:
             "".encode(self._encoding)
         except (LookupError, ValueError):
-            raise DataError(f"{path}: unknown encoding {encoding!r}; try gb18030") from None
+            raise DataError(
+                _(
+                    "{path}: unknown encoding {encoding!r}; try gb18030",
+                    path=path,
+                    encoding=encoding,
+                )
+            ) from None
         try:
             check_regular(path)
             self._end = path.stat().st_size
@@ -67,7 +74,9 @@ class Lines:
         except (OSError, ValueError) as error:
             if isinstance(error, DataError):
                 raise
-            raise DataError(f"{path} cannot be read: {_reason(error)}") from None
+            raise DataError(
+                _("{path} cannot be read: {reason}", path=path, reason=_reason(error))
+            ) from None
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -83,7 +92,11 @@ class Lines:
             return valid_text(raw.decode(self._encoding)).rstrip("\r\n")
         except UnicodeError:
             raise DataError(
-                f"{self.where(index)} is not {_encoding_advice(self._encoding, raw)}"
+                _(
+                    "{where} is not {encoding}",
+                    where=self.where(index),
+                    encoding=_encoding_advice(self._encoding, raw),
+                )
             ) from None
 
     def raw(self, index: int, length: int | None = None) -> bytes:
@@ -96,14 +109,14 @@ class Lines:
         return read_at(self.path, start, wanted)
 
     def where(self, index: int) -> str:
-        return f"{path_text(self.path)}, line {self._numbers[index]}"
+        return _("{path}, line {number}", path=path_text(self.path), number=self._numbers[index])
 
     def _index(self, skip: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]:
         head = read_at(self.path, 0, HEAD)
         if reason := wrong_format(head):
-            raise DataError(f"{self.path} is {reason}")
+            raise DataError(_("{path} is {reason}", path=self.path, reason=reason))
         if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise DataError(f"{self.path} is UTF-16; save it as UTF-8")
+            raise DataError(_("{path} is UTF-16; save it as UTF-8", path=self.path))
         first = 3 if head.startswith(b"\xef\xbb\xbf") else 0
         if self._delimiter is not None and self._has_quotes():
             starts, numbers = self._csv_records(first, self._delimiter)
@@ -168,19 +181,31 @@ class Lines:
             except csv.Error as error:
                 record, csv_error = [], error
             if csv_error is not None and "unexpected end of data" in str(csv_error):
-                raise DataError(f"{self.path}, line {number}: {_UNCLOSED}") from None
+                raise DataError(
+                    _(
+                        "{path}, line {number}: {unclosed}",
+                        path=self.path,
+                        number=number,
+                        unclosed=translate(_UNCLOSED),
+                    )
+                ) from None
             if len(consumed) > 1 and (
                 csv_error is not None or _swallows(record, consumed, delimiter, fields)
             ):
                 raise DataError(
-                    f"{self.path}, line {number}: {_UNCLOSED}; it spans {len(consumed) - 1:,} more "
-                    "lines"
+                    _(
+                        "{path}, line {number}: {unclosed}; it spans {count:,} more lines",
+                        path=self.path,
+                        number=number,
+                        unclosed=translate(_UNCLOSED),
+                        count=len(consumed) - 1,
+                    )
                 ) from None
             starts.append(start)
             numbers.append(number)
 
 
-_UNCLOSED = 'a quote is opened and not closed; double literal quotes (""), or remove it'
+_UNCLOSED = N_('a quote is opened and not closed; double literal quotes (""), or remove it')
 
 
 def _swallows(record: Sequence[str], lines: Sequence[str], delimiter: str, fields: int) -> bool:
@@ -232,7 +257,7 @@ def stream_lines(
     number = 1
     rest: list[bytes] = []  # joined once: a long line is not copied for every block
     length = 0
-    for _, block in _blocks(path, first, min(_BLOCK, 1 << 20)):
+    for _unused, block in _blocks(path, first, min(_BLOCK, 1 << 20)):
         pieces = block.split(newline)
         for piece in pieces[:-1]:
             yield b"".join([*rest, piece, newline])
@@ -241,14 +266,23 @@ def stream_lines(
         rest.append(pieces[-1])
         length += len(pieces[-1])
         if length > limit:
-            raise DataError(too_long_message(f"{path_text(path)}, line {number}", length, limit))
+            raise DataError(
+                too_long_message(
+                    _("{path}, line {number}", path=path_text(path), number=number), length, limit
+                )
+            )
     if length:
         yield b"".join(rest)
 
 
 def too_long_message(where: str, size: int, limit: int) -> str:
     """Return the message for a record that is too long."""
-    return f"{where} has {size:,} bytes or more, above the limit of {limit:,}; end lines with LF"
+    return _(
+        "{where} has {size:,} bytes or more, above the limit of {limit:,}; end lines with LF",
+        where=where,
+        size=size,
+        limit=limit,
+    )
 
 
 def _blocks(path: Path, first: int = 0, size: int = _BLOCK) -> Iterator[tuple[int, bytes]]:
@@ -279,7 +313,9 @@ def read_at(path: Path, offset: int, length: int) -> bytes:
             stream.seek(offset)
             return stream.read(length)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path_text(path)} cannot be read: {_reason(error)}") from None
+        raise DataError(
+            _("{path} cannot be read: {reason}", path=path_text(path), reason=_reason(error))
+        ) from None
 
 
 def json_object(
@@ -293,9 +329,23 @@ def json_object(
     try:
         values = read_json(text)
     except ValueError as error:
-        raise kind(f"{where} is not JSON: {error}{_json_advice(text)}") from None
+        raise kind(
+            _(
+                "{where} is not JSON: {error}{json_advice}",
+                where=where,
+                error=error,
+                json_advice=_json_advice(text),
+            )
+        ) from None
     if not isinstance(values, dict):
-        raise kind(f"{where} is not a JSON object: {text[:40]!r}{_json_advice(text)}")
+        raise kind(
+            _(
+                "{where} is not a JSON object: {text!r}{json_advice}",
+                where=where,
+                text=text[:40],
+                json_advice=_json_advice(text),
+            )
+        )
     return values
 
 
@@ -305,7 +355,10 @@ def _json_advice(text: str | bytes) -> str:
     if not start.startswith("[") and start != "{":
         return ""
     elements = "'.[]'" if start.startswith("[") else "."
-    return f"; write one object per line, as JSON Lines: jq -c {elements} FILE > NEW.jsonl"
+    return _(
+        "; write one object per line, as JSON Lines: jq -c {elements} FILE > NEW.jsonl",
+        elements=elements,
+    )
 
 
 def _reason(error: Exception) -> str:
@@ -315,9 +368,12 @@ def _reason(error: Exception) -> str:
 def _encoding_advice(encoding: str, raw: bytes) -> str:
     """Return the expected encoding, and what to try instead."""
     if encoding.lower().replace("-", "") != "utf8":
-        return f"{encoding}; remove ?encoding=, or set the right one"
+        return _("{encoding}; remove ?encoding=, or set the right one", encoding=encoding)
     try:
         as_gbk = raw.decode("gb18030").strip()[:20]
     except UnicodeDecodeError:
-        return "UTF-8; save the file as UTF-8"
-    return f"UTF-8; as GBK it reads {as_gbk!r}: add ?encoding=gb18030, or save the file as UTF-8"
+        return _("UTF-8; save the file as UTF-8")
+    return _(
+        "UTF-8; as GBK it reads {as_gbk!r}: add ?encoding=gb18030, or save the file as UTF-8",
+        as_gbk=as_gbk,
+    )
