@@ -34,6 +34,7 @@ from cn_clip.export.precision import to_float16
 from cn_clip.fingerprint import Fingerprint, derived
 from cn_clip.image.decode import ImageInput
 from cn_clip.outputs import atomic_folder, claim, entries, own_folder
+from cn_clip.publish import map_write_errors
 from cn_clip.sample import embedded_sample, golden_sample
 from cn_clip.translation import _
 from cn_clip.weights.folder_config import preprocessor_config
@@ -112,12 +113,14 @@ def export(
         target, overwrite = cached_export(path, to, precision), True
     else:
         target = Path(out)
+    images = list(images)
+    inputs = [path, *(image for image in images if isinstance(image, str | os.PathLike))]
     own = own_folder("export")
-    target = claim(target, own, kind="folder", inputs=[path], overwrite=overwrite)
+    target = claim(target, own, kind="folder", inputs=inputs, overwrite=overwrite)
     original = load(model, backend="torch", device="cpu", precision="float32")
     sample = embedded_sample()
     reference = Reference(original, [*sample.images, *images], [*sample.texts, *texts])
-    with atomic_folder(target, "export") as folder:
+    with map_write_errors(target), atomic_folder(target, "export") as folder:
         exported = _write(
             original, folder, to, precision, _graphs(target.name, precision, official_names)
         )
