@@ -13,7 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+from cn_clip import weights
 from cn_clip.config import ModelConfig, TextConfig, VisionConfig
+from cn_clip.export import export
 from cn_clip.model.clip import CLIP, initialize
 
 torch.set_num_threads(1)  # more threads do not help tiny models
@@ -129,3 +131,19 @@ def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from train.runs import write_sentences
 
     return write_sentences(tmp_path_factory.mktemp("sentences") / "texts")
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a tiny ViT model; not to be changed."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    weights.save_folder(make_model(TINY["vit"]), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_export(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return an ONNX export of ``tiny_checkpoint``; not to be changed."""
+    folder = tmp_path_factory.mktemp("tiny") / "export"
+    export(tiny_checkpoint, folder)
+    return folder

@@ -9,13 +9,20 @@ from contextlib import closing
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from cn_clip import hub
 from cn_clip.backends import Backend, ParameterCount
+from cn_clip.backends.exported import (
+    GraphPrecision,
+    Runtime,
+    cached_export,
+    is_export,
+    read_exported,
+)
 from cn_clip.backends.pipeline import (
     ImagePreparation,
     PreparedImage,
@@ -26,7 +33,7 @@ from cn_clip.backends.pipeline import (
 )
 from cn_clip.config import MODELS, BackendName, ModelConfig, Precision
 from cn_clip.errors import ImageError, UnknownModelError, UsageError
-from cn_clip.fingerprint import Fingerprint
+from cn_clip.fingerprint import Fingerprint, derived
 from cn_clip.image.decode import MAX_PIXELS, ImageInput
 from cn_clip.tokenizer import Tokenizer, default_tokenizer
 from cn_clip.translation import _
@@ -260,10 +267,11 @@ def load(
 
     Args:
         name_or_path: ``"mini"`` (in the package, no download), an official name such as
-            ``"ViT-B-16"``, the path of an official ``.pt`` file, of a folder that this package
-            wrote or of a Hugging Face ``ChineseCLIPModel``, or ``"org/name"`` of a repository that
-            has one. The model is detected from the file.
-        backend: the runtime.
+            ``"ViT-B-16"``, the path of an official ``.pt`` file, of a folder or export that this
+            package wrote or of a Hugging Face ``ChineseCLIPModel``, or ``"org/name"`` of a
+            repository that has one. The model is detected from the file.
+        backend: ``"torch"`` for checkpoints; ``"onnx"`` or ``"openvino"`` for exports, see
+            ``cn_clip.export``. ``"auto"`` is the fastest installed one for an export.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; ``"auto"`` takes a GPU if there is
             one.
         precision: ``"auto"`` is float16 on CUDA and float32 elsewhere.
@@ -277,27 +285,21 @@ def load(
         CheckpointError: the file is damaged, refused or not a known model.
         UsageError: the device, backend or precision is not available.
     """
-    if backend not in ("auto", "torch"):
-        raise UsageError(_("unknown backend {backend!r}; available: auto, torch", backend=backend))
-    if device not in ("auto", "cpu"):  # fail before anything is read or downloaded
+    if backend not in get_args(BackendName):
+        known = ", ".join(get_args(BackendName))
+        raise UsageError(
+            _("unknown backend {backend!r}; available: {known}", backend=backend, known=known)
+        )
+    if backend == "torch" and device not in ("auto", "cpu"):  # fail before anything is read
         from cn_clip.backends.torch import pick_device
 
         pick_device(device)
-    reference = os.fspath(name_or_path)
-    if not reference.strip():
-        raise UsageError(
-            _(
-                "the model name is empty; give a path or one of: {names}",
-                names=", ".join(hub.names()),
-            )
-        )
-    name = reference.replace("/", "-")  # OpenAI writes ViT-B/16
-    if name in hub.names():
-        path = hub.locate(name, download_root=download_root)
-    elif hub.is_repository(reference) and not os.path.exists(reference):
-        path = hub.locate(reference, download_root=download_root)
-    else:
-        path = _existing_path(reference)
+    path = locate(name_or_path, download_root=download_root)
+    if backend in ("onnx", "openvino") and not is_export(path):
+        path = _cached_export(path, os.fspath(name_or_path), backend, precision)
+    if is_export(path):
+        return _load_export(path, backend, device, precision, fast_decode, max_pixels)
+    expected = MODELS.get(os.fspath(name_or_path).replace("/", "-"))
     from cn_clip.backends.torch import (  # torch takes a second to import
         TorchBackend,
         file_fingerprint,
@@ -305,7 +307,7 @@ def load(
         model_fingerprint,
     )
 
-    model = load_model(path, expected=MODELS.get(name), device=device, precision=precision)
+    model = load_model(path, expected=expected, device=device, precision=precision)
     torch_backend = TorchBackend(model)
 
     def fingerprint() -> Fingerprint:
@@ -317,6 +319,71 @@ def load(
         torch_backend,
         model.config,
         fingerprint=fingerprint,
+        fast_decode=fast_decode,
+        max_pixels=max_pixels,
+    )
+
+
+def locate(
+    name_or_path: str | os.PathLike[str], *, download_root: str | os.PathLike[str] | None = None
+) -> Path:
+    """Return the file or folder of a model; arguments and errors are those of ``load``."""
+    reference = os.fspath(name_or_path)
+    if not reference.strip():
+        raise UsageError(
+            _(
+                "the model name is empty; give a path or one of: {names}",
+                names=", ".join(hub.names()),
+            )
+        )
+    name = reference.replace("/", "-")  # OpenAI writes ViT-B/16
+    if name in hub.names():
+        return hub.locate(name, download_root=download_root)
+    if hub.is_repository(reference) and not os.path.exists(reference):
+        return hub.locate(reference, download_root=download_root)
+    return _existing_path(reference)
+
+
+def _cached_export(path: Path, model: str, backend: str, precision: str) -> Path:
+    """Return the export that ``cn-clip export`` without ``--out`` made of a checkpoint."""
+    stored = precision if precision in ("float16", "int8") else "float32"
+    for runtime in dict.fromkeys(("onnx", backend)):  # OpenVINO runs ONNX exports too
+        folder = cached_export(path, cast(Runtime, runtime), cast(GraphPrecision, stored))
+        if is_export(folder):
+            return folder
+    raise UsageError(
+        _(
+            "{model} has not been exported for backend {backend!r}; run once: cn-clip export "
+            "--model {model} --to {backend} --precision {stored}",
+            model=model,
+            backend=backend,
+            stored=stored,
+        )
+    )
+
+
+def _load_export(
+    path: Path, backend: str, device: str, precision: str, fast_decode: bool, max_pixels: int
+) -> Embedder:
+    if backend == "torch":
+        raise UsageError(
+            _(
+                '{path} is an export, which torch cannot run; use backend "auto", or give the '
+                "original checkpoint",
+                path=path,
+            )
+        )
+    from cn_clip.backends.choice import open_export
+
+    exported = read_exported(path)
+    graphs = open_export(path, exported, backend, device=device, precision=precision)
+    variants = [graphs.precision] if graphs.precision != exported.precision else []
+    variants += ["fast_decode"] if fast_decode else []
+    value = derived(exported.fingerprint, variants).value
+    return Embedder(
+        graphs,
+        exported.model,
+        fingerprint=lambda: Fingerprint(value, exported.derived_from),
         fast_decode=fast_decode,
         max_pixels=max_pixels,
     )

@@ -20,7 +20,7 @@ class Format:
     version: int
 
     def __str__(self) -> str:
-        return _("cn-clip {name} {version}", name=self.name, version=self.version)
+        return f"cn-clip {self.name} {self.version}"
 
     def check(self, value: Any, where: object, error: type[CNClipError], remedy: str) -> None:
         """Check the field of a file that is read; None passes: old files have no such field.

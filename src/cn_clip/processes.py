@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -56,6 +58,18 @@ class _SignalState:
 
 
 _signals = _SignalState()
+
+
+def usable_cpus() -> int:
+    """Return the number of CPUs that this process may use: its affinity and its cgroup's quota."""
+    if hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # no cgroup, or no quota ("max")
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        count = min(count, math.ceil(int(quota) / int(period)))
+    return max(1, count)
 
 
 def received_signal() -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import tokenizers
-from tokenizers import Regex, models, normalizers, pre_tokenizers
+from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
 
 from cn_clip.errors import UsageError
 from cn_clip.translation import _
@@ -26,8 +26,8 @@ CONTEXT_LENGTH = 52
 
 # Unicode blocks that BERT splits into single characters; kana and hangul are not among them.
 _IDEOGRAPHS = (
-    r"\x{3400}-\x{4DBF}\x{4E00}-\x{9FFF}\x{F900}-\x{FAFF}\x{20000}-\x{2A6DF}"
-    r"\x{2A700}-\x{2CEAF}\x{2F800}-\x{2FA1F}"
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf"
+    "\U0002f800-\U0002fa1f"
 )
 
 # A forked worker, such as a DataLoader's, tokenizes on one thread. Setting this silences the
@@ -101,6 +101,22 @@ class Tokenizer:
             padded_row[: len(row)] = row
         return padded
 
+    def save(self, path: str | os.PathLike[str], context_length: int = CONTEXT_LENGTH) -> None:
+        """Write ``tokenizer.json`` for the `tokenizers` library, transformers and transformers.js.
+
+        Its ids equal ours, except for a Greek final sigma, lone surrogates, and special tokens
+        that are part of the text, such as "[MASK]".
+        """
+        exported = _word_piece(self.vocab)
+        exported.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
+        exported.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[("[CLS]", self._cls), ("[SEP]", self._sep)],
+        )
+        exported.enable_truncation(context_length)
+        exported.save(os.fspath(path))
+
     def tokenize(self, text: str) -> list[str]:
         """Return the tokens of one text, such as ``['皮', '卡', '丘']``, without special tokens."""
         pieces: list[str] = self._rust.encode_batch(_lowered(text), add_special_tokens=False)[
@@ -168,7 +184,7 @@ def _word_piece(vocab: dict[str, int]) -> tokenizers.Tokenizer:
     tokenizer.normalizer = normalizers.Sequence(
         [
             normalizers.Replace(Regex("[“”]"), '"'),
-            normalizers.Replace(Regex(r"[[\p{Cc}\p{Cf}\x{FFFD}]&&[^\t\n\r]]"), ""),
+            normalizers.Replace(Regex("(?![\\t\\n\\r])[\\p{Cc}\\p{Cf}\ufffd]"), ""),
             normalizers.Lowercase(),
             normalizers.NFD(),
             normalizers.Replace(Regex(r"\p{Mn}"), ""),

@@ -21,6 +21,7 @@ from typing import TextIO
 from cyclopts import App, CycloptsError
 
 from cn_clip import __version__
+from cn_clip.cli.bench import bench
 from cn_clip.cli.classify import classify
 from cn_clip.cli.convert import convert
 from cn_clip.cli.crash import DEBUG, report_crash
@@ -29,6 +30,7 @@ from cn_clip.cli.doctor import doctor
 from cn_clip.cli.embed import embed
 from cn_clip.cli.empty import refuse_empty
 from cn_clip.cli.eval import eval_app
+from cn_clip.cli.export import export
 from cn_clip.cli.help import TranslatedHelp
 from cn_clip.cli.models import models
 from cn_clip.cli.train import train
@@ -47,9 +49,11 @@ app.command(models)
 app.command(classify)
 app.command(embed)
 app.command(convert)
+app.command(export)
 app.command(data)
 app.command(train)
 app.command(eval_app)
+app.command(bench)
 app.command(doctor)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from cyclopts import Parameter
 
 from cn_clip.cli.show import Flag
-from cn_clip.config import Precision
+from cn_clip.config import BackendName, Precision
 
 if TYPE_CHECKING:
     from cn_clip.embedder import Embedder
@@ -23,10 +23,13 @@ class Loading:
     ----------
     model
         A name from `cn-clip models`, org/name on a hub, or the path of a checkpoint.
+    backend
+        torch, or the runtime of an export: onnx, openvino. auto: torch for a checkpoint, the
+        fastest installed runtime for an export.
     device
         cpu, cuda, mps, or auto.
     precision
-        float32, bfloat16, float16, or auto.
+        float32, bfloat16, float16, int8, or auto.
     fast_decode
         Decode large JPEG files at reduced size: faster, results differ slightly.
     download_root
@@ -34,6 +37,7 @@ class Loading:
     """
 
     model: str = "mini"
+    backend: BackendName = "auto"
     device: str = "auto"
     precision: Precision = "auto"
     fast_decode: Flag = False
@@ -50,6 +54,7 @@ class Loading:
 
         return load(
             model or self.model,
+            backend=self.backend,
             device=self.device,
             precision=self.precision,
             fast_decode=self.fast_decode,

@@ -193,7 +193,6 @@ def config_to_hugging_face(config: ModelConfig, dtype: str) -> dict[str, dict[st
                 alternative=_(" or official") if vision.kind == "resnet" else "",
             )
         )
-    size = {"height": vision.resolution, "width": vision.resolution}
     return {
         "config.json": {
             "architectures": ["ChineseCLIPModel"],
@@ -227,24 +226,33 @@ def config_to_hugging_face(config: ModelConfig, dtype: str) -> dict[str, dict[st
                 "pad_token_id": 0,
             },
         },
-        "preprocessor_config.json": {
-            "image_processor_type": "ChineseCLIPImageProcessor",
-            "do_resize": True,
-            "size": size,
-            "resample": 3,
-            "do_center_crop": False,
-            "do_convert_rgb": True,
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": list(config.image_mean),
-            "image_std": list(config.image_std),
-        },
+        "preprocessor_config.json": preprocessor_config(config),
         "tokenizer_config.json": {
             "tokenizer_class": "BertTokenizer",
             "do_lower_case": True,
             "model_max_length": config.context_length,
         },
+    }
+
+
+def preprocessor_config(config: ModelConfig) -> dict[str, Any]:
+    """Return the ``preprocessor_config.json`` of a model, for transformers and transformers.js.
+
+    It cannot represent a background colour: transparent images are prepared differently there.
+    """
+    return {
+        "image_processor_type": "ChineseCLIPImageProcessor",
+        "processor_class": "ChineseCLIPProcessor",
+        "do_resize": True,
+        "size": {"height": config.vision.resolution, "width": config.vision.resolution},
+        "resample": 3,
+        "do_center_crop": False,
+        "do_convert_rgb": True,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(config.image_mean),
+        "image_std": list(config.image_std),
     }
 
 

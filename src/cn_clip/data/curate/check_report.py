@@ -9,6 +9,7 @@ from cn_clip.data.curate.check_result import PROBLEM_KINDS, CheckResult
 from cn_clip.data.sources.base import Source
 from cn_clip.errors import CNClipError
 from cn_clip.html.page import thumbnail, write_page
+from cn_clip.translation import _
 
 _MAX_SHOWN = 50  # problems listed of each kind
 _MAX_IMAGES = 12  # problems shown with their image
@@ -20,7 +21,7 @@ def write_report(result: CheckResult, source: Source, path: Path) -> None:
         path,
         "data/curate/check_report.html",
         result.source,
-        "data check",
+        _("data check"),
         result=result,
         kinds=PROBLEM_KINDS,
         max_shown=_MAX_SHOWN,

@@ -13,12 +13,12 @@ from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
+from cn_clip.cache import VARIABLE, cache_folder
 from cn_clip.errors import CNClipError
 from cn_clip.publish import atomic_file
 from cn_clip.translation import _
 
 _Index = TypeVar("_Index")
-_CACHE_VARIABLE = "CN_CLIP_CACHE"
 
 
 def cached_index(
@@ -58,7 +58,7 @@ def cached_index(
             "the index of {name} cannot be written: {failed}; set another folder with {variable}",
             name=path.name,
             failed="; ".join(failed),
-            variable=_CACHE_VARIABLE,
+            variable=VARIABLE,
         )
     )
 
@@ -73,9 +73,9 @@ def _name(path: Path, suffix: str) -> str:
 
 def _cache_roots(failed: list[str]) -> Iterator[Path]:
     """Yield the folders to try: the cache, then a temporary folder, with a warning."""
-    given = os.environ.get(_CACHE_VARIABLE)
+    given = os.environ.get(VARIABLE)
     try:
-        yield Path(given or "~/.cache/cn_clip").expanduser()
+        yield cache_folder()
     except RuntimeError:  # no HOME, and the user has no passwd entry
         failed.append(_("the home folder (there is none)"))
     if not given:
@@ -96,7 +96,7 @@ def _temporary_root(failed: str) -> Path:
             "this process ends. Set a permanent folder with {variable}",
             failed=failed,
             folder=folder,
-            variable=_CACHE_VARIABLE,
+            variable=VARIABLE,
         ),
         stacklevel=2,
     )

@@ -1,0 +1,122 @@
+"""The self-test of a backend: its embeddings of the golden images and texts are as expected.
+
+Graphs that are right on one machine can be wrong on another: int8 arithmetic saturates on CPUs
+without VNNI (onnxruntime#14642) and was wrong on AMX (onnxruntime#26324).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from cn_clip.backends import Backend, Features
+from cn_clip.backends.exported import Deviation, Exported, check_hashes, read_golden
+from cn_clip.backends.pipeline import unit_length
+from cn_clip.cache import cache_folder
+from cn_clip.errors import CheckpointError
+from cn_clip.publish import write_text
+from cn_clip.translation import _
+
+# Largest 1 - cosine to the float32 original that rounding in a precision explains.
+ALLOWED = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-3}
+
+
+def self_test(folder: Path, exported: Exported, backend: Backend, runtime: str) -> None:
+    """Check the hashes of an export and a backend's golden embeddings.
+
+    It runs once per machine, runtime version, precision and content of the folder; the result is
+    kept in the cache folder if that is writable.
+
+    Args:
+        folder: the export.
+        exported: its config.
+        backend: to be tested.
+        runtime: name, version and device of the runtime.
+
+    Raises:
+        CheckpointError: a file changed, or the embeddings differ; the message has the cosines.
+    """
+    passed = _result_file(folder, exported, backend, runtime)
+    if passed is not None and passed.is_file():
+        return
+    check_hashes(folder, exported)
+    measured = golden_deviation(folder, exported, backend)
+    allowed = allowed_deviation(exported, backend.precision)
+    for tower in ("image", "text"):
+        value, limit = getattr(measured, tower), getattr(allowed, tower)
+        if not value <= limit:
+            raise CheckpointError(
+                _(
+                    "{folder} gives wrong {tower} embeddings with {runtime} in {precision} on "
+                    "this machine: cosine {value:.6f} to the expected ones, {limit:.6f} is "
+                    "required; use another backend or precision",
+                    folder=folder,
+                    tower=tower,
+                    runtime=runtime,
+                    precision=backend.precision,
+                    value=1 - value,
+                    limit=1 - limit,
+                )
+            )
+    if passed is not None:
+        with suppress(OSError):  # a cache that is not writable
+            passed.parent.mkdir(parents=True, exist_ok=True)
+            write_text(passed, json.dumps({"image": measured.image, "text": measured.text}))
+
+
+def golden_deviation(folder: Path, exported: Exported, backend: Backend) -> Deviation:
+    """Return the largest 1 - cosine of a backend's golden images and texts."""
+    golden = read_golden(folder, exported)
+    images = backend.run_images(golden.pixels)
+    texts = backend.run_texts(golden.ids, golden.ids != 0)
+    return Deviation(
+        image=_deviation(images, golden.image_embeddings),
+        text=_deviation(texts, golden.text_embeddings),
+    )
+
+
+def allowed_deviation(exported: Exported, precision: str) -> Deviation:
+    """Return the deviation at which a backend is refused.
+
+    It is that of rounding, or for int8 twice the deviation measured when it was exported.
+    """
+    floats = [ALLOWED[part] for part in precision.split("+") if part in ALLOWED]
+    rounding = max(floats, default=ALLOWED["float32"])
+    if exported.precision != "int8":
+        return Deviation(rounding, rounding)
+    measured = exported.deviation
+    return Deviation(rounding + 2 * measured.image, rounding + 2 * measured.text)
+
+
+def _deviation(features: Features, expected: Features) -> float:
+    cosines = np.einsum("nd,nd->n", unit_length(features).astype(np.float64), expected)
+    if not np.isfinite(cosines).all():
+        return float("inf")
+    return max(0.0, float(1 - cosines.min()))
+
+
+def _result_file(folder: Path, exported: Exported, backend: Backend, runtime: str) -> Path | None:
+    """Return the file that exists once the test has passed; None without a cache folder."""
+    files = [(name, (folder / name).stat().st_mtime_ns) for name in sorted(exported.files)]
+    key = [os.path.realpath(folder), files, exported.fingerprint, backend.precision, runtime]
+    key += [platform.node(), _processor()]
+    digest = hashlib.blake2b(json.dumps(key).encode(errors="surrogateescape"), digest_size=16)
+    try:
+        return cache_folder() / "self-test" / f"{digest.hexdigest()}.json"
+    except RuntimeError:
+        return None
+
+
+def _processor() -> str:
+    """Return the CPU's name and features."""
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        found = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
+        return "\n".join(sorted(set(found)))
+    return f"{platform.machine()} {platform.processor()}"

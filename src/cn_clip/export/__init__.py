@@ -1,0 +1,262 @@
+"""Export of a model for another runtime, verified before it is handed over."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+from PIL import Image
+
+from cn_clip.backends.choice import open_export
+from cn_clip.backends.exported import (
+    GOLDEN,
+    Deviation,
+    Exported,
+    Graph,
+    GraphPrecision,
+    Runtime,
+    cached_export,
+    hash_file,
+    write_exported,
+)
+from cn_clip.backends.self_test import golden_deviation
+from cn_clip.backends.torch import TorchBackend
+from cn_clip.embedder import Embedder, load, locate
+from cn_clip.errors import CheckpointError, UsageError
+from cn_clip.export.graphs import OPSET, write_graphs
+from cn_clip.export.parity import REQUIRED_COSINE, Parity, Reference
+from cn_clip.export.precision import to_float16
+from cn_clip.fingerprint import Fingerprint, derived
+from cn_clip.image.decode import ImageInput
+from cn_clip.outputs import atomic_folder, claim, entries, own_folder
+from cn_clip.publish import map_write_errors
+from cn_clip.sample import embedded_sample, golden_sample
+from cn_clip.translation import _
+from cn_clip.weights.folder_config import preprocessor_config
+
+_TOKENIZER = "tokenizer.json"
+_TOKENIZER_CONFIG = {  # of transformers and transformers.js
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "mask_token": "[MASK]",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ExportResult:
+    """An export that was written; ``bytes`` is the size of its files."""
+
+    model: str
+    out: str
+    runtime: Runtime
+    precision: GraphPrecision
+    fingerprint: str
+    derived_from: str
+    bytes: int
+    parity: Parity
+
+
+def export(
+    model: str | os.PathLike[str] = "mini",
+    out: str | os.PathLike[str] | None = None,
+    *,
+    to: Runtime = "onnx",
+    precision: GraphPrecision = "float32",
+    images: Iterable[ImageInput] = (),
+    texts: Iterable[str] = (),
+    official_names: bool = False,
+    overwrite: bool = False,
+) -> ExportResult:
+    """Write a model's two graphs, tokenizer, preprocessing and golden vectors to a folder.
+
+    The export and the original then embed the same images and texts. If any cosine is below
+    ``REQUIRED_COSINE``, nothing is left behind.
+
+    Args:
+        model: as for ``cn_clip.load``; not an export.
+        out: the folder; without it, the place in the cache folder where
+            ``cn_clip.load(model, backend=...)`` looks.
+        to: the format of the graphs.
+        precision: of the stored weights.
+        images: compared besides the sample in the package.
+        texts: compared besides the sample in the package.
+        official_names: name files, inputs and outputs as the official exporter does.
+        overwrite: replace ``out`` if this function wrote it.
+
+    Raises:
+        UsageError: an option is unknown, or ``out`` exists or holds other files.
+        CheckpointError: the model cannot be exported, or the export differs from the original.
+    """
+    for option, value, known in (
+        ("format", to, get_args(Runtime)),
+        ("precision", precision, get_args(GraphPrecision)),
+    ):
+        if value not in known:
+            raise UsageError(
+                _(
+                    "unknown {option} {value!r}; available: {known}",
+                    option=option,
+                    value=value,
+                    known=", ".join(known),
+                )
+            )
+    path = locate(model)
+    if out is None:
+        target, overwrite = cached_export(path, to, precision), True
+    else:
+        target = Path(out)
+    images = list(images)
+    inputs = [path, *(image for image in images if isinstance(image, str | os.PathLike))]
+    own = own_folder("export")
+    target = claim(target, own, kind="folder", inputs=inputs, overwrite=overwrite)
+    original = load(model, backend="torch", device="cpu", precision="float32")
+    sample = embedded_sample()
+    reference = Reference(original, [*sample.images, *images], [*sample.texts, *texts])
+    with map_write_errors(target), atomic_folder(target, "export") as folder:
+        exported = _write(
+            original, folder, to, precision, _graphs(target.name, precision, official_names)
+        )
+        parity = reference.compare(_as_embedder(folder, exported, original))
+        if not parity.smallest_cosine >= REQUIRED_COSINE[precision]:
+            raise CheckpointError(
+                _(
+                    "{target} was not written: the smallest cosine to the original is "
+                    "{smallest_cosine:.6f}, {required_cosine} is required",
+                    target=target,
+                    smallest_cosine=parity.smallest_cosine,
+                    required_cosine=REQUIRED_COSINE[precision],
+                )
+            )
+    return ExportResult(
+        model=original.name,
+        out=str(target),
+        runtime=to,
+        precision=precision,
+        fingerprint=exported.fingerprint,
+        derived_from=exported.derived_from,
+        bytes=sum(file.bytes for file in exported.files.values()),
+        parity=parity,
+    )
+
+
+def _write(
+    original: Embedder,
+    folder: Path,
+    runtime: Runtime,
+    precision: GraphPrecision,
+    graphs: tuple[Graph, Graph],
+) -> Exported:
+    """Write all files of an export."""
+    backend = original.backend
+    assert isinstance(backend, TorchBackend)
+    write_graphs(backend.model, folder, *graphs)
+    image, text = graphs
+    if runtime == "openvino":
+        from cn_clip.export.openvino import to_openvino
+
+        image, text = (to_openvino(folder, graph, precision) for graph in graphs)
+    elif precision == "float16":
+        for graph in graphs:
+            to_float16(folder / graph.file)
+    original.tokenizer.save(folder / _TOKENIZER, original.context_length)
+    _write_json(
+        folder / "tokenizer_config.json",
+        _TOKENIZER_CONFIG | {"model_max_length": original.context_length},
+    )
+    _write_json(folder / "preprocessor_config.json", preprocessor_config(original.config))
+    _write_golden(original, folder)
+    exported = Exported(
+        runtime=runtime,
+        precision=precision,
+        fingerprint="",
+        derived_from=original.derived_from or original.fingerprint,
+        model=original.config,
+        logit_scale=original.logit_scale,
+        parameters=original.parameter_count,
+        image=image,
+        text=text,
+        files={name: hash_file(folder / name) for name in entries(folder)},
+        deviation=Deviation(0.0, 0.0),
+        opset=OPSET if runtime == "onnx" else None,
+    )
+    backend = open_export(folder, exported, runtime, device="cpu", test=False)
+    exported = replace(
+        exported,
+        fingerprint=_fingerprint(exported).value,
+        deviation=golden_deviation(folder, exported, backend),
+    )
+    write_exported(folder, exported)
+    return exported
+
+
+def _fingerprint(exported: Exported) -> Fingerprint:
+    variants: list[str] = [exported.runtime, exported.precision]
+    if exported.precision == "int8":  # it depends on the calibration images too
+        variants += [exported.files[graph.file].sha256 for graph in (exported.image, exported.text)]
+    return derived(exported.derived_from, variants)
+
+
+def _as_embedder(folder: Path, exported: Exported, original: Embedder) -> Embedder:
+    backend = open_export(folder, exported, exported.runtime, device="cpu")
+    fingerprint = Fingerprint(exported.fingerprint, exported.derived_from)
+    return Embedder(backend, original.config, fingerprint=lambda: fingerprint)
+
+
+def _graphs(prefix: str, precision: GraphPrecision, official_names: bool) -> tuple[Graph, Graph]:
+    """Return file, input and output names of the image and the text graph."""
+    if not official_names:
+        return (
+            Graph("image.onnx", "pixel_values", "image_features"),
+            Graph("text.onnx", "input_ids", "text_features"),
+        )
+    kind = {"float32": "fp32", "float16": "fp16", "int8": "int8"}[precision]
+    return (
+        Graph(f"{prefix}.img.{kind}.onnx", "image", "unnorm_image_features"),
+        Graph(f"{prefix}.txt.{kind}.onnx", "text", "unnorm_text_features"),
+    )
+
+
+def _write_golden(original: Embedder, folder: Path) -> None:
+    """Write a few images as prepared pixels, a few texts, and their embeddings."""
+    sample = golden_sample()
+    path = folder / GOLDEN
+    path.parent.mkdir()
+    prepared = [original.prepare_image(image) for image in sample.images]
+    names = [f"{image.stem}.png" for image in sample.images]
+    for name, pixels in zip(names, prepared, strict=True):
+        Image.fromarray(np.moveaxis(pixels, 0, -1)).save(path.parent / name)
+    texts = sample.queries
+    ids = original.prepare_texts(texts)
+    _write_json(
+        path,
+        {
+            "images": [
+                {"file": name, "embedding": embedding}
+                for name, embedding in zip(
+                    names, _rounded(original.embed_prepared_images(prepared)), strict=True
+                )
+            ],
+            "texts": [
+                {"text": text, "ids": text_ids, "embedding": embedding}
+                for text, text_ids, embedding in zip(
+                    texts, ids, _rounded(original.embed_prepared_texts(ids)), strict=True
+                )
+            ],
+        },
+    )
+
+
+def _rounded(embeddings: np.ndarray) -> list[list[float]]:
+    return [[float(f"{value:.8g}") for value in row] for row in embeddings]
+
+
+def _write_json(path: Path, values: object) -> None:
+    path.write_text(json.dumps(values, ensure_ascii=False) + "\n", encoding="utf-8")
