@@ -18,7 +18,7 @@ from cn_clip.train.run.events import WarningEvent, interpolated
 from cn_clip.train.run.signals import InterruptedRun
 from cn_clip.train.scoring import log_score
 from cn_clip.train.stage import Run
-from cn_clip.train.validation import Vectors, embed, score
+from cn_clip.train.validation import Vectors, contrastive_loss, embed, score
 
 WEIGHTS = tuple(n / 10 for n in range(11))  # tried by "auto"; 0 is all old, 1 all new
 MOST_LOST = 0.01  # mean recall that the kept pairs may lose
@@ -28,10 +28,12 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """The mean recall of a mixture on the validation pairs, and on those to keep, if any."""
+    """Mean recall and contrastive loss of a mixture on the validation pairs, and its mean recall
+    on the kept pairs, if any."""
 
     weight: float
     score: float
+    loss: float
     kept: float | None = None
 
 
@@ -46,23 +48,26 @@ class Choice:
 def choose(mixtures: Sequence[Mixture]) -> Choice:
     """Choose a mixture; the first one is that of weight 0, by which gain and loss are measured.
 
-    The best on the validation pairs is taken, of equal ones that nearest to the old weights. With
-    pairs to keep, it is the best of those that lose at most ``MOST_LOST`` of their mean recall,
-    if that gains anything; if none does, the best of all, at their cost.
+    Of the mixtures whose mean recall on the validation pairs is not below that of the old weights,
+    the one with the lowest loss is chosen, because recall on a few dozen pairs is noisy. Of equal
+    ones it is that nearest to the old weights. With kept pairs, it is the best of those that lose
+    at most ``MOST_LOST`` of their mean recall, if that is better than the old weights; if none is,
+    the best of all.
     """
     start = mixtures[0]
+    mixtures = [each for each in mixtures if each.score >= start.score]
 
     def best(among: Sequence[Mixture]) -> Mixture:
-        return max(among, key=lambda each: (each.score, -each.weight))
+        return min(among, key=lambda each: (each.loss, each.weight))
 
     if start.kept is None:
         return Choice(best(mixtures))
     limit = start.kept - MOST_LOST - 1e-9  # a loss of just so much is allowed
     found = best([each for each in mixtures if each.kept is not None and each.kept >= limit])
-    if found.score > start.score:
+    if found.loss < start.loss:
         return Choice(found)
     found = best(mixtures)
-    return Choice(found, within=found.score == start.score)
+    return Choice(found, within=found is start)
 
 
 def mix_stage(run: Run, progress: Progress, begun: str) -> float | None:
@@ -94,9 +99,9 @@ def mix_stage(run: Run, progress: Progress, begun: str) -> float | None:
     if run.validation is None:
         return None
     model.to(run.device)
-    found, _ = _measured(run, model, run.validation, None)
-    log_score(run, interpolated(stage.name), progress, found)
-    return found.mean_recall
+    recall, _, _ = _measured(run, model, run.validation, None)
+    log_score(run, interpolated(stage.name), progress, recall)
+    return recall.mean_recall
 
 
 @torch.no_grad()
@@ -125,14 +130,14 @@ def _swept(run: Run, progress: Progress, model: CLIP, old: State, new: State) ->
                 128 + stop,
             )
         mix(model, old, new, weight)
-        scores: list[float | None] = [None, None]
+        measured = []
         for n, pairs in enumerate((run.validation, run.kept)):
             if pairs is not None:
-                found, embedded = _measured(run, model, pairs, images[n])
-                scores[n] = found.mean_recall
+                recall, loss, embedded = _measured(run, model, pairs, images[n])
+                measured.append((recall.mean_recall, loss))
                 images[n] = embedded if locked else None
-        assert scores[0] is not None
-        mixtures.append(Mixture(weight, scores[0], scores[1]))
+        (own, loss), *kept = measured
+        mixtures.append(Mixture(weight, own, loss, kept[0][0] if kept else None))
     choice = choose(mixtures)
     run.log.write(
         "mixtures",
@@ -153,9 +158,10 @@ def _swept(run: Run, progress: Progress, model: CLIP, old: State, new: State) ->
 
 def _measured(
     run: Run, model: CLIP, pairs: EvalSet, images: Vectors | None
-) -> tuple[Retrieval, Vectors]:
-    """Return the score of a model, and the embeddings of the images."""
+) -> tuple[Retrieval, float, Vectors]:
+    """Return the recall and the loss of a model, and the embeddings of the images."""
     images, texts = embed(
         model, pairs, autocast=run.score_dtype, images=images, tick=run.stop_between
     )
-    return distributed.on_main(lambda: score(images, texts, pairs)), images
+    recall = distributed.on_main(lambda: score(images, texts, pairs))
+    return recall, contrastive_loss(images, texts, pairs, model.logit_scale.exp()), images

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cn_clip.data.loading.loader import (
@@ -79,6 +81,15 @@ class CachedLoader:
 
     def __len__(self) -> int:
         return batch_count(self.plan, self._size, self._world_size)
+
+    def mean_image(self) -> Tensor:
+        """Return the mean (D,) of the unit-length image embeddings of all processes' pairs."""
+        total, count = torch.zeros(()), 0
+        for part in batches(self.plan, 0, self._size):
+            features = self._cached.features(part)
+            features = features[~features[:, 0].isnan()]
+            total, count = total + F.normalize(features, dim=-1).sum(0), count + len(features)
+        return total / max(1, count)
 
     def local_batches(self, epoch: int, start: int = 0) -> Iterator[LocalBatch]:
         """Yield the local batches of an epoch, from index ``start`` on.

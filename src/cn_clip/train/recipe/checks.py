@@ -127,6 +127,11 @@ def _check_stage(stage: Stage, recipe: Recipe) -> None:
         raise UsageError(
             f"{at}.views needs cached and augmented images; set both to true, or views to 1"
         )
+    if stage.center_texts and not (stage.cached and recipe.machine.parallel == "ddp"):
+        raise UsageError(
+            f"{at}.center_texts needs cached image features and parallel = ddp; set cached to "
+            "true, or center_texts to false"
+        )
     if stage.cached and stage.mask_ratio:
         raise UsageError(f"{at} has cached features, so mask_ratio has no effect; set it to 0")
     if stage.cached and stage.loss.teacher is not None:

@@ -250,7 +250,7 @@ def _is_sweep(event: Event) -> bool:
     if not isinstance(rows, list) or not rows or not all(isinstance(each, dict) for each in rows):
         return False
     kept = type(None) if rows[0].get("kept") is None else _NUMBER
-    kinds = {"weight": _NUMBER, "score": _NUMBER, "kept": kept}
+    kinds = {"weight": _NUMBER, "score": _NUMBER, "loss": _NUMBER, "kept": kept}
     return (
         isinstance(event.get("within"), bool)
         and _fits(event.get("stage"), str)
@@ -270,7 +270,8 @@ def _mixtures(events: Sequence[Event]) -> Iterator[str]:
             "<p>Mean recall of the initial and the new weights of the stage, interpolated, "
             "in points above the initial weights: on the validation pairs"
             + (" (solid), and on the kept pairs (dashed)" if has_kept else "")
-            + f". Chosen weight of the new weights: {weight:g}.</p>"
+            + f". Chosen weight of the new weights: {weight:g}, with the lowest validation loss "
+            "of those that lose no recall there.</p>"
         )
         yield curve(
             [(e["weight"], round(100 * (e["score"] - first["score"]), 2)) for e in rows],
@@ -282,13 +283,15 @@ def _mixtures(events: Sequence[Event]) -> Iterator[str]:
             ],
             x_label="weight",
         )
-        heads = ("weight", "validation", "kept") if has_kept else ("weight", "validation")
+        heads = ("weight", "validation", "validation loss", *(["kept"] if has_kept else []))
         yield table(
             heads,
             (
                 [
                     f"{each['weight']:g}" + (", chosen" if each["weight"] == weight else ""),
-                    *(f"{100 * each[key]:.1f}" for key in ("score", "kept")[: 1 + has_kept]),
+                    f"{100 * each['score']:.1f}",
+                    f"{each['loss']:.3f}",
+                    *([f"{100 * each['kept']:.1f}"] if has_kept else []),
                 ]
                 for each in rows
             ),
