@@ -20,4 +20,4 @@ def center_texts(model: CLIP, mean_image: Tensor) -> None:
     """
     projection = model.text_projection  # (W, D)
     direction = F.normalize(mean_image.to(projection), dim=0)
-    projection -= torch.outer(projection @ direction, direction)
+    projection.sub_(torch.outer(projection @ direction, direction))
