@@ -102,8 +102,9 @@ def score(images: Vectors, texts: Vectors, validation: EvalSet) -> Retrieval:
 
 
 def _readable_pairs(images: Vectors, validation: EvalSet) -> npt.NDArray[np.int64]:
-    readable: npt.NDArray[np.int64] = validation.pairs[images.any(axis=1)[validation.pairs[:, 0]]]
-    return readable
+    readable = np.asarray(images.any(axis=1))
+    pairs: npt.NDArray[np.int64] = validation.pairs[readable[validation.pairs[:, 0]]]
+    return pairs
 
 
 def shared_pairs(validation: EvalSet, training: Sequence[WeightedSource]) -> list[str]:
