@@ -112,6 +112,7 @@ def test_every_option_is_set_by_its_flag_and_read_back_from_toml(name, kind, def
         "data.keep_data": ["--interpolate", "auto"],
         "stages.NAME.flip": ["--augment", "true"],
         "stages.NAME.views": ["--augment", "true", "--cached", "true", "--freeze", "visual.*"],
+        "stages.NAME.center_texts": ["--cached", "true", "--freeze", "visual.*"],
     }.get(name, [])
     values = apply_flags(BASE, [f"--{name}", text, *needed])
     recipe = build_recipe(values)

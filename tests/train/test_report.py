@@ -237,7 +237,7 @@ def test_a_long_curve_is_thinned_and_an_empty_one_says_so():
     assert curve([], [], "x") == "<p>none</p>"
 
 
-ROW = {"weight": 0.5, "score": 0.25, "kept": None}
+ROW = {"weight": 0.5, "score": 0.25, "loss": 1.5, "kept": None}
 SWEEP = {"stage": "train", "weight": 0.5, "within": True, "mixtures": [ROW, ROW]}
 
 
@@ -248,7 +248,7 @@ SWEEP = {"stage": "train", "weight": 0.5, "within": True, "mixtures": [ROW, ROW]
         {"mixtures": 5},
         {"mixtures": [1]},
         {"mixtures": [ROW, {**ROW, "kept": 0.5}]},
-        {"mixtures": [{"weight": 0.5, "score": 0.25}]},
+        {"mixtures": [{"weight": 0.5, "score": 0.25, "loss": 1.5}]},
         {"mixtures": [{**ROW, "score": "0.25"}]},
         {"weight": None},
         {"within": 1},

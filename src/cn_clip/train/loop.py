@@ -15,7 +15,8 @@ from cn_clip.data.loading.loader import map_worker_errors
 from cn_clip.data.sources.open import open_mix
 from cn_clip.errors import UsageError
 from cn_clip.eval.dataset import eval_set_of
-from cn_clip.train.batches.batch import LocalBatch, local_batches
+from cn_clip.train.batches.batch import CachedLoader, LocalBatch, local_batches
+from cn_clip.train.model.center import center_texts
 from cn_clip.train.model.freeze import batch_norm_mode
 from cn_clip.train.optim import clamp_logit_scale, lr_at, set_lr, warmup_steps
 from cn_clip.train.parallel import (
@@ -143,6 +144,9 @@ def _run_stage(run: Run, progress: Progress, state: Path | None) -> None:
     _log_stage(run, training, progress)
     if progress.before is None and progress.total == 0 and run.validation is not None:
         _evaluate_start(run, training, progress)
+    if training.stage.center_texts and progress.step == 0:
+        assert isinstance(training.loader, CachedLoader)
+        center_texts(training.model, training.loader.mean_image())
     watchdog = LossWatchdog(
         training.stage, run.recipe.machine, training.peak_lr, run.recipe.output.stop_at_chance
     )

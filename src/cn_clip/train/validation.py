@@ -8,6 +8,7 @@ from contextlib import suppress
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from cn_clip import distributed
 from cn_clip.backends import Features, Pixels
@@ -20,6 +21,7 @@ from cn_clip.errors import CNClipError
 from cn_clip.eval.dataset import EvalSet
 from cn_clip.eval.metrics.recall import Retrieval, retrieval
 from cn_clip.model.clip import CLIP
+from cn_clip.train.loss import clip_loss
 from cn_clip.translation import _
 
 _COMPARED_ROWS = 2_000_000  # training rows compared with the validation pairs
@@ -81,13 +83,38 @@ def embed(
     return images, texts
 
 
+def contrastive_loss(
+    images: Vectors, texts: Vectors, validation: EvalSet, logit_scale: Tensor
+) -> float:
+    """Return the contrastive loss of all pairs as one batch, without unreadable images.
+
+    Args:
+        images, texts, validation: as for ``score``.
+        logit_scale: factor on cosines, on the device to compute on.
+    """
+    pairs = _readable_pairs(images, validation)
+    pairs = pairs[_process_part(len(pairs), divided=True)]
+    image, text, keys = (
+        torch.from_numpy(rows).to(logit_scale.device)
+        for rows in (images[pairs[:, 0]], texts[pairs[:, 1]], pairs)
+    )
+    with torch.no_grad():
+        return float(clip_loss(image, text, logit_scale, keys=keys))
+
+
 def score(images: Vectors, texts: Vectors, validation: EvalSet) -> Retrieval:
     """Measure recall in both directions, without unreadable images."""
     readable = np.asarray(images.any(axis=1))
-    pairs = validation.pairs[readable[validation.pairs[:, 0]]]
+    pairs = _readable_pairs(images, validation)
     new_index = np.cumsum(readable) - 1
     pairs = np.stack([new_index[pairs[:, 0]], pairs[:, 1]], axis=1)
     return retrieval(images[readable], texts, pairs)
+
+
+def _readable_pairs(images: Vectors, validation: EvalSet) -> npt.NDArray[np.int64]:
+    readable = np.asarray(images.any(axis=1))
+    pairs: npt.NDArray[np.int64] = validation.pairs[readable[validation.pairs[:, 0]]]
+    return pairs
 
 
 def shared_pairs(validation: EvalSet, training: Sequence[WeightedSource]) -> list[str]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cn_clip.data.loading.loader import Loader, PlannedLoader, keys_of, stack_keys, token_ids
-from cn_clip.data.loading.sampler import BatchPart
+from cn_clip.data.loading.sampler import BatchPart, batches
 from cn_clip.data.sources.base import Row, located
 from cn_clip.data.sources.open import WeightedSource
 from cn_clip.errors import CNClipError, DataError
@@ -73,6 +75,15 @@ class CachedLoader(PlannedLoader):
             max_skipped_fraction=max_skipped_fraction,
         )
         self._cached, self._context_length = cached, context_length
+
+    def mean_image(self) -> Tensor:
+        """Return the mean (D,) of the unit-length image embeddings of all processes' pairs."""
+        total, count = torch.zeros(()), 0
+        for part in batches(self.plan, 0, self._size):
+            features = self._cached.features(part)
+            features = features[~features[:, 0].isnan()]
+            total, count = total + F.normalize(features, dim=-1).sum(0), count + len(features)
+        return total / max(1, count)
 
     def local_batches(self, epoch: int, start: int = 0) -> Iterator[LocalBatch]:
         """Yield the local batches of an epoch, from index ``start`` on.

@@ -116,6 +116,14 @@ def _check_stage(stage: Stage, recipe: Recipe) -> None:
                 at=at,
             )
         )
+    if stage.center_texts and not (stage.cached and recipe.machine.parallel == "ddp"):
+        raise UsageError(
+            _(
+                "{at}.center_texts needs cached image features and parallel = ddp; set cached to "
+                "true, or center_texts to false",
+                at=at,
+            )
+        )
     if stage.cached and stage.mask_ratio:
         raise UsageError(
             _("{at} has cached features, so mask_ratio has no effect; set it to 0", at=at)

@@ -214,10 +214,15 @@ class Stage:
         False, "Compute the features of the frozen image tower once, and keep them on disk"
     )
     views: int = _option(1, "Augmented versions of each image in the feature cache", (1, 1000))
+    center_texts: bool = _option(
+        False,
+        "Before the first step, project the mean image embedding of the training pairs out of "
+        "`text_projection`, so that no text is close to every image; needs cached features",
+    )
     interpolate: float | Literal["auto"] | None = _option(
         None,
         "Interpolate the best weights of the stage with its initial weights: 1 is all new, 0 all "
-        "old, `auto` chooses one of 0, 0.1 ... 1 on the validation pairs (WiSE-FT, "
+        "old, `auto` chooses one of 0, 0.1 ... 1 by the loss on the validation pairs (WiSE-FT, "
         "arXiv:2109.01903)",
         (0, 1),
     )

@@ -147,11 +147,13 @@ class EndEvent(RunEvent):
 
 @dataclass(frozen=True, slots=True)
 class MixtureScore:
-    """Mean recall of interpolated weights on the validation pairs, and on the kept pairs if any."""
+    """Interpolated weights: mean recall and contrastive loss on the validation pairs, and mean
+    recall on the kept pairs if any."""
 
     weight: float
     score: float
-    kept: float | None
+    loss: float
+    kept: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
