@@ -265,7 +265,7 @@ def test_typed_events_survive_the_log(run, tmp_path):
     log = Log(tmp_path / "again", run[1], on_event=lambda event: None, writes=True)
     events = read_events(run[0])
     events.append(StepEvent(13, "s", 1, 4.0, math.inf, 1e-4, 14.3, 9.0, 0, 1.0, memory_mb=7))
-    events.append(MixturesEvent(13, "s", 0.5, True, [MixtureScore(0.5, 0.25, None)]))
+    events.append(MixturesEvent(13, "s", 0.5, True, [MixtureScore(0.5, 0.25, 1.5, None)]))
     for event in events:
         log.record(event)
     log.close()

@@ -153,7 +153,7 @@ class MixtureScore:
     weight: float
     score: float
     loss: float
-    kept: float | None = None
+    kept: float | None
 
 
 @dataclass(frozen=True, slots=True)
