@@ -15,6 +15,7 @@ const element = (id) => document.getElementById(id);
 const labelEmbeddings = new Map();
 let model;
 let queue = Promise.resolve(); // of computations, one at a time
+let waiting = 0;
 const state = {
   language: navigator.language.startsWith('zh') ? 'zh' : 'en',
   image: null, // name and embedding
@@ -78,6 +79,8 @@ function resultRow([label, probability]) {
 
 /** Run one computation after those before it; show what goes wrong. */
 function enqueue(work) {
+  waiting += 1;
+  element('results').ariaBusy = true;
   queue = queue.then(async () => {
     try {
       await work();
@@ -88,8 +91,9 @@ function enqueue(work) {
         status: null,
       });
     }
+    waiting -= 1;
+    element('results').ariaBusy = waiting > 0;
   });
-  return queue;
 }
 
 /** Read a file of the model folder; `onBytes` gets the size of each piece as it arrives. */
@@ -163,6 +167,7 @@ async function classify() {
 }
 
 async function useImage(blob, name) {
+  if (!model) return; // it could not be opened, and the page says so
   set({ status: ['working'], problem: null });
   try {
     const pixels = await prepare(blob, model.config);
@@ -186,7 +191,7 @@ function showPreview(blob) {
 }
 
 function chooseFile(file) {
-  if (file && model) enqueue(() => useImage(file, file.name));
+  if (file) enqueue(() => useImage(file, file.name));
 }
 
 function addExamples() {
@@ -198,7 +203,7 @@ function addExamples() {
     image.src = `vendor/${name}.jpg`;
     button.append(image);
     button.addEventListener('click', () =>
-      enqueue(async () => model && useImage(await (await fetch(image.src)).blob(), name)),
+      enqueue(async () => useImage(await (await fetch(image.src)).blob(), name)),
     );
     element('examples').append(button);
   }

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import BinaryIO
 
 FOLDER = Path(__file__).resolve().parent
 PORT = 8080
@@ -24,16 +26,21 @@ class Handler(SimpleHTTPRequestHandler):
         ".wasm": "application/wasm",
     }
 
-    def translate_path(self, path: str) -> str:
-        """Return the file of a URL's path; a name that does not exist if it is outside."""
-        translated = super().translate_path(path)
-        inside = Path(os.path.realpath(translated)).is_relative_to(os.path.realpath(self.directory))
-        return translated if inside else os.path.join(self.directory, "\0")
+    def send_head(self) -> BinaryIO | None:
+        """Send the headers of a file inside the folder; links that lead outside are refused."""
+        path = self.translate_path(self.path)
+        root = os.path.realpath(self.directory)
+        if "\0" in path or not Path(os.path.realpath(path)).is_relative_to(root):
+            self.send_error(404)
+            return None
+        return super().send_head()
 
     def list_directory(self, path: str) -> None:  # type: ignore[override]
+        """Refuse to list a folder."""
         self.send_error(404)
 
     def end_headers(self) -> None:
+        """Add the headers for threads."""
         self.send_header("Cross-Origin-Opener-Policy", "same-origin")
         self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
         self.send_header("Cache-Control", "no-cache")  # ask whether a file changed
@@ -49,10 +56,8 @@ def main() -> None:
     port = int(sys.argv[1]) if len(sys.argv) > 1 else PORT
     with serve(port) as server:
         print(f"http://127.0.0.1:{server.server_port}/ (stop with Ctrl+C)")
-        try:
+        with suppress(KeyboardInterrupt):
             server.serve_forever()
-        except KeyboardInterrupt:
-            pass
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def export(
     *,
     model: str = "mini",
-    to: Literal["onnx", "openvino"] = "onnx",
+    to: Literal["onnx", "openvino", "tensorrt", "coreml"] = "onnx",
     out: str | None = None,
     precision: Literal["float32", "float16", "int8"] = "float32",
     images: str | None = None,
@@ -37,8 +37,9 @@ def export(
     model
         A name from `cn-clip models`, org/name on a hub, or the path of a checkpoint.
     to
-        The format: onnx, for ONNX Runtime and others; openvino, for OpenVINO alone, which runs
-        onnx too.
+        The format: onnx, for ONNX Runtime, OpenVINO and others; openvino, for OpenVINO alone;
+        tensorrt, onnx with a script that builds engines; coreml, onnx with Core ML models. The
+        last two need --out; the script and the Core ML models are not run here.
     out
         A new folder. Default: the cache folder, where --backend finds the export of this model.
     precision
@@ -86,4 +87,6 @@ def _table(result: ExportResult) -> Table:
         "top 10": f"{parity.top10_agreement:.1%} of the 10 best images of a text are the same",
     }.items():
         table.add_row(key, escape(value))
+    if result.never_run:
+        table.add_row("never run", f"{result.never_run}; only the ONNX graphs were verified")
     return table
