@@ -30,10 +30,7 @@ export async function readPixels(blob, size, background) {
   context.drawImage(bitmap, 0, 0);
   bitmap.close();
   const pixels = context.getImageData(0, 0, width, height);
-  if (width === size && height === size) return pixels.data;
-  // Catmull-Rom with a filter that widens when it shrinks: the bicubic filter of PIL.
-  const options = { width: size, height: size, method: 'catrom', linearRGB: false };
-  return (await resize(pixels, options)).data;
+  return (await shrink(pixels, size)).data;
 }
 
 /** Return `(pixels / 255 - mean) / std` of RGBA pixels: Float32Array of (3, S, S). */
@@ -46,6 +43,20 @@ export function normalize(pixels, mean, std) {
     }
   }
   return planes;
+}
+
+/**
+ * Resize to S x S as Pillow does: with the bicubic filter, which is Catmull-Rom and is widened to
+ * shrink an image, and in two passes, each rounded to 8 bits. Their order is that of Pillow 13.
+ */
+async function shrink(pixels, size) {
+  const { width, height } = pixels;
+  if (width === size && height === size) return pixels;
+  const filter = { method: 'catrom', linearRGB: false, premultiply: false };
+  const verticalFirst = height > size && height - size > 2 * (width - size);
+  const between = verticalFirst ? { width, height: size } : { width: size, height };
+  const passed = await resize(pixels, { ...filter, ...between });
+  return resize(passed, { ...filter, width: size, height: size });
 }
 
 /** Read the size in a file's header, before all its pixels are decoded. */

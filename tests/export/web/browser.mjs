@@ -49,12 +49,12 @@ for (const file of images) {
   await idle(page);
   report.results[file] = await ranking(page);
 }
-for (const file of pixels) {
-  report.pixels[file] = await page.evaluate(async ([content, size]) => {
+for (const path of pixels) {
+  report.pixels[path] = await page.evaluate(async (image) => {
     const { readPixels } = await import('./image.mjs');
-    const blob = await (await fetch(content)).blob();
-    return Array.from(await readPixels(blob, size, 'white'));
-  }, [`model/golden/${file}`, 224]);
+    const blob = await (await fetch(image)).blob();
+    return Array.from(await readPixels(blob, 224, 'white'));
+  }, path);
 }
 for (const [name, file] of Object.entries(bad)) {
   await page.setInputFiles('#file', file);

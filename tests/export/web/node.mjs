@@ -1,6 +1,6 @@
 // Embeds texts and images with the page's own modules in Node.
 // Arguments: folder of the page, folder of the export. Standard input: {texts, images}; images are
-// files of RGBA pixels. Standard output: {ids, texts, images, selfTest}.
+// files of RGBA pixels. Standard output: {ids, texts, images, cosine}.
 
 import { readFileSync } from 'node:fs';
 import { pathToFileURL } from 'node:url';
@@ -25,4 +25,3 @@ const cosine = await selfTest(model, golden, async (name) =>
   pixels(input.images.find((file) => file.includes(name))),
 );
 console.log(JSON.stringify({ ids: input.texts.map(model.tokenize), texts, images, cosine }));
-process.exit(0);
