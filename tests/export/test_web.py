@@ -140,6 +140,7 @@ def page(tmp_path_factory):
 
 
 @pytest.mark.full
+@pytest.mark.filterwarnings("ignore::cn_clip.tokenizer.TruncationWarning")
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_node_gives_our_ids_and_embeddings(page, precision, golden_strings, tmp_path):
     folder = page / "model"
@@ -152,8 +153,7 @@ def test_node_gives_our_ids_and_embeddings(page, precision, golden_strings, tmp_
     raw = [tmp_path / f"{path.name}.rgba" for path in images]
     for path, pixels in zip(images, raw, strict=True):
         pixels.write_bytes(Image.open(path).convert("RGBA").tobytes())
-    # What tokenizer.json cannot express, see Tokenizer.save: final sigma and "[MASK]" in a text.
-    texts = [text for text in golden_strings if not set(text) & set("Σ[") and text.isprintable()]
+    texts = [text for text in golden_strings if "[" not in text]  # see Tokenizer.save
     texts += embedded_sample().texts
     data = {"texts": texts, "images": list(map(str, raw))}
     report = json.loads(run("node", DRIVERS / "node.mjs", page, folder, data=data))

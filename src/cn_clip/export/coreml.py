@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cn_clip.errors import CheckpointError, UsageError
-from cn_clip.export.graphs import quiet, towers
+from cn_clip.export.graphs import towers
+from cn_clip.export.quiet import quiet
 from cn_clip.model.clip import CLIP
 
 FOLDER = "coreml"
@@ -45,7 +48,7 @@ def write_coreml(model: CLIP, folder: Path, precision: str) -> None:
     """
     folder.mkdir()
     for name, tower in zip(("image", "text"), towers(model, _MAX_BATCH), strict=True):
-        with quiet():
+        with quiet("coremltools"), contextlib.redirect_stderr(io.StringIO()):  # progress bars
             program = torch.export.export(
                 tower.module, (tower.example,), dynamic_shapes=(tower.axes,)
             )

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +11,7 @@ from torch import Tensor, nn
 
 from cn_clip.backends.exported import Graph
 from cn_clip.errors import CheckpointError
+from cn_clip.export.quiet import quiet
 from cn_clip.model.clip import CLIP
 
 OPSET = 20
@@ -82,7 +78,7 @@ def write_graphs(model: CLIP, folder: Path, image: Graph, text: Graph) -> None:
 
 
 def _write(tower: Tower, path: Path, graph: Graph) -> None:
-    with quiet():
+    with quiet("torch.onnx"):
         program = torch.onnx.export(
             tower.module,
             (tower.example,),
@@ -106,24 +102,3 @@ def _check_axes(path: Path, inputs: list[str | int], outputs: list[str | int]) -
                 f"the exporter of torch {torch.__version__} wrote {value.name} of shape {axes} "
                 f"instead of {expected}; use another version of torch"
             )
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence exporters: progress lines, and warnings about their own internals."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "coremltools")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        with (
-            open(os.devnull, "w", encoding="utf-8") as null,
-            contextlib.redirect_stdout(null),
-            contextlib.redirect_stderr(null),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
