@@ -5,6 +5,7 @@ The headers COOP and COEP let the page use threads. Only files inside the folder
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from contextlib import suppress
@@ -53,11 +54,18 @@ def serve(port: int, folder: Path = FOLDER) -> ThreadingHTTPServer:
 
 
 def main() -> None:
-    port = int(sys.argv[1]) if len(sys.argv) > 1 else PORT
-    with serve(port) as server:
+    parser = argparse.ArgumentParser(description="Serve this folder to browsers on this computer.")
+    parser.add_argument("port", type=int, nargs="?", default=PORT)
+    port = parser.parse_args().port
+    if not (FOLDER / "vendor").is_dir():
+        sys.exit(f"{FOLDER / 'vendor'} is missing; run npm ci and npm run build first")
+    try:
+        server = serve(port)
+    except (OSError, OverflowError) as error:
+        sys.exit(f"port {port} cannot be used ({error}); give another one: python serve.py PORT")
+    with server, suppress(KeyboardInterrupt):
         print(f"http://127.0.0.1:{server.server_port}/ (stop with Ctrl+C)")
-        with suppress(KeyboardInterrupt):
-            server.serve_forever()
+        server.serve_forever()
 
 
 if __name__ == "__main__":

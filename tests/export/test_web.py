@@ -213,4 +213,6 @@ def test_the_page_in_chromium_gives_our_probabilities(page, tmp_path):
     assert problems["missingModel"].startswith("model/config.json cannot be read; run cn-clip")
     assert problems["notAnImage"].startswith("notes.txt is damaged or not an image")
     assert problems["tooLarge"].startswith("large.png has 8000 × 7000 pixels, above the limit of")
+    assert problems["wrongEmbeddings"].startswith("The model gives wrong results in this browser")
+    assert problems["manyLabels"] == "There are 101 labels, the limit is 100; remove some."
     assert problems["fewLabels"] == "Write at least two different labels."

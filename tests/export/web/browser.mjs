@@ -12,8 +12,9 @@ const args = ['--no-sandbox', '--disable-gpu', '--disable-background-networking'
 const browser = await chromium.launch({ executablePath, args });
 const report = { foreign: [], errors: [], results: {}, pixels: {}, problems: {} };
 
-async function open(address) {
+async function open(address, prepare = () => {}) {
   const page = await browser.newPage({ locale: 'en-US' });
+  await prepare(page);
   page.on('pageerror', (error) => report.errors.push(error.message));
   page.on('request', (request) => {
     const local = [url, broken, 'blob:', 'data:'].some((start) => request.url().startsWith(start));
@@ -63,6 +64,8 @@ for (const [name, file] of Object.entries(bad)) {
 }
 await setLabels(page, '猫，猫');
 report.problems.fewLabels = await text(page, 'problem');
+await setLabels(page, Array.from({ length: 101 }, (_, i) => `第${i}个`).join('\n'));
+report.problems.manyLabels = await text(page, 'problem');
 await setLabels(page, '猫，狗；火箭');
 await page.focus('#examples button:nth-child(2)');
 await page.keyboard.press('Enter');
@@ -74,5 +77,14 @@ report.chinese = [await text(page, 'status'), await page.title()];
 report.alts = await page.$$eval('img', (all) => all.map((image) => image.alt));
 const without = await open(broken);
 report.problems.missingModel = await text(without, 'problem');
+const wrong = await open(url, (fresh) =>
+  fresh.route('**/golden.json', async (route) => {
+    const response = await route.fetch();
+    const golden = await response.json();
+    golden.texts[0].embedding = golden.texts[1].embedding;
+    await route.fulfill({ response, json: golden });
+  }),
+);
+report.problems.wrongEmbeddings = await text(wrong, 'problem');
 await browser.close();
 console.log(JSON.stringify(report));
