@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def export(
     *,
     model: str = "mini",
-    to: Literal["onnx", "openvino"] = "onnx",
+    to: Literal["onnx", "openvino", "tensorrt", "coreml"] = "onnx",
     out: str | None = None,
     precision: Literal["float32", "float16", "int8"] = "float32",
     images: str | None = None,
@@ -38,8 +38,9 @@ def export(
     model
         A name from `cn-clip models`, org/name on a hub, or the path of a checkpoint.
     to
-        The format: onnx, for ONNX Runtime and others; openvino, for OpenVINO alone, which runs
-        onnx too.
+        The format: onnx, for ONNX Runtime, OpenVINO and others; openvino, for OpenVINO alone;
+        tensorrt, onnx with a script that builds engines; coreml, onnx with Core ML models. The
+        last two need --out; the script and the Core ML models are not run here.
     out
         A new folder. Default: the cache folder, where --backend finds the export of this model.
     precision
@@ -100,4 +101,9 @@ def _table(result: ExportResult) -> Table:
         ),
     }.items():
         table.add_row(key, escape(value))
+    if result.never_run:
+        table.add_row(
+            _("never run"),
+            _("{never_run}; only the ONNX graphs were verified", never_run=result.never_run),
+        )
     return table

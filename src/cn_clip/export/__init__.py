@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import numpy as np
 from PIL import Image
@@ -28,6 +28,7 @@ from cn_clip.backends.self_test import golden_deviation
 from cn_clip.backends.torch import TorchBackend
 from cn_clip.embedder import Embedder, load, locate
 from cn_clip.errors import CheckpointError, UsageError
+from cn_clip.export import coreml, tensorrt
 from cn_clip.export.graphs import OPSET, write_graphs
 from cn_clip.export.parity import REQUIRED_COSINE, Parity, Reference
 from cn_clip.export.precision import to_float16
@@ -39,6 +40,13 @@ from cn_clip.sample import embedded_sample, golden_sample
 from cn_clip.translation import _
 from cn_clip.weights.folder_config import preprocessor_config
 
+Format = Literal["onnx", "openvino", "tensorrt", "coreml"]
+"""What is written. The last two come with ONNX graphs, which are verified in their place."""
+
+_NEVER_RUN: dict[Format, str] = {
+    "tensorrt": f"{tensorrt.FOLDER}/{tensorrt.SCRIPT}, which builds the TensorRT engines",
+    "coreml": f"the Core ML models in {coreml.FOLDER}",
+}
 _TOKENIZER = "tokenizer.json"
 _TOKENIZER_CONFIG = {  # of transformers and transformers.js
     "tokenizer_class": "PreTrainedTokenizerFast",
@@ -52,23 +60,38 @@ _TOKENIZER_CONFIG = {  # of transformers and transformers.js
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """An export that was written; ``bytes`` is the size of its files."""
+    """An export that was written.
+
+    Attributes:
+        model: name of the original.
+        out: the folder.
+        format: what was asked for.
+        runtime: of the graphs that were verified.
+        precision: of the stored weights.
+        fingerprint: identifies the embeddings of the graphs.
+        derived_from: fingerprint of the float32 original.
+        bytes: size of all files.
+        parity: agreement of the graphs with the original.
+        never_run: what else was written, and neither run nor verified; None if nothing.
+    """
 
     model: str
     out: str
+    format: Format
     runtime: Runtime
     precision: GraphPrecision
     fingerprint: str
     derived_from: str
     bytes: int
     parity: Parity
+    never_run: str | None
 
 
 def export(
     model: str | os.PathLike[str] = "mini",
     out: str | os.PathLike[str] | None = None,
     *,
-    to: Runtime = "onnx",
+    to: Format = "onnx",
     precision: GraphPrecision = "float32",
     images: Iterable[ImageInput] = (),
     texts: Iterable[str] = (),
@@ -84,7 +107,9 @@ def export(
         model: as for ``cn_clip.load``; not an export.
         out: the folder; without it, the place in the cache folder where
             ``cn_clip.load(model, backend=...)`` looks.
-        to: the format of the graphs.
+        to: the format of the graphs. ``"tensorrt"`` is ONNX with a script that builds engines,
+            ``"coreml"`` is ONNX with Core ML models beside it; the ONNX graphs are verified, the
+            rest is not run.
         precision: of the stored weights.
         images: compared besides the sample in the package.
         texts: compared besides the sample in the package.
@@ -96,7 +121,7 @@ def export(
         CheckpointError: the model cannot be exported, or the export differs from the original.
     """
     for option, value, known in (
-        ("format", to, get_args(Runtime)),
+        ("format", to, get_args(Format)),
         ("precision", precision, get_args(GraphPrecision)),
     ):
         if value not in known:
@@ -108,9 +133,11 @@ def export(
                     known=", ".join(known),
                 )
             )
+    _check_format(to, precision, out)
+    runtime: Runtime = "openvino" if to == "openvino" else "onnx"
     path = locate(model)
     if out is None:
-        target, overwrite = cached_export(path, to, precision), True
+        target, overwrite = cached_export(path, runtime, precision), True
     else:
         target = Path(out)
     images = list(images)
@@ -122,7 +149,12 @@ def export(
     reference = Reference(original, [*sample.images, *images], [*sample.texts, *texts])
     with map_write_errors(target), atomic_folder(target, "export") as folder:
         exported = _write(
-            original, folder, to, precision, _graphs(target.name, precision, official_names)
+            original,
+            folder,
+            to,
+            runtime,
+            precision,
+            _graphs(target.name, precision, official_names),
         )
         parity = reference.compare(_as_embedder(folder, exported, original))
         if not parity.smallest_cosine >= REQUIRED_COSINE[precision]:
@@ -138,18 +170,41 @@ def export(
     return ExportResult(
         model=original.name,
         out=str(target),
-        runtime=to,
+        format=to,
+        runtime=runtime,
         precision=precision,
         fingerprint=exported.fingerprint,
         derived_from=exported.derived_from,
         bytes=sum(file.bytes for file in exported.files.values()),
         parity=parity,
+        never_run=_NEVER_RUN.get(to),
     )
+
+
+def _check_format(to: Format, precision: str, out: object) -> None:
+    """Check the options of a format that is only written."""
+    if to not in _NEVER_RUN:
+        return
+    if out is None:
+        raise UsageError(
+            _("--to {to} writes files for another machine; give a folder with --out", to=to)
+        )
+    if precision == "int8":
+        raise UsageError(
+            _(
+                "--to {to} has no precision 'int8': its own tools quantise; give float32 or "
+                "float16",
+                to=to,
+            )
+        )
+    if to == "coreml":
+        coreml.check_coremltools()
 
 
 def _write(
     original: Embedder,
     folder: Path,
+    to: Format,
     runtime: Runtime,
     precision: GraphPrecision,
     graphs: tuple[Graph, Graph],
@@ -166,6 +221,10 @@ def _write(
     elif precision == "float16":
         for graph in graphs:
             to_float16(folder / graph.file)
+    if to == "tensorrt":
+        tensorrt.write_tensorrt(folder / tensorrt.FOLDER, original.config, image, text, precision)
+    elif to == "coreml":
+        coreml.write_coreml(backend.model, folder / coreml.FOLDER, precision)
     original.tokenizer.save(folder / _TOKENIZER, original.context_length)
     _write_json(
         folder / "tokenizer_config.json",

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import onnx
 import torch
@@ -15,6 +11,7 @@ from torch import Tensor, nn
 
 from cn_clip.backends.exported import Graph
 from cn_clip.errors import CheckpointError
+from cn_clip.export.quiet import quiet
 from cn_clip.model.clip import CLIP
 from cn_clip.translation import _
 
@@ -27,8 +24,8 @@ class _ImageTower(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.model.encode_image(pixels)
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.model.encode_image(pixel_values)
 
 
 class _TextTower(nn.Module):
@@ -36,8 +33,32 @@ class _TextTower(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.model.encode_text(ids)
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.model.encode_text(input_ids)
+
+
+class Tower(NamedTuple):
+    """A tower to be traced: the module, an example input and the input's dynamic axes."""
+
+    module: nn.Module
+    example: Tensor
+    axes: dict[int, torch.export.Dim]
+
+
+def towers(model: CLIP, max_batch: int) -> tuple[Tower, Tower]:
+    """Return the image and the text tower of a model, with axes 'batch' and 'length' dynamic."""
+    config = model.config
+    size, longest = config.vision.resolution, config.context_length
+    batch = torch.export.Dim("batch", min=1, max=max_batch)
+    length = torch.export.Dim("length", min=2, max=longest)
+    # Example sizes that no constant of a model equals, so that none is mistaken for an axis.
+    pixels = torch.zeros(3, 3, size, size)
+    ids = torch.ones(3, longest - 1, dtype=torch.int64)
+    ids[1, longest // 2 :] = 0
+    return (
+        Tower(_ImageTower(model).eval(), pixels, {0: batch}),
+        Tower(_TextTower(model).eval(), ids, {0: batch, 1: length}),
+    )
 
 
 def write_graphs(model: CLIP, folder: Path, image: Graph, text: Graph) -> None:
@@ -50,39 +71,27 @@ def write_graphs(model: CLIP, folder: Path, image: Graph, text: Graph) -> None:
         CheckpointError: the exporter turned a dynamic axis into a constant.
     """
     config = model.config
-    size, longest = config.vision.resolution, config.context_length
-    batch = torch.export.Dim("batch", min=1, max=_MAX_BATCH)
-    length = torch.export.Dim("length", min=2, max=longest)
-    # Example sizes that no constant of a model equals, so that none is mistaken for an axis.
-    pixels = torch.zeros(3, 3, size, size)
-    ids = torch.ones(3, longest - 1, dtype=torch.int64)
-    ids[1, longest // 2 :] = 0
-    _write(_ImageTower(model), pixels, {0: batch}, folder, image)
-    _write(_TextTower(model), ids, {0: batch, 1: length}, folder, text)
+    size = config.vision.resolution
+    for tower, graph in zip(towers(model, _MAX_BATCH), (image, text), strict=True):
+        _write(tower, folder / graph.file, graph)
     _check_axes(folder / image.file, ["batch", 3, size, size], ["batch", config.embed_dim])
     _check_axes(folder / text.file, ["batch", "length"], ["batch", config.embed_dim])
 
 
-def _write(
-    tower: nn.Module,
-    example: Tensor,
-    axes: dict[int, torch.export.Dim],
-    folder: Path,
-    graph: Graph,
-) -> None:
-    with _quiet():
+def _write(tower: Tower, path: Path, graph: Graph) -> None:
+    with quiet("torch.onnx"):
         program = torch.onnx.export(
-            tower.eval(),
-            (example,),
+            tower.module,
+            (tower.example,),
             dynamo=True,
             opset_version=OPSET,
             input_names=[graph.input],
             output_names=[graph.output],
-            dynamic_shapes=(axes,),
+            dynamic_shapes=(tower.axes,),
             verbose=False,
         )
     assert program is not None
-    program.save(folder / graph.file, external_data=True)
+    program.save(path, external_data=True)
 
 
 def _check_axes(path: Path, inputs: list[str | int], outputs: list[str | int]) -> None:
@@ -100,21 +109,3 @@ def _check_axes(path: Path, inputs: list[str | int], outputs: list[str | int]) -
                     expected=expected,
                 )
             )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the exporter: progress lines, and warnings about its own internals."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with (
-            open(os.devnull, "w", encoding="utf-8") as null,
-            contextlib.redirect_stdout(null),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

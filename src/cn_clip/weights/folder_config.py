@@ -241,7 +241,8 @@ def preprocessor_config(config: ModelConfig) -> dict[str, Any]:
     It cannot represent a background colour: transparent images are prepared differently there.
     """
     return {
-        "image_processor_type": "ChineseCLIPImageProcessor",
+        # transformers.js knows the class by this name only, transformers by both names.
+        "feature_extractor_type": "ChineseCLIPFeatureExtractor",
         "processor_class": "ChineseCLIPProcessor",
         "do_resize": True,
         "size": {"height": config.vision.resolution, "width": config.vision.resolution},
