@@ -290,7 +290,10 @@ def load(
         raise UsageError(
             _("unknown backend {backend!r}; available: {known}", backend=backend, known=known)
         )
-    if backend == "torch" and device not in ("auto", "cpu"):  # fail before anything is read
+    in_torch = backend in ("auto", "torch") and not is_export(
+        Path(os.path.expanduser(name_or_path))
+    )
+    if in_torch and device not in ("auto", "cpu"):  # fail before anything is read or downloaded
         from cn_clip.backends.torch import pick_device
 
         pick_device(device)
