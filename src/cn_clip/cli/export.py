@@ -53,14 +53,14 @@ def export(
         Print JSON instead of a table.
     """
     from cn_clip.export import export as run  # slow to import
-    from cn_clip.files import find
+    from cn_clip.image.decode import find_images
 
     result = run(
         model,
         out,
         to=to,
         precision=precision,
-        images=find(images) if images else (),
+        images=find_images([images]) if images else (),
         official_names=official_names,
         overwrite=overwrite,
     )

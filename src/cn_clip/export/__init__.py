@@ -26,11 +26,13 @@ from cn_clip.backends.exported import (
 )
 from cn_clip.backends.self_test import golden_deviation
 from cn_clip.backends.torch import TorchBackend
+from cn_clip.config import ModelConfig
 from cn_clip.embedder import Embedder, load, locate
 from cn_clip.errors import CheckpointError, UsageError
+from cn_clip.export.calibration import Calibration, calibration_of
+from cn_clip.export.convert import convert_graphs
 from cn_clip.export.graphs import OPSET, write_graphs
 from cn_clip.export.parity import REQUIRED_COSINE, Parity, Reference
-from cn_clip.export.precision import to_float16
 from cn_clip.export.sample import embedded_sample, golden_sample
 from cn_clip.fingerprint import Fingerprint, derived
 from cn_clip.image.decode import ImageInput
@@ -70,6 +72,7 @@ def export(
     precision: GraphPrecision = "float32",
     images: Iterable[ImageInput] = (),
     texts: Iterable[str] = (),
+    smooth_quant_alpha: float | None = None,
     official_names: bool = False,
     overwrite: bool = False,
 ) -> ExportResult:
@@ -83,9 +86,12 @@ def export(
         out: the folder; without it, the place in the cache folder where
             ``cn_clip.load(model, backend=...)`` looks.
         to: the format of the graphs.
-        precision: of the stored weights.
-        images: compared besides the sample in the package.
+        precision: of the stored weights. ``"int8"`` computes in int8 too.
+        images: compared besides the sample in the package. int8 is calibrated on them instead of
+            the sample.
         texts: compared besides the sample in the package.
+        smooth_quant_alpha: of SmoothQuant, from 0 to 1, for transformers in int8 in OpenVINO; -1
+            turns it off. None is 0.5.
         official_names: name files, inputs and outputs as the official exporter does.
         overwrite: replace ``out`` if this function wrote it.
 
@@ -104,26 +110,47 @@ def export(
         target, overwrite = cached_export(path, to, precision), True
     else:
         target = Path(out)
-    own = own_folder("export")
-    target = claim(target, own, kind="folder", inputs=[path], overwrite=overwrite)
+    check_alpha(smooth_quant_alpha, to, precision)
+    target = claim(target, own_folder("export"), kind="folder", inputs=[path], overwrite=overwrite)
+    images, texts = list(images), list(texts)
     original = load(model, backend="torch", device="cpu", precision="float32")
     sample = embedded_sample()
+    calibration = calibration_of(original, images, texts) if precision == "int8" else None
     reference = Reference(original, [*sample.images, *images], [*sample.texts, *texts])
+    graphs = graph_names(target.name, precision, official_names)
     with atomic_folder(target, "export") as folder:
-        exported = _write(
-            original, folder, to, precision, _graphs(target.name, precision, official_names)
+        backend = original.backend
+        assert isinstance(backend, TorchBackend)
+        write_graphs(backend.model, folder, *graphs)
+        exported = finish_export(
+            original, folder, to, precision, graphs, calibration, smooth_quant_alpha
         )
-        parity = reference.compare(_as_embedder(folder, exported, original))
+        parity = reference.compare(as_embedder(folder, exported, original.config))
         if not parity.smallest_cosine >= REQUIRED_COSINE[precision]:
             raise CheckpointError(
                 f"{target} was not written: the smallest cosine to the original is "
                 f"{parity.smallest_cosine:.6f}, {REQUIRED_COSINE[precision]} is required"
             )
+    return result_of(original.name, target, exported, parity)
+
+
+def check_alpha(alpha: float | None, to: Runtime, precision: GraphPrecision | None) -> None:
+    """Raise a ``UsageError`` for an alpha of SmoothQuant that is out of range or without use."""
+    if alpha is None:
+        return
+    if to != "openvino" or precision not in ("int8", None):
+        raise UsageError("only int8 in OpenVINO uses SmoothQuant; drop its alpha")
+    if not (0 <= alpha <= 1 or alpha == -1):
+        raise UsageError(f"the alpha {alpha} of SmoothQuant is not from 0 to 1, nor -1 for off")
+
+
+def result_of(model: str, target: Path, exported: Exported, parity: Parity) -> ExportResult:
+    """Describe an export that was written to ``target``."""
     return ExportResult(
-        model=original.name,
+        model=model,
         out=str(target),
-        runtime=to,
-        precision=precision,
+        runtime=exported.runtime,
+        precision=exported.precision,
         fingerprint=exported.fingerprint,
         derived_from=exported.derived_from,
         bytes=sum(file.bytes for file in exported.files.values()),
@@ -131,25 +158,19 @@ def export(
     )
 
 
-def _write(
+def finish_export(
     original: Embedder,
     folder: Path,
     runtime: Runtime,
     precision: GraphPrecision,
     graphs: tuple[Graph, Graph],
+    calibration: Calibration | None,
+    smooth_quant_alpha: float | None,
 ) -> Exported:
-    """Write all files of an export."""
-    backend = original.backend
-    assert isinstance(backend, TorchBackend)
-    write_graphs(backend.model, folder, *graphs)
-    image, text = graphs
-    if runtime == "openvino":
-        from cn_clip.export.openvino import to_openvino
-
-        image, text = (to_openvino(folder, graph, precision) for graph in graphs)
-    elif precision == "float16":
-        for graph in graphs:
-            to_float16(folder / graph.file)
+    """Turn a folder with float32 ONNX graphs into an export: convert them, add all other files."""
+    image, text = convert_graphs(
+        folder, graphs, runtime, precision, original.config, calibration, smooth_quant_alpha
+    )
     original.tokenizer.save(folder / _TOKENIZER, original.context_length)
     _write_json(
         folder / "tokenizer_config.json",
@@ -188,13 +209,18 @@ def _fingerprint(exported: Exported) -> Fingerprint:
     return derived(exported.derived_from, variants)
 
 
-def _as_embedder(folder: Path, exported: Exported, original: Embedder) -> Embedder:
-    backend = open_export(folder, exported, exported.runtime, device="cpu")
+def as_embedder(
+    folder: Path, exported: Exported, config: ModelConfig, precision: str = "auto"
+) -> Embedder:
+    """Open an export in its runtime, on the CPU."""
+    backend = open_export(folder, exported, exported.runtime, device="cpu", precision=precision)
     fingerprint = Fingerprint(exported.fingerprint, exported.derived_from)
-    return Embedder(backend, original.config, fingerprint=lambda: fingerprint)
+    return Embedder(backend, config, fingerprint=lambda: fingerprint)
 
 
-def _graphs(prefix: str, precision: GraphPrecision, official_names: bool) -> tuple[Graph, Graph]:
+def graph_names(
+    prefix: str, precision: GraphPrecision, official_names: bool
+) -> tuple[Graph, Graph]:
     """Return file, input and output names of the image and the text graph."""
     if not official_names:
         return (

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
@@ -15,6 +10,7 @@ from torch import Tensor, nn
 
 from cn_clip.backends.exported import Graph
 from cn_clip.errors import CheckpointError
+from cn_clip.export.quiet import quiet
 from cn_clip.model.clip import CLIP
 
 OPSET = 20
@@ -69,7 +65,7 @@ def _write(
     folder: Path,
     graph: Graph,
 ) -> None:
-    with _quiet():
+    with quiet("torch.onnx"):
         program = torch.onnx.export(
             tower.eval(),
             (example,),
@@ -93,21 +89,3 @@ def _check_axes(path: Path, inputs: list[str | int], outputs: list[str | int]) -
                 f"the exporter of torch {torch.__version__} wrote {value.name} of shape {axes} "
                 f"instead of {expected}; use another version of torch"
             )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the exporter: progress lines, and warnings about its own internals."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with (
-            open(os.devnull, "w", encoding="utf-8") as null,
-            contextlib.redirect_stdout(null),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
