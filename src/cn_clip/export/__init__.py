@@ -131,7 +131,16 @@ def export(
                 f"{target} was not written: the smallest cosine to the original is "
                 f"{parity.smallest_cosine:.6f}, {REQUIRED_COSINE[precision]} is required"
             )
-    return result_of(original.name, target, exported, parity)
+    return ExportResult(
+        model=original.name,
+        out=str(target),
+        runtime=to,
+        precision=precision,
+        fingerprint=exported.fingerprint,
+        derived_from=exported.derived_from,
+        bytes=sum(file.bytes for file in exported.files.values()),
+        parity=parity,
+    )
 
 
 def check_alpha(alpha: float | None, to: Runtime, precision: GraphPrecision | None) -> None:
@@ -142,20 +151,6 @@ def check_alpha(alpha: float | None, to: Runtime, precision: GraphPrecision | No
         raise UsageError("only int8 in OpenVINO uses SmoothQuant; drop its alpha")
     if not (0 <= alpha <= 1 or alpha == -1):
         raise UsageError(f"the alpha {alpha} of SmoothQuant is not from 0 to 1, nor -1 for off")
-
-
-def result_of(model: str, target: Path, exported: Exported, parity: Parity) -> ExportResult:
-    """Describe an export that was written to ``target``."""
-    return ExportResult(
-        model=model,
-        out=str(target),
-        runtime=exported.runtime,
-        precision=exported.precision,
-        fingerprint=exported.fingerprint,
-        derived_from=exported.derived_from,
-        bytes=sum(file.bytes for file in exported.files.values()),
-        parity=parity,
-    )
 
 
 def finish_export(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from cn_clip.backends.exported import Graph, GraphPrecision, Runtime
@@ -29,43 +28,54 @@ def convert_graphs(
         precision: of the stored weights.
         config: of the model.
         calibration: for int8.
-        smooth_quant_alpha: for transformers in int8 by NNCF; None is the default.
+        smooth_quant_alpha: for transformers in int8 in OpenVINO; None is the default.
     """
-    if runtime == "openvino":
-        image, text = _openvino(folder, graphs, precision, config, calibration, smooth_quant_alpha)
-        return image, text
-    image, text = graphs
-    if precision == "float16":
+    if precision == "int8":
+        assert calibration is not None
+        graphs = _to_int8(folder, graphs, runtime, config, calibration, smooth_quant_alpha)
+    elif precision == "float16" and runtime == "onnx":
         for graph in graphs:
             to_float16(folder / graph.file)
-    elif calibration is not None:
-        from cn_clip.export.quantize import quantize_convolutions, quantize_matrices
+    if runtime == "openvino":
+        from cn_clip.export.openvino import to_openvino  # it may not be installed
 
-        if config.vision.kind == "vit":
-            quantize_matrices(folder / image.file)
-        else:
-            quantize_convolutions(folder / image.file, calibration)
-        quantize_matrices(folder / text.file)
+        image, text = (
+            graph if graph.file.endswith(".xml") else to_openvino(folder, graph, precision)
+            for graph in graphs
+        )
+        return image, text
     return graphs
 
 
-def _openvino(
+def _to_int8(
     folder: Path,
     graphs: tuple[Graph, Graph],
-    precision: GraphPrecision,
+    runtime: Runtime,
     config: ModelConfig,
-    calibration: Calibration | None,
+    calibration: Calibration,
     alpha: float | None,
-) -> Iterator[Graph]:
-    from cn_clip.export import openvino  # it may not be installed
+) -> tuple[Graph, Graph]:
+    """Quantise transformers with the runtime's own quantiser, convolutions with ONNX Runtime's.
 
-    if calibration is None:
-        yield from (openvino.to_openvino(folder, graph, precision) for graph in graphs)
-        return
+    For `mini` in OpenVINO, on the stamps of docs/mini.md: with ONNX Runtime's quantiser the mean
+    cosine is 0.997, with NNCF's 0.992 (the same layers in float32), and 2.4 times as many images
+    are embedded per second.
+    """
+    from cn_clip.export.quantize import quantize_convolutions, quantize_matrices
+
     image, text = graphs
-    alpha = openvino.SMOOTH_QUANT_ALPHA if alpha is None else alpha
+    towers = [(text, calibration.texts)]
     if config.vision.kind == "vit":
-        yield openvino.transformer_to_int8(folder, image, calibration.images, alpha)
+        towers.append((image, calibration.images))
     else:
-        yield openvino.convolutions_to_int8(folder, image, calibration.images)
-    yield openvino.transformer_to_int8(folder, text, calibration.texts, alpha)
+        quantize_convolutions(folder / image.file, calibration.images)
+    done = {}
+    for graph, batches in towers:
+        if runtime == "onnx":
+            quantize_matrices(folder / graph.file)
+        else:
+            from cn_clip.export.openvino import SMOOTH_QUANT_ALPHA, transformer_to_int8
+
+            alpha = SMOOTH_QUANT_ALPHA if alpha is None else alpha
+            done[graph] = transformer_to_int8(folder, graph, batches, alpha)
+    return done.get(image, image), done.get(text, text)

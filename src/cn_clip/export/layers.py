@@ -23,7 +23,9 @@ from cn_clip.processes import usable_cpus
 _FOLLOWING = ("Add", "AveragePool", "Clip", "MaxPool", "Relu")
 _TYPES = ["Conv", *_FOLLOWING]
 _IMAGES = 16  # for the errors of single layers
-# The errors of layers add up: of `mini`, the sum is 0.008, of which the worst layer has 0.006.
+# The errors of layers add up: of `mini`, the sum is 0.008, of which the worst layer has 0.004. With
+# 0.004 it runs 1.9 times as fast as in float32, with 0.001 1.2 times, and 0.997 or 0.999 are the
+# mean cosines on the stamps of docs/mini.md; recall differs by 0.2 points.
 _ALLOWED = 0.004
 _MOST = 0.25  # share of the layers
 

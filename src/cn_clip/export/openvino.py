@@ -14,56 +14,15 @@ import openvino as ov
 
 from cn_clip.backends.exported import Graph, GraphPrecision
 from cn_clip.export.calibration import Batch
-from cn_clip.export.layers import ConvolutionQuantizer, float_layers
 from cn_clip.export.quiet import quiet
 
 SMOOTH_QUANT_ALPHA = 0.5  # of the SmoothQuant paper (Xiao et al., 2022, arXiv:2211.10438)
-_CONVOLUTIONS = ("Convolution", "GroupConvolution")
 
 
 def to_openvino(folder: Path, graph: Graph, precision: GraphPrecision) -> Graph:
-    """Replace a float32 ONNX graph in ``folder`` by its OpenVINO form; return its description."""
+    """Replace an ONNX graph in ``folder`` by its OpenVINO form; return its description."""
     model = ov.Core().read_model(folder / graph.file)
-    return _replace(folder, graph, model, compress_to_fp16=precision == "float16")
-
-
-def convolutions_to_int8(folder: Path, graph: Graph, images: Sequence[Batch]) -> Graph:
-    """Replace an ONNX graph by an OpenVINO one with int8 convolutions.
-
-    The layers that lose most keep float32, and the matrices after the convolutions are stored in
-    int8 and computed with in float32, as in ``quantize_convolutions``.
-    """
-    path = folder / graph.file
-    with quiet():
-        quantizer = ConvolutionQuantizer(path, images)
-        kept = float_layers(quantizer.layers, quantizer.errors())
-    names = {quantizer.layers[n].nodes[0] for n in kept}
-    with _nncf() as nncf:
-        model = ov.convert_model(path)
-        kinds = {op.get_friendly_name(): op.get_type_name() for op in model.get_ops()}
-        convolutions = [
-            name
-            for name, kind in kinds.items()
-            if kind in _CONVOLUTIONS and name.removesuffix("/WithoutBiases") in names
-        ]
-        matrices = [name for name, kind in kinds.items() if kind == "MatMul"]
-        # Ranges of all images: with their mean, NNCF's default, unusual images lose most.
-        ranges = nncf.quantization.range_estimator.RangeEstimatorParametersSet.MINMAX
-        model = nncf.quantize(
-            model,
-            nncf.Dataset(images),
-            subset_size=len(images),
-            ignored_scope=nncf.IgnoredScope(names=[*convolutions, *matrices]),
-            advanced_parameters=nncf.AdvancedQuantizationParameters(
-                activations_range_estimator_params=ranges
-            ),
-        )
-        model = nncf.compress_weights(
-            model,
-            mode=nncf.CompressWeightsMode.INT8_SYM,
-            ignored_scope=nncf.IgnoredScope(names=convolutions),
-        )
-    return _replace(folder, graph, model)
+    return _save(folder, graph, model, compress_to_fp16=precision == "float16")
 
 
 def transformer_to_int8(
@@ -88,10 +47,10 @@ def transformer_to_int8(
                 smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=alpha)
             ),
         )
-    return _replace(folder, graph, model)
+    return _save(folder, graph, model)
 
 
-def _replace(folder: Path, graph: Graph, model: ov.Model, compress_to_fp16: bool = False) -> Graph:
+def _save(folder: Path, graph: Graph, model: ov.Model, compress_to_fp16: bool = False) -> Graph:
     source = folder / graph.file
     target = source.with_suffix(".xml")
     ov.save_model(model, target, compress_to_fp16=compress_to_fp16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
-from cn_clip.export.calibration import Calibration
+from cn_clip.export.calibration import Batch
 from cn_clip.export.layers import ConvolutionQuantizer, float_layers
 from cn_clip.export.precision import save_in_place
 from cn_clip.export.quiet import quiet
@@ -19,14 +20,14 @@ from cn_clip.export.quiet import quiet
 _SMALLEST = 1 << 14  # values of a weight; smaller ones keep their precision
 
 
-def quantize_convolutions(path: Path, calibration: Calibration) -> None:
+def quantize_convolutions(path: Path, images: Sequence[Batch]) -> None:
     """Quantise a convolutional image tower in place: static ranges, from calibration images.
 
     The layers that lose most keep float32; the matrices after the convolutions (of `mini`, a
     classifier and its softmax) are stored in int8 and computed with in float32.
     """
     with quiet():
-        quantizer = ConvolutionQuantizer(path, calibration.images)
+        quantizer = ConvolutionQuantizer(path, images)
         kept = float_layers(quantizer.layers, quantizer.errors())
         model = quantizer.quantize(
             layer for n, layer in enumerate(quantizer.layers) if n not in kept
