@@ -16,6 +16,7 @@ import cn_clip
 from cn_clip import export as export_module
 from cn_clip import weights
 from cn_clip.backends.exported import read_exported
+from cn_clip.cli import run
 from cn_clip.errors import UsageError
 from cn_clip.eval.zeroshot import read_templates
 from cn_clip.export import choose, export
@@ -220,12 +221,16 @@ def test_the_fastest_that_holds_is_picked_and_the_smallest_of_equals():
 
 
 @pytest.mark.usefixtures("known_graphs")
-def test_every_precision_is_tried_and_the_chosen_one_written(tiny_checkpoint, photos, tmp_path):
+def test_every_precision_is_tried_and_the_chosen_one_written(
+    tiny_checkpoint, photos, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(choose.REQUIRED_COSINE, "float16", 1.1)
     spec = f"csv:{photos / 'captions.csv'}"
     choice = choose.export_fastest(
         tiny_checkpoint, tmp_path / "there/out", dataset=spec, max_recall_drop=100
     )
     assert [trial.precision for trial in choice.trials] == ["float32", "float16", "int8"]
+    assert [trial.holds for trial in choice.trials] == [True, False, True]
     assert choice.chosen == choose.pick(choice.trials)
     assert read_exported(tmp_path / "there/out").precision == choice.chosen.stored
     assert [path.name for path in (tmp_path / "there").iterdir()] == ["out"]
@@ -237,14 +242,43 @@ def test_every_precision_is_tried_and_the_chosen_one_written(tiny_checkpoint, ph
 
 
 @pytest.mark.usefixtures("known_graphs")
-def test_a_bar_that_only_float_holds_is_held(tiny_checkpoint, photos, tmp_path, monkeypatch):
-    monkeypatch.setitem(choose.REQUIRED_COSINE, "int8", 1.0)
-    monkeypatch.setitem(choose.REQUIRED_COSINE, "float16", 1.0)
-    choice = choose.export_fastest(
-        tiny_checkpoint, tmp_path / "out", dataset=f"csv:{photos}/captions.csv", max_recall_drop=100
-    )
-    assert [trial.holds for trial in choice.trials] == [True, False, False]
-    assert choice.result.precision == "float32"
+def test_the_command_says_that_recall_was_not_measured(tiny_checkpoint, tmp_path, capsys):
+    words = ["export", "--model", str(tiny_checkpoint), "--out", str(tmp_path / "out")]
+    assert run([*words, "--precision", "float16"]) == 0
+    assert "not measured; give --max-recall-drop and --dataset" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-recall-drop", "1"], "give both, or neither"),
+        (["--dataset", "csv:a.csv"], "give both, or neither"),
+        (["--max-recall-drop", "1", "--dataset", "x", "--precision", "int8"], "drop --precision"),
+        (["--max-recall-drop", "-1", "--dataset", "x"], "drop of -1.0 points; give a number"),
+        (["--max-recall-drop", "nan", "--dataset", "x"], "drop of nan points; give a number"),
+        (["--max-recall-drop", "1", "--dataset", "x"], "x"),
+        (["--images", "missing", "--precision", "int8"], "missing"),
+    ],
+)
+def test_options_that_contradict_are_bad_usage(arguments, message, tiny_checkpoint, capsys):
+    assert run(["export", "--model", str(tiny_checkpoint), *arguments]) in (1, 2)
+    captured = capsys.readouterr()
+    assert captured.out == "" and message in captured.err and captured.err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("known_graphs")
+def test_the_table_has_every_precision_and_unreadable_images_fail(
+    tiny_checkpoint, photos, tmp_path, capsys
+):
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    (folder / "7.png").write_bytes(b"broken")
+    words = ["--out", str(tmp_path / "out"), "--dataset", f"csv:{folder}/captions.csv"]
+    command = ["export", "--model", str(tiny_checkpoint), *words, "--max-recall-drop", "100"]
+    assert run(command) == 1
+    captured = capsys.readouterr()
+    rows = [line.split()[0] for line in captured.out.splitlines()[1:4]]
+    assert rows == ["float32", "float16", "int8"]
+    assert "captions.csv, line 9" in captured.err and "1 unreadable and excluded" in captured.err
 
 
 def test_labelled_images_are_scored_by_accuracy(tiny_checkpoint, tmp_path):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from rich.markup import escape
 from rich.table import Table
 
+from cn_clip.cli.eval.retrieval import list_failed
 from cn_clip.cli.show import Flag, console, print_json
 from cn_clip.errors import UsageError
 
@@ -31,7 +32,7 @@ def export(
     official_names: Flag = False,
     overwrite: Flag = False,
     json: Flag = False,
-) -> None:
+) -> int:
     """Export a model as graphs that run without torch, verified against the original.
 
     Writes two graphs (image and text, any batch size and text length), the tokenizer, the
@@ -99,7 +100,8 @@ def export(
         else:
             console().print(_trials(choice, max_recall_drop))
             console().print(_table(choice.result, _recall(choice)))
-        return
+        list_failed(choice.failed)
+        return 1 if choice.failed else 0
     from cn_clip.export import export as run  # slow to import
 
     result = run(
@@ -116,6 +118,7 @@ def export(
         print_json(asdict(result))
     else:
         console().print(_table(result, "not measured; give --max-recall-drop and --dataset"))
+    return 0
 
 
 def _trials(choice: Choice, max_drop: float) -> Table:

@@ -50,8 +50,8 @@ def calibration_of(
             f"int8 is calibrated on at least {MIN_IMAGES} images, {len(images)} were given; give "
             "more, or none for the sample in the package"
         )
-    used = _evenly(list(images) or sample.images, _MAX_IMAGES)
-    ids = original.prepare_texts(_evenly([*sample.texts, *texts], _MAX_IMAGES))
+    used = evenly(list(images) or sample.images, _MAX_IMAGES)
+    ids = original.prepare_texts(evenly([*sample.texts, *texts], _MAX_IMAGES))
     return Calibration(
         images=[_normalised(original.prepare_image(image), original.config) for image in used],
         texts=[np.array([text_ids], np.int64) for text_ids in ids],
@@ -69,7 +69,7 @@ def _normalised(prepared: PreparedImage, config: ModelConfig) -> Batch:
     return normalize(pixels, config.image_mean, config.image_std)
 
 
-def _evenly(items: Sequence[Any], count: int) -> list[Any]:
+def evenly(items: Sequence[Any], count: int) -> list[Any]:
     """Return at most ``count`` items, evenly spaced."""
     step = max(1.0, len(items) / count)
     return [items[int(n * step)] for n in range(min(count, len(items)))]

@@ -76,6 +76,7 @@ class Choice:
         refused: messages for precisions that are wrong on this CPU.
         metric: ``"mean recall"`` or ``"accuracy"``.
         score: of float32, from 0 to 1.
+        failed: messages for unreadable rows and images of the set, which are excluded.
     """
 
     result: ExportResult
@@ -84,6 +85,7 @@ class Choice:
     refused: list[str]
     metric: str
     score: float
+    failed: list[str]
 
 
 def export_fastest(
@@ -158,7 +160,7 @@ def export_fastest(
         official_names=official_names,
         overwrite=overwrite,
     )
-    return Choice(result, chosen, trials, refused, scored.metric, score)
+    return Choice(result, chosen, trials, refused, scored.metric, score, scored.failed)
 
 
 def pick(trials: Sequence[Trial]) -> Trial | None:

@@ -16,7 +16,7 @@ from onnxruntime.quantization import QuantType
 from onnxruntime.quantization.calibrate import create_calibrator
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
-from cn_clip.export.calibration import Batch, loss
+from cn_clip.export.calibration import Batch, evenly, loss
 from cn_clip.processes import usable_cpus
 
 # They have int8 kernels, and run fused with the convolution before them.
@@ -48,7 +48,7 @@ class ConvolutionQuantizer:
             path: the graph; below 2 GB with its weights.
             images: float32 (1, 3, S, S).
         """
-        self._images = images[:: max(1, len(images) // _IMAGES)]
+        self._images = evenly(images, _IMAGES)
         with tempfile.TemporaryDirectory() as folder:
             # One file: libraries refuse files of weights beside a graph behind a link.
             whole = Path(folder).resolve() / "graph.onnx"

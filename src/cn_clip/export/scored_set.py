@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from cn_clip.data.sources.open import open_mix
@@ -20,6 +22,7 @@ class ScoredSet:
 
     Attributes:
         metric: what ``score`` returns.
+        failed: a message for each unreadable row or image, which are excluded, once scored.
     """
 
     def __init__(self, spec: str) -> None:
@@ -30,7 +33,8 @@ class ScoredSet:
                 ``label_cn.txt``, as for ``cn-clip eval zeroshot``.
         """
         self._data: EvalSet | LabelledImages
-        if (Path(spec) / LABELS).is_file():
+        self.failed: list[str] = []
+        if os.path.isfile(os.path.join(spec, LABELS)):
             self._data = read_labelled(Path(spec))
             info = datasets().get(Path(spec).resolve().name, DatasetInfo())
             self._templates = read_templates(info.templates)
@@ -42,8 +46,12 @@ class ScoredSet:
     def score(self, embedder: Embedder) -> float:
         """Return the score of a model, from 0 to 1."""
         if isinstance(self._data, LabelledImages):
-            return evaluate_zeroshot(embedder, self._data, self._templates).top1
-        return measure(embedder, self._data).recall.mean_recall
+            scores = evaluate_zeroshot(embedder, self._data, self._templates)
+            self.failed = scores.failed
+            return scores.top1
+        result = measure(embedder, self._data)
+        self.failed = result.failed
+        return result.recall.mean_recall
 
     def check_unseen(self, images: Iterable[Path]) -> None:
         """Raise a ``UsageError`` if a file for calibration is an image of the set."""
@@ -56,14 +64,13 @@ class ScoredSet:
             )
 
     def _contents(self) -> Iterator[bytes]:
-        if isinstance(self._data, LabelledImages):
-            yield from (path.read_bytes() for path in self._data.images)
-            return
+        """Yield the bytes of each readable image; the others are reported by ``score``."""
         for index in range(len(self._data.images)):
-            try:
-                yield self._data.image_bytes(index)
-            except CNClipError:  # reported by the evaluation
-                continue
+            with suppress(CNClipError, OSError):
+                if isinstance(self._data, LabelledImages):
+                    yield self._data.images[index].read_bytes()
+                else:
+                    yield self._data.image_bytes(index)
 
 
 def _digest(content: bytes) -> bytes:
