@@ -23,9 +23,10 @@ from cn_clip.processes import usable_cpus
 _FOLLOWING = ("Add", "AveragePool", "Clip", "MaxPool", "Relu")
 _TYPES = ["Conv", *_FOLLOWING]
 _IMAGES = 16  # for the errors of single layers
-# The errors of layers add up: of `mini`, the sum is 0.008, half of it from the first two layers. With
-# those in float32, it is 1.9 times as fast as all in float32; with a limit of 0.001, 1.2 times. Mean
-# cosines on the stamps of docs/mini.md are 0.997 and 0.999, and recall differs by 0.2 points.
+# The errors of layers add up: of `mini`, the sum is 0.008, half of it from the first two layers.
+# With those in float32, it is 1.9 times as fast as all in float32; with a limit of 0.001, 1.2
+# times. The mean cosines on the stamps of docs/mini.md are 0.997 and 0.999, and recall differs by
+# 0.2 points.
 _ALLOWED = 0.005
 _MOST = 0.25  # share of the layers
 
