@@ -1,4 +1,4 @@
-"""``convert`` beside a plain copy of the file: seconds, and peak memory over ``import torch``.
+"""``convert`` compared with a copy of the file: seconds, and peak memory over ``import torch``.
 
     python benchmarks/convert.py CHECKPOINT.pt [--rounds 3]
 
@@ -52,16 +52,16 @@ def main() -> None:
             target = Path(work) / "copy.pt"
             copies.append(copy(options.checkpoint, target))
             target.unlink()
-            for to, found in results.items():
+            for to, runs in results.items():
                 out = Path(work) / ("out.pt" if to == "official" else to)
                 run = [sys.executable, "-c", CHILD, str(options.checkpoint), str(out), to]
                 done = subprocess.run(run, capture_output=True, text=True, check=True)
-                found.append(json.loads(done.stdout))
+                runs.append(json.loads(done.stdout))
                 shutil.rmtree(out) if out.is_dir() else out.unlink()
     print(f"copy: {min(copies):.2f} s (all: {', '.join(f'{s:.2f}' for s in copies)})")
-    for to, found in results.items():
-        seconds = [each["seconds"] for each in found]
-        peak = max(each["peak"] for each in found)
+    for to, runs in results.items():
+        seconds = [run["seconds"] for run in runs]
+        peak = max(run["peak"] for run in runs)
         bar = 2 * min(copies) + 1
         print(
             f"convert --to {to}: {min(seconds):.2f} s (all: "

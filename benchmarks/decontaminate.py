@@ -108,8 +108,10 @@ def measure_recall(options: argparse.Namespace, scratch: Path) -> None:
     for change in CHANGES:
         copies = write_source([change(image) for image in tests], scratch / change.__name__)
         removed = decontaminate(copies, against, min_caption=0).removed
-        found = sum(pair.index == pair.against for pair in removed)
-        print(f"  {change.__name__:<14} {found:5} of {len(tests)} found: {found / len(tests):.1%}")
+        matched = sum(pair.index == pair.against for pair in removed)
+        print(
+            f"  {change.__name__:<14} {matched:5} of {len(tests)} found: {matched / len(tests):.1%}"
+        )
     others = write_source(load(options.other, options.others), scratch / "others")
     begin = time.perf_counter()
     result = decontaminate(others, against, min_caption=0)

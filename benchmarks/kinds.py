@@ -4,7 +4,7 @@
     python benchmarks/kinds.py FOLDER --stamps DIR
     python benchmarks/kinds.py FOLDER --photos         # without the folders of cartoons
 
-Writes the 262 pictures whose folder names a kind of thing (without cartoons fewer), on white
+Writes the 262 images whose folder is one of nine classes (fewer without cartoons), on white
 squares, as FOLDER/test/0 to FOLDER/test/8 with FOLDER/label_cn.txt, for
 `cn-clip eval zeroshot --data FOLDER`.
 """
@@ -31,7 +31,7 @@ KINDS = {
 
 
 def write_kinds(stamps: Path, folder: Path, *, photos: bool) -> int:
-    """Write the pictures and the labels; return how many pictures there are."""
+    """Write the images and the labels; return the number of images."""
     count, keys = 0, list(KINDS)
     for number, (path, _) in enumerate(things(stamps)):
         parts = path.relative_to(stamps).parts
@@ -57,7 +57,7 @@ def main() -> None:
         count = write_kinds(
             options.stamps or fetch(Path(scratch)), options.folder, photos=options.photos
         )
-    print(f"{count} pictures of {len(KINDS)} kinds in {options.folder}")
+    print(f"{count} images of {len(KINDS)} kinds in {options.folder}")
 
 
 if __name__ == "__main__":

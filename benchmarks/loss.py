@@ -1,13 +1,12 @@
-"""The loss of a large batch beside the N x N way, open_clip's: seconds and peak memory, on the CPU.
+"""Time and peak memory of our loss and of the N x N loss of open_clip, on the CPU.
 
     python benchmarks/loss.py [--batch 16384] [--dim 512] [--rounds 3] [--json FILE]
 
-The N x N way is ``logits = scale * image @ text.T`` and two ``F.cross_entropy``, forward and
-backward. Each measurement is a process of its own, in turns; the best time and the largest peak
-count. Peak memory is that over what the process held before the loss, inputs included. Both sides
-get the same seeded embeddings, and their losses and gradients are compared. Ratios are ours to
-theirs; below 1 they are in our favour. CPU seconds, of all
-threads, say more where others share the machine.
+The N x N loss is ``logits = scale * image @ text.T`` and two ``F.cross_entropy``, forward and
+backward. Measurements run alternately in separate processes; the best time and the highest peak
+count. Peak memory excludes what the process used before the loss, such as the inputs. Both get the
+same seeded embeddings, and their losses and gradients are compared. Ratios are ours / N x N; below
+1 they are in our favour. On a shared machine, compare CPU seconds (of all threads).
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from cn_clip.train.loss import Teacher, clip_loss, sigmoid_loss
 
 MEGABYTE = 2**20
 NAIVE = "N x N"
-# name -> the bars of time and memory, as ratios to N x N; None where there is no rival
+# name -> limits of the time and memory ratios to N x N; None if there is nothing to compare with
 OURS: dict[str, tuple[float, float] | None] = {
     "ours": (1.3, 1 / 8),
     "ours, keys without duplicates": None,
@@ -67,7 +66,7 @@ def measure(which: str, batch: int, dim: int) -> dict[str, float]:
     text = F.normalize(image + 2 * torch.randn(batch, dim, generator=rng) / dim**0.5, dim=-1)
     inputs = [x.requires_grad_() for x in (image, text, torch.tensor(50.0))]
     small = [x.detach()[:64] if x.dim() else x for x in inputs]
-    loss_of(which, *(x.requires_grad_() for x in small)).backward()  # threads, libraries
+    loss_of(which, *(x.requires_grad_() for x in small)).backward()  # warm-up
     before = peak_memory()
     start, busy = time.perf_counter(), time.process_time()
     value = loss_of(which, *inputs)
@@ -88,7 +87,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16384)
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -96,31 +95,31 @@ def main() -> None:
         return
     results: dict[str, list[dict[str, float]]] = {NAIVE: [], **{which: [] for which in OURS}}
     for _ in range(options.rounds):
-        for which, found in results.items():
+        for which, runs in results.items():
             size = ["--batch", str(options.batch), "--dim", str(options.dim)]
-            run = [sys.executable, __file__, "--child", which, *size]
-            done = subprocess.run(run, capture_output=True, text=True, check=True)
-            found.append(json.loads(done.stdout))
+            command = [sys.executable, __file__, "--child", which, *size]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            runs.append(json.loads(done.stdout))
     figures = {
         which: {
-            **found[0],
-            "seconds": min(each["seconds"] for each in found),
-            "cpu": min(each["cpu"] for each in found),
-            "peak": max(each["peak"] for each in found),
+            **runs[0],
+            "seconds": min(run["seconds"] for run in runs),
+            "cpu": min(run["cpu"] for run in runs),
+            "peak": max(run["peak"] for run in runs),
         }
-        for which, found in results.items()
+        for which, runs in results.items()
     }
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     print(f"{options.batch} pairs, {options.dim} dimensions; {machine}")
     theirs = figures[NAIVE]
-    print(f"{'':32}{'s':>8}{'ratio':>8}{'CPU s':>8}{'ratio':>8}{'MB':>8}{'ratio':>8}  bars")
-    for which, each in figures.items():
-        bars = OURS.get(which)
+    print(f"{'':32}{'s':>8}{'ratio':>8}{'CPU s':>8}{'ratio':>8}{'MB':>8}{'ratio':>8}  limits")
+    for which, figure in figures.items():
+        limits = OURS.get(which)
         print(
-            f"{which:32}{each['seconds']:8.2f}{each['seconds'] / theirs['seconds']:8.2f}"
-            f"{each['cpu']:8.2f}{each['cpu'] / theirs['cpu']:8.2f}"
-            f"{each['peak'] / MEGABYTE:8.0f}{each['peak'] / theirs['peak']:8.3f}"
-            + (f"  time {bars[0]:.2f}, memory {bars[1]:.3f}" if bars else "")
+            f"{which:32}{figure['seconds']:8.2f}{figure['seconds'] / theirs['seconds']:8.2f}"
+            f"{figure['cpu']:8.2f}{figure['cpu'] / theirs['cpu']:8.2f}"
+            f"{figure['peak'] / MEGABYTE:8.0f}{figure['peak'] / theirs['peak']:8.3f}"
+            + (f"  time {limits[0]:.2f}, memory {limits[1]:.3f}" if limits else "")
         )
     for name in [name for name in theirs if name not in ("seconds", "cpu", "peak")]:
         print(f"{name}: {theirs[name]:.7g} of N x N, {figures['ours'][name]:.7g} of ours")

@@ -118,7 +118,7 @@ def main() -> None:
     }
     captions = len({caption for _, caption in pairs})
     if options.json:
-        about = {"model": options.model, "against": options.against, "pictures": len(pairs)}
+        about = {"model": options.model, "against": options.against, "images": len(pairs)}
         print(json.dumps(about | {"captions": captions} | result))
         return
     over = f" over {options.against}" if options.against else ""

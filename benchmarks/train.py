@@ -1,14 +1,13 @@
-"""A training step of ViT-B/16 + RoBERTa-base beside the official model code and open_clip.
+"""A training step of ViT-B/16 + RoBERTa-base compared with the official code and open_clip.
 
     python benchmarks/train.py [--peer OTHER/bin/python] [--batch 64] [--seconds 30]
 
-Each row is a process of its own with the same batch: random pictures, and real Chinese captions
-(those of the emoji of CLDR, if --captions names a text file, else the sentences of tests/golden).
-The peer is a Python with the official `cn-clip` and `open_clip_torch`; rows that need it are left
-out without one. Ours runs in both Pythons, so that the version of torch can be told from the code:
-ratios are of rows of one Python. Stage 1 is the text tower alone learning (LiT): the reference's
-way is online, padded to 52 tokens, float32; ours cached has the image features on disk. Weights
-are random, which changes no time.
+Each row runs in a separate process with the same batch: random images, and Chinese captions from
+--captions, a text file, or from tests/golden. The peer is a Python with the official `cn-clip` and
+`open_clip_torch`; without it, rows that need it are omitted. With it, all rows run in that Python,
+so that ratios compare code under one version of torch. Stage 1 trains only the text tower (LiT):
+the reference runs the image tower online, pads texts to 52 tokens and uses float32; "ours cached"
+reads image features from memory. Weights are random, which does not affect the time.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESOLUTION = 224
 
-# name -> (who runs it, stage 1, cached features, precision)
+# name -> (implementation, stage 1, cached features, precision)
 ROWS = {
     "stage 1, official, fp32": ("official", True, False, "fp32"),
     "stage 1, ours online, fp32": ("ours", True, False, "fp32"),
@@ -40,7 +39,7 @@ ROWS = {
     "full step, ours, fp32": ("ours", False, False, "fp32"),
     "full step, ours, bf16": ("ours", False, False, "bf16"),
 }
-# What is divided by what: (ours, the other's).
+# (ours, other): the ratios that are printed
 RATIOS = [
     ("stage 1, ours cached, fp32", "stage 1, ours online, fp32"),
     ("stage 1, ours cached, bf16", "stage 1, ours online, bf16"),
@@ -63,8 +62,8 @@ def captions_of(path: str | None, count: int) -> list[str]:
     return [lines[n % len(lines)] for n in range(count)]
 
 
-def official_step(batch: int, captions: list[str], locked: bool, precision: str):
-    """The official model code with its optimizer's settings, as its train() does a step."""
+def official_step(batch: int, captions: list[str], frozen: bool, precision: str):
+    """Return a step of the official model code and optimizer settings."""
     import torch
 
     from cn_clip.clip import tokenize
@@ -72,7 +71,7 @@ def official_step(batch: int, captions: list[str], locked: bool, precision: str)
 
     model = create_model("ViT-B-16@RoBERTa-wwm-ext-base-chinese", None)
     model = model.float().train()
-    if locked:
+    if frozen:
         for parameter in model.visual.parameters():
             parameter.requires_grad = False
     images, ids = torch.randn(batch, 3, RESOLUTION, RESOLUTION), tokenize(captions)
@@ -80,8 +79,8 @@ def official_step(batch: int, captions: list[str], locked: bool, precision: str)
 
 
 def open_clip_step(batch: int, captions: list[str], precision: str):
-    """open_clip's own towers of these sizes: its ViT-B/16, and its text transformer of 12 layers of
-    768, which reads 52 tokens as ours does."""
+    """Return a step of open_clip: its ViT-B/16, and a text transformer of the same depth, width and
+    context length as ours."""
     import torch
     from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
@@ -94,12 +93,12 @@ def open_clip_step(batch: int, captions: list[str], precision: str):
 
 
 def plain_step(model, forward, precision: str):
-    """A step as open_clip and the official code do it: forward, N x N cross-entropy, AdamW."""
+    """Return a step with the usual N x N cross-entropy and AdamW."""
     import torch
     import torch.nn.functional as F
 
-    learning = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=1e-5, betas=(0.9, 0.98), eps=1e-6)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-5, betas=(0.9, 0.98), eps=1e-6)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -114,8 +113,8 @@ def plain_step(model, forward, precision: str):
     return step
 
 
-def our_step(batch: int, captions: list[str], locked: bool, cached: bool, precision: str):
-    """A step of our trainer: its own functions, in its order."""
+def our_step(batch: int, captions: list[str], frozen: bool, cached: bool, precision: str):
+    """Return a step made of the functions of our training loop."""
     import torch
 
     from cn_clip.config import MODELS
@@ -132,7 +131,7 @@ def our_step(batch: int, captions: list[str], locked: bool, cached: bool, precis
     from cn_clip.train.recipe.schema import Stage
     from cn_clip.train.step import Heads, MixedPrecision, Towers, backward
 
-    stage = Stage(epochs=1, freeze=("visual.*",) if locked else ())
+    stage = Stage(epochs=1, freeze=("visual.*",) if frozen else ())
     model = CLIP(MODELS["ViT-B-16"])
     initialize(model, torch.Generator().manual_seed(0))
     freeze(model, stage.freeze)
@@ -169,14 +168,14 @@ def measure(name: str, batch: int, seconds: float, captions: list[str]) -> dict[
     import torch
 
     torch.manual_seed(0)
-    who, locked, cached, precision = ROWS[name]
-    if who == "official":
-        step = official_step(batch, captions, locked, precision)
-    elif who == "open_clip":
+    implementation, frozen, cached, precision = ROWS[name]
+    if implementation == "official":
+        step = official_step(batch, captions, frozen, precision)
+    elif implementation == "open_clip":
         step = open_clip_step(batch, captions, precision)
     else:
-        step = our_step(batch, captions, locked, cached, precision)
-    step()  # memory is touched and kernels are chosen
+        step = our_step(batch, captions, frozen, cached, precision)
+    step()  # warm-up: memory is allocated and kernels are chosen
     best, begin = float("inf"), time.perf_counter()
     while True:
         start = time.perf_counter()
@@ -185,7 +184,7 @@ def measure(name: str, batch: int, seconds: float, captions: list[str]) -> dict[
         if time.perf_counter() - begin > seconds:
             break
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"rate": batch / best, "memory": memory, "torch": torch.__version__}
+    return {"pairs_per_second": batch / best, "memory": memory, "torch": torch.__version__}
 
 
 def run_row(python: str, name: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -207,39 +206,39 @@ def main() -> None:
     parser.add_argument("--peer", help="a Python with the official cn-clip and open_clip_torch")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument(
-        "--seconds", type=float, default=30.0, help="for each row, after a first step"
+        "--seconds", type=float, default=30.0, help="per row, after the warm-up step"
     )
-    parser.add_argument("--captions", help="a text file, a caption a line")
-    parser.add_argument("--only", default="", help="rows whose name holds this")
+    parser.add_argument("--captions", help="a text file with one caption per line")
+    parser.add_argument("--only", default="", help="only rows whose name contains this")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row:
-        found = measure(
+        result = measure(
             options.row,
             options.batch,
             options.seconds,
             captions_of(options.captions, options.batch),
         )
-        print(json.dumps(found))
+        print(json.dumps(result))
         return
     captions = captions_of(options.captions, options.batch)
     python = options.peer or sys.executable
     mean = sum(map(len, captions)) / len(captions)
     print(f"batch {options.batch}, captions of {mean:.1f} characters, {os.cpu_count()} cores")
-    rates: dict[str, float] = {}
-    for name, (who, *_) in ROWS.items():
-        if options.only not in name or (who != "ours" and options.peer is None):
+    speeds: dict[str, float] = {}
+    for name, (implementation, *_) in ROWS.items():
+        if options.only not in name or (implementation != "ours" and options.peer is None):
             continue
-        found = run_row(python, name, options)
-        rates[name] = found["rate"]
+        result = run_row(python, name, options)
+        speeds[name] = result["pairs_per_second"]
         print(
-            f"{name:32} {found['rate']:8.2f} pairs/s {found['memory']:8,.0f} MB at most, "
-            f"torch {found['torch']}",
+            f"{name:32} {speeds[name]:8.2f} pairs/s {result['memory']:8,.0f} MB peak, "
+            f"torch {result['torch']}",
             flush=True,
         )
     for ours, other in RATIOS:
-        if ours in rates and other in rates:
-            print(f"{rates[ours] / rates[other]:6.2f} x  {ours}  /  {other}")
+        if ours in speeds and other in speeds:
+            print(f"{speeds[ours] / speeds[other]:6.2f} x  {ours}  /  {other}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Write docs/cli.md: the help text of `cn-clip` and of each verb, as 80 columns show it.
+"""Write docs/cli.md: the help text of `cn-clip` and of every command, 80 columns wide.
 
-Run it after any change to a verb: ``make docs``, or ``python docs/generate_cli.py``.
+Run it after any change to a command: ``make docs``, or ``python docs/generate_cli.py``.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ WIDTH = 80
 HEAD = """\
 # Command line
 
-Every verb's `--help`. This page is generated; to renew it: `python docs/generate_cli.py`.
+The `--help` of every command. This page is generated; to update it: `python docs/generate_cli.py`.
 
 Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted, 143 and 129 ended by SIGTERM and SIGHUP.
-Results go to stdout; errors, warnings and progress bars go to stderr.
+Results go to stdout; errors, warnings and progress bars go to stderr. `--json` prints one JSON
+object; its `format`, such as `cn-clip json 1`, changes when a key is renamed or removed.
 """
 
 
@@ -34,19 +35,19 @@ def help_text(words: Sequence[str]) -> str:
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()).strip("\n")
 
 
-def verbs(app: App, before: Sequence[str] = ()) -> Iterator[list[str]]:
-    """Yield the words of every verb, and of those below it."""
+def commands(app: App, before: Sequence[str] = ()) -> Iterator[list[str]]:
+    """Yield the words of every command, subcommands included."""
     yield [*before]
     for name in app:
         if not name.startswith("-"):
-            yield from verbs(app[name], [*before, name])
+            yield from commands(app[name], [*before, name])
 
 
 def render() -> str:
     """Return the whole page."""
     blocks = [
         f"## {' '.join(['cn-clip', *words])}\n\n```text\n{help_text(words)}\n```\n"
-        for words in verbs(app)
+        for words in commands(app)
     ]
     return "\n".join([HEAD, *blocks])
 

@@ -128,7 +128,7 @@ def test_the_readme_table_matches_the_models_command(capsys, readme):
     assert run(["models", "--json"]) == 0
     listed = [
         (m["name"], f"{m['parameters'] / 1e6:.0f} M", str(m["resolution"]), str(m["dim"]))
-        for m in json.loads(capsys.readouterr().out)
+        for m in json.loads(capsys.readouterr().out)["models"]
     ]
     rows = re.findall(r"^\| `(.+?)` \|.*\| (\d+ M) \| (\d+) \| (\d+) \|$", read(readme), re.M)
     assert rows == listed

@@ -150,6 +150,17 @@ def test_exif_orientation_and_the_background_colour_are_applied():
     np.testing.assert_array_equal(embedder.embed_images(clear), embedder.embed_images(white))
 
 
+def test_max_pixels_refuses_larger_images_and_keeps_the_fingerprint(folder):
+    image = np.zeros((30, 40, 3), np.uint8)
+    default, limited = cn_clip.load(folder), cn_clip.load(folder, max_pixels=1200)
+    np.testing.assert_array_equal(limited.embed_images(image), default.embed_images(image))
+    assert limited.fingerprint == default.fingerprint
+    with pytest.raises(ImageError, match=r"40 x 30 pixels, above the limit of 1,199"):
+        cn_clip.load(folder, max_pixels=1199).embed_images(image)
+    with pytest.raises(UsageError, match="max_pixels 0 is below 1"):
+        cn_clip.load(folder, max_pixels=0)
+
+
 def test_fast_decode_changes_embeddings_only_slightly(folder):
     content = encoded(make_image(size=(1600, 1200)), "JPEG", quality=95)
     exact, fast = (cn_clip.load(folder, fast_decode=on) for on in (False, True))

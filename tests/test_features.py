@@ -32,7 +32,7 @@ def test_captions_are_read_as_ids_with_their_vectors_in_order(tmp_path):
     assert read_embeddings(folder, "texts").ids == ["0", "1", "2"]
 
 
-def test_of_a_caption_that_stands_there_twice_the_first_counts(tmp_path):
+def test_the_first_of_repeated_captions_is_kept(tmp_path):
     found = read_captions(written(tmp_path / "texts", ["一只猫", "狗", "一只猫", "马"]))
     assert found.ids == ["一只猫", "狗", "马"]
     np.testing.assert_array_equal(found.vectors, np.eye(4)[[0, 1, 3]])

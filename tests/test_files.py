@@ -44,12 +44,12 @@ def test_labels_and_templates_of_the_command_line_enter_as_valid_text(tmp_path, 
 
 
 @pytest.mark.parametrize("raw", [b"\xed\xa0\xbd", b"[" * 100_000, b"9" * 5_000, b"[1"])
-def test_json_that_is_none_is_a_value_error_of_some_kind(raw):
+def test_invalid_json_is_a_value_error(raw):
     with pytest.raises(ValueError):
         read_json(raw)
 
 
-def test_a_name_that_is_not_utf8_is_written_so_that_it_leads_back_to_the_file():
+def test_a_name_that_is_not_utf8_round_trips():
     written = path_text(f"p/{GBK}.jpg")
     assert written == "p/%D6%D0%CE%C4.jpg" and written.encode()
     assert unquote_to_bytes(written) == os.fsencode(f"p/{GBK}.jpg")
@@ -57,7 +57,7 @@ def test_a_name_that_is_not_utf8_is_written_so_that_it_leads_back_to_the_file():
 
 
 @pytest.mark.parametrize("given", ["", "a\0b", "a" * 300, "~nobody-of-this-name/x"])
-def test_a_path_that_no_system_takes_is_refused_in_a_sentence(given):
+def test_an_invalid_path_is_refused_with_one_sentence(given):
     with pytest.raises(UsageError, match=r"path is empty|is not a valid path"):
         as_path(given)
     with pytest.raises(ImageError):
@@ -190,7 +190,7 @@ def test_lists_of_images_and_texts_in_common_forms_are_read(tmp_path):
     assert (item.id, item.content) == ("\ufffd", "猫\ufffd")
 
 
-def test_a_line_without_an_end_is_not_read_whole(tmp_path, monkeypatch):
+def test_an_endless_line_is_not_read_completely(tmp_path, monkeypatch):
     from cn_clip.data.sources import lines
     from cn_clip.errors import DataError
 

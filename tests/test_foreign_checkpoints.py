@@ -24,14 +24,19 @@ def assert_same(a, b):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("key", ["state_dict", "model", "model_state_dict", "module"])
+KEYS = ["state_dict", "model", "model_state_dict", "module", "model.state_dict"]
+
+
+@pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize(
     "prefix",
     ["", "module.", "_orig_mod.", "model.", "module._orig_mod.", "model._orig_mod.module."],
 )
 def test_every_common_key_and_prefix_is_read(tiny_model, tmp_path, key, prefix):
     state = {prefix + name: tensor for name, tensor in state_of(tiny_model).items()}
-    blob = {"epoch": 1, key: state, "optimizer": {"state": {}}, "pytorch-lightning_version": "2.5"}
+    outer, _, inner = key.partition(".")
+    blob = {"epoch": 1, outer: {inner: state, "epoch": 2} if inner else state}
+    blob |= {"optimizer": {"state": {}}, "pytorch-lightning_version": "2.5"}
     torch.save(blob, tmp_path / "file.pt")
     assert_same(weights.read(tmp_path / "file.pt").tensors, state_of(tiny_model))
     assert weights.other_checkpoint_keys(tmp_path / "file.pt") == (
@@ -101,14 +106,14 @@ def test_the_format_is_detected_from_the_content_not_the_suffix(tiny_model, tmp_
     [
         (
             b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n",
-            "is a Git LFS pointer of 63 bytes, not the file: git lfs pull",
+            "is a Git LFS pointer; fetch the file: git lfs pull",
         ),
         (b"", r"is empty \(0 bytes\); download or copy it again"),
         (bytes(5000), "starts with zeros, as after a broken download"),
         (b"\n<!DOCTYPE html><html></html>", "is a web page, not the file; .*/resolve/"),
         (b'<?xml version="1.0"?><Error><Code>AccessDenied', "is an XML page"),
         (b'{"model_type": "chinese_clip"}', "is a JSON file, not weights; give its folder"),
-        (gzip.compress(b"x"), "is compressed with gzip; unpack it first"),
+        (gzip.compress(b"x"), "is compressed with gzip: gunzip it first"),
         (b"PK\x03\x04" + bytes(100), "is not a valid .*its end is missing.*download"),
         (b"hello", "is not a valid .*unknown first bytes; download or copy it again"),
     ],

@@ -77,7 +77,7 @@ def test_exif_orientation_is_applied():
     assert turned.size == (20, 40)
 
 
-def test_a_callers_image_is_not_turned_in_place():
+def test_a_callers_image_is_not_rotated_in_place():
     exif = Image.Exif()
     exif[0x0112] = 6
     image = Image.open(io.BytesIO(encoded(make_image(size=(40, 20)), "JPEG", exif=exif)))

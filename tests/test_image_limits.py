@@ -79,7 +79,9 @@ COSTLY = {
 
 @pytest.mark.parametrize("name", COSTLY)
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_what_costs_far_more_than_its_size_is_refused_before_it_is_decoded(name, monkeypatch):
+def test_images_that_need_far_more_memory_than_their_size_are_refused_before_decoding(
+    name, monkeypatch
+):
     content, message = COSTLY[name]
     Image.init()  # loading Pillow's plugins decodes an image of its own
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
@@ -100,7 +102,7 @@ def test_what_costs_far_more_than_its_size_is_refused_before_it_is_decoded(name,
     ],
     ids=["scans", "segments", "EXIF", "comment", "TIFF", "chunks"],
 )
-def test_what_costs_little_more_than_usual_is_read(content):
+def test_images_that_need_little_more_memory_than_usual_are_read(content):
     assert read_pixels(content, 16).shape == (16, 16, 3)
 
 
@@ -181,8 +183,8 @@ def test_one_bad_image_ends_no_command(tmp_path):
     bad_images(photos)
     source = open_source(f"folder:{photos}")
     found = check(source)
-    named = [problem.text for problem in found.problems if problem.kind == "picture"]
-    assert found.counts["picture"] == 2
+    named = [problem.text for problem in found.problems if problem.kind == "image"]
+    assert found.counts["image"] == 2
     assert all(any(name in text for text in named) for name in ("bomb", "nan"))
     packed = pack(source, tmp_path / "packed", encoding=Encoding(format="WEBP"))
     assert (packed.images, len(packed.skipped)) == (6, 2)

@@ -157,7 +157,7 @@ def test_lab_becomes_the_colours_it_was_made_of():
 
 @pytest.mark.parametrize("mode", ["1", "P", "LA", "La", "PA", "RGBA", "RGBa", "RGBX", "CMYK"])
 @pytest.mark.parametrize("background", [None, "white"])
-def test_every_mode_goes_every_way(mode, background):
+def test_every_mode_is_hashed_resized_and_encoded(mode, background):
     """Hashed, made small, encoded anew; none of them raises."""
     steps = {"La": ["RGBA", "LA", "La"], "RGBa": ["RGBA", "RGBa"], "PA": ["P", "PA"]}
     image = make_image(1)

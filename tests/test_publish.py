@@ -1,6 +1,7 @@
 """Whole or not at all."""
 
 import os
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -9,7 +10,7 @@ import pytest
 
 from cn_clip.errors import UsageError
 from cn_clip.outputs import STAMP, atomic_folder, claim, own_file, stamped_files, starts_with
-from cn_clip.publish import atomic_file, sweep, sweep_beside
+from cn_clip.publish import LOCK, atomic_file, is_leftover, sweep
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path):
@@ -84,12 +85,84 @@ def test_the_only_copy_of_a_folder_is_never_swept_away(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [".out.abcdefgh.cn-clip-tmp"]
 
 
-def test_temporary_folders_of_another_file_are_not_removed(tmp_path):
-    names = [".a.npz.abcdefgh.cn-clip-tmp", ".a.npz.abcdefgh", ".b.npz.abcdefgh.cn-clip-tmp"]
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from cn_clip import outputs, publish
+kind, target, at = sys.argv[1:]
+if at == "rename":  # of the new folder, after the old one has moved away
+    rename = Path.rename
+    def killed(self, to):
+        if self.name == "new":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rename(self, to)
+    Path.rename = killed
+write = publish.atomic_file if kind == "file" else lambda out: outputs.atomic_folder(out, "test")
+with write(target) as path:
+    (path / "a" if path.is_dir() else path).write_text("half")
+    if at == "write":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def _killed(kind, target, at="write"):
+    command = [sys.executable, "-c", _KILLED, kind, str(target), at]
+    assert subprocess.run(command).returncode == -signal.SIGKILL
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
+@pytest.mark.parametrize("name", ["target", "a name that is cut, as it is longer than forty bytes"])
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_the_next_writer_removes_what_a_killed_one_left(tmp_path, kind, name):
+    target = tmp_path / name
+    _killed(kind, target)
+    (litter,) = tmp_path.iterdir()
+    assert is_leftover(litter)
+    publish = atomic_file if kind == "file" else partial(atomic_folder, command="test")
+    with publish(target) as path:
+        assert not litter.exists()
+        (path / "a" if path.is_dir() else path).write_text("whole")
+        with publish(target) as second:  # the first one is alive: its folder stays
+            (second / "a" if second.is_dir() else second).write_text("whole")
+        assert path.exists()
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
+def test_the_only_copy_stays_until_another_one_is_in_its_place(tmp_path):
+    with atomic_folder(tmp_path / "out", "test") as folder:
+        (folder / "a").write_text("mine")
+    _killed("folder", tmp_path / "out", "rename")
+    (litter,) = tmp_path.iterdir()
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "out", "test"):
+        raise KeyboardInterrupt
+    assert (litter / "old" / "a").read_text() == "mine"
+    for name in ("b", "c"):
+        with atomic_folder(tmp_path / "out", "test") as folder:
+            (folder / name).write_text("new")
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_temporary_folders_of_others_are_not_removed(tmp_path):
+    names = [".a.npz.abcdefgh", ".a.npz.abcdefgi.cn-clip-tmp", ".b.npz.abcdefgh.cn-clip-tmp"]
     for name in names:
         (tmp_path / name).mkdir()
-    sweep_beside(tmp_path / "a.npz")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
+    for name in names[::2]:  # the second one's writer has not locked it yet
+        (tmp_path / name / LOCK).touch()
+    with atomic_file(tmp_path / "a.npz") as path:
+        path.touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*names, "a.npz"]
+
+
+@pytest.mark.parametrize("error", [OSError(37, "No locks available"), NotImplementedError])
+def test_a_file_system_without_locks_is_written_too(tmp_path, monkeypatch, error):
+    def refuse(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    with atomic_file(tmp_path / "file") as path:
+        path.write_text("content")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_loop_of_links_and_a_missing_folder_are_errors(tmp_path):

@@ -11,7 +11,7 @@ run() { # NAME FOLDER-OF-START OPTIONS...
     shift 2
     test -d "mini/ablations/$name/final" || mini/venv/bin/cn-clip train --recipe mini \
         --start.checkpoint "$start/start" --output.folder "mini/ablations/$name" \
-        --stages.locked.steps 1000 --stages.locked.plateau off --stages.unlocked.steps 1 \
+        --stages.locked.steps 1000 --stages.locked.early-stopping off --stages.unlocked.steps 1 \
         --resume auto "$@"
     printf '%s ' "$name"
     $python benchmarks/things468.py --model "mini/ablations/$name/stages/1-locked"

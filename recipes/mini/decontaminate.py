@@ -76,11 +76,11 @@ def main() -> None:
     command = [sys.executable, "-m", "cn_clip", "data", "decontaminate", f"jsonl:{train}"]
     command += ["--against", f"jsonl:{against}", "--min-caption", "0", "--out", str(out)]
     subprocess.run([*command, "--report", f"{work}/removed.html", "--overwrite"], check=True)
-    excluded = {name: {"picture": name, "stamp": stamp} for name, stamp in BY_EYE.items()}
+    excluded = {name: {"image": name, "stamp": stamp} for name, stamp in BY_EYE.items()}
     for line in out.read_text("utf-8").splitlines()[1:]:
         row = json.loads(line)
         name, stamp = row["train"]["image_id"], row["against"]["image_id"]
-        excluded.setdefault(name, {"picture": name, "stamp": stamp, "bits": row["distance"]})
+        excluded.setdefault(name, {"image": name, "stamp": stamp, "bits": row["distance"]})
     lines = [json.dumps(excluded[name], ensure_ascii=False) + "\n" for name in sorted(excluded)]
     (DATA / "excluded.jsonl").write_text("".join(lines), "utf-8")
     print(f"{len(excluded)} of {len(images)} images excluded, {len(stamps)} stamps")

@@ -137,7 +137,7 @@ def write_images(packages: Path, out: Path) -> list[SourceImage]:
     Return them without data; images with the same pixels are merged.
     """
     lines = (DATA / "excluded.jsonl").read_text("utf-8").splitlines()
-    excluded = {json.loads(line)["picture"] for line in lines}
+    excluded = {json.loads(line)["image"] for line in lines}
     folder = out / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     images = [image for image in all_images(packages) if image.name not in excluded]

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cn_clip.errors import DataError
+from cn_clip.translation import _
 
 _DTYPE_KINDS = "fiuUS"  # numbers and strings; objects would be unpickled
 _MAX_COMPRESSION = 200  # embeddings hardly compress
@@ -40,7 +41,9 @@ def read_npy(path: str | os.PathLike[str], *, mapped: bool = False) -> npt.NDArr
             return np.empty(shape, dtype)
         return np.memmap(path, dtype, "r", offset, shape, order)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not an array (.npy): {_reason(error)}") from None
+        raise DataError(
+            _("{path} is not an array (.npy): {reason}", path=path, reason=_reason(error))
+        ) from None
 
 
 def read_npz(
@@ -65,17 +68,30 @@ def read_npz(
                 if f"{name}.npy" in members:
                     arrays[name] = _member(archive, members[f"{name}.npy"])
                 elif name in names:
-                    raise ValueError(f"it has no array {name!r}")
+                    raise ValueError(_("it has no array {name!r}", name=name))
     # zipfile and its decompressors raise many kinds on damaged files: BadZipFile, zlib.error,
     # NotImplementedError, RuntimeError for a password, EOFError, struct.error, ...
     except Exception as error:
-        raise DataError(f"{path} is not {description}: {_reason(error)}") from None
+        raise DataError(
+            _(
+                "{path} is not {description}: {reason}",
+                path=path,
+                description=description,
+                reason=_reason(error),
+            )
+        ) from None
     return arrays
 
 
 def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> npt.NDArray[Any]:
     if info.file_size > max(_SMALL, _MAX_COMPRESSION * info.compress_size):
-        raise ValueError(f"{info.filename} decompresses to {info.file_size:,} bytes; it is damaged")
+        raise ValueError(
+            _(
+                "{filename} decompresses to {file_size:,} bytes; it is damaged",
+                filename=info.filename,
+                file_size=info.file_size,
+            )
+        )
     with archive.open(info) as stream:
         dtype, shape, order = _header(stream, info.file_size)
         return _array(stream.read(), dtype, shape, order)
@@ -94,14 +110,25 @@ def _header(stream: IO[bytes], size: int) -> tuple[np.dtype[Any], tuple[int, ...
     # numpy evaluates the header as a Python literal; damaged ones raise SyntaxError, TokenError,
     # RecursionError, MemoryError of the parser's stack, TypeError, ...
     except Exception as error:
-        raise ValueError(f"its header is damaged ({type(error).__name__})") from None
+        raise ValueError(
+            _("its header is damaged ({error_type})", error_type=type(error).__name__)
+        ) from None
     if dtype.kind not in _DTYPE_KINDS:
-        raise ValueError(f"it holds values of type {dtype.str}, not numbers or strings")
+        raise ValueError(
+            _("it holds values of type {dtype}, not numbers or strings", dtype=dtype.str)
+        )
     if any(isinstance(length, bool) or length < 0 for length in shape):
-        raise ValueError(f"its shape is {shape}")
+        raise ValueError(_("its shape is {shape}", shape=shape))
     needed, available = math.prod(shape) * itemsize, size - stream.tell()
     if needed != available:
-        raise ValueError(f"its shape {shape} needs {needed:,} bytes, but it has {available:,}")
+        raise ValueError(
+            _(
+                "its shape {shape} needs {needed:,} bytes, but it has {available:,}",
+                shape=shape,
+                needed=needed,
+                available=available,
+            )
+        )
     return dtype, shape, "F" if fortran else "C"
 
 
@@ -109,7 +136,7 @@ def _array(
     raw: bytes, dtype: np.dtype[Any], shape: tuple[int, ...], order: Any
 ) -> npt.NDArray[Any]:
     if len(raw) != math.prod(shape) * dtype.itemsize:
-        raise ValueError("it ends too early")
+        raise ValueError(_("it ends too early"))
     if not raw:  # frombuffer refuses empty buffers and items of 0 bytes
         return np.empty(shape, dtype)
     return np.frombuffer(raw, dtype).reshape(shape, order=order)

@@ -19,17 +19,19 @@ import numpy.typing as npt
 from cn_clip.embedder import Embedder
 from cn_clip.errors import UsageError
 from cn_clip.files import MAX_TEXT, read_file
+from cn_clip.format_version import FIELD, Format
 from cn_clip.outputs import claim, own_file, starts_with
 from cn_clip.publish import write_text
 from cn_clip.text import read_json
+from cn_clip.translation import N_, _, translate
 
 CurveKind = Literal["logistic", "isotonic"]
 CURVE_KINDS: tuple[CurveKind, ...] = ("logistic", "isotonic")
 USES = ("search", "labels")
 COUNTS = ("images", "texts", "pairs", "non_pairs")
-_FORMAT = "cn-clip calibration 1"
+_FORMAT = Format("calibration", 1)
 _MAX_VALUE = 1e30  # of any number in the file: products of two stay finite
-_REMEDY = "fit one with: cn-clip eval calibrate"
+_REMEDY = N_("fit one with: cn-clip eval calibrate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,13 +110,23 @@ def check_model(calibration: Calibration, embedder: Embedder) -> None:
         return
     if calibration.fingerprint != embedder.derived_from:
         raise UsageError(
-            f"the calibration is for {calibration.model!r} with fingerprint "
-            f"{calibration.fingerprint:.8}, but this is {embedder.name!r} with "
-            f"{embedder.fingerprint:.8} (weights, precision and preprocessing count); {_REMEDY}"
+            _(
+                "the calibration is for {model!r} with fingerprint {fingerprint:.8}, but this is "
+                "{name!r} with {embedder_fingerprint:.8} (weights, precision and preprocessing "
+                "count); {remedy}",
+                model=calibration.model,
+                fingerprint=calibration.fingerprint,
+                name=embedder.name,
+                embedder_fingerprint=embedder.fingerprint,
+                remedy=translate(_REMEDY),
+            )
         )
     warnings.warn(
-        f"the calibration for {calibration.model!r} was fitted on the float32 model; verify with "
-        "cn-clip eval calibrate",
+        _(
+            "the calibration for {model!r} was fitted on the float32 model; verify with cn-clip "
+            "eval calibrate",
+            model=calibration.model,
+        ),
         stacklevel=2,
     )
 
@@ -127,14 +139,14 @@ def claim_calibration(
     Raises:
         UsageError: see ``outputs.claim``.
     """
-    own = starts_with(f'{{\n  "format": "{_FORMAT}"'.encode())
+    own = starts_with(f'{{\n  "{FIELD}": "cn-clip {_FORMAT.name} '.encode())  # any version
     return claim(out, own_file("eval calibrate", own), inputs=inputs, overwrite=overwrite)
 
 
 def write_calibration(calibration: Calibration, path: Path) -> None:
     """Write the file atomically."""
     values = {
-        "format": _FORMAT,
+        FIELD: str(_FORMAT),
         "model": calibration.model,
         "fingerprint": calibration.fingerprint,
         "kind": calibration.kind,
@@ -158,38 +170,63 @@ def read_calibration(path: Path) -> Calibration:
     try:
         values = read_json(read_file(path, MAX_TEXT))
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}; {_REMEDY}") from None
+        raise UsageError(
+            _(
+                "{path} cannot be read: {reason}; {remedy}",
+                path=path,
+                reason=error.strerror,
+                remedy=translate(_REMEDY),
+            )
+        ) from None
     except ValueError as error:  # not UTF-8, not JSON
-        raise UsageError(f"{path} is not a calibration ({error}); {_REMEDY}") from None
+        raise UsageError(
+            _(
+                "{path} is not a calibration ({error}); {remedy}",
+                path=path,
+                error=error,
+                remedy=translate(_REMEDY),
+            )
+        ) from None
+    if isinstance(values, dict):
+        _FORMAT.check(values.get(FIELD), path, UsageError, _REMEDY)
     try:
         return _parse(values)
     except ValueError as error:
-        raise UsageError(f"{path} is not a calibration: {error}; {_REMEDY}") from None
+        raise UsageError(
+            _(
+                "{path} is not a calibration: {error}; {remedy}",
+                path=path,
+                error=error,
+                remedy=translate(_REMEDY),
+            )
+        ) from None
 
 
 def _parse(values: Any) -> Calibration:
     fields = [
-        "format", "model", "fingerprint", "kind", "coefficients", "prior", "precision",
+        FIELD, "model", "fingerprint", "kind", "coefficients", "prior", "precision",
         "thresholds", "counts", "data", "date",
     ]  # fmt: skip
-    _check_fields(values, fields, "the file")
-    if values["format"] != _FORMAT:
-        raise ValueError(f"its format is {values['format']!r:.60}, not {_FORMAT!r}")
+    _check_fields(values, fields, _("the file"))
     for name in ("model", "fingerprint", "data", "date"):
         if not isinstance(values[name], str) or not values[name]:
-            raise ValueError(f"{name} is {values[name]!r:.60}, not a string")
+            raise ValueError(
+                _("{name} is {value!r:.60}, not a string", name=name, value=values[name])
+            )
     for name in ("prior", "precision"):
         if not 0 < _number(values[name], name) < 1:
-            raise ValueError(f"{name} is {values[name]}, not between 0 and 1")
+            raise ValueError(
+                _("{name} is {value}, not between 0 and 1", name=name, value=values[name])
+            )
     thresholds, counts = values["thresholds"], values["counts"]
     _check_fields(thresholds, USES, "thresholds")
     for name, value in thresholds.items():
         if value is not None:
-            _number(value, f"the threshold {name}")
+            _number(value, _("the threshold {name}", name=name))
     _check_fields(counts, COUNTS, "counts")
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"the count of {name} is {value!r:.60}")
+            raise ValueError(_("the count of {name} is {value!r:.60}", name=name, value=value))
     return Calibration(
         values["model"],
         values["fingerprint"],
@@ -208,40 +245,54 @@ def _parse_curve(kind: Any, coefficients: Any) -> Curve:
         _check_fields(coefficients, ("slope", "intercept"), "coefficients")
         slope = _number(coefficients["slope"], "slope")
         if slope <= 0:
-            raise ValueError(f"slope is {slope}, but must be positive")
+            raise ValueError(_("slope is {slope}, but must be positive", slope=slope))
         return Logistic(slope, _number(coefficients["intercept"], "intercept"))
     if kind != "isotonic":
-        raise ValueError(f"kind is {kind!r:.60}, not {' or '.join(CURVE_KINDS)}")
+        raise ValueError(
+            _("kind is {kind!r:.60}, not {kinds}", kind=kind, kinds=_(" or ").join(CURVE_KINDS))
+        )
     _check_fields(coefficients, ("cosines", "probabilities"), "coefficients")
     rows = []
     for name in ("cosines", "probabilities"):
         values = coefficients[name]
         if not isinstance(values, list) or not values:
-            raise ValueError(f"{name} is not a list of numbers")
+            raise ValueError(_("{name} is not a list of numbers", name=name))
         rows.append(tuple(_number(value, name) for value in values))
     cosines, probabilities = rows
     if len(cosines) != len(probabilities):
-        raise ValueError(f"{len(cosines)} cosines with {len(probabilities)} probabilities")
+        raise ValueError(
+            _(
+                "{cosine_count} cosines with {probability_count} probabilities",
+                cosine_count=len(cosines),
+                probability_count=len(probabilities),
+            )
+        )
     if np.any(np.diff(cosines) <= 0) or np.any(np.diff(probabilities) < 0):
-        raise ValueError("its cosines or probabilities are not increasing")
+        raise ValueError(_("its cosines or probabilities are not increasing"))
     if probabilities[0] < 0 or probabilities[-1] > 1:
-        raise ValueError("a probability is not between 0 and 1")
+        raise ValueError(_("a probability is not between 0 and 1"))
     return Isotonic(cosines, probabilities)
 
 
 def _check_fields(values: Any, fields: Sequence[str], what: str) -> None:
     if not isinstance(values, dict):
-        raise ValueError(f"{what} is {type(values).__name__}, not an object")
+        raise ValueError(
+            _("{what} is {value_type}, not an object", what=what, value_type=type(values).__name__)
+        )
     missing = [name for name in fields if name not in values]
     unknown = [name for name in values if name not in fields]
     if missing or unknown:
-        problem = f"has no {missing[0]!r}" if missing else f"has an unknown {unknown[0]!r:.60}"
+        problem = (
+            _("has no {missing!r}", missing=missing[0])
+            if missing
+            else _("has an unknown {unknown!r:.60}", unknown=unknown[0])
+        )
         raise ValueError(f"{what} {problem}")
 
 
 def _number(value: Any, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{what} is {value!r:.60}, not a finite number")
+        raise ValueError(_("{what} is {value!r:.60}, not a finite number", what=what, value=value))
     if not abs(value) <= _MAX_VALUE:  # also NaN, and integers too large for a float
-        raise ValueError(f"{what} is {value!r:.60}, not a finite number")
+        raise ValueError(_("{what} is {value!r:.60}, not a finite number", what=what, value=value))
     return float(value)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from cn_clip.errors import CheckpointError, UnknownModelError, UsageError
+from cn_clip.files import read_file
+from cn_clip.text import read_json
+from cn_clip.translation import _
 
 BackendName = Literal["auto", "torch", "onnx", "openvino"]
 Precision = Literal["auto", "float32", "bfloat16", "float16", "int8"]
@@ -77,15 +79,15 @@ class ModelConfig:
             CheckpointError: a key is missing or unknown, or a value is invalid.
         """
         top = _checked_keys(cls, values, "config.json")
-        vision = _checked_keys(VisionConfig, top.pop("vision", {}), "config.json, vision")
-        text = _checked_keys(TextConfig, top.pop("text", {}), "config.json, text")
+        vision = _checked_keys(VisionConfig, top.pop("vision", {}), _("config.json, vision"))
+        text = _checked_keys(TextConfig, top.pop("text", {}), _("config.json, text"))
         for values, key in ((vision, "layers"), (top, "image_mean"), (top, "image_std")):
             if isinstance(values.get(key), list):
                 values[key] = tuple(values[key])
         try:
             config = cls(vision=VisionConfig(**vision), text=TextConfig(**text), **top)
         except TypeError as error:
-            raise CheckpointError(f"config.json is incomplete: {error}") from None
+            raise CheckpointError(_("config.json is incomplete: {error}", error=error)) from None
         check_config(config, "config.json")
         return config
 
@@ -94,7 +96,12 @@ def check_config(config: ModelConfig, where: str) -> None:
     """Raise a ``CheckpointError`` for a value that no model can have; ``where`` is its file."""
     vision, text = config.vision, config.text
     bad = [
-        f"{key} = {value!r}, not an integer from 1 to {maximum:,}"
+        _(
+            "{key} = {value!r}, not an integer from 1 to {maximum:,}",
+            key=key,
+            value=value,
+            maximum=maximum,
+        )
         for key, maximum in _MAXIMUM.items()
         if not _is_count(value := _value(config, key), maximum)
     ]
@@ -106,7 +113,14 @@ def check_config(config: ModelConfig, where: str) -> None:
     if not isinstance(layers, tuple) or not all(_is_count(n, _MAX_LAYERS) for n in layers):
         bad.append(f"vision.layers = {layers!r}")
     elif len(layers) != stages and vision.kind != "efficientnet_lite":
-        bad.append(f"vision.layers = {layers!r}; a {vision.kind} has {stages}")
+        bad.append(
+            _(
+                "vision.layers = {layers!r}; a {kind} has {stages}",
+                layers=layers,
+                kind=vision.kind,
+                stages=stages,
+            )
+        )
     if not _is_number(text.dropout, 0, 0.999):
         bad.append(f"text.dropout = {text.dropout!r}")
     for key, values, minimum in (
@@ -120,7 +134,7 @@ def check_config(config: ModelConfig, where: str) -> None:
         bad.append(f"background = {config.background!r}")
     bad = bad or _contradictions(config)
     if bad:
-        raise CheckpointError(f"{where} has an impossible value: {bad[0]}")
+        raise CheckpointError(_("{where} has an impossible value: {bad}", where=where, bad=bad[0]))
 
 
 def _contradictions(config: ModelConfig) -> list[str]:
@@ -128,20 +142,53 @@ def _contradictions(config: ModelConfig) -> list[str]:
     vision, text = config.vision, config.text
     bad = []
     if text.hidden_size % text.heads:
-        bad.append(f"text.heads = {text.heads}, which does not divide {text.hidden_size}")
+        bad.append(
+            _(
+                "text.heads = {heads}, which does not divide {hidden_size}",
+                heads=text.heads,
+                hidden_size=text.hidden_size,
+            )
+        )
     if config.context_length > text.max_positions:
-        bad.append(f"context_length = {config.context_length}, above text.max_positions")
+        bad.append(
+            _(
+                "context_length = {context_length}, above text.max_positions",
+                context_length=config.context_length,
+            )
+        )
     width = vision.width if vision.kind == "vit" else vision.width * 32  # input of the attention
     if vision.kind != "efficientnet_lite" and width % vision.head_width:
-        bad.append(f"vision.head_width = {vision.head_width}, which does not divide {width}")
+        bad.append(
+            _(
+                "vision.head_width = {head_width}, which does not divide {width}",
+                head_width=vision.head_width,
+                width=width,
+            )
+        )
     if vision.kind == "resnet" and vision.width % 2:
-        bad.append(f"vision.width = {vision.width}, which is odd")
+        bad.append(_("vision.width = {width}, which is odd", width=vision.width))
     if vision.kind == "vit" and vision.patch_size > vision.resolution:
-        bad.append(f"vision.patch_size = {vision.patch_size}, above vision.resolution")
+        bad.append(
+            _(
+                "vision.patch_size = {patch_size}, above vision.resolution",
+                patch_size=vision.patch_size,
+            )
+        )
     if vision.kind != "vit" and vision.resolution % 32:
-        bad.append(f"vision.resolution = {vision.resolution}, not a multiple of 32")
+        bad.append(
+            _(
+                "vision.resolution = {resolution}, not a multiple of 32",
+                resolution=vision.resolution,
+            )
+        )
     if (parameters := estimate_parameters(config)) > _MAX_PARAMETERS:
-        bad.append(f"about {parameters:,} parameters, above {_MAX_PARAMETERS:,}")
+        bad.append(
+            _(
+                "about {parameters:,} parameters, above {limit:,}",
+                parameters=parameters,
+                limit=_MAX_PARAMETERS,
+            )
+        )
     return bad
 
 
@@ -163,23 +210,22 @@ def estimate_parameters(config: ModelConfig) -> int:
     return count + text.hidden_size * (tables + embed_dim) + text.layers * layer
 
 
-def read_json(path: Path) -> Any:
+def read_config_json(path: Path) -> Any:
     """Read a JSON file of a model folder.
 
     Raises:
         CheckpointError: the file is unreadable, not JSON, or too large for a config.
     """
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise CheckpointError(
-                f"{path} has {path.stat().st_size:,} bytes, too many for a config; is it the "
-                "right file?"
-            )
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); download it again") from None
+        return read_json(read_file(path, _MAX_JSON_BYTES))
+    except ValueError as error:
+        raise CheckpointError(
+            _("{path} is not JSON ({error}); download it again", path=path, error=error)
+        ) from None
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+        raise CheckpointError(
+            _("{path} cannot be read: {reason}", path=path, reason=error.strerror)
+        ) from None
 
 
 def shard_names(index: Path) -> list[str]:
@@ -188,14 +234,22 @@ def shard_names(index: Path) -> list[str]:
     Raises:
         CheckpointError: the file is not an index, or names a file outside its folder.
     """
-    values = read_json(index)
+    values = read_config_json(index)
     names = values.get("weight_map") if isinstance(values, dict) else None
     if not isinstance(names, dict):
-        raise CheckpointError(f"{index} is not an index of shards: it has no weight_map")
+        raise CheckpointError(
+            _("{index} is not an index of shards: it has no weight_map", index=index)
+        )
     shards = sorted({str(shard) for shard in names.values()})
     invalid = [s for s in shards if Path(s).name != s or s.endswith(".json") or "\0" in s]
     if invalid:
-        raise CheckpointError(f"{index} names {invalid[0]!r}, not a weights file in its folder")
+        raise CheckpointError(
+            _(
+                "{index} names {name!r}, not a weights file in its folder",
+                index=index,
+                name=invalid[0],
+            )
+        )
     return shards
 
 
@@ -218,12 +272,22 @@ def _value(config: ModelConfig, key: str) -> object:
 
 def _checked_keys(cls: type, values: Any, where: str) -> dict[str, Any]:
     if not isinstance(values, Mapping):
-        raise CheckpointError(f"{where}: expected an object, found {type(values).__name__}")
+        raise CheckpointError(
+            _(
+                "{where}: expected an object, found {value_type}",
+                where=where,
+                value_type=type(values).__name__,
+            )
+        )
     unknown = sorted(set(values) - {field.name for field in fields(cls)})
     if unknown:
         raise CheckpointError(
-            f"{where}: unknown key {unknown[0]!r}; was it written by a newer cn_clip? "
-            "Update with: pip install -U cn-clip"
+            _(
+                "{where}: unknown key {unknown!r}; was it written by a newer cn_clip? Update "
+                "with: pip install -U cn-clip",
+                where=where,
+                unknown=unknown[0],
+            )
         )
     return dict(values)
 
@@ -338,12 +402,15 @@ def model_config(struct: str, *, resolution: int | None = None) -> ModelConfig:
     vision_name, at, text_name = struct.replace("/", "-").partition("@")
     if not at:
         raise UsageError(
-            f"{struct!r} names no text tower; name both: ViT-B-16@RoBERTa-wwm-ext-base-chinese"
+            _(
+                "{struct!r} names no text tower; name both: ViT-B-16@RoBERTa-wwm-ext-base-chinese",
+                struct=struct,
+            )
         )
     if vision_name not in VISION_TOWERS:
-        raise UnknownModelError("image tower", vision_name, VISION_TOWERS)
+        raise UnknownModelError(_("image tower"), vision_name, VISION_TOWERS)
     if text_name not in TEXT_TOWERS:
-        raise UnknownModelError("text tower", text_name, TEXT_TOWERS)
+        raise UnknownModelError(_("text tower"), text_name, TEXT_TOWERS)
     vision = VISION_TOWERS[vision_name]
     if resolution is not None:
         vision = replace(vision, resolution=resolution)

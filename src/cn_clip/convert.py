@@ -20,6 +20,7 @@ from cn_clip.errors import CheckpointError, UsageError
 from cn_clip.model.clip import CLIP
 from cn_clip.outputs import atomic_folder, claim, own_file, own_folder
 from cn_clip.publish import atomic_file, flush
+from cn_clip.translation import _
 
 Format = Literal["official", "hf", "safetensors"]
 
@@ -79,7 +80,13 @@ def convert(
             embeddings differ. ``out`` is unchanged.
     """
     if to not in get_args(Format):
-        raise UsageError(f"unknown format {to!r}; available: {', '.join(get_args(Format))}")
+        raise UsageError(
+            _(
+                "unknown format {to!r}; available: {formats}",
+                to=to,
+                formats=", ".join(get_args(Format)),
+            )
+        )
     target_dtype = None if dtype is None else pick_precision(dtype, torch.device("cpu"))
     source = Path(source)
     out = _claimed(out, to, source, overwrite)
@@ -112,8 +119,14 @@ def convert(
         tolerance = max(_TOLERANCE[source_dtype], _TOLERANCE[written_dtype])
         if not difference <= tolerance:
             raise CheckpointError(
-                f"{out} was not written: its embeddings would differ by {difference:.1e} from "
-                f"those of {source}, above {tolerance:.0e}"
+                _(
+                    "{out} was not written: its embeddings would differ by {difference:.1e} from "
+                    "those of {source}, above {tolerance:.0e}",
+                    out=out,
+                    difference=difference,
+                    source=source,
+                    tolerance=tolerance,
+                )
             )
         flushing.result()
         size_after = _size(target)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cn_clip.errors import CNClipError, UsageError
 from cn_clip.processes import terminate_with_launcher
+from cn_clip.translation import _
 
 _TIMEOUT = timedelta(hours=2)  # one process may write or scan the data while others wait
 _T = TypeVar("_T")
@@ -41,8 +42,12 @@ def start(device_type: str) -> Iterator[None]:
         return
     if missing := [name for name in _SET_BY_TORCHRUN if name not in os.environ]:
         raise UsageError(
-            f"WORLD_SIZE is {count}, but {', '.join(missing)} not set; "
-            "start several processes with torchrun, or unset WORLD_SIZE"
+            _(
+                "WORLD_SIZE is {count}, but {missing} not set; start several processes with "
+                "torchrun, or unset WORLD_SIZE",
+                count=count,
+                missing=", ".join(missing),
+            )
         )
     if _TORCHRUN_ID in os.environ:  # torchrun ends its processes, but not if it is killed
         terminate_with_launcher()

@@ -36,6 +36,7 @@ from cn_clip.errors import ImageError, UnknownModelError, UsageError
 from cn_clip.fingerprint import Fingerprint, derived
 from cn_clip.image.decode import MAX_PIXELS, ImageInput
 from cn_clip.tokenizer import Tokenizer, default_tokenizer
+from cn_clip.translation import _
 
 if TYPE_CHECKING:
     from cn_clip.model.clip import CLIP
@@ -83,7 +84,17 @@ class Embedder:
             batch_size: images per batch.
         """
         if batch_size < 1:
-            raise UsageError(f"batch_size {batch_size} is below 1; the default is 32")
+            raise UsageError(
+                _("batch_size {batch_size} is below 1; the default is 32", batch_size=batch_size)
+            )
+        if max_pixels < 1:
+            raise UsageError(
+                _(
+                    "max_pixels {max_pixels} is below 1; the default is {limit}",
+                    max_pixels=max_pixels,
+                    limit=MAX_PIXELS,
+                )
+            )
         self.backend, self.config = backend, config
         self.tokenizer = tokenizer or default_tokenizer()
         self.batch_size = batch_size
@@ -96,7 +107,12 @@ class Embedder:
 
     @classmethod
     def from_model(
-        cls, model: CLIP, *, fast_decode: bool = False, batch_size: int = 32
+        cls,
+        model: CLIP,
+        *,
+        fast_decode: bool = False,
+        max_pixels: int = MAX_PIXELS,
+        batch_size: int = 32,
     ) -> Embedder:
         """Wrap a ``CLIP`` in memory; it keeps its device and precision."""
         from cn_clip.backends.torch import TorchBackend, model_fingerprint
@@ -106,6 +122,7 @@ class Embedder:
             model.config,
             fingerprint=lambda: model_fingerprint(model, fast_decode=fast_decode),
             fast_decode=fast_decode,
+            max_pixels=max_pixels,
             batch_size=batch_size,
         )
 
@@ -174,7 +191,9 @@ class Embedder:
             UsageError: a text is not a string.
         """
         if not isinstance(texts, Iterable):
-            raise UsageError(f"{texts!r:.60} is neither a string nor a list of strings")
+            raise UsageError(
+                _("{texts!r:.60} is neither a string nor a list of strings", texts=texts)
+            )
         remaining = iter([texts] if isinstance(texts, str) else texts)
         embeddings = [np.empty((0, self.dim), dtype=np.float32)]
         while chunk := list(islice(remaining, _TEXTS_PER_CHUNK)):
@@ -241,6 +260,7 @@ def load(
     device: str = "auto",
     precision: Precision = "auto",
     fast_decode: bool = False,
+    max_pixels: int = MAX_PIXELS,
     download_root: str | os.PathLike[str] | None = None,
 ) -> Embedder:
     """Load a model for embedding.
@@ -256,6 +276,7 @@ def load(
             one.
         precision: ``"auto"`` is float16 on CUDA and float32 elsewhere.
         fast_decode: decode large JPEG files at reduced size. Faster; embeddings differ slightly.
+        max_pixels: images with more pixels are refused before they are decoded; 2**27 by default.
         download_root: the folder that is searched first, and downloaded to.
 
     Raises:
@@ -266,8 +287,13 @@ def load(
     """
     if backend not in get_args(BackendName):
         known = ", ".join(get_args(BackendName))
-        raise UsageError(f"unknown backend {backend!r}; available: {known}")
-    if backend == "torch" and device not in ("auto", "cpu"):  # fail before anything is read
+        raise UsageError(
+            _("unknown backend {backend!r}; available: {known}", backend=backend, known=known)
+        )
+    in_torch = backend in ("auto", "torch") and not is_export(
+        Path(os.path.expanduser(name_or_path))
+    )
+    if in_torch and device not in ("auto", "cpu"):  # fail before anything is read or downloaded
         from cn_clip.backends.torch import pick_device
 
         pick_device(device)
@@ -275,7 +301,7 @@ def load(
     if backend in ("onnx", "openvino") and not is_export(path):
         path = _cached_export(path, os.fspath(name_or_path), backend, precision)
     if is_export(path):
-        return _load_export(path, backend, device, precision, fast_decode)
+        return _load_export(path, backend, device, precision, fast_decode, max_pixels)
     expected = MODELS.get(os.fspath(name_or_path).replace("/", "-"))
     from cn_clip.backends.torch import (  # torch takes a second to import
         TorchBackend,
@@ -292,7 +318,13 @@ def load(
             return model_fingerprint(model, fast_decode=fast_decode)
         return file_fingerprint(path, torch_backend.precision, fast_decode=fast_decode)
 
-    return Embedder(torch_backend, model.config, fingerprint=fingerprint, fast_decode=fast_decode)
+    return Embedder(
+        torch_backend,
+        model.config,
+        fingerprint=fingerprint,
+        fast_decode=fast_decode,
+        max_pixels=max_pixels,
+    )
 
 
 def locate(
@@ -302,7 +334,10 @@ def locate(
     reference = os.fspath(name_or_path)
     if not reference.strip():
         raise UsageError(
-            f"the model name is empty; give a path or one of: {', '.join(hub.names())}"
+            _(
+                "the model name is empty; give a path or one of: {names}",
+                names=", ".join(hub.names()),
+            )
         )
     name = reference.replace("/", "-")  # OpenAI writes ViT-B/16
     if name in hub.names():
@@ -320,18 +355,26 @@ def _cached_export(path: Path, model: str, backend: str, precision: str) -> Path
         if is_export(folder):
             return folder
     raise UsageError(
-        f"{model} has not been exported for backend {backend!r}; run once: cn-clip export "
-        f"--model {model} --to {backend} --precision {stored}"
+        _(
+            "{model} has not been exported for backend {backend!r}; run once: cn-clip export "
+            "--model {model} --to {backend} --precision {stored}",
+            model=model,
+            backend=backend,
+            stored=stored,
+        )
     )
 
 
 def _load_export(
-    path: Path, backend: str, device: str, precision: str, fast_decode: bool
+    path: Path, backend: str, device: str, precision: str, fast_decode: bool, max_pixels: int
 ) -> Embedder:
     if backend == "torch":
         raise UsageError(
-            f'{path} is an export, which torch cannot run; use backend "auto", or give the '
-            "original checkpoint"
+            _(
+                '{path} is an export, which torch cannot run; use backend "auto", or give the '
+                "original checkpoint",
+                path=path,
+            )
         )
     from cn_clip.backends.choice import open_export
 
@@ -345,6 +388,7 @@ def _load_export(
         exported.model,
         fingerprint=lambda: Fingerprint(value, exported.derived_from),
         fast_decode=fast_decode,
+        max_pixels=max_pixels,
     )
 
 
@@ -354,7 +398,9 @@ def _existing_path(reference: str) -> Path:
         if path.exists():
             return path
     except (OSError, ValueError, RuntimeError) as error:  # too long, no such user
-        raise UsageError(f"{reference!r:.80} is not a valid path: {error}") from None
+        raise UsageError(
+            _("{reference!r:.80} is not a valid path: {error}", reference=reference, error=error)
+        ) from None
     if path.suffix or "/" in reference or os.sep in reference:
-        raise UsageError(f"no such file or folder: {reference!r}")
-    raise UnknownModelError("model", reference, hub.names())
+        raise UsageError(_("no such file or folder: {reference!r}", reference=reference))
+    raise UnknownModelError(_("model"), reference, hub.names())

@@ -6,6 +6,8 @@ import difflib
 import re
 from collections.abc import Iterable
 
+from cn_clip.translation import _
+
 MAX_MESSAGE = 300  # characters of any message
 _WORD_LIMITS = (80, 60, 40)  # of one value or path in a message that is too long
 
@@ -28,8 +30,20 @@ class UnknownNameError(UsageError):
         known = list(known)
         by_lower_case = {candidate.lower(): candidate for candidate in known}
         near = difflib.get_close_matches(name.lower(), by_lower_case, n=2, cutoff=0.6)
-        hint = f"did you mean {' or '.join(by_lower_case[n] for n in near)}? " if near else ""
-        super().__init__(f"unknown {kind} {name!r}; {hint}available: {', '.join(known)}")
+        hint = (
+            _("did you mean {names}? ", names=_(" or ").join(by_lower_case[n] for n in near))
+            if near
+            else ""
+        )
+        super().__init__(
+            _(
+                "unknown {kind} {name!r}; {hint}available: {known}",
+                kind=kind,
+                name=name,
+                hint=hint,
+                known=", ".join(known),
+            )
+        )
 
 
 class UnknownModelError(UnknownNameError, RuntimeError):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from cn_clip.errors import UsageError
 from cn_clip.text import path_text
+from cn_clip.translation import N_, _, _n, translate
 
 MAX_FILE = 1 << 30  # bytes of a file read into memory
 MAX_TEXT = 1 << 26  # bytes of a text file read into memory, or of one line or record
@@ -23,18 +24,34 @@ _OTHER_SUFFIXES = frozenset((
     ".xml", ".html", ".yaml", ".yml", ".toml", ".ini", ".log", ".db", ".pkl", ".npy", ".npz", ".pt",
     ".pth", ".safetensors", ".py", ".ipynb", ".sh", ".mat", ".tar", ".zip", ".gz", ".pdf",
 ))  # fmt: skip
+_APPLE_DOUBLE = "._* (metadata of macOS)"
 _OTHER_NAMES = ("readme", "license", "licence", "copying", "notice", "authors", "makefile")
 
 
-# First bytes of files in the wrong format -> description and remedy.
-_WRONG_FORMATS = {
-    b"\x1f\x8b": "compressed with gzip: gunzip it first",
-    b"BZh": "compressed with bzip2: bunzip2 it first",
-    b"\xfd7zXZ\0": "compressed with xz: unxz it first",
-    b"\x28\xb5\x2f\xfd": "compressed with zstd: unzstd it first",
-    b"PK\x03\x04": "a zip file: unzip it first",
-    b"version https://git-lfs": "a Git LFS pointer, not the file: run git lfs pull first",
-}
+# The start of files that are given as another format, white space aside -> description and remedy.
+HEAD = 512  # bytes to read for ``wrong_format``
+_OFFICE = N_("a spreadsheet or another office document; save it as CSV (UTF-8) first")
+_WEB_PAGE = N_("a web page, not the file; on Hugging Face use the /resolve/ URL")
+_WRONG_FORMATS = tuple(
+    (re.compile(start, re.DOTALL), description)
+    for start, description in (
+        (rb"version https://git-lfs", N_("a Git LFS pointer; fetch the file: git lfs pull")),
+        (rb"\x1f\x8b", N_("compressed with gzip: gunzip it first")),
+        (rb"BZh\d", N_("compressed with bzip2: bunzip2 it first")),
+        (rb"\xfd7zXZ\0", N_("compressed with xz: unxz it first")),
+        (rb"\x28\xb5\x2f\xfd", N_("compressed with zstd: unzstd it first")),
+        (rb"7z\xbc\xaf\x27\x1c", N_("compressed with 7-Zip: unpack it first")),
+        (rb"Rar!\x1a\x07", N_("compressed with RAR: unpack it first")),
+        (rb"PK\x03\x04.{26}(?:\[Content_Types\]|_rels/|xl/|docProps/|mimetypeapp)", _OFFICE),
+        (rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", _OFFICE),
+        (rb"PK\x03\x04", N_("a zip file: unzip it first")),
+        (rb"(?i:<!doctype html|<html)", _WEB_PAGE),
+        (rb"<\?xml", N_("an XML page, as of a server's error, not the file; download it again")),
+        (rb"GGUF[\x01-\x0f]\0\0\0", N_("a GGUF file of llama.cpp; give the original weights")),
+        (rb"\x89HDF\r\n\x1a\n", N_("an HDF5 file, as of Keras; convert it")),
+        (rb"\x93NUMPY", N_("a NumPy array; convert it")),
+    )
+)
 
 
 def as_path(given: str | os.PathLike[str]) -> Path:
@@ -45,15 +62,17 @@ def as_path(given: str | os.PathLike[str]) -> Path:
     """
     text = os.fspath(given)
     if not text:
-        raise UsageError("the path is empty; is a shell variable unset? Give . for this folder")
+        raise UsageError(_("the path is empty; is a shell variable unset? Give . for this folder"))
     try:
         path = Path(text).expanduser()
         path.exists()  # raises if a name is too long
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"{path_text(text)!r} is not a valid path: {reason}") from None
+        raise UsageError(
+            _("{text!r} is not a valid path: {reason}", text=path_text(text), reason=reason)
+        ) from None
     if "\0" in text:
-        raise UsageError(f"{text!r} is not a valid path: it holds a NUL character")
+        raise UsageError(_("{text!r} is not a valid path: it holds a NUL character", text=text))
     return path
 
 
@@ -75,7 +94,7 @@ def read_file(path: str | os.PathLike[str], limit: int = MAX_FILE) -> bytes:
     """
     name = os.fspath(path)
     if "\0" in name:
-        raise OSError(errno.EINVAL, "its path holds a NUL character", name)
+        raise OSError(errno.EINVAL, _("its path holds a NUL character"), name)
     check_regular(name)  # before opening: opening a device may have effects
     # O_NONBLOCK: the file may have been replaced by a pipe since.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -83,18 +102,26 @@ def read_file(path: str | os.PathLike[str], limit: int = MAX_FILE) -> bytes:
         status = os.fstat(stream.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise OSError(
-                errno.EINVAL, f"it is {_file_type(status.st_mode)}, not a regular file", name
+                errno.EINVAL,
+                _("it is {file_type}, not a regular file", file_type=_file_type(status.st_mode)),
+                name,
             )
         if status.st_size > limit:
             raise OSError(
-                errno.EFBIG, f"it has {status.st_size:,} bytes, above the limit of {limit:,}", name
+                errno.EFBIG,
+                _(
+                    "it has {st_size:,} bytes, above the limit of {limit:,}",
+                    st_size=status.st_size,
+                    limit=limit,
+                ),
+                name,
             )
         # Not read(limit), which allocates as much. Files in /proc have a size of 0.
         content = stream.read(status.st_size + 1)
         while len(content) <= limit and (more := stream.read(1 << 16)):
             content += more
     if len(content) > limit:
-        raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes", name)
+        raise OSError(errno.EFBIG, _("it has more than {limit:,} bytes", limit=limit), name)
     return content
 
 
@@ -103,12 +130,19 @@ def check_regular(path: str | os.PathLike[str]) -> None:
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
         code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
-        raise OSError(code, f"it is {_file_type(mode)}, not a regular file", os.fspath(path))
+        raise OSError(
+            code,
+            _("it is {file_type}, not a regular file", file_type=_file_type(mode)),
+            os.fspath(path),
+        )
 
 
 def wrong_format(head: bytes) -> str | None:
-    """Describe a compressed file or a Git LFS pointer by its first 32 bytes; None for others."""
-    return next((text for start, text in _WRONG_FORMATS.items() if head.startswith(start)), None)
+    """Describe a compressed file, an office document, a Git LFS pointer or another file that is
+    none of pairs or weights, by its first ``HEAD`` bytes; None for others."""
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    text = next((text for pattern, text in _WRONG_FORMATS if pattern.match(start)), None)
+    return None if text is None else translate(text)
 
 
 def read_lines(path: str | os.PathLike[str], limit: int = MAX_TEXT) -> list[str]:
@@ -144,9 +178,9 @@ def walk(root: Path) -> Listing:
         UsageError: the folder is the root of the file system, whose listing takes minutes.
     """
     if os.path.realpath(root) == os.path.abspath(os.sep):
-        raise UsageError(f"{root} is the whole file system; name a folder in it")
+        raise UsageError(_("{folder} is the whole file system; name a folder in it", folder=root))
     listing = Listing()
-    for _, entries in _walk_folders(root, listing.unreadable):
+    for _unused, entries in _walk_folders(root, listing.unreadable):
         listing.files += [Path(entry.path) for entry in entries if not _is_dir(entry)]
     listing.files.sort()
     return listing
@@ -181,11 +215,11 @@ def _walk_folders(
     root: Path, unreadable: list[str], *, hidden: bool = True
 ) -> Iterator[tuple[Path, list[os.DirEntry[str]]]]:
     """Yield (folder, entries) for a folder and all below it, each once, real ones before links."""
-    seen = {_device_inode(parent) for parent in Path(os.path.realpath(root)).parents}
+    seen = {device_inode(parent) for parent in Path(os.path.realpath(root)).parents}
     real, linked = [root], list[Path]()
     while real or linked:
         folder = real.pop() if real else linked.pop(0)
-        identity = _device_inode(folder)
+        identity = device_inode(folder)
         if identity is None or identity in seen:
             continue
         seen.add(identity)
@@ -200,29 +234,48 @@ def _walk_folders(
         linked += [Path(entry.path) for entry in below if entry.is_symlink()]
 
 
+def is_apple_double(file: Path) -> bool:
+    """Return whether a file is ``._cat.jpg``, where macOS keeps metadata of ``cat.jpg``."""
+    return file.name.startswith("._")
+
+
+def of_suffixes(files: Iterable[Path], suffixes: Iterable[str]) -> list[Path]:
+    """Return the files that have one of the suffixes, without metadata of macOS."""
+    known = set(suffixes)
+    return [file for file in files if file.suffix.lower() in known and not is_apple_double(file)]
+
+
 def skipped_files(files: Iterable[Path], suffixes: Iterable[str], where: object) -> str | None:
-    """Return a warning that counts the skipped files of a folder by suffix; None without any.
+    """Return a warning that counts the files not in ``of_suffixes`` by suffix; None without any.
 
     Hidden files and files that are common next to images are not counted.
     """
-    known = {*suffixes, *_OTHER_SUFFIXES}
+    wanted = set(suffixes)
+    known = wanted | _OTHER_SUFFIXES
     counts: dict[str, int] = {}
     for file in files:
         name, suffix = file.name.lower(), file.suffix.lower()
-        if suffix not in known and not name.startswith(".") and name not in _OTHER_NAMES:
+        if is_apple_double(file) and suffix in wanted:
+            counts[_APPLE_DOUBLE] = counts.get(_APPLE_DOUBLE, 0) + 1
+        elif suffix not in known and not name.startswith(".") and name not in _OTHER_NAMES:
             counts[suffix] = counts.get(suffix, 0) + 1
     if not counts:
         return None
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    no_suffix = _("without a suffix")
     listed = ", ".join(
-        f"{count:,} {path_text(suffix) or 'without a suffix'}" for suffix, count in ordered[:6]
+        f"{count:,} {path_text(suffix) or no_suffix}" for suffix, count in ordered[:6]
     )
-    more = f", and {len(ordered) - 6} other suffixes" if len(ordered) > 6 else ""
+    more = _(", and {count} other suffixes", count=len(ordered) - 6) if len(ordered) > 6 else ""
     total = sum(counts.values())
-    files_are = "1 file is" if total == 1 else f"{total:,} files are"
-    return (
-        f"{path_text(str(where))}: {files_are} skipped, not of a supported image format ({listed}"
-        f"{more}); convert images among them to JPEG or PNG"
+    return _n(
+        "{where}: {count:,} file is skipped, not of a supported image format ({suffixes}); "
+        "convert images among them to JPEG or PNG",
+        "{where}: {count:,} files are skipped, not of a supported image format ({suffixes}); "
+        "convert images among them to JPEG or PNG",
+        total,
+        where=path_text(str(where)),
+        suffixes=listed + more,
     )
 
 
@@ -231,7 +284,13 @@ def _list_folder(folder: Path, unreadable: list[str]) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
-        unreadable.append(f"the folder {path_text(folder)} cannot be listed: {error.strerror}")
+        unreadable.append(
+            _(
+                "the folder {folder} cannot be listed: {reason}",
+                folder=path_text(folder),
+                reason=error.strerror,
+            )
+        )
         return []
 
 
@@ -242,10 +301,12 @@ def _is_dir(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _device_inode(folder: Path) -> tuple[int, int] | None:
+def device_inode(path: Path) -> tuple[int, int] | None:
+    """Return what identifies a file or folder, whatever its case, mounts and hard links; None if
+    it cannot be read."""
     try:
-        status = folder.stat()
-    except OSError:
+        status = path.stat()
+    except (OSError, ValueError):
         return None
     return status.st_dev, status.st_ino
 
@@ -263,10 +324,10 @@ def _glob_entries(folder: Path, part: str) -> list[Path]:
 
 def _file_type(mode: int) -> str:
     kinds = {
-        stat.S_IFDIR: "a folder",
-        stat.S_IFIFO: "a named pipe",
-        stat.S_IFSOCK: "a socket",
-        stat.S_IFCHR: "a device",
-        stat.S_IFBLK: "a device",
+        stat.S_IFDIR: _("a folder"),
+        stat.S_IFIFO: _("a named pipe"),
+        stat.S_IFSOCK: _("a socket"),
+        stat.S_IFCHR: _("a device"),
+        stat.S_IFBLK: _("a device"),
     }
-    return kinds.get(stat.S_IFMT(mode), "something else")
+    return kinds.get(stat.S_IFMT(mode), _("something else"))

@@ -21,9 +21,15 @@ from safetensors import SafetensorError, safe_open
 from cn_clip.config import ModelConfig
 from cn_clip.errors import CheckpointError
 from cn_clip.tokenizer import default_tokenizer
+from cn_clip.translation import _
 from cn_clip.weights.folder_config import WEIGHTS, read_config_format
 
-_PREPROCESSING_VERSION = 1  # raise it when preprocessing or tokenization changes embeddings
+# Raise it when preprocessing or tokenization changes embeddings of ordinary images or texts.
+# It was not raised when 16-bit grey and float images began to be scaled by their range: before,
+# nearly all of them were one white or black square. A raise refuses every stored embedding, cached
+# feature and calibration, whose 8-bit images embed bit for bit as before; only embeddings of those
+# rare files have to be made again, and the changelog says so.
+_PREPROCESSING_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +79,16 @@ def folder_fingerprint(folder: str | os.PathLike[str]) -> str:
     config, is_hugging_face = read_config_format(Path(folder))
     path = Path(folder) / WEIGHTS
     if is_hugging_face:
-        raise CheckpointError(f"{folder} is a Hugging Face folder; load it to get its fingerprint")
+        raise CheckpointError(
+            _("{folder} is a Hugging Face folder; load it to get its fingerprint", folder=folder)
+        )
     try:
         with safe_open(path, framework="numpy") as file:
             tensors = [_as_float32(name, file.get_tensor(name)) for name in file.keys()]  # noqa: SIM118
     except (OSError, SafetensorError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read without torch: {error}") from None
+        raise CheckpointError(
+            _("{path} cannot be read without torch: {error}", path=path, error=error)
+        ) from None
     return fingerprint_of(config, default_tokenizer().vocab, tensors)
 
 

@@ -16,8 +16,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from cn_clip.config import PUBLISHED, read_json, shard_names
+from cn_clip.config import PUBLISHED, read_config_json, shard_names
 from cn_clip.errors import CheckpointError, MissingWeightsError, UnknownModelError, UsageError
+from cn_clip.translation import _
 
 EMBEDDED = "mini"
 _MAX_REASON = 60  # characters of a hub's error message in ours
@@ -61,7 +62,7 @@ def find(name: str, download_root: str | os.PathLike[str] | None = None) -> Path
     if name == EMBEDDED:
         return EMBEDDED_FOLDER
     if name not in PUBLISHED and not is_repository(name):
-        raise UnknownModelError("model", name, names())
+        raise UnknownModelError(_("model"), name, names())
     roots = [download_root] if download_root is not None else []
     for root in [*roots, CACHE]:
         path = _find_in(name, Path(root).expanduser())
@@ -184,10 +185,15 @@ def _download(name: str, hub: str, root: Path, incomplete: Path) -> Path:
     names = _list_modelscope(name) if hub == "modelscope" else _list_hugging_face(name)
     chosen = _choose(names)
     if chosen is None:
-        first_names = ", ".join(sorted(names)[:8]) or "nothing"
+        first_names = ", ".join(sorted(names)[:8]) or _("nothing")
         raise CheckpointError(
-            f"{name} on {_TITLES[hub]} has no Chinese-CLIP in a known format (config.json with "
-            f"model.safetensors or pytorch_model.bin, or one .pt file); it has {first_names}"
+            _(
+                "{name} on {title} has no Chinese-CLIP in a known format (config.json with "
+                "model.safetensors or pytorch_model.bin, or one .pt file); it has {first_names}",
+                name=name,
+                title=_TITLES[hub],
+                first_names=first_names,
+            )
         )
     for file_name in chosen:
         file = download(name, file_name, incomplete)
@@ -204,13 +210,17 @@ def _download(name: str, hub: str, root: Path, incomplete: Path) -> Path:
 
 def _check_model_type(name: str, config: Path) -> None:
     """Refuse another architecture before its weights are downloaded."""
-    values = read_json(config)
+    values = read_config_json(config)
     model_type = values.get("model_type") if isinstance(values, dict) else None
     ours = isinstance(values, dict) and "embed_dim" in values
     if model_type != "chinese_clip" and not ours:
         raise CheckpointError(
-            f"{name} is a model of type {model_type!r}, not a Chinese-CLIP; its weights were not "
-            "downloaded"
+            _(
+                "{name} is a model of type {model_type!r}, not a Chinese-CLIP; its weights were "
+                "not downloaded",
+                name=name,
+                model_type=model_type,
+            )
         )
 
 
@@ -236,8 +246,13 @@ def _from_hugging_face(repository: str, filename: str, folder: Path) -> Path:
     if difference:
         file.unlink()
         raise CheckpointError(
-            f"{filename} of {repository} came with {difference}; it was deleted. Try again, or "
-            "try another hub (CN_CLIP_HUB=modelscope) or a mirror (HF_ENDPOINT)"
+            _(
+                "{filename} of {repository} came with {difference}; it was deleted. Try again, or "
+                "try another hub (CN_CLIP_HUB=modelscope) or a mirror (HF_ENDPOINT)",
+                filename=filename,
+                repository=repository,
+                difference=difference,
+            )
         )
     return file
 
@@ -245,12 +260,16 @@ def _from_hugging_face(repository: str, filename: str, folder: Path) -> Path:
 def _difference(file: Path, size: int | None, etag: str | None) -> str | None:
     """Return how a file differs from the hub's metadata; small files have no SHA-256 there."""
     if size is not None and file.stat().st_size != size:
-        return f"{file.stat().st_size:,} bytes instead of {size:,}"
+        return _("{st_size:,} bytes instead of {size:,}", st_size=file.stat().st_size, size=size)
     if etag is None or not re.fullmatch("[0-9a-f]{64}", etag):
         return None
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return None if digest == etag else f"SHA-256 {digest[:12]}... instead of {etag[:12]}..."
+    return (
+        None
+        if digest == etag
+        else _("SHA-256 {digest}... instead of {etag}...", digest=digest[:12], etag=etag[:12])
+    )
 
 
 def _list_modelscope(repository: str) -> list[str]:
@@ -269,20 +288,31 @@ def _modelscope(module: str) -> Any:
     try:
         return import_module(module)
     except ImportError:
-        raise ImportError("the modelscope package is missing: pip install modelscope") from None
+        raise ImportError(_("the modelscope package is missing: pip install modelscope")) from None
 
 
 def _preferred() -> str:
     hub = os.environ.get("CN_CLIP_HUB") or HUBS[0]
     if hub not in HUBS:
-        raise UsageError(f"CN_CLIP_HUB={hub!r} is not a known hub; give {' or '.join(HUBS)}")
+        raise UsageError(
+            _(
+                "CN_CLIP_HUB={hub!r} is not a known hub; give {hubs}",
+                hub=hub,
+                hubs=_(" or ").join(HUBS),
+            )
+        )
     return hub
 
 
 def _disk_full(name: str, root: Path, error: OSError) -> MissingWeightsError:
     return MissingWeightsError(
-        f"no space in {root} to download {name} ({error.strerror}). Free some space, or give "
-        "another folder: download_root"
+        _(
+            "no space in {folder} to download {name} ({reason}). Free some space, or give another "
+            "folder: download_root",
+            folder=root,
+            name=name,
+            reason=error.strerror,
+        )
     )
 
 
@@ -293,12 +323,27 @@ def _missing(name: str, hub: str, root: Path, error: Exception) -> MissingWeight
     if name in PUBLISHED:
         published = PUBLISHED[name]
         return MissingWeightsError(
-            f"{name} needs {published.filename}, not found and not downloaded ({reason}). "
-            f"Get it from {_OWNERS['huggingface']}/{published.repository} on Hugging Face "
-            f"({_OWNERS['modelscope']} on ModelScope) and put it into {root}"
+            _(
+                "{name} needs {filename}, not found and not downloaded ({reason}). Get it from "
+                "{huggingface}/{repository} on Hugging Face ({modelscope} on ModelScope) and put "
+                "it into {folder}",
+                name=name,
+                filename=published.filename,
+                reason=reason,
+                huggingface=_OWNERS["huggingface"],
+                repository=published.repository,
+                modelscope=_OWNERS["modelscope"],
+                folder=root,
+            )
         )
     return MissingWeightsError(
-        f"{name} is not a file or folder, and could not be downloaded from {_TITLES[hub]} "
-        f"({reason}). Download config.json and model.safetensors (or pytorch_model.bin) of {name} "
-        f"and put them into {root / name.replace('/', '--')}"
+        _(
+            "{name} is not a file or folder, and could not be downloaded from {title} ({reason}). "
+            "Download config.json and model.safetensors (or pytorch_model.bin) of {name} and put "
+            "them into {folder}",
+            name=name,
+            title=_TITLES[hub],
+            reason=reason,
+            folder=root / name.replace("/", "--"),
+        )
     )

@@ -1,11 +1,10 @@
-"""What a command may replace: claims of output paths, and folders stamped_files by their writer.
+"""What a command may replace: claims of output paths, and folders stamped by their writer.
 
 A command replaces only what it wrote itself, and only with ``--overwrite``; a command without that
 option always replaces its own output. It never touches an input or a folder with other files, and
 never writes inside an input folder. ``claim`` checks this before any computation.
 
-Folders are is_own by a stamp, ``.cn-clip.json``, which names the command and its files; single
-files by their first bytes.
+Folders are recognised by a stamp, ``.cn-clip.json``, which names the command and its files.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import stat
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,10 +19,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cn_clip.errors import UsageError
-from cn_clip.publish import NO_NAME, atomic_file, flush, is_leftover, temporary_beside
+from cn_clip.files import device_inode
+from cn_clip.publish import LOCK, NO_NAME, atomic_file, flush, is_leftover, temporary_beside
+from cn_clip.translation import _
 
 STAMP = ".cn-clip.json"
-LOCK = ".lock"
 _NAME_MAX = 255  # bytes of a file name on common file systems
 
 OutputCheck = Callable[[Path], str | None]
@@ -60,7 +59,9 @@ def claim(
     """
     given = os.fspath(out)
     if not given or "\0" in given:
-        raise UsageError(f"{option} is {given!r}; give a {kind}")
+        raise UsageError(
+            _("{option} is {given!r}; give a {kind}", option=option, given=given, kind=kind)
+        )
     try:
         target = Path(os.path.realpath(given))  # writes go through a link
     except OSError as error:  # the current folder was deleted
@@ -68,26 +69,49 @@ def claim(
     _check_path(target, given, kind, in_place)
     exists = target.is_file() if kind == "file" else next(entries(target, old), None) is not None
     if exists and overwrite is False:
-        state = "exists" if kind == "file" else "is not empty"
-        raise UsageError(f"{given} {state}; give another place, or --overwrite to replace it")
+        state = _("exists") if kind == "file" else _("is not empty")
+        raise UsageError(
+            _(
+                "{given} {state}; give another place, or --overwrite to replace it",
+                given=given,
+                state=state,
+            )
+        )
     for path in inputs:
         source = _resolved(path)
         if source is None:
             continue  # its reader reports it
         if same_file(target, source):
-            raise UsageError(f"{given} is both input and output; give another place for the output")
+            raise UsageError(
+                _(
+                    "{given} is both input and output; give another place for the output",
+                    given=given,
+                )
+            )
         if source.is_dir() and is_within(target, source):
-            raise UsageError(f"{given} is inside the input {path}; give a place outside of it")
+            raise UsageError(
+                _(
+                    "{given} is inside the input {path}; give a place outside of it",
+                    given=given,
+                    path=path,
+                )
+            )
         if is_within(source, target):
             raise UsageError(
-                f"{given} contains the input {path}; give another place for the output"
+                _(
+                    "{given} contains the input {path}; give another place for the output",
+                    given=given,
+                    path=path,
+                )
             )
     here = _resolved(".")
     if kind == "folder" and not in_place and here is not None and is_within(here, target):
-        raise UsageError(f"{given} is the current folder or contains it; give a new folder")
+        raise UsageError(
+            _("{given} is the current folder or contains it; give a new folder", given=given)
+        )
     reason = check(target) if exists else None
     if reason is not None:
-        raise UsageError(f"{given} {reason}; give another place")
+        raise UsageError(_("{given} {reason}; give another place", given=given, reason=reason))
     return Path(given)
 
 
@@ -99,8 +123,8 @@ def own_file(command: str, is_own: Callable[[Path], bool]) -> OutputCheck:
             if not path.stat().st_size or is_own(path):
                 return None
         except OSError as error:
-            return f"cannot be read ({error.strerror})"
-        return f"was not written by `cn-clip {command}`"
+            return _("cannot be read ({reason})", reason=error.strerror)
+        return _("was not written by `cn-clip {command}`", command=command)
 
     return check
 
@@ -111,6 +135,19 @@ def starts_with(*starts: bytes) -> Callable[[Path], bool]:
     def is_own(path: Path) -> bool:
         with path.open("rb") as stream:
             return stream.read(max(map(len, starts))).startswith(starts)
+
+    return is_own
+
+
+def reads_as(start: re.Pattern[bytes], end: bytes) -> Callable[[Path], bool]:
+    """Return a predicate: whether the first 4 KiB of a file match ``start``, and it ends in
+    ``end``. For formats of others, which have no room for a mark of ours."""
+
+    def is_own(path: Path) -> bool:
+        with path.open("rb") as stream:
+            head = stream.read(1 << 12)
+            stream.seek(-min(len(end), path.stat().st_size), os.SEEK_END)
+            return start.match(head) is not None and stream.read() == end
 
     return is_own
 
@@ -131,7 +168,11 @@ def own_folder(
     def check(path: Path) -> str | None:
         own_names = stamped_files(path, command) if own is None else own(path)
         other = next((name for name in entries(path, old) if name not in own_names), None)
-        return None if other is None else f"holds {other}, not written by {command}"
+        return (
+            None
+            if other is None
+            else _("holds {other}, not written by {command}", other=other, command=command)
+        )
 
     return check
 
@@ -174,7 +215,13 @@ def entries(folder: Path, old: re.Pattern[str] = NO_NAME, above: str = "") -> It
     except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as error:
-        raise UsageError(f"{folder} cannot be read: {error.strerror}; give another place") from None
+        raise UsageError(
+            _(
+                "{folder} cannot be read: {reason}; give another place",
+                folder=folder,
+                reason=error.strerror,
+            )
+        ) from None
     for entry in listing:
         path = Path(entry.path)
         if is_leftover(path, old) or (entry.name == LOCK and _is_empty(path)):
@@ -203,14 +250,15 @@ def remove(folder: Path, names: Iterable[str]) -> None:
 
 def same_file(one: Path, other: Path) -> bool:
     """Return whether two resolved paths are one file, whatever case, mounts and hard links."""
-    return one == other or (_identity(one) is not None and _identity(one) == _identity(other))
+    identity = device_inode(one)
+    return one == other or (identity is not None and identity == device_inode(other))
 
 
 def is_within(inner: Path, outer: Path) -> bool:
     """Return whether a resolved path is ``outer`` or inside of it."""
-    identity = _identity(outer)
+    identity = device_inode(outer)
     return identity is not None and any(
-        _identity(path) == identity for path in (inner, *inner.parents)
+        device_inode(path) == identity for path in (inner, *inner.parents)
     )
 
 
@@ -222,7 +270,7 @@ def atomic_folder(
     check: OutputCheck | None = None,
     also: Collection[str] = (),
 ) -> Iterator[Path]:
-    """Yield a temporary folder to write into; on success it is stamped_files and replaces ``path``.
+    """Yield a temporary folder to write into; on success it is stamped and replaces ``path``.
 
     The old folder stays until the new one is complete.
 
@@ -238,11 +286,10 @@ def atomic_folder(
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"{path} is a file; give a new folder")
+        raise NotADirectoryError(_("{path} is a file; give a new folder", path=path))
     target.parent.mkdir(parents=True, exist_ok=True)
-    work = temporary_beside(target)
-    new, old = work / "new", work / "old"
-    try:
+    with temporary_beside(target) as work:
+        new, old = work / "new", work / "old"
         new.mkdir()
         yield new
         stamp(new, command, {*entries(new), *also})
@@ -250,7 +297,7 @@ def atomic_folder(
         # Again: files may have been added since the claim.
         reason = (check or own_folder(command))(target) if target.exists() else None
         if reason is not None:
-            raise UsageError(f"{path} {reason}; give another place")
+            raise UsageError(_("{path} {reason}; give another place", path=path, reason=reason))
         try:
             if target.exists():
                 target.rename(old)
@@ -259,9 +306,6 @@ def atomic_folder(
             if old.exists():
                 old.rename(target)
             raise
-    finally:
-        if not old.exists() or target.exists():  # never delete the only copy
-            shutil.rmtree(work, ignore_errors=True)
 
 
 def _check_path(target: Path, given: str, kind: str, in_place: bool) -> None:
@@ -274,25 +318,31 @@ def _check_path(target: Path, given: str, kind: str, in_place: bool) -> None:
         raise _unwritable(given, error.strerror) from None
     if status is not None:
         if kind == "file" and stat.S_ISDIR(status.st_mode):
-            raise UsageError(f"{given} is a folder; give a file")
+            raise UsageError(_("{given} is a folder; give a file", given=given))
         if kind == "file" and not stat.S_ISREG(status.st_mode):
-            raise UsageError(f"{given} is a device, a pipe or a socket; give a file")
+            raise UsageError(_("{given} is a device, a pipe or a socket; give a file", given=given))
         if kind == "folder" and not stat.S_ISDIR(status.st_mode):
-            raise UsageError(f"{given} is a file; give a folder")
+            raise UsageError(_("{given} is a file; give a folder", given=given))
     parent = target if status is not None and in_place else target.parent
     while not os.path.lexists(parent):
         parent = parent.parent
     new_names = target.relative_to(parent).parts
     if any(len(os.fsencode(name)) > _NAME_MAX for name in new_names):
-        raise _unwritable(given, "a name is too long")
+        raise _unwritable(given, _("a name is too long"))
     if not parent.is_dir():
-        raise _unwritable(given, f"{parent} is a file")
+        raise _unwritable(given, _("{parent} is a file", parent=parent))
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise _unwritable(given, f"{parent} is not writable")
+        raise _unwritable(given, _("{parent} is not writable", parent=parent))
 
 
 def _unwritable(given: str, reason: str | None) -> UsageError:
-    return UsageError(f"could not write {given}: {reason}; nothing was changed. Give another place")
+    return UsageError(
+        _(
+            "could not write {given}: {reason}; nothing was changed. Give another place",
+            given=given,
+            reason=reason,
+        )
+    )
 
 
 def _resolved(path: str | os.PathLike[str]) -> Path | None:
@@ -302,14 +352,6 @@ def _resolved(path: str | os.PathLike[str]) -> Path | None:
         return resolved if resolved.exists() else None
     except (OSError, ValueError, RuntimeError):  # a NUL, a loop of links, an unknown home folder
         return None
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        status = path.stat()
-    except (OSError, ValueError):
-        return None
-    return status.st_dev, status.st_ino
 
 
 def _is_empty(path: Path) -> bool:

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from cn_clip.translation import _
+
 GRACE = 2.0  # seconds for a worker to remove temporary files
 _FORCE_AFTER = 1.0  # seconds after which a second Ctrl-C exits without cleaning up
 _POLL_SECONDS = 1.0  # between checks of the parent process
@@ -27,7 +29,7 @@ class Interrupted(KeyboardInterrupt):
     """A termination signal arrived; like ``KeyboardInterrupt``, it unwinds and cleans up."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(f"ended by {signal.Signals(number).name}")
+        super().__init__(_("ended by {signal}", signal=signal.Signals(number).name))
         self.number = number
 
     @property

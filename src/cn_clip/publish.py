@@ -1,6 +1,7 @@
 """Atomic writes: a file appears under its name only when it is complete.
 
-Temporary files are in folders named ``.NAME.XXXXXXXX.cn-clip-tmp`` next to the target.
+Temporary files are in folders named ``.NAME.XXXXXXXX.cn-clip-tmp`` next to the target. Their writer
+locks them, so the next writer of the target recognises those of killed processes and removes them.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cn_clip.errors import CNClipError
+from cn_clip.translation import _
 
+LOCK = ".lock"
 NO_NAME = re.compile("$^")  # matches no name
 _TEMPORARY = ".cn-clip-tmp"
 _SHOWN_NAME = 40  # bytes of a target's name in the name of its temporary folder
@@ -30,14 +33,11 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
-    folder = temporary_beside(target)  # a folder: writers may create further temporary files
-    try:
+    with temporary_beside(target) as folder:  # writers may create further temporary files in it
         temporary = folder / target.name
         yield temporary
         flush(temporary)
         os.replace(temporary, target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -59,8 +59,12 @@ def map_write_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         raise
     except OSError as error:
         raise CNClipError(
-            f"could not write {path}: {error.strerror or error}; nothing was changed. Free some "
-            "space or choose another place"
+            _(
+                "could not write {path}: {reason}; nothing was changed. Free some space or choose "
+                "another place",
+                path=path,
+                reason=error.strerror or error,
+            )
         ) from error
 
 
@@ -89,8 +93,56 @@ def _mode_of_new_files(folder: Path) -> int:
         probe.unlink()
 
 
-def temporary_beside(target: Path) -> Path:
-    return Path(tempfile.mkdtemp(_TEMPORARY, _prefix(target), target.parent))
+@contextmanager
+def temporary_beside(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder next to a target, and remove it, with those of killed processes.
+
+    A folder whose ``old`` is the only copy of the target stays.
+    """
+    _remove_abandoned(target)
+    folder, unlock = _locked_folder(target)
+    try:
+        yield folder
+    finally:
+        unlock()  # first: Windows does not remove an open file
+        _remove(folder, only_copy=not target.exists())
+
+
+def _locked_folder(target: Path) -> tuple[Path, Callable[[], None]]:
+    """Return a new temporary folder, and the function that unlocks it."""
+    from filelock import FileLock, Timeout  # not at the top: it takes 20 ms
+
+    while True:
+        folder = Path(tempfile.mkdtemp(_TEMPORARY, _prefix(target), target.parent))
+        lock = FileLock(folder / LOCK, timeout=0)
+        try:
+            lock.acquire()
+            return folder, lock.release
+        except Timeout:  # another process took it for an abandoned one
+            continue
+        except (OSError, NotImplementedError):  # no locks on this file system
+            return folder, lambda: None
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove the temporary folders of a target whose writers were killed."""
+    from filelock import FileLock, Timeout
+
+    is_cut = len(os.fsencode(target.name)) > _SHOWN_NAME  # it may be of another target
+    name = re.compile(re.escape(_prefix(target)) + r"[a-z0-9_]{8}" + re.escape(_TEMPORARY))
+    for entry in [*os.scandir(target.parent)]:
+        folder = Path(entry.path)
+        # A writer that has not locked its folder yet has no lock file in it.
+        if name.fullmatch(entry.name) and is_leftover(folder) and (folder / LOCK).is_file():
+            with suppress(Timeout, OSError, NotImplementedError):
+                with FileLock(folder / LOCK, timeout=0):
+                    pass
+                _remove(folder, only_copy=is_cut or not target.exists())
+
+
+def _remove(folder: Path, *, only_copy: bool) -> None:
+    if not (only_copy and (folder / "old").exists()):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _prefix(target: Path) -> str:
@@ -124,14 +176,3 @@ def sweep(folder: Path, old: re.Pattern[str] = NO_NAME) -> None:
     for path in [*folder.iterdir()] if folder.is_dir() else []:
         if is_leftover(path, old) and not (path / "old").exists():  # "old" may be the only copy
             shutil.rmtree(path, ignore_errors=True)
-
-
-def sweep_beside(path: str | os.PathLike[str]) -> None:
-    """Remove temporary folders of killed processes for one output that no other process writes."""
-    target = Path(os.path.realpath(path))
-    if len(os.fsencode(target.name)) > _SHOWN_NAME or not target.parent.is_dir():
-        return  # names are cut: the folder may be of another output
-    ending = re.compile(re.escape(_prefix(target)) + r"[a-z0-9_]{8}" + re.escape(_TEMPORARY))
-    for other in target.parent.iterdir():
-        if ending.fullmatch(other.name) and is_leftover(other) and not (other / "old").exists():
-            shutil.rmtree(other, ignore_errors=True)

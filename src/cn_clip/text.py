@@ -12,6 +12,8 @@ import os
 import re
 from typing import Any
 
+from cn_clip.translation import _
+
 REPLACEMENT = "\ufffd"  # replaces an invalid character
 
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")  # a JSON escape of a surrogate
@@ -51,7 +53,7 @@ def read_json(text: str | bytes) -> Any:
         # Only escapes produce lone surrogates.
         return _valid(values) if _SURROGATE_ESCAPE.search(decoded) else values
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError(_("it is nested too deeply")) from None
 
 
 def _valid(values: Any) -> Any:

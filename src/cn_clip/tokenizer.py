@@ -20,6 +20,7 @@ import tokenizers
 from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
 
 from cn_clip.errors import UsageError
+from cn_clip.translation import _
 
 CONTEXT_LENGTH = 52
 
@@ -77,7 +78,10 @@ class Tokenizer:
         """Return at most ``context_length`` ids per text, without padding."""
         if context_length < 2:
             raise UsageError(
-                f"context_length {context_length} leaves no room for [CLS] and [SEP]; use 52"
+                _(
+                    "context_length {context_length} leaves no room for [CLS] and [SEP]; use 52",
+                    context_length=context_length,
+                )
             )
         max_pieces = context_length - 2
         truncated = 0
@@ -135,9 +139,13 @@ class Tokenizer:
             self.truncated += count
         if first:
             warnings.warn(
-                f"{count} text(s) longer than {context_length} tokens were truncated; shorten "
-                "them, or raise context_length if the model was trained with more. Further texts "
-                "are only counted, in Tokenizer.truncated",
+                _(
+                    "{count} text(s) longer than {context_length} tokens were truncated; shorten "
+                    "them, or raise context_length if the model was trained with more. Further "
+                    "texts are only counted, in Tokenizer.truncated",
+                    count=count,
+                    context_length=context_length,
+                ),
                 TruncationWarning,
                 stacklevel=4,
             )
@@ -155,11 +163,15 @@ def _read_vocab(path: str | os.PathLike[str] | None) -> dict[str, int]:
     try:
         tokens = source.read_bytes().decode("utf-8").rstrip("\n").split("\n")
     except (OSError, ValueError) as error:
-        raise UsageError(f"the vocabulary {path} cannot be read: {error}") from None
+        raise UsageError(
+            _("the vocabulary {path} cannot be read: {error}", path=path, error=error)
+        ) from None
     vocab = {token.strip(): index for index, token in enumerate(tokens)}
     missing = [token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if token not in vocab]
     if missing:
-        raise UsageError(f"{path} is not a BERT vocabulary: it has no {missing[0]}")
+        raise UsageError(
+            _("{path} is not a BERT vocabulary: it has no {missing}", path=path, missing=missing[0])
+        )
     return vocab
 
 
@@ -192,7 +204,12 @@ def _lowered(texts: str | Sequence[str]) -> list[str]:
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise UsageError(
-                f"text {index} is {text!r:.40} ({type(text).__name__}); expected a string"
+                _(
+                    "text {index} is {text!r:.40} ({text_type}); expected a string",
+                    index=index,
+                    text=text,
+                    text_type=type(text).__name__,
+                )
             )
     # str.lower() handles a final sigma; the per-character lowering in Rust does not.
     lowered = [text.lower() for text in texts]

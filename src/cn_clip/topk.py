@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cn_clip.errors import UsageError
+from cn_clip.translation import _
 
 Vectors = npt.NDArray[Any]  # (N, D)
 
@@ -52,12 +53,20 @@ def top_k(
     queries, gallery = checked_vectors(queries, "queries"), checked_vectors(gallery, "gallery")
     if queries.shape[1] != gallery.shape[1]:
         raise UsageError(
-            f"vectors of dimension {queries.shape[1]} and {gallery.shape[1]} cannot be compared; "
-            "embed both with one model"
+            _(
+                "vectors of dimension {query_width} and {gallery_width} cannot be compared; embed "
+                "both with one model",
+                query_width=queries.shape[1],
+                gallery_width=gallery.shape[1],
+            )
         )
     if not 1 <= k <= len(gallery):
         raise UsageError(
-            f"k = {k} does not fit a gallery of {len(gallery)} rows; give 1 to {len(gallery)}"
+            _(
+                "k = {k} does not fit a gallery of {gallery_count} rows; give 1 to {gallery_count}",
+                k=k,
+                gallery_count=len(gallery),
+            )
         )
     width = max(1, math.isqrt(len(gallery) // k))
     starts = np.arange(0, len(gallery), width)
@@ -100,14 +109,21 @@ def checked_vectors(vectors: Vectors, what: str) -> Vectors:
     """
     vectors = np.asarray(vectors)
     if vectors.ndim != 2:
-        raise UsageError(f"the {what} have the shape {vectors.shape}; expected (N, D)")
+        raise UsageError(
+            _("the {what} have the shape {shape}; expected (N, D)", what=what, shape=vectors.shape)
+        )
     vectors = vectors.astype(np.result_type(vectors, np.float32), copy=False)
     with np.errstate(invalid="ignore"):  # inf - inf
         sums = vectors.sum(axis=1, dtype=np.float64)  # not finite if one value is not
     invalid = np.flatnonzero(~np.isfinite(sums))
     if len(invalid):
         raise UsageError(
-            f"row {invalid[0]} of the {what} contains NaN or infinity ({len(invalid)} rows in all "
-            "do); embed them again in float32"
+            _(
+                "row {row} of the {what} contains NaN or infinity ({count} rows in all do); embed "
+                "them again in float32",
+                row=invalid[0],
+                what=what,
+                count=len(invalid),
+            )
         )
     return vectors

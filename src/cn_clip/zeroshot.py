@@ -18,6 +18,7 @@ from cn_clip.embedder import Embedder
 from cn_clip.errors import UsageError
 from cn_clip.image.decode import ImageInput
 from cn_clip.text import valid_text
+from cn_clip.translation import _
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +128,22 @@ def label_embeddings(
 ) -> npt.NDArray[np.float32]:
     """Return a unit vector for each label, float32 (M, D): the mean over the templates."""
     if isinstance(templates, str):
-        raise UsageError(f"templates is one string, {templates!r:.60}; give a list of templates")
+        raise UsageError(
+            _(
+                "templates is one string, {templates!r:.60}; give a list of templates",
+                templates=templates,
+            )
+        )
     for template in templates:
         if "{}" not in template:
-            raise UsageError(f"the template {template!r} has no {{}}; add it where the label goes")
+            raise UsageError(
+                _(
+                    "the template {template!r} has no {{}}; add it where the label goes",
+                    template=template,
+                )
+            )
     if not templates:
-        raise UsageError("no templates given; use ['{}'] for the labels alone")
+        raise UsageError(_("no templates given; use ['{}'] for the labels alone"))
     sentences = [valid_text(template) for template in templates]
     texts = [sentence.replace("{}", label) for label in labels for sentence in sentences]
     embeddings = embedder.embed_texts(texts).reshape(len(labels), len(templates), -1)
@@ -147,19 +158,30 @@ def distinct(labels: Iterable[str]) -> list[str]:
         UsageError: a label is empty, or fewer than two are left.
     """
     if isinstance(labels, str):
-        raise UsageError(f"labels is one string, {labels!r:.60}; give a list of labels")
+        raise UsageError(
+            _("labels is one string, {labels!r:.60}; give a list of labels", labels=labels)
+        )
     labels = list(labels)
     invalid = next((label for label in labels if not isinstance(label, str)), None)
     if invalid is not None:
-        raise UsageError(f"label {invalid!r:.60} is not a string")
+        raise UsageError(_("label {invalid!r:.60} is not a string", invalid=invalid))
     stripped = [valid_text(label).strip() for label in labels]
     if "" in stripped:
-        raise UsageError(f"label {stripped.index('') + 1} of {len(stripped)} is empty; remove it")
+        raise UsageError(
+            _(
+                "label {number} of {label_count} is empty; remove it",
+                number=stripped.index("") + 1,
+                label_count=len(stripped),
+            )
+        )
     unique = list(dict.fromkeys(stripped))
     if len(unique) < 2:
-        given = f"only the label {unique[0]!r}" if unique else "no labels"
-        raise UsageError(f"{given} given; give at least two different labels")
+        given = _("only the label {label!r}", label=unique[0]) if unique else _("no labels")
+        raise UsageError(_("{given} given; give at least two different labels", given=given))
     if len(unique) < len(stripped):
         repeated = Counter(stripped).most_common(1)[0][0]
-        warnings.warn(f"label {repeated!r} is given more than once; counted once", stacklevel=3)
+        warnings.warn(
+            _("label {repeated!r} is given more than once; counted once", repeated=repeated),
+            stacklevel=3,
+        )
     return unique

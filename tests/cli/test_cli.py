@@ -137,7 +137,7 @@ def test_models_lists_every_name_with_its_path(cn_clip, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "CACHE", str(tmp_path / "cache"))
     (tmp_path / "clip_cn_rn50.pt").touch()
     code, out, _ = cn_clip("models", "--download-root", tmp_path, "--json")
-    rows = {row["name"]: row for row in json.loads(out)}
+    rows = {row["name"]: row for row in json.loads(out)["models"]}
     assert code == 0 and list(rows) == hub.names()
     assert rows["RN50"]["path"] == str(tmp_path / "clip_cn_rn50.pt")
     assert rows["ViT-B-16"]["path"] is None

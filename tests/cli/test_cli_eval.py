@@ -99,7 +99,7 @@ def test_the_list_of_protocols_shows_published_scores(cn_clip):
     assert code == 0 and "flickr30k-cn-test" in out and "ViT-H-14 71.2" in out
     assert "none found" in out and "84.9, best of five models" in out
     code, out, _ = cn_clip("protocol", "--list", "--json")
-    assert len(json.loads(out)) == 14
+    assert len(json.loads(out)["protocols"]) == 14
 
 
 def test_a_protocol_prints_measured_and_published_scores(cn_clip, pictures):

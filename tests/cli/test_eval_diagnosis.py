@@ -64,11 +64,11 @@ def test_robustness_json_has_every_rewrite(cn_clip, data):
     )
     assert (code, err) == (0, "")
     document = json.loads(out)
-    rows = {row["name"]: row for row in document["asked"]}
+    rows = {row["name"]: row for row in document["rewrites"]}
     assert document["queries"] == 11 and document["skipped"] == []
     assert rows["simplified"]["changed"] == 1  # 貓
     assert rows["synonyms"]["changed"] == 4
-    assert rows["english"]["asked"].keys() == {"r1", "r5", "r10", "mean"}
+    assert rows["english"]["rewritten"].keys() == {"r1", "r5", "r10", "mean"}
     normalized = {row["name"]: row for row in document["normalized"]}
     assert normalized["plain"]["changed"] == 1
     assert normalized["traditional"]["changed"] == 1  # the others are restored

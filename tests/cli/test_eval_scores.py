@@ -51,7 +51,7 @@ def test_zeroshot_prints_the_metric_and_confusions(cn_clip, model, tmp_path):
     assert "accuracy (metric of the dataset)" in out and "predicted" in out and "6 images" in out
     code, out, _ = cn_clip("eval", "zeroshot", "--data", root, "--model", model, "--json")
     document = json.loads(out)
-    assert document["pictures"] == 6 and document["value"] == document["top1"]
+    assert document["images"] == 6 and document["value"] == document["top1"]
 
 
 def test_zeroshot_takes_metric_and_submission_from_the_dataset(cn_clip, model, tmp_path):

@@ -179,7 +179,8 @@ def test_json_is_valid_on_every_console(monkeypatch, encoding):
     print_json({"labels": ["猫", "é", "😀", "\udcff"]})
     console.flush()
     assert json.loads(written.getvalue().decode(encoding)) == {
-        "labels": ["猫", "é", "😀", "\udcff"]
+        "format": "cn-clip json 1",
+        "labels": ["猫", "é", "😀", "\udcff"],
     }
     assert ("猫".encode() in written.getvalue()) == (encoding == "utf-8")
 

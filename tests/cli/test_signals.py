@@ -88,7 +88,7 @@ def test_a_signal_that_an_exception_handler_swallows_still_ends_the_command():
     assert out == "cleaned\n"
 
 
-def test_another_error_on_the_way_out_does_not_hide_the_signal():
+def test_an_error_during_shutdown_does_not_hide_the_signal():
     raises = f"try:\n {SLEEPS}\nexcept BaseException:\n raise ValueError"
     process = waiting(f"exec({raises!r})")
     process.send_signal(signal.SIGTERM)
@@ -215,7 +215,7 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path, program, arguments, 
     assert out == "cleaned\n" * cleaned
 
 
-def test_an_error_ends_workers_that_are_still_at_work(tmp_path):
+def test_an_error_ends_busy_workers(tmp_path):
     file, mark = tmp_path / "program.py", uuid.uuid4().hex
     lines = POOL.replace("list(run([60, 60]))", "next(run([1, 60])); raise ValueError('no')")
     file.write_text(lines, encoding="utf-8")

@@ -26,7 +26,7 @@ def recipe_file(pairs, start, tmp_path):
     return write
 
 
-def test_a_run_tells_its_story_to_people(recipe_file, capsys, tmp_path):
+def test_a_run_prints_its_progress(recipe_file, capsys, tmp_path):
     assert run(["train", "--recipe", recipe_file()]) == 0
     said = capsys.readouterr().out
     for piece in (

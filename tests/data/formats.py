@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import pickle
+from typing import NamedTuple
 
 import lmdb
 import numpy as np
@@ -21,6 +22,19 @@ PAIRS = [
     ("008", "003", "火箭发射"),
     ("猫", "004", "a cup of 咖啡"),
 ]
+
+
+class Pair(NamedTuple):
+    image: bytes
+    text: str
+    image_id: str
+    text_id: str
+
+
+def read_pair(source, index):
+    """Read a row and its image."""
+    row = source.row(index)
+    return Pair(source.image(index), row.text, row.image_id, row.text_id)
 
 
 def jpeg(seed, size=(48, 40)):

@@ -10,7 +10,8 @@ from PIL import Image
 from cn_clip.cli import run
 from cn_clip.data.captions import language_of
 from cn_clip.data.curate import check as module
-from cn_clip.data.curate.check import PROBLEM_KINDS, check
+from cn_clip.data.curate.check import check
+from cn_clip.data.curate.check_result import PROBLEM_KINDS
 from cn_clip.data.sources.open import open_source
 from cn_clip.errors import CNClipError
 
@@ -48,14 +49,14 @@ def test_every_kind_of_problem_is_counted_and_named(pictures, workers):
     found = check(bad(pictures), workers=workers)
     assert dict(found.counts) == {
         "row": 1,
-        "picture": 2,
+        "image": 2,
         "empty": 1,
         "text id": 1,
         "unmatched": 1,
         "long": 1,
         "pair": 1,
         "same caption": 2,
-        "same picture": 1,
+        "same image": 1,
         "small": 3,
         "character": 1,
     }
@@ -68,7 +69,7 @@ def test_every_kind_of_problem_is_counted_and_named(pictures, workers):
     assert told["long"] == f"{texts} 9: 62 tokens, 10 are cut"
     assert told["text id"] == f"{texts} 5: its text id is also that of {texts} 1"
     assert told["pair"] == f"{texts} 7: repeats an earlier pair of the same image and text"
-    assert told["same picture"].startswith((f"{texts} 6: looks like", f"{texts} 5: looks like"))
+    assert told["same image"].startswith((f"{texts} 6: looks like", f"{texts} 5: looks like"))
     assert sum(found.languages.values()) == sum(found.lengths.values()) == 11
 
 
@@ -88,13 +89,13 @@ def test_every_repetition_of_an_image_is_reported(tmp_path):
     photo.resize((100, 75)).save(tmp_path / "6.png")
     (tmp_path / "6.txt").write_text("缩小的", encoding="utf-8")
     found = check(open_source(str(tmp_path)))
-    told = [p.text for p in found.problems if p.kind == "same picture"]
+    told = [p.text for p in found.problems if p.kind == "same image"]
     like = [text.replace(f"{tmp_path}/", "").replace(".txt, line 1", "") for text in told]
     assert like == [f"{n}: looks like {n % 2}" for n in range(2, 6)] + ["6: looks like 1"]
-    assert found.counts["same picture"] == 5 and found.fit
+    assert found.counts["same image"] == 5 and found.fit
 
 
-def test_a_full_disk_names_what_to_do(pictures, monkeypatch):
+def test_a_full_disk_is_reported_with_the_remedy(pictures, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -103,7 +104,7 @@ def test_a_full_disk_names_what_to_do(pictures, monkeypatch):
         check(open_source(write_csv(pictures)))
 
 
-def test_two_files_may_number_their_texts_alike(pictures, tmp_path):
+def test_two_files_may_use_the_same_text_ids(pictures, tmp_path):
     """Rows without a text id go by their number, which starts anew in each file."""
     for name in ("a", "b"):
         row = f"007.jpg,文件{name}里的一句话"
@@ -130,6 +131,6 @@ def test_the_command_reports_and_sets_its_exit_code(pictures, tmp_path, capsys):
     assert "<svg" in text and "data:image/jpeg;base64," in text and 'src="http' not in text
     assert run(["data", "check", source, "--json", "--workers", "0"]) == 1
     told = json.loads(capsys.readouterr().out)
-    assert (told["fit"], told["problems"]["picture"]) == (False, 2)
+    assert (told["fit"], told["problems"]["image"]) == (False, 2)
     assert run(["data", "check", write_csv(pictures), "--workers", "0"]) == 0
     assert run(["data", "check", "nothing/here"]) == 2

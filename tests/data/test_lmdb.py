@@ -12,13 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import lmdb
 import pytest
-from data.formats import IMAGES, PAIRS, WRITERS, jpeg, put
+from data.formats import IMAGES, PAIRS, WRITERS, jpeg, put, read_pair
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cn_clip.cli import run
 from cn_clip.data.curate.check import check
-from cn_clip.data.sources.base import read_pair
 from cn_clip.data.sources.lmdb import write_lmdb
 from cn_clip.data.sources.lmdb_file import LmdbFile
 from cn_clip.data.sources.open import open_source
@@ -71,7 +70,7 @@ def test_an_empty_lmdb_has_no_value(tmp_path):
     assert (file.entries, file.get(b"a")) == (0, None)
 
 
-def test_a_file_that_lacks_unused_pages_at_its_end_is_whole(tmp_path):
+def test_a_file_without_its_unused_last_pages_is_read(tmp_path):
     """LMDB does not write what a transaction took back, but its meta page counts it."""
     with lmdb.open(str(tmp_path / "db"), map_size=1 << 24, lock=False) as environment:
         for first in (0, 20, 40, 60):
@@ -124,7 +123,7 @@ def packed(pictures):
 
 
 @pytest.mark.parametrize("part", ["imgs", "pairs"])
-def test_a_file_cut_anywhere_says_so(packed, part):
+def test_a_truncated_file_is_reported(packed, part):
     path = packed / part / "data.mdb"
     whole, used = path.read_bytes(), stated_pages(path)
     for size in (used * PAGE - 1, PAGE * 3, PAGE * 2, PAGE, 152):
@@ -175,7 +174,7 @@ def test_damaged_meta_pages_are_named(packed, starts, content, sentence):
         (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer; .*git lfs pull"),
     ],
 )
-def test_a_file_that_is_no_lmdb_is_named_as_what_it_is(packed, content, sentence):
+def test_a_file_that_is_not_lmdb_is_reported(packed, content, sentence):
     (packed / "pairs" / "data.mdb").write_bytes(content)
     with pytest.raises(DataError, match=sentence):
         open_source(f"lmdb:{packed}")
@@ -208,7 +207,7 @@ def test_a_tree_that_leads_back_to_itself_ends(tmp_path):
         LmdbFile(path).get(b"5")
 
 
-def test_lists_of_unused_pages_that_share_a_large_value_are_not_read_for_ever(tmp_path):
+def test_free_lists_with_a_shared_large_value_end_quickly(tmp_path):
     """A file of 32 MB, whose hundred lists of unused pages are all one value of that size."""
     lmdb.open(str(tmp_path / "db"), lock=False).close()
     path, large = tmp_path / "db" / "data.mdb", 8192
@@ -321,7 +320,7 @@ IDS = st.one_of(st.integers(), st.text())
 @example(7, 7, "7", tuple, 0, False)
 @example("猫", "猫", "猫", list, 0, True)  # the same object thrice: told by the memo
 @example(10**400, -1, "\ud83d \n\\u0041\\", tuple, 0, False)
-def test_a_pair_is_what_pickle_makes_of_it(image_id, text_id, text, kind, protocol, python):
+def test_a_pair_equals_that_of_pickle(image_id, text_id, text, kind, protocol, python):
     pair = kind([image_id, text_id, text])
     dump = pickle._dumps if python else pickle.dumps  # the two write different opcodes
     raw = dump(pair, protocol)
@@ -386,7 +385,7 @@ def in_itself():
         (b"\xfe.", r"has the unknown opcode b'\\xfe'"),
     ],
 )
-def test_a_pickle_that_is_no_pair_is_named_at_once(raw, sentence):
+def test_a_pickle_that_is_not_a_pair_is_refused(raw, sentence):
     started = time.monotonic()
     with pytest.raises(ValueError, match=sentence):
         parse_pickled_pair(raw)
@@ -458,7 +457,7 @@ def test_missing_counts_keys_and_images_are_named(packed):
         open_source(f"lmdb:{packed}")
 
 
-def test_an_id_of_thousands_of_digits_comes_back(tmp_path):
+def test_an_id_of_thousands_of_digits_is_read(tmp_path):
     write_lmdb(tmp_path, [Sample(jpeg(1), ".jpg", "7", [("9" * 5000, "猫"), ("9" * 255, "狗")])])
     source = open_source(f"lmdb:{tmp_path}")
     assert [source.row(n).text_id for n in (0, 1)] == ["9" * 5000, "9" * 255]

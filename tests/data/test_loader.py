@@ -97,7 +97,7 @@ def flat(lists):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_can_be_begun_anywhere_without_reading_what_came_before(workers):
+def test_an_epoch_starts_at_any_batch_without_reading_earlier_ones(workers):
     class Counting(Made):
         asked = 0
 
@@ -127,7 +127,7 @@ def test_augmentation_depends_on_seed_epoch_and_id_alone():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_what_cannot_be_read_is_skipped_counted_and_listed(workers):
+def test_unreadable_pairs_are_skipped_counted_and_listed(workers):
     loader = loader_of(Made(200, broken=10), workers=workers)
     got = flat(ids_of(loader))
     assert sorted(got, key=int) == [str(i) for i in range(10, 200)]
@@ -175,14 +175,14 @@ def test_five_percent_damaged_in_twelve_ways_are_counted_exactly(workers, tmp_pa
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_share_above_the_limit_ends_the_run(workers):
+def test_too_many_unreadable_pairs_end_the_run(workers):
     loader = loader_of(Made(200, broken=30), workers=workers)
     with pytest.raises(DataError, match=r"of 2?\d\d pairs cannot be read, above the limit of 10%"):
         list(loader.batches(0))
     assert ids_of(loader_of(Made(200, broken=30), max_skipped_fraction=0.2, workers=workers))
 
 
-def test_a_batch_of_which_nothing_can_be_read_is_empty():
+def test_a_batch_of_unreadable_pairs_is_empty():
     (batch,) = loader_of(Made(3, broken=3), max_skipped_fraction=1.0, workers=0).batches(0)
     assert (batch.pixels.shape, len(batch.rows), len(batch.skipped)) == ((0, 3, 32, 32), 0, 3)
     assert batch.ids.shape[0] == 0
@@ -222,7 +222,7 @@ def test_sources_reach_spawned_workers():
     assert made.row(1) == Made(3).row(1)
 
 
-def test_pairs_share_a_key_if_they_share_image_id_text_id_or_text():
+def test_pairs_with_equal_image_id_text_id_or_text_have_a_common_key():
     rows = [
         Row("A cat!", "1", "7"),
         Row("a  CAT", "2", "8"),

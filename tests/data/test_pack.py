@@ -10,14 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data.formats import IMAGES, PAIRS, WRITERS, jpeg, write_csv, write_tsv
+from data.formats import IMAGES, PAIRS, WRITERS, jpeg, read_pair, write_csv, write_tsv
 from filelock import FileLock
 from PIL import Image
 
 from cn_clip.data import pack as module
 from cn_clip.data.encode import Encoding
 from cn_clip.data.pack import pack
-from cn_clip.data.sources.base import read_pair
 from cn_clip.data.sources.open import open_source
 from cn_clip.errors import CNClipError, DataError, UsageError
 
@@ -47,7 +46,7 @@ def test_every_target_gives_the_pairs_back(pictures, tmp_path, to, workers):
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_every_source_is_packed_alike(pictures, tmp_path, kind):
+def test_every_source_gives_the_same_pack(pictures, tmp_path, kind):
     pack(open_source(WRITERS[kind](pictures)), tmp_path / "out")
     held = hashlib.sha256((tmp_path / "out" / "00000.tar").read_bytes()).hexdigest()
     pack(open_source(write_csv(pictures)), tmp_path / "again")
@@ -113,7 +112,7 @@ def test_all_images_can_be_re_encoded(pictures, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_what_cannot_be_read_is_left_out_and_named(pictures, tmp_path, workers):
+def test_unreadable_pairs_are_skipped_and_listed(pictures, tmp_path, workers):
     uri = write_csv(pictures)
     (pictures / "007.jpg").write_bytes(b"no picture")
     with (pictures / "pairs.csv").open("a", encoding="utf-8") as stream:
@@ -136,6 +135,17 @@ def test_what_cannot_be_read_is_left_out_and_named(pictures, tmp_path, workers):
 def test_pairs_named_for_removal_are_left_out(pictures, tmp_path):
     pack(open_source(write_csv(pictures)), tmp_path / "out", without=np.array([0, 3]))
     assert pairs_of(f"{tmp_path}/out/00000.tar") == EXPECTED[1:3]
+
+
+@pytest.mark.parametrize("to", ["tsv", "lmdb"])
+def test_a_stopped_tsv_or_lmdb_says_that_it_starts_anew(pictures, tmp_path, monkeypatch, to):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, f"write_{to}", full)
+    with pytest.raises(CNClipError, match=r"No space left on device; nothing of it stays"):
+        pack(open_source(write_csv(pictures)), tmp_path / "out" / "packed", to=to)
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_stopped_run_resumes_after_the_last_shard(pictures, tmp_path, monkeypatch):
@@ -212,7 +222,7 @@ def test_a_second_process_is_refused(pictures, tmp_path):
         pack(open_source(write_csv(pictures)), tmp_path / "out")
 
 
-def test_a_source_of_nothing_usable_is_refused(pictures, tmp_path):
+def test_a_source_without_usable_pairs_is_refused(pictures, tmp_path):
     (pictures / "p.csv").write_text("image,text\n007.jpg,\n")
     with pytest.raises(DataError, match=r"has no usable pair; the first: .*line 2"):
         pack(open_source(f"{pictures}/p.csv"), tmp_path / "out")
@@ -248,7 +258,7 @@ def test_a_killed_worker_is_reported(pictures, tmp_path):
     assert "DataError: a worker died, possibly out of memory" in done.stderr
 
 
-def test_a_folder_is_no_longer_locked_when_it_is_done(pictures, tmp_path):
+def test_the_lock_is_released_at_the_end(pictures, tmp_path):
     write_tsv(pictures)
     pack(open_source(f"{pictures}/train_imgs.tsv"), tmp_path / "out")
     assert not Path(tmp_path, "out", ".lock").exists()

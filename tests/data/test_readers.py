@@ -13,16 +13,16 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data.formats import IMAGES, WRITERS, jpeg, write_tsv
+from data.formats import IMAGES, WRITERS, jpeg, read_pair, write_csv, write_tsv
 from data.test_sources import link, manifest, tar_bytes
 
 from cn_clip.cli import run
 from cn_clip.data.curate.check import check
 from cn_clip.data.sources import index_cache as cache
-from cn_clip.data.sources.base import read_pair
-from cn_clip.data.sources.open import open_source
+from cn_clip.data.sources.open import _expand_braces, open_source
 from cn_clip.embeddings.inputs import read_images
 from cn_clip.errors import CNClipError, DataError, UsageError
+from cn_clip.image.decode import find_images
 
 GBK = os.fsdecode("中文".encode("gbk"))
 
@@ -55,6 +55,38 @@ def test_a_folder_names_what_it_passes_over_and_reads_linked_folders(pictures, t
         source = open_source(str(tmp_path / "photos"))
     assert rows_of(source) == [("more/007", "more/007", "猫")]
     assert sum("1 .heic" in each for each in source.unmatched()) == 1
+
+
+def test_metadata_of_macos_is_passed_over_counted_and_named(pictures):
+    place = pictures / "mac"
+    place.mkdir()
+    apple = b"\0\5\x16\7\0\2\0\0Mac OS X        "
+    for name in ("007.jpg", "._007.jpg", "._007.txt", "._.DS_Store"):
+        (place / name).write_bytes(apple if name.startswith(".") else IMAGES["007"])
+    (place / "007.txt").write_text("猫", encoding="utf-8")
+    told = r"1 file is skipped, .*\(1 \._\* \(metadata of macOS\)\)"
+    with pytest.warns(UserWarning, match=told):
+        source = open_source(str(place))
+    assert rows_of(source) == [("007", "007", "猫")]
+    assert len(source.unmatched()) == 1
+    with pytest.warns(UserWarning, match=told):
+        assert find_images([str(place)]) == [place / "007.jpg"]
+    members = [(name, (place / name).read_bytes()) for name in ("007.jpg", "._007.jpg")]
+    members += [("007.txt", b"cat"), ("._007.txt", apple)]
+    source = manifest(pictures, tar_bytes(members), "s.tar")
+    assert rows_of(source) == [("007", "007", "cat")]
+    assert len(source.unmatched()) == 1 and "1 ._* (metadata of macOS)" in source.unmatched()[0]
+
+
+def test_what_a_source_passes_over_is_printed_once(pictures, tmp_path, capsys):
+    for name in ("a", "007", "008", "猫"):
+        (pictures / f"{name}.txt").write_text("猫", encoding="utf-8")
+    (pictures / "x.heic").touch()
+    for command in (["pack"], ["decontaminate", "--against", write_csv(pictures)]):
+        out = str(tmp_path / command[0]) + ".jsonl" * (len(command) > 1)
+        run(["data", *command, f"folder:{pictures}", "--out", out, "--workers", "0"])
+        err = capsys.readouterr().err
+        assert err.count("1 .heic") == 1 and "1 items" in err and "a.txt has no image" in err
 
 
 def test_a_pipe_is_reported_and_other_rows_are_read(pictures):
@@ -120,6 +152,40 @@ def test_a_quote_that_is_not_closed_is_an_error_with_its_line(pictures):
     ):
         with pytest.raises(DataError, match="line 3: a quote is opened and not closed"):
             manifest(pictures, "\n".join(["image,text", "007.jpg,第一张", *stray]))
+
+
+TABLES = {  # header -> a row of the n-th caption
+    "image,text": "{n}.jpg,{text}",
+    "text,image": "{text},{n}.PNG",
+    "text_id,text,image": "{n},{text},http://a.b/{n}",
+    "image\ttext\timage_id": "photos/{n}\t{text}\ta{n}",
+}
+
+
+@pytest.mark.parametrize("header", TABLES)
+@pytest.mark.parametrize("lines", [12, 150])
+def test_a_quoted_caption_of_many_lines_is_one_caption(pictures, header, lines):
+    """Each line has as many separators as a row, as the two halves of a verse have a comma."""
+    separator = "\t" if "\t" in header else ","
+    verse = separator.join(
+        ["春眠不觉晓", "处处闻啼鸟", "夜来风雨声"][: header.count(separator) + 1]
+    )
+    poem = "\n".join([verse] * lines)
+    rows = [
+        TABLES[header].format(n=n, text=text) for n, text in enumerate(["一", f'"{poem}"', "二"])
+    ]
+    source = manifest(pictures, "\n".join([header, *rows]), "p.csv")
+    assert [row[2] for row in rows_of(source)] == ["一", poem, "二"]
+
+
+@pytest.mark.parametrize("header", TABLES)
+def test_an_open_quote_is_named_wherever_the_caption_stands(pictures, header):
+    texts = [f"第{n}张" for n in range(30)]
+    texts[4], texts[20] = '"5寸屏幕', '屏幕7寸"'
+    rows = [TABLES[header].format(n=n, text=text) for n, text in enumerate(texts)]
+    rows[10] = rows[10].replace(".jpg", ".webp") + "\n"
+    with pytest.raises(DataError, match=r"line 6: a quote is opened .* 17 more lines"):
+        manifest(pictures, "\n".join([header, *rows]), "p.csv")
 
 
 def test_a_wrong_quote_within_a_line_costs_that_row_only(pictures):
@@ -345,6 +411,10 @@ def test_a_hard_link_is_named(pictures):
         ("s.tar.zst", b"\x28\xb5\x2f\xfd", "compressed with zstd"),
         ("s.tar", b"\x1f\x8b\x08", "compressed with gzip"),
         ("s.tar", b"PK\x03\x04", "is a zip file"),
+        ("p.csv", b"PK\x03\x04" + bytes(26) + b"[Content_Types].xml", "is a spreadsheet or .* CSV"),
+        ("p.csv", b"PK\x03\x04" + bytes(26) + b"xl/workbook.xml", "is a spreadsheet or .* CSV"),
+        ("p.csv", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "is a spreadsheet or .* CSV"),
+        ("p.jsonl", b"<!DOCTYPE HTML><html>", "is a web page, not the file"),
         ("p.csv", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
         ("p.jsonl", b"\x1f\x8b\x08", "compressed with gzip"),
         ("p.parquet", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
@@ -389,6 +459,41 @@ def test_braces_of_a_thousand_million_names_are_refused_at_once(pictures):
             UsageError, match=r"names [\d,]+ files, above the limit|not a valid path"
         ):
             open_source(f"tar:{pictures}/{braces}.tar")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),  # what bash prints for them
+    [
+        ("x{8..11}", ["x8", "x9", "x10", "x11"]),
+        ("{08..11}", ["08", "09", "10", "11"]),
+        ("{3..1}", ["3", "2", "1"]),
+        ("{a,b}{1,2}", ["a1", "a2", "b1", "b2"]),
+        ("{a,x{b,c}y,d}", ["a", "xby", "xcy", "d"]),
+        ("{a,{1..3}{b,c}}", ["a", "1b", "1c", "2b", "2c", "3b", "3c"]),
+        ("{,.gz}", ["", ".gz"]),
+        ("{a}{}", ["{a}{}"]),
+        ("{a{b,c}}", ["{ab}", "{ac}"]),
+        ("a,b}", ["a,b}"]),
+        ("{a,b", ["{a,b"]),
+    ],
+)
+def test_braces_expand_as_in_a_shell(pattern, names):
+    assert _expand_braces(pattern) == names
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "{a,b}" * 40_000,
+        "{" * 40_000 + "a,b" + "}" * 40_000,
+        "{{a,b}{0..999999},c}",
+        "{0..999999}{{0..999999},a}",
+        "{" + "{0..999998}," * 2 + "a}",
+    ],
+)
+def test_nested_braces_of_too_many_names_are_refused_at_once(pattern):
+    with pytest.raises(UsageError, match=r"above the limit|nested braces"):
+        _expand_braces(pattern)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def flipped(hashes, bits, seed):
 
 
 @pytest.mark.parametrize("threshold", [0, 7, 19, 40, 56])
-def test_the_lookup_finds_what_brute_force_finds(threshold):
+def test_near_pairs_equal_those_of_brute_force(threshold):
     held = random_hashes(300, 1)
     held[100:110] = held[0]  # ties
     queries = np.concatenate([flipped(held, bits, bits) for bits in (0, 3, 15, 30, 50, 60)])
@@ -54,7 +54,7 @@ def test_the_lookup_finds_what_brute_force_finds(threshold):
     assert len(expected) >= 300
 
 
-def test_nothing_is_found_in_nothing():
+def test_no_hashes_have_no_near_pairs():
     empty = np.empty((0, 36), np.uint64)
     assert [len(each) for each in search(build_index(random_hashes(3, 0)), empty)] == [0, 0, 0]
     assert [len(each) for each in search(build_index(empty), random_hashes(3, 0))] == [0, 0, 0]
@@ -133,7 +133,7 @@ def test_margins_of_one_colour_go(box, paper):
 
 
 @pytest.mark.parametrize("size", [(30, 20), (20, 30)])
-def test_what_has_no_margins_is_only_laid_on_a_square(size):
+def test_an_image_without_margins_is_only_padded_to_a_square(size):
     image = make_image(1, size)
     found = without_margins(image)
     assert found.size == (30, 30)

@@ -3,16 +3,18 @@ import io
 import json
 import os
 import pickle
+import sys
 import tarfile
 from pathlib import Path
 
 import pytest
-from data.formats import IMAGES, PAIRS, WRITERS, jpeg, put, records, write_tsv
+from data.formats import IMAGES, PAIRS, WRITERS, jpeg, put, read_pair, records, write_csv, write_tsv
 from PIL import Image
 
-from cn_clip.data.sources.base import read_pair
-from cn_clip.data.sources.open import open_mix, open_source, split_source
+from cn_clip.data.encode import UNCHANGED, encode_image
+from cn_clip.data.sources.open import open_mix, open_source, paths_of, split_source
 from cn_clip.errors import CNClipError, DataError, UsageError
+from cn_clip.image.decode import read_image
 
 
 def pairs_of(source):
@@ -162,6 +164,17 @@ def test_gbk_is_detected_named_and_converted_on_request(pictures):
         ("p.jsonl", '{"url": "http://a/b/x.jpg", "text": "a"}\n', "download it first"),
         ("p.csv", "image,words\n007.jpg,a\n", "no column for the text"),
         ("p.csv", "", "is empty; expected a header in the first line"),
+        (
+            "p.jsonl",
+            '[{"image": "007.jpg", "text": "a"}]',
+            "not a JSON object.*; write .*jq -c '.\\[",
+        ),
+        (
+            "p.jsonl",
+            '[\n{"image": "007.jpg", "text": "a"}\n]',
+            "line 1 is not JSON.*jq -c '.\\[",
+        ),
+        ("p.jsonl", '{\n"image": "007.jpg"}', "line 1 is not JSON.*jq -c . FILE"),
         ("p.csv", 'image,text\n007.jpg,"a\n' + "b\n" * 100_000, "a quote is opened"),
         ("p.csv", "image,text\n".encode("utf-16"), "is UTF-16; save it as UTF-8"),
     ],
@@ -173,6 +186,22 @@ def test_a_bad_manifest_names_the_line(pictures, name, content, sentence):
             read_pair(source, index)
 
 
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("p.json", r"is a JSON file; write one object per line \(jq .*, or give jsonl:p.json if"),
+        ("p.XLSX", r"is a spreadsheet; save it as CSV"),
+        ("p.xls", r"is a spreadsheet; save it as CSV"),
+        ("p.pkl", r"unknown kind of source; write KIND:PATH"),
+    ],
+)
+def test_a_file_that_is_no_source_is_named_with_the_remedy(pictures, monkeypatch, name, sentence):
+    monkeypatch.chdir(pictures)
+    (pictures / name).write_text("{}")
+    with pytest.raises(UsageError, match=sentence):
+        open_source(name)
+
+
 def test_columns_root_and_addresses_can_be_named(pictures, tmp_path):
     text = "bild,satz\nhttp://a.b/c/007.jpg?size=1,猫\n"
     (tmp_path / "list.csv").write_text(text, encoding="utf-8")
@@ -180,6 +209,32 @@ def test_columns_root_and_addresses_can_be_named(pictures, tmp_path):
     assert read_pair(source, 0).image == IMAGES["007"]
     with pytest.raises(DataError, match="no column 'wort'; it has bild, satz"):
         open_source(f"{tmp_path}/list.csv?image=bild&text=wort")
+
+
+def test_the_files_named_in_an_address_are_inputs(pictures, tmp_path, monkeypatch):
+    csv, root = write_csv(pictures).removeprefix("csv:"), tmp_path / "root"
+    (root / "inner").mkdir(parents=True)
+    monkeypatch.chdir(root / "inner")
+    assert paths_of(f"0.5@csv:{csv}?root={pictures}") == [Path(csv), pictures]
+    assert paths_of(f"csv:{csv}?root=none") == [Path(csv), Path("none")]
+    for holds_the_current_folder in (".", "..", root, "/"):
+        assert paths_of(f"csv:{csv}?root={holds_the_current_folder}") == [Path(csv)]
+    assert paths_of(f"tsv:{csv}?texts={pictures}/t.jsonl") == [Path(csv), pictures / "t.jsonl"]
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_the_bytes_of_an_image_have_one_limit_in_every_format(kind, pictures, monkeypatch):
+    uri, limit = WRITERS[kind](pictures), min(map(len, IMAGES.values())) - 1
+    modules = [module for name, module in sys.modules.items() if name.startswith("cn_clip.")]
+    for name, small in (("MAX_ENCODED", limit), ("MAX_BASE64", limit // 3 * 4 + 4)):
+        for module in (module for module in modules if hasattr(module, name)):
+            monkeypatch.setattr(module, name, small)
+    said = f"above the limit of ({limit:,}|{limit // 3 * 4 + 4:,})"
+    if kind == "tar":
+        said = "holds no image with a text"  # the other members are read
+    for use in (read_image, lambda content: encode_image(content, UNCHANGED)):
+        with pytest.raises(CNClipError, match=said):
+            use(open_source(uri).image(0))
 
 
 # The official formats

@@ -10,11 +10,10 @@ from pathlib import Path
 import lmdb
 import numpy as np
 import pytest
-from data.formats import IMAGES, PAIRS, WRITERS
+from data.formats import IMAGES, PAIRS, WRITERS, read_pair
 
 import cn_clip
 from cn_clip.data.loading.loader import Loader, Preparation
-from cn_clip.data.sources.base import read_pair
 from cn_clip.data.sources.open import SOURCE_OPTIONS, open_mix
 from cn_clip.image.decode import read_image, to_pixels
 
@@ -57,7 +56,7 @@ def start_method():
 
 
 @pytest.mark.parametrize("method", METHODS, ids=[f"{m}-lmdb{lmdb.__version__}" for m in METHODS])
-def test_every_source_is_read_in_whole_by_workers_of_every_start_method(method, mix, start_method):
+def test_workers_of_every_start_method_read_every_source(method, mix, start_method):
     """One loader over all sources, as starting workers anew for each would take minutes. They are
     read in this process first: what that leaves open must not hinder the workers.
     """
@@ -82,7 +81,7 @@ def test_a_source_is_pickled_without_its_open_files(mix):
 
 @pytest.mark.full
 @pytest.mark.parametrize("version", ["1.4.1", "1.8.1", "2.3.0", "3.0.0"])
-def test_it_is_so_with_every_version_of_lmdb(version, tmp_path):
+def test_workers_read_lmdb_with_every_version_of_its_library(version, tmp_path):
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path]
     subprocess.run([*pip, f"lmdb=={version}"], check=True)
     tests = Path(__file__).parent

@@ -61,7 +61,7 @@ def test_the_page_runs_and_small_splits_are_refused(downloads, capsys):
                     assert code == 0, line
                 ran += 1
     assert ran == 11
-    assert scope["found"].mean_recall == 1 and scope["best"].indexes.shape == (20, 10)
+    assert scope["recall"].mean_recall == 1 and scope["best"].indexes.shape == (20, 10)
     (first, flickr), (second, crossmodal) = refused
     assert first == second == 1
     assert "1,000 images and 5,000 texts" in flickr and "has 12 images and 12" in flickr

@@ -12,6 +12,7 @@ from cn_clip.errors import DataError, UnknownNameError, UsageError
 from cn_clip.eval.labelled import read_labelled
 from cn_clip.eval.metrics.classification import map_11_points
 from cn_clip.eval.zeroshot import (
+    claim_submission,
     datasets,
     evaluate_zeroshot,
     read_templates,
@@ -188,3 +189,22 @@ def test_the_submission_has_the_official_keys_in_order(embedder, root):
         "model_name", "dataset_name", "num_trainable_params", "num_params", "num_visual_params",
         "num_backbone_params", "n_shot", "rnd_seeds", "predictions",
     ]  # fmt: skip
+
+
+def test_only_a_submission_of_this_form_is_replaced(embedder, root, tmp_path):
+    data, file = read_labelled(root), tmp_path / "s.json"
+    scores = evaluate_zeroshot(embedder, data, ["{}"])
+    document = submission(scores, data, model='"猫"', dataset="d", parameters=9, visual=3)
+    own = json.dumps(document)
+    file.write_text(own)
+    assert claim_submission(file) == file
+    for other in (
+        own[:-1],
+        json.dumps(document | {"notes": "mine"}),
+        json.dumps({"notes": "mine"} | document),
+        json.dumps(document | {"n_shot": 5}),
+        json.dumps({"model_name": "CN-CLIP-mine", "predictions": [[[1.0]]]}),
+    ):
+        file.write_text(other)
+        with pytest.raises(UsageError, match="was not written by `cn-clip eval zeroshot`"):
+            claim_submission(file)

@@ -8,8 +8,9 @@ from conftest import GOLDEN
 
 from cn_clip.embeddings.files import read_embeddings
 from cn_clip.errors import DataError, UsageError
-from cn_clip.eval.metrics.recall import retrieval
+from cn_clip.eval.metrics.recall import Recall, retrieval
 from cn_clip.eval.official_files import (
+    claim_metrics,
     read_predictions,
     read_truth,
     score_predictions,
@@ -143,6 +144,28 @@ def test_the_written_files_give_the_same_scores(tmp_path):
     )
     assert again.recall == whole.recall
     assert again.image_ids == whole.image_ids and again.text_ids == whole.text_ids
+
+
+def test_only_whole_metrics_with_the_official_keys_are_replaced(tmp_path):
+    file = tmp_path / "m.json"
+    for recall in (measured().recall.text_to_image, Recall(0.0, 1.0, 1e-9)):
+        write_metrics(recall, file)
+        assert claim_metrics(file) == file
+    own = file.read_text()
+    values = json.loads(own)
+    for other in (
+        own[:-1],
+        own + "\n\n",
+        json.dumps(values | {"notes": "mine"}),
+        json.dumps(values | {"score": 7.0}),
+        json.dumps(values | {"scoreJson": {"f1": 3}}),
+        '{"success": true, "score": 3.5}',
+        '{"success": true, "score": 3.5, "scoreJson": "mine, which ends alike}}',
+    ):
+        file.write_text(other)
+        with pytest.raises(UsageError, match="was not written by `cn-clip eval predictions`"):
+            claim_metrics(file)
+        assert file.read_text() == other
 
 
 def test_fewer_than_ten_images_are_refused_before_anything_is_written(tmp_path):

@@ -19,8 +19,8 @@ from cn_clip.backends.exported import read_exported
 from cn_clip.embedder import Embedder
 from cn_clip.errors import CheckpointError, UsageError
 from cn_clip.export import export
-from cn_clip.export.sample import embedded_sample
 from cn_clip.image.decode import normalize, to_pixels
+from cn_clip.sample import embedded_sample
 
 TEXTS = ["猫", "一只虎斑猫看着镜头", "很长的句子" * 9, "A photo of 火箭"]
 

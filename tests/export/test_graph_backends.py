@@ -169,7 +169,8 @@ def test_bfloat16_runs_where_the_cpu_has_it(copy, tiny_checkpoint):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "is an export of version 2, this program reads version 1"),
+        ({"format": "cn-clip export 2"}, "its format is 'cn-clip export 2', of a newer cn_clip"),
+        ({"format": "cn-clip export x"}, "not 'cn-clip export 1'; export the model again"),
         ({"runtime": "tvm"}, "'tvm' is none of onnx, openvino"),
         ({"logit_scale": "1e999"}, "is not a finite number"),
         ({"image": {"file": "../x", "input": "a", "output": "b"}}, "not a file in the folder"),

@@ -371,6 +371,10 @@ def _quick(path: tuple[str, ...], arguments: list[str], rng: Random, process: bo
         return rng.choice((["--show", "recipe"], ["--no-such-option", "1"], ["--show", "x"]))
     if path == ("eval", "calibrate") and not process:
         return ["--prior", "2"]
+    if path == ("bench",) and not process:
+        return ["--rounds", "0"]
+    if path == ("export",) and not process:
+        return rng.choice((["--precision", "x"], ["--no-such-option", "1"], ["--to", "x"]))
     names = {option.name for option in commands().get(path, ())}
     for at, each in enumerate(arguments):  # no pool of a million processes
         if each == "--workers" and arguments[at + 1 : at + 2]:

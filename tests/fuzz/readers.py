@@ -8,6 +8,7 @@ import pickle
 import shutil
 import sys
 import tempfile
+import tomllib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -581,15 +582,20 @@ rank = 4
 """
 
 
+def from_toml(text: str) -> Any:
+    from cn_clip.train.recipe.toml import build_recipe
+
+    return build_recipe(tomllib.loads(text))
+
+
 def _recipe(folder: Path) -> None:
-    from cn_clip.train.recipe.toml import build_recipe, from_toml, read_recipe
+    from cn_clip.train.recipe.toml import build_recipe, read_recipe
 
     recipe = build_recipe(read_recipe(str(folder / "recipe.toml")))
     from_toml(recipe.to_toml())
 
 
 def _write_run(folder: Path) -> None:
-    from cn_clip.train.recipe.toml import from_toml
     from cn_clip.train.run.checkpoint import Progress, save_state
     from cn_clip.train.run.run_dir import Outcome, write_outcome
 
@@ -598,18 +604,22 @@ def _write_run(folder: Path) -> None:
         save_state(folder, Progress(total=total, before=0.5), _run_tensors(), keep=2)
     recalls = {f"{way}_r{k}": 0.1 for way in ("t2i", "i2t") for k in (1, 5, 10)}
     events: list[dict[str, Any]] = [
-        {"kind": "start", "total": 0, "model": "tiny", "parameters": 9, "device": "cpu",
-         "processes": 1, "pairs": 16, "origins": ["random"]},
-        {"kind": "stage", "total": 0, "stage": "one", "step": 0},
+        {"kind": "start", "total": 0, "recipe": "r", "model": "tiny", "parameters": 9,
+         "device": "cpu", "processes": 1, "pairs": 16, "origins": ["random"]},
+        {"kind": "stage", "total": 0, "stage": "one", "number": 0, "step": 0, "steps": 6,
+         "lr": 1e-3, "warmup": 1, "batch": 16, "trainable": 9, "batch_norm": None},
         {"kind": "warning", "total": 0, "text": "2 pairs are the same"},
     ]  # fmt: skip
     for n in range(4):
         common = {"total": n, "stage": "one", "time": 1.0, "step": n}
         events.append(
-            common | {"kind": "step", "mean_loss": 2.5, "rate": 1e-3, "logit_scale": 14.3}
-        )
-        events.append(common | {"kind": "score", "mean_recall": 0.1 * n, **recalls})
-    events.append({"kind": "end", "total": 3, "seconds": 7.5})
+            common
+            | {"kind": "step", "loss": 2.5, "mean_loss": 2.5, "lr": 1e-3, "logit_scale": 14.3,
+               "pairs_per_second": 9.0, "skipped": 0, "gradient_norm": 1.0}
+        )  # fmt: skip
+        score = {"kind": "score", "before": None, "best": None, "mean_recall": 0.1 * n, **recalls}
+        events.append(common | score)
+    events.append({"kind": "end", "total": 3, "seconds": 7.5, "weights": "run/final"})
     lines = [json.dumps(event) for event in events]
     (folder / "log.jsonl").write_text("\n".join(lines) + "\n")
     write_outcome(folder, Outcome("run", "run/final", 6, 9.5, [("before", 0.1), ("one", 0.4)]))
@@ -627,7 +637,6 @@ def _run_tensors() -> dict[str, Any]:
 
 
 def _run(folder: Path) -> None:
-    from cn_clip.train.recipe.toml import from_toml
     from cn_clip.train.run.checkpoint import load_tensors, read_progress, states
     from cn_clip.train.run.report import write_report
     from cn_clip.train.run.run_dir import prepare_folder

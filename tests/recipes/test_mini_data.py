@@ -51,7 +51,7 @@ def test_no_field_has_stray_blanks_or_empty_entries(name):
 
 def test_every_excluded_image_names_its_stamp():
     rows = [json.loads(line) for line in (DATA / "excluded.jsonl").read_text("utf-8").splitlines()]
-    assert rows and all(row["picture"] and row["stamp"] for row in rows)
+    assert rows and all(row["image"] and row["stamp"] for row in rows)
 
 
 def test_caption_forms_use_known_lists_and_chinese():

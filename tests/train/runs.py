@@ -1,6 +1,7 @@
 """A few pairs and a tiny model, for runs that take a second."""
 
 import json
+import tomllib
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,11 @@ from cn_clip.embeddings.files import EmbeddingsToWrite, write_clip_retrieval
 from cn_clip.train.recipe.toml import build_recipe
 
 CAPTIONS = [chr(0x4E00 + 37 * n) + chr(0x5000 + 91 * n) + chr(0x5200 + 53 * n) for n in range(200)]
+
+
+def from_toml(text):
+    """Build the recipe of a text that ``Recipe.to_toml`` wrote."""
+    return build_recipe(tomllib.loads(text))
 
 
 def write_pairs(folder, name, numbers, **changes):

@@ -104,7 +104,7 @@ def test_features_are_the_towers_own_output_by_pair(tower, tmp_path):
     assert torch.equal(found[0], found[1])  # rows of one picture
 
 
-def test_features_are_what_embedding_gives(tower, tmp_path, pictures):
+def test_features_equal_those_of_embedding(tower, tmp_path, pictures):
     mix = open_mix([write_csv(pictures)])
     found = cached(mix, tower, tmp_path / "features").features(part_of([0, 1, 2, 3]))
     files = [str(pictures / f"{image_id}.jpg") for image_id, _, _ in PAIRS]
@@ -112,14 +112,14 @@ def test_features_are_what_embedding_gives(tower, tmp_path, pictures):
     np.testing.assert_allclose(F.normalize(found, dim=-1).numpy(), expected, atol=1e-5)
 
 
-def test_each_picture_is_computed_once_however_many_texts_it_has(tower, tmp_path):
+def test_each_image_is_encoded_once_whatever_its_number_of_texts(tower, tmp_path):
     told = []
     cached(Made(), tower, tmp_path, tick=lambda *done: told.append(done))
     assert sum(tower.sizes) == 5
     assert told == [(0, 5), (2, 5), (4, 5), (5, 5)]
 
 
-def test_the_same_id_in_two_sources_is_two_pictures(tower, tmp_path):
+def test_the_same_id_in_two_sources_is_two_images(tower, tmp_path):
     """Ids are one source's; two may count from 0 both."""
 
     class Other(Made):
@@ -142,7 +142,7 @@ def test_a_second_run_computes_nothing_and_reads_the_same(tower, tmp_path):
     assert torch.equal(again.features(part_of(range(15))), first)
 
 
-def test_what_is_missing_is_computed_anew_and_no_more(tower, tmp_path):
+def test_only_missing_shards_are_computed(tower, tmp_path):
     first = cached(Made(), tower, tmp_path).features(part_of(range(15)))
     tower.sizes.clear()
     (tmp_path / "features-00001.npy").unlink()
@@ -151,7 +151,7 @@ def test_what_is_missing_is_computed_anew_and_no_more(tower, tmp_path):
     torch.testing.assert_close(again, first)
 
 
-def test_a_run_that_was_stopped_goes_on_with_the_next_shard(tower, tmp_path):
+def test_a_stopped_run_continues_with_the_next_shard(tower, tmp_path):
     class Killed(Exception):
         pass
 
@@ -167,7 +167,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_next_shard(tower, tmp_path):
     assert sum(tower.sizes) == 5
 
 
-def test_the_batch_it_runs_in_changes_nothing(tower, tmp_path, monkeypatch):
+def test_features_do_not_depend_on_the_batch(tower, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "_PER_SHARD", 4096)
     whole = cached(Made(), tower, tmp_path / "whole", batch=64)
     ones = cached(Made(), tower, tmp_path / "ones", batch=1)
@@ -197,8 +197,8 @@ def test_views_are_augmented_versions_that_epochs_take_in_turn(tower, tmp_path):
         ({"preparation": Preparation(resolution=64)}, "preparation"),
         ({"preparation": Preparation(resolution=32, background="white")}, "preparation"),
         ({"views": 2}, "views"),
-        ({"mix": [WeightedSource(Made(first=1))]}, "pictures"),
-        ({"mix": [WeightedSource(Made()), WeightedSource(Made())]}, "pictures"),
+        ({"mix": [WeightedSource(Made(first=1))]}, "images"),
+        ({"mix": [WeightedSource(Made()), WeightedSource(Made())]}, "images"),
         ({"stamp": {"tower": "that"}, "views": 3}, "tower, views"),
     ],
 )
@@ -219,7 +219,7 @@ def test_features_of_something_else_are_refused_and_named(tower, tmp_path, chang
     cache_image_features(**given)
 
 
-def test_other_texts_of_the_same_pictures_find_their_features(tower, tmp_path):
+def test_other_texts_of_the_same_images_use_the_cache(tower, tmp_path):
     """The length of texts is no part of a picture's preparation."""
     cached(Made(), tower, tmp_path)
     cached(Made(), tower, tmp_path, Preparation(resolution=32, context_length=20))
@@ -237,7 +237,7 @@ def test_the_stamp_can_be_read_by_people(tower, tmp_path):
     cached(Made(), tower, tmp_path)
     about = json.loads((tmp_path / "about.json").read_text(encoding="utf-8"))
     assert about["tower"] == "this" and about["views"] == 1
-    assert about["preparation"]["resolution"] == 32 and len(about["pictures"]) == 32
+    assert about["preparation"]["resolution"] == 32 and len(about["images"]) == 32
 
 
 def test_a_fingerprint_changes_with_the_image_tower_alone(tiny_model):
@@ -250,7 +250,7 @@ def test_a_fingerprint_changes_with_the_image_tower_alone(tiny_model):
     assert tower_fingerprint(make_model(TINY["vit"])) == before
 
 
-def test_a_broken_picture_has_no_numbers_and_the_others_have(tower, tmp_path):
+def test_features_of_an_unreadable_image_are_nan(tower, tmp_path):
     found = cached(Made(broken={3}), tower, tmp_path, batch=1)
     part = part_of(range(15))
     broken = found.features(part).isnan().any(dim=1)
@@ -264,7 +264,7 @@ def loader_of(source, tower, folder, **options):
     return CachedLoader(mix, cached(mix, tower, folder), 4, context_length=52, seed=1, **options)
 
 
-def test_batches_are_those_of_the_loader_that_opens_pictures(tower, tmp_path):
+def test_batches_equal_those_of_the_online_loader(tower, tmp_path):
     source = Made(broken={2})
     online = Loader([WeightedSource(source)], SMALL, 4, seed=1, workers=0, max_skipped_fraction=1.0)
     offline = loader_of(source, tower, tmp_path, max_skipped_fraction=1.0)
@@ -281,7 +281,7 @@ def test_batches_are_those_of_the_loader_that_opens_pictures(tower, tmp_path):
     assert (offline.seen, offline.skipped) == (online.seen, online.skipped)
 
 
-def test_pairs_of_a_broken_picture_are_skipped_counted_and_named(tower, tmp_path):
+def test_pairs_of_an_unreadable_image_are_skipped_counted_and_listed(tower, tmp_path):
     loader = loader_of(Made(broken={2}), tower, tmp_path, max_skipped_fraction=0.2)
     rows = [row for share in loader.local_batches(0) for row in share.rows]
     assert (loader.seen, loader.skipped, len(rows)) == (15, 3, 12)
@@ -294,13 +294,13 @@ def test_pairs_of_a_broken_picture_are_skipped_counted_and_named(tower, tmp_path
     assert "was unreadable when its features were computed" in loader.reasons[0]
 
 
-def test_too_many_broken_pictures_end_the_run(tower, tmp_path):
+def test_too_many_unreadable_images_end_the_run(tower, tmp_path):
     loader = loader_of(Made(broken={2, 3}), tower, tmp_path, max_skipped_fraction=0.3)
     with pytest.raises(DataError, match="6 of 15 pairs cannot be read, above the limit of 30%"):
         list(loader.local_batches(0))
 
 
-def test_processes_share_a_batch(tower, tmp_path):
+def test_processes_split_a_batch(tower, tmp_path):
     alone = [s.rows for s in loader_of(Made(), tower, tmp_path).local_batches(0)]
     two = [
         loader_of(Made(), tower, tmp_path, rank=n, world_size=2).local_batches(0) for n in (0, 1)
@@ -308,7 +308,7 @@ def test_processes_share_a_batch(tower, tmp_path):
     assert [a.rows + b.rows for a, b in zip(*two, strict=True)] == alone
 
 
-def test_an_empty_text_and_a_line_that_is_no_row_are_left_out(tower, tmp_path, pictures):
+def test_empty_texts_and_invalid_lines_are_skipped(tower, tmp_path, pictures):
     uri = write_jsonl(pictures)
     manifest = pictures / "pairs.jsonl"
     lines = manifest.read_text(encoding="utf-8").splitlines()
@@ -323,17 +323,17 @@ def test_an_empty_text_and_a_line_that_is_no_row_are_left_out(tower, tmp_path, p
     assert share.features.isfinite().all()
 
 
-def test_pictures_are_found_without_opening_one(pictures):
+def test_unique_images_are_found_without_opening_any(pictures):
     uri = write_csv(pictures)
     for path in pictures.glob("*.jpg"):
         path.unlink()
     found = unique_images(open_mix([uri]))
-    assert len(found.places) == 3
+    assert len(found.first_rows) == 3
     assert found.of_rows[0][0] == found.of_rows[0][1]
     assert len({*found.of_rows[0].tolist()}) == 3
 
 
-def test_a_disk_that_is_full_is_said_and_what_was_written_stays(tower, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_finished_shards_are_kept(tower, tmp_path, monkeypatch):
     save = np.save
 
     def full(stream, array):

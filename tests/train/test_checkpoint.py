@@ -34,14 +34,14 @@ class Runs:
         return os.mkdir, (self.path,)
 
 
-def test_a_state_comes_back(state):
+def test_a_state_round_trips(state):
     found = tensors()
     load_tensors(state, found)
     assert all((each == 1).all() for each in found["model"].values())
     assert read_progress(state) == Progress(total=3, before=0.5)
 
 
-def test_nothing_that_a_states_description_names_is_run(state, tmp_path):
+def test_code_named_in_the_metadata_is_not_run(state, tmp_path):
     description = state / "tensors" / ".metadata"
     description.write_bytes(pickle.dumps(Runs(tmp_path / "ran")))
     with pytest.raises(CheckpointError, match="names mkdir of"):
@@ -49,7 +49,7 @@ def test_nothing_that_a_states_description_names_is_run(state, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_tensor_that_is_said_to_be_an_object_is_not_unpickled(state):
+def test_a_tensor_declared_as_an_object_is_not_unpickled(state):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it tells that there is one process
         save({"model": {"a": [Odd()]}}, checkpoint_id=state / "tensors", no_dist=True)
@@ -57,7 +57,7 @@ def test_a_tensor_that_is_said_to_be_an_object_is_not_unpickled(state):
         load_tensors(state, tensors())
 
 
-def test_a_description_that_would_take_for_ever_is_refused(state):
+def test_metadata_that_would_unpickle_forever_is_refused(state):
     doubling = b"".join(b"q%ch%c\x86" % (n, n) for n in range(1, 60))
     (state / "tensors" / ".metadata").write_bytes(b"\x80\x02})" + doubling + b"K\x01s.")
     with pytest.raises(CheckpointError, match="objects"):
@@ -75,7 +75,7 @@ def test_a_description_that_would_take_for_ever_is_refused(state):
         ("total", 2**80),
     ],
 )
-def test_progress_of_the_wrong_kind_is_named(state, name, value):
+def test_progress_of_the_wrong_type_is_named(state, name, value):
     path = state / "progress.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
     with pytest.raises(CheckpointError, match=f"damaged: {name} is"):

@@ -1,17 +1,26 @@
 """Two and four processes do what one does: started by torchrun, over gloo."""
 
 import copy
+import json
+import multiprocessing
+import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 
 import pytest
 import tomli_w
+import torch
 from train.runs import recipe_values, write_pairs, write_sentences, write_start
 
-from cn_clip import weights
+from cn_clip import embedder, weights
+from cn_clip.backends.torch import TorchBackend
 from cn_clip.train.loop import train
+from cn_clip.train.recipe.toml import build_recipe
 from cn_clip.train.run.log import read_log
+from cn_clip.train.run.signals import InterruptedRun
 
 # 10 steps of stage 1 and 10 of stage 2; the last batch of each epoch has 8 of 20 pairs.
 STAGES = (
@@ -49,8 +58,6 @@ def logged(folder, name="loss"):
 @pytest.fixture(scope="module")
 def alone(pairs, start, tmp_path_factory):
     """The losses, lengths of gradients and weights that one process comes to."""
-    from cn_clip.train.recipe.toml import build_recipe
-
     folder = tmp_path_factory.mktemp("alone") / "run"
     train(build_recipe(values(pairs, start, folder, output={"log_every": 1})))
     norms = logged(folder, "gradient_norm")
@@ -74,7 +81,7 @@ def test_several_processes_give_the_losses_gradients_and_weights_of_one(
         assert (together[name] - tensor).abs().max() < 2e-4, name
 
 
-def test_weights_in_shares_give_the_losses_and_norms_of_one_process(pairs, start, tmp_path):
+def test_sharded_weights_give_the_losses_and_norms_of_one_process(pairs, start, tmp_path):
     found = {}
     for parallel, processes in (("fsdp", 2), ("ddp", 1)):
         run = tmp_path / parallel
@@ -107,7 +114,7 @@ def test_several_processes_measure_the_mixtures_of_one(pairs, start, tmp_path, p
         assert one == pytest.approx(other, abs=0.03)  # a tie may fall otherwise
 
 
-def test_weights_in_shares_are_measured_on_any_number_of_pictures(start, tmp_path):
+def test_sharded_weights_are_evaluated_on_any_number_of_images(start, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     sources = write_pairs(folder, "train", range(20)), write_pairs(folder, "val", range(65, 130))
@@ -118,7 +125,7 @@ def test_weights_in_shares_are_measured_on_any_number_of_pictures(start, tmp_pat
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_the_order_goes_on_at_another_number_of_processes(pairs, start, tmp_path):
+def test_a_run_resumes_in_the_same_order_with_another_number_of_processes(pairs, start, tmp_path):
     """Two processes do four steps, one does the rest: the losses are those of one alone."""
     run = tmp_path / "run"
     recipe = values(pairs, start, run, output={"log_every": 1, "save_every": 1})
@@ -136,7 +143,7 @@ def test_the_order_goes_on_at_another_number_of_processes(pairs, start, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["resnet", "efficientnet_lite"])
-def test_processes_agree_on_what_batch_norm_has_seen(pairs, tmp_path, kind):
+def test_processes_have_equal_batch_norm_statistics(pairs, tmp_path, kind):
     """Resumed, each gets the statistics of one: so they must have been the same before."""
     begin = write_start(tmp_path / "start", kind)
     recipe = values(pairs, begin, tmp_path / "run", output={"log_every": 1, "save_every": 1})
@@ -156,3 +163,44 @@ def test_an_error_in_one_process_ends_all_with_its_sentence(pairs, start, tmp_pa
     done = torchrun(2, recipe, tmp_path)
     assert done.returncode != 0
     assert "the pattern 'bret.*' matches no parameter; did you mean bert" in done.stderr
+
+
+def stopped_process(index, recipe, folder, port, own_texts):
+    """Train; in the second evaluation, process 1 receives SIGTERM before its second batch."""
+    os.environ |= {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    embedder._TEXTS_PER_BATCH = 1
+    run_texts, batches = TorchBackend.run_texts, []
+
+    def counted(self, ids, mask):
+        batches.append(len(ids))
+        if index == 1 and len(batches) == own_texts + 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return run_texts(self, ids, mask)
+
+    TorchBackend.run_texts = counted
+    with pytest.raises(InterruptedRun) as stop:
+        train(build_recipe(recipe))
+    (folder / f"{index}.json").write_text(json.dumps([stop.value.code, batches]))
+    os._exit(0)  # as torchrun ends it: the group waits for nobody
+
+
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.full)])
+def test_a_signal_to_one_process_stops_the_evaluation_of_all(pairs, start, tmp_path, parallel):
+    (tmp_path / "data").mkdir()
+    sources = (write_pairs(tmp_path / "data", name, range(13)) for name in ("train", "val"))
+    machine = {"device": "cpu", "precision": "fp32", "parallel": parallel}
+    recipe = values(tuple(sources), start, tmp_path / "run", machine=machine)
+    recipe["stages"] = [recipe["stages"][1] | {"steps": 2}]
+    own_texts = (6, 7) if parallel == "ddp" else (13, 13)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    multiprocessing.set_forkserver_preload(["cn_clip.train.loop"])
+    torch.multiprocessing.start_processes(
+        stopped_process, (recipe, tmp_path, port, own_texts[1]), nprocs=2, start_method="forkserver"
+    )
+    for index in range(2):
+        code, batches = json.loads((tmp_path / f"{index}.json").read_text())
+        assert code == 128 + signal.SIGTERM
+        assert len(batches) == own_texts[index] + 2  # not one more batch

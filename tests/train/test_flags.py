@@ -68,12 +68,12 @@ def test_an_option_of_a_stage_is_for_all_stages_or_the_one_named():
     assert both(hyphen, "optimizer", "warmup") == [100, 3]
 
 
-def test_what_is_said_later_counts():
+def test_the_last_flag_counts():
     recipe = recipe_of("--epochs", "3", "--stages.locked.epochs", "4")
     assert both(recipe, "epochs") == [4, 3]
 
 
-def test_steps_stand_for_epochs_and_the_other_way_round():
+def test_steps_and_epochs_replace_each_other():
     assert both(recipe_of("--steps", "10"), "epochs") == [None, None]
     recipe = recipe_of("--epochs", "2")
     assert both(recipe, "epochs") == [2, 2] and both(recipe, "steps") == [None, None]
@@ -96,13 +96,13 @@ def test_lists_take_values_until_the_next_flag_and_flags_again():
         )
 
 
-def test_a_switch_needs_no_value_and_takes_one():
+def test_a_switch_has_an_optional_value():
     assert both(recipe_of("--augment", "--flip"), "augment") == [True, True]
     assert both(recipe_of("--augment", "on", "--flip"), "flip") == [True, True]
     assert both(recipe_of("--loss.duplicates", "off"), "loss", "duplicates") == [False, False]
 
 
-def test_none_takes_an_option_away():
+def test_none_unsets_an_option():
     values = apply_flags(TWO, ["--interpolate", "0.5"])
     assert both(build_recipe(values), "interpolate") == [0.5, 0.5]
     assert both(recipe_of("--interpolate", "none", values=values), "interpolate") == [None, None]
@@ -161,19 +161,19 @@ def test_the_recipes_values_stay_as_they_were():
         (["--vision-model", "RN50"], "give both --vision-model and --text-model"),
     ],
 )
-def test_a_flag_that_cannot_be_meant_is_refused_with_the_remedy(flags, said):
+def test_an_invalid_flag_is_refused_with_the_remedy(flags, said):
     with pytest.raises(UsageError, match=said):
         recipe_of(*flags)
 
 
-def test_an_ambiguous_name_lists_what_it_could_be(monkeypatch):
+def test_an_ambiguous_name_lists_the_options(monkeypatch):
     rates = [("a.rate", float, 0.0, ""), ("b.rate", float, 0.0, "")]
     monkeypatch.setattr(flags, "options", lambda: rates)
     with pytest.raises(UsageError, match=r"--rate could be a\.rate or b\.rate; write the whole"):
         apply_flags({}, ["--rate", "1"])
 
 
-def test_no_two_options_of_a_recipe_share_a_last_part_but_names():
+def test_only_names_repeat_as_the_last_part_of_an_option():
     """So that the last part is always enough, and the recipe's name is the one that is meant."""
     counts = Counter(name.split(".")[-1] for name, _, _, _ in options())
     assert [name for name, count in counts.items() if count > 1] == ["name"]
@@ -247,7 +247,7 @@ def test_every_official_flag_is_understood(name, underscores):
         ("--logs experiments --name first --folder mine", "output.folder", "mine"),
     ],
 )
-def test_an_official_flag_sets_what_it_meant(flags, path, expected):
+def test_an_official_flag_sets_its_options(flags, path, expected):
     found = recipe_of(*flags.split())
     for part in path.split("."):
         found = found[int(part)] if part.isdigit() else getattr(found, part)
@@ -297,12 +297,12 @@ def test_distillation_without_a_teacher_is_refused():
     assert recipe_of("--distillation", values=taught).stages[0].loss.teacher == "RN50"
 
 
-def test_logs_that_are_none_are_refused():
+def test_official_logs_without_a_folder_are_refused():
     with pytest.raises(UsageError, match="--logs is None, but a run needs a folder"):
         recipe_of("--logs", "None")
 
 
-def test_batch_statistics_over_several_processes_are_named_as_what_is_not_done():
+def test_synchronised_batch_norm_is_ignored_with_a_warning():
     with pytest.warns(UserWarning, match="--use-bn-sync is ignored"):
         recipe_of("--use-bn-sync", world_size=2)
 
@@ -323,7 +323,7 @@ def test_parts_of_an_official_option_are_no_flags_of_their_own(name):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_the_flags_of_an_official_script_say_what_the_shipped_recipe_says(name):
+def test_the_flags_of_an_official_script_equal_the_shipped_recipe(name):
     script = SCRIPTS[name]
     flags = (
         f"--batch-size={script['batch']} --accum-freq=1 --lr={script['lr']} --wd=0.001 "

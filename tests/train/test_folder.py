@@ -4,10 +4,9 @@ import subprocess
 import sys
 
 import pytest
-from train.runs import make_recipe
+from train.runs import from_toml, make_recipe
 
 from cn_clip.errors import UsageError
-from cn_clip.train.recipe.toml import from_toml
 from cn_clip.train.run.checkpoint import Progress, save_state
 from cn_clip.train.run.run_dir import Outcome, lock_folder, prepare_folder, write_outcome
 
@@ -38,7 +37,7 @@ def outcome_of(folder):
     return Outcome(str(folder), str(folder / "final"), 12, 1.5, scores, mixtures)
 
 
-def test_the_recipe_as_it_is_carried_out_is_in_the_folder(recipes, begun):
+def test_the_complete_recipe_is_written_to_the_folder(recipes, begun):
     assert recipe_in(begun) == recipes[0]
 
 
@@ -51,7 +50,7 @@ with FileLock(sys.argv[1]):
 """
 
 
-def test_a_second_process_is_refused_while_another_trains_and_let_in_later(tmp_path):
+def test_a_second_process_is_refused_while_another_trains(tmp_path):
     folder = tmp_path / "run"
     with lock_folder(folder):
         pass
@@ -72,32 +71,32 @@ def test_a_second_process_is_refused_while_another_trains_and_let_in_later(tmp_p
         pass
 
 
-def test_the_lock_is_given_back_after_an_error(tmp_path):
+def test_the_lock_is_released_after_an_error(tmp_path):
     with pytest.raises(RuntimeError), lock_folder(tmp_path):
         raise RuntimeError("it ended")
     with lock_folder(tmp_path):
         pass
 
 
-def test_a_run_is_gone_on_with_only_if_told(recipes, begun):
+def test_a_run_is_resumed_only_on_request(recipes, begun):
     with pytest.raises(UsageError, match=r"has a run; resume it with --resume auto, or give"):
         prepare_folder(begun, recipes[0], False, False)
     assert prepare_folder(begun, recipes[0], True, False) is None
 
 
-def test_resuming_what_was_never_begun_begins_it(recipes, tmp_path):
+def test_resume_in_a_new_folder_starts_a_run(recipes, tmp_path):
     assert prepare_folder(tmp_path / "run", recipes[0], True, False) is None
     assert recipe_in(tmp_path / "run") == recipes[0]
 
 
-def test_a_folder_without_a_state_is_begun_anew_with_any_recipe(recipes, tmp_path):
+def test_a_folder_without_a_state_starts_again_with_any_recipe(recipes, tmp_path):
     """It was killed before its first state: there is nothing to go on from."""
     assert prepare_folder(tmp_path / "run", recipes[0], False, False) is None
     assert prepare_folder(tmp_path / "run", recipes[1], False, False) is None
     assert recipe_in(tmp_path / "run") == recipes[1]
 
 
-def test_a_changed_recipe_is_shown_and_refused_unless_told(recipes, begun):
+def test_a_changed_recipe_is_shown_and_refused_unless_allowed(recipes, begun):
     with pytest.raises(UsageError) as caught:
         prepare_folder(begun, recipes[1], True, False)
     said = str(caught.value)
@@ -115,7 +114,7 @@ def test_a_run_that_has_ended_gives_its_outcome_and_trains_no_more(recipes, begu
         prepare_folder(begun, recipes[0], False, False)
 
 
-def test_a_run_that_has_ended_goes_on_with_another_recipe_and_has_not_ended_then(recipes, begun):
+def test_a_finished_run_resumes_with_a_changed_recipe_and_is_then_unfinished(recipes, begun):
     """Killed before it ends again, it must not be taken for the run that had ended."""
     write_outcome(begun, outcome_of(begun))
     assert prepare_folder(begun, recipes[1], True, True) is None
@@ -123,14 +122,14 @@ def test_a_run_that_has_ended_goes_on_with_another_recipe_and_has_not_ended_then
 
 
 @pytest.mark.parametrize("place", ["file", "file/run", "x" * 300])
-def test_a_place_that_cannot_be_a_folder_is_named(tmp_path, place):
+def test_a_path_that_cannot_be_a_folder_is_named(tmp_path, place):
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     with pytest.raises(UsageError, match=r"output\.folder is .*give another --output\.folder"):
         lock_folder(tmp_path / place)
     assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
 
 
-def test_a_run_whose_outcome_is_damaged_goes_on(recipes, begun):
+def test_a_run_with_a_damaged_outcome_resumes(recipes, begun):
     write_outcome(begun, outcome_of(begun))
     (begun / "outcome.json").write_text('{"scores": [1]', encoding="utf-8")
     assert prepare_folder(begun, recipes[0], True, False) is None

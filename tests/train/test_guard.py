@@ -36,7 +36,7 @@ def stopped_at(guard, losses):
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf")])
-def test_a_loss_that_is_no_number_names_the_rate_and_a_remedy(loss):
+def test_a_nan_loss_is_reported_with_the_learning_rate_and_a_remedy(loss):
     with pytest.raises(TrainingError) as caught:
         guard_of().check(loss, 6)
     said = str(caught.value)
@@ -50,7 +50,7 @@ def test_in_float16_the_precision_is_the_likelier_cause():
         guard_of("fp16").check(float("nan"), 0)
 
 
-def test_a_loss_that_stands_at_chance_is_stopped_when_it_may_be_with_causes_and_remedies():
+def test_a_loss_at_chance_stops_the_run_with_causes_and_remedies():
     """OFA-Sys/Chinese-CLIP#362: a rate of 3e-4 and a loss near ln(128) for hours."""
     step, said = stopped_at(guard_of(batch=128), [math.log(128)] * 500)
     assert step == 99
@@ -82,7 +82,7 @@ def noise(count, around, spread, seed=0):
         ([math.log(64)] * 300, {"loss": Loss(teacher="t", teacher_features=1.0)}),
     ],
 )
-def test_a_run_that_can_come_to_something_goes_on(losses, options):
+def test_a_run_with_a_falling_loss_continues(losses, options):
     assert stopped_at(guard_of(**options), losses) is None
 
 
@@ -94,12 +94,12 @@ def test_a_run_that_can_come_to_something_goes_on(losses, options):
         ([1.0] * 150 + [math.log(64)] * 100, 198),  # it collapsed later; a mean hides one good step
     ],
 )
-def test_a_run_that_tells_nothing_apart_is_stopped(losses, step):
+def test_a_run_whose_loss_stays_at_chance_is_stopped(losses, step):
     found, _ = stopped_at(guard_of(), losses)
     assert found == step
 
 
-def test_after_a_resume_it_takes_some_losses_before_it_judges():
+def test_after_a_resume_the_watchdog_waits_for_some_losses():
     guard = guard_of()
     for step in range(1000, 1049):
         guard.check(math.log(64), step)
@@ -127,7 +127,7 @@ def test_a_second_ctrl_c_ends_at_once_and_a_second_sigterm_waits():
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_handlers_come_back_after_an_error():
+def test_signal_handlers_are_restored_after_an_error():
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(TrainingError), catch_stop_signals():
         assert signal.getsignal(signal.SIGTERM) is not before
@@ -135,7 +135,7 @@ def test_handlers_come_back_after_an_error():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_thread_beside_the_main_one_leaves_signals_alone():
+def test_another_thread_does_not_change_signal_handlers():
     before, found = signal.getsignal(signal.SIGTERM), []
 
     def run():
@@ -148,7 +148,7 @@ def test_a_thread_beside_the_main_one_leaves_signals_alone():
     assert found == [StopRequest(0), before]
 
 
-def test_the_warm_up_is_not_held_against_a_run():
+def test_the_warm_up_does_not_count_as_chance():
     guard = guard_of(stop_at_chance=100, warmup=50)
     for step in range(149):
         guard.check(math.log(64), step)

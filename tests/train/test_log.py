@@ -26,7 +26,7 @@ def without_time(events):
     return [{key: value for key, value in event.items() if key != "time"} for event in events]
 
 
-def test_what_is_written_is_told_and_read_again(tmp_path):
+def test_written_events_reach_the_callback_and_are_read_again(tmp_path):
     told = []
     log = opened(tmp_path / "new" / "run", told.append)
     log.write("start", 0, origins=["bert.* 来自 roberta.bin"], pairs=3)
@@ -41,7 +41,7 @@ def test_what_is_written_is_told_and_read_again(tmp_path):
     assert "来自" in text and len(text.splitlines()) == 2
 
 
-def test_every_line_is_there_at_once(tmp_path):
+def test_every_line_is_flushed(tmp_path):
     """A run that is killed has told what it had done."""
     log = opened(tmp_path)
     log.write("step", 1, loss=0.5)
@@ -49,7 +49,7 @@ def test_every_line_is_there_at_once(tmp_path):
     log.close()
 
 
-def test_of_two_lines_for_one_step_the_later_counts(tmp_path):
+def test_the_later_of_two_lines_for_one_step_counts(tmp_path):
     step = {"stage": "one", "loss": 1.0}
     written(tmp_path, ("step", 1, step), ("step", 2, step), ("score", 2, step))
     events = written(tmp_path, ("step", 2, step | {"loss": 2.0}), ("step", 3, step))
@@ -61,7 +61,7 @@ def test_of_two_lines_for_one_step_the_later_counts(tmp_path):
     ]
 
 
-def test_stages_that_meet_in_one_step_both_count(tmp_path):
+def test_scores_of_two_stages_at_one_step_are_both_kept(tmp_path):
     events = written(tmp_path, ("score", 5, {"stage": "one"}), ("score", 5, {"stage": "final"}))
     assert [event["stage"] for event in events] == ["one", "final"]
 
@@ -70,7 +70,7 @@ def test_stages_that_meet_in_one_step_both_count(tmp_path):
     "half",
     [b'{"kind": "step", "tot', '{"kind": "step", "stage": "猫'.encode()[:-1], b"[1]\n", b"{}\n"],
 )
-def test_half_a_last_line_is_ignored_and_the_next_run_begins_a_new_one(tmp_path, half):
+def test_an_incomplete_last_line_is_ignored_and_the_next_run_starts_a_new_line(tmp_path, half):
     written(tmp_path, ("step", 1, {"loss": 1.0}))
     with (tmp_path / "log.jsonl").open("ab") as stream:
         stream.write(half)
@@ -84,7 +84,7 @@ def test_a_folder_without_a_log_has_no_events(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_no_number_is_written_as_json_all_the_same(tmp_path, value):
+def test_nan_and_infinity_are_written_as_valid_json(tmp_path, value):
     written(tmp_path, ("step", 1, {"loss": value, "more": {"norm": value}}))
 
     def refuse(constant):
@@ -94,7 +94,7 @@ def test_what_is_no_number_is_written_as_json_all_the_same(tmp_path, value):
     assert line["loss"] == line["more"]["norm"] == str(value)
 
 
-def test_ticks_are_told_and_not_kept(tmp_path):
+def test_ticks_reach_the_callback_and_not_the_file(tmp_path):
     told = []
     log = opened(tmp_path, told.append)
     log.tick("computing", 3, 9)
@@ -103,7 +103,7 @@ def test_ticks_are_told_and_not_kept(tmp_path):
     assert read_log(tmp_path) == []
 
 
-def test_processes_beside_the_main_one_write_and_tell_nothing(tmp_path):
+def test_only_the_main_process_logs(tmp_path):
     told = []
     log = opened(tmp_path / "run", told.append, writes=False, tensorboard=True)
     log.write("step", 1, loss=0.5)
@@ -126,13 +126,13 @@ def test_tensorboard_has_every_number_once_the_log_is_closed(tmp_path):
     assert [(e.step, e.value) for e in board.Scalars("step/loss")] == [(1, 0.5), (2, 0.25)]
 
 
-def test_no_tensorboard_files_appear_unasked(tmp_path):
+def test_tensorboard_files_are_written_only_on_request(tmp_path):
     written(tmp_path, ("step", 1, {"loss": 0.5}))
     assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "swanlab", "wandb"])
-def test_a_library_that_is_missing_is_named_with_how_to_get_it(tmp_path, monkeypatch, name):
+def test_a_missing_library_is_named_with_its_install_command(tmp_path, monkeypatch, name):
     module = "torch.utils.tensorboard" if name == "tensorboard" else name
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UsageError, match=f"output.{name} needs {name}: pip install {name}, or"):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import cosines
-from train.runs import CAPTIONS, make_recipe, write_pairs, write_start
+from train.runs import CAPTIONS, from_toml, make_recipe, write_pairs, write_start
 
 import cn_clip
 from cn_clip import weights
@@ -50,10 +50,10 @@ def test_a_run_of_two_stages_gives_a_model_that_loads(pairs, start, tmp_path):
     assert (run / "report.html").is_file()
     stages = events(run, "stage")
     assert [event["stage"] for event in stages] == ["locked", "all"]
-    assert stages[0]["learns"] < stages[1]["learns"]
+    assert stages[0]["trainable"] < stages[1]["trainable"]
 
 
-def test_what_a_stage_freezes_keeps_its_bits(pairs, start, tmp_path):
+def test_frozen_parameters_are_bit_equal_after_a_stage(pairs, start, tmp_path):
     train(make_recipe(pairs, start, tmp_path / "run", LOCKED, data={"val": []}))
     before, after = tensors(start), tensors(tmp_path / "run" / "final")
     assert all(torch.equal(before[name], after[name]) for name in before if "visual." in name)
@@ -63,8 +63,6 @@ def test_what_a_stage_freezes_keeps_its_bits(pairs, start, tmp_path):
 def test_the_resolved_recipe_lies_in_the_run(pairs, start, tmp_path):
     recipe = make_recipe(pairs, start, tmp_path / "run", {"steps": 1, "epochs": None})
     train(recipe)
-    from cn_clip.train.recipe.toml import from_toml
-
     assert from_toml((tmp_path / "run" / "recipe.toml").read_text("utf-8")) == recipe
 
 
@@ -79,9 +77,7 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
         ("efficientnet_lite", {"lora": {"layers": ["bert.*.self.*.weight", "text_projection"]}}),
     ],
 )
-def test_fine_tuning_leaves_the_statistics_of_batch_norm_and_says_so(
-    pairs, tmp_path, kind, options
-):
+def test_fine_tuning_freezes_batch_norm_statistics_and_logs_it(pairs, tmp_path, kind, options):
     """Also after evaluations, which put the model in another mode."""
     begin, run = write_start(tmp_path / "start", kind), tmp_path / "run"
     train(make_recipe(pairs, begin, run, {"epochs": 2} | options))
@@ -95,7 +91,7 @@ def test_fine_tuning_leaves_the_statistics_of_batch_norm_and_says_so(
 
 
 @pytest.mark.parametrize("kind", ["resnet", "efficientnet_lite"])
-def test_statistics_of_batch_norm_are_trained_where_the_recipe_says_so(pairs, tmp_path, kind):
+def test_batch_norm_statistics_are_updated_if_the_recipe_says_so(pairs, tmp_path, kind):
     begin, run = write_start(tmp_path / "start", kind), tmp_path / "run"
     train(make_recipe(pairs, begin, run, {"batch_norm": "train"}, data={"val": []}))
     before, after = tensors(begin), tensors(run / "final")
@@ -104,7 +100,7 @@ def test_statistics_of_batch_norm_are_trained_where_the_recipe_says_so(pairs, tm
     assert [event["batch_norm"] for event in events(run, "stage")] == ["train"]
 
 
-def test_cached_features_give_the_losses_of_the_pictures(pairs, start, tmp_path):
+def test_cached_features_give_the_losses_of_online_images(pairs, start, tmp_path):
     online = make_recipe(pairs, start, tmp_path / "online", LOCKED, data={"val": []})
     cached = make_recipe(
         pairs, start, tmp_path / "cached", LOCKED | {"cached": True}, data={"val": []}
@@ -148,7 +144,7 @@ def test_the_best_weights_are_kept_not_the_last(pairs, start, tmp_path):
     assert dict(outcome.scores)["final"] == pytest.approx(max(scores), abs=1e-9)
 
 
-def test_the_score_is_measured_before_training_and_shown_beside_later_ones(pairs, start, tmp_path):
+def test_the_score_before_training_is_logged_with_later_ones(pairs, start, tmp_path):
     train(make_recipe(pairs, start, tmp_path / "run"))
     first, *later = events(tmp_path / "run", "score")
     assert first["total"] == 0
@@ -163,7 +159,7 @@ def test_the_score_is_measured_before_training_and_shown_beside_later_ones(pairs
     assert {event["before"] for event in later} == {first["mean_recall"]}
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_weights(pairs, start, tmp_path):
+def test_a_nan_loss_stops_the_run_and_keeps_the_weights(pairs, start, tmp_path):
     wild = {"learning_rate": 10.0, "warmup": 0, "schedule": "constant"}
     stage = {"epochs": 50, "optimizer": wild | {"eps": 1e-30, "beta2": 0.0}}
     model = weights.build(weights.read(start))
@@ -200,7 +196,7 @@ def test_lora_trains_little_and_ends_as_plain_weights(pairs, start, tmp_path):
     stage = {"lora": {"rank": 2}, "freeze": ["visual.*", "bert.*", "text_projection"]}
     train(make_recipe(pairs, start, tmp_path / "run", stage, data={"val": []}))
     (begun,) = events(tmp_path / "run", "stage")
-    assert begun["learns"] < 10_000
+    assert begun["trainable"] < 10_000
     before, after = tensors(start), tensors(tmp_path / "run" / "final")
     assert set(before) == set(after)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -208,7 +204,7 @@ def test_lora_trains_little_and_ends_as_plain_weights(pairs, start, tmp_path):
     assert all("attn.in_proj" in n or ".self." in n or n == "logit_scale" for n in changed)
 
 
-def test_a_stage_mixes_the_weights_it_ends_with_with_those_it_began_with(pairs, start, tmp_path):
+def test_a_stage_interpolates_its_final_and_initial_weights(pairs, start, tmp_path):
     """And its mixture is measured; a run that is killed after it mixes once all the same."""
     run, seen = tmp_path / "run", (pairs[0], pairs[0])
     one_epoch, mixed = LOCKED | {"epochs": 1}, FAST | {"name": "all", "interpolate": 0.5}
@@ -228,7 +224,9 @@ def test_a_stage_mixes_the_weights_it_ends_with_with_those_it_began_with(pairs, 
     assert all(torch.equal(final[name], each) for name, each in tensors(run / "final").items())
 
 
-def test_the_next_stage_begins_with_the_mixture_and_has_its_score_to_beat(pairs, start, tmp_path):
+def test_the_next_stage_starts_from_the_interpolated_weights_and_their_score(
+    pairs, start, tmp_path
+):
     run, seen = tmp_path / "run", (pairs[0], pairs[0])
     still = {"name": "still", "epochs": 1, "optimizer": {"learning_rate": 0.0}}
     outcome = train(make_recipe(seen, start, run, FAST | {"interpolate": 0.25}, still))
@@ -265,7 +263,7 @@ def test_unusable_text_targets_are_refused_before_features_are_computed(pairs, s
     assert not (tmp_path / "run" / "features").exists()
 
 
-def test_averaged_weights_are_what_is_measured_and_kept(pairs, start, tmp_path):
+def test_averaged_weights_are_evaluated_and_saved(pairs, start, tmp_path):
     steady = OPTIMIZER | {"schedule": "constant"}
     for name, decay in (("ema", 0.9), ("plain", 0.0)):
         stage = {"optimizer": steady | {"ema": decay}}
@@ -276,7 +274,7 @@ def test_averaged_weights_are_what_is_measured_and_kept(pairs, start, tmp_path):
     assert 0 < (ema - first).norm() < 0.95 * (plain - first).norm()
 
 
-def test_what_is_measured_in_another_precision_is_trained_as_before(pairs, start, tmp_path):
+def test_the_score_precision_does_not_change_training(pairs, start, tmp_path):
     def run(precision, scored):
         out = tmp_path / f"{precision}-{scored}"
         stage = {"steps": 2, "epochs": None}
@@ -337,7 +335,7 @@ def test_validation_pairs_in_the_training_data_are_named(pairs, start, tmp_path)
     assert len((tmp_path / "run" / "shared.txt").read_text("utf-8").splitlines()) == 48
 
 
-def test_a_second_run_in_the_folder_is_refused_unless_it_goes_on(pairs, start, tmp_path):
+def test_a_second_run_in_the_folder_is_refused_unless_it_resumes(pairs, start, tmp_path):
     recipe = make_recipe(pairs, start, tmp_path / "run", {"steps": 2, "epochs": None})
     first = train(recipe)
     with pytest.raises(UsageError, match=r"has a run; resume it with --resume auto"):
@@ -372,7 +370,7 @@ def test_a_disk_full_inside_a_save_leaves_the_state_before_it(pairs, start, tmp_
     assert losses(run) == losses(tmp_path / "whole")
 
 
-def test_a_signal_ends_a_score_at_the_next_image_and_the_run_goes_on_as_if_it_had_not(
+def test_a_signal_ends_an_evaluation_and_the_resumed_run_is_unchanged(
     pairs, start, tmp_path, monkeypatch
 ):
     read, count, fatal = EvalSet.image_bytes, 0, 0
@@ -459,7 +457,7 @@ def test_a_batch_that_cannot_be_read_at_all_is_passed_over(start, tmp_path):
     assert len(losses(tmp_path / "run")) == 1
 
 
-def test_events_tell_everything_the_log_holds(pairs, start, tmp_path):
+def test_the_callback_gets_all_events_of_the_log(pairs, start, tmp_path):
     told = []
     train(make_recipe(pairs, start, tmp_path / "run"), on_event=told.append)
     assert [e for e in told if e["kind"] != "tick"] == read_log(tmp_path / "run")
@@ -472,7 +470,7 @@ def test_the_outcome_is_plain_values(pairs, start, tmp_path):
     assert written == json.loads(json.dumps(asdict(outcome)))
 
 
-def test_a_run_that_goes_on_with_a_larger_batch_counts_its_epochs_anew(pairs, start, tmp_path):
+def test_a_run_resumed_with_a_larger_batch_recounts_its_epochs(pairs, start, tmp_path):
     small = {"epochs": 2, "global_batch_size": 8}
     recipe = make_recipe(pairs, start, tmp_path / "run", small, output={"save_every": 1})
 
@@ -488,7 +486,7 @@ def test_a_run_that_goes_on_with_a_larger_batch_counts_its_epochs_anew(pairs, st
     assert outcome.steps >= 4
 
 
-def test_a_finished_run_goes_on_if_it_is_made_longer(pairs, start, tmp_path):
+def test_a_finished_run_resumes_if_it_is_made_longer(pairs, start, tmp_path):
     options = {"optimizer": OPTIMIZER | {"schedule": "constant"}}
     short = make_recipe(pairs, start, tmp_path / "run", options | {"epochs": 1})
     assert train(short).steps == 3
@@ -505,7 +503,7 @@ def test_two_cached_stages_with_different_towers_are_one_run(pairs, start, tmp_p
     assert outcome.steps == 9
 
 
-def test_a_stop_while_a_score_is_due_saves_first_and_measures_when_it_goes_on(
+def test_a_stop_before_a_due_evaluation_saves_first_and_evaluates_after_resume(
     pairs, start, tmp_path
 ):
     def stop(event):
@@ -531,7 +529,7 @@ def test_a_full_disk_under_the_log_is_one_sentence(pairs, start, tmp_path, monke
         train(make_recipe(pairs, start, tmp_path / "run"))
 
 
-def test_what_a_kill_left_half_written_is_swept(pairs, start, tmp_path):
+def test_partial_files_of_a_killed_run_are_removed(pairs, start, tmp_path):
     recipe = make_recipe(pairs, start, tmp_path / "run", {"steps": 1, "epochs": None})
     prepare_folder(tmp_path / "run", recipe, False, False)
     left = tmp_path / "run" / "stages" / ".1-train.abcdefgh.cn-clip-tmp" / "new"

@@ -108,7 +108,7 @@ def test_the_draws_of_the_start_depend_on_the_seed_alone():
     assert torch.equal(first[name], again[name]) and not torch.equal(first[name], other[name])
 
 
-def test_an_update_has_the_rate_of_its_layer():
+def test_an_update_has_the_learning_rate_of_its_layer():
     model, _ = updated()
     groups = parameter_groups(model.named_parameters(), Optimizer(layer_decay=0.5))
     scales = {name: group["scale"] for group in groups for name in group["names"]}
@@ -125,6 +125,6 @@ def test_an_update_has_the_rate_of_its_layer():
         ("visual.*.in_proj_wieght", "lora.layers: the pattern .* matches no parameter"),
     ],
 )
-def test_what_is_no_matrix_is_refused(tiny_model, pattern, said):
+def test_a_parameter_that_is_not_a_matrix_is_refused(tiny_model, pattern, said):
     with pytest.raises(UsageError, match=said):
         add_lora(tiny_model, Lora(layers=(pattern,)), torch.Generator())

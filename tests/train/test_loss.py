@@ -76,7 +76,7 @@ SIZES = [(1, None), (2, 1), (7, 3), (33, 8), (33, 33), (64, None)]
 @pytest.mark.parametrize("kinds", [None, 2, 40, 10**6])
 @pytest.mark.parametrize("weight", [None, 0.0, 0.3, 1.0])
 @pytest.mark.parametrize("size, chunk", SIZES)
-def test_the_loss_and_its_gradients_are_those_of_the_whole_matrix(size, chunk, kinds, weight):
+def test_the_loss_and_its_gradients_equal_those_of_the_full_matrix(size, chunk, kinds, weight):
     keys = kinds and make_keys(size, kinds)
     teacher = None if weight is None else make_teacher(size, weight=weight)
     inputs = make_pairs(size)[:3]
@@ -89,7 +89,7 @@ def test_the_loss_and_its_gradients_are_those_of_the_whole_matrix(size, chunk, k
 
 @pytest.mark.parametrize("kinds", [None, 2, 40])
 @pytest.mark.parametrize("size, chunk", SIZES)
-def test_the_sigmoid_loss_and_its_gradients_are_those_of_the_whole_matrix(size, chunk, kinds):
+def test_the_sigmoid_loss_and_its_gradients_equal_those_of_the_full_matrix(size, chunk, kinds):
     keys = kinds and make_keys(size, kinds)
     inputs = make_pairs(size)
     ours = value_and_gradients(lambda *x: sigmoid_loss(*x, keys=keys, chunk=chunk), inputs)
@@ -98,7 +98,7 @@ def test_the_sigmoid_loss_and_its_gradients_are_those_of_the_whole_matrix(size, 
 
 
 @pytest.mark.parametrize("noise", [0.8, 1.2])
-def test_single_precision_is_as_good_as_the_whole_matrix_in_single_precision(noise):
+def test_float32_is_as_accurate_as_the_full_matrix_in_float32(noise):
     """At the largest scale that training allows; with little noise, the loss is below 0.001."""
     rng = torch.Generator().manual_seed(0)
     image = unit(rng, 300, 32)
@@ -134,7 +134,7 @@ def test_the_gradients_are_those_of_finite_differences():
     assert check(partial(feature_loss, teacher=text), image)
 
 
-def test_a_batch_of_one_has_nothing_to_tell_apart():
+def test_the_loss_of_a_batch_of_one_is_zero():
     image, text, scale, _ = make_pairs(1, dtype=torch.float32)
     found = value_and_gradients(clip_loss, [image, text, scale])
     assert all(bool((each == 0).all()) for each in found)
@@ -198,7 +198,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kinds", [None, 1, 80])
-def test_nothing_of_the_size_of_the_whole_matrix_ever_exists(kinds):
+def test_the_full_matrix_is_never_allocated(kinds):
     size, dim, chunk = 160, 16, 16
     inputs = make_pairs(size, dim)
     keys, teacher = kinds and make_keys(size, kinds), make_teacher(size)
@@ -211,7 +211,7 @@ def test_nothing_of_the_size_of_the_whole_matrix_ever_exists(kinds):
     assert ours.elements <= size * max(dim, chunk)
 
 
-def test_what_cannot_be_compared_is_named():
+def test_inputs_of_different_shapes_are_named():
     image, text, scale, _ = make_pairs(4)
     with pytest.raises(UsageError, match=r"\(4, 16\) and text embeddings \(3, 16\)"):
         clip_loss(image, text[:3], scale)

@@ -138,7 +138,7 @@ def test_several_processes_end_at_the_loss_and_gradients_of_one(found):
                 )
 
 
-def test_processes_hear_of_each_other_in_the_order_of_ranks(found):
+def test_gathered_values_are_in_the_order_of_ranks(found):
     count = len(found)
     rows = torch.cat([torch.arange(rank * 2.0)[:, None].expand(-1, 3) for rank in range(count)])
     for index, each in enumerate(one["exchanges"] for one in found):
@@ -169,7 +169,7 @@ def test_alone_every_exchange_is_the_identity(monkeypatch):
         assert distributed.all_gather_object("x") == ["x"]
 
 
-def test_a_start_without_torchrun_says_what_is_missing(monkeypatch):
+def test_a_start_without_torchrun_names_the_missing_variables(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)

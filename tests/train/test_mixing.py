@@ -5,6 +5,7 @@ import signal
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import TINY, make_model
 from train.runs import make_recipe
 
@@ -12,8 +13,9 @@ from cn_clip import weights
 from cn_clip.data.sources.open import open_mix
 from cn_clip.errors import UsageError
 from cn_clip.eval.dataset import eval_set_of
-from cn_clip.train.interpolation import WEIGHTS, Choice, Mixture, choose, mix
+from cn_clip.train.interpolation import WEIGHTS, Choice, choose, mix
 from cn_clip.train.loop import train
+from cn_clip.train.run.events import MixtureScore
 from cn_clip.train.run.log import read_log
 from cn_clip.train.run.report import write_report
 from cn_clip.train.run.signals import InterruptedRun
@@ -23,34 +25,49 @@ FAST = {"epochs": 6, "optimizer": {"learning_rate": 3e-3, "warmup": 4}}  # learn
 AUTO = FAST | {"epochs": 2, "interpolate": "auto"}
 
 
-def chosen(scores, kept=None):
+def chosen(losses, scores=None, kept=None):
     """The weight that is chosen, and whether the kept pairs lose a point at most."""
-    kept = kept or [None] * len(scores)
-    weights = [n / (len(scores) - 1) for n in range(len(scores))]
-    choice = choose([Mixture(*each) for each in zip(weights, scores, kept, strict=True)])
+    count = len(losses)
+    weights = [n / (count - 1) for n in range(count)]
+    values = zip(weights, scores or [0.5] * count, losses, kept or [None] * count, strict=True)
+    choice = choose([MixtureScore(*each) for each in values])
     return choice.mixture.weight, choice.within
 
 
 @pytest.mark.parametrize(
-    ("scores", "kept", "expected"),
+    ("losses", "scores", "expected"),
     [
-        ([0.5, 0.6, 0.7], None, (1.0, True)),
-        ([0.5, 0.7, 0.6], None, (0.5, True)),
-        ([0.5, 0.7, 0.7], None, (0.5, True)),  # of equal ones the nearest to the old
-        ([0.5, 0.5, 0.5], None, (0.0, True)),
-        ([0.5, 0.4, 0.3], None, (0.0, True)),  # nothing gains: the old
-        ([0.5, 0.6, 0.7], [0.4, 0.39, 0.38], (0.5, True)),  # a point may be lost
-        ([0.5, 0.6, 0.7], [0.4, 0.42, 0.41], (1.0, True)),  # the kept pairs gain, too
-        ([0.5, 0.6, 0.7], [0.4, 0.389, 0.391], (1.0, True)),
-        ([0.5, 0.6, 0.7], [0.4, 0.38, 0.3], (1.0, False)),  # none within gains: the trade
-        ([0.5, 0.49, 0.7], [0.4, 0.4, 0.3], (1.0, False)),
-        ([0.5, 0.5, 0.4], [0.4, 0.3, 0.3], (0.0, True)),  # nothing gains at all
+        ([0.5, 0.4, 0.3], None, 1.0),
+        ([0.5, 0.3, 0.4], None, 0.5),
+        ([0.5, 0.3, 0.3], None, 0.5),  # of equal ones the nearest to the old
+        ([0.5, 0.5, 0.5], None, 0.0),
+        ([0.5, 0.6, 0.7], None, 0.0),  # nothing is better: the old
+        ([0.5, 0.4, 0.3], [0.5, 0.7, 0.6], 1.0),  # more recall of a few pairs may be chance
+        ([0.5, 0.4, 0.3], [0.5, 0.5, 0.4], 0.5),  # but less than the old is no gain
+        ([0.5, 0.4, 0.3], [0.5, 0.4, 0.4], 0.0),
+    ],
+)
+def test_the_mixture_of_the_lowest_loss_is_chosen_that_has_the_recall_of_the_start(
+    losses, scores, expected
+):
+    assert chosen(losses, scores) == (expected, True)
+
+
+@pytest.mark.parametrize(
+    ("losses", "kept", "expected"),
+    [
+        ([0.5, 0.4, 0.3], [0.4, 0.39, 0.38], (0.5, True)),  # a point may be lost
+        ([0.5, 0.4, 0.3], [0.4, 0.42, 0.41], (1.0, True)),  # the kept pairs gain, too
+        ([0.5, 0.4, 0.3], [0.4, 0.389, 0.391], (1.0, True)),
+        ([0.5, 0.4, 0.3], [0.4, 0.38, 0.3], (1.0, False)),  # none within is better: the trade
+        ([0.5, 0.6, 0.3], [0.4, 0.4, 0.3], (1.0, False)),
+        ([0.5, 0.5, 0.6], [0.4, 0.3, 0.3], (0.0, True)),  # nothing is better at all
     ],
 )
 def test_the_best_mixture_is_chosen_that_loses_at_most_a_point_of_the_kept_pairs(
-    scores, kept, expected
+    losses, kept, expected
 ):
-    assert chosen(scores, kept) == expected
+    assert chosen(losses, kept=kept) == expected
 
 
 def swept(folder):
@@ -71,8 +88,16 @@ def assert_measured(found, config, states, validation, kept=None):
             if pairs is None:
                 continue
             model = weights.build(weights.Checkpoint(config, dict(mixed)))
-            recall = score(*embed(model, pairs, autocast=None), pairs).mean_recall
+            images, texts = embed(model, pairs, autocast=None)
+            recall = score(images, texts, pairs).mean_recall
             assert each[key] == pytest.approx(recall, abs=0.02)  # a tie may fall otherwise
+            if key == "score":  # one text for each image: plain cross-entropy
+                logits = model.logit_scale.detach().exp() * torch.from_numpy(
+                    images[pairs.pairs[:, 0]] @ texts[pairs.pairs[:, 1]].T
+                )
+                own = torch.arange(len(logits))
+                loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+                assert each["loss"] == pytest.approx(float(loss), abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["resnet", "efficientnet_lite"])
@@ -103,7 +128,7 @@ def test_auto_measures_every_mixture_and_goes_on_with_the_best(pairs, start, tmp
     states = [weights.read(f).tensors for f in (run / "start", run / "stages" / "1-train")]
     config = weights.read(start).config
     assert_measured(found, config, states, validation, kept)
-    best = choose([Mixture(**each) for each in found["mixtures"]])
+    best = choose([MixtureScore(**each) for each in found["mixtures"]])
     assert (found["weight"], found["within"]) == (best.mixture.weight, best.within)
     final = weights.read(run / "final").tensors
     for name, tensor in final.items():
@@ -182,7 +207,8 @@ def test_weights_that_score_below_the_start_are_mixed_too_and_never_harm(pairs, 
     assert outcomes["half"].scores[-1] == ("final", before)
     found = swept(tmp_path / "auto")["mixtures"]
     assert found[0]["score"] == before and found[-1]["score"] == max(trained)
-    assert outcomes["auto"].scores[-1][1] == max(each["score"] for each in found) >= before
+    chosen = choose([MixtureScore(**each) for each in found]).mixture
+    assert outcomes["auto"].scores[-1][1] == chosen.score >= before
 
 
 def test_the_curve_says_the_weight_and_both_scores(pairs, start, tmp_path):
@@ -190,14 +216,15 @@ def test_the_curve_says_the_weight_and_both_scores(pairs, start, tmp_path):
     (tmp_path / "run").mkdir()
     line = (
         '{"kind": "mixtures", "total": 3, "time": 1, "stage": "a<b", "weight": 0.5, "within": true,'
-        ' "mixtures": [{"weight": 0.0, "score": 0.25, "kept": 0.5},'
-        ' {"weight": 0.5, "score": 0.375, "kept": 0.4921}]}\n'
+        ' "mixtures": [{"weight": 0.0, "score": 0.25, "loss": 1.5, "kept": 0.5},'
+        ' {"weight": 0.5, "score": 0.375, "loss": 1.4377, "kept": 0.4921}]}\n'
     )
     (tmp_path / "run" / "log.jsonl").write_text(line, encoding="utf-8")
     write_report(tmp_path / "run", recipe, None)
     text = (tmp_path / "run" / "report.html").read_text("utf-8")
     assert "Interpolated weights of stage a&lt;b" in text
-    for each in ("37.5", "50.0", "49.2", "weight 0.5: 12.5", "weight 0.5: -0.79", "chosen"):
+    curves = "weight 0.5: 12.5", "weight 0.5: -0.79"
+    for each in ("37.5", "50.0", "49.2", "1.438", *curves, "chosen"):
         assert each in text
 
 

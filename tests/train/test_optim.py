@@ -85,7 +85,7 @@ def test_the_learning_rate_scales_with_the_batch_size(scaling, reference, batch,
 
 
 @pytest.mark.parametrize("name", ["ViT-B-16", "RN50"])
-def test_what_is_not_decayed_is_what_the_official_training_does_not_decay(name):
+def test_weight_decay_excludes_the_same_parameters_as_the_official_training(name):
     named = dict(skeleton(MODELS[name]).named_parameters())
 
     def excluded(n):  # training/main.py of the official package
@@ -125,7 +125,7 @@ TEXT_LAYERS = {
 
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("frozen", [False, True])
-def test_the_rate_shrinks_by_a_factor_from_each_layer_to_the_one_below(kind, frozen):
+def test_layer_decay_multiplies_the_learning_rate_of_each_lower_layer(kind, frozen):
     model = skeleton(TINY[kind])
     if frozen:  # a layer that is held still is a layer all the same
         for name, parameter in model.named_parameters():
@@ -141,12 +141,12 @@ def test_the_rate_shrinks_by_a_factor_from_each_layer_to_the_one_below(kind, fro
         assert scale == pytest.approx(0.8**above), name
 
 
-def test_without_layer_decay_all_rates_are_one():
+def test_without_layer_decay_all_lr_multipliers_are_one():
     groups = parameter_groups(make_model(TINY["vit"]).named_parameters(), Optimizer())
     assert [group["scale"] for group in groups] == [1.0, 1.0]
 
 
-def test_a_rate_is_its_factor_times_the_layers_and_the_last_pattern_that_matches_counts():
+def test_an_lr_is_its_multiplier_times_that_of_its_layer_and_the_last_match_counts():
     named = dict(skeleton(TINY["vit"]).named_parameters())
     rates = ("visual.*=0.1", "*.resblocks.0.*=3", "text_projection=0")
     groups = parameter_groups(named.items(), Optimizer(layer_decay=0.5, lr_multipliers=rates))
@@ -166,7 +166,7 @@ def test_a_rate_is_its_factor_times_the_layers_and_the_last_pattern_that_matches
     assert all(g["lr"] == pytest.approx(0.01 * g["scale"]) for g in optimizer.param_groups)
 
 
-def test_a_pattern_of_rates_that_matches_nothing_is_refused_with_what_is_near():
+def test_an_lr_pattern_without_a_match_is_refused_with_the_nearest_name():
     named = skeleton(TINY["vit"]).named_parameters()
     with pytest.raises(
         UsageError, match=r"lr_multipliers: the pattern 'bret\.\*' matches no .*did you mean bert"
@@ -174,7 +174,7 @@ def test_a_pattern_of_rates_that_matches_nothing_is_refused_with_what_is_near():
         parameter_groups(named, Optimizer(lr_multipliers=("bret.*=0.1",)))
 
 
-def test_a_step_without_gradients_shrinks_what_is_decayed_and_nothing_else():
+def test_a_step_without_gradients_only_shrinks_decayed_parameters():
     model = make_model(TINY["vit"])
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     options = Optimizer(weight_decay=0.5, layer_decay=0.5)
@@ -206,7 +206,7 @@ def test_the_logit_scale_stays_between_zero_and_log_100(tiny_model, value, kept)
     assert tiny_model.logit_scale.item() == pytest.approx(kept)
 
 
-def test_averaged_weights_are_a_series_that_can_be_written_down():
+def test_averaged_weights_equal_the_closed_form():
     model = nn.Linear(1, 1, bias=False)
     with torch.no_grad():
         model.weight.fill_(1.0)

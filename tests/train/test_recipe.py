@@ -9,6 +9,7 @@ from types import UnionType
 from typing import Literal, Union, get_args, get_origin
 
 import pytest
+from train.runs import from_toml
 
 from cn_clip.config import MODELS, model_config
 from cn_clip.errors import UnknownNameError, UsageError
@@ -16,7 +17,7 @@ from cn_clip.train.optim import peak_lr
 from cn_clip.train.recipe.flags import apply_flags
 from cn_clip.train.recipe.renamed import RENAMED
 from cn_clip.train.recipe.schema import EarlyStoppingOptions, Recipe, options
-from cn_clip.train.recipe.toml import build_recipe, difference, from_toml, read_recipe, shipped
+from cn_clip.train.recipe.toml import build_recipe, difference, read_recipe, shipped
 
 # run_scripts/*_finetune_vit-b-16_rbt-base.sh of the official repository: all on 8 GPUs, with
 # ViT-B-16, RoBERTa-wwm-ext-base-chinese, --use-augment and --context-length 52.
@@ -52,7 +53,7 @@ def a_value(kind, default):
     return str(value), value
 
 
-def test_these_recipes_are_shipped_and_say_their_names():
+def test_the_shipped_recipes_have_their_file_names():
     assert shipped() == [
         "distill",
         "finetune-coco-cn",
@@ -111,6 +112,7 @@ def test_every_option_is_set_by_its_flag_and_read_back_from_toml(name, kind, def
         "data.keep_data": ["--interpolate", "auto"],
         "stages.NAME.flip": ["--augment", "true"],
         "stages.NAME.views": ["--augment", "true", "--cached", "true", "--freeze", "visual.*"],
+        "stages.NAME.center_texts": ["--cached", "true", "--freeze", "visual.*"],
     }.get(name, [])
     values = apply_flags(BASE, [f"--{name}", text, *needed])
     recipe = build_recipe(values)
@@ -123,12 +125,12 @@ def test_every_option_is_set_by_its_flag_and_read_back_from_toml(name, kind, def
     assert difference(build_recipe(BASE), recipe)
 
 
-def test_every_option_has_a_help_and_a_default_that_can_be_carried_out():
+def test_every_option_has_a_help_and_a_valid_default():
     assert all(told for _, _, _, told in options())
     assert build_recipe({"stages": [{"epochs": 1}]}).stages[0].global_batch_size == 128
 
 
-def test_whole_numbers_stand_for_numbers_and_one_text_for_a_list():
+def test_an_integer_is_accepted_as_a_float_and_a_string_as_a_list():
     recipe = build_recipe(changed(optimizer={"learning_rate": 1}, freeze="bert.*"))
     assert recipe.stages[0].optimizer.learning_rate == 1.0
     assert isinstance(recipe.stages[0].optimizer.learning_rate, float)
@@ -147,7 +149,7 @@ def test_whole_numbers_stand_for_numbers_and_one_text_for_a_list():
         (changed(machine={"precision": "bf-16"}), "'bf-16'; did you mean bf16"),
     ],
 )
-def test_what_is_unknown_offers_the_nearest(values, said):
+def test_an_unknown_option_suggests_the_nearest(values, said):
     with pytest.raises(UnknownNameError, match=said):
         build_recipe(values)
 
@@ -228,7 +230,7 @@ def test_options_that_exclude_each_other_are_refused_with_the_remedy(values, sai
 
 
 @pytest.mark.parametrize("entry", ["visual.*", "=0.1", "visual.*=", "visual.*=low", "bert.*=-1"])
-def test_an_entry_of_rates_that_is_no_pattern_and_factor_is_refused(entry):
+def test_an_invalid_lr_multiplier_is_refused(entry):
     said = f"lr_multipliers has the entry '{re.escape(entry)}'; give PATTERN=FACTOR, such as"
     with pytest.raises(UsageError, match=said):
         build_recipe(changed(optimizer={"lr_multipliers": ["bert.*=0.5", entry]}))
@@ -270,7 +272,7 @@ def test_an_evaluation_after_epochs_can_be_switched_off_and_stays_off():
     assert from_toml(recipe.to_toml()).evaluation.every_epochs == 0
 
 
-def test_a_file_is_read_by_its_path_whatever_editor_wrote_it(tmp_path):
+def test_a_recipe_file_may_have_a_byte_order_mark(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text('name = "我的"\n[[stages]]\nepochs = 1\n', encoding="utf-8-sig")
     assert build_recipe(read_recipe(str(path))).name == "我的"
@@ -285,7 +287,7 @@ def test_a_file_is_read_by_its_path_whatever_editor_wrote_it(tmp_path):
         ("latin.toml", b'name = "\xe9"', "latin.toml cannot be read"),
     ],
 )
-def test_a_recipe_that_is_none_is_named(tmp_path, monkeypatch, name, content, said):
+def test_an_invalid_recipe_is_named(tmp_path, monkeypatch, name, content, said):
     monkeypatch.chdir(tmp_path)
     if content is not None:
         (tmp_path / name).write_bytes(content)
@@ -338,7 +340,7 @@ def test_a_damaged_recipe_is_one_sentence_that_names_the_option(tmp_path, conten
 
 
 @pytest.mark.parametrize("path", ["\0", "~nobody-x/recipe.toml", "x" * 5000, "/dev/zero", "/"])
-def test_what_is_no_path_of_a_recipe_is_refused(path):
+def test_an_invalid_recipe_path_is_refused(path):
     with pytest.raises(UsageError, match=r"not a valid path|unknown recipe|cannot be read"):
         read_recipe(path)
 

@@ -1,5 +1,6 @@
 """The page about a run: it needs nothing beside it, and shows what was measured."""
 
+import math
 import re
 from html.parser import HTMLParser
 
@@ -10,7 +11,8 @@ from train.runs import make_recipe
 
 from cn_clip.data.sources.open import open_mix
 from cn_clip.eval.dataset import eval_set_of
-from cn_clip.train.run.log import Log
+from cn_clip.train.run.events import MixtureScore, MixturesEvent, StepEvent, parse
+from cn_clip.train.run.log import Log, read_events
 from cn_clip.train.run.report import curve, headline, mixtures, write_report
 
 RECALLS = {f"{way}_r{k}": 0.125 for way in ("t2i", "i2t") for k in (1, 5, 10)}
@@ -42,29 +44,39 @@ class Page(HTMLParser):
 
 
 def scored(stage, total, recall):
-    return ("score", total, {"stage": stage, "step": total, "mean_recall": recall} | RECALLS)
+    earlier = {"before": None, "best": None}
+    values = {"stage": stage, "step": total, "mean_recall": recall} | earlier | RECALLS
+    return ("score", total, values)
 
 
+STAGE = {
+    "number": 0, "step": 0, "steps": 8, "lr": 1e-4, "warmup": 1, "batch": 16, "trainable": 9,
+    "batch_norm": None,
+}  # fmt: skip
+STEP = {
+    "step": 1, "loss": 4.0, "lr": 1e-4, "logit_scale": 14.3, "pairs_per_second": 9.0,
+    "skipped": 0, "gradient_norm": 1.0,
+}  # fmt: skip
 EVENTS = [
     (
         "start",
         0,
-        {"model": "tiny<vit>", "parameters": 1_500_000, "pairs": 48, "device": "cpu",
+        {"recipe": "r", "model": "tiny<vit>", "parameters": 1_500_000, "pairs": 48, "device": "cpu",
          "processes": 1, "origins": ["visual.* from <clip>.pt"]},
     ),
     ("warning", 0, {"text": "3 validation pairs are in the training data & more"}),
-    ("stage", 0, {"stage": "locked", "step": 0}),
+    ("stage", 0, {"stage": "locked", **STAGE}),
     scored("locked", 0, 0.125),
     *(
-        ("step", n, {"stage": "locked", "mean_loss": 4 - n / 10, "rate": 1e-4, "logit_scale": 14.3})
+        ("step", n, {"stage": "locked", "mean_loss": 4 - n / 10, **STEP})
         for n in range(1, 9)
     ),
     scored("locked", 8, 0.333),
-    ("stage", 8, {"stage": "unlocked", "step": 0}),
-    ("step", 9, {"stage": "unlocked", "mean_loss": "nan", "rate": 1e-4, "logit_scale": 14.3}),
+    ("stage", 8, {"stage": "unlocked", **STAGE}),
+    ("step", 9, {"stage": "unlocked", "mean_loss": "nan", **STEP}),
     scored("unlocked", 12, 0.25),
     scored("final", 12, 0.375),
-    ("end", 12, {"seconds": 90.0}),
+    ("end", 12, {"seconds": 90.0, "weights": "final"}),
 ]  # fmt: skip
 
 
@@ -91,7 +103,7 @@ def read_page(folder):
     return text, Page(text)
 
 
-def test_the_page_needs_nothing_beside_it(run):
+def test_the_page_is_self_contained(run):
     write_report(*run)
     text, page = read_page(run[0])
     assert page.addresses and all(each.startswith("data:image/") for each in page.addresses)
@@ -99,7 +111,7 @@ def test_the_page_needs_nothing_beside_it(run):
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
 
 
-def test_the_page_shows_stages_scores_curves_and_where_weights_came_from(run):
+def test_the_page_shows_stages_scores_curves_and_origins_of_weights(run):
     write_report(*run)
     text, page = read_page(run[0])
     shown = " ".join(page.texts)
@@ -122,7 +134,7 @@ def test_the_page_shows_stages_scores_curves_and_where_weights_came_from(run):
     assert "nan" not in text
 
 
-def test_what_texts_find_is_shown_as_pictures_before_and_after(run):
+def test_the_page_shows_retrieved_images_before_and_after(run):
     folder, _, validation = run
     images = np.eye(16, dtype=np.float16)
     np.savez(folder / "after.npz", images=images, texts=images)
@@ -141,7 +153,7 @@ class OneWhole:
         return b"broken" if index else jpeg(1)
 
 
-def test_a_picture_that_cannot_be_read_is_left_out_of_the_page(run):
+def test_an_unreadable_image_is_left_out_of_the_page(run):
     folder, recipe, validation = run
     images = np.linspace(1, 0.5, 16, dtype=np.float16)[:, None]  # the first is best for any text
     for when in ("before", "after"):
@@ -188,11 +200,11 @@ def test_the_headline_is_before_the_best_of_each_stage_and_the_final_score(run):
         ),
     ],
 )  # fmt: skip
-def test_the_headline_of_a_run_under_way(run, scores, expected):
-    events = [
+def test_the_headline_of_an_unfinished_run(run, scores, expected):
+    events = parse(
         {"kind": kind, "total": total, **values}
         for kind, total, values in (scored(*score) for score in scores)
-    ]
+    )
     assert headline(events, run[1]) == expected
 
 
@@ -225,7 +237,7 @@ def test_a_long_curve_is_thinned_and_an_empty_one_says_so():
     assert curve([], [], "x") == "<p>none</p>"
 
 
-ROW = {"weight": 0.5, "score": 0.25, "kept": None}
+ROW = {"weight": 0.5, "score": 0.25, "loss": 1.5, "kept": None}
 SWEEP = {"stage": "train", "weight": 0.5, "within": True, "mixtures": [ROW, ROW]}
 
 
@@ -236,7 +248,7 @@ SWEEP = {"stage": "train", "weight": 0.5, "within": True, "mixtures": [ROW, ROW]
         {"mixtures": 5},
         {"mixtures": [1]},
         {"mixtures": [ROW, {**ROW, "kept": 0.5}]},
-        {"mixtures": [{"weight": 0.5, "score": 0.25}]},
+        {"mixtures": [{"weight": 0.5, "score": 0.25, "loss": 1.5}]},
         {"mixtures": [{**ROW, "score": "0.25"}]},
         {"weight": None},
         {"within": 1},
@@ -245,4 +257,37 @@ SWEEP = {"stage": "train", "weight": 0.5, "within": True, "mixtures": [ROW, ROW]
 )
 def test_a_damaged_line_of_mixtures_is_left_out(damage):
     event = {"kind": "mixtures", "total": 8} | SWEEP
-    assert mixtures([event, event | damage]) == [SWEEP]
+    assert [e.values() for e in mixtures(parse([event, event | damage]))] == [SWEEP]
+
+
+def test_typed_events_survive_the_log(run, tmp_path):
+    (tmp_path / "again").mkdir()
+    log = Log(tmp_path / "again", run[1], on_event=lambda event: None, writes=True)
+    events = read_events(run[0])
+    events.append(StepEvent(13, "s", 1, 4.0, math.inf, 1e-4, 14.3, 9.0, 0, 1.0, memory_mb=7))
+    events.append(MixturesEvent(13, "s", 0.5, True, [MixtureScore(0.5, 0.25, 1.5, None)]))
+    for event in events:
+        log.record(event)
+    log.close()
+    assert len(events) == len(EVENTS) + 2
+    assert repr(read_events(tmp_path / "again")) == repr(events)  # NaN equals NaN in the text
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"kind": 3}, {"kind": "tick"}, {"total": True}, {"loss": "4"}, {"loss": 1e99}, {"step": 1.5},
+     {"stage": None}, {"lr": None}],
+)  # fmt: skip
+def test_a_damaged_line_of_a_step_is_left_out(damage):
+    line = {"kind": "step", "total": 3, "stage": "s", "mean_loss": 1.0, **STEP}
+    assert len(parse([line])) == 1 and parse([line | damage]) == []
+
+
+def test_the_names_in_logs_of_old_runs_are_read():
+    line = {"kind": "step", "total": 3, "stage": "s", "mean_loss": 1.0, **STEP}
+    old = {"rate" if name == "lr" else name: value for name, value in line.items()}
+    assert parse([old]) == parse([line])
+    line = {"kind": "stage", "total": 3, "stage": "s", **STAGE}
+    renamed = {"lr": "rate", "trainable": "learns"}
+    old = {renamed.get(name, name): value for name, value in line.items()}
+    assert parse([old]) == parse([line])

@@ -52,7 +52,7 @@ def stopping_at(step, number=signal.SIGTERM):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_stopped_run_goes_on_with_the_same_bits(pairs, dropping, stages, tmp_path, workers):
+def test_a_stopped_run_resumes_bit_equal(pairs, dropping, stages, tmp_path, workers):
     options = {"data": {"workers": workers}, "output": {"log_every": 1}}
     stages = [stage | {"optimizer": AVERAGED} for stage in stages]
     whole = make_recipe(pairs, dropping, tmp_path / "whole", *stages, **options)
@@ -113,14 +113,12 @@ def killed_and_resumed(pairs, start, stages, tmp_path, kills, seed):
     return kills
 
 
-def test_a_killed_run_goes_on_with_the_same_bits(pairs, dropping, stages, tmp_path):
+def test_a_killed_run_resumes_bit_equal(pairs, dropping, stages, tmp_path):
     killed_and_resumed(pairs, dropping, stages, tmp_path, kills=3, seed=1)
 
 
 @pytest.mark.full
-def test_a_run_killed_at_twenty_moments_goes_on_with_the_same_bits(
-    pairs, dropping, stages, tmp_path
-):
+def test_a_run_killed_twenty_times_resumes_bit_equal(pairs, dropping, stages, tmp_path):
     kills, seed = 20, 0
     while kills:  # a run may end before all of them have come: then another one
         seed += 1
@@ -129,7 +127,7 @@ def test_a_run_killed_at_twenty_moments_goes_on_with_the_same_bits(
         kills = killed_and_resumed(pairs, dropping, stages, folder, kills, seed)
 
 
-def test_what_a_killed_save_left_is_no_state_and_goes_with_the_next(pairs, dropping, tmp_path):
+def test_an_incomplete_state_is_ignored_and_removed_by_the_next_save(pairs, dropping, tmp_path):
     recipe = make_recipe(pairs, dropping, tmp_path / "run")
     with pytest.raises(InterruptedRun):
         train(recipe, on_event=stopping_at(1))
@@ -142,7 +140,7 @@ def test_what_a_killed_save_left_is_no_state_and_goes_with_the_next(pairs, dropp
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no groups of processes")
-def test_ctrl_c_for_the_whole_group_saves_although_workers_hear_it_too(pairs, dropping, tmp_path):
+def test_ctrl_c_for_the_process_group_saves_the_run(pairs, dropping, tmp_path):
     import tomli_w
 
     options = {"data": {"workers": 2}, "output": {"log_every": 1}}

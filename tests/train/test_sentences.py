@@ -31,7 +31,7 @@ def among(monkeypatch, world, rank):
     monkeypatch.setattr(distributed, "rank", lambda: rank)
 
 
-def test_every_text_comes_once_an_epoch_in_another_order_each(sentences):
+def test_every_epoch_has_every_text_once_in_a_new_order(sentences):
     targets = batches(sentences)
     epochs = [
         [n for step in range(first, first + 5) for n in numbers(sentences, targets.at(step))]
@@ -58,7 +58,7 @@ def test_targets_are_those_of_the_texts(sentences):
     assert batch.ids.equal(wanted)
 
 
-def test_texts_of_like_length_share_a_batch(sentences):
+def test_a_batch_has_texts_of_similar_length(sentences):
     lengths = [len(text) for text in read_captions(sentences).ids]
     targets = batches(sentences)
     found = [sorted(lengths[n] for n in numbers(sentences, targets.at(step))) for step in range(5)]

@@ -43,7 +43,7 @@ def changed_buffers(model):
         ("*",),
     ],
 )
-def test_what_patterns_match_is_frozen_and_all_else_learns(tiny_model, patterns):
+def test_parameters_that_match_are_frozen_and_all_others_trainable(tiny_model, patterns):
     tiny_model.requires_grad_(False)
     frozen = freeze(tiny_model, patterns)
     for name, parameter in tiny_model.named_parameters():
@@ -52,7 +52,7 @@ def test_what_patterns_match_is_frozen_and_all_else_learns(tiny_model, patterns)
         assert (name in frozen) is held
 
 
-def test_another_stage_lets_learn_what_was_frozen(tiny_model):
+def test_a_later_stage_unfreezes_parameters(tiny_model):
     freeze(tiny_model, ["visual.*"])
     freeze(tiny_model, [])
     assert all(parameter.requires_grad for parameter in tiny_model.parameters())
@@ -68,7 +68,7 @@ def test_another_stage_lets_learn_what_was_frozen(tiny_model):
         ("qqqq", "see: cn-clip train --recipe RECIPE --show parameters"),
     ],
 )
-def test_a_pattern_that_matches_nothing_lists_what_is_near(tiny_model, pattern, near):
+def test_a_pattern_without_a_match_suggests_the_nearest_names(tiny_model, pattern, near):
     with pytest.raises(UsageError, match=near):
         freeze(tiny_model, ["bert.*", pattern])
 
@@ -102,7 +102,7 @@ def test_of_trained_weights_the_best_are_taken_though_the_start_is_better():
 
 
 @pytest.mark.parametrize("kind", ["resnet", "efficientnet_lite"])
-def test_frozen_statistics_stay_while_the_weights_of_batch_norm_learn(kind):
+def test_frozen_statistics_do_not_freeze_batch_norm_weights(kind):
     model = make_model(TINY[kind])
     freeze(model, [])
     model.train()
@@ -132,7 +132,7 @@ def test_a_model_without_batch_norm_has_no_mode_of_it(tiny_model):
         ("train", {"checkpoint": "mini"}, False),
     ],
 )
-def test_statistics_are_frozen_where_a_whole_checkpoint_is_trained_on(option, start, frozen):
+def test_statistics_are_frozen_when_a_checkpoint_is_fine_tuned(option, start, frozen):
     assert statistics_frozen(Stage(batch_norm=option), Start(**start)) is frozen
 
 
@@ -146,14 +146,14 @@ def test_statistics_are_frozen_where_a_whole_checkpoint_is_trained_on(option, st
         (("visual.conv1.*",), True, True),
     ],
 )
-def test_a_tower_that_is_wholly_frozen_is_in_eval_mode(tiny_model, patterns, visual, bert):
+def test_a_completely_frozen_tower_is_in_eval_mode(tiny_model, patterns, visual, bert):
     freeze(tiny_model, patterns)
     set_modes(tiny_model)
     for tower, training in ((tiny_model.visual, visual), (tiny_model.bert, bert)):
         assert {module.training for module in tower.modules()} == {training}
 
 
-def test_a_frozen_text_tower_draws_no_dropout_and_one_that_learns_does(tiny_model):
+def test_only_a_trainable_text_tower_uses_dropout(tiny_model):
     ids = torch.tensor([[101, 5, 6, 7, 102]])
     freeze(tiny_model, ["bert.*"])
     set_modes(tiny_model)
@@ -209,7 +209,7 @@ def test_without_a_plateau_a_stage_never_ends_by_its_score():
     assert not stopping.ended(None)
 
 
-def test_a_later_stage_has_to_beat_what_came_before():
+def test_a_later_stage_must_beat_the_score_of_the_earlier_one():
     stopping = EarlyStopping(best=0.5, mark=0.5)
     assert not stopping.add(0.49, 10, EarlyStoppingOptions(1))
     assert (

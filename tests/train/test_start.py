@@ -42,7 +42,7 @@ def assert_covers(origins, model):
     assert {name for name, _ in model.named_parameters()} <= set(names)
 
 
-def test_two_towers_are_read_and_the_rest_is_random_and_said_to_be(checkpoint, text):
+def test_two_towers_are_read_and_the_rest_is_random_and_logged(checkpoint, text):
     model, origins = initial_model(Start(model=checkpoint, image=IMAGE, text=text), 0)
     assert_covers(origins, model)
     image, bert, random = origins
@@ -68,7 +68,7 @@ def test_an_origin_is_one_line_for_the_log(checkpoint, text):
     assert str(random) == "text_projection (1 tensors) from random numbers"
 
 
-def test_the_given_image_tower_gives_its_owners_features(checkpoint):
+def test_a_given_image_tower_keeps_its_features(checkpoint):
     golden = np.load(GOLDEN / "towers" / "features.npz")
     model, _ = initial_model(Start(model=checkpoint, image=IMAGE), 0)
     with torch.no_grad():
@@ -85,7 +85,7 @@ def test_a_checkpoint_alone_is_the_whole_model(checkpoint):
     assert origin.place == checkpoint and set(origin.names) == expected.keys()
 
 
-def test_a_tower_takes_the_place_of_the_checkpoints(checkpoint, text):
+def test_a_tower_replaces_that_of_the_checkpoint(checkpoint, text):
     model, origins = initial_model(Start(checkpoint=checkpoint, text=text), 0)
     assert_covers(origins, model)
     assert [origin.place for origin in origins] == [checkpoint, text]
@@ -192,7 +192,7 @@ def test_a_file_without_the_tower_is_refused(checkpoint, text):
         (Start(checkpoint="ViT-B-61"), MissingWeightsError, "no such file, folder or model"),
     ],
 )
-def test_a_start_that_says_too_little_or_what_is_unknown_is_refused(start, error, said):
+def test_an_incomplete_or_unknown_start_is_refused(start, error, said):
     with pytest.raises(error, match=said):
         initial_model(start, 0)
 

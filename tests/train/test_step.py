@@ -72,7 +72,7 @@ def assert_same(one, other, tolerance=1e-5):
 
 @pytest.mark.parametrize("chunks", [2, 3, 10])
 @pytest.mark.parametrize("kind", ["clip", "sigmoid"])
-def test_gradient_caching_gives_the_gradients_of_the_whole_batch(chunks, kind):
+def test_gradient_caching_gives_the_gradients_of_the_full_batch(chunks, kind):
     stage = Stage(epochs=1, loss=Loss(kind=kind))
     towers, batch = towers_of("vit", stage), batch_of(32)
     plain_loss, plain = run(towers, batch, stage, 1)
@@ -131,7 +131,7 @@ def test_with_frozen_statistics_gradient_caching_is_exact_with_batch_norm_too(ki
     assert all(torch.equal(before[name], each) for name, each in towers.model.named_buffers())
 
 
-def test_a_locked_image_tower_gets_no_gradients_and_its_features_may_stand_for_pictures():
+def test_a_frozen_image_tower_gets_no_gradients_and_cached_features_are_equivalent():
     stage, batch = Stage(epochs=1), batch_of(32)
     towers = towers_of("vit", stage)
     towers.model.visual.requires_grad_(False)
@@ -146,7 +146,7 @@ def test_a_locked_image_tower_gets_no_gradients_and_its_features_may_stand_for_p
     assert_same(online, cached)
 
 
-def test_two_captions_of_one_picture_are_no_negatives_unless_told():
+def test_two_captions_of_one_image_are_not_negatives_by_default():
     batch, towers = batch_of(32), towers_of("vit")
     batch.keys[1, 0] = batch.keys[0, 0]
     aware, _ = run(towers, batch, Stage(epochs=1), 1)
@@ -190,7 +190,7 @@ def test_a_learned_projection_is_trained_towards_the_teachers_features():
 
 @pytest.mark.parametrize("chunks", [1, 3, 10])  # 10: more than there are sentences
 @pytest.mark.parametrize("kind", ["clip", "sigmoid"])
-def test_sentences_add_their_mean_cosine_distance_to_the_loss(kind, chunks):
+def test_text_targets_add_their_mean_cosine_distance_to_the_loss(kind, chunks):
     stage = Stage(epochs=1, loss=Loss(kind=kind, text_targets="s", text_targets_weight=0.7))
     towers, batch = towers_of("vit", stage), batch_of(32)
     places = unit(torch.randn(4, 32, generator=torch.Generator().manual_seed(2)))
@@ -209,7 +209,7 @@ def test_sentences_add_their_mean_cosine_distance_to_the_loss(kind, chunks):
     assert_same(gradients(towers), found)
 
 
-def test_gradients_in_float16_are_scaled_and_come_back_the_same():
+def test_float16_gradients_are_scaled_and_unscaled():
     batch, stage = batch_of(32), Stage(epochs=1)
     towers = towers_of("vit", stage)
     _, plain = run(towers, batch, stage, 1)

@@ -50,7 +50,7 @@ def validation(*rows, name="val"):
     return eval_set_of([WeightedSource(Made(*rows, name=name))])
 
 
-def test_a_picture_with_many_texts_and_a_text_of_many_pictures_are_each_one():
+def test_each_image_and_text_is_listed_once():
     found = validation(("1", "猫", A), ("1", "一只猫", A), ("2", "猫", B), ("3", "狗", C))
     assert len(found.images) == 3 and found.texts == ["猫", "一只猫", "狗"]
     assert found.pairs.tolist() == [[0, 0], [0, 1], [1, 0], [2, 2]]
@@ -94,7 +94,7 @@ def test_rows_that_cannot_be_used_are_named_and_the_rest_counts():
     assert found.skipped == ["val, row 1: its text is empty", "val, row 2: no row"]
 
 
-def test_nothing_to_validate_on_is_an_error():
+def test_no_readable_validation_pairs_is_an_error():
     with pytest.raises(DataError, match="no readable pair in the data; see: cn-clip data check"):
         validation(("1", " ", A))
 
@@ -114,7 +114,7 @@ def test_embeddings_are_those_of_the_embedder(pictures, tiny_model):
     np.testing.assert_array_equal(texts, embedder.embed_texts([text for _, _, text in PAIRS]))
 
 
-def test_bfloat16_is_near(pictures, tiny_model):
+def test_bfloat16_is_close_to_float32(pictures, tiny_model):
     found = eval_set_of(open_mix([write_csv(pictures)]))
     exact = embed(tiny_model, found, autocast=None)
     near = embed(tiny_model, found, autocast=torch.bfloat16)
@@ -123,7 +123,7 @@ def test_bfloat16_is_near(pictures, tiny_model):
         assert (a * b).sum(-1).min() > 0.99
 
 
-def test_pictures_of_a_locked_tower_are_not_embedded_again(pictures, tiny_model):
+def test_images_of_a_frozen_tower_are_not_embedded_again(pictures, tiny_model):
     found = eval_set_of(open_mix([write_csv(pictures)]))
     images, texts = embed(tiny_model, found, autocast=None)
     tiny_model.visual.forward = None
@@ -131,7 +131,7 @@ def test_pictures_of_a_locked_tower_are_not_embedded_again(pictures, tiny_model)
     assert again[0] is images and np.array_equal(again[1], texts)
 
 
-def test_a_picture_that_cannot_be_read_is_zero_named_once_and_not_found(tiny_model):
+def test_an_unreadable_image_is_reported_once_and_never_retrieved(tiny_model):
     rows = [("1", "猫", A), ("2", "狗", b"broken"), ("3", "鸟", DataError("gone")), ("4", "船", C)]
     found = validation(*rows)
     images, texts = embed(tiny_model, found, autocast=None)
@@ -180,7 +180,7 @@ def test_the_same_caption_with_the_same_id_or_the_same_bytes_is_found():
     ]
 
 
-def test_clean_data_share_nothing(pairs):
+def test_disjoint_data_has_no_shared_pairs(pairs):
     train, val = pairs
     assert shared_pairs(eval_set_of(open_mix([val])), open_mix([train])) == []
 
@@ -197,7 +197,7 @@ def test_renamed_copies_are_found_across_formats_and_sources(tmp_path, pictures)
     assert len(found) == len(PAIRS) and all("IMG_" in each for each in found)
 
 
-def test_what_cannot_be_read_on_either_side_does_not_stop_the_comparison():
+def test_unreadable_items_do_not_stop_the_comparison():
     held = validation(("1", "猫", DataError("gone")), ("2", "狗", B))
     training = Made(
         ("9", "猫", A), ("2", None, B), ("8", "狗", DataError("gone")), ("7", "狗", B), name="train"
@@ -205,7 +205,7 @@ def test_what_cannot_be_read_on_either_side_does_not_stop_the_comparison():
     assert shared_pairs(held, [WeightedSource(training)]) == ["val, row 1 is also train, row 3"]
 
 
-def test_only_so_many_training_rows_are_compared(monkeypatch):
+def test_the_number_of_compared_training_rows_is_limited(monkeypatch):
     monkeypatch.setattr(validate, "_COMPARED_ROWS", 3)
     held = validation(("1", "猫", A))
     far = (

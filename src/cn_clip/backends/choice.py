@@ -22,6 +22,7 @@ from cn_clip.cache import cache_folder
 from cn_clip.errors import CNClipError, UsageError
 from cn_clip.outputs import json_object_at
 from cn_clip.publish import write_text
+from cn_clip.translation import _
 
 _PACKAGES: dict[Runtime, str] = {"onnx": "onnxruntime", "openvino": "openvino"}
 _IMAGES, _REPEATS = 4, 3  # of the measurement
@@ -80,12 +81,27 @@ def _open(
     package = _PACKAGES[runtime]
     if importlib.util.find_spec(package) is None:
         raise UsageError(
-            f'backend "{runtime}" needs {package}, which is not installed: pip install {package}'
+            _(
+                'backend "{runtime}" needs {package}, which is not installed: pip install '
+                "{package}",
+                runtime=runtime,
+                package=package,
+            )
         )
     module = cast(_Module, importlib.import_module(f"cn_clip.backends.{runtime}"))
     backend = module.open_backend(folder, exported, device=device, precision=precision)
     if test:
-        self_test(folder, exported, backend, f"{package} {module.VERSION} on {device}")
+        self_test(
+            folder,
+            exported,
+            backend,
+            _(
+                "{package} {version} on {device}",
+                package=package,
+                version=module.VERSION,
+                device=device,
+            ),
+        )
     return backend
 
 
@@ -120,7 +136,7 @@ def _measure(backends: dict[Runtime, GraphBackend], exported: Exported) -> dict[
     size = exported.model.vision.resolution
     pixels = np.zeros((_IMAGES, 3, size, size), np.float32)
     seconds = dict.fromkeys(backends, float("inf"))
-    for _ in range(_REPEATS + 1):
+    for _unused in range(_REPEATS + 1):
         for name, backend in backends.items():
             start = time.perf_counter()
             backend.run_images(pixels)

@@ -16,14 +16,16 @@ from PIL import Image
 
 from cn_clip.backends import ParameterCount
 from cn_clip.cache import cache_folder
-from cn_clip.config import ModelConfig, read_json
+from cn_clip.config import ModelConfig, read_config_json
 from cn_clip.errors import CheckpointError
+from cn_clip.format_version import FIELD, Format
+from cn_clip.translation import _
 
 Runtime = Literal["onnx", "openvino"]
 GraphPrecision = Literal["float32", "float16", "int8"]
 """Precision of the stored weights; ``float16`` weights are computed with in float32."""
 
-FORMAT, VERSION = "cn-clip export", 1
+FORMAT = Format("export", 1)
 CONFIG, GOLDEN = "config.json", "golden/golden.json"
 
 
@@ -100,13 +102,13 @@ def is_export(path: Path) -> bool:
     config = path / CONFIG
     if not path.is_dir() or not config.is_file():
         return False
-    values = read_json(config)
-    return isinstance(values, dict) and values.get("format") == FORMAT
+    values = read_config_json(config)
+    return isinstance(values, dict) and str(values.get(FIELD)).startswith("cn-clip export ")
 
 
 def write_exported(folder: Path, exported: Exported) -> None:
     """Write ``config.json``."""
-    values = {"format": FORMAT, "version": VERSION} | asdict(exported)
+    values = {FIELD: str(FORMAT)} | asdict(exported)
     values["parameters"] = exported.parameters._asdict()
     text = json.dumps(values, ensure_ascii=False, indent=2)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
@@ -120,14 +122,12 @@ def read_exported(folder: Path) -> Exported:
             another size.
     """
     path = folder / CONFIG
-    values = read_json(path)
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise CheckpointError(f"{folder} is not an export; make one with `cn-clip export`")
-    if values.get("version") != VERSION:
+    values = read_config_json(path)
+    if not isinstance(values, dict) or FIELD not in values:
         raise CheckpointError(
-            f"{folder} is an export of version {values.get('version')!r}, this program reads "
-            f"version {VERSION}; export the model again, or install the newer program"
+            _("{path} is not that of an export; make one with `cn-clip export`", path=path)
         )
+    FORMAT.check(values[FIELD], path, CheckpointError, _("export the model again"))
     try:
         exported = Exported(
             runtime=_one_of(values["runtime"], get_args(Runtime)),
@@ -148,7 +148,12 @@ def read_exported(folder: Path) -> Exported:
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(
-            f"{path} is damaged ({type(error).__name__}: {error}); export the model again"
+            _(
+                "{path} is damaged ({error_type}: {error}); export the model again",
+                path=path,
+                error_type=type(error).__name__,
+                error=error,
+            )
         ) from None
     _check_sizes(folder, exported)
     return exported
@@ -159,8 +164,11 @@ def check_hashes(folder: Path, exported: Exported) -> None:
     for name, digest in exported.files.items():
         if hash_file(folder / name).sha256 != digest.sha256:
             raise CheckpointError(
-                f"{folder / name} changed since the export (its SHA-256 differs); export the "
-                "model again, or copy the folder again"
+                _(
+                    "{folder} changed since the export (its SHA-256 differs); export the model "
+                    "again, or copy the folder again",
+                    folder=folder / name,
+                )
             )
 
 
@@ -171,7 +179,9 @@ def hash_file(path: Path) -> FileDigest:
             digest = hashlib.file_digest(stream, "sha256")
             return FileDigest(os.fstat(stream.fileno()).st_size, digest.hexdigest())
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+        raise CheckpointError(
+            _("{path} cannot be read: {reason}", path=path, reason=error.strerror)
+        ) from None
 
 
 def read_golden(folder: Path, exported: Exported) -> GoldenVectors:
@@ -181,7 +191,7 @@ def read_golden(folder: Path, exported: Exported) -> GoldenVectors:
         CheckpointError: they are damaged or do not fit the model.
     """
     path = folder / GOLDEN
-    values = read_json(path)
+    values = read_config_json(path)
     size, dim = exported.model.vision.resolution, exported.model.embed_dim
     try:
         pixels = [_read_pixels(path.parent / _file_name(v["file"])) for v in values["images"]]
@@ -196,12 +206,20 @@ def read_golden(folder: Path, exported: Exported) -> GoldenVectors:
             text_embeddings=np.array([v["embedding"] for v in values["texts"]], np.float32),
         )
     except (KeyError, TypeError, ValueError, OSError, OverflowError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); export the model again") from None
+        raise CheckpointError(
+            _("{path} is damaged ({error}); export the model again", path=path, error=error)
+        ) from None
     if golden.pixels.shape[1:] != (3, size, size) or any(
         embeddings.shape[1:] != (dim,)
         for embeddings in (golden.image_embeddings, golden.text_embeddings)
     ):
-        raise CheckpointError(f"{path} does not fit the model in {CONFIG}; export the model again")
+        raise CheckpointError(
+            _(
+                "{path} does not fit the model in {config}; export the model again",
+                path=path,
+                config=CONFIG,
+            )
+        )
     return golden
 
 
@@ -225,15 +243,28 @@ def _files_of(checkpoint: Path) -> list[Path]:
 def _check_sizes(folder: Path, exported: Exported) -> None:
     for name in (exported.image.file, exported.text.file, GOLDEN):
         if name not in exported.files:
-            raise CheckpointError(f"{folder / CONFIG} lists no {name}; export the model again")
+            raise CheckpointError(
+                _(
+                    "{folder} lists no {name}; export the model again",
+                    folder=folder / CONFIG,
+                    name=name,
+                )
+            )
     for name, digest in exported.files.items():
         path = folder / name
         if not path.is_file():
-            raise CheckpointError(f"{path} is missing; copy the folder again, or export again")
+            raise CheckpointError(
+                _("{path} is missing; copy the folder again, or export again", path=path)
+            )
         if path.stat().st_size != digest.bytes:
             raise CheckpointError(
-                f"{path} has {path.stat().st_size:,} bytes, the export had {digest.bytes:,}; copy "
-                "the folder again, or export again"
+                _(
+                    "{path} has {st_size:,} bytes, the export had {bytes:,}; copy the folder "
+                    "again, or export again",
+                    path=path,
+                    st_size=path.stat().st_size,
+                    bytes=digest.bytes,
+                )
             )
 
 
@@ -249,23 +280,23 @@ def _graph(values: Mapping[str, Any]) -> Graph:
 def _file_name(value: Any) -> str:
     parts = _string(value).split("/")
     if any(part in ("", ".", "..") or set(part) & {"\\", "\0", ":"} for part in parts):
-        raise ValueError(f"{value!r} is not a file in the folder")
+        raise ValueError(_("{value!r} is not a file in the folder", value=value))
     return str(value)
 
 
 def _string(value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{value!r:.40} is not a string")
+        raise ValueError(_("{value!r:.40} is not a string", value=value))
     return value
 
 
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
-        raise ValueError(f"{value!r:.40} is not a finite number")
+        raise ValueError(_("{value!r:.40} is not a finite number", value=value))
     return float(value)
 
 
 def _one_of(value: Any, known: tuple[Any, ...]) -> Any:
     if value not in known:
-        raise ValueError(f"{value!r:.40} is none of {', '.join(known)}")
+        raise ValueError(_("{value!r:.40} is none of {known}", value=value, known=", ".join(known)))
     return value

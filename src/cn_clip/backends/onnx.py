@@ -14,6 +14,7 @@ from cn_clip.backends.exported import Exported, Graph
 from cn_clip.backends.graph import GraphBackend, RunGraph
 from cn_clip.errors import CheckpointError, UsageError
 from cn_clip.processes import usable_cpus
+from cn_clip.translation import _
 
 VERSION = ort.__version__
 
@@ -43,11 +44,22 @@ def open_backend(
         CheckpointError: a graph cannot be loaded.
     """
     if exported.runtime != "onnx":
-        raise UsageError(f'{folder} has no ONNX graphs; load it with backend="{exported.runtime}"')
+        raise UsageError(
+            _(
+                '{folder} has no ONNX graphs; load it with backend="{runtime}"',
+                folder=folder,
+                runtime=exported.runtime,
+            )
+        )
     if precision not in ("auto", exported.precision):
         raise UsageError(
-            f"ONNX Runtime runs {folder} in {exported.precision}, not {precision}; give precision "
-            f'"auto", export the model in {precision}, or use backend="openvino"'
+            _(
+                "ONNX Runtime runs {folder} in {precision}, not {wanted}; give precision "
+                '"auto", export the model in {wanted}, or use backend="openvino"',
+                folder=folder,
+                precision=exported.precision,
+                wanted=precision,
+            )
         )
     providers = _providers(device)
     return GraphBackend(
@@ -62,13 +74,18 @@ def _providers(device: str) -> list[Any]:
     available = ort.get_available_providers()
     if device == "auto":
         device = "cuda" if PROVIDERS["cuda"] in available else "cpu"
-    kind, _, index = device.partition(":")
+    kind, _unused, index = device.partition(":")
     provider = PROVIDERS.get(kind)
     if provider not in available or (index and not index.isdecimal()):
         known = [name for name, provider in PROVIDERS.items() if provider in available]
         raise UsageError(
-            f"device {device!r} is not available: this onnxruntime {ort.__version__} has "
-            f"{', '.join(known)}; other devices need another build, such as onnxruntime-gpu"
+            _(
+                "device {device!r} is not available: this onnxruntime {version} has {known}; "
+                "other devices need another build, such as onnxruntime-gpu",
+                device=device,
+                version=ort.__version__,
+                known=", ".join(known),
+            )
         )
     options = {"device_id": int(index)} if index else {}
     return [(provider, options), *([] if kind == "cpu" else [PROVIDERS["cpu"]])]
@@ -84,17 +101,27 @@ def _open(folder: Path, graph: Graph, providers: list[Any]) -> RunGraph:
         session = ort.InferenceSession(path, options, providers=providers)
     except Exception as error:  # the C++ library raises many types
         raise CheckpointError(
-            f"ONNX Runtime {ort.__version__} cannot load {path}: {error}; export the model again"
+            _(
+                "ONNX Runtime {version} cannot load {path}: {error}; export the model again",
+                version=ort.__version__,
+                path=path,
+                error=error,
+            )
         ) from None
     wanted = providers[0][0]
     if wanted not in session.get_providers():  # it falls back to the CPU with a log line only
         raise UsageError(
-            f"ONNX Runtime could not start {wanted}; install its libraries (CUDA, cuDNN), or use "
-            'device="cpu"'
+            _(
+                "ONNX Runtime could not start {wanted}; install its libraries (CUDA, cuDNN), or "
+                'use device="cpu"',
+                wanted=wanted,
+            )
         )
     inputs, outputs = session.get_inputs(), session.get_outputs()
     if [i.name for i in inputs] != [graph.input] or [o.name for o in outputs] != [graph.output]:
-        raise CheckpointError(f"{path} is another graph than the export's config describes")
+        raise CheckpointError(
+            _("{path} is another graph than the export's config describes", path=path)
+        )
 
     def run(batch: npt.NDArray[Any]) -> Features:
         features: npt.NDArray[Any] = session.run([graph.output], {graph.input: batch})[0]

@@ -15,6 +15,7 @@ from cn_clip.backends.exported import Exported, Graph
 from cn_clip.backends.graph import GraphBackend, RunGraph
 from cn_clip.errors import CheckpointError, UsageError
 from cn_clip.processes import usable_cpus
+from cn_clip.translation import _
 
 VERSION = ov.__version__
 
@@ -43,14 +44,24 @@ def open_backend(
     if target not in core.available_devices:
         known = ", ".join(name.lower() for name in core.available_devices)
         raise UsageError(
-            f"device {device!r} is not available: OpenVINO {ov.__version__} has {known} here"
+            _(
+                "device {device!r} is not available: OpenVINO {version} has {known} here",
+                device=device,
+                version=ov.__version__,
+                known=known,
+            )
         )
     arithmetic = "float32" if precision in ("auto", exported.precision) else precision
     capabilities = core.get_property(target, "OPTIMIZATION_CAPABILITIES")
     if _CAPABILITIES.get(arithmetic) not in capabilities:
         known = ", ".join(name for name, c in _CAPABILITIES.items() if c in capabilities)
         raise UsageError(
-            f"precision {precision!r} is not available on this {target}; it has {known}"
+            _(
+                "precision {precision!r} is not available on this {target}; it has {known}",
+                precision=precision,
+                target=target,
+                known=known,
+            )
         )
     options = {
         "INFERENCE_PRECISION_HINT": _HINTS[arithmetic],
@@ -81,7 +92,12 @@ def _open(
         compiled.input(graph.input)
     except RuntimeError as error:
         raise CheckpointError(
-            f"OpenVINO {ov.__version__} cannot load {path}: {error}; export the model again"
+            _(
+                "OpenVINO {version} cannot load {path}: {error}; export the model again",
+                version=ov.__version__,
+                path=path,
+                error=error,
+            )
         ) from None
     requests = threading.local()  # a request runs one batch at a time
 

@@ -17,6 +17,7 @@ from PIL import Image
 from cn_clip.config import ModelConfig
 from cn_clip.errors import ImageError
 from cn_clip.image.decode import MAX_PIXELS, ImageInput, read_image, read_pixels
+from cn_clip.translation import _
 
 _MAX_COPIED_PIXELS = 1 << 22  # a larger PIL image is prepared at once instead of copied
 
@@ -54,7 +55,9 @@ def iter_images(images: ImageInput | Iterable[ImageInput]) -> Iterator[ImageInpu
     elif isinstance(images, str | os.PathLike | bytes | bytearray | Image.Image):
         yield images
     elif not isinstance(images, Iterable):
-        raise ImageError(f"{images!r:.60} is neither an image nor a list of images")
+        raise ImageError(
+            _("{images!r:.60} is neither an image nor a list of images", images=images)
+        )
     else:
         yield from images
 

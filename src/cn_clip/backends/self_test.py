@@ -21,6 +21,7 @@ from cn_clip.backends.pipeline import unit_length
 from cn_clip.cache import cache_folder
 from cn_clip.errors import CheckpointError
 from cn_clip.publish import write_text
+from cn_clip.translation import _
 
 # Largest 1 - cosine to the float32 original that rounding in a precision explains.
 ALLOWED = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-3}
@@ -51,9 +52,17 @@ def self_test(folder: Path, exported: Exported, backend: Backend, runtime: str) 
         value, limit = getattr(measured, tower), getattr(allowed, tower)
         if not value <= limit:
             raise CheckpointError(
-                f"{folder} gives wrong {tower} embeddings with {runtime} in {backend.precision} on "
-                f"this machine: cosine {1 - value:.6f} to the expected ones, {1 - limit:.6f} is "
-                "required; use another backend or precision"
+                _(
+                    "{folder} gives wrong {tower} embeddings with {runtime} in {precision} on "
+                    "this machine: cosine {value:.6f} to the expected ones, {limit:.6f} is "
+                    "required; use another backend or precision",
+                    folder=folder,
+                    tower=tower,
+                    runtime=runtime,
+                    precision=backend.precision,
+                    value=1 - value,
+                    limit=1 - limit,
+                )
             )
     if passed is not None:
         with suppress(OSError):  # a cache that is not writable

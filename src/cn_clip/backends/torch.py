@@ -16,6 +16,7 @@ from cn_clip.errors import UsageError
 from cn_clip.fingerprint import Fingerprint, TensorBytes, derived, fingerprint_of
 from cn_clip.model.clip import CLIP
 from cn_clip.tokenizer import default_tokenizer
+from cn_clip.translation import _
 
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -130,8 +131,12 @@ def pick_device(device: str | torch.device) -> torch.device:
         usable = False  # each device type raises its own error
     if not usable:
         raise UsageError(
-            f"device {str(device)!r} is not available; torch {torch.__version__} has: "
-            f"{', '.join(_devices())}"
+            _(
+                "device {device!r} is not available; torch {version} has: {devices}",
+                device=str(device),
+                version=torch.__version__,
+                devices=", ".join(_devices()),
+            )
         )
     return picked
 
@@ -151,5 +156,11 @@ def pick_precision(precision: str, device: torch.device) -> torch.dtype:
         return torch.float16 if device.type == "cuda" else torch.float32
     if precision not in _PRECISIONS:
         available = ", ".join(["auto", *_PRECISIONS])
-        raise UsageError(f"unknown precision {precision!r}; available: {available}")
+        raise UsageError(
+            _(
+                "unknown precision {precision!r}; available: {available}",
+                precision=precision,
+                available=available,
+            )
+        )
     return _PRECISIONS[precision]

@@ -21,6 +21,7 @@ from typing import TextIO
 from cyclopts import App, CycloptsError
 
 from cn_clip import __version__
+from cn_clip.cli.bench import bench
 from cn_clip.cli.classify import classify
 from cn_clip.cli.convert import convert
 from cn_clip.cli.crash import DEBUG, report_crash
@@ -30,15 +31,18 @@ from cn_clip.cli.embed import embed
 from cn_clip.cli.empty import refuse_empty
 from cn_clip.cli.eval import eval_app
 from cn_clip.cli.export import export
+from cn_clip.cli.help import TranslatedHelp
 from cn_clip.cli.models import models
 from cn_clip.cli.train import train
 from cn_clip.errors import CNClipError, UsageError, one_line
 from cn_clip.processes import Interrupted, received_signal
+from cn_clip.translation import _
 
 app = App(
     name="cn-clip",
     version=__version__,
     help="Chinese-CLIP: image and Chinese text embeddings in one space.",
+    help_formatter=TranslatedHelp(),
     suppress_keyboard_interrupt=False,  # run() handles it
 )
 app.command(models)
@@ -49,6 +53,7 @@ app.command(export)
 app.command(data)
 app.command(train)
 app.command(eval_app)
+app.command(bench)
 app.command(doctor)
 
 
@@ -96,19 +101,25 @@ def _check_folder() -> None:
     try:
         os.getcwd()
     except FileNotFoundError:
-        raise UsageError("the current folder does not exist any more; change to another") from None
+        raise UsageError(
+            _("the current folder does not exist any more; change to another")
+        ) from None
 
 
 def _interrupted(number: int) -> int:
     interrupted = number == signal.SIGINT
-    message = "interrupted" if interrupted else f"ended by {signal.Signals(number).name}"
+    message = (
+        _("interrupted")
+        if interrupted
+        else _("ended by {signal}", signal=signal.Signals(number).name)
+    )
     return _fail(message, 128 + number)
 
 
 def _failed(error: Exception, arguments: Sequence[str]) -> int:
     """Print an error as one sentence; return the exit code."""
     if isinstance(error, CycloptsError):
-        return _fail(f"{str(error).strip()} See: cn-clip --help", 2)
+        return _fail(_("{error} See: cn-clip --help", error=str(error).strip()), 2)
     if isinstance(error, CNClipError):
         return _fail(str(error), 2 if isinstance(error, UsageError) else 1)
     if isinstance(error, BrokenPipeError) and _reader_is_gone():  # such as `head`
@@ -119,10 +130,12 @@ def _failed(error: Exception, arguments: Sequence[str]) -> int:
     if isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
     ):
-        return _fail("out of memory; give smaller images, a smaller model or another device", 1)
+        return _fail(_("out of memory; give smaller images, a smaller model or another device"), 1)
     if isinstance(error, OSError) and error.errno in _SYSTEM_ERRORS:
-        file = error.filename if error.filename is not None else "a file or the output"
-        return _fail(f"{file} cannot be read or written: {error.strerror}", 1)
+        file = error.filename if error.filename is not None else _("a file or the output")
+        return _fail(
+            _("{file} cannot be read or written: {reason}", file=file, reason=error.strerror), 1
+        )
     return _fail(report_crash(error, arguments), 1)
 
 
@@ -131,8 +144,8 @@ def _fail(sentence: str, code: int) -> int:
     return code
 
 
-def _print_warning(message: Warning | str, *_: object, **__: object) -> None:
-    _print_to_stderr(f"cn-clip: warning: {one_line(str(message))}")
+def _print_warning(message: Warning | str, *_unused: object, **__: object) -> None:
+    _print_to_stderr(_("cn-clip: warning: {message}", message=one_line(str(message))))
 
 
 def _print_to_stderr(line: str) -> None:
@@ -159,7 +172,13 @@ def _flush(code: int) -> int:
         _redirect_to_null(sys.stdout)
         code = code or 1
         if not isinstance(error, BrokenPipeError):
-            _fail(f"the output cannot be written: {getattr(error, 'strerror', error)}", code)
+            _fail(
+                _(
+                    "the output cannot be written: {reason}",
+                    reason=getattr(error, "strerror", error),
+                ),
+                code,
+            )
     try:
         sys.stderr.flush()
     except (OSError, ValueError):

@@ -16,6 +16,7 @@ from cn_clip.cli.show import BAR_WIDTH, Flag, bar, console, print_json, progress
 from cn_clip.errors import UsageError
 from cn_clip.files import MAX_TEXT, as_path, lines_of
 from cn_clip.text import path_text, valid_text
+from cn_clip.translation import _
 
 if TYPE_CHECKING:
     from cn_clip.calibration import Calibration
@@ -67,7 +68,7 @@ def classify(
     from cn_clip.image.decode import find_images
 
     if top < 1:
-        raise UsageError(f"--top {top} is below 1; give 1 or more")
+        raise UsageError(_("--top {top} is below 1; give 1 or more", top=top))
     names = zeroshot.distinct(_read_labels(labels, labels_file))
     paths = find_images(images)
     fitted = None if calibration is None else read_calibration(Path(calibration))
@@ -80,7 +81,7 @@ def classify(
     failed: list[dict[str, str]] = []
     out = console()
     with progress() as bars:
-        task = bars.add_task("classifying", total=len(paths))
+        task = bars.add_task(_("classifying"), total=len(paths))
         for start in range(0, len(paths), _CHUNK):
             chunk = paths[start : start + _CHUNK]
             embeddings, errors = embedder.embed_readable(chunk)
@@ -111,13 +112,20 @@ def classify(
     for failure in failed:
         print(f"cn-clip: {failure['error']}", file=sys.stderr)
     if len(paths) > 1 and failed:
-        print(f"cn-clip: {len(failed)} of {len(paths)} images failed", file=sys.stderr)
+        print(
+            _(
+                "cn-clip: {failed_count} of {count} images failed",
+                failed_count=len(failed),
+                count=len(paths),
+            ),
+            file=sys.stderr,
+        )
     return 1 if failed else 0
 
 
 def _read_labels(given: str | None, file: str | None) -> list[str]:
     if (given is None) == (file is None):
-        raise UsageError("give either --labels 猫,狗 or --labels-file FILE")
+        raise UsageError(_("give either --labels 猫,狗 or --labels-file FILE"))
     if given is not None:
         return re.split("[,，、]", given)
     assert file is not None
@@ -128,13 +136,25 @@ def _read_labels(given: str | None, file: str | None) -> list[str]:
             with as_path(file).open("rb") as stream:
                 raw = stream.read(MAX_TEXT + 1)
         if len(raw) > MAX_TEXT:
-            raise UsageError(f"--labels-file {file} has over {MAX_TEXT:,} bytes; give labels")
+            raise UsageError(
+                _(
+                    "--labels-file {file} has over {limit:,} bytes; give labels",
+                    file=file,
+                    limit=MAX_TEXT,
+                )
+            )
         lines = lines_of(raw)
     except OSError as error:
-        raise UsageError(f"--labels-file {file} cannot be read: {error.strerror}") from None
+        raise UsageError(
+            _("--labels-file {file} cannot be read: {reason}", file=file, reason=error.strerror)
+        ) from None
     except UnicodeDecodeError as error:
         raise UsageError(
-            f"--labels-file {file} is not UTF-8 (byte {error.start}); save it as UTF-8"
+            _(
+                "--labels-file {file} is not UTF-8 (byte {position}); save it as UTF-8",
+                file=file,
+                position=error.start,
+            )
         ) from None
     return [line for line in lines if line.strip()]
 
@@ -167,14 +187,14 @@ def _table(
     title = escape(path_text(path))
     if calibration and result.none_of_these is not None and result.none_of_these[row]:
         threshold = calibration.thresholds["labels"]
-        title += f"\n[red]none of these[/red]: cosine below {threshold:.3f}"
+        title += _("\n[red]none of these[/red]: cosine below {threshold:.3f}", threshold=threshold)
     table = Table(title=title, title_justify="left", box=None, header_style="dim")
-    table.add_column("label")
-    table.add_column("probability", justify="right")
+    table.add_column(_("label"))
+    table.add_column(_("probability"), justify="right")
     table.add_column("", width=BAR_WIDTH, style="green")
-    table.add_column("cosine", justify="right")
+    table.add_column(_("cosine"), justify="right")
     if result.match_probabilities is not None:
-        table.add_column("match", justify="right")
+        table.add_column(_("match"), justify="right")
     for column in columns:
         probability = float(result.probabilities[row, column])
         cells = [escape(result.labels[column]), f"{probability:.1%}", bar(probability)]

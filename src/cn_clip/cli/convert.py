@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cn_clip.cli.show import Flag, console, print_json
+from cn_clip.translation import _
 
 
 def convert(
@@ -54,12 +55,17 @@ def convert(
     table.add_column()
     dropped = ", ".join(result.dropped[:8]) + (" ..." if len(result.dropped) > 8 else "")
     for key, value in {
-        "read": f"{result.source} ({result.source_format}, {result.size_before / 1e6:,.1f} MB)",
-        "wrote": f"{result.out} ({result.to}, {result.dtype}, {result.size_after / 1e6:,.1f} MB)",
-        "model": result.model,
-        "kept": f"{result.kept} tensors",
-        "dropped": dropped or "nothing",
-        "verified": f"embeddings of both differ by {result.largest_difference:.1e} at most",
+        _("read"): f"{result.source} ({result.source_format}, {result.size_before / 1e6:,.1f} MB)",
+        _(
+            "wrote"
+        ): f"{result.out} ({result.to}, {result.dtype}, {result.size_after / 1e6:,.1f} MB)",
+        _("model"): result.model,
+        _("kept"): _("{kept} tensors", kept=result.kept),
+        _("dropped"): dropped or _("nothing"),
+        _("verified"): _(
+            "embeddings of both differ by {largest_difference:.1e} at most",
+            largest_difference=result.largest_difference,
+        ),
     }.items():
         table.add_row(key, escape(value))
     console().print(table)

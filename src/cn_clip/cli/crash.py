@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from cn_clip import __version__
 from cn_clip.errors import one_line
+from cn_clip.translation import _
 
 DEBUG = "CN_CLIP_DEBUG"
 _LIBRARIES = ("torch", "numpy", "PIL", "tokenizers", "cyclopts", "huggingface_hub", "lmdb")
@@ -32,12 +33,18 @@ def report_crash(error: Exception, arguments: Sequence[str]) -> str:
     """Write the details of an error to a new file; return the sentence that names the file."""
     redact = _Redactor(arguments, os.environ)
     message = one_line(redact(str(error)), limit=110)
-    summary = f"unexpected {type(error).__name__}" + (f": {message}" if message else "")
+    summary = _("unexpected {error_type}", error_type=type(error).__name__) + (
+        f": {message}" if message else ""
+    )
     try:
         path = _write(redact(_details(error, arguments)))
     except OSError:
-        return f"{summary}; please report it. {DEBUG}=1 shows the details"
-    return f"{summary}; please report it with the details in {path}"
+        return _(
+            "{summary}; please report it. {variable}=1 shows the details",
+            summary=summary,
+            variable=DEBUG,
+        )
+    return _("{summary}; please report it with the details in {path}", summary=summary, path=path)
 
 
 def _write(text: str) -> str:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -20,17 +19,16 @@ from cn_clip.cli.show import (
     check_different_paths,
     console,
     print_json,
-    progress,
+    print_some,
+    progress_bar,
 )
 from cn_clip.errors import one_line
+from cn_clip.translation import _, translate
 
 if TYPE_CHECKING:
-    from cn_clip.data.process_map import Progress
     from cn_clip.data.sources.base import Source
 
 data = App(name="data", help="Pack, check and decontaminate training data.")
-
-_MAX_LISTED = 20  # messages printed; --json and --report have more
 
 
 @data.command
@@ -53,8 +51,8 @@ def pack(
     """Write a source of pairs as tar shards, or as the official TSV or LMDB.
 
     Every image is written once, with all its texts. After an interruption, the same command resumes
-    after the last finished shard. Unreadable pairs are skipped, counted and listed; the exit code
-    is then 1.
+    after the last finished shard; a tsv or lmdb starts anew. Unreadable pairs are skipped, counted
+    and listed; the exit code is then 1.
 
     Parameters
     ----------
@@ -88,15 +86,14 @@ def pack(
     from cn_clip.data.curate.decontaminate import read_removed
     from cn_clip.data.encode import Encoding
     from cn_clip.data.pack import claim_pack, pack
-    from cn_clip.data.sources.open import open_source, paths_of
+    from cn_clip.data.sources.open import paths_of
 
     encodings = {None: None, "jpeg": "JPEG", "webp": "WEBP"}
     inputs = paths_of(source)
     inputs += [] if without is None else [Path(without)]
     claim_pack(out, to=to, inputs=inputs, overwrite=overwrite)
-    opened = open_source(source)
-    _warn_unmatched(opened)
-    with _progress_bar("packing images") as on_progress:
+    opened = _open(source)
+    with progress_bar(_("packing images")) as on_progress:
         done = pack(
             opened,
             out,
@@ -110,14 +107,22 @@ def pack(
             overwrite=overwrite,
             on_progress=on_progress,
         )
-    _print_listed(done.skipped, out)
+    print_some(done.skipped, _("see {out}", out=out))
     if json:
         print_json(asdict(done))
     else:
-        shards = f" in {done.shards:,} shards" if to == "tar" else ""
+        shards = _(" in {shards:,} shards", shards=done.shards) if to == "tar" else ""
         console().print(
-            f"{done.pairs:,} pairs of {done.images:,} images, {done.bytes / 1e6:,.1f} MB"
-            f"{shards}, in {done.out}; {len(done.skipped):,} skipped",
+            _(
+                "{pairs:,} pairs of {images:,} images, {megabytes:,.1f} MB{shards}, in {out}; "
+                "{skipped_count:,} skipped",
+                pairs=done.pairs,
+                images=done.images,
+                megabytes=done.bytes / 1e6,
+                shards=shards,
+                out=done.out,
+                skipped_count=len(done.skipped),
+            ),
             markup=False,
         )
     return 1 if done.skipped else 0
@@ -154,15 +159,16 @@ def check(
     json
         Print JSON instead of a table.
     """
-    from cn_clip.data.curate.check import PROBLEM_KINDS, check
+    from cn_clip.data.curate.check import check
     from cn_clip.data.curate.check_report import write_report
+    from cn_clip.data.curate.check_result import PROBLEM_KINDS
     from cn_clip.data.sources.open import open_source, paths_of
     from cn_clip.html.page import claim_page
 
     if report is not None:
         claim_page(report, "data check", inputs=paths_of(source))
     opened = open_source(source)
-    with _progress_bar("checking") as on_progress:
+    with progress_bar("checking") as on_progress:
         result = check(
             opened,
             context_length=context_length,
@@ -191,19 +197,22 @@ def check(
     table = Table(box=None, pad_edge=False)
     table.add_column(result.source, no_wrap=True)
     table.add_column("", justify="right")
-    table.add_column("first", overflow="fold")
+    table.add_column(_("first"), overflow="fold")
     for label, count in (
-        ("pairs", result.pairs),
-        ("images", result.images),
-        ("distinct captions", result.captions),
-        *((f"captions in {name}", count) for name, count in result.languages.most_common()),
+        (_("pairs"), result.pairs),
+        (_("images"), result.images),
+        (_("distinct captions"), result.captions),
+        *(
+            (_("captions in {language}", language=translate(name)), count)
+            for name, count in result.languages.most_common()
+        ),
     ):
         table.add_row(label, f"{count:,}", "")
     for kind, (unfit, meaning) in PROBLEM_KINDS.items():
         count = result.counts[kind]
         first = next((p.text for p in result.problems if p.kind == kind), "")
         style = "red" if unfit and count else None
-        table.add_row(meaning, f"{count:,}", first, style=style)
+        table.add_row(translate(meaning), f"{count:,}", first, style=style)
     console().print(table, markup=False)
     return 0 if result.fit else 1
 
@@ -254,7 +263,7 @@ def decontaminate(
         write_removed,
         write_removed_report,
     )
-    from cn_clip.data.sources.open import open_source, paths_of
+    from cn_clip.data.sources.open import paths_of
     from cn_clip.html.page import claim_page
 
     inputs = [*paths_of(source), *paths_of(against)]
@@ -262,10 +271,8 @@ def decontaminate(
     if report is not None:
         claim_page(report, "data decontaminate", inputs=inputs)
         check_different_paths(out, report)
-    train, test = open_source(source), open_source(against)
-    for opened in (train, test):
-        _warn_unmatched(opened)
-    with _progress_bar("comparing images") as on_progress:
+    train, test = _open(source), _open(against)
+    with progress_bar(_("comparing images")) as on_progress:
         result = decontaminate(
             train,
             test,
@@ -277,23 +284,30 @@ def decontaminate(
     write_removed(result, train, test, Path(out))
     if report is not None:
         write_removed_report(result, train, test, Path(report))
-    _print_listed(result.unreadable, report or "--report")
+    print_some(result.unreadable, _("see {report}", report=report or "--report"))
     if json:
         print_json(
             {
                 "out": out,
                 "pairs": result.pairs,
                 "removed": len(result.removed),
-                "for_picture": result.by_image,
-                "for_caption": result.by_caption,
+                "by_image": result.by_image,
+                "by_caption": result.by_caption,
                 "unreadable": result.unreadable,
             }
         )
     else:
         console().print(
-            f"{len(result.removed):,} of {result.pairs:,} pairs are in {result.against} too: "
-            f"{result.by_image:,} by their image, {result.by_caption:,} by their caption "
-            f"alone; see {out}",
+            _(
+                "{removed_count:,} of {pairs:,} pairs are in {against} too: {by_image:,} by their "
+                "image, {by_caption:,} by their caption alone; see {out}",
+                removed_count=len(result.removed),
+                pairs=result.pairs,
+                against=result.against,
+                by_image=result.by_image,
+                by_caption=result.by_caption,
+                out=out,
+            ),
             markup=False,
         )
     return 1 if result.unreadable else 0
@@ -303,24 +317,26 @@ def _worker_count(workers: int | None) -> int:
     return (os.cpu_count() or 1) if workers is None else workers
 
 
-@contextmanager
-def _progress_bar(description: str) -> Iterator[Progress]:
-    with progress() as bars:
-        task = bars.add_task(description, total=None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)
+def _open(uri: str) -> Source:
+    """Open a source; warn of what is not in a pair, without repeating warnings of the opening."""
+    from cn_clip.data.sources.open import open_source
 
-
-def _warn_unmatched(source: Source) -> None:
-    if unmatched := source.unmatched():
+    with warnings.catch_warnings(record=True) as raised:
+        warnings.simplefilter("always", UserWarning)
+        source = open_source(uri)
+    for warning in raised:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    known = {str(warning.message) for warning in raised}
+    unmatched = [message for message in source.unmatched() if message not in known]
+    if unmatched:
         print(
-            f"cn-clip: warning: {len(unmatched):,} items of {source.name} are not in a pair (the "
-            f"first: {one_line(unmatched[0])}); cn-clip data check lists them",
+            _(
+                "cn-clip: warning: {unmatched_count:,} items of {name} are not in a pair (the "
+                "first: {unmatched}); cn-clip data check lists them",
+                unmatched_count=len(unmatched),
+                name=source.name,
+                unmatched=one_line(unmatched[0]),
+            ),
             file=sys.stderr,
         )
-
-
-def _print_listed(messages: list[str], out: str) -> None:
-    for message in messages[:_MAX_LISTED]:
-        print(f"cn-clip: {message}", file=sys.stderr)
-    if len(messages) > _MAX_LISTED:
-        print(f"cn-clip: and {len(messages) - _MAX_LISTED:,} more; see {out}", file=sys.stderr)
+    return source

@@ -17,9 +17,10 @@ from rich.markup import escape
 
 from cn_clip import __version__, hub
 from cn_clip.cli.show import Flag, console, print_json
+from cn_clip.translation import N_, _, translate
 
 _TIMEOUT_S = 3.0
-_OPTIONAL = {"modelscope": ("downloads from ModelScope", "pip install 'cn-clip[modelscope]'")}
+_OPTIONAL = {"modelscope": (N_("downloads from ModelScope"), "pip install 'cn-clip[modelscope]'")}
 _COLOURS = {"ok": "green", "note": "yellow", "fail": "red"}
 
 
@@ -56,12 +57,14 @@ def doctor(
         if not json:
             # Rich reads square brackets as markup; details may have some, as in cn-clip[extra].
             state = f"[{_COLOURS[finding.state]}]{finding.state:<6}[/]"
-            out.print(f"{state}{finding.what:<17}{escape(finding.detail)}", soft_wrap=True)
+            out.print(
+                f"{state}{translate(finding.what):<17}{escape(finding.detail)}", soft_wrap=True
+            )
     ready = all(finding.state != "fail" for finding in findings)
     if json:
         print_json({"ready": ready, "findings": [asdict(finding) for finding in findings]})
     else:
-        out.print("ready" if ready else "[red]not ready[/]: fix the checks marked fail")
+        out.print(_("ready") if ready else _("[red]not ready[/]: fix the checks marked fail"))
     return 0 if ready else 1
 
 
@@ -70,25 +73,36 @@ def _check_all(offline: bool) -> Iterator[Finding]:
     requirements = _requirements()
     if requirements is None:
         yield Finding(
-            "packages",
+            N_("packages"),
             "note",
-            "only torch is checked, because cn-clip is not installed; pip install -e .",
+            _("only torch is checked, because cn-clip is not installed; pip install -e ."),
         )
         requirements = [Requirement("torch")]
     required = [_check_package(requirement) for requirement in requirements]
     yield from required
     for name, (purpose, command) in _OPTIONAL.items():
         if importlib.util.find_spec(name):
-            yield Finding(name, "ok", _version(name) or "installed")
+            yield Finding(name, "ok", _version(name) or _("installed"))
         else:
-            yield Finding(name, "note", f"not installed; for {purpose}: {command}")
+            yield Finding(
+                name,
+                "note",
+                _(
+                    "not installed; for {purpose}: {command}",
+                    purpose=translate(purpose),
+                    command=command,
+                ),
+            )
     if any(finding.state == "fail" for finding in required):
         return
     yield from _devices()
     yield _embedded_model()
     for name in hub.names()[1:]:
         path = hub.find(name)
-        missing = f"not on this machine; downloaded on first use, or put the file into {hub.CACHE}"
+        missing = _(
+            "not on this machine; downloaded on first use, or put the file into {folder}",
+            folder=hub.CACHE,
+        )
         yield Finding(name, "ok" if path else "note", str(path or missing))
     if not offline:
         yield from _hubs()
@@ -107,11 +121,15 @@ def _check_package(requirement: Requirement) -> Finding:
     version = _version(requirement.name)
     if version and requirement.specifier.contains(version, prereleases=True):
         return Finding(requirement.name, "ok", version)
-    problem = f"{version} is too old" if version else "missing"
+    problem = _("{version} is too old", version=version) if version else _("missing")
     remedy = f"pip install '{requirement}'"
     if requirement.name == "torch":
-        remedy += ", or a smaller build for the CPU: see constraints.txt"
-    return Finding(requirement.name, "fail", f"{problem}; install it: {remedy}")
+        remedy += _(", or a smaller build for the CPU: see constraints.txt")
+    return Finding(
+        requirement.name,
+        "fail",
+        _("{problem}; install it: {remedy}", problem=problem, remedy=remedy),
+    )
 
 
 def _version(distribution: str) -> str | None:
@@ -126,7 +144,15 @@ def _devices() -> Iterator[Finding]:
 
     threads = torch.get_num_threads()
     capability = torch.backends.cpu.get_cpu_capability()
-    yield Finding("cpu", "ok", f"{capability}, {threads} threads; float32, bfloat16, float16")
+    yield Finding(
+        "cpu",
+        "ok",
+        _(
+            "{capability}, {threads} threads; float32, bfloat16, float16",
+            capability=capability,
+            threads=threads,
+        ),
+    )
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
@@ -136,9 +162,13 @@ def _devices() -> Iterator[Finding]:
             )
             yield Finding(f"cuda:{index}", "ok", f"{properties.name}, {memory}; {precisions}")
     elif torch.backends.mps.is_available():
-        yield Finding("mps", "ok", "Apple GPU; float32, float16")
+        yield Finding("mps", "ok", _("Apple GPU; float32, float16"))
     else:
-        yield Finding("gpu", "note", f"none that torch {torch.__version__} can use; the CPU works")
+        yield Finding(
+            "gpu",
+            "note",
+            _("none that torch {version} can use; the CPU works", version=torch.__version__),
+        )
 
 
 def _embedded_model() -> Finding:
@@ -155,19 +185,27 @@ def _embedded_model() -> Finding:
         image = embedder.embed_images(np.full((64, 64, 3), 128, dtype=np.uint8))
         works = cat @ kitten > cat @ rocket and abs(float(np.linalg.norm(image)) - 1) < 1e-3
     except Exception as error:  # report any error
-        return Finding("embedded model", "fail", f"{error}; reinstall: pip install -I cn-clip")
+        return Finding(
+            N_("embedded model"),
+            "fail",
+            _("{error}; reinstall: pip install -I cn-clip", error=error),
+        )
     if not works:
         return Finding(
-            "embedded model", "fail", "wrong embeddings; reinstall: pip install -I cn-clip"
+            N_("embedded model"), "fail", _("wrong embeddings; reinstall: pip install -I cn-clip")
         )
-    return Finding("embedded model", "ok", f"{hub.EMBEDDED} loads in {seconds:.2f} s and works")
+    return Finding(
+        N_("embedded model"),
+        "ok",
+        _("{model} loads in {seconds:.2f} s and works", model=hub.EMBEDDED, seconds=seconds),
+    )
 
 
 def _hubs() -> Iterator[Finding]:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        yield Finding("Hugging Face", "note", "not checked: HF_HUB_OFFLINE is set")
+        yield Finding("Hugging Face", "note", _("not checked: HF_HUB_OFFLINE is set"))
     else:
         yield _check_hub("Hugging Face", constants.ENDPOINT)
     yield _check_hub("ModelScope", hub.modelscope_endpoint())
@@ -180,8 +218,20 @@ def _check_hub(name: str, endpoint: str) -> Finding:
             pass
     except urllib.error.HTTPError as error:
         if error.code >= 500:
-            return Finding(name, "note", f"{endpoint} answers {error.code}; try again later")
+            return Finding(
+                name,
+                "note",
+                _("{endpoint} answers {code}; try again later", endpoint=endpoint, code=error.code),
+            )
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
-        return Finding(name, "note", f"{endpoint} cannot be reached ({reason}); mini needs no hub")
-    return Finding(name, "ok", f"{endpoint} answers")
+        return Finding(
+            name,
+            "note",
+            _(
+                "{endpoint} cannot be reached ({reason}); mini needs no hub",
+                endpoint=endpoint,
+                reason=reason,
+            ),
+        )
+    return Finding(name, "ok", _("{endpoint} answers", endpoint=endpoint))

@@ -9,6 +9,7 @@ from typing import Literal
 from cn_clip.cli.loading import DEFAULT, Loading
 from cn_clip.cli.show import Flag, console, print_json, progress
 from cn_clip.errors import UsageError
+from cn_clip.translation import _
 
 
 def embed(
@@ -45,19 +46,28 @@ def embed(
     from cn_clip.embeddings.inputs import read_images, read_texts
 
     if not inputs:
-        raise UsageError(f"nothing to embed; give the {kind} after `cn-clip embed {kind}`")
+        raise UsageError(
+            _("nothing to embed; give the {kind} after `cn-clip embed {kind}`", kind=kind)
+        )
     read = read_images if kind == "images" else read_texts
     listed = list(read(inputs)) if _is_quick_to_list(inputs) else None
     sources = (*inputs, *loading.paths)
     claim_out(out, inputs=sources, overwrite=overwrite)
     embedder = loading.load()
     with progress() as bars:
-        task = bars.add_task(f"embedding {kind}", total=len(listed) if listed else None)
+        task = bars.add_task(
+            _("embedding {kind}", kind=kind), total=len(listed) if listed else None
+        )
         start = time.perf_counter()
 
         def on_progress(done: int, total: int | None) -> None:
             per_second = done / (time.perf_counter() - start)
-            status = f"embedding {kind}, {per_second:,.0f} per second, {_memory():,.0f} MB"
+            status = _(
+                "embedding {kind}, {per_second:,.0f} per second, {memory:,.0f} MB",
+                kind=kind,
+                per_second=per_second,
+                memory=_memory(),
+            )
             bars.update(task, completed=done, total=total, description=status)
 
         done = extract(
@@ -69,7 +79,7 @@ def embed(
             overwrite=overwrite,
             on_progress=on_progress,
         )
-    for _, reason in done.failed:
+    for _unused, reason in done.failed:
         print(f"cn-clip: {reason}", file=sys.stderr)
     if json:
         print_json(
@@ -87,11 +97,20 @@ def embed(
             }
         )
     else:
-        resumed = f", {done.resumed:,} of them reused" if done.resumed else ""
+        resumed = _(", {resumed:,} of them reused", resumed=done.resumed) if done.resumed else ""
         console().print(
-            f"{done.written:,} unit vectors of width {embedder.dim}{resumed} in {done.out}: "
-            f"{done.rate:,.1f} {kind} per second, {_memory():,.0f} MB of memory, "
-            f"{len(done.failed):,} failed",
+            _(
+                "{written:,} unit vectors of width {dim}{resumed} in {out}: {rate:,.1f} {kind} "
+                "per second, {memory:,.0f} MB of memory, {failed_count:,} failed",
+                written=done.written,
+                dim=embedder.dim,
+                resumed=resumed,
+                out=done.out,
+                rate=done.rate,
+                kind=kind,
+                memory=_memory(),
+                failed_count=len(done.failed),
+            ),
             markup=False,
         )
     return 1 if done.failed else 0

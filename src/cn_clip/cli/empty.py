@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cn_clip.errors import UsageError
+from cn_clip.translation import _
 
 
 def refuse_empty(arguments: Sequence[str]) -> None:
@@ -16,9 +17,15 @@ def refuse_empty(arguments: Sequence[str]) -> None:
         option, equals, value = argument.partition("=")
         if equals and option.startswith("--") and not value.strip():
             raise UsageError(
-                f"{option} is empty; give a value, or check the variable in {argument}"
+                _(
+                    "{option} is empty; give a value, or check the variable in {argument}",
+                    option=option,
+                    argument=argument,
+                )
             )
         if not argument.strip():
             previous = arguments[index - 1] if index else ""
-            name = previous if previous.startswith("-") else f"argument {index + 1}"
-            raise UsageError(f"{name} is empty; give a value. Is a variable of the shell not set?")
+            name = previous if previous.startswith("-") else _("argument {index}", index=index + 1)
+            raise UsageError(
+                _("{name} is empty; give a value. Is a variable of the shell not set?", name=name)
+            )

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Literal
 from rich.markup import escape
 from rich.table import Table
 
-from cn_clip.cli.eval.retrieval import list_failed
-from cn_clip.cli.show import Flag, console, print_json
+from cn_clip.cli.show import Flag, console, list_failed, print_json
 from cn_clip.errors import UsageError
+from cn_clip.translation import _
 
 if TYPE_CHECKING:
     from cn_clip.export import ExportResult
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def export(
     *,
     model: str = "mini",
-    to: Literal["onnx", "openvino"] = "onnx",
+    to: Literal["onnx", "openvino", "tensorrt", "coreml"] = "onnx",
     out: str | None = None,
     precision: Literal["float32", "float16", "int8"] | None = None,
     max_recall_drop: float | None = None,
@@ -44,8 +44,9 @@ def export(
     model
         A name from `cn-clip models`, org/name on a hub, or the path of a checkpoint.
     to
-        The format: onnx, for ONNX Runtime and others; openvino, for OpenVINO alone, which runs
-        onnx too.
+        The format: onnx, for ONNX Runtime, OpenVINO and others; openvino, for OpenVINO alone;
+        tensorrt, onnx with a script that builds engines; coreml, onnx with Core ML models. The
+        last two need --out; the script and the Core ML models are not run here.
     out
         A new folder. Default: the cache folder, where --backend finds the export of this model.
     precision
@@ -74,12 +75,16 @@ def export(
 
     if (max_recall_drop is None) != (dataset is None):
         raise UsageError(
-            "--max-recall-drop and --dataset are one measurement; give both, or neither"
+            _("--max-recall-drop and --dataset are one measurement; give both, or neither")
         )
     files = find_images([images]) if images else []
     if max_recall_drop is not None and dataset is not None:
         if precision is not None:
-            raise UsageError("--max-recall-drop finds the precision; drop --precision")
+            raise UsageError(_("--max-recall-drop finds the precision; drop --precision"))
+        if to == "tensorrt" or to == "coreml":
+            raise UsageError(
+                _("--max-recall-drop measures onnx or openvino here, not {format}", format=to)
+            )
         from cn_clip.export.choose import export_fastest
 
         choice = export_fastest(
@@ -94,7 +99,7 @@ def export(
             overwrite=overwrite,
         )
         for message in choice.refused:
-            print(f"cn-clip: warning: {message}", file=sys.stderr)
+            print(_("cn-clip: warning: {message}", message=message), file=sys.stderr)
         if json:
             print_json(asdict(choice))
         else:
@@ -117,27 +122,35 @@ def export(
     if json:
         print_json(asdict(result))
     else:
-        console().print(_table(result, "not measured; give --max-recall-drop and --dataset"))
+        console().print(_table(result, _("not measured; give --max-recall-drop and --dataset")))
     return 0
 
 
 def _trials(choice: Choice, max_drop: float) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column(_("precision"))
     for column in (
-        *("precision", "images/s", "texts/s", "MB", "least cosine", choice.metric),
-        *(f"drop, at most {max_drop:g}", "holds"),
+        _("images/s"),
+        _("texts/s"),
+        "MB",
+        _("least cosine"),
+        choice.metric,
+        _("drop, at most {drop:g}", drop=max_drop),
+        _("holds"),
     ):
-        table.add_column(column, justify="left" if column == "precision" else "right")
+        table.add_column(column, justify="right")
     for trial in choice.trials:
         table.add_row(
-            trial.precision + (" (chosen)" if trial == choice.chosen else ""),
+            _("{precision} (chosen)", precision=trial.precision)
+            if trial == choice.chosen
+            else trial.precision,
             f"{trial.images_per_second:,.1f}",
             f"{trial.texts_per_second:,.0f}",
             f"{trial.bytes / 1e6:,.1f}",
             f"{trial.parity.smallest_cosine:.4f}",
             f"{100 * choice.score - trial.drop:.1f}",
             f"{trial.drop:.2f}",
-            "yes" if trial.holds else "no",
+            _("yes") if trial.holds else _("no"),
             style="bold" if trial == choice.chosen else None,
         )
     return table
@@ -148,7 +161,7 @@ def _recall(choice: Choice) -> str:
     score = f"{choice.metric} {100 * choice.score - chosen.drop:.1f} %"
     if chosen.precision == chosen.stored:
         return score
-    return f'{score}, loaded with precision "bfloat16"'
+    return _('{score}, loaded with precision "bfloat16"', score=score)
 
 
 def _table(result: ExportResult, recall: str) -> Table:
@@ -160,12 +173,30 @@ def _table(result: ExportResult, recall: str) -> Table:
         "model": result.model,
         "wrote": f"{os.path.normpath(result.out)} ({result.runtime}, {result.precision}, "
         f"{result.bytes / 1e6:,.1f} MB)",
-        "images": f"cosine to the original at least {parity.image_cosine[0]:.6f}, mean "
-        f"{parity.image_cosine[1]:.6f}, of {parity.images}",
-        "texts": f"cosine to the original at least {parity.text_cosine[0]:.6f}, mean "
-        f"{parity.text_cosine[1]:.6f}, of {parity.texts}",
-        "top 10": f"{parity.top10_agreement:.1%} of the 10 best images of a text are the same",
+        "images": _(
+            "cosine to the original at least {image_cosine:.6f}, mean {parity_image_cosine:.6f}, "
+            "of {images}",
+            image_cosine=parity.image_cosine[0],
+            parity_image_cosine=parity.image_cosine[1],
+            images=parity.images,
+        ),
+        "texts": _(
+            "cosine to the original at least {text_cosine:.6f}, mean {parity_text_cosine:.6f}, of "
+            "{texts}",
+            text_cosine=parity.text_cosine[0],
+            parity_text_cosine=parity.text_cosine[1],
+            texts=parity.texts,
+        ),
+        "top 10": _(
+            "{top10_agreement:.1%} of the 10 best images of a text are the same",
+            top10_agreement=parity.top10_agreement,
+        ),
         "recall": recall,
     }.items():
         table.add_row(key, escape(value))
+    if result.never_run:
+        table.add_row(
+            _("never run"),
+            _("{never_run}; only the ONNX graphs were verified", never_run=result.never_run),
+        )
     return table

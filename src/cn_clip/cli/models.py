@@ -10,6 +10,7 @@ from rich.table import Table
 from cn_clip import hub
 from cn_clip.cli.show import Flag, console, print_json
 from cn_clip.config import MODELS, PUBLISHED, ModelConfig
+from cn_clip.translation import N_, _, translate
 
 
 def models(
@@ -28,13 +29,23 @@ def models(
     """
     rows = [_describe(name, hub.find(name, download_root)) for name in hub.names()]
     if json:
-        print_json(rows)
+        print_json({"models": rows})
         return
     table = Table(box=None, header_style="dim")
-    for heading in ("name", "image tower", "text tower", "parameters", "pixels", "dim", "path"):
-        table.add_column(heading, justify="right" if heading in _RIGHT_ALIGNED else "left")
+    for heading in (
+        N_("name"),
+        N_("image tower"),
+        N_("text tower"),
+        N_("parameters"),
+        N_("pixels"),
+        N_("dim"),
+        N_("path"),
+    ):
+        table.add_column(
+            translate(heading), justify="right" if heading in _RIGHT_ALIGNED else "left"
+        )
     for row in rows:
-        path = row["path"] or f"to be downloaded: {row['file']}"
+        path = row["path"] or _("to be downloaded: {file}", file=row["file"])
         table.add_row(
             row["name"],
             row["image_tower"],
@@ -42,7 +53,7 @@ def models(
             f"{row['parameters'] / 1e6:.0f} M",
             str(row["resolution"]),
             str(row["dim"]),
-            "in the package" if row["name"] == hub.EMBEDDED else path,
+            _("in the package") if row["name"] == hub.EMBEDDED else path,
         )
     console().print(table)
 

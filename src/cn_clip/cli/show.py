@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 from cyclopts import Parameter
@@ -13,8 +15,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cn_clip.errors import UsageError
+from cn_clip.format_version import FIELD, Format
+from cn_clip.translation import _
 
 BAR_WIDTH = 20
+_MAX_PRINTED = 20  # messages about rows
+_JSON = Format("json", 1)  # of --json; raised when a key is renamed or removed
 
 Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
 
@@ -29,11 +35,15 @@ def console() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
-def print_json(value: Any) -> None:
-    """Print one JSON document; Chinese is not escaped if the output supports it."""
+def print_json(values: Mapping[str, Any]) -> None:
+    """Print one JSON object, with its format version first.
+
+    Chinese is not escaped if the output supports it.
+    """
     # With another encoding, the stream would escape as \xe9, which is not JSON.
     unicode = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
-    print(json.dumps(value, ensure_ascii=not unicode, indent=2))
+    document = {FIELD: str(_JSON)} | dict(values)
+    print(json.dumps(document, ensure_ascii=not unicode, indent=2))
 
 
 def progress() -> Progress:
@@ -49,10 +59,43 @@ def progress() -> Progress:
     )
 
 
+@contextmanager
+def progress_bar(task: str) -> Iterator[Callable[[int, int | None], None]]:
+    """Show one progress bar; yield the function that sets it to ``done`` of ``total``."""
+    with progress() as bars:
+        number = bars.add_task(task, total=None)
+        yield lambda done, total: bars.update(number, completed=done, total=total)
+
+
+def print_some(messages: Sequence[str], where: str) -> None:
+    """Print the first messages on stderr, and ``where`` the others are."""
+    for message in messages[:_MAX_PRINTED]:
+        print(f"cn-clip: {message}", file=sys.stderr)
+    if len(messages) > _MAX_PRINTED:
+        print(
+            _(
+                "cn-clip: and {count:,} more; {where}",
+                count=len(messages) - _MAX_PRINTED,
+                where=where,
+            ),
+            file=sys.stderr,
+        )
+
+
+def list_failed(messages: Sequence[str]) -> None:
+    """Print the messages of unreadable rows on stderr, and their number."""
+    print_some(messages, _("--json lists all"))
+    if messages:
+        count = _(
+            "{message_count:,} unreadable and excluded from the scores", message_count=len(messages)
+        )
+        print(f"cn-clip: {count}", file=sys.stderr)
+
+
 def check_different_paths(out: str, report: str) -> None:
     """Raise a ``UsageError`` if two outputs of a command have the same path."""
     if os.path.realpath(out) == os.path.realpath(report):
-        raise UsageError(f"--out and --report are both {out}; give two different paths")
+        raise UsageError(_("--out and --report are both {out}; give two different paths", out=out))
 
 
 def bar(fraction: float) -> str:

@@ -14,6 +14,7 @@ from rich.table import Table
 from cn_clip.cli.show import Flag, console, print_json, progress
 from cn_clip.errors import UsageError
 from cn_clip.processes import drop_dead_terminal
+from cn_clip.translation import N_, _, translate
 
 Flags = Annotated[str, Parameter(show=False, allow_leading_hyphen=True)]
 
@@ -58,7 +59,10 @@ def train(
 
     if recipe is None:
         raise UsageError(
-            f"which recipe? Give --recipe with a TOML file or one of: {', '.join(shipped())}"
+            _(
+                "which recipe? Give --recipe with a TOML file or one of: {recipes}",
+                recipes=", ".join(shipped()),
+            )
         )
     all_flags = list(flags)
     if resume not in (None, "auto"):
@@ -100,7 +104,9 @@ def _world_size() -> int:
     """Return the number of processes, from torchrun's WORLD_SIZE."""
     value = os.environ.get("WORLD_SIZE") or "1"
     if not value.isdecimal() or int(value) < 1:
-        raise UsageError(f"WORLD_SIZE is {value!r}; start several processes with torchrun")
+        raise UsageError(
+            _("WORLD_SIZE is {value!r}; start several processes with torchrun", value=value)
+        )
     return int(value)
 
 
@@ -137,45 +143,89 @@ def _lines(event: dict[str, Any]) -> Iterator[str]:
     kind, total = event["kind"], event["total"]
     if kind == "start":
         yield (
-            f"{event['recipe']}: {event['model']}, {event['parameters'] / 1e6:,.1f} M parameters, "
-            f"{event['pairs']:,} pairs, {event['device']}, {event['processes']} process(es)"
+            _(
+                "{recipe}: {model}, {parameters:,.1f} M parameters, {pairs:,} pairs, {device}, "
+                "{processes} process(es)",
+                recipe=event["recipe"],
+                model=event["model"],
+                parameters=event["parameters"] / 1e6,
+                pairs=event["pairs"],
+                device=event["device"],
+                processes=event["processes"],
+            )
         )
         yield from (f"  {line}" for line in event["origins"])
     elif kind == "warning":
-        yield f"warning: {event['text']}"
+        yield _("warning: {text}", text=event["text"])
     elif kind == "resumed":
-        yield f"resumed from step {total:,}"
+        yield _("resumed from step {total:,}", total=total)
     elif kind == "stage":
         yield (
-            f"stage {event['stage']}: {event['steps']:,} steps of {event['batch']:,} pairs, "
-            f"{event['learns'] / 1e6:,.1f} M trainable parameters, peak learning rate "
-            f"{event['rate']:.2e} after {event['warmup']:,} warm-up steps"
-            + (f", BatchNorm statistics: {event['batch_norm']}" if event["batch_norm"] else "")
+            _(
+                "stage {stage}: {steps:,} steps of {batch:,} pairs, {trainable:,.1f} M trainable "
+                "parameters, peak learning rate {lr:.2e} after {warmup:,} warm-up steps",
+                stage=event["stage"],
+                steps=event["steps"],
+                batch=event["batch"],
+                trainable=event["trainable"] / 1e6,
+                lr=event["lr"],
+                warmup=event["warmup"],
+            )
+            + (
+                _(", BatchNorm statistics: {batch_norm}", batch_norm=event["batch_norm"])
+                if event["batch_norm"]
+                else ""
+            )
         )
     elif kind == "step":
         yield (
-            f"  step {event['step']:,}: loss {_number(event['mean_loss'])}, lr "
-            f"{event['rate']:.2e}, logit scale {event['logit_scale']:.1f}, "
-            f"{event['pairs_per_second']:,.0f} pairs/s"
-            + (f", {event['skipped']:,} pairs skipped" if event["skipped"] else "")
+            _(
+                "  step {step:,}: loss {mean_loss}, lr {lr:.2e}, logit scale {logit_scale:.1f}, "
+                "{pairs_per_second:,.0f} pairs/s",
+                step=event["step"],
+                mean_loss=_number(event["mean_loss"]),
+                lr=event["lr"],
+                logit_scale=event["logit_scale"],
+                pairs_per_second=event["pairs_per_second"],
+            )
+            + (
+                _(", {skipped:,} pairs skipped", skipped=event["skipped"])
+                if event["skipped"]
+                else ""
+            )
         )
     elif kind == "mixtures":
         for row in event["mixtures"]:
-            kept = "" if row["kept"] is None else f", kept {100 * row['kept']:.2f} %"
-            chosen = ", chosen" if row["weight"] == event["weight"] else ""
-            yield f"  weight {row['weight']:g}: {100 * row['score']:.2f} %{kept}{chosen}"
+            kept = "" if row["kept"] is None else _(", kept {kept:.2f} %", kept=100 * row["kept"])
+            chosen = _(", chosen") if row["weight"] == event["weight"] else ""
+            yield _(
+                "  weight {weight:g}: {score:.2f} %{kept}{chosen}",
+                weight=row["weight"],
+                score=100 * row["score"],
+                kept=kept,
+                chosen=chosen,
+            )
     elif kind == "score":
-        when = "before training" if total == 0 else f"at step {event['step']:,}"
-        when = "of the final weights" if event["stage"] == FINAL else when
+        when = _("before training") if total == 0 else _("at step {step:,}", step=event["step"])
+        when = _("of the final weights") if event["stage"] == FINAL else when
         earlier = "".join(
-            f", {name} {100 * event[name]:.2f} %"
-            for name in ("before", "best")
+            _(", {name} {recall:.2f} %", name=translate(name), recall=100 * event[name])
+            for name in (N_("before"), N_("best"))
             if total and event[name] is not None
         )
         yield (
-            f"  mean recall {when}: {100 * event['mean_recall']:.2f} %{earlier} (text to image R@1 "
-            f"{100 * event['t2i_r1']:.1f}, R@10 {100 * event['t2i_r10']:.1f}; image to text R@1 "
-            f"{100 * event['i2t_r1']:.1f}, R@10 {100 * event['i2t_r10']:.1f})"
+            _(
+                "  mean recall {when}: {mean_recall:.2f} %{earlier} (text to image R@1 "
+                "{t2i_r1:.1f}, R@10 {t2i_r10:.1f}; image to text R@1 {i2t_r1:.1f}, R@10 "
+                "{i2t_r10:.1f})",
+                when=when,
+                mean_recall=100 * event["mean_recall"],
+                earlier=earlier,
+                t2i_r1=100 * event["t2i_r1"],
+                t2i_r10=100 * event["t2i_r10"],
+                i2t_r1=100 * event["i2t_r1"],
+                i2t_r10=100 * event["i2t_r10"],
+            )
         )
 
 
@@ -186,15 +236,19 @@ def _number(value: Any) -> str:
 def _summary(outcome: Any) -> None:
     out = console()
     if outcome.scores:
-        table = Table("", "mean recall", "gain", box=None)
+        table = Table("", _("mean recall"), _("gain"), box=None)
         first = outcome.scores[0][1]
         for name, value in outcome.scores:
             gain = "" if name == "before" else f"{100 * (value - first):+.2f}"
-            table.add_row(name, f"{100 * value:.2f} %", gain)
+            table.add_row(translate(name), f"{100 * value:.2f} %", gain)
         out.print(table)
     out.print(
-        f"{outcome.steps:,} steps; weights in {outcome.weights}, report in "
-        f"{outcome.folder}/report.html",
+        _(
+            "{steps:,} steps; weights in {weights}, report in {folder}/report.html",
+            steps=outcome.steps,
+            weights=outcome.weights,
+            folder=outcome.folder,
+        ),
         markup=False,
         soft_wrap=True,
     )

@@ -31,6 +31,7 @@ from cn_clip.image.modes import DEEP
 from cn_clip.model.clip import CLIP, initialize
 from cn_clip.model.vision import SelfAttention, VisionTransformer
 from cn_clip.tokenizer import default_tokenizer
+from cn_clip.translation import _
 
 __all__ = [
     "available_models",
@@ -77,9 +78,12 @@ class ImageTransform:
 def _warn_of_clipping(mode: str) -> None:
     """Warn once per mode."""
     warnings.warn(
-        f"in an image of mode {mode}, values above 255 become white, as in the official "
-        "preprocessing; convert it to 8 bits first, or use cn_clip.load().embed_images, which "
-        "scales the values",
+        _(
+            "in an image of mode {mode}, values above 255 become white, as in the official "
+            "preprocessing; convert it to 8 bits first, or use cn_clip.load().embed_images, which "
+            "scales the values",
+            mode=mode,
+        ),
         stacklevel=3,
     )
 
@@ -149,16 +153,20 @@ def load_from_name(
                 f"{vision_model_name}@{text_model_name}", resolution=input_resolution
             )
         elif vision_model_name or text_model_name:
-            raise UsageError("give both vision_model_name and text_model_name, or neither")
+            raise UsageError(_("give both vision_model_name and text_model_name, or neither"))
     else:
-        raise UnknownModelError("model", name, available_models())
+        raise UnknownModelError(_("model"), name, available_models())
     checkpoint = weights.read(path)
     if expected is not None:
         weights.check_model(checkpoint.config, expected, path)
     if input_resolution not in (None, checkpoint.config.vision.resolution):
         raise CheckpointError(
-            f"{path} takes {checkpoint.config.vision.resolution} pixels, "
-            f"not input_resolution={input_resolution}"
+            _(
+                "{path} takes {resolution} pixels, not input_resolution={input_resolution}",
+                path=path,
+                resolution=checkpoint.config.vision.resolution,
+                input_resolution=input_resolution,
+            )
         )
     model = _round_as_official(weights.build(checkpoint))
     model.to(target_device)
@@ -184,8 +192,12 @@ def create_model(model_name: str, checkpoint: Mapping[str, Any] | None = None) -
         model.to_empty(device="cpu")
         initialize(model)
         return model.eval()
-    tensors, dropped = weights.official_names(weights.state_dict_in(checkpoint, "the checkpoint"))
-    weights.check_model(weights.infer_config(tensors, "the checkpoint"), config, "the checkpoint")
+    tensors, dropped = weights.official_names(
+        weights.state_dict_in(checkpoint, _("the checkpoint"))
+    )
+    weights.check_model(
+        weights.infer_config(tensors, _("the checkpoint")), config, _("the checkpoint")
+    )
     copies = {name: tensor.clone() for name, tensor in tensors.items()}
     return _round_as_official(weights.build(weights.Checkpoint(config, copies, dropped)))
 
@@ -228,7 +240,9 @@ def load(
             length = state[positions].shape[0]
             tower[positions] = weights.resize_positions(tower[positions], length)
         expected = {n: t for n, t in state.items() if n.startswith(prefix) or n in tower}
-        weights.check_fit(tower, expected, f"the {prefix}* tower from {path}")
+        weights.check_fit(
+            tower, expected, _("the {prefix}* tower from {path}", prefix=prefix, path=path)
+        )
         loaded |= tower
     model.load_state_dict(state | loaded)
     return model.to(target_device).eval()

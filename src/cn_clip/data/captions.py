@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 
+from cn_clip.translation import N_
+
 
 def plain(text: str) -> str:
     """Return a caption for comparison: NFKC, lower case, no spaces or punctuation."""
@@ -17,9 +19,9 @@ def language_of(text: str) -> str:
     chinese = sum("\u3400" <= c <= "\u9fff" or c >= "\U00020000" for c in text)
     latin = sum(c.isascii() and c.isalpha() for c in text)
     if not chinese and not latin:
-        return "other"
+        return N_("other")
     fraction = chinese / (chinese + latin / 4)  # one Chinese character counts as four letters
-    return "Chinese" if fraction > 0.8 else "English" if fraction < 0.2 else "mixed"
+    return N_("Chinese") if fraction > 0.8 else N_("English") if fraction < 0.2 else N_("mixed")
 
 
 def digest(text: str) -> int:

@@ -9,7 +9,9 @@ from typing import Literal
 from PIL import Image
 
 from cn_clip.errors import DataError, ImageError, UsageError
-from cn_clip.image.decode import FORMATS, read_image
+from cn_clip.image.decode import FORMATS, describe, read_image
+from cn_clip.image.limits import check_file
+from cn_clip.translation import _
 
 _SUFFIXES = {
     "JPEG": ".jpg",
@@ -45,9 +47,14 @@ class Encoding:
 
     def __post_init__(self) -> None:
         if self.max_side is not None and self.max_side < 1:
-            raise UsageError(f"a longer side of {self.max_side} pixels is none; give 1 or more")
+            raise UsageError(
+                _(
+                    "a longer side of {max_side} pixels is none; give 1 or more",
+                    max_side=self.max_side,
+                )
+            )
         if not 0 <= self.quality <= 100:
-            raise UsageError(f"the quality is {self.quality}; give 0 to 100")
+            raise UsageError(_("the quality is {quality}; give 0 to 100", quality=self.quality))
 
 
 UNCHANGED = Encoding()
@@ -82,8 +89,14 @@ def encode_image(content: bytes, encoding: Encoding) -> tuple[bytes, str]:
     except (OSError, ValueError, MemoryError) as error:  # from the encoder
         reason = str(error) or type(error).__name__
         raise ImageError(
-            f"an image of {image.width} x {image.height} pixels cannot be written as {name} "
-            f"({reason}); make it smaller with --max-side"
+            _(
+                "an image of {width} x {height} pixels cannot be written as {name} ({reason}); "
+                "make it smaller with --max-side",
+                width=image.width,
+                height=image.height,
+                name=name,
+                reason=reason,
+            )
         ) from error
     return stream.getvalue(), _SUFFIXES[name]
 
@@ -100,10 +113,15 @@ def _format_for(image: Image.Image, wanted: str) -> str:
 
 def _suffix(content: bytes) -> str:
     """Return the file suffix of the format in the header."""
+    check_file(content, describe(content))
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             return _SUFFIXES[str(image.format)]
     except Exception:
         raise DataError(
-            f"its {len(content):,} bytes are not an image in a known format ({', '.join(FORMATS)})"
+            _(
+                "its {size:,} bytes are not an image in a known format ({formats})",
+                size=len(content),
+                formats=", ".join(FORMATS),
+            )
         ) from None

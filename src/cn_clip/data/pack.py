@@ -31,7 +31,6 @@ from cn_clip.data.sources.open import id_digest
 from cn_clip.data.sources.tar import Sample, write_shard
 from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.outputs import (
-    LOCK,
     atomic_folder,
     claim,
     entries,
@@ -40,7 +39,8 @@ from cn_clip.outputs import (
     remove,
     stamped_files,
 )
-from cn_clip.publish import atomic_file, sweep
+from cn_clip.publish import LOCK, atomic_file, sweep
+from cn_clip.translation import _
 
 Target = Literal["tar", "tsv", "lmdb"]
 _MANIFEST, _PLAN = "manifest.json", ".plan.json"
@@ -95,17 +95,31 @@ def pack(
         UsageError: ``out`` exists, is an input or holds other files, or was started from other
             data or with other options.
         DataError: no pair is usable, or a worker died.
-        CNClipError: another process writes to ``out``, or the disk is full; finished shards stay.
+        CNClipError: another process writes to ``out``, or the disk is full; finished tar shards
+            stay, a TSV and an LMDB start anew.
     """
     if images_per_shard < 1:
-        raise UsageError(f"{images_per_shard} images per shard; give 1 or more")
+        raise UsageError(
+            _(
+                "{images_per_shard} images per shard; give 1 or more",
+                images_per_shard=images_per_shard,
+            )
+        )
     if not split or re.search(r"[/\\\0]", split):  # the files would be outside of ``out``
-        raise UsageError(f"the split {split!r} is not a file name; give one such as train")
+        raise UsageError(
+            _("the split {split!r} is not a file name; give one such as train", split=split)
+        )
     out = claim_pack(out, to=to, inputs=inputs, overwrite=overwrite)
     result = PackResult(str(out))
     groups, digest = _group_images(source, without, result.skipped, unique_ids=to != "tar")
     if not len(groups):
-        raise DataError(f"{source.name} has no usable pair; the first: {_first_skipped(result)}")
+        raise DataError(
+            _(
+                "{name} has no usable pair; the first: {first_skipped}",
+                name=source.name,
+                first_skipped=_first_skipped(result),
+            )
+        )
     job = _Job(_Packer(source, encoding), groups, out, result, workers, on_progress)
     try:
         if to == "tar":
@@ -116,11 +130,19 @@ def pack(
         else:
             _pack_official(job, to, split)
     except Timeout:
-        raise CNClipError(f"another process is writing {out}; wait for it to end") from None
-    except OSError as error:
         raise CNClipError(
-            f"could not write {out}: {error}; finished shards stay. Free some space and run the "
-            "same command again"
+            _("another process is writing {out}; wait for it to end", out=out)
+        ) from None
+    except OSError as error:
+        kept = _("finished shards stay") if to == "tar" else _("nothing of it stays")
+        raise CNClipError(
+            _(
+                "could not write {out}: {error}; {kept}. Free some space and run the same command "
+                "again",
+                out=out,
+                error=error,
+                kept=kept,
+            )
         ) from error
     return result
 
@@ -205,9 +227,13 @@ def _group_images(
         for repeated in np.flatnonzero(before != np.arange(len(firsts)))[:1].tolist():
             first, second = int(firsts[before[repeated]]), int(firsts[repeated])
             raise DataError(
-                f"the image id {source.row(second).image_id!r} names one image in "
-                f"{source.where(first)} and another in {source.where(second)}; pack each file "
-                "separately, or to tar"
+                _(
+                    "the image id {image_id!r} names one image in {first} and another in "
+                    "{second}; pack each file separately, or to tar",
+                    image_id=source.row(second).image_id,
+                    first=source.where(first),
+                    second=source.where(second),
+                )
             )
     return groups, digest.hexdigest()
 
@@ -215,7 +241,7 @@ def _group_images(
 def _usable_row(source: Source, index: int) -> Row:
     row = source.row(index)
     if not row.text.strip():
-        raise DataError(f"{source.where(index)}: its text is empty")
+        raise DataError(_("{where}: its text is empty", where=source.where(index)))
     return row
 
 
@@ -233,7 +259,11 @@ class _Packer:
         try:
             image, suffix = encode_image(self.source.image(first), self.encoding)
         except CNClipError as error:
-            more = f" (and {len(rows) - 1} more texts of this image)" if len(rows) > 1 else ""
+            more = (
+                _(" (and {count} more texts of this image)", count=len(rows) - 1)
+                if len(rows) > 1
+                else ""
+            )
             return located(self.source, first, error) + more
         return Sample(image, suffix, rows[0].image_id, [(row.text_id, row.text) for row in rows])
 
@@ -338,11 +368,17 @@ def _start_or_resume(out: Path, plan: dict[str, Any], overwrite: bool) -> None:
     old_plan = json_object_at(out / _PLAN)
     if old_plan != plan:
         if existing and not overwrite:
-            reason = "was started from other data or options" if old_plan else "is not empty"
-            raise UsageError(f"{out} {reason}; give another place, or --overwrite to start over")
+            reason = _("was started from other data or options") if old_plan else _("is not empty")
+            raise UsageError(
+                _(
+                    "{out} {reason}; give another place, or --overwrite to start over",
+                    out=out,
+                    reason=reason,
+                )
+            )
         foreign = _CHECK_OWN(out)  # again: the claim was made before taking the lock
         if foreign is not None:
-            raise UsageError(f"{out} {foreign}; give another place")
+            raise UsageError(_("{out} {foreign}; give another place", out=out, foreign=foreign))
         remove(out, existing)
         _write_json(out / _PLAN, plan)
 
@@ -371,7 +407,7 @@ def _pack_official(job: _Job, to: Target, split: str) -> None:
 
 
 def _first_skipped(result: PackResult) -> str:
-    return result.skipped[0] if result.skipped else "all are left out"
+    return result.skipped[0] if result.skipped else _("all are left out")
 
 
 def _write_json(path: Path, value: Any) -> None:

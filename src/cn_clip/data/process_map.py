@@ -22,6 +22,7 @@ from cn_clip.processes import (
     end_with_parent,
     ignore_signals_in_worker,
 )
+from cn_clip.translation import _
 
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
@@ -84,7 +85,7 @@ def parallel_map(
         _terminate(context.started)
         if isinstance(error, BrokenProcessPool):
             raise DataError(
-                "a worker died, possibly out of memory; use fewer with --workers"
+                _("a worker died, possibly out of memory; use fewer with --workers")
             ) from None
         raise
     finally:

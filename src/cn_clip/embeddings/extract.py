@@ -21,12 +21,20 @@ from filelock import FileLock, Timeout
 from cn_clip.arrays import read_npz
 from cn_clip.data.process_map import Progress, no_progress
 from cn_clip.embedder import Embedder
-from cn_clip.embeddings.files import EmbeddingsToWrite, claim_embeddings, writer_for
+from cn_clip.embeddings.files import (
+    EMBEDDINGS,
+    EmbeddingsToWrite,
+    claim_embeddings,
+    with_format,
+    writer_for,
+)
 from cn_clip.embeddings.inputs import Item, Kind
 from cn_clip.errors import CNClipError, DataError, ImageError, UsageError
-from cn_clip.outputs import LOCK, claim, entries, json_object_at, own_folder, remove
-from cn_clip.publish import atomic_file, sweep, sweep_beside
+from cn_clip.format_version import FIELD
+from cn_clip.outputs import claim, entries, json_object_at, own_folder, remove
+from cn_clip.publish import LOCK, atomic_file, sweep
 from cn_clip.text import path_text, read_json
+from cn_clip.translation import _
 
 _PER_PART = {"images": 128, "texts": 16_384}
 _ABOUT = "about.json"
@@ -96,7 +104,6 @@ def extract(
         parts.mkdir(parents=True, exist_ok=True)
         with FileLock(parts / LOCK, timeout=0):
             sweep(parts, _HALF_WRITTEN)
-            sweep_beside(out)
             store = _PartStore(parts, about, overwrite=overwrite)
             embedded = _embed_all(embedder, kind, items, store, report, on_progress)
             rows = [(item, row) for item in embedded if (row := store.find(item.key))]
@@ -115,11 +122,18 @@ def extract(
         with suppress(OSError):  # not empty: it holds a file of someone else
             parts.rmdir()
     except Timeout:
-        raise CNClipError(f"another process is writing {out}; wait for it to end") from None
+        raise CNClipError(
+            _("another process is writing {out}; wait for it to end", out=out)
+        ) from None
     except OSError as error:
         raise CNClipError(
-            f"could not write {out}: {error}; finished parts stay in {parts}. Free some space and "
-            "run the same command again"
+            _(
+                "could not write {out}: {error}; finished parts stay in {parts}. Free some space "
+                "and run the same command again",
+                out=out,
+                error=error,
+                parts=parts,
+            )
         ) from error
     return report
 
@@ -205,7 +219,12 @@ def _embed_all(
     for item in items:
         if item.id in seen:
             raise UsageError(
-                f"{item.where}: the id {item.id!r} was used before, in {seen[item.id]}"
+                _(
+                    "{where}: the id {id!r} was used before, in {earlier}",
+                    where=item.where,
+                    id=item.id,
+                    earlier=seen[item.id],
+                )
             )
         seen[item.id] = item.where
         key = f"{item.id}\t{item.stamp}"
@@ -221,7 +240,7 @@ def _embed_all(
     if pending:
         flush()
     if not rows:
-        raise UsageError(f"the inputs hold no {kind}")
+        raise UsageError(_("the inputs hold no {kind}", kind=kind))
     return rows
 
 
@@ -243,26 +262,35 @@ class _PartStore:
         self._rows: dict[str, tuple[int, int]] = {}
         self._dim = int(about["dim"])
         self._load_cached = lru_cache(maxsize=64)(self._load)  # the order of items may mix parts
+        about = with_format(about)
         about_file = folder / _ABOUT
         files = sorted(folder / name for name in _own_part_files(folder) if name != _ABOUT)
         if overwrite:
             for file in files:
                 file.unlink()
             files = []
-        elif files and json_object_at(about_file) != about:
-            raise UsageError(
-                f"{folder} was started with another model, precision or kind; use the same one, "
-                "or --overwrite to start over"
+        elif files:
+            stored = json_object_at(about_file)
+            EMBEDDINGS.check(
+                stored.get(FIELD), folder, UsageError, _("start over with --overwrite")
             )
+            if with_format(stored) != about:
+                raise UsageError(
+                    _(
+                        "{folder} was started with another model, precision or kind; use the same "
+                        "one, or --overwrite to start over",
+                        folder=folder,
+                    )
+                )
         with atomic_file(about_file) as path:
             path.write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
         self._next = 0
         for file in files:
             self._next = int(file.stem) + 1
             try:
-                keys, _ = self._part(file)
+                keys, _unused = self._part(file)
             except DataError as error:
-                warnings.warn(f"{error}; its items are embedded again", stacklevel=2)
+                warnings.warn(_("{error}; its items are embedded again", error=error), stacklevel=2)
                 continue
             self._rows |= {key: (int(file.stem), row) for row, key in enumerate(keys)}
 
@@ -300,7 +328,7 @@ class _PartStore:
             keys = None
         fits = isinstance(keys, list) and rows.shape == (len(keys), self._dim)
         if not fits or rows.dtype != np.float32 or not all(isinstance(key, str) for key in keys):
-            raise DataError(f"{file} is damaged")
+            raise DataError(_("{file} is damaged", file=file))
         return keys, rows
 
     def _file(self, number: int) -> Path:

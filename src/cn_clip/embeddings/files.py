@@ -17,10 +17,13 @@ from cn_clip.data.sources.lines import Lines, json_object
 from cn_clip.embeddings.inputs import Kind
 from cn_clip.errors import DataError, UsageError
 from cn_clip.files import check_regular
+from cn_clip.format_version import FIELD, Format
 from cn_clip.outputs import atomic_folder, claim, json_object_at, own_file, own_folder, starts_with
 from cn_clip.publish import atomic_file
 from cn_clip.text import valid_text
+from cn_clip.translation import _
 
+EMBEDDINGS = Format("embeddings", 1)  # of the metadata
 _ROWS_PER_FILE = 100_000
 
 
@@ -81,8 +84,11 @@ def writer_for(out: Path) -> Callable[[EmbeddingsToWrite, Path], None]:
         return write_jsonl
     if out.suffix:
         raise UsageError(
-            f"--out {out}: give .npz, .jsonl (official features), or a folder (clip-retrieval's "
-            "layout)"
+            _(
+                "--out {out}: give .npz, .jsonl (official features), or a folder "
+                "(clip-retrieval's layout)",
+                out=out,
+            )
         )
     _parquet()
     return write_clip_retrieval
@@ -93,7 +99,7 @@ def write_npz(embeddings: EmbeddingsToWrite, out: Path) -> None:
     ids: npt.NDArray[Any] = np.array(embeddings.ids)
     if ids.dtype.kind == "U" or any(isinstance(id, str) for id in embeddings.ids):
         ids = np.array([str(id) for id in embeddings.ids], dtype=np.str_)
-    about = np.array(json.dumps(embeddings.about, ensure_ascii=False))
+    about = np.array(json.dumps(with_format(embeddings.about), ensure_ascii=False))
     with atomic_file(out) as path, path.open("wb") as stream:
         rows = embeddings.rows(0, len(embeddings.ids))
         np.savez(stream, embeddings=rows, ids=ids, about=about)
@@ -135,6 +141,16 @@ def write_clip_retrieval(embeddings: EmbeddingsToWrite, out: Path) -> None:
         _write_about(embeddings, folder / "about.json")
 
 
+def with_format(about: dict[str, Any]) -> dict[str, Any]:
+    """Return metadata with its format version first."""
+    return {FIELD: str(EMBEDDINGS)} | about
+
+
+def check_format(about: dict[str, Any], path: Path) -> None:
+    """Raise a ``DataError`` for metadata of a newer version."""
+    EMBEDDINGS.check(about.get(FIELD), path, DataError, _("embed again"))
+
+
 @dataclass(frozen=True, slots=True)
 class StoredEmbeddings:
     """Embeddings read from ``path``: unique ``ids`` (N,), and ``vectors`` float32 (N, D)."""
@@ -154,10 +170,12 @@ def read_embeddings(path: Path, kind: Kind) -> StoredEmbeddings:
     Raises:
         UsageError: the format is unknown, or a library for it is missing.
         DataError: the rows are of the other kind, of different widths or not finite, an id is
-            repeated, or the file is damaged.
+            repeated, or the file is damaged or of a newer version.
     """
     if not path.exists():
-        raise UsageError(f"no embeddings at {path}; make them with: cn-clip embed {kind}")
+        raise UsageError(
+            _("no embeddings at {path}; make them with: cn-clip embed {kind}", path=path, kind=kind)
+        )
     if path.suffix == ".jsonl":
         stored = _read_jsonl(path, kind)
     elif path.suffix == ".npz":
@@ -167,7 +185,10 @@ def read_embeddings(path: Path, kind: Kind) -> StoredEmbeddings:
         stored = _read_clip_retrieval(path, kind, ("id", "key", label))
     else:
         raise UsageError(
-            f"{path}: give .npz, .jsonl (official features), or a clip-retrieval folder"
+            _(
+                "{path}: give .npz, .jsonl (official features), or a clip-retrieval folder",
+                path=path,
+            )
         )
     return _checked(stored)
 
@@ -182,7 +203,11 @@ def read_captions(path: Path) -> StoredEmbeddings:
     """
     if not path.is_dir():
         raise UsageError(
-            f"no folder {path}; make it with: cn-clip embed texts --out {path}, without a suffix"
+            _(
+                "no folder {path}; make it with: cn-clip embed texts --out {path}, without a "
+                "suffix",
+                path=path,
+            )
         )
     stored = _read_clip_retrieval(path, "texts", ("caption",))
     if len(stored.ids) == len(stored.vectors):
@@ -197,40 +222,68 @@ def _checked(stored: StoredEmbeddings) -> StoredEmbeddings:
     # No lone surrogates: they cannot be written to any other file.
     stored = StoredEmbeddings(path, [valid_text(id) for id in stored.ids], stored.vectors)
     if not stored.ids:
-        raise DataError(f"{path} holds no embeddings")
+        raise DataError(_("{path} holds no embeddings", path=path))
     if len(stored.ids) != len(stored.vectors):
         raise DataError(
-            f"{path} holds {len(stored.ids)} ids, but {len(stored.vectors)} vectors; embed again"
+            _(
+                "{path} holds {id_count} ids, but {vector_count} vectors; embed again",
+                path=path,
+                id_count=len(stored.ids),
+                vector_count=len(stored.vectors),
+            )
         )
     not_finite = np.flatnonzero(~np.isfinite(stored.vectors).all(axis=1))
     if len(not_finite):
         raise DataError(
-            f"{path}: the vector of {stored.ids[not_finite[0]]!r} holds NaN or infinity, as do "
-            f"{len(not_finite)} in total; embed again, in float32"
+            _(
+                "{path}: the vector of {id!r} holds NaN or infinity, as do {count} in total; "
+                "embed again, in float32",
+                path=path,
+                id=stored.ids[not_finite[0]],
+                count=len(not_finite),
+            )
         )
     seen: set[str] = set()
     for id in stored.ids:
         if id in seen:
-            raise DataError(f"{path}: the id {id!r} is repeated; keep one of them")
+            raise DataError(
+                _("{path}: the id {id!r} is repeated; keep one of them", path=path, id=id)
+            )
         seen.add(id)
     return stored
 
 
 def _read_npz(path: Path, kind: Kind) -> StoredEmbeddings:
-    description = "an .npz with embeddings and ids, as cn-clip embed writes it"
+    description = _("an .npz with embeddings and ids, as cn-clip embed writes it")
     arrays = read_npz(path, ("embeddings", "ids"), optional=("about",), description=description)
     about: dict[str, Any] = {}
     try:
         ids = [str(id) for id in arrays["ids"].reshape(-1).tolist()]
         text = str(arrays["about"]) if "about" in arrays else None
     except ValueError:  # invalid code points
-        raise DataError(f"{path}: ids or about is not valid text; embed again") from None
+        raise DataError(
+            _("{path}: ids or about is not valid text; embed again", path=path)
+        ) from None
     if text is not None:
-        about = json_object(text, f"{path}: about")
+        about = json_object(text, _("{path}: about", path=path))
+    check_format(about, path)
     if about.get("kind", kind) != kind:
-        raise DataError(f"{path} holds {about['kind']}, not {kind}")
+        raise DataError(
+            _(
+                "{path} holds {kind}, not {expected_kind}",
+                path=path,
+                kind=about["kind"],
+                expected_kind=kind,
+            )
+        )
     if arrays["ids"].ndim != 1:
-        raise DataError(f"{path}: ids have the shape {arrays['ids'].shape}; expected (N,)")
+        raise DataError(
+            _(
+                "{path}: ids have the shape {shape}; expected (N,)",
+                path=path,
+                shape=arrays["ids"].shape,
+            )
+        )
     return StoredEmbeddings(path, ids, _as_vectors(arrays["embeddings"], path))
 
 
@@ -238,8 +291,12 @@ def _as_vectors(array: npt.NDArray[Any], path: Path) -> npt.NDArray[np.float32]:
     """Return an array of numbers (N, D) as float32."""
     if array.ndim != 2 or array.dtype.kind not in "fiu":
         raise DataError(
-            f"{path}: embeddings are {array.dtype} of shape {array.shape}; expected numbers of "
-            "shape (N, D)"
+            _(
+                "{path}: embeddings are {dtype} of shape {shape}; expected numbers of shape (N, D)",
+                path=path,
+                dtype=array.dtype,
+                shape=array.shape,
+            )
         )
     with np.errstate(over="ignore"):  # _checked refuses infinity
         return array.astype(np.float32)
@@ -247,6 +304,7 @@ def _as_vectors(array: npt.NDArray[Any], path: Path) -> npt.NDArray[np.float32]:
 
 def _read_jsonl(path: Path, kind: Kind) -> StoredEmbeddings:
     key = {"images": "image_id", "texts": "text_id"}[kind]
+    check_format(json_object_at(about_path(path)), about_path(path))
     lines = Lines(path)
     ids: list[str] = []
     rows: list[npt.NDArray[np.float32]] = []
@@ -254,15 +312,30 @@ def _read_jsonl(path: Path, kind: Kind) -> StoredEmbeddings:
         where = lines.where(number)
         values = json_object(lines[number], where)
         if key not in values or "feature" not in values:
-            raise DataError(f'{where}: expected {{"{key}": 1, "feature": [0.1, ...]}}')
+            raise DataError(
+                _('{where}: expected {{"{key}": 1, "feature": [0.1, ...]}}', where=where, key=key)
+            )
         try:
             with np.errstate(over="ignore"):  # _checked refuses infinity
                 row = np.array(values["feature"], np.float32)
         except (TypeError, ValueError, OverflowError):
-            raise DataError(f"{where}: its feature is not a list of numbers") from None
+            raise DataError(
+                _("{where}: its feature is not a list of numbers", where=where)
+            ) from None
         if row.ndim != 1 or (rows and len(row) != len(rows[0])):
-            expected = f"{len(rows[0])} numbers as above" if rows else "a list of numbers"
-            raise DataError(f"{where}: its feature has the shape {row.shape}; expected {expected}")
+            expected = (
+                _("{count} numbers as above", count=len(rows[0]))
+                if rows
+                else _("a list of numbers")
+            )
+            raise DataError(
+                _(
+                    "{where}: its feature has the shape {shape}; expected {expected}",
+                    where=where,
+                    shape=row.shape,
+                    expected=expected,
+                )
+            )
         ids.append(str(values[key]))
         rows.append(row)
     return StoredEmbeddings(path, ids, np.stack(rows) if rows else np.empty((0, 0), np.float32))
@@ -270,24 +343,31 @@ def _read_jsonl(path: Path, kind: Kind) -> StoredEmbeddings:
 
 def _read_clip_retrieval(path: Path, kind: Kind, columns: Sequence[str]) -> StoredEmbeddings:
     _parquet()
+    check_format(json_object_at(path / "about.json"), path / "about.json")
     stem = {"images": "img_emb", "texts": "text_emb"}[kind]
     vectors = sorted((path / stem).glob("*.npy"), key=_part_number)
     tables = sorted((path / "metadata").glob("*.parquet"), key=_part_number)
     if not vectors or len(vectors) != len(tables):
         raise DataError(
-            f"{path} holds {len(vectors)} files in {stem} and {len(tables)} in metadata; expected "
-            "the same number, as clip-retrieval writes them"
+            _(
+                "{path} holds {vector_count} files in {stem} and {table_count} in metadata; "
+                "expected the same number, as clip-retrieval writes them",
+                path=path,
+                vector_count=len(vectors),
+                stem=stem,
+                table_count=len(tables),
+            )
         )
     ids = [id for table in tables for id in _column(table, columns)]
     parts = [_as_vectors(read_npy(file), file) for file in vectors]
     if len({part.shape[1] for part in parts}) > 1:
-        raise DataError(f"{path / stem}: vectors of different widths; embed again")
+        raise DataError(_("{folder}: vectors of different widths; embed again", folder=path / stem))
     return StoredEmbeddings(path, ids, np.concatenate(parts))
 
 
 def _column(table: Path, columns: Sequence[str]) -> list[str]:
     """Read the first of ``columns`` that a Parquet file has, as strings."""
-    _, parquet = _parquet()
+    _unused, parquet = _parquet()
     try:
         check_regular(table)
         names = parquet.read_schema(table).names
@@ -299,10 +379,20 @@ def _column(table: Path, columns: Sequence[str]) -> list[str]:
     # pyarrow raises many kinds on damaged files: OSError, ArrowInvalid, KeyError, TypeError, ...
     except Exception as error:
         raise DataError(
-            f"{table} is not Parquet ({error}); embed again, or download the file again"
+            _(
+                "{table} is not Parquet ({error}); embed again, or download the file again",
+                table=table,
+                error=error,
+            )
         ) from None
     if column is None:
-        raise DataError(f"{table} has no column {' or '.join(columns)}; its rows have no ids")
+        raise DataError(
+            _(
+                "{table} has no column {columns}; its rows have no ids",
+                table=table,
+                columns=_(" or ").join(columns),
+            )
+        )
     return ids
 
 
@@ -337,7 +427,7 @@ def _is_about(path: Path) -> bool:
 
 
 def _write_about(embeddings: EmbeddingsToWrite, path: Path) -> None:
-    text = json.dumps(embeddings.about, ensure_ascii=False, indent=2)
+    text = json.dumps(with_format(embeddings.about), ensure_ascii=False, indent=2)
     path.write_text(text + "\n", encoding="utf-8")
 
 
@@ -346,5 +436,5 @@ def _parquet() -> tuple[Any, Any]:
         return import_module("pyarrow"), import_module("pyarrow.parquet")
     except ImportError:
         raise UsageError(
-            "clip-retrieval's layout needs pyarrow: pip install pyarrow, or give --out X.npz"
+            _("clip-retrieval's layout needs pyarrow: pip install pyarrow, or give --out X.npz")
         ) from None

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cn_clip.data.sources.lines import line_end, stream_lines
+from cn_clip.data.sources.lines import json_object, line_end, stream_lines
 from cn_clip.data.sources.official import decode_base64, parse_id
 from cn_clip.errors import DataError, UsageError
-from cn_clip.files import MAX_FILE, MAX_TEXT, as_path, resolve_in
+from cn_clip.files import MAX_TEXT, as_path, resolve_in
 from cn_clip.image.decode import SUFFIXES, find_images
-from cn_clip.text import path_text, read_json
+from cn_clip.image.limits import MAX_BASE64
+from cn_clip.text import path_text
+from cn_clip.translation import _
 
 Kind = Literal["images", "texts"]
 
@@ -59,8 +61,11 @@ def read_images(inputs: Sequence[str]) -> Iterator[Item]:
                 yield _file_item(resolve_in(path.parent, line), line, where)
         elif path.is_file() and suffix not in SUFFIXES:
             raise UsageError(
-                f"{given} is neither an image nor a list of images (.txt, .jsonl, .tsv); convert "
-                "it to JPEG or PNG, or rename it"
+                _(
+                    "{given} is neither an image nor a list of images (.txt, .jsonl, .tsv); "
+                    "convert it to JPEG or PNG, or rename it",
+                    given=given,
+                )
             )
         else:
             yield from (_file_item(file, str(file), str(file)) for file in find_images([given]))
@@ -78,12 +83,16 @@ def read_texts(inputs: Sequence[str]) -> Iterator[Item]:
     for given in inputs:
         path = as_path(given)
         if not path.is_file():
-            raise UsageError(f"no such file: {given}; texts come from .txt and .jsonl files")
+            raise UsageError(
+                _("no such file: {given}; texts come from .txt and .jsonl files", given=given)
+            )
         if path.suffix.lower() in (".jsonl", ".json"):
             for where, values in _json_lines(path):
                 text = values.get("text")
                 if not isinstance(text, str):
-                    raise UsageError(f'{where}: expected {{"text_id": 1, "text": "..."}}')
+                    raise UsageError(
+                        _('{where}: expected {{"text_id": 1, "text": "..."}}', where=where)
+                    )
                 yield Item(_id(values, "text_id", where), text, _crc(text.encode()), where)
         elif path.suffix.lower() in (".txt", ""):
             for number, (where, raw) in enumerate(_lines(path), 1):
@@ -91,15 +100,26 @@ def read_texts(inputs: Sequence[str]) -> Iterator[Item]:
                 line = _decoded(raw, where)
                 yield Item(name, line, _crc(line.encode()), where)
         else:
-            raise UsageError(f"{given} is not a list of texts (.txt, .jsonl); rename or convert it")
+            raise UsageError(
+                _(
+                    "{given} is not a list of texts (.txt, .jsonl); rename or convert it",
+                    given=given,
+                )
+            )
 
 
 def _tsv(path: Path) -> Iterator[Item]:
-    for where, raw in _lines(path, MAX_FILE):
+    for where, raw in _lines(path, MAX_BASE64):
         name, tab, encoded = raw.partition(b"\t")
         if not tab or not name:
             start = raw[:40].decode(errors="replace")
-            raise UsageError(f"{where}: expected an id, a tab and base64, found {start!r}")
+            raise UsageError(
+                _(
+                    "{where}: expected an id, a tab and base64, found {start!r}",
+                    where=where,
+                    start=start,
+                )
+            )
         try:
             content = decode_base64(encoded, where)
         except DataError:
@@ -110,7 +130,7 @@ def _tsv(path: Path) -> Iterator[Item]:
 def _json_item(values: dict[str, Any], path: Path, where: str) -> Item:
     given = next((values[k] for k in ("image", "image_path", "path") if k in values), None)
     if not isinstance(given, str):
-        raise UsageError(f'{where}: expected {{"image": "path", "image_id": 1}}')
+        raise UsageError(_('{where}: expected {{"image": "path", "image_id": 1}}', where=where))
     item = _file_item(resolve_in(path.parent, given), given, where)
     if "image_id" not in values:
         return item
@@ -128,14 +148,7 @@ def _file_item(path: Path, name: str, where: str) -> Item:
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for where, raw in _lines(path):
-        line = _decoded(raw, where)
-        try:
-            values = read_json(line)
-        except ValueError as error:
-            raise UsageError(f"{where} is not JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise UsageError(f"{where} is not a JSON object: {line[:40]!r}")
-        yield where, values
+        yield where, json_object(_decoded(raw, where), where, kind=UsageError)
 
 
 def _lines(path: Path, limit: int = MAX_TEXT) -> Iterator[tuple[str, bytes]]:
@@ -144,16 +157,21 @@ def _lines(path: Path, limit: int = MAX_TEXT) -> Iterator[tuple[str, bytes]]:
         for number, raw in enumerate(stream_lines(path, 0, line_end(path), limit), 1):
             line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
             if line.strip():
-                yield f"{path_text(path)}, line {number}", line.strip(b"\r\n")
+                yield (
+                    _("{path}, line {number}", path=path_text(path), number=number),
+                    line.strip(b"\r\n"),
+                )
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+        raise DataError(
+            _("{path} cannot be read: {reason}", path=path, reason=error.strerror)
+        ) from None
 
 
 def _decoded(raw: bytes, where: str) -> str:
     try:
         return raw.decode()
     except UnicodeDecodeError:
-        raise UsageError(f"{where} is not UTF-8; save the file as UTF-8") from None
+        raise UsageError(_("{where} is not UTF-8; save the file as UTF-8", where=where)) from None
 
 
 def _listed_path(path: Path, raw: bytes, where: str) -> str:
@@ -165,7 +183,14 @@ def _listed_path(path: Path, raw: bytes, where: str) -> str:
 def _id(values: dict[str, Any], key: str, where: str) -> str | int:
     value = values.get(key)
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise UsageError(f"{where}: {key} is {value!r}; give a number or a string")
+        raise UsageError(
+            _(
+                "{where}: {key} is {value!r}; give a number or a string",
+                where=where,
+                key=key,
+                value=value,
+            )
+        )
     return value
 
 

@@ -12,6 +12,7 @@ from cn_clip.data.captions import plain
 from cn_clip.data.sources.base import Source, located
 from cn_clip.data.sources.open import WeightedSource, id_digest
 from cn_clip.errors import CNClipError, DataError
+from cn_clip.translation import _
 
 
 @dataclass(slots=True)
@@ -59,7 +60,7 @@ def eval_set_of(mix: Sequence[WeightedSource], *, merge: bool = True) -> EvalSet
             try:
                 row = source.row(index)
                 if not row.text.strip() and row.text_id:
-                    raise DataError("its text is empty")
+                    raise DataError(_("its text is empty"))
             except CNClipError as error:
                 dataset.skipped.append(located(source, index, error))
                 continue
@@ -78,12 +79,17 @@ def eval_set_of(mix: Sequence[WeightedSource], *, merge: bool = True) -> EvalSet
                 dataset.text_ids.append(row.text_id)
             elif not merge and dataset.texts[texts[text]] != row.text:
                 raise DataError(
-                    f"{source.where(index)}: the text id {row.text_id!r} is also that of "
-                    f"{dataset.texts[texts[text]]!r:.40}; give each text its own id"
+                    _(
+                        "{where}: the text id {text_id!r} is also that of {other!r:.40}; give "
+                        "each text its own id",
+                        where=source.where(index),
+                        text_id=row.text_id,
+                        other=dataset.texts[texts[text]],
+                    )
                 )
             if row.image_id:
                 pairs.append((images[image], texts[text]))
     if not pairs:
-        raise DataError("no readable pair in the data; see: cn-clip data check")
+        raise DataError(_("no readable pair in the data; see: cn-clip data check"))
     dataset.pairs = np.unique(np.array(pairs, np.int64), axis=0)
     return dataset

@@ -12,6 +12,7 @@ from cn_clip.data.sources.base import located
 from cn_clip.embedder import Embedder
 from cn_clip.errors import CNClipError, DataError
 from cn_clip.eval.dataset import EvalSet
+from cn_clip.translation import _
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +66,11 @@ def embed_eval_images(
     pairs = dataset.pairs[np.isin(dataset.pairs[:, 0], indexes)]
     if not len(pairs):
         raise DataError(
-            f"none of the {len(dataset.images):,} images is readable; the first: "
-            f"{dataset.skipped[0]}"
+            _(
+                "none of the {image_count:,} images is readable; the first: {skipped}",
+                image_count=len(dataset.images),
+                skipped=dataset.skipped[0],
+            )
         )
     pairs = np.stack([np.searchsorted(indexes, pairs[:, 0]), pairs[:, 1]], axis=1)
     return EmbeddedImages(indexes, vectors, pairs)

@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from cn_clip.errors import DataError
-from cn_clip.files import MAX_TEXT, read_file, read_lines, skipped_files, walk
+from cn_clip.files import MAX_TEXT, of_suffixes, read_file, read_lines, skipped_files, walk
 from cn_clip.image.decode import SUFFIXES
 from cn_clip.text import read_json
+from cn_clip.translation import _
 
 LABELS = "label_cn.txt"
 
@@ -56,7 +57,12 @@ def read_labelled(root: Path, *, split: str = "test", truth: Path | None = None)
     split_folder = root / split
     if not split_folder.is_dir():
         raise DataError(
-            f"no folder {split_folder}; create it with one folder per class, such as {split}/000"
+            _(
+                "no folder {split_folder}; create it with one folder per class, such as "
+                "{split}/000",
+                split_folder=split_folder,
+                split=split,
+            )
         )
     folders = _class_folders(split_folder, len(labels))
     images: list[Path] = []
@@ -64,12 +70,17 @@ def read_labelled(root: Path, *, split: str = "test", truth: Path | None = None)
     classes: list[int] = []
     for number, folder in enumerate(folders):
         listing = walk(folder)
-        paths = [path for path in listing.files if path.suffix.lower() in SUFFIXES]
+        paths = of_suffixes(listing.files, SUFFIXES)
         files += listing.files
         if not paths:
             raise DataError(
-                f"the class folder {folder} ({labels[number]}) has no image "
-                f"({', '.join(SUFFIXES)}); add some, or remove the folder and its label"
+                _(
+                    "the class folder {folder} ({label}) has no image ({suffixes}); add some, or "
+                    "remove the folder and its label",
+                    folder=folder,
+                    label=labels[number],
+                    suffixes=", ".join(SUFFIXES),
+                )
             )
         paths.sort(key=lambda path: (str(path.parent), path.name))
         images += paths
@@ -90,25 +101,51 @@ def _read_labels(path: Path) -> list[str]:
         lines = read_lines(path)
     except OSError as error:
         raise DataError(
-            f"{path} cannot be read: {error.strerror}; write one Chinese label per line there"
+            _(
+                "{path} cannot be read: {reason}; write one Chinese label per line there",
+                path=path,
+                reason=error.strerror,
+            )
         ) from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+        raise DataError(
+            _(
+                "{path} is not UTF-8 (byte {position}); save it as UTF-8",
+                path=path,
+                position=error.start,
+            )
+        ) from None
     labels = [line.strip() for line in lines]
     while labels and not labels[-1]:
         labels.pop()
     if "" in labels:
         raise DataError(
-            f"{path}, line {labels.index('') + 1} is empty; write the label of that class"
+            _(
+                "{path}, line {line} is empty; write the label of that class",
+                path=path,
+                line=labels.index("") + 1,
+            )
         )
     if len(labels) < 2:
-        raise DataError(f"{path} has {len(labels)} label; write at least two, one per line")
+        raise DataError(
+            _(
+                "{path} has {label_count} label; write at least two, one per line",
+                path=path,
+                label_count=len(labels),
+            )
+        )
     first: dict[str, int] = {}
     for line, label in enumerate(labels, 1):
         if label in first:  # not an error: the official translations have such duplicates
             warnings.warn(
-                f"{path}: lines {first[label]} and {line} are both {label!r}, so the second class "
-                "is never predicted; make the labels different",
+                _(
+                    "{path}: lines {first_line} and {line} are both {label!r}, so the second "
+                    "class is never predicted; make the labels different",
+                    path=path,
+                    first_line=first[label],
+                    line=line,
+                    label=label,
+                ),
                 stacklevel=3,
             )
         first.setdefault(label, line)
@@ -119,18 +156,29 @@ def _class_folders(split_folder: Path, count: int) -> list[Path]:
     """Return the folders in the order of their labels: by number if all are numbers."""
     folders = sorted((f for f in split_folder.iterdir() if f.is_dir()), key=lambda f: f.name)
     if len(folders) != count:
-        more = "labels than folders" if count > len(folders) else "folders than labels"
+        more = _("labels than folders") if count > len(folders) else _("folders than labels")
         raise DataError(
-            f"more {more}: {count} in {LABELS}, {len(folders)} class folders in {split_folder}; "
-            "line n, counted from 0, is the label of folder n"
+            _(
+                "more {more}: {count} in {file}, {folder_count} class folders in {split_folder}; "
+                "line n, counted from 0, is the label of folder n",
+                more=more,
+                count=count,
+                file=LABELS,
+                folder_count=len(folders),
+                split_folder=split_folder,
+            )
         )
     if all(folder.name.isdecimal() for folder in folders):
         folders.sort(key=lambda folder: int(folder.name))
         for number, folder in enumerate(folders):
             if int(folder.name) != number:
                 raise DataError(
-                    f"{folder} is in the position of class {number}; number the folders from 0 "
-                    "without gaps"
+                    _(
+                        "{folder} is in the position of class {number}; number the folders from 0 "
+                        "without gaps",
+                        folder=folder,
+                        number=number,
+                    )
                 )
     return folders
 
@@ -142,12 +190,20 @@ def _read_order(path: Path, count: int) -> npt.NDArray[np.int64] | None:
         rows = read_json(read_file(path, MAX_TEXT))
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{path} is unreadable: {error}; give a JSON list of image numbers"
+            _(
+                "{path} is unreadable: {error}; give a JSON list of image numbers",
+                path=path,
+                error=error,
+            )
         ) from None
     if not isinstance(rows, list) or sorted(map(str, rows)) != sorted(map(str, range(count))):
         raise DataError(
-            f"{path} does not list each of the {count:,} images once, by number from 0; give the "
-            "file of these images"
+            _(
+                "{path} does not list each of the {count:,} images once, by number from 0; give "
+                "the file of these images",
+                path=path,
+                count=count,
+            )
         )
     return np.array(rows, np.int64)
 
@@ -156,7 +212,9 @@ def _read_truth(path: Path, images: list[Path], classes: int) -> npt.NDArray[np.
     try:
         lines = read_lines(path)
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is unreadable: {error}; give ELEVATER's test_ic.txt") from None
+        raise DataError(
+            _("{path} is unreadable: {error}; give ELEVATER's test_ic.txt", path=path, error=error)
+        ) from None
     classes_of: dict[str, list[int]] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -165,13 +223,26 @@ def _read_truth(path: Path, images: list[Path], classes: int) -> npt.NDArray[np.
         shown = [int(digits) for digits in match[2].split(",")] if match else [classes]
         if match is None or max(shown) >= classes:
             raise DataError(
-                f"{path}, line {number}: {line.strip()!r:.60} is not an image with class numbers "
-                f"below {classes}, such as 000001.jpg 3,7"
+                _(
+                    "{path}, line {number}: {line!r:.60} is not an image with class numbers below "
+                    "{classes}, such as 000001.jpg 3,7",
+                    path=path,
+                    number=number,
+                    line=line.strip(),
+                    classes=classes,
+                )
             )
         classes_of[re.split("[@/\\\\]", match[1])[-1]] = shown
     relevant = np.zeros((len(images), classes), bool)
     for row, image in enumerate(images):
         if image.name not in classes_of:
-            raise DataError(f"{path} has no line for {image.name} ({image}); add one")
+            raise DataError(
+                _(
+                    "{path} has no line for {name} ({image}); add one",
+                    path=path,
+                    name=image.name,
+                    image=image,
+                )
+            )
         relevant[row, classes_of[image.name]] = True
     return relevant

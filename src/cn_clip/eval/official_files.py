@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,10 @@ from cn_clip.embeddings.inputs import Kind
 from cn_clip.errors import DataError, UsageError
 from cn_clip.eval.metrics.recall import Recall, recall_of
 from cn_clip.eval.retrieval import Id, RetrievalResult
-from cn_clip.outputs import claim, own_file, own_folder, stamp, starts_with
+from cn_clip.outputs import claim, own_file, own_folder, reads_as, stamp
 from cn_clip.publish import atomic_file, map_write_errors, write_text
 from cn_clip.topk import top_k
+from cn_clip.translation import N_, _, translate
 
 Direction = Literal["text_to_image", "image_to_text"]
 K = 10  # predictions per query in the official evaluation
@@ -28,7 +30,14 @@ _KEYS: dict[Direction, tuple[str, str]] = {
     "text_to_image": ("text_id", "image_ids"),
     "image_to_text": ("image_id", "text_ids"),
 }
-_PLURALS = {"image_id": "images", "text_id": "texts"}
+# What ``write_metrics`` writes, whole.
+_METRICS = re.compile(
+    rb'\{"success": true, "score": (N), "scoreJson": '
+    rb'\{"score": \1, "mean_recall": \1, "r1": N, "r5": N, "r10": N\}\}\Z'.replace(
+        b"N", rb"[\d.e-]+"
+    )
+)
+_PLURALS = {"image_id": N_("images"), "text_id": N_("texts")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +75,8 @@ def claim_metrics(out: str | Path, *, inputs: Iterable[str | Path] = ()) -> Path
     Raises:
         UsageError: see ``outputs.claim``.
     """
-    own = starts_with(b'{"success": true, "score": ')
-    return claim(out, own_file("eval predictions", own), inputs=inputs)
+    own = own_file("eval predictions", reads_as(_METRICS, b"}}"))
+    return claim(out, own, inputs=inputs)
 
 
 def write_official_files(result: RetrievalResult, folder: Path) -> list[Path]:
@@ -83,8 +92,13 @@ def write_official_files(result: RetrievalResult, folder: Path) -> list[Path]:
     images, texts = result.image_ids, result.text_ids
     if min(len(images), len(texts)) < K:
         raise UsageError(
-            f"the official files hold {K} results per query, but there are {len(images)} images "
-            f"and {len(texts)} texts; evaluate on more data, or omit --out"
+            _(
+                "the official files hold {results_per_query} results per query, but there are "
+                "{image_count} images and {text_count} texts; evaluate on more data, or omit --out",
+                results_per_query=K,
+                image_count=len(images),
+                text_count=len(texts),
+            )
         )
     best_images = top_k(result.texts, result.images, K).indexes
     best_texts = top_k(result.images, result.texts, K).indexes
@@ -164,10 +178,25 @@ def read_predictions(path: Path) -> Predictions:
     for number, (query, results) in enumerate(ranked.items()):
         where = f"{lines.where(number)}: {query_key} {query!r}"
         if len(results) < K:
-            raise DataError(f"{where} has {len(results)} {result_key}; predict at least {K}")
+            raise DataError(
+                _(
+                    "{where} has {result_count} {result_key}; predict at least {results_per_query}",
+                    where=where,
+                    result_count=len(results),
+                    result_key=result_key,
+                    results_per_query=K,
+                )
+            )
         if len(set(results)) < len(results):
             repeated = next(result for n, result in enumerate(results) if result in results[:n])
-            raise DataError(f"{where} predicts {repeated!r} twice; predict different {result_key}")
+            raise DataError(
+                _(
+                    "{where} predicts {repeated!r} twice; predict different {result_key}",
+                    where=where,
+                    repeated=repeated,
+                    result_key=result_key,
+                )
+            )
     return Predictions(path, direction, ranked)
 
 
@@ -191,19 +220,37 @@ def score_predictions(
             positives.setdefault(query, set()).add(positive)
     query_key, result_key = _KEYS[predictions.direction]
     if not positives:
-        raise DataError(f"the annotations have no {_PLURALS[query_key]}; give those of the split")
+        raise DataError(
+            _(
+                "the annotations have no {plural}; give those of the split",
+                plural=translate(_PLURALS[query_key]),
+            )
+        )
     missing = [query for query in positives if query not in predictions.ranked]
     if missing:
         raise DataError(
-            f"{predictions.path}: {len(missing):,} of {len(positives):,} {_PLURALS[query_key]} "
-            f"have no predictions, such as {query_key} {missing[0]!r}; predict for the whole split"
+            _(
+                "{path}: {missing_count:,} of {positive_count:,} {plural} have no predictions, "
+                "such as {query_key} {missing!r}; predict for the whole split",
+                path=predictions.path,
+                missing_count=len(missing),
+                positive_count=len(positives),
+                plural=translate(_PLURALS[query_key]),
+                query_key=query_key,
+                missing=missing[0],
+            )
         )
     known = set().union(*positives.values())
     if known != {""} and not any(known & set(ids) for ids in predictions.ranked.values()):
         example = next(iter(predictions.ranked.values()))[0]
         raise DataError(
-            f"{predictions.path}: no predicted id is in the annotations, such as {example!r}; give "
-            f"{result_key} of this split, not row numbers"
+            _(
+                "{path}: no predicted id is in the annotations, such as {example!r}; give "
+                "{result_key} of this split, not row numbers",
+                path=predictions.path,
+                example=example,
+                result_key=result_key,
+            )
         )
     ranks = [
         next((n for n, result in enumerate(predictions.ranked[query][:K]) if result in ids), K)
@@ -229,7 +276,7 @@ def _read(path: Path) -> tuple[Lines, Direction, dict[str, list[str]]]:
     """Read lines of a query id and a list of ids; the first line determines the direction."""
     lines = Lines(path)
     if not len(lines):
-        raise DataError(f"{path} is empty; give a file with one query per line")
+        raise DataError(_("{path} is empty; give a file with one query per line", path=path))
     first = json_object(lines[0], lines.where(0))
     direction: Direction = "image_to_text" if "text_ids" in first else "text_to_image"
     results_of: dict[str, list[str]] = {}
@@ -237,8 +284,13 @@ def _read(path: Path) -> tuple[Lines, Direction, dict[str, list[str]]]:
         if query in results_of:
             before = lines.where(list(results_of).index(query))
             raise DataError(
-                f"{lines.where(number)}: {_KEYS[direction][0]} {query!r} is a repetition of "
-                f"{before}; keep one of them"
+                _(
+                    "{where}: {key} {query!r} is a repetition of {before}; keep one of them",
+                    where=lines.where(number),
+                    key=_KEYS[direction][0],
+                    query=query,
+                    before=before,
+                )
             )
         results_of[query] = results
     return lines, direction, results_of
@@ -249,8 +301,21 @@ def _id_lists(lines: Lines, query_key: str, result_key: str) -> Iterator[tuple[s
         where = lines.where(number)
         values = json_object(lines[number], where)
         if query_key not in values or not isinstance(values.get(result_key), list):
-            raise DataError(f'{where}: expected {{"{query_key}": 1, "{result_key}": [1, 2, ...]}}')
+            raise DataError(
+                _(
+                    '{where}: expected {{"{query_key}": 1, "{result_key}": [1, 2, ...]}}',
+                    where=where,
+                    query_key=query_key,
+                    result_key=result_key,
+                )
+            )
         for key in (values[query_key], *values[result_key]):
             if isinstance(key, bool) or not isinstance(key, str | int) or key == "":
-                raise DataError(f"{where}: {key!r:.40} is not an id; give integers or strings")
+                raise DataError(
+                    _(
+                        "{where}: {key!r:.40} is not an id; give integers or strings",
+                        where=where,
+                        key=key,
+                    )
+                )
         yield str(values[query_key]), [str(key) for key in values[result_key]]

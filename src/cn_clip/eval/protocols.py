@@ -17,6 +17,7 @@ from cn_clip.eval.dataset import EvalSet, eval_set_of
 from cn_clip.eval.metrics.recall import Recall
 from cn_clip.eval.official_files import Direction
 from cn_clip.eval.retrieval import RetrievalResult, Tick, measure
+from cn_clip.translation import _
 
 Setup = Literal["zero-shot", "fine-tuned"]
 MEASURES = ("R@1", "R@5", "R@10")
@@ -78,7 +79,7 @@ def protocol(name: str) -> Protocol:
         UnknownNameError: the name is unknown.
     """
     if name not in protocols():
-        raise UnknownNameError("protocol", name, protocols())
+        raise UnknownNameError(_("protocol"), name, protocols())
     return protocols()[name]
 
 
@@ -97,15 +98,29 @@ def open_split(spec: Protocol, data: str) -> EvalSet:
     if dataset.skipped:
         rows = sum(len(part.source) for part in mix)
         raise DataError(
-            f"{len(dataset.skipped):,} of {rows:,} rows of {data} are unreadable, so scores cannot "
-            f"be compared; the first: {dataset.skipped[0]}"
+            _(
+                "{skipped_count:,} of {rows:,} rows of {data} are unreadable, so scores cannot be "
+                "compared; the first: {skipped}",
+                skipped_count=len(dataset.skipped),
+                rows=rows,
+                data=data,
+                skipped=dataset.skipped[0],
+            )
         )
     counts = len(dataset.images), len(dataset.texts)
     for expected, count in zip((spec.images, spec.texts), counts, strict=True):
         if expected is not None and expected != count:
             raise DataError(
-                f"{spec.title}, has {_counts(spec)}, but {data} has {counts[0]:,} images and "
-                f"{counts[1]:,} texts; give the whole {spec.split} split"
+                _(
+                    "{title}, has {expected}, but {data} has {images:,} images and {texts:,} "
+                    "texts; give the whole {split} split",
+                    title=spec.title,
+                    expected=_counts(spec),
+                    data=data,
+                    images=counts[0],
+                    texts=counts[1],
+                    split=spec.split,
+                )
             )
     return dataset
 
@@ -121,8 +136,13 @@ def run_protocol(
     result = measure(embedder, dataset, tick=tick)
     if result.failed:
         raise DataError(
-            f"{len(result.failed):,} of {len(dataset.images):,} images are unreadable, so scores "
-            f"cannot be compared; the first: {result.failed[0]}"
+            _(
+                "{failed_count:,} of {image_count:,} images are unreadable, so scores cannot be "
+                "compared; the first: {failed}",
+                failed_count=len(result.failed),
+                image_count=len(dataset.images),
+                failed=result.failed[0],
+            )
         )
     return result
 
@@ -154,4 +174,4 @@ def _counts(spec: Protocol) -> str:
         for count, what in ((spec.images, "images"), (spec.texts, "texts"))
         if count is not None
     ]
-    return " and ".join(parts)
+    return _(" and ").join(parts)

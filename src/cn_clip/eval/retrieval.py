@@ -18,6 +18,7 @@ from cn_clip.eval.dataset import EvalSet, eval_set_of
 from cn_clip.eval.images import embed_eval_images
 from cn_clip.eval.metrics.recall import Retrieval, retrieval
 from cn_clip.topk import Vectors
+from cn_clip.translation import _
 
 Tick = Callable[[int, int], None]
 Id = str | int
@@ -127,14 +128,26 @@ def evaluate_features(
         missing = dict.fromkeys(pair[side] for pair in unique if pair[side] not in known)
         if missing:
             raise DataError(
-                f"{len(missing):,} of the {what} ids in {truth} are not in {stored.path}, such as "
-                f"{next(iter(missing))!r}; embed the whole split"
+                _(
+                    "{missing_count:,} of the {what} ids in {truth} are not in {path}, such as "
+                    "{missing!r}; embed the whole split",
+                    missing_count=len(missing),
+                    what=what,
+                    truth=truth,
+                    path=stored.path,
+                    missing=next(iter(missing)),
+                )
             )
         norms = np.linalg.norm(stored.vectors, axis=1)
         if not np.allclose(norms, 1, atol=0.01):
             warnings.warn(
-                f"{stored.path}: vector lengths are {norms.min():.3g} to {norms.max():.3g}, not 1; "
-                "vectors are compared without normalisation",
+                _(
+                    "{path}: vector lengths are {shortest:.3g} to {longest:.3g}, not 1; vectors "
+                    "are compared without normalisation",
+                    path=stored.path,
+                    shortest=norms.min(),
+                    longest=norms.max(),
+                ),
                 stacklevel=2,
             )
     image_rows, text_rows = (

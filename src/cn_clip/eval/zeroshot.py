@@ -7,6 +7,7 @@ A class embedding is the normalised mean of the unit embeddings of its prompts (
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -29,13 +30,20 @@ from cn_clip.eval.metrics.classification import (
     roc_auc,
 )
 from cn_clip.files import MAX_TEXT, lines_of, read_file
-from cn_clip.outputs import claim, own_file, starts_with
+from cn_clip.outputs import claim, own_file, reads_as
 from cn_clip.topk import checked_vectors
+from cn_clip.translation import _
 from cn_clip.zeroshot import label_embeddings, softmax
 
 # The official script's logit scale, independent of the model's. The submitted probabilities, and so
 # mAP and AUC on ELEVATER's server, depend on it.
 LOGIT_SCALE = 100.0
+# The start of what ``submission`` returns, as JSON.
+_SUBMISSION = re.compile(
+    rb'\{"model_name": "CN-CLIP-(?:[^"\\]|\\.)*", "dataset_name": "(?:[^"\\]|\\.)*", '
+    rb'"num_trainable_params": 0, "num_params": (\d+), "num_visual_params": \d+, '
+    rb'"num_backbone_params": \1, "n_shot": 0, "rnd_seeds": \[123\], "predictions": \[\[\['
+)
 _IMAGE_CHUNK = 256
 _LABEL_CHUNK = 64
 
@@ -105,23 +113,41 @@ def read_templates(name_or_path: str) -> list[str]:
         try:
             raw = read_file(name_or_path, MAX_TEXT)
         except OSError as error:
-            raise UsageError(f"{name_or_path} cannot be read: {error.strerror}") from None
+            raise UsageError(
+                _(
+                    "{name_or_path} cannot be read: {reason}",
+                    name_or_path=name_or_path,
+                    reason=error.strerror,
+                )
+            ) from None
     else:
-        raise UnknownNameError("templates", name_or_path, [*names, "or the path of a file"])
+        raise UnknownNameError(_("templates"), name_or_path, [*names, _("or the path of a file")])
     try:
         lines = [(n, line.strip()) for n, line in enumerate(lines_of(raw), 1) if line.strip()]
     except UnicodeDecodeError as error:
         raise UsageError(
-            f"{name_or_path} is not UTF-8 (byte {error.start}); save it as UTF-8"
+            _(
+                "{name_or_path} is not UTF-8 (byte {position}); save it as UTF-8",
+                name_or_path=name_or_path,
+                position=error.start,
+            )
         ) from None
     for number, line in lines:
         if "{}" not in line:
             raise UsageError(
-                f"{name_or_path}, line {number}: {line!r:.60} has no {{}}; add it for the label"
+                _(
+                    "{name_or_path}, line {number}: {line!r:.60} has no {{}}; add it for the label",
+                    name_or_path=name_or_path,
+                    number=number,
+                    line=line,
+                )
             )
     if not lines:
         raise UsageError(
-            f"{name_or_path} has no template; write one per line, with {{}} for the label"
+            _(
+                "{name_or_path} has no template; write one per line, with {{}} for the label",
+                name_or_path=name_or_path,
+            )
         )
     return [line for _, line in lines]
 
@@ -154,13 +180,21 @@ def evaluate_zeroshot(
     for start in range(0, len(data.images), _IMAGE_CHUNK):
         chunk = data.images[start : start + _IMAGE_CHUNK]
         images, errors = embedder.embed_readable(chunk)
-        cosines = checked_vectors(images, f"images from {chunk[0]} on") @ prototypes.T  # (B, M)
+        cosines = (
+            checked_vectors(images, _("images from {first} on", first=chunk[0])) @ prototypes.T
+        )  # (B, M)
         rows.append(softmax(LOGIT_SCALE * cosines))
         readable += [start + n for n in range(len(chunk)) if n not in errors]
         failed += [str(error) for error in errors.values()]
-        tick("classifying images", start + len(chunk), len(data.images))
+        tick(_("classifying images"), start + len(chunk), len(data.images))
     if not readable:
-        raise DataError(f"none of the {len(data.images):,} images is readable; {failed[0]}")
+        raise DataError(
+            _(
+                "none of the {image_count:,} images is readable; {failed}",
+                image_count=len(data.images),
+                failed=failed[0],
+            )
+        )
     probabilities, truth = np.concatenate(rows), data.truth[readable]
     ranks = ranks_of_truth(probabilities, truth)
     per_class = mean_per_class(probabilities, truth)
@@ -192,7 +226,7 @@ def claim_submission(out: str | Path, *, inputs: Iterable[str | Path] = ()) -> P
     Raises:
         UsageError: see ``outputs.claim``.
     """
-    own = own_file("eval zeroshot", starts_with(b'{"model_name": "CN-CLIP-'))
+    own = own_file("eval zeroshot", reads_as(_SUBMISSION, b"]]]}"))
     return claim(out, own, option="--submission", inputs=inputs)
 
 
@@ -221,8 +255,12 @@ def submission(
     """
     if scores.failed:
         raise DataError(
-            f"a submission needs all images, but {len(scores.failed):,} are unreadable; the first: "
-            f"{scores.failed[0]}"
+            _(
+                "a submission needs all images, but {failed_count:,} are unreadable; the first: "
+                "{failed}",
+                failed_count=len(scores.failed),
+                failed=scores.failed[0],
+            )
         )
     rows = scores.probabilities if data.order is None else scores.probabilities[data.order]
     return {
@@ -245,5 +283,5 @@ def _prototypes(
     for start in range(0, len(labels), _LABEL_CHUNK):
         chunk = labels[start : start + _LABEL_CHUNK]
         rows.append(label_embeddings(embedder, chunk, templates))
-        tick("embedding labels", start + len(chunk), len(labels))
+        tick(_("embedding labels"), start + len(chunk), len(labels))
     return np.concatenate(rows)

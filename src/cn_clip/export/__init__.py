@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import numpy as np
 from PIL import Image
@@ -29,16 +29,26 @@ from cn_clip.backends.torch import TorchBackend
 from cn_clip.config import ModelConfig
 from cn_clip.embedder import Embedder, load, locate
 from cn_clip.errors import CheckpointError, UsageError
+from cn_clip.export import coreml, tensorrt
 from cn_clip.export.calibration import Calibration, calibration_of
 from cn_clip.export.convert import convert_graphs
 from cn_clip.export.graphs import OPSET, write_graphs
 from cn_clip.export.parity import REQUIRED_COSINE, Parity, Reference
-from cn_clip.export.sample import embedded_sample, golden_sample
 from cn_clip.fingerprint import Fingerprint, derived
 from cn_clip.image.decode import ImageInput
 from cn_clip.outputs import atomic_folder, claim, entries, own_folder
+from cn_clip.publish import map_write_errors
+from cn_clip.sample import embedded_sample, golden_sample
+from cn_clip.translation import _
 from cn_clip.weights.folder_config import preprocessor_config
 
+Format = Literal["onnx", "openvino", "tensorrt", "coreml"]
+"""What is written. The last two come with ONNX graphs, which are verified in their place."""
+
+_NEVER_RUN: dict[Format, str] = {
+    "tensorrt": f"{tensorrt.FOLDER}/{tensorrt.SCRIPT}, which builds the TensorRT engines",
+    "coreml": f"the Core ML models in {coreml.FOLDER}",
+}
 _TOKENIZER = "tokenizer.json"
 _TOKENIZER_CONFIG = {  # of transformers and transformers.js
     "tokenizer_class": "PreTrainedTokenizerFast",
@@ -52,23 +62,38 @@ _TOKENIZER_CONFIG = {  # of transformers and transformers.js
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """An export that was written; ``bytes`` is the size of its files."""
+    """An export that was written.
+
+    Attributes:
+        model: name of the original.
+        out: the folder.
+        format: what was asked for.
+        runtime: of the graphs that were verified.
+        precision: of the stored weights.
+        fingerprint: identifies the embeddings of the graphs.
+        derived_from: fingerprint of the float32 original.
+        bytes: size of all files.
+        parity: agreement of the graphs with the original.
+        never_run: what else was written, and neither run nor verified; None if nothing.
+    """
 
     model: str
     out: str
+    format: Format
     runtime: Runtime
     precision: GraphPrecision
     fingerprint: str
     derived_from: str
     bytes: int
     parity: Parity
+    never_run: str | None
 
 
 def export(
     model: str | os.PathLike[str] = "mini",
     out: str | os.PathLike[str] | None = None,
     *,
-    to: Runtime = "onnx",
+    to: Format = "onnx",
     precision: GraphPrecision = "float32",
     images: Iterable[ImageInput] = (),
     texts: Iterable[str] = (),
@@ -85,7 +110,9 @@ def export(
         model: as for ``cn_clip.load``; not an export.
         out: the folder; without it, the place in the cache folder where
             ``cn_clip.load(model, backend=...)`` looks.
-        to: the format of the graphs.
+        to: the format of the graphs. ``"tensorrt"`` is ONNX with a script that builds engines,
+            ``"coreml"`` is ONNX with Core ML models beside it; the ONNX graphs are verified, the
+            rest is not run.
         precision: of the stored weights. ``"int8"`` computes in int8 too.
         images: compared besides the sample in the package. int8 is calibrated on them instead of
             the sample.
@@ -100,46 +127,64 @@ def export(
         CheckpointError: the model cannot be exported, or the export differs from the original.
     """
     for option, value, known in (
-        ("format", to, get_args(Runtime)),
+        ("format", to, get_args(Format)),
         ("precision", precision, get_args(GraphPrecision)),
     ):
         if value not in known:
-            raise UsageError(f"unknown {option} {value!r}; available: {', '.join(known)}")
+            raise UsageError(
+                _(
+                    "unknown {option} {value!r}; available: {known}",
+                    option=option,
+                    value=value,
+                    known=", ".join(known),
+                )
+            )
+    _check_format(to, precision, out)
+    runtime: Runtime = "openvino" if to == "openvino" else "onnx"
     path = locate(model)
     if out is None:
-        target, overwrite = cached_export(path, to, precision), True
+        target, overwrite = cached_export(path, runtime, precision), True
     else:
         target = Path(out)
-    check_alpha(smooth_quant_alpha, to, precision)
-    target = claim(target, own_folder("export"), kind="folder", inputs=[path], overwrite=overwrite)
+    check_alpha(smooth_quant_alpha, runtime, precision)
     images, texts = list(images), list(texts)
+    inputs = [path, *(image for image in images if isinstance(image, str | os.PathLike))]
+    own = own_folder("export")
+    target = claim(target, own, kind="folder", inputs=inputs, overwrite=overwrite)
     original = load(model, backend="torch", device="cpu", precision="float32")
     sample = embedded_sample()
     calibration = calibration_of(original, images, texts) if precision == "int8" else None
     reference = Reference(original, [*sample.images, *images], [*sample.texts, *texts])
     graphs = graph_names(target.name, precision, official_names)
-    with atomic_folder(target, "export") as folder:
+    with map_write_errors(target), atomic_folder(target, "export") as folder:
         backend = original.backend
         assert isinstance(backend, TorchBackend)
         write_graphs(backend.model, folder, *graphs)
         exported = finish_export(
-            original, folder, to, precision, graphs, calibration, smooth_quant_alpha
+            original, folder, runtime, precision, graphs, calibration, smooth_quant_alpha, to
         )
         parity = reference.compare(as_embedder(folder, exported, original.config))
         if not parity.smallest_cosine >= REQUIRED_COSINE[precision]:
             raise CheckpointError(
-                f"{target} was not written: the smallest cosine to the original is "
-                f"{parity.smallest_cosine:.6f}, {REQUIRED_COSINE[precision]} is required"
+                _(
+                    "{target} was not written: the smallest cosine to the original is "
+                    "{smallest_cosine:.6f}, {required_cosine} is required",
+                    target=target,
+                    smallest_cosine=parity.smallest_cosine,
+                    required_cosine=REQUIRED_COSINE[precision],
+                )
             )
     return ExportResult(
         model=original.name,
         out=str(target),
-        runtime=to,
+        format=to,
+        runtime=runtime,
         precision=precision,
         fingerprint=exported.fingerprint,
         derived_from=exported.derived_from,
         bytes=sum(file.bytes for file in exported.files.values()),
         parity=parity,
+        never_run=_NEVER_RUN.get(to),
     )
 
 
@@ -148,9 +193,31 @@ def check_alpha(alpha: float | None, to: Runtime, precision: GraphPrecision | No
     if alpha is None:
         return
     if to != "openvino" or precision not in ("int8", None):
-        raise UsageError("only int8 in OpenVINO uses SmoothQuant; drop its alpha")
+        raise UsageError(_("only int8 in OpenVINO uses SmoothQuant; drop its alpha"))
     if not (0 <= alpha <= 1 or alpha == -1):
-        raise UsageError(f"the alpha {alpha} of SmoothQuant is not from 0 to 1, nor -1 for off")
+        raise UsageError(
+            _("the alpha {alpha} of SmoothQuant is not from 0 to 1, nor -1 for off", alpha=alpha)
+        )
+
+
+def _check_format(to: Format, precision: str, out: object) -> None:
+    """Check the options of a format that is only written."""
+    if to not in _NEVER_RUN:
+        return
+    if out is None:
+        raise UsageError(
+            _("--to {to} writes files for another machine; give a folder with --out", to=to)
+        )
+    if precision == "int8":
+        raise UsageError(
+            _(
+                "--to {to} has no precision 'int8': its own tools quantise; give float32 or "
+                "float16",
+                to=to,
+            )
+        )
+    if to == "coreml":
+        coreml.check_coremltools()
 
 
 def finish_export(
@@ -161,11 +228,18 @@ def finish_export(
     graphs: tuple[Graph, Graph],
     calibration: Calibration | None,
     smooth_quant_alpha: float | None,
+    to: Format | None = None,
 ) -> Exported:
     """Turn a folder with float32 ONNX graphs into an export: convert them, add all other files."""
     image, text = convert_graphs(
         folder, graphs, runtime, precision, original.config, calibration, smooth_quant_alpha
     )
+    backend = original.backend
+    assert isinstance(backend, TorchBackend)
+    if to == "tensorrt":
+        tensorrt.write_tensorrt(folder / tensorrt.FOLDER, original.config, image, text, precision)
+    elif to == "coreml":
+        coreml.write_coreml(backend.model, folder / coreml.FOLDER, precision)
     original.tokenizer.save(folder / _TOKENIZER, original.context_length)
     _write_json(
         folder / "tokenizer_config.json",

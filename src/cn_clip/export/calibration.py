@@ -13,8 +13,9 @@ from cn_clip.backends.pipeline import PreparedImage, unit_length
 from cn_clip.config import ModelConfig
 from cn_clip.embedder import Embedder
 from cn_clip.errors import UsageError
-from cn_clip.export.sample import embedded_sample
 from cn_clip.image.decode import ImageInput, normalize
+from cn_clip.sample import embedded_sample
+from cn_clip.translation import _
 
 MIN_IMAGES = 32
 _MAX_IMAGES = 300  # as NNCF's default; further ones hardly change the ranges
@@ -47,8 +48,12 @@ def calibration_of(
     sample = embedded_sample()
     if 0 < len(images) < MIN_IMAGES:
         raise UsageError(
-            f"int8 is calibrated on at least {MIN_IMAGES} images, {len(images)} were given; give "
-            "more, or none for the sample in the package"
+            _(
+                "int8 is calibrated on at least {least} images, {given} were given; give more, or "
+                "none for the sample in the package",
+                least=MIN_IMAGES,
+                given=len(images),
+            )
         )
     used = evenly(list(images) or sample.images, _MAX_IMAGES)
     ids = original.prepare_texts(evenly([*sample.texts, *texts], _MAX_IMAGES))

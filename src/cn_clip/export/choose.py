@@ -27,9 +27,10 @@ from cn_clip.export import (
 from cn_clip.export.calibration import calibration_of
 from cn_clip.export.graphs import write_graphs
 from cn_clip.export.parity import REQUIRED_COSINE, Parity, Reference
-from cn_clip.export.sample import embedded_sample
 from cn_clip.export.scored_set import ScoredSet
 from cn_clip.outputs import claim, own_folder
+from cn_clip.sample import embedded_sample
+from cn_clip.translation import _
 
 _IMAGES, _ROUNDS = 16, 7  # of the measurement of speed
 _NOISE = 0.03  # speeds that differ by less are equal; the smaller export is taken
@@ -122,9 +123,18 @@ def export_fastest(
         CheckpointError: the model cannot be exported.
     """
     if to not in get_args(Runtime):
-        raise UsageError(f"unknown format {to!r}; available: {', '.join(get_args(Runtime))}")
+        raise UsageError(
+            _(
+                "unknown {option} {value!r}; available: {known}",
+                option="format",
+                value=to,
+                known=", ".join(get_args(Runtime)),
+            )
+        )
     if not max_recall_drop >= 0:
-        raise UsageError(f"a recall drop of {max_recall_drop} points; give a number of at least 0")
+        raise UsageError(
+            _("a recall drop of {drop} points; give a number of at least 0", drop=max_recall_drop)
+        )
     check_alpha(smooth_quant_alpha, to, None)
     path = locate(model)
     beside = cache_folder() / "exports"
@@ -147,8 +157,14 @@ def export_fastest(
     chosen = pick(trials)
     if chosen is None:
         raise CheckpointError(
-            f"no precision of {model} in {to} is close enough to the original; the smallest cosine "
-            f"of {trials[0].precision} is {trials[0].parity.smallest_cosine:.6f}"
+            _(
+                "no precision of {model} in {format} is close enough to the original; the smallest "
+                "cosine of {precision} is {cosine:.6f}",
+                model=model,
+                format=to,
+                precision=trials[0].precision,
+                cosine=trials[0].parity.smallest_cosine,
+            )
         )
     result = export(
         model,
@@ -245,7 +261,7 @@ def _speeds(embedders: Sequence[Embedder], original: Embedder) -> list[tuple[flo
     images = [original.prepare_image(image) for image in sample.images[:_IMAGES]]
     ids = original.prepare_texts(sample.texts)
     seconds = [(float("inf"), float("inf"))] * len(embedders)
-    for _ in range(_ROUNDS):
+    for _round in range(_ROUNDS):
         for n, embedder in enumerate(embedders):
             start = time.perf_counter()
             embedder.embed_prepared_images(images)

@@ -15,6 +15,7 @@ from cn_clip.eval.dataset import EvalSet, eval_set_of
 from cn_clip.eval.labelled import LABELS, LabelledImages, read_labelled
 from cn_clip.eval.retrieval import measure
 from cn_clip.eval.zeroshot import DatasetInfo, datasets, evaluate_zeroshot, read_templates
+from cn_clip.translation import _
 
 
 class ScoredSet:
@@ -59,8 +60,12 @@ class ScoredSet:
         both = [path for path in images if _digest(path.read_bytes()) in hashes]
         if both:
             raise UsageError(
-                f"{len(both):,} of the images for calibration are in the evaluation set, such as "
-                f"{both[0]}; give others, or none for the sample in the package"
+                _(
+                    "{count:,} of the images for calibration are in the evaluation set, such as "
+                    "{path}; give others, or none for the sample in the package",
+                    count=len(both),
+                    path=both[0],
+                )
             )
 
     def _contents(self) -> Iterator[bytes]:

@@ -22,16 +22,17 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from cn_clip import files
 from cn_clip.config import CLIP_MEAN, CLIP_STD
 from cn_clip.errors import ImageError, UsageError
-from cn_clip.files import as_path, find, skipped_files, walk
+from cn_clip.files import as_path, find, of_suffixes, skipped_files, walk
 from cn_clip.image.limits import (
     MAX_DECODED,
-    MAX_FILE,
+    MAX_ENCODED,
     MemoryBudget,
     check_file,
     check_opened,
     decoding_bytes,
 )
 from cn_clip.image.modes import depth_of, from_array, strips, to_eight_bits
+from cn_clip.translation import _
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -114,13 +115,15 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     """
     name = str(path)
     if name.startswith(("http://", "https://")):
-        raise ImageError(f"{name} is a URL; download the image and give its path")
+        raise ImageError(_("{name} is a URL; download the image and give its path", name=name))
     if not name.strip():
-        raise ImageError("the path of an image is empty; give the path of a file")
+        raise ImageError(_("the path of an image is empty; give the path of a file"))
     if name.startswith("data:"):
-        raise ImageError(f"{name} is not a path; decode the base64 of the data: URI first")
+        raise ImageError(
+            _("{name} is not a path; decode the base64 of the data: URI first", name=name)
+        )
     try:
-        return files.read_file(path, MAX_FILE)
+        return files.read_file(path, MAX_ENCODED)
     except (OSError, ValueError) as error:
         raise ImageError(_unreadable(name, error)) from None
 
@@ -162,7 +165,7 @@ def find_images(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
     images: dict[Path, None] = {}  # an ordered set
     for given in paths:
         if not str(given).strip():
-            raise ImageError("a path is empty; give a file, a folder or a glob")
+            raise ImageError(_("a path is empty; give a file, a folder or a glob"))
         try:
             path = as_path(given)
         except UsageError as error:
@@ -171,12 +174,21 @@ def find_images(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
         if not inside and path.is_dir():
             raise ImageError(
                 "; ".join(
-                    [f"the folder {str(given)!r} holds no image ({', '.join(SUFFIXES)})", *notes]
+                    [
+                        _(
+                            "the folder {given!r} holds no image ({suffixes})",
+                            given=str(given),
+                            suffixes=", ".join(SUFFIXES),
+                        ),
+                        *notes,
+                    ]
                 )
             )
         if not inside:
             raise ImageError(
-                "; ".join([f"no such file, folder or glob match: {str(given)!r}", *notes])
+                "; ".join(
+                    [_("no such file, folder or glob match: {given!r}", given=str(given)), *notes]
+                )
             )
         for note in notes:
             warnings.warn(note, stacklevel=2)
@@ -189,8 +201,8 @@ def describe(source: Any) -> str:
     if isinstance(source, str | os.PathLike):
         return str(source)
     if isinstance(source, bytes | bytearray):
-        return f"image of {len(source):,} bytes"
-    return f"{type(source).__name__} image"
+        return _("image of {size:,} bytes", size=len(source))
+    return _("{source_type} image", source_type=type(source).__name__)
 
 
 def _expand(path: Path) -> tuple[list[Path], list[str]]:
@@ -204,7 +216,7 @@ def _expand(path: Path) -> tuple[list[Path], list[str]]:
     else:
         files = [match for match in find(str(path)) if match.suffix or match.is_file()]
     skipped = skipped_files(files, SUFFIXES, path)
-    return [file for file in files if file.suffix.lower() in SUFFIXES], [
+    return of_suffixes(files, SUFFIXES), [
         *notes,
         *([skipped] if skipped else []),
     ]
@@ -222,7 +234,10 @@ def _open_image(source: ImageInput, name: str) -> Image.Image:
         content = read_file(source)
     else:
         raise ImageError(
-            f"{source!r:.60} is not an image; give a path, bytes, a PIL image or a uint8 array"
+            _(
+                "{source!r:.60} is not an image; give a path, bytes, a PIL image or a uint8 array",
+                source=source,
+            )
         )
     check_file(content, name)
     with _map_decode_errors(name):
@@ -231,29 +246,50 @@ def _open_image(source: ImageInput, name: str) -> Image.Image:
         except Image.DecompressionBombError as error:
             claimed = re.search(r"\d+", str(error))
             raise ImageError(
-                f"{name} claims {int(claimed[0]) if claimed else 0:,} pixels, above all limits; "
-                "make it smaller first"
+                _(
+                    "{name} claims {pixels:,} pixels, above all limits; make it smaller first",
+                    name=name,
+                    pixels=int(claimed[0]) if claimed else 0,
+                )
             ) from None
         except UnidentifiedImageError:
             if _BASE64.match(content[:256].decode("latin-1")):
-                raise ImageError(f"{name} is base64; decode it first") from None
+                raise ImageError(_("{name} is base64; decode it first", name=name)) from None
             raise ImageError(
-                f"{name} is not an image in a known format ({', '.join(FORMATS)}); convert it first"
+                _(
+                    "{name} is not an image in a known format ({formats}); convert it first",
+                    name=name,
+                    formats=", ".join(FORMATS),
+                )
             ) from None
         check_opened(image, content, name)
     return image
 
 
 def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
-    size = f"{name} has {image.width} x {image.height} pixels"
+    size = _(
+        "{name} has {width} x {height} pixels", name=name, width=image.width, height=image.height
+    )
     if not image.width * image.height:
-        raise ImageError(f"{size}: it is empty; replace it")
+        raise ImageError(_("{size}: it is empty; replace it", size=size))
     if image.width * image.height > max_pixels:
-        raise ImageError(f"{size}, above the limit of {max_pixels:,}; make it smaller first")
+        raise ImageError(
+            _(
+                "{size}, above the limit of {max_pixels:,}; make it smaller first",
+                size=size,
+                max_pixels=max_pixels,
+            )
+        )
     if (needed := decoding_bytes(image)) > MAX_DECODED:
         raise ImageError(
-            f"{size}, which take {needed:,} bytes to decode as {image.format or image.mode}, above "
-            f"the limit of {MAX_DECODED:,}; make it smaller, or convert it to JPEG, first"
+            _(
+                "{size}, which take {needed:,} bytes to decode as {format}, above the limit of "
+                "{limit:,}; make it smaller, or convert it to JPEG, first",
+                size=size,
+                needed=needed,
+                format=image.format or image.mode,
+                limit=MAX_DECODED,
+            )
         )
 
 
@@ -292,22 +328,24 @@ def _map_decode_errors(name: str) -> Iterator[None]:
         raise
     except MemoryError:
         raise ImageError(
-            f"{name} needs more memory than available; make it smaller first"
+            _("{name} needs more memory than available; make it smaller first", name=name)
         ) from None
     except Exception as error:
         reason = str(error) or type(error).__name__
-        raise ImageError(f"{name} is damaged ({reason}); replace the file") from error
+        raise ImageError(
+            _("{name} is damaged ({reason}); replace the file", name=name, reason=reason)
+        ) from error
 
 
 def _unreadable(name: str, error: OSError | ValueError) -> str:
     """Return why a path cannot be read; a common mistake is base64 instead of a path."""
     too_long = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
     if _BASE64.match(name) or (too_long and re.fullmatch(r"[A-Za-z0-9+/=_\s-]+", name)):
-        return f"{name} is not a path but base64; decode it first"
+        return _("{name} is not a path but base64; decode it first", name=name)
     if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return f"no such file: {name}"
+        return _("no such file: {name}", name=name)
     reason = error.strerror if isinstance(error, OSError) else error
-    return f"{name} cannot be read: {reason}"
+    return _("{name} cannot be read: {reason}", name=name, reason=reason)
 
 
 def _flatten(image: Image.Image, background: str) -> Image.Image:

@@ -16,9 +16,11 @@ from contextlib import contextmanager
 from PIL import Image
 
 from cn_clip.errors import ImageError
+from cn_clip.translation import _
 
 MAX_DECODED = 2**30  # bytes of all decoders of a process at once
-MAX_FILE = 600_000_000  # bytes of a file; uncompressed RGBA of the most pixels is 537 MB
+MAX_ENCODED = 600_000_000  # bytes of a file or record; uncompressed RGBA of MAX_PIXELS is 537 MB
+MAX_BASE64 = MAX_ENCODED // 3 * 4 + 1024  # characters of its base64, with an id or a prefix
 
 # Peak bytes per pixel, measured with Pillow 13. WebP keeps two canvases, the frame and the image;
 # libtiff a strip and the image. 8: the image and one copy (rotated, or on a background).
@@ -47,12 +49,21 @@ def check_file(content: bytes, name: str) -> None:
     """Check for structures that slow down a parser before it knows the image size.
 
     Raises:
-        ImageError: there are more of them than in any ordinary file.
+        ImageError: there are more of them than in any ordinary file, or the file is too large.
     """
+    if len(content) > MAX_ENCODED:
+        limit = _("above the limit of {limit:,} bytes", limit=MAX_ENCODED)
+        raise ImageError(_("{name} is {limit}; make it smaller first", name=name, limit=limit))
     for magic, check in _CHECKS:
         if content.startswith(magic):
             if (problem := check(content)) is not None:
-                raise ImageError(f"{name} {problem}; save it again with an image editor")
+                raise ImageError(
+                    _(
+                        "{name} {problem}; save it again with an image editor",
+                        name=name,
+                        problem=problem,
+                    )
+                )
             return
 
 
@@ -65,16 +76,18 @@ def check_opened(image: Image.Image, content: bytes, name: str) -> None:
     problem = None
     pixels = image.width * image.height
     if len(image.info.get("exif", b"")) > _MAX_EXIF:
-        problem = f"holds {len(image.info['exif']):,} bytes of EXIF data"
+        problem = _("holds {size:,} bytes of EXIF data", size=len(image.info["exif"]))
     elif image.format == "BMP" and len(content) > _MAX_RLE:
         if any(tile.codec_name == "bmp_rle" for tile in getattr(image, "tile", ())):
-            problem = f"is a run-length encoded BMP of {len(content):,} bytes"
+            problem = _("is a run-length encoded BMP of {size:,} bytes", size=len(content))
     elif image.format in ("JPEG", "MPO") and content.count(b"\xff\xda") > 16:
         scans = _scans(content)
         if scans * pixels > _MAX_SCANNED or scans > 4 * _MAX_SEGMENTS:
-            problem = f"has {scans:,} scans over {pixels:,} pixels"
+            problem = _("has {scans:,} scans over {pixels:,} pixels", scans=scans, pixels=pixels)
     if problem is not None:
-        raise ImageError(f"{name} {problem}; save it again with an image editor")
+        raise ImageError(
+            _("{name} {problem}; save it again with an image editor", name=name, problem=problem)
+        )
 
 
 def decoding_bytes(image: Image.Image) -> int:
@@ -140,11 +153,11 @@ def _jpeg(content: bytes) -> str | None:
             junk += end - at - 1
         segments += 1
         if junk > _MAX_JUNK:
-            return "has a JPEG header with more than a megabyte of junk between its segments"
+            return _("has a JPEG header with more than a megabyte of junk between its segments")
         if segments > _MAX_SEGMENTS:
-            return f"has a JPEG header of more than {_MAX_SEGMENTS:,} segments"
+            return _("has a JPEG header of more than {limit:,} segments", limit=_MAX_SEGMENTS)
         if at > _MAX_HEADER:
-            return f"has a JPEG header of more than {_MAX_HEADER:,} bytes"
+            return _("has a JPEG header of more than {limit:,} bytes", limit=_MAX_HEADER)
         if end >= len(content) or content[end] in (0xDA, 0xD9):
             return None
         alone = content[end] in (0x00, 0x01) or 0xD0 <= content[end] <= 0xD8
@@ -174,7 +187,7 @@ def _png(content: bytes) -> str | None:
         at += 12 + int.from_bytes(content[at : at + 4], "big")
         chunks += 1
         if chunks > _MAX_CHUNKS:
-            return f"has more than {_MAX_CHUNKS:,} PNG chunks"
+            return _("has more than {limit:,} PNG chunks", limit=_MAX_CHUNKS)
     return None
 
 
@@ -189,7 +202,7 @@ def _gif(content: bytes) -> str | None:
             at += 1 + content[at]
         at += 1
         if at - begin > _MAX_COMMENTS:
-            return "has more than two megabytes of comments before its first frame"
+            return _("has more than two megabytes of comments before its first frame")
     return None
 
 
@@ -201,12 +214,12 @@ def _tiff(content: bytes) -> str | None:
         (at,) = struct.unpack_from(order + ("Q" if big else "L"), content, 8 if big else 4)
         (tags,) = struct.unpack_from(order + head, content, at)
         if tags > _MAX_TAGS:
-            return f"has a TIFF directory of {tags:,} tags"
+            return _("has a TIFF directory of {tags:,} tags", tags=tags)
         at += struct.calcsize(order + head)
         for number in range(tags):
             tag, kind, count = struct.unpack_from(order + entry, content, at + size * number)
             if kind not in _BYTE_TYPES and count > _MAX_ENTRIES:
-                return f"has {count:,} values of TIFF tag {tag}"
+                return _("has {count:,} values of TIFF tag {tag}", count=count, tag=tag)
     except struct.error:
         return None  # cut short: Pillow names it
     return None

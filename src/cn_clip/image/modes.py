@@ -14,6 +14,7 @@ import numpy.typing as npt
 from PIL import Image, ImageCms
 
 from cn_clip.errors import ImageError
+from cn_clip.translation import N_, _, translate
 
 DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")  # more than 8 bits a pixel, one channel
 _EIGHT_BIT = ("1", "L", "P", "LA", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
@@ -59,7 +60,9 @@ def to_eight_bits(image: Image.Image, name: str, depth: Depth) -> Image.Image:
         return converted
     unpremultiplied = {"La": "LA", "RGBa": "RGBA"}.get(image.mode)
     if unpremultiplied is None:
-        raise ImageError(f"{name} has mode {image.mode}; convert it to RGB first")
+        raise ImageError(
+            _("{name} has mode {mode}; convert it to RGB first", name=name, mode=image.mode)
+        )
     return image.convert(unpremultiplied)
 
 
@@ -73,9 +76,15 @@ def from_array(array: npt.NDArray[Any]) -> Image.Image:
         ImageError: the shape, dtype or value range is not supported.
     """
     shape_fits = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
-    name = f"an array of dtype {array.dtype} and shape {array.shape}"
+    name = _("an array of dtype {dtype} and shape {shape}", dtype=array.dtype, shape=array.shape)
     if not shape_fits or not array.size or array.dtype.kind not in "buf":
-        raise ImageError(f"{name} is not an image; expected {_EXPECTED}")
+        raise ImageError(
+            _(
+                "{name} is not an image; expected {expected}",
+                name=name,
+                expected=translate(_EXPECTED),
+            )
+        )
     if array.dtype == np.uint8:
         return Image.fromarray(array)
     if array.dtype == bool:
@@ -83,18 +92,24 @@ def from_array(array: npt.NDArray[Any]) -> Image.Image:
     if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # of either byte order
         return Image.fromarray(_scaled(array, _SIXTEEN))
     if array.dtype.kind != "f":
-        raise ImageError(f"{name} is not an image; expected {_EXPECTED}")
+        raise ImageError(
+            _(
+                "{name} is not an image; expected {expected}",
+                name=name,
+                expected=translate(_EXPECTED),
+            )
+        )
     _check_unit(name, float(array.min()), float(array.max()))
     return Image.fromarray(_unit_scaled(array))
 
 
-_EXPECTED = "uint8, uint16, bool, or float in 0 to 1, of shape (H, W), (H, W, 3) or (H, W, 4)"
+_EXPECTED = N_("uint8, uint16, bool, or float in 0 to 1, of shape (H, W), (H, W, 3) or (H, W, 4)")
 
 
 def _grey(image: Image.Image, name: str, depth: Depth) -> Image.Image:
     low, high = _range(image)
     if image.mode == "F":
-        _check_unit(f"{name}, of mode F (float),", low, high)
+        _check_unit(_("{name}, of mode F (float),", name=name), low, high)
     top = _SIXTEEN if image.mode != "I" else _white_level(name, low, high, depth)
     if depth.bits == 12 and high < 4096:
         top = 4095
@@ -123,25 +138,35 @@ def _white_level(name: str, low: float, high: float, depth: Depth) -> int:
     sixteen = depth.bits == 16 or high > 255 or high == 0
     if low < 0 or high > _SIXTEEN or not sixteen:
         raise ImageError(
-            f"{name}, of mode I (32-bit integers), holds values from {low:.0f} to {high:.0f}, "
-            "which does not define white; convert it to 8 bits (mode L) first"
+            _(
+                "{name}, of mode I (32-bit integers), holds values from {low:.0f} to {high:.0f}, "
+                "which does not define white; convert it to 8 bits (mode L) first",
+                name=name,
+                low=low,
+                high=high,
+            )
         )
     return _SIXTEEN
 
 
 def _check_unit(name: str, low: float, high: float) -> None:
     if np.isnan(low) or np.isnan(high) or np.isinf(low) or np.isinf(high):
-        raise ImageError(f"{name} holds NaN or infinite values; replace them first")
+        raise ImageError(_("{name} holds NaN or infinite values; replace them first", name=name))
     if low < 0 or high > 1:
         raise ImageError(
-            f"{name} holds values from {low:.6g} to {high:.6g}; scale them to 0 to 1, or convert "
-            "them to 8 bits, first"
+            _(
+                "{name} holds values from {low:.6g} to {high:.6g}; scale them to 0 to 1, or "
+                "convert them to 8 bits, first",
+                name=name,
+                low=low,
+                high=high,
+            )
         )
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[int, npt.NDArray[Any]]]:
     """Yield (first row, rows) of an image in strips: one array of all rows would be large."""
-    for _, upper, _, lower in strips(image.size):
+    for _unused, upper, _unused, lower in strips(image.size):
         yield upper, np.asarray(image.crop((0, upper, image.width, lower)))
 
 

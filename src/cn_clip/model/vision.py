@@ -84,29 +84,24 @@ class VisionTransformer(nn.Module):
         """Recompute activations in the backward pass, to save memory."""
         self.grad_checkpointing = enable
 
-    def forward(
-        self, images: Tensor, mask_ratio: float = 0.0, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def forward(self, images: Tensor, mask_ratio: float = 0.0) -> Tensor:
         x = self.conv1(images).flatten(2).transpose(1, 2)  # (B, N, D)
         x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
         x = x + self.positional_embedding.to(x.dtype)  # (B, 1 + N, D)
         if mask_ratio:
-            x = keep_random_patches(x, mask_ratio, generator)  # (B, 1 + kept, D)
+            x = keep_random_patches(x, mask_ratio)  # (B, 1 + kept, D)
         recompute = self.grad_checkpointing and self.training
         x = run_blocks(self.transformer.resblocks, self.ln_pre(x), recompute=recompute)
         return self.ln_post(x[:, 0]) @ self.proj  # type: ignore[no-any-return]
 
 
-def keep_random_patches(
-    x: Tensor, mask_ratio: float, generator: torch.Generator | None = None
-) -> Tensor:
+def keep_random_patches(x: Tensor, mask_ratio: float) -> Tensor:
     """Keep the class token and a random ``1 - mask_ratio`` of the patches (FLIP, section 3).
 
     (B, 1 + N, D) to (B, 1 + int(N * (1 - mask_ratio)), D). Each image drops its own patches.
-    ``generator`` must be on the device of ``x``.
     """
     batch, length, width = x.shape
     kept = int((length - 1) * (1 - mask_ratio))
-    noise = torch.rand(batch, length - 1, device=x.device, generator=generator)
+    noise = torch.rand(batch, length - 1, device=x.device)
     index = noise.argsort(dim=1)[:, :kept, None] + 1  # past the class token
     return torch.cat([x[:, :1], x.gather(1, index.expand(-1, -1, width))], dim=1)

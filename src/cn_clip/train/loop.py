@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
-from cn_clip import distributed, weights
+from cn_clip import distributed
 from cn_clip.data.loading.loader import map_worker_errors
 from cn_clip.data.sources.open import open_mix
 from cn_clip.errors import UsageError
 from cn_clip.eval.dataset import eval_set_of
-from cn_clip.train.batches.batch import LocalBatch, local_batches
-from cn_clip.train.early_stopping import EarlyStopping
-from cn_clip.train.interpolation import mix_stage
+from cn_clip.train.batches.batch import CachedLoader, LocalBatch, local_batches
+from cn_clip.train.model.center import center_texts
 from cn_clip.train.model.freeze import batch_norm_mode
-from cn_clip.train.model.init import initial_model
 from cn_clip.train.optim import clamp_logit_scale, lr_at, set_lr, warmup_steps
 from cn_clip.train.parallel import (
     average_batch_norm,
@@ -30,38 +27,23 @@ from cn_clip.train.parallel import (
 )
 from cn_clip.train.recipe.schema import Recipe
 from cn_clip.train.run.checkpoint import Progress, load_tensors, read_progress, save_state, states
-from cn_clip.train.run.events import (
-    FINAL,
-    EndEvent,
-    ResumedEvent,
-    SavedEvent,
-    StageEvent,
-    StartEvent,
-    StepEvent,
-)
-from cn_clip.train.run.log import Event, Log, read_log
+from cn_clip.train.run.events import ResumedEvent, SavedEvent, StageEvent
+from cn_clip.train.run.log import Event, Log
 from cn_clip.train.run.loss_watchdog import LossWatchdog
-from cn_clip.train.run.report import mixtures, write_report
 from cn_clip.train.run.run_dir import (
     Outcome,
     claim_folders,
     disk_errors_named,
     lock_folder,
     prepare_folder,
-    write_outcome,
 )
 from cn_clip.train.run.signals import InterruptedRun, catch_stop_signals
-from cn_clip.train.scoring import (
-    best_weights,
-    evaluate,
-    evaluate_and_keep_best,
-    keep_embeddings,
-    log_score,
-    stage_finished,
-)
+from cn_clip.train.scoring import evaluate, evaluate_and_keep_best, stage_finished
 from cn_clip.train.stage import Run, Training, set_up
+from cn_clip.train.stage_weights import finish, next_stage, save_start
 from cn_clip.train.step import MixedPrecision, backward
-from cn_clip.train.validation import embed, score, shared_pairs
+from cn_clip.train.step_metrics import StepMetrics, Window, log_step
+from cn_clip.translation import _
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 
@@ -96,7 +78,7 @@ def train(
     """
     if not recipe.data.train:
         raise UsageError(
-            "the recipe has no training data; give --train-data, such as folder:photos"
+            _("the recipe has no training data; give --train-data, such as folder:photos")
         )
     device = pick(recipe.machine)
     folder = Path(recipe.output.folder).expanduser()
@@ -133,15 +115,15 @@ def _run_stages(run: Run) -> Outcome:
     progress, state = _start_or_resume(run)
     while progress.stage < len(run.recipe.stages):
         _run_stage(run, progress, state)
-        progress, state = _next_stage(run, progress), None
-    return _finish(run, progress, time.monotonic() - started)
+        progress, state = next_stage(run, progress), None
+    return finish(run, progress, time.monotonic() - started)
 
 
 def _start_or_resume(run: Run) -> tuple[Progress, Path | None]:
     """Return where the run is, and the state that it resumes from, None at the start."""
     saved = states(run.folder)
     if not saved:
-        _start(run)
+        save_start(run)
         return Progress(), None
     progress, state = read_progress(saved[-1]), saved[-1]
     if progress.scaler:
@@ -150,50 +132,25 @@ def _start_or_resume(run: Run) -> tuple[Progress, Path | None]:
     return progress, state
 
 
-def _start(run: Run) -> None:
-    """Build the initial model and save it in the run's folder."""
-    recipe = run.recipe
-    model, origins = initial_model(recipe.start, recipe.seed)
-    run.log.record(
-        StartEvent(
-            0,
-            recipe=recipe.name,
-            model=model.config.name,
-            parameters=sum(p.numel() for p in model.parameters()),
-            device=str(run.device),
-            processes=distributed.world_size(),
-            pairs=sum(len(part.source) for part in run.mix),
-            origins=[str(origin) for origin in origins],
-        )
-    )
-    if run.validation is not None and distributed.is_main():
-        shared = shared_pairs(run.validation, run.mix)
-        run.warn(
-            "validation pairs are in the training data, so scores will be too high",
-            shared,
-            "shared.txt",
-        )
-    if distributed.is_main():
-        weights.save_weights(model.config, model.state_dict(), run.folder / "start")
-    distributed.barrier()
-
-
 def _run_stage(run: Run, progress: Progress, state: Path | None) -> None:
     """Train one stage to its end, from its start or from a saved state."""
     training = set_up(run, progress)
     if state is not None:
         load_tensors(state, training.tensors())
-        progress.finished = stage_finished(training, progress)  # the stage may be longer now
         if progress.evaluation_pending:
             progress.evaluation_pending = False
             evaluate_and_keep_best(run, training, progress)
+        progress.finished = stage_finished(training, progress)  # the stage may be longer now
     _log_stage(run, training, progress)
     if progress.before is None and progress.total == 0 and run.validation is not None:
         _evaluate_start(run, training, progress)
+    if training.stage.center_texts and progress.step == 0:
+        assert isinstance(training.loader, CachedLoader)
+        center_texts(training.model, training.loader.mean_image())
     watchdog = LossWatchdog(
         training.stage, run.recipe.machine, training.peak_lr, run.recipe.output.stop_at_chance
     )
-    window = _Window()
+    window = Window()
     while not progress.finished:
         if progress.batch >= len(training.loader):  # after a change of batch size or processes
             progress.epoch, progress.batch = progress.epoch + 1, 0
@@ -203,7 +160,7 @@ def _run_stage(run: Run, progress: Progress, state: Path | None) -> None:
             metrics = _train_step(run, training, progress, batch, watchdog)
             if metrics is not None:
                 window.add(metrics.loss, len(batch))
-                _log_step(run, training, progress, metrics, window)
+                log_step(run, training, progress, metrics, window)
             with window.paused():  # only training counts in the pairs per second
                 _evaluate_and_save(run, training, progress)
             if progress.finished:
@@ -214,7 +171,7 @@ def _run_stage(run: Run, progress: Progress, state: Path | None) -> None:
         for reason in of_process
     ]
     file = f"skipped-{training.stage.name}.txt"
-    run.warn("training pairs could not be read", reasons, file, progress.total)
+    run.warn(_("training pairs could not be read"), reasons, file, progress.total)
 
 
 def _log_stage(run: Run, training: Training, progress: Progress) -> None:
@@ -226,10 +183,10 @@ def _log_stage(run: Run, training: Training, progress: Progress) -> None:
             number=progress.stage,
             step=progress.step,
             steps=training.steps,
-            rate=training.peak_lr,
+            lr=training.peak_lr,
             warmup=warmup_steps(training.steps, stage.optimizer),
             batch=stage.global_batch_size,
-            learns=sum(p.numel() for p in training.model.parameters() if p.requires_grad),
+            trainable=sum(p.numel() for p in training.model.parameters() if p.requires_grad),
             batch_norm=batch_norm_mode(training.model),
         )
     )
@@ -240,7 +197,7 @@ def _evaluate_start(run: Run, training: Training, progress: Progress) -> None:
     assert run.validation is not None
     recall = evaluate(run, training, progress)
     run.warn(
-        "validation pairs or images cannot be read, and are left out",
+        _("validation pairs or images cannot be read, and are left out"),
         run.validation.skipped,
         "unread.txt",
     )
@@ -249,16 +206,9 @@ def _evaluate_start(run: Run, training: Training, progress: Progress) -> None:
     save_state(run.folder, progress, training.tensors(), keep=run.recipe.output.keep)
 
 
-@dataclass(frozen=True, slots=True)
-class _StepMetrics:
-    loss: float
-    lr: float
-    gradient_norm: float
-
-
 def _train_step(
     run: Run, training: Training, progress: Progress, batch: LocalBatch, watchdog: LossWatchdog
-) -> _StepMetrics | None:
+) -> StepMetrics | None:
     """Update the weights by one batch; return None if no process could read any pair of it.
 
     Raises:
@@ -295,32 +245,7 @@ def _train_step(
     clamp_logit_scale(training.model)
     if training.average is not None:
         training.average.update(training.model, step)
-    return _StepMetrics(loss, lr, norm)
-
-
-def _log_step(
-    run: Run, training: Training, progress: Progress, metrics: _StepMetrics, window: _Window
-) -> None:
-    stage = training.stage
-    run.log.tick(f"stage {stage.name}", progress.step, training.steps)
-    if progress.step % run.recipe.output.log_every and progress.step not in (1, training.steps):
-        return
-    run.log.record(
-        StepEvent(
-            progress.total,
-            stage=stage.name,
-            step=progress.step,
-            loss=metrics.loss,
-            mean_loss=window.mean_loss,
-            rate=metrics.lr,
-            logit_scale=float(training.model.logit_scale.detach().exp()),
-            pairs_per_second=round(window.pairs_per_second * distributed.world_size(), 1),
-            skipped=training.loader.skipped,
-            gradient_norm=metrics.gradient_norm,
-            memory_mb=_memory_mb(run.device),
-        )
-    )
-    window.clear()
+    return StepMetrics(loss, lr, norm)
 
 
 def _evaluate_and_save(run: Run, training: Training, progress: Progress) -> None:
@@ -338,6 +263,7 @@ def _evaluate_and_save(run: Run, training: Training, progress: Progress) -> None
     if evaluate_now and not stop:
         try:
             evaluate_and_keep_best(run, training, progress)
+            progress.finished = stage_finished(training, progress)
         except InterruptedRun:
             stop = run.stop.on_any_process(run.device)
     # On a stop signal, save first; a pending evaluation runs after resume.
@@ -348,7 +274,10 @@ def _evaluate_and_save(run: Run, training: Training, progress: Progress) -> None
         run.log.record(SavedEvent(progress.total, training.stage.name, progress.step))
     if stop:
         raise InterruptedRun(
-            f"stopped at step {progress.total}; the state is saved. Resume with: --resume auto",
+            _(
+                "stopped at step {total}; the state is saved. Resume with: --resume auto",
+                total=progress.total,
+            ),
             128 + stop,
         )
 
@@ -367,87 +296,3 @@ def _evaluation_due(
 def _save_due(recipe: Recipe, progress: Progress, epoch_ended: bool) -> bool:
     every = recipe.output.save_every
     return progress.finished or epoch_ended or (every is not None and progress.step % every == 0)
-
-
-def _next_stage(run: Run, progress: Progress) -> Progress:
-    """Return the start of the next stage: the best weights so far, and their score."""
-    initial, best = progress.weights, progress.early_stopping.best
-    interpolate, stopping = run.recipe.stages[progress.stage].interpolate, progress.early_stopping
-    if stopping.best_step > 0 or (interpolate == "auto" and stopping.trained is not None):
-        progress.weights = best_weights(progress, run.recipe)
-        if interpolate is not None:
-            best = mix_stage(run, progress, initial)
-    return Progress(
-        stage=progress.stage + 1,
-        total=progress.total,
-        scaler=progress.scaler,
-        before=progress.before,
-        weights=progress.weights,
-        early_stopping=EarlyStopping(best=best, mark=best),
-    )
-
-
-def _finish(run: Run, progress: Progress, seconds: float) -> Outcome:
-    """Save and evaluate the final weights, and write the report."""
-    recipe, final = run.recipe, run.folder / "final"
-    model = weights.build(weights.read(run.folder / progress.weights))
-    if distributed.is_main():
-        weights.save_weights(model.config, model.state_dict(), final)
-    if run.validation is not None:
-        images, texts = embed(
-            model.to(run.device), run.validation, autocast=run.score_dtype, tick=run.stop_between
-        )
-        log_score(run, FINAL, progress, score(images, texts, run.validation))
-        if distributed.is_main():
-            keep_embeddings(run.folder, "after", images, texts)
-    run.log.record(EndEvent(progress.total, round(seconds, 1), str(final)))
-    outcome = None
-    if distributed.is_main():
-        scores = write_report(run.folder, recipe, run.validation)
-        outcome = Outcome(
-            str(run.folder),
-            str(final),
-            progress.total,
-            round(seconds, 1),
-            scores,
-            mixtures(read_log(run.folder)),
-        )
-        write_outcome(run.folder, outcome)
-    outcome = distributed.broadcast_object(outcome)
-    assert outcome is not None
-    return outcome
-
-
-@dataclass(slots=True)
-class _Window:
-    """Losses and pairs since the last logged step."""
-
-    losses: list[float] = field(default_factory=list)
-    pairs: int = 0
-    since: float = field(default_factory=time.monotonic)
-
-    def add(self, loss: float, pairs: int) -> None:
-        self.losses.append(loss)
-        self.pairs += pairs
-
-    @property
-    def mean_loss(self) -> float:
-        return sum(self.losses) / max(1, len(self.losses))
-
-    @property
-    def pairs_per_second(self) -> float:
-        return self.pairs / max(1e-9, time.monotonic() - self.since)
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave the time of the context out."""
-        started = time.monotonic()
-        yield
-        self.since += time.monotonic() - started
-
-    def clear(self) -> None:
-        self.losses, self.pairs, self.since = [], 0, time.monotonic()
-
-
-def _memory_mb(device: torch.device) -> int | None:
-    return torch.cuda.max_memory_allocated(device) >> 20 if device.type == "cuda" else None

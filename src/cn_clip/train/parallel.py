@@ -16,6 +16,7 @@ from cn_clip.model.clip import CLIP
 from cn_clip.train.model.lora import plain_state
 from cn_clip.train.recipe.schema import Machine
 from cn_clip.train.step import Towers
+from cn_clip.translation import _
 
 _BLOCKS = ("visual.transformer.resblocks", "bert.encoder.layer")
 
@@ -45,12 +46,14 @@ def shard(model: CLIP) -> None:
 
     if distributed.world_size() == 1:
         raise UsageError(
-            "machine.parallel = fsdp shards weights over processes; start several with torchrun"
+            _("machine.parallel = fsdp shards weights over processes; start several with torchrun")
         )
     if model.config.vision.kind != "vit":
         raise UsageError(
-            f"machine.parallel = fsdp shards ViT towers only, not {model.config.vision.kind}; "
-            "use --parallel ddp"
+            _(
+                "machine.parallel = fsdp shards ViT towers only, not {kind}; use --parallel ddp",
+                kind=model.config.vision.kind,
+            )
         )
     mesh = init_device_mesh(model.logit_scale.device.type, (distributed.world_size(),))
     for name in _BLOCKS:

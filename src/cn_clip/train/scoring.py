@@ -20,8 +20,7 @@ from cn_clip.train.validation import Vectors, embed, score
 
 
 def evaluate_and_keep_best(run: Run, training: Training, progress: Progress) -> None:
-    """Evaluate the current weights, save them if they are the best, and update
-    ``progress.finished``."""
+    """Evaluate the current weights, and save them if they are the best of the stage."""
     stage, stopping = training.stage, progress.early_stopping
     if run.validation is not None:
         recall = evaluate(run, training, progress).mean_recall
@@ -35,7 +34,6 @@ def evaluate_and_keep_best(run: Run, training: Training, progress: Progress) -> 
     elif progress.step >= training.steps:  # without a score, the last weights are kept
         stopping.best_step = progress.step
         _save_best(run, training, progress)
-    progress.finished = stage_finished(training, progress)
 
 
 def stage_finished(training: Training, progress: Progress) -> bool:
@@ -59,7 +57,7 @@ def evaluate(run: Run, training: Training, progress: Progress) -> Retrieval:
             autocast=run.score_dtype,
             images=training.images,
             divided=not is_sharded(model),
-            tick=run.stop_between,
+            between=run.stop_between,
         )
     finally:  # a run that stops here still saves its state
         reshard(model)

@@ -32,6 +32,7 @@ from cn_clip.train.run.log import Log
 from cn_clip.train.run.signals import InterruptedRun, StopRequest
 from cn_clip.train.step import Heads, MixedPrecision, Towers
 from cn_clip.train.validation import Vectors
+from cn_clip.translation import _
 
 _LISTED = 5  # lines shown in a warning
 
@@ -55,18 +56,28 @@ class Run:
     validation: EvalSet | None
     kept: EvalSet | None = None
 
-    def stop_between(self) -> None:
-        """Stop between two images of an evaluation after a signal; only in a run of one process.
+    def stop_between(self, working: bool) -> bool:
+        """Stop between two batches of an evaluation after a signal to any process.
+
+        Returns:
+            Whether any process is working.
 
         Raises:
-            InterruptedRun: a signal was received.
+            InterruptedRun: a signal was received; on all processes at the same call.
         """
-        if self.stop.signal and distributed.world_size() == 1:
+        signal, any_working = self.stop.signal, int(working)
+        if distributed.world_size() > 1:
+            state = torch.tensor([signal, any_working], device=self.device)
+            signal, any_working = distributed.all_reduce_max(state).tolist()
+        if signal:
             raise InterruptedRun(
-                "stopped during an evaluation, which runs again after resume. Resume with: "
-                "--resume auto",
-                128 + self.stop.signal,
+                _(
+                    "stopped during an evaluation, which runs again after resume. Resume with: "
+                    "--resume auto"
+                ),
+                128 + signal,
             )
+        return bool(any_working)
 
     def warn(self, what: str, lines: list[str], file: str, total: int = 0) -> None:
         """Log a warning with the first of some lines, and write all lines to a file of the run."""
@@ -74,8 +85,15 @@ class Run:
             return
         with atomic_file(self.folder / file) as path:
             path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        more = f" and {len(lines) - _LISTED:,} more" if len(lines) > _LISTED else ""
-        text = f"{len(lines):,} {what}: {'; '.join(lines[:_LISTED])}{more}; see {file}"
+        more = _(" and {count:,} more", count=len(lines) - _LISTED) if len(lines) > _LISTED else ""
+        text = _(
+            "{count:,} {what}: {lines}{more}; see {file}",
+            count=len(lines),
+            what=what,
+            lines="; ".join(lines[:_LISTED]),
+            more=more,
+            file=file,
+        )
         self.log.record(WarningEvent(total, text))
 
 
@@ -119,13 +137,19 @@ def set_up(run: Run, progress: Progress) -> Training:
         add_lora(model, stage.lora, torch.Generator().manual_seed(recipe.seed + progress.stage))
     if stage.cached and is_trainable(model.visual):
         raise UsageError(
-            f"stages.{stage.name}.lora.layers match the image tower, whose features are cached; "
-            "give patterns of bert.*, or set cached to false"
+            _(
+                "stages.{name}.lora.layers match the image tower, whose features are cached; give "
+                "patterns of bert.*, or set cached to false",
+                name=stage.name,
+            )
         )
     if not is_trainable(model):
         raise UsageError(
-            f"stages.{stage.name}.freeze matches every parameter, so nothing would be trained; "
-            "give fewer patterns"
+            _(
+                "stages.{name}.freeze matches every parameter, so nothing would be trained; give "
+                "fewer patterns",
+                name=stage.name,
+            )
         )
     model.to(run.device)
     if model.config.vision.kind != "vit":
@@ -232,18 +256,26 @@ def _loader(run: Run, progress: Progress, model: CLIP) -> Loader | CachedLoader:
         )
     if not len(loader):
         raise UsageError(
-            f"{len(loader.plan):,} pairs are too few for a batch of {world} processes; start fewer"
+            _(
+                "{pair_count:,} pairs are too few for a batch of {world} processes; start fewer",
+                pair_count=len(loader.plan),
+                world=world,
+            )
         )
     return loader
 
 
 def _report_features(run: Run, done: int, of: int) -> None:
     """Report the progress of the feature cache, and stop between two batches on a signal."""
-    run.log.tick("computing image features", done, of)
+    run.log.tick(_("computing image features"), done, of)
     if run.stop.signal:
         raise InterruptedRun(
-            f"stopped while computing features, {done:,} of {of:,}; finished shards are kept. "
-            "Resume with: --resume auto",
+            _(
+                "stopped while computing features, {done:,} of {of:,}; finished shards are kept. "
+                "Resume with: --resume auto",
+                done=done,
+                of=of,
+            ),
             128 + run.stop.signal,
         )
 

@@ -8,8 +8,11 @@ from contextlib import suppress
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from cn_clip import distributed
+from cn_clip.backends import Features, Pixels
+from cn_clip.backends.torch import TorchBackend
 from cn_clip.data.captions import digest, plain
 from cn_clip.data.sources.base import located
 from cn_clip.data.sources.open import WeightedSource
@@ -18,11 +21,16 @@ from cn_clip.errors import CNClipError
 from cn_clip.eval.dataset import EvalSet
 from cn_clip.eval.metrics.recall import Retrieval, retrieval
 from cn_clip.model.clip import CLIP
+from cn_clip.train.loss import clip_loss
+from cn_clip.translation import _
 
 _COMPARED_ROWS = 2_000_000  # training rows compared with the validation pairs
 _COMPARED_IMAGES = 10_000
 
 Vectors = npt.NDArray[np.float32]
+Between = Callable[[bool], bool]
+"""Given whether this process has more batches, returns whether any process has. All processes call
+it equally often, so it may communicate."""
 
 
 def embed(
@@ -32,7 +40,7 @@ def embed(
     autocast: torch.dtype | None,
     images: Vectors | None = None,
     divided: bool = True,
-    tick: Callable[[], None] = lambda: None,
+    between: Between = lambda working: False,
 ) -> tuple[Vectors, Vectors]:
     """Return the embeddings of all images (N, D) and all texts (M, D), on every process.
 
@@ -46,15 +54,18 @@ def embed(
             has not changed.
         divided: each process embeds a part. If not, each embeds everything: sharded models must
             run equally often on all processes.
-        tick: called before each image is read, and before the texts; may raise to stop.
+        between: called before each batch of a tower, and with one process before each image is
+            read; may raise to stop.
     """
     embedder = Embedder.from_model(model)
+    embedder.backend = _InterruptibleBackend(model, between)
     device = model.text_projection.device.type
     with torch.autocast(device, autocast or torch.bfloat16, enabled=autocast is not None):
         if images is None:
             part = _process_part(len(validation.images), divided)
             messages: list[str] = []
-            rows, errors = embedder.embed_readable(_bytes(validation, part, tick))
+            rows, errors = embedder.embed_readable(_bytes(validation, part, between))
+            _wait_for_others(between)
             own = np.zeros((len(part), rows.shape[1]), np.float32)
             own[[n for n in range(len(part)) if n not in errors]] = rows
             for n, error in errors.items():
@@ -65,19 +76,45 @@ def embed(
                 for message in of_process:
                     if message not in validation.skipped:  # from an earlier evaluation
                         validation.skipped.append(message)
-        tick()
         part = _process_part(len(validation.texts), divided)
-        texts = _gather(embedder.embed_texts([validation.texts[n] for n in part]), divided)
+        own = embedder.embed_texts([validation.texts[n] for n in part])
+        _wait_for_others(between)
+        texts = _gather(own, divided)
     return images, texts
+
+
+def contrastive_loss(
+    images: Vectors, texts: Vectors, validation: EvalSet, logit_scale: Tensor
+) -> float:
+    """Return the contrastive loss of all pairs as one batch, without unreadable images.
+
+    Args:
+        images, texts, validation: as for ``score``.
+        logit_scale: factor on cosines, on the device to compute on.
+    """
+    pairs = _readable_pairs(images, validation)
+    pairs = pairs[_process_part(len(pairs), divided=True)]
+    image, text, keys = (
+        torch.from_numpy(rows).to(logit_scale.device)
+        for rows in (images[pairs[:, 0]], texts[pairs[:, 1]], pairs)
+    )
+    with torch.no_grad():
+        return float(clip_loss(image, text, logit_scale, keys=keys))
 
 
 def score(images: Vectors, texts: Vectors, validation: EvalSet) -> Retrieval:
     """Measure recall in both directions, without unreadable images."""
     readable = np.asarray(images.any(axis=1))
-    pairs = validation.pairs[readable[validation.pairs[:, 0]]]
+    pairs = _readable_pairs(images, validation)
     new_index = np.cumsum(readable) - 1
     pairs = np.stack([new_index[pairs[:, 0]], pairs[:, 1]], axis=1)
     return retrieval(images[readable], texts, pairs)
+
+
+def _readable_pairs(images: Vectors, validation: EvalSet) -> npt.NDArray[np.int64]:
+    readable = np.asarray(images.any(axis=1))
+    pairs: npt.NDArray[np.int64] = validation.pairs[readable[validation.pairs[:, 0]]]
+    return pairs
 
 
 def shared_pairs(validation: EvalSet, training: Sequence[WeightedSource]) -> list[str]:
@@ -108,16 +145,41 @@ def shared_pairs(validation: EvalSet, training: Sequence[WeightedSource]) -> lis
                 with suppress(CNClipError):  # unreadable images are reported by ``embed``
                     if source.row(at).image_id != row.image_id and source.image(at) != content:
                         continue
-                    lines.append(f"{source.where(at)} is also {part.source.where(index)}")
+                    lines.append(
+                        _(
+                            "{where} is also {training_where}",
+                            where=source.where(at),
+                            training_where=part.source.where(index),
+                        )
+                    )
         compared += len(part.source)
     return lines
 
 
-def _bytes(
-    validation: EvalSet, indexes: Sequence[int], tick: Callable[[], None]
-) -> Iterator[bytes]:
+class _InterruptibleBackend(TorchBackend):
+    def __init__(self, model: CLIP, between: Between) -> None:
+        super().__init__(model)
+        self._between = between
+
+    def run_images(self, pixels: Pixels) -> Features:
+        self._between(True)
+        return super().run_images(pixels)
+
+    def run_texts(self, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.bool_]) -> Features:
+        self._between(True)
+        return super().run_texts(ids, mask)
+
+
+def _wait_for_others(between: Between) -> None:
+    """Call ``between`` until all processes are done, as they may have more batches."""
+    while between(False):
+        pass
+
+
+def _bytes(validation: EvalSet, indexes: Sequence[int], between: Between) -> Iterator[bytes]:
     for index in indexes:
-        tick()
+        if distributed.world_size() == 1:  # several agree once per batch
+            between(True)
         try:
             yield validation.image_bytes(index)
         except CNClipError:

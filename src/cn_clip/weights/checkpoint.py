@@ -27,6 +27,7 @@ from cn_clip.errors import CheckpointError, MissingWeightsError
 from cn_clip.model.clip import CLIP
 from cn_clip.outputs import STAMP, atomic_folder
 from cn_clip.publish import atomic_file
+from cn_clip.translation import _
 from cn_clip.weights.folder_config import (
     CONFIG,
     WEIGHTS,
@@ -97,8 +98,12 @@ def build(checkpoint: Checkpoint, *, dtype: torch.dtype | None = torch.float32) 
     actual = sum(tensor.numel() for tensor in checkpoint.tensors.values())
     if described > 2 * actual + _MAX_MISSING_PARAMETERS:  # do not create a model that large
         raise CheckpointError(
-            f"the config describes about {described:,} parameters and the weights have "
-            f"{actual:,}; give the two files that belong together"
+            _(
+                "the config describes about {described:,} parameters and the weights have "
+                "{actual:,}; give the two files that belong together",
+                described=described,
+                actual=actual,
+            )
         )
     with torch.device("meta"):
         model = CLIP(checkpoint.config)
@@ -118,15 +123,20 @@ def check_fit(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], mode
         *_listed("missing", [name for name in expected if name not in actual]),
         *_listed("unexpected", [name for name in actual if name not in expected]),
         *_listed(
-            "wrongly shaped",
+            _("wrongly shaped"),
             [
-                f"{name} {list(actual[name].shape)} instead of {list(expected[name].shape)}"
+                _(
+                    "{name} {shape} instead of {expected_shape}",
+                    name=name,
+                    shape=list(actual[name].shape),
+                    expected_shape=list(expected[name].shape),
+                )
                 for name in expected
                 if name in actual and actual[name].shape != expected[name].shape
             ],
         ),
         *_listed(
-            "not of floating point",
+            _("not of floating point"),
             [
                 f"{name} {actual[name].dtype}"
                 for name in expected
@@ -139,12 +149,22 @@ def check_fit(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], mode
     if problems:
         foreign = [n for n in actual if n not in expected and n.split(".")[0] not in _PARTS]
         remedy = (
-            f"; {foreign[0]} belongs to no tower: if the model works without it, remove it and "
-            "save the rest"
+            _(
+                "; {foreign} belongs to no tower: if the model works without it, remove it and "
+                "save the rest",
+                foreign=foreign[0],
+            )
             if foreign
             else ""
         )
-        raise CheckpointError(f"the weights do not fit {model}: {'; '.join(problems)}{remedy}")
+        raise CheckpointError(
+            _(
+                "the weights do not fit {model}: {problems}{remedy}",
+                model=model,
+                problems="; ".join(problems),
+                remedy=remedy,
+            )
+        )
 
 
 def check_model(actual: ModelConfig, expected: ModelConfig, path: str | os.PathLike[str]) -> None:
@@ -152,8 +172,15 @@ def check_model(actual: ModelConfig, expected: ModelConfig, path: str | os.PathL
     if replace(actual, name="") != replace(expected, name=""):
         struct = PUBLISHED[actual.name].struct if actual.name in PUBLISHED else actual.name
         raise CheckpointError(
-            f"{path} holds {struct} for {actual.vision.resolution} pixels, not {expected.name} for "
-            f"{expected.vision.resolution}; load it by its path, or replace the file"
+            _(
+                "{path} holds {struct} for {resolution} pixels, not {name} for "
+                "{expected_resolution}; load it by its path, or replace the file",
+                path=path,
+                struct=struct,
+                resolution=actual.vision.resolution,
+                name=expected.name,
+                expected_resolution=expected.vision.resolution,
+            )
         )
 
 
@@ -227,8 +254,11 @@ def write_official_checkpoint(model: CLIP, path: Path) -> None:
     """Write the file of ``save_official``, with the same errors."""
     if not inferable_from_shapes(model.config, model.state_dict()):
         raise CheckpointError(
-            f"{model.config.name} cannot be written as an official .pt file: its config cannot be "
-            "inferred from the shapes of its tensors; use save_folder"
+            _(
+                "{name} cannot be written as an official .pt file: its config cannot be inferred "
+                "from the shapes of its tensors; use save_folder",
+                name=model.config.name,
+            )
         )
     state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
     with _SmallWrites(path, "wb") as stream:
@@ -252,7 +282,13 @@ def _read_folder(path: Path, mapped: bool) -> Checkpoint:
     config, is_hugging_face = read_config_format(path)
     if not has_weights:
         raise MissingWeightsError(
-            f"the folder {path} has a {CONFIG} but no {WEIGHTS}{suggest_weights(path)}"
+            _(
+                "the folder {path} has a {config} but no {weights}{suggestion}",
+                path=path,
+                config=CONFIG,
+                weights=WEIGHTS,
+                suggestion=suggest_weights(path),
+            )
         )
     tensors = plain_names(read_tensors(find_weights_file(path), mapped=mapped))
     if is_hugging_face:
@@ -295,12 +331,18 @@ def _write_json(path: Path, values: Any) -> None:
 def refuse_foreign_folder(path: Path) -> None:
     """Raise a ``CheckpointError`` for a folder that has files other than a model's."""
     if os.path.isdir(path) and _objection(path):
-        raise CheckpointError(f"the folder {path} {_objection(path)}; give a new folder")
+        raise CheckpointError(
+            _(
+                "the folder {path} {objection}; give a new folder",
+                path=path,
+                objection=_objection(path),
+            )
+        )
 
 
 def _objection(path: Path) -> str | None:
     own = {CONFIG, WEIGHTS, STAMP, *_SIDE_FILES}
-    return "has other files too" if {file.name for file in path.iterdir()} - own else None
+    return _("has other files too") if {file.name for file in path.iterdir()} - own else None
 
 
 def _is_float(tensor: Tensor) -> bool:
@@ -309,7 +351,7 @@ def _is_float(tensor: Tensor) -> bool:
 
 def _listed(problem: str, names: list[str], shown: int = 2) -> Iterator[str]:
     if names:
-        more = f" and {len(names) - shown} more" if len(names) > shown else ""
+        more = _(" and {count} more", count=len(names) - shown) if len(names) > shown else ""
         yield f"{len(names)} {problem} ({', '.join(names[:shown])}{more})"
 
 
@@ -324,6 +366,10 @@ def describe_write_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         # torch's writer fails again when it is closed, with an error about its own source.
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         raise CheckpointError(
-            f"could not write {path}: {reason}; nothing was changed. Free some space or choose "
-            "another path"
+            _(
+                "could not write {path}: {reason}; nothing was changed. Free some space or choose "
+                "another path",
+                path=path,
+                reason=reason,
+            )
         ) from error

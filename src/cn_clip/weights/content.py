@@ -7,26 +7,14 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from cn_clip.errors import CheckpointError
+from cn_clip.files import HEAD, wrong_format
+from cn_clip.translation import N_, _, translate
 
 Content = Literal["safetensors", "archive", "pickle"]
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors
 _MAX_DIRECTORY_BYTES = 16 << 20  # about 200,000 tensors
-_AGAIN = "download or copy it again"
-# Other files that are given as weights: first bytes, description and remedy.
-_OTHER_FILES = (
-    (b"version https://git-lfs", "a Git LFS pointer of {size:,} bytes, not the file: git lfs pull"),
-    (b"<!doctype html", "a web page, not the file; on Hugging Face use the /resolve/ URL"),
-    (b"<html", "a web page, not the file; on Hugging Face use the /resolve/ URL"),
-    (b"<?xml", "an XML page, such as a server's error message, not the file; download it again"),
-    (b"{", "a JSON file, not weights; give its folder or the weights file"),
-    (b"\x1f\x8b", "compressed with gzip; unpack it first"),
-    (b"7z\xbc\xaf", "compressed with 7-Zip; unpack it first"),
-    (b"rar!", "compressed with RAR; unpack it first"),
-    (b"gguf", "a GGUF file of llama.cpp, which is not supported; give the original weights"),
-    (b"\x89hdf", "an HDF5 file of Keras, which is not supported; give the PyTorch weights"),
-    (b"\x93numpy", "a NumPy array, not a model's weights"),
-)
+_AGAIN = N_("download or copy it again")
 
 
 def detect_format(path: Path) -> Content:
@@ -38,28 +26,52 @@ def detect_format(path: Path) -> Content:
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
-            start = stream.read(512)
+            start = stream.read(HEAD)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+        raise CheckpointError(
+            _("{path} cannot be read: {reason}", path=path, reason=error.strerror)
+        ) from None
     if not start:
-        raise CheckpointError(f"{path} is empty (0 bytes); {_AGAIN}")
+        raise CheckpointError(
+            _("{path} is empty (0 bytes); {again}", path=path, again=translate(_AGAIN))
+        )
     if not any(start):
-        raise CheckpointError(f"{path} starts with zeros, as after a broken download; {_AGAIN}")
+        raise CheckpointError(
+            _(
+                "{path} starts with zeros, as after a broken download; {again}",
+                path=path,
+                again=translate(_AGAIN),
+            )
+        )
     header = int.from_bytes(start[:8], "little")
     if start[8:9] == b"{" and 2 <= header <= _MAX_HEADER_BYTES:
         if size < 8 + header:
-            raise CheckpointError(f"{path} is not a valid safetensors file: truncated; {_AGAIN}")
+            raise CheckpointError(
+                _(
+                    "{path} is not a valid safetensors file: truncated; {again}",
+                    path=path,
+                    again=translate(_AGAIN),
+                )
+            )
         return "safetensors"
     if start.startswith(b"PK\x03\x04"):
         return "archive"
     if start.startswith(b"\x80") and start[257:262] != b"ustar":
         return "pickle"
-    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    for prefix, description in _OTHER_FILES:
-        if text.startswith(prefix):
-            raise CheckpointError(f"{path} is {description.format(size=size)}")
-    kind = "safetensors file" if path.suffix == ".safetensors" else ".pt file"
-    raise CheckpointError(f"{path} is not a valid {kind}: unknown first bytes; {_AGAIN}")
+    reason = wrong_format(start)
+    if reason is None and start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
+        reason = _("a JSON file, not weights; give its folder or the weights file")
+    if reason is not None:
+        raise CheckpointError(_("{path} is {reason}", path=path, reason=reason))
+    kind = _("safetensors file") if path.suffix == ".safetensors" else _(".pt file")
+    raise CheckpointError(
+        _(
+            "{path} is not a valid {kind}: unknown first bytes; {again}",
+            path=path,
+            kind=kind,
+            again=translate(_AGAIN),
+        )
+    )
 
 
 def checked_members(path: Path) -> list[zipfile.ZipInfo]:
@@ -76,23 +88,44 @@ def checked_members(path: Path) -> list[zipfile.ZipInfo]:
             with zipfile.ZipFile(stream) as archive:
                 members = archive.infolist()
     except Exception as error:  # zipfile raises many kinds on damaged files
-        raise CheckpointError(f"{path} is not a valid .pt file ({error}); {_AGAIN}") from None
+        raise CheckpointError(
+            _(
+                "{path} is not a valid .pt file ({error}); {again}",
+                path=path,
+                error=error,
+                again=translate(_AGAIN),
+            )
+        ) from None
     names = {member.orig_filename.lower() for member in members}
     compressed = [m.orig_filename for m in members if m.compress_type or m.flag_bits & 1]
     needed = [name for name in compressed if "/code/" not in name]  # TorchScript's code is
     if needed:
         raise CheckpointError(
-            f"{path} is compressed or encrypted ({needed[0]}), unlike files of torch.save; load it "
-            "with torch and save it again"
+            _(
+                "{path} is compressed or encrypted ({needed}), unlike files of torch.save; load "
+                "it with torch and save it again",
+                path=path,
+                needed=needed[0],
+            )
         )
     stored = [member for member in members if member.orig_filename not in compressed]
     if len(names) < len(members) or sum(member.file_size for member in stored) > size:
-        raise CheckpointError(f"{path} is not a valid .pt file: its members overlap; {_AGAIN}")
-    if sum(name.endswith("/data.pkl") for name in names) != 1:
-        first = ", ".join(member.orig_filename for member in members[:3]) or "nothing"
         raise CheckpointError(
-            f"{path} is a zip archive, but not one of torch (it contains {first}); if the weights "
-            "are inside, unpack it"
+            _(
+                "{path} is not a valid .pt file: its members overlap; {again}",
+                path=path,
+                again=translate(_AGAIN),
+            )
+        )
+    if sum(name.endswith("/data.pkl") for name in names) != 1:
+        first = ", ".join(member.orig_filename for member in members[:3]) or _("nothing")
+        raise CheckpointError(
+            _(
+                "{path} is a zip archive, but not one of torch (it contains {first}); if the "
+                "weights are inside, unpack it",
+                path=path,
+                first=first,
+            )
         )
     return members
 
@@ -107,7 +140,7 @@ def _check_end(stream: BinaryIO, size: int) -> None:
     stream.seek(max(0, end))
     record = stream.read(22)
     if len(record) < 22 or not record.startswith(b"PK\x05\x06") or record[20:] != b"\0\0":
-        raise ValueError("its end is missing")
+        raise ValueError(_("its end is missing"))
     length, start = (int.from_bytes(record[at : at + 4], "little") for at in (12, 16))
     stream.seek(max(0, end - 20))
     locator = stream.read(20)
@@ -117,4 +150,4 @@ def _check_end(stream: BinaryIO, size: int) -> None:
         record = stream.read(56)
         length, start = (int.from_bytes(record[at : at + 8], "little") for at in (40, 48))
     if length > _MAX_DIRECTORY_BYTES or start + length != end:
-        raise ValueError("its directory is not at its end")
+        raise ValueError(_("its directory is not at its end"))

@@ -19,9 +19,10 @@ from cn_clip.config import (
     TextConfig,
     VisionConfig,
     check_config,
-    read_json,
+    read_config_json,
 )
 from cn_clip.errors import CheckpointError, MissingWeightsError
+from cn_clip.translation import _
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
@@ -65,14 +66,20 @@ def read_config_format(folder: Path) -> tuple[ModelConfig, bool]:
     """Return a folder's config, and whether it has Hugging Face's format."""
     if not os.path.isfile(folder / CONFIG):
         raise MissingWeightsError(
-            f"the folder {folder} has no {CONFIG}; a model folder has {CONFIG} and {WEIGHTS}"
-            f"{suggest_weights(folder)}"
+            _(
+                "the folder {folder} has no {config}; a model folder has {config} and "
+                "{weights}{suggestion}",
+                folder=folder,
+                config=CONFIG,
+                weights=WEIGHTS,
+                suggestion=suggest_weights(folder),
+            )
         )
-    values = read_json(folder / CONFIG)
+    values = read_config_json(folder / CONFIG)
     if not isinstance(values, dict) or "model_type" not in values:
         return ModelConfig.from_dict(values), False
     path = folder / "preprocessor_config.json"
-    preprocessor = read_json(path) if os.path.isfile(path) else None
+    preprocessor = read_config_json(path) if os.path.isfile(path) else None
     return with_known_name(config_from_hugging_face(values, preprocessor, str(folder))), True
 
 
@@ -92,8 +99,13 @@ def config_from_hugging_face(
     model_type = values.get("model_type")
     if model_type != "chinese_clip":
         raise CheckpointError(
-            f"{where} has a Hugging Face model of type {model_type!r}, not 'chinese_clip'; a CLIP "
-            "or BERT can only be initial weights: clip.load(model, clip_path=..., bert_path=...)"
+            _(
+                "{where} has a Hugging Face model of type {model_type!r}, not 'chinese_clip'; a "
+                "CLIP or BERT can only be initial weights: clip.load(model, clip_path=..., "
+                "bert_path=...)",
+                where=where,
+                model_type=model_type,
+            )
         )
     vision = _VISION_DEFAULTS | _object(values, "vision_config", where)
     text = _TEXT_DEFAULTS | _object(values, "text_config", where)
@@ -101,8 +113,14 @@ def config_from_hugging_face(
         for part, tower in (("vision_config", vision), ("text_config", text)):
             if type(tower[key]) is not int or tower[key] < 1:
                 raise CheckpointError(
-                    f"{where}: {part}.{key} = {tower[key]!r} is an impossible value; it must be "
-                    "a positive integer"
+                    _(
+                        "{where}: {part}.{key} = {value!r} is an impossible value; it must be a "
+                        "positive integer",
+                        where=where,
+                        part=part,
+                        key=key,
+                        value=tower[key],
+                    )
                 )
     fixed = {
         "vision_config.hidden_act": (vision["hidden_act"], "quick_gelu"),
@@ -117,11 +135,17 @@ def config_from_hugging_face(
     for key, (value, supported) in fixed.items():
         if value != supported:
             raise CheckpointError(
-                f"{where}: {key} = {value!r} is an unsupported variant of Chinese-CLIP; it must "
-                f"be {supported!r}"
+                _(
+                    "{where}: {key} = {value!r} is an unsupported variant of Chinese-CLIP; it "
+                    "must be {supported!r}",
+                    where=where,
+                    key=key,
+                    value=value,
+                    supported=supported,
+                )
             )
     if not isinstance(preprocessor := preprocessor or {}, Mapping):
-        raise CheckpointError(f"{where}: preprocessor_config.json is not an object")
+        raise CheckpointError(_("{where}: preprocessor_config.json is not an object", where=where))
     config = ModelConfig(
         name="",
         embed_dim=values.get("projection_dim", 512),
@@ -160,9 +184,14 @@ def config_to_hugging_face(config: ModelConfig, dtype: str) -> dict[str, dict[st
     vision, text = config.vision, config.text
     if vision.kind != "vit" or config.background is not None:
         raise CheckpointError(
-            f"{config.name} cannot be written as a Hugging Face ChineseCLIPModel: that format "
-            f"supports only ViT image towers, not {vision.kind}; write --to safetensors"
-            f"{' or official' if vision.kind == 'resnet' else ''} instead"
+            _(
+                "{name} cannot be written as a Hugging Face ChineseCLIPModel: that format "
+                "supports only ViT image towers, not {kind}; write --to safetensors{alternative} "
+                "instead",
+                name=config.name,
+                kind=vision.kind,
+                alternative=_(" or official") if vision.kind == "resnet" else "",
+            )
         )
     return {
         "config.json": {
@@ -212,7 +241,8 @@ def preprocessor_config(config: ModelConfig) -> dict[str, Any]:
     It cannot represent a background colour: transparent images are prepared differently there.
     """
     return {
-        "image_processor_type": "ChineseCLIPImageProcessor",
+        # transformers.js knows the class by this name only, transformers by both names.
+        "feature_extractor_type": "ChineseCLIPFeatureExtractor",
         "processor_class": "ChineseCLIPProcessor",
         "do_resize": True,
         "size": {"height": config.vision.resolution, "width": config.vision.resolution},
@@ -245,19 +275,26 @@ def with_known_name(config: ModelConfig) -> ModelConfig:
 def suggest_weights(folder: Path) -> str:
     """Return the end of a message: the file or folder in ``folder`` to give instead."""
     if os.path.isfile(folder / "latest"):
-        return "; DeepSpeed wrote it: give the mp_rank_00_model_states.pt in its subfolder"
+        return _("; DeepSpeed wrote it: give the mp_rank_00_model_states.pt in its subfolder")
     try:
         entries = sorted(os.listdir(folder))
     except (OSError, ValueError):  # not a readable folder, or not a valid name
         return ""
     models = [n for n in entries if n.endswith(_SUFFIXES) or os.path.isfile(folder / n / CONFIG)]
-    return f"; give one of these in it: {', '.join(models[:3])}" if models else ""
+    return _("; give one of these in it: {models}", models=", ".join(models[:3])) if models else ""
 
 
 def _object(values: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
     inner = values.get(key) or {}
     if not isinstance(inner, Mapping):
-        raise CheckpointError(f"{where}: {key} is {type(inner).__name__}, not an object")
+        raise CheckpointError(
+            _(
+                "{where}: {key} is {inner_type}, not an object",
+                where=where,
+                key=key,
+                inner_type=type(inner).__name__,
+            )
+        )
     return dict(inner)
 
 

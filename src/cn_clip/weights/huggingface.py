@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cn_clip.errors import CheckpointError
+from cn_clip.translation import _
 
 _POSITION_IDS = ".embeddings.position_ids"  # a buffer, 0 to n, that older versions saved
 _LINEAR = {"text_projection": "text_projection", "visual.proj": "visual_projection"}  # transposed
@@ -52,7 +53,14 @@ def from_hugging_face(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], tu
             if len(present) == 3:
                 if len({part.shape[1:] for part in present}) > 1 or not present[0].ndim:
                     shapes = ", ".join(str(list(part.shape)) for part in present)
-                    raise CheckpointError(f"the shapes of {stem}[qkv]_proj.{kind} differ: {shapes}")
+                    raise CheckpointError(
+                        _(
+                            "the shapes of {stem}[qkv]_proj.{kind} differ: {shapes}",
+                            stem=stem,
+                            kind=kind,
+                            shapes=shapes,
+                        )
+                    )
                 block = _renamed(stem.removesuffix(".self_attn."), _reversed(_NAMES))
                 official[f"{block}.attn.in_proj_{kind}"] = torch.cat(present)
         elif name in tensors:

@@ -19,6 +19,7 @@ from cn_clip.config import (
     check_config,
 )
 from cn_clip.errors import CheckpointError
+from cn_clip.translation import _
 from cn_clip.weights.folder_config import with_known_name
 
 _UNUSED = "bert.pooler."  # in files of the official training; the model has no pooler
@@ -61,7 +62,12 @@ def plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         short = _ATTRIBUTES.sub("", _WRAPPERS.sub("", str(name)))
         if short in plain:
             raise CheckpointError(
-                f"the weights have {short} twice, also as {name!r}; keep only one of the two models"
+                _(
+                    "the weights have {short} twice, also as {name!r}; keep only one of the two "
+                    "models",
+                    short=short,
+                    name=name,
+                )
             )
         plain[short] = tensor
     return plain
@@ -75,12 +81,18 @@ def unfuse_attention(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     plain: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        stem, _, kind = name.rpartition(".")
+        stem, _unused, kind = name.rpartition(".")
         if stem.endswith("attn.Wqkv"):
             plain[f"{stem.removesuffix('.Wqkv')}.in_proj_{kind}"] = tensor
         elif stem.endswith("attention.self.Wqkv"):
             if not tensor.ndim or not len(tensor) or len(tensor) % 3:
-                raise CheckpointError(f"{name} {list(tensor.shape)} cannot be split in three")
+                raise CheckpointError(
+                    _(
+                        "{name} {shape} cannot be split in three",
+                        name=name,
+                        shape=list(tensor.shape),
+                    )
+                )
             for part, chunk in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
                 plain[f"{stem.removesuffix('.Wqkv')}.{part}.{kind}"] = chunk
         elif stem.endswith("attention.self.out_proj"):
@@ -104,8 +116,12 @@ def resize_positions(positions: Tensor, length: int) -> Tensor:
     old, new = math.isqrt(max(0, len(positions) - 1)), math.isqrt(length - 1)
     if positions.ndim != 2 or not old or old**2 != len(positions) - 1 or new**2 != length - 1:
         raise CheckpointError(
-            f"position embeddings {list(positions.shape)} are not a square grid and cannot be "
-            f"resized to {length - 1} patches"
+            _(
+                "position embeddings {shape} are not a square grid and cannot be resized to "
+                "{length} patches",
+                shape=list(positions.shape),
+                length=length - 1,
+            )
         )
     grid = positions[1:].float().T.reshape(1, -1, old, old)  # (1, D, n, n)
     grid = torch.nn.functional.interpolate(
@@ -124,15 +140,24 @@ def infer_config(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) ->
         vision, text = _infer_vision(tensors), _infer_text(tensors)
         embed_dim = tensors["text_projection"].shape[1]
     except KeyError as error:
-        first = ", ".join(list(tensors)[:3]) or "nothing"
+        first = ", ".join(list(tensors)[:3]) or _("nothing")
         raise CheckpointError(
-            f"{path} is not a Chinese-CLIP checkpoint: it has no {error.args[0]} "
-            f"(it starts with {first})"
+            _(
+                "{path} is not a Chinese-CLIP checkpoint: it has no {tensor} (it starts with "
+                "{first})",
+                path=path,
+                tensor=error.args[0],
+                first=first,
+            )
         ) from None
     except (IndexError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(
-            f"{path} is not a Chinese-CLIP checkpoint: the shapes of its tensors are those of no "
-            f"model ({error})"
+            _(
+                "{path} is not a Chinese-CLIP checkpoint: the shapes of its tensors are those of "
+                "no model ({error})",
+                path=path,
+                error=error,
+            )
         ) from None
     config = ModelConfig(name="", embed_dim=embed_dim, vision=vision, text=text)
     check_config(config, str(path))
@@ -142,7 +167,7 @@ def infer_config(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) ->
 def inferable_from_shapes(config: ModelConfig, state: Mapping[str, Tensor]) -> bool:
     """Whether ``infer_config`` would infer this config from the weights."""
     try:
-        inferred = infer_config(state, "the model")
+        inferred = infer_config(state, _("the model"))
     except CheckpointError:
         return False
     text = replace(inferred.text, dropout=config.text.dropout)  # for training only

@@ -10,6 +10,8 @@ import pickletools
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from cn_clip.translation import _
+
 # ViT-H-14 with AdamW's state has 120,000 instructions.
 MAX_OBJECTS = 1_000_000
 MAX_DEPTH = 200
@@ -72,7 +74,7 @@ def check_pickle(stream: BinaryIO, *, size: int) -> Any:
     memo: dict[int, _Value] = {}
     count = 0
     argument: Any
-    for opcode, argument, _ in pickletools.genops(stream):
+    for opcode, argument, _unused in pickletools.genops(stream):
         name = opcode.name
         kind = _KINDS.get(name)
         count += 1
@@ -81,7 +83,7 @@ def check_pickle(stream: BinaryIO, *, size: int) -> Any:
         elif kind == "put":
             index = len(memo) if name == "MEMOIZE" else int(argument)
             if index > MAX_OBJECTS:  # unpicklers allocate all memo entries before it
-                raise RefusedPickle("its pickle has an impossible memo index")
+                raise RefusedPickle(_("its pickle has an impossible memo index"))
             memo[index] = stack[-1]
         elif kind == "get":
             stack.append(memo[int(argument)])
@@ -105,18 +107,23 @@ def check_pickle(stream: BinaryIO, *, size: int) -> Any:
         elif name == "STOP":
             return stack[-1].content
         elif kind != "nothing":
-            raise RefusedPickle(f"its pickle has the opcode {name}, which no state dict needs")
+            raise RefusedPickle(
+                _("its pickle has the opcode {name}, which no state dict needs", name=name)
+            )
         if count > MAX_OBJECTS:
             raise RefusedPickle(
-                f"its pickle makes more than {MAX_OBJECTS:,} objects; re-save the state dict alone"
+                _(
+                    "its pickle makes more than {limit:,} objects; re-save the state dict alone",
+                    limit=MAX_OBJECTS,
+                )
             )
-    raise ValueError("the pickle has no end")
+    raise ValueError(_("the pickle has no end"))
 
 
 def _pop(stack: list[_Value], count: int) -> list[_Value]:
     values = stack[-count:]
     if len(values) < count or any(value is _MARK for value in values):
-        raise ValueError("the pickle pops more than its stack has")
+        raise ValueError(_("the pickle pops more than its stack has"))
     del stack[-count:]
     return values
 
@@ -137,20 +144,31 @@ def _build(name: str, parts: list[_Value], size: int) -> _Value:
         values = parts[0].content if isinstance(parts[0].content, tuple) else ()
         elements = max((v for v in values if isinstance(v, int)), default=0)
         if elements > size:
-            raise ValueError(f"it declares {elements:,} elements in {size:,} bytes")
+            raise ValueError(
+                _(
+                    "it declares {elements:,} elements in {size:,} bytes",
+                    elements=elements,
+                    size=size,
+                )
+            )
     elif name == "REDUCE":
         called, arguments = parts[0].content, parts[1].content
         encoding = isinstance(arguments, tuple) and arguments and arguments[-1]
         if called in _ALLOCATE or (called == "_codecs encode" and encoding not in _ENCODINGS):
             function = called.replace(" ", ".")
-            raise RefusedPickle(f"its pickle names {function}; only tensors are read, never code")
+            raise RefusedPickle(
+                _(
+                    "its pickle names {function}; only tensors are read, never code",
+                    function=function,
+                )
+            )
     return value
 
 
 def _fill(parts: list[_Value], target: _Value) -> None:
     """Add values to a container; a class, or a value in another one, must not change any more."""
     if target is _MARK or not target.mutable:
-        raise RefusedPickle("its pickle changes a class, or an object inside another one")
+        raise RefusedPickle(_("its pickle changes a class, or an object inside another one"))
     for part in parts:
         if part.depth >= target.depth:
             target.depth = part.depth + 1
@@ -158,5 +176,8 @@ def _fill(parts: list[_Value], target: _Value) -> None:
         part.mutable = False
     if target.depth > MAX_DEPTH:
         raise RefusedPickle(
-            f"its pickle nests objects more than {MAX_DEPTH} deep; re-save the state dict alone"
+            _(
+                "its pickle nests objects more than {limit} deep; re-save the state dict alone",
+                limit=MAX_DEPTH,
+            )
         )

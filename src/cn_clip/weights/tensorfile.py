@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import io
 import json
-import math
 import mmap
 import os
-import pickle
 import re
-import tarfile
 import zipfile
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from cn_clip.config import read_json, shard_names
+from cn_clip.config import read_config_json, shard_names
 from cn_clip.errors import CheckpointError, MissingWeightsError
+from cn_clip.translation import _
 from cn_clip.weights.content import checked_members, detect_format
-from cn_clip.weights.pickles import RefusedPickle, check_pickle
+from cn_clip.weights.pickled_file import load_pickle, reason_of
+from cn_clip.weights.torchscript import is_torchscript, read_torchscript
 
-_MAX_PICKLE_BYTES = 64 << 20  # without the data of the tensors, which is in other members
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file of torch before 1.6
-_LEGACY_PICKLES = 5  # pickles in such a file, before the data
 _READ_BYTES = 16 << 20
 _READERS = 2  # threads: the page faults of fresh memory are worth sharing
 
@@ -47,9 +41,9 @@ def read_tensors(path: str | os.PathLike[str], *, mapped: bool = False) -> dict[
     """
     path = Path(path)
     if os.path.isdir(path):
-        raise MissingWeightsError(f"{path} is a folder; give the weights file in it")
+        raise MissingWeightsError(_("{path} is a folder; give the weights file in it", path=path))
     if not os.path.isfile(path):
-        raise MissingWeightsError(f"no such file or folder: {path}")
+        raise MissingWeightsError(_("no such file or folder: {path}", path=path))
     if path.name.endswith(".index.json"):
         return _read_shards(path, mapped)
     read = _read_safetensors if detect_format(path) == "safetensors" else _read_pt
@@ -65,13 +59,14 @@ def other_checkpoint_keys(path: str | os.PathLike[str]) -> tuple[str, ...]:
         or detect_format(path) == "safetensors"
     ):
         return ()
-    if detect_format(path) == "archive" and _is_torchscript(checked_members(path)):
+    if detect_format(path) == "archive" and is_torchscript(checked_members(path)):
         return ()
-    blob = _load_pickle(path)
-    state_dict_key = _state_dict_key(blob)
-    if state_dict_key is None:
-        return ()
-    return tuple(str(key) for key in blob if key not in (state_dict_key, "epoch", "name"))
+    blob = load_pickle(path)
+    others: list[str] = []
+    for state_dict_key in _state_dict_keys(blob):
+        others += [str(key) for key in blob if key not in (state_dict_key, "epoch", "name")]
+        blob = blob[state_dict_key]
+    return tuple(others)
 
 
 def _read_shards(index: Path, mapped: bool) -> dict[str, Tensor]:
@@ -79,15 +74,24 @@ def _read_shards(index: Path, mapped: bool) -> dict[str, Tensor]:
     missing = [shard for shard in shards if not os.path.isfile(index.parent / shard)]
     if missing:
         raise MissingWeightsError(
-            f"{len(missing)} of the {len(shards)} shards in {index} are missing: "
-            f"{', '.join(missing)}; download them into {index.parent}"
+            _(
+                "{missing_count} of the {shard_count} shards in {index} are missing: {missing}; "
+                "download them into {folder}",
+                missing_count=len(missing),
+                shard_count=len(shards),
+                index=index,
+                missing=", ".join(missing),
+                folder=index.parent,
+            )
         )
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         tensors |= read_tensors(index.parent / shard, mapped=mapped)
-    missing = [name for name in read_json(index)["weight_map"] if name not in tensors]
+    missing = [name for name in read_config_json(index)["weight_map"] if name not in tensors]
     if missing:
-        raise CheckpointError(f"{index} lists {missing[0]}, which is in no shard")
+        raise CheckpointError(
+            _("{index} lists {missing}, which is in no shard", index=index, missing=missing[0])
+        )
     return tensors
 
 
@@ -105,16 +109,20 @@ def _read_safetensors(path: Path, mapped: bool) -> dict[str, Tensor]:
                 return _read_at(stream, views, offsets)
     except Exception as error:  # the parser raises many kinds on damaged files
         raise CheckpointError(
-            f"{path} is not a valid safetensors file: {_reason(error)}; download or copy it again"
+            _(
+                "{path} is not a valid safetensors file: {reason_of}; download or copy it again",
+                path=path,
+                reason_of=reason_of(error),
+            )
         ) from None
 
 
 def _read_pt(path: Path, mapped: bool) -> dict[str, Tensor]:
-    if detect_format(path) == "archive" and _is_torchscript(checked_members(path)):
-        return _checked(_read_torchscript(path), path)
+    if detect_format(path) == "archive" and is_torchscript(checked_members(path)):
+        return _checked(read_torchscript(path), path)
     # Memory-mapped, so the optimizer state of a training checkpoint is never read. The weights are
     # then copied, since a mapping is lost when the file is overwritten.
-    views = _checked(state_dict_in(_load_pickle(path), path), path)
+    views = _checked(state_dict_in(load_pickle(path), path), path)
     if mapped:
         return views
     offsets = _storage_offsets(path, views)
@@ -124,7 +132,9 @@ def _read_pt(path: Path, mapped: bool) -> dict[str, Tensor]:
         with path.open("rb") as stream:
             return _read_at(stream, views, offsets)
     except OSError as error:
-        raise CheckpointError(f"{path} is not a valid .pt file: {error}") from None
+        raise CheckpointError(
+            _("{path} is not a valid .pt file: {error}", path=path, error=error)
+        ) from None
 
 
 def _checked(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -133,24 +143,45 @@ def _checked(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     bytes_used, storages = 0, {}
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-            kind = "quantized" if tensor.is_quantized else str(tensor.layout)
-            kind = kind if tensor.device.type == "cpu" else f"on the {tensor.device} device"
+            kind = _("quantized") if tensor.is_quantized else str(tensor.layout)
+            kind = (
+                kind
+                if tensor.device.type == "cpu"
+                else _("on the {device} device", device=tensor.device)
+            )
             raise CheckpointError(
-                f"{path}: {name} is {kind}, not a plain tensor; save it after .dequantize(), "
-                ".to_dense() or .cpu()"
+                _(
+                    "{path}: {name} is {kind}, not a plain tensor; save it after .dequantize(), "
+                    ".to_dense() or .cpu()",
+                    path=path,
+                    name=name,
+                    kind=kind,
+                )
             )
         storage, bytes_needed = tensor.untyped_storage(), tensor.numel() * tensor.itemsize
         if bytes_needed > storage.nbytes():
             raise CheckpointError(
-                f"{path}: {name} {list(tensor.shape)} needs {bytes_needed:,} bytes and has "
-                f"{storage.nbytes():,}; save it after .contiguous(), or download it again"
+                _(
+                    "{path}: {name} {shape} needs {bytes_needed:,} bytes and has {nbytes:,}; save "
+                    "it after .contiguous(), or download it again",
+                    path=path,
+                    name=name,
+                    shape=list(tensor.shape),
+                    bytes_needed=bytes_needed,
+                    nbytes=storage.nbytes(),
+                )
             )
         storages[storage.data_ptr()] = storage.nbytes()
         bytes_used += bytes_needed
     if sum(storages.values()) > size or bytes_used > 2 * size:  # tied weights count twice
         raise CheckpointError(
-            f"{path} is not a valid .pt file: its tensors need {bytes_used:,} bytes, and it has "
-            f"{size:,}"
+            _(
+                "{path} is not a valid .pt file: its tensors need {bytes_used:,} bytes, and it "
+                "has {size:,}",
+                path=path,
+                bytes_used=bytes_used,
+                size=size,
+            )
         )
     return tensors
 
@@ -177,7 +208,7 @@ def _read_at(
         while start < end:
             count = os.preadv(stream.fileno(), [view[start:end]], first + start)
             if not count:
-                raise OSError("it ends too early")
+                raise OSError(_("it ends too early"))
             start += count
 
     with ThreadPoolExecutor(_READERS) as pool:
@@ -230,12 +261,20 @@ def _records(stream: BinaryIO) -> Iterator[tuple[int, int]]:
 _STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict", "module")
 
 
-def _state_dict_key(blob: Any) -> str | None:
-    """Return the key of the state dict in a training checkpoint, None if ``blob`` is not one."""
-    if not isinstance(blob, dict):
-        return None
-    keys = (key for key in _STATE_DICT_KEYS if isinstance(blob.get(key), Mapping))
-    return next(keys, None)
+_MAX_NESTED = 3  # ``{"model": {"state_dict": {"module": ...}}}``
+
+
+def _state_dict_keys(blob: Any) -> list[str]:
+    """Return the keys that lead to the state dict in a training checkpoint, none if ``blob`` is not
+    one."""
+    keys: list[str] = []
+    while isinstance(blob, dict) and len(keys) < _MAX_NESTED:
+        key = next((k for k in _STATE_DICT_KEYS if isinstance(blob.get(k), Mapping)), None)
+        if key is None:
+            break
+        keys.append(key)
+        blob = blob[key]
+    return keys
 
 
 def state_dict_in(blob: Any, where: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -244,156 +283,35 @@ def state_dict_in(blob: Any, where: str | os.PathLike[str]) -> dict[str, Tensor]
     Raises:
         CheckpointError: there is no state dict, or it has something other than tensors.
     """
-    state_dict_key = _state_dict_key(blob)
-    state = blob if state_dict_key is None else blob[state_dict_key]
+    keys = _state_dict_keys(blob)
+    state = blob
+    for key in keys:
+        state = state[key]
     if not isinstance(state, Mapping) or not state:
-        raise CheckpointError(f"{where} has no state dict, but {type(state).__name__}")
+        raise CheckpointError(
+            _(
+                "{where} has no state dict, but {state_type}",
+                where=where,
+                state_type=type(state).__name__,
+            )
+        )
     others = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if not others:
         return {str(name): tensor for name, tensor in state.items()}
     dicts = [str(k) for k, v in state.items() if isinstance(v, Mapping)]
     remedy = (
-        f'; if the weights are under {dicts[0]!r}: torch.save(torch.load(f)["{dicts[0]}"], g)'
-        if dicts and state_dict_key is None
-        else f"; it has {', '.join(str(name) for name in list(state)[:4])}"
-    )
-    raise CheckpointError(f"{where} is not a state dict: {others[0]!r} is not a tensor{remedy}")
-
-
-def _load_pickle(path: Path) -> Any:
-    zipped = detect_format(path) == "archive"  # the format of torch before 1.6 cannot be mapped
-    _check_pickles(path, zipped)
-    try:
-        if path.suffix != ".safetensors":
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-        with path.open("rb") as stream:  # torch would read a .safetensors path as safetensors
-            return torch.load(stream, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        match = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if match is None:
-            raise CheckpointError(f"{path} is not a checkpoint, or is damaged") from None
-        raise CheckpointError(
-            f"{path} is refused: its pickle names {match[1]}; only tensors are read, never code. "
-            "If you trust the file, re-save it as a state dict"
-        ) from None
-    except Exception as error:  # the parser raises many kinds on damaged files
-        raise CheckpointError(
-            f"{path} is not a valid .pt file: {_reason(error)}; download or copy it again"
-        ) from None
-
-
-def _check_pickles(path: Path, zipped: bool) -> None:
-    """Check every pickle in a file before it is unpickled."""
-    size = path.stat().st_size
-    try:
-        if zipped:
-            pickled = [m for m in checked_members(path) if m.orig_filename.lower().endswith(".pkl")]
-            if sum(member.file_size for member in pickled) > _MAX_PICKLE_BYTES:
-                raise RefusedPickle("its pickle is too large for a state dict")
-            with zipfile.ZipFile(path) as archive:
-                for member in pickled:
-                    check_pickle(io.BytesIO(archive.read(member)), size=size)
-        else:
-            with (
-                path.open("rb") as stream,
-                mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as m,
-            ):
-                if tarfile.is_tarfile(path):
-                    raise RefusedPickle("it is a tar archive, as torch wrote before 0.1.10")
-                pickles = cast(BinaryIO, m)  # its reads return at most the rest of the file
-                if check_pickle(pickles, size=size) == _LEGACY_MAGIC:
-                    for _ in range(_LEGACY_PICKLES - 1):
-                        check_pickle(pickles, size=size)
-    except RefusedPickle as error:
-        raise CheckpointError(f"{path} is refused: {error}") from None
-    except CheckpointError:
-        raise
-    except Exception as error:  # the parser raises many kinds on damaged files
-        raise CheckpointError(
-            f"{path} is not a valid .pt file: {_reason(error)}; download or copy it again"
-        ) from None
-
-
-def _reason(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-# TorchScript: the format of OpenAI's CLIP. The tensors are attributes of pickled modules, which
-# become empty namespaces here. The code in the archive is ignored.
-
-_DTYPES = {
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "DoubleStorage": torch.float64,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "BoolStorage": torch.bool,
-}
-
-
-class _Module:
-    """A pickled module: only its attributes, without code."""
-
-
-def _is_torchscript(members: Iterable[zipfile.ZipInfo]) -> bool:
-    return any(member.orig_filename.endswith("/constants.pkl") for member in members)
-
-
-def _read_torchscript(path: Path) -> dict[str, Tensor]:
-    _check_pickles(path, True)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            (pickled,) = (n for n in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", n))
-            with archive.open(pickled) as stream:
-                root = _Unpickler(stream, archive, pickled.removesuffix(".pkl")).load()
-            return dict(_tensors_of(root, ""))
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} is refused: {error}") from None
-    except Exception as error:  # the parser raises many kinds on damaged files
-        raise CheckpointError(f"{path} is not a valid TorchScript archive: {error}") from None
-
-
-class _Unpickler(pickle.Unpickler):
-    """Builds only tensors and namespaces."""
-
-    def __init__(self, stream: Any, archive: zipfile.ZipFile, folder: str) -> None:
-        super().__init__(stream)
-        self._archive, self._folder = archive, folder
-        self._storages: dict[str, Tensor] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module.startswith("__torch__"):
-            return _Module
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _strided
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if module == "torch" and name in _DTYPES:
-            return _DTYPES[name]
-        raise pickle.UnpicklingError(
-            f"its pickle names {module}.{name}; only tensors are read, never code"
+        _(
+            '; if the weights are under {name!r}: torch.save(torch.load(f)["{name}"], g)',
+            name=dicts[0],
         )
-
-    def persistent_load(self, reference: Any) -> Tensor:
-        _, dtype, key, _, _ = reference
-        if key not in self._storages:
-            raw = bytearray(self._archive.read(f"{self._folder}/{int(key)}"))
-            empty = torch.empty(0, dtype=dtype)
-            self._storages[key] = torch.frombuffer(raw, dtype=dtype) if raw else empty
-        return self._storages[key]
-
-
-def _strided(storage: Tensor, offset: int, shape: Any, stride: Any, *_: Any) -> Tensor:
-    end = offset + 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-    if math.prod(shape) and not 0 <= offset < end <= len(storage):
-        raise ValueError("a tensor exceeds its storage")
-    return storage.as_strided(tuple(shape), tuple(stride), offset)
-
-
-def _tensors_of(module: _Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    for name, value in vars(module).items():
-        if isinstance(value, Tensor):
-            yield prefix + name, value
-        elif isinstance(value, _Module):
-            yield from _tensors_of(value, f"{prefix}{name}.")
+        if dicts and not keys
+        else _("; it has {names}", names=", ".join(str(name) for name in list(state)[:4]))
+    )
+    raise CheckpointError(
+        _(
+            "{where} is not a state dict: {other!r} is not a tensor{remedy}",
+            where=where,
+            other=others[0],
+            remedy=remedy,
+        )
+    )

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cn_clip.config import read_json
+from cn_clip.config import read_config_json
 from cn_clip.errors import CheckpointError, MissingWeightsError
+from cn_clip.translation import _
 from cn_clip.weights.huggingface import from_hugging_face
 from cn_clip.weights.official import plain_names, unfuse_attention
 from cn_clip.weights.tensorfile import read_tensors
@@ -95,7 +96,11 @@ def find_weights_file(path: str | os.PathLike[str]) -> Path:
         if os.path.isfile(path / name):
             return path / name
     raise MissingWeightsError(
-        f"the folder {path} has no weights; expected one of {', '.join(FILES)}"
+        _(
+            "the folder {path} has no weights; expected one of {files}",
+            path=path,
+            files=", ".join(FILES),
+        )
     )
 
 
@@ -115,14 +120,25 @@ def _tower(
             kept[name] = tensor
         else:
             unknown.append(name)
-    tower = {"visual.": "image tower of a CLIP", "bert.": "BERT"}[prefix]
+    tower = {"visual.": _("image tower of a CLIP"), "bert.": "BERT"}[prefix]
     if not any(name.startswith(prefix) for name in kept):
         first = ", ".join(list(tensors)[:3])
-        raise CheckpointError(f"{file} has no {tower}; it starts with {first}")
+        raise CheckpointError(
+            _("{file} has no {tower}; it starts with {first}", file=file, tower=tower, first=first)
+        )
     if unknown:
         raise CheckpointError(
-            f"{file} is not a known {tower}: it also has {unknown[0]}"
-            + (f" and {len(unknown) - 1} more unknown tensors" if len(unknown) > 1 else "")
+            _(
+                "{file} is not a known {tower}: it also has {unknown}",
+                file=file,
+                tower=tower,
+                unknown=unknown[0],
+            )
+            + (
+                _(" and {count} more unknown tensors", count=len(unknown) - 1)
+                if len(unknown) > 1
+                else ""
+            )
         )
     return Tower(kept, tuple(all_dropped))
 
@@ -137,7 +153,7 @@ def _check_activation(folder: Path) -> None:
         return
     for name in ("config.json", "open_clip_config.json"):
         try:
-            values = read_json(folder / name)
+            values = read_config_json(folder / name)
             vision = values.get("vision_config")
             if name == "config.json" and isinstance(vision, dict):
                 activation = vision.get("hidden_act", "quick_gelu")
@@ -150,6 +166,10 @@ def _check_activation(folder: Path) -> None:
             continue
         if activation != "quick_gelu":
             raise CheckpointError(
-                f"{folder / name}: the image tower was trained with {activation}, and the ViT here "
-                "computes quick_gelu, so features would be wrong; use a quick_gelu model"
+                _(
+                    "{folder}: the image tower was trained with {activation}, and the ViT here "
+                    "computes quick_gelu, so features would be wrong; use a quick_gelu model",
+                    folder=folder / name,
+                    activation=activation,
+                )
             )

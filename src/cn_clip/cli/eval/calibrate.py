@@ -10,10 +10,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
 
-from cn_clip.cli.eval.retrieval import list_failed
 from cn_clip.cli.loading import model_paths
-from cn_clip.cli.show import Amount, Flag, check_different_paths, console, print_json, progress
+from cn_clip.cli.show import (
+    Amount,
+    Flag,
+    check_different_paths,
+    console,
+    list_failed,
+    print_json,
+    progress_bar,
+)
 from cn_clip.config import Precision
+from cn_clip.translation import N_, _, translate
 
 if TYPE_CHECKING:
     from cn_clip.calibration import Calibration
@@ -98,13 +106,8 @@ def calibrate(
         fast_decode=fast_decode,
         download_root=download_root,
     )
-    with progress() as bars:
-        task = bars.add_task("embedding images", total=None)
-        embedded = embed_pairs(
-            embedder,
-            dataset,
-            tick=lambda done, total: bars.update(task, completed=done, total=total),
-        )
+    with progress_bar(_("embedding images")) as tick:
+        embedded = embed_pairs(embedder, dataset, tick=tick)
     calibration, held_out = fit_calibration(
         embedded.images,
         embedded.texts,
@@ -124,8 +127,12 @@ def calibrate(
     for use, threshold in calibration.thresholds.items():
         if threshold is None:
             print(
-                f"cn-clip: warning: no threshold for {use} reaches a precision of {precision:.0%}; "
-                "give a lower --precision",
+                _(
+                    "cn-clip: warning: no threshold for {use} reaches a precision of "
+                    "{precision:.0%}; give a lower --precision",
+                    use=use,
+                    precision=precision,
+                ),
                 file=sys.stderr,
             )
     if json:
@@ -150,7 +157,7 @@ def calibrate(
 
 def _held_out_json(held_out: HeldOut) -> dict[str, Any]:
     def scores(of: CalibrationScores) -> dict[str, Any]:
-        bins = [{"mean": b.mean, "share": b.matching, "pairs": b.pairs} for b in of.bins]
+        bins = [{"mean": b.mean, "matching": b.matching, "pairs": b.pairs} for b in of.bins]
         return {"ece": of.ece, "brier": of.brier, "right": of.accuracy, "bins": bins}
 
     def effects(of: Mapping[str, ThresholdEffect]) -> dict[str, Any]:
@@ -176,25 +183,37 @@ def _print(calibration: Calibration, held_out: HeldOut, out: str) -> None:
     from cn_clip.eval.calibration.fit import FIXED_CUTOFF
 
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("held-out half", "calibrated", f"cosine ≥ {FIXED_CUTOFF}"):
-        table.add_column(column, justify="left" if column == "held-out half" else "right")
+    for column in (
+        N_("held-out half"),
+        N_("calibrated"),
+        _("cosine ≥ {cutoff}", cutoff=FIXED_CUTOFF),
+    ):
+        table.add_column(
+            translate(column), justify="left" if column == "held-out half" else "right"
+        )
     calibrated, fixed = held_out.calibrated, held_out.fixed
-    table.add_row("expected calibration error", f"{calibrated.ece:.3f}", f"{fixed.ece:.3f}")
-    table.add_row("Brier score", f"{calibrated.brier:.3f}", f"{fixed.brier:.3f}")
-    table.add_row("accuracy", f"{calibrated.accuracy:.1%}", f"{fixed.accuracy:.1%}")
+    table.add_row(_("expected calibration error"), f"{calibrated.ece:.3f}", f"{fixed.ece:.3f}")
+    table.add_row(_("Brier score"), f"{calibrated.brier:.3f}", f"{fixed.brier:.3f}")
+    table.add_row(_("accuracy"), f"{calibrated.accuracy:.1%}", f"{fixed.accuracy:.1%}")
     for use, effect in held_out.effects.items():
         fixed_effect = held_out.fixed_effects[use]
         for name, values in (
-            ("precision of accepted results", (effect.precision, fixed_effect.precision)),
-            ("accepted if a match exists", (effect.acceptance, fixed_effect.acceptance)),
-            ("rejected if none does", (effect.rejection, fixed_effect.rejection)),
+            (_("precision of accepted results"), (effect.precision, fixed_effect.precision)),
+            (_("accepted if a match exists"), (effect.acceptance, fixed_effect.acceptance)),
+            (_("rejected if none does"), (effect.rejection, fixed_effect.rejection)),
         ):
-            cells = ["none" if value is None else f"{value:.1%}" for value in values]
+            cells = [_("none") if value is None else f"{value:.1%}" for value in values]
             table.add_row(f"{use}: {name}", *cells)
     counts = calibration.counts
     console().print(table)
     console().print(
-        f"{out}: {calibration.kind}, fitted on all {counts['pairs']:,} pairs of "
-        f"{counts['images']:,} images, for {calibration.model}",
+        _(
+            "{out}: {kind}, fitted on all {pairs:,} pairs of {images:,} images, for {model}",
+            out=out,
+            kind=calibration.kind,
+            pairs=counts["pairs"],
+            images=counts["images"],
+            model=calibration.model,
+        ),
         markup=False,
     )

@@ -16,6 +16,7 @@ from cn_clip.cli.eval.retrieval import fractions
 from cn_clip.cli.loading import DEFAULT, Loading, model_paths
 from cn_clip.cli.show import Amount, Flag, console, print_json, progress
 from cn_clip.errors import UsageError
+from cn_clip.translation import N_, _, translate
 
 if TYPE_CHECKING:
     from cn_clip.eval.diagnosis.measure import Diagnosis, Difference, LengthBin
@@ -62,9 +63,19 @@ def diagnose(
     from cn_clip.html.page import claim_page
 
     if report is not None and Path(report).suffix.lower() not in (".html", ".htm"):
-        raise UsageError(f"--report {report} is not an HTML file; give a name that ends in .html")
+        raise UsageError(
+            _(
+                "--report {report} is not an HTML file; give a name that ends in .html",
+                report=report,
+            )
+        )
     if not -1 <= threshold <= 1:
-        raise UsageError(f"--threshold {threshold} is not a cosine; give a number from -1 to 1")
+        raise UsageError(
+            _(
+                "--threshold {threshold} is not a cosine; give a number from -1 to 1",
+                threshold=threshold,
+            )
+        )
     if report is not None:
         inputs: list[str | Path] = [path for spec in data for path in paths_of(spec)]
         inputs += model_paths(loading.model, compare)
@@ -75,11 +86,11 @@ def diagnose(
     with progress() as bars:
         for name in names:
             embedder = loading.load(name)
-            task = bars.add_task(f"{embedder.name}: images", total=len(dataset.images))
+            task = bars.add_task(_("{name}: images", name=embedder.name), total=len(dataset.images))
             images = embed_eval_images(embedder, dataset, tick=partial(bars.advance, task))
             texts = embedder.embed_texts(dataset.texts)
             total = len(images.indexes) + len(texts)
-            task = bars.add_task(f"{embedder.name}: retrieval", total=total)
+            task = bars.add_task(_("{name}: retrieval", name=embedder.name), total=total)
             diagnoses.append(
                 diagnose(
                     embedder.name,
@@ -111,7 +122,7 @@ def diagnose(
     else:
         _print(diagnoses, differences, report)
     for message in dataset.skipped:
-        print(f"cn-clip: skipped: {message}", file=sys.stderr)
+        print(_("cn-clip: skipped: {message}", message=message), file=sys.stderr)
     return 1 if dataset.skipped else 0
 
 
@@ -134,30 +145,38 @@ def _print(
     for diagnosis in diagnoses:
         table.add_column(diagnosis.model, justify="right")
     for name, value_of in _ROWS:
-        table.add_row(name, *(value_of(diagnosis) for diagnosis in diagnoses))
+        table.add_row(translate(name), *(value_of(diagnosis) for diagnosis in diagnoses))
     for n, length in enumerate(diagnoses[0].lengths):
         table.add_row(
-            f"R@10 of {length.texts:,} texts of {_range(length)} characters",
+            _(
+                "R@10 of {texts:,} texts of {range} characters",
+                texts=length.texts,
+                range=_range(length),
+            ),
             *(f"{diagnosis.lengths[n].recall.r10:.1%}" for diagnosis in diagnoses),
         )
     out.print(table)
     if differences:
         first, second = diagnoses
         table = Table(box=None, pad_edge=False, header_style="dim")
-        table.add_column(f"{first.model} minus {second.model}")
-        table.add_column("points", justify="right")
-        table.add_column("95 % interval", justify="right")
+        table.add_column(
+            _("{model} minus {second_model}", model=first.model, second_model=second.model)
+        )
+        table.add_column(_("points"), justify="right")
+        table.add_column(_("95 % interval"), justify="right")
         for row in differences:
             interval = row.interval
-            limits = f"{100 * interval.low:+.1f} to {100 * interval.high:+.1f}"
+            limits = _(
+                "{low:+.1f} to {high:+.1f}", low=100 * interval.low, high=100 * interval.high
+            )
             table.add_row(row.metric, f"{100 * interval.value:+.1f}", limits)
         out.print(table)
     if report is not None:
-        out.print(f"report: {report}", markup=False, soft_wrap=True)
+        out.print(_("report: {report}", report=report), markup=False, soft_wrap=True)
 
 
 def _range(length: LengthBin) -> str:
-    return f"{length.low}" + (f" to {length.high}" if length.high > length.low else "")
+    return f"{length.low}" + (_(" to {high}", high=length.high) if length.high > length.low else "")
 
 
 def _percent(recall: Recall) -> str:
@@ -165,14 +184,14 @@ def _percent(recall: Recall) -> str:
 
 
 _ROWS: tuple[tuple[str, Callable[[Diagnosis], str]], ...] = (
-    ("text to image, R@1 / 5 / 10", lambda d: _percent(d.text_to_image)),
-    ("image to text, R@1 / 5 / 10", lambda d: _percent(d.image_to_text)),
-    ("hubs: skewness of N_10", lambda d: f"{d.hubs.skewness:.2f}"),
-    ("hubs: largest N_10", lambda d: f"{d.hubs.counts.max():,}"),
-    ("hubs: images never retrieved", lambda d: f"{d.hubs.never_retrieved:.1%}"),
-    ("similar captions of different images", lambda d: f"{d.similar.texts:,}"),
-    ("median cosine of pairs", lambda d: f"{d.cosines.medians[0]:.3f}"),
-    ("median cosine of non-pairs", lambda d: f"{d.cosines.medians[1]:.3f}"),
+    (N_("text to image, R@1 / 5 / 10"), lambda d: _percent(d.text_to_image)),
+    (N_("image to text, R@1 / 5 / 10"), lambda d: _percent(d.image_to_text)),
+    (N_("hubs: skewness of N_10"), lambda d: f"{d.hubs.skewness:.2f}"),
+    (N_("hubs: largest N_10"), lambda d: f"{d.hubs.counts.max():,}"),
+    (N_("hubs: images never retrieved"), lambda d: f"{d.hubs.never_retrieved:.1%}"),
+    (N_("similar captions of different images"), lambda d: f"{d.similar.texts:,}"),
+    (N_("median cosine of pairs"), lambda d: f"{d.cosines.medians[0]:.3f}"),
+    (N_("median cosine of non-pairs"), lambda d: f"{d.cosines.medians[1]:.3f}"),
 )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cn_clip.cli.eval.retrieval import percent, recall_table
 from cn_clip.cli.show import Flag, console, print_json
+from cn_clip.translation import _
 
 
 def predictions(
@@ -50,6 +51,9 @@ def predictions(
         )
         return 0
     console().print(recall_table(predictions, {scores.direction: scores.recall}))
-    extra = f"; {scores.extra:,} more are not in the annotations and are ignored"
-    console().print(f"{scores.queries:,} queries{extra if scores.extra else ''}", markup=False)
+    extra = _("; {extra:,} more are not in the annotations and are ignored", extra=scores.extra)
+    extra = extra if scores.extra else ""
+    console().print(
+        _("{queries:,} queries{extra}", queries=scores.queries, extra=extra), markup=False
+    )
     return 0

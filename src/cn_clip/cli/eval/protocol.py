@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 from rich.table import Table
 
-from cn_clip.cli.eval.retrieval import progress_bar
 from cn_clip.cli.loading import DEFAULT, Loading
-from cn_clip.cli.show import Flag, console, print_json
+from cn_clip.cli.show import Flag, console, print_json, progress_bar
 from cn_clip.errors import UsageError
+from cn_clip.translation import N_, _, translate
 
 if TYPE_CHECKING:
     from cn_clip.eval.protocols import Protocol, ScoreComparison
@@ -51,16 +51,24 @@ def protocol(
         _print_list(list(protocols.protocols().values()), json)
         return 0
     if name is None:
-        raise UsageError("no protocol given; see: cn-clip eval protocol --list")
+        raise UsageError(_("no protocol given; see: cn-clip eval protocol --list"))
     spec = protocols.protocol(name)
     if spec.task == "classification":
         raise UsageError(
-            f"{name} is zero-shot classification, by {spec.metric}; run: cn-clip eval zeroshot"
+            _(
+                "{name} is zero-shot classification, by {metric}; run: cn-clip eval zeroshot",
+                name=name,
+                metric=spec.metric,
+            )
         )
     if data is None:
         raise UsageError(
-            f"no data for {spec.title}; give --data FOLDER with {spec.split}_imgs.tsv and "
-            f"{spec.split}_texts.jsonl, or KIND:PATH"
+            _(
+                "no data for {title}; give --data FOLDER with {split}_imgs.tsv and "
+                "{split}_texts.jsonl, or KIND:PATH",
+                title=spec.title,
+                split=spec.split,
+            )
         )
 
     dataset = protocols.open_split(spec, data)
@@ -74,7 +82,7 @@ def protocol(
                 "protocol": name,
                 "setup": setup,
                 "model": result.model,
-                "pictures": len(result.image_ids),
+                "images": len(result.image_ids),
                 "texts": len(result.text_ids),
                 "source": spec.source,
                 "figures": [{**asdict(row), "difference": row.difference} for row in rows],
@@ -88,8 +96,8 @@ def protocol(
 def _print_comparison(spec: Protocol, model: str, setup: str, rows: list[ScoreComparison]) -> None:
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column(f"{spec.title}: {model}")
-    for column in ("ours", f"published, {setup}", "difference"):
-        table.add_column(column, justify="right")
+    for column in (N_("ours"), _("published, {setup}", setup=setup), N_("difference")):
+        table.add_column(translate(column), justify="right")
     for row in rows:
         table.add_row(
             f"{row.direction.replace('_', ' ')} {row.measure}",
@@ -98,17 +106,26 @@ def _print_comparison(spec: Protocol, model: str, setup: str, rows: list[ScoreCo
             "-" if row.difference is None else f"{row.difference:+.1f}",
         )
     console().print(table)
-    unchecked = "" if spec.images else "; no source states the counts of this split: not checked"
-    console().print(f"published: {spec.source}{unchecked}", markup=False)
+    unchecked = "" if spec.images else _("; no source states the counts of this split: not checked")
+    console().print(
+        _("published: {source}{unchecked}", source=spec.source, unchecked=unchecked), markup=False
+    )
 
 
 def _print_list(specs: list[Protocol], json: bool) -> None:
     if json:
-        print_json([asdict(spec) for spec in specs])
+        print_json({"protocols": [asdict(spec) for spec in specs]})
         return
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("protocol", "dataset", "images", "texts", "metric", "published, zero-shot"):
-        table.add_column(column)
+    for column in (
+        N_("protocol"),
+        N_("dataset"),
+        N_("images"),
+        N_("texts"),
+        N_("metric"),
+        N_("published, zero-shot"),
+    ):
+        table.add_column(translate(column))
     for spec in specs:
         counts = (f"{count:,}" if count else "-" for count in (spec.images, spec.texts))
         table.add_row(spec.name, spec.title, *counts, spec.metric, _published(spec))
@@ -118,7 +135,7 @@ def _print_list(specs: list[Protocol], json: bool) -> None:
 def _published(spec: Protocol) -> str:
     """Return the published R@1 text to image of each model, or the best score of five models."""
     if spec.best_of_five is not None:
-        return f"{spec.best_of_five:.1f}, best of five models"
+        return _("{best_of_five:.1f}, best of five models", best_of_five=spec.best_of_five)
     scores = spec.published.get("zero-shot", {}).get("text_to_image", {})
     listed = ", ".join(f"{model} {recall[0]:.1f}" for model, recall in scores.items())
-    return f"R@1 text to image: {listed}" if listed else "none found"
+    return _("R@1 text to image: {listed}", listed=listed) if listed else _("none found")

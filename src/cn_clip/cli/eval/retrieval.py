@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,14 +9,13 @@ from cyclopts import Parameter
 from rich.table import Table
 
 from cn_clip.cli.loading import DEFAULT, Loading
-from cn_clip.cli.show import Flag, console, print_json, progress
+from cn_clip.cli.show import Flag, console, list_failed, print_json, progress_bar
 from cn_clip.errors import UsageError
+from cn_clip.translation import N_, _, translate
 
 if TYPE_CHECKING:
     from cn_clip.eval.metrics.recall import Recall
     from cn_clip.eval.retrieval import RetrievalResult
-
-_MAX_PRINTED = 20  # unreadable rows; --json lists all
 
 
 def retrieval(
@@ -66,10 +62,10 @@ def retrieval(
         Print JSON instead of a table.
     """
     if (images is None) != (texts is None):
-        raise UsageError("only one kind of features is given; give both --images and --texts")
+        raise UsageError(_("only one kind of features is given; give both --images and --texts"))
     if bool(data) == (truth is not None) or (truth is not None and images is None):
         raise UsageError(
-            "no pairs given; give --data KIND:PATH, or with features --truth TEXTS.jsonl instead"
+            _("no pairs given; give --data KIND:PATH, or with features --truth TEXTS.jsonl instead")
         )
     if split is not None:
         from cn_clip.data.sources.open import split_source
@@ -103,7 +99,10 @@ def retrieval(
     else:
         _print(result)
         if out is not None:
-            console().print(f"{len(written)} official files in {out}", markup=False)
+            console().print(
+                _("{written_count} official files in {out}", written_count=len(written), out=out),
+                markup=False,
+            )
     list_failed(result.failed)
     return 1 if result.failed else 0
 
@@ -112,7 +111,7 @@ def as_json(result: RetrievalResult) -> dict[str, Any]:
     """Return the scores in percent, with the model and the counts."""
     return {
         "model": result.model,
-        "pictures": len(result.image_ids),
+        "images": len(result.image_ids),
         "texts": len(result.text_ids),
         "pairs": len(result.pairs),
         "text_to_image": percent(result.recall.text_to_image),
@@ -133,36 +132,19 @@ def fractions(recall: Recall) -> dict[str, float]:
     return {"r1": recall.r1, "r5": recall.r5, "r10": recall.r10, "mean": recall.mean}
 
 
+DIRECTIONS = {"text_to_image": N_("text to image"), "image_to_text": N_("image to text")}
+
+
 def recall_table(title: str, rows: dict[str, Recall]) -> Table:
     """Return a table of recall in percent, one row per direction."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column(title)
-    for name in ("R@1", "R@5", "R@10", "mean"):
-        table.add_column(name, justify="right")
+    for name in ("R@1", "R@5", "R@10", N_("mean")):
+        table.add_column(translate(name), justify="right")
     for direction, recall in rows.items():
         cells = (f"{value:.1f}" for value in percent(recall).values())
-        table.add_row(direction.replace("_", " "), *cells)
+        table.add_row(translate(DIRECTIONS[direction]), *cells)
     return table
-
-
-@contextmanager
-def progress_bar(task: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar; yield the function that sets it to ``done`` of ``total``."""
-    with progress() as bars:
-        number = bars.add_task(task, total=None)
-        yield lambda done, total: bars.update(number, completed=done, total=total)
-
-
-def list_failed(messages: list[str]) -> None:
-    """Print the messages of unreadable rows on stderr."""
-    for message in messages[:_MAX_PRINTED]:
-        print(f"cn-clip: {message}", file=sys.stderr)
-    if messages:
-        more = "; --json lists all" if len(messages) > _MAX_PRINTED else ""
-        print(
-            f"cn-clip: {len(messages):,} unreadable and excluded from the scores{more}",
-            file=sys.stderr,
-        )
 
 
 def _print(result: RetrievalResult) -> None:
@@ -170,8 +152,14 @@ def _print(result: RetrievalResult) -> None:
     rows = {"text_to_image": both.text_to_image, "image_to_text": both.image_to_text}
     console().print(recall_table(result.model, rows))
     console().print(
-        f"{len(result.image_ids):,} images, {len(result.text_ids):,} texts, "
-        f"{len(result.pairs):,} pairs; mean recall {100 * both.mean_recall:.1f}",
+        _(
+            "{image_count:,} images, {text_count:,} texts, {pair_count:,} pairs; mean recall "
+            "{mean_recall:.1f}",
+            image_count=len(result.image_ids),
+            text_count=len(result.text_ids),
+            pair_count=len(result.pairs),
+            mean_recall=100 * both.mean_recall,
+        ),
         markup=False,
     )
 

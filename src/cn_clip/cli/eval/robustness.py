@@ -12,6 +12,7 @@ from rich.table import Table
 from cn_clip.cli.eval.retrieval import fractions
 from cn_clip.cli.loading import DEFAULT, Loading
 from cn_clip.cli.show import Amount, ContextLength, Flag, console, print_json, progress
+from cn_clip.translation import N_, _, translate
 
 if TYPE_CHECKING:
     from cn_clip.eval.robustness.measure import RewriteResult, Robustness
@@ -66,10 +67,10 @@ def robustness(
     dataset = eval_set_of(open_mix(data))
     embedder = loading.load()
     with progress() as bars:
-        task = bars.add_task("embedding images", total=len(dataset.images))
+        task = bars.add_task(_("embedding images"), total=len(dataset.images))
         images = embed_eval_images(embedder, dataset, tick=partial(bars.advance, task))
         rounds = len(rewrites) + (1 + len(rewrites)) * bool(normalize)
-        task = bars.add_task("rewriting queries", total=rounds)
+        task = bars.add_task(_("rewriting queries"), total=rounds)
         result = robustness(
             embedder,
             images.vectors,
@@ -88,7 +89,7 @@ def robustness(
                 "images": len(images.indexes),
                 "queries": result.queries,
                 "plain": fractions(result.original),
-                "asked": [_as_json(row) for row in result.results],
+                "rewrites": [_as_json(row) for row in result.results],
                 "normalize": list(result.normalizers),
                 "normalized": [_as_json(row) for row in result.normalized],
                 "left_out": list(omitted),
@@ -99,29 +100,47 @@ def robustness(
         _print(result, embedder.name, len(images.indexes))
     if omitted:
         print(
-            f"cn-clip: omitted {', '.join(omitted)}, which need OpenCC: "
-            "pip install 'cn-clip[eval]'",
+            _(
+                "cn-clip: omitted {omitted}, which need OpenCC: pip install 'cn-clip[eval]'",
+                omitted=", ".join(omitted),
+            ),
             file=sys.stderr,
         )
     for message in dataset.skipped:
-        print(f"cn-clip: skipped: {message}", file=sys.stderr)
+        print(_("cn-clip: skipped: {message}", message=message), file=sys.stderr)
     return 1 if dataset.skipped else 0
 
 
 def _print(result: Robustness, model: str, images: int) -> None:
     out, recall = console(), result.original
     out.print(
-        f"{model}: {result.queries:,} queries, {images:,} images. R@1 {recall.r1:.1%}, "
-        f"R@5 {recall.r5:.1%}, R@10 {recall.r10:.1%}, mean recall {recall.mean:.1%}",
+        _(
+            "{model}: {queries:,} queries, {images:,} images. R@1 {r1:.1%}, R@5 {r5:.1%}, R@10 "
+            "{r10:.1%}, mean recall {mean:.1%}",
+            model=model,
+            queries=result.queries,
+            images=images,
+            r1=recall.r1,
+            r5=recall.r5,
+            r10=recall.r10,
+            mean=recall.mean,
+        ),
         markup=False,
         soft_wrap=True,
     )
     out.print(_table("rewrite", result.results))
     if result.normalized:
-        out.print(_table(f"rewrite, then {' and '.join(result.normalizers)}", result.normalized))
+        out.print(
+            _table(
+                _("rewrite, then {normalizers}", normalizers=_(" and ").join(result.normalizers)),
+                result.normalized,
+            )
+        )
     out.print(
-        "Over the queries that each rewrite changes: mean recall before and after, the loss in "
-        "points, and its 95 % interval.",
+        _(
+            "Over the queries that each rewrite changes: mean recall before and after, the loss "
+            "in points, and its 95 % interval."
+        ),
         style="dim",
         soft_wrap=True,
     )
@@ -130,20 +149,27 @@ def _print(result: Robustness, model: str, images: int) -> None:
 def _table(title: str, rows: tuple[RewriteResult, ...]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column(title, no_wrap=True)
-    for heading in ("queries", "before", "after", "loss", "95 % interval", "over all queries"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("example", overflow="ellipsis", no_wrap=True, max_width=44, style="dim")
+    for heading in (
+        N_("queries"),
+        N_("before"),
+        N_("after"),
+        N_("loss"),
+        N_("95 % interval"),
+        N_("over all queries"),
+    ):
+        table.add_column(translate(heading), justify="right", no_wrap=True)
+    table.add_column(_("example"), overflow="ellipsis", no_wrap=True, max_width=44, style="dim")
     for row in rows:
         if not (row.loss and row.original and row.rewritten and row.example):
-            table.add_row(row.name, "0", "", "", "", "", "", "")
+            table.add_row(translate(row.name), "0", "", "", "", "", "", "")
             continue
         table.add_row(
-            row.name,
+            translate(row.name),
             f"{row.changed:,}",
             f"{row.original.mean:.1%}",
             f"{row.rewritten.mean:.1%}",
             f"{100 * row.loss.value:+.1f}",
-            f"{100 * row.loss.low:+.1f} to {100 * row.loss.high:+.1f}",
+            _("{low:+.1f} to {high:+.1f}", low=100 * row.loss.low, high=100 * row.loss.high),
             f"{100 * row.loss_overall:+.1f}",
             row.example[1],
             style="red" if row.loss.low > 0 else None,
@@ -157,7 +183,7 @@ def _as_json(row: RewriteResult) -> dict[str, Any]:
         "meaning": row.description,
         "changed": row.changed,
         "plain": None if row.original is None else fractions(row.original),
-        "asked": None if row.rewritten is None else fractions(row.rewritten),
+        "rewritten": None if row.rewritten is None else fractions(row.rewritten),
         "lost": None
         if row.loss is None
         else {"value": row.loss.value, "low": row.loss.low, "high": row.loss.high},

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
 
-from cn_clip.cli.eval.retrieval import list_failed
 from cn_clip.cli.loading import DEFAULT, Loading
-from cn_clip.cli.show import Flag, console, print_json, progress
+from cn_clip.cli.show import Flag, console, list_failed, print_json, progress
 from cn_clip.errors import UnknownNameError, UsageError
+from cn_clip.translation import N_, _, translate
 
 if TYPE_CHECKING:
     from cn_clip.eval.labelled import LabelledImages
@@ -64,10 +64,12 @@ def zeroshot(
     known = zeroshot.datasets()
     name = dataset or Path(data).resolve().name
     if dataset is not None and dataset not in known:
-        raise UnknownNameError("dataset", dataset, known)
+        raise UnknownNameError(_("dataset"), dataset, known)
     info = known.get(name, zeroshot.DatasetInfo())
     if submission is not None and name not in known:
-        raise UsageError("--submission needs --dataset NAME, the name of the dataset in ELEVATER")
+        raise UsageError(
+            _("--submission needs --dataset NAME, the name of the dataset in ELEVATER")
+        )
     if submission is not None:
         inputs = [path for path in (data, truth, templates) if path is not None]
         zeroshot.claim_submission(submission, inputs=[*inputs, *loading.paths])
@@ -75,16 +77,22 @@ def zeroshot(
     labelled = read_labelled(Path(data), split=split, truth=None if truth is None else Path(truth))
     mismatch = _count_mismatch(info, labelled, name) if split == "test" else None
     if mismatch and submission is not None:
-        raise UsageError(f"{mismatch}; a submission needs the whole test set")
+        raise UsageError(_("{mismatch}; a submission needs the whole test set", mismatch=mismatch))
     if mismatch:
         print(
-            f"cn-clip: warning: {mismatch}; scores are not comparable with published ones",
+            _(
+                "cn-clip: warning: {mismatch}; scores are not comparable with published ones",
+                mismatch=mismatch,
+            ),
             file=sys.stderr,
         )
     if info.metric == "11-point-map" and truth is None:
         print(
-            f"cn-clip: warning: {name} is scored by 11-point mAP, which needs all labels of an "
-            "image; give ELEVATER's test_ic.txt with --truth",
+            _(
+                "cn-clip: warning: {name} is scored by 11-point mAP, which needs all labels of an "
+                "image; give ELEVATER's test_ic.txt with --truth",
+                name=name,
+            ),
             file=sys.stderr,
         )
     embedder = loading.load()
@@ -117,7 +125,7 @@ def zeroshot(
             "dataset": name if name in known else None,
             "templates": sentences,
             "classes": len(labelled.labels),
-            "pictures": scores.images,
+            "images": scores.images,
             "metric": scores.metric,
             "value": scores.value,
             "top1": scores.top1,
@@ -135,31 +143,37 @@ def zeroshot(
 def _count_mismatch(info: DatasetInfo, labelled: LabelledImages, name: str) -> str | None:
     """Return how the folder's counts differ from the dataset's test set, if they do."""
     for items, expected, count in (
-        ("classes", info.classes, len(labelled.labels)),
-        ("images", info.images, len(labelled.images)),
+        (N_("classes"), info.classes, len(labelled.labels)),
+        (N_("images"), info.images, len(labelled.images)),
     ):
         if expected is not None and expected != count:
-            return f"{name} has {expected:,} test {items}, but the folder has {count:,}"
+            return _(
+                "{name} has {expected:,} test {items}, but the folder has {count:,}",
+                name=name,
+                expected=expected,
+                items=translate(items),
+                count=count,
+            )
     return None
 
 
 def _print(scores: ZeroshotScores, name: str, model: str) -> None:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column(f"{name}, {scores.images:,} images", no_wrap=True)
+    table.add_column(_("{name}, {images:,} images", name=name, images=scores.images), no_wrap=True)
     table.add_column(model, justify="right")
-    value = "not measured" if scores.value is None else f"{scores.value:.2%}"
-    table.add_row(f"{scores.metric} (metric of the dataset)", value, style="bold")
+    value = _("not measured") if scores.value is None else f"{scores.value:.2%}"
+    table.add_row(_("{metric} (metric of the dataset)", metric=scores.metric), value, style="bold")
     for row, score in (
         ("top-1", scores.top1),
         ("top-5", scores.top5),
-        ("mean per class", scores.mean_per_class),
+        (_("mean per class"), scores.mean_per_class),
     ):
         table.add_row(row, f"{score:.2%}")
     console().print(table)
     if scores.confusions:
         table = Table(box=None, pad_edge=False, header_style="dim")
-        for column in ("most frequent confusions", "predicted", "images"):
-            table.add_column(column, justify="right" if column == "images" else "left")
+        for column in (N_("most frequent confusions"), N_("predicted"), N_("images")):
+            table.add_column(translate(column), justify="right" if column == "images" else "left")
         for confusion in scores.confusions:
             table.add_row(confusion.truth, confusion.predicted, f"{confusion.count:,}")
         console().print(table)

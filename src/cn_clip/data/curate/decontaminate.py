@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Literal
 
@@ -29,14 +28,16 @@ from cn_clip.data.sources.base import Source, located
 from cn_clip.data.sources.open import id_digest
 from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.files import MAX_FILE, read_lines
-from cn_clip.html.page import data_uri, page, thumbnail
+from cn_clip.format_version import FIELD, Format
+from cn_clip.html.page import thumbnail, write_page
 from cn_clip.image.decode import read_image
 from cn_clip.outputs import claim, own_file, starts_with
-from cn_clip.publish import atomic_file, map_write_errors, write_text
+from cn_clip.publish import atomic_file, map_write_errors
 from cn_clip.text import read_json
+from cn_clip.translation import _
 
 _CHUNK = 128
-_FORMAT = "cn-clip data decontaminate 1"  # first line of the list of removed pairs
+_FORMAT = Format("data decontaminate", 1)  # first line of the list of removed pairs
 _MAX_SHOWN = 200  # removed pairs in the report
 _DECODED = 256  # minimum decoded side of a JPEG in pixels; a hash uses 64
 
@@ -106,7 +107,9 @@ def decontaminate(
         DataError: a test image is unreadable, so leaks could go unnoticed; or a worker died.
     """
     if not 0 <= threshold <= 128:
-        raise UsageError(f"the threshold is {threshold} bits of 256; give 0 to 128")
+        raise UsageError(
+            _("the threshold is {threshold} bits of 256; give 0 to 128", threshold=threshold)
+        )
     result = DecontaminationResult(train.name, against.name, len(train), 0, threshold, min_caption)
     tests, captions = _test_rows(against, min_caption)
     result.test_images = len(tests)
@@ -115,7 +118,7 @@ def decontaminate(
         for chunk in run(chunked(tests, _CHUNK) if threshold else []):
             for hashes in chunk:
                 if isinstance(hashes, str):
-                    raise DataError(f"unreadable test image: {hashes}")
+                    raise DataError(_("unreadable test image: {hashes}", hashes=hashes))
                 test_hashes.append(hashes)
     groups = _train_rows(train, captions, result)
     done = 0
@@ -147,9 +150,9 @@ def claim_removed(
     """Check that the list may be written to ``out``, without touching it. Return it as a path.
 
     Raises:
-        UsageError: see ``outputs.claim_output``.
+        UsageError: see ``outputs.claim``.
     """
-    own = starts_with(json.dumps({"format": _FORMAT})[:-1].encode())
+    own = starts_with(f'{{"{FIELD}": "cn-clip {_FORMAT.name} '.encode())  # any version
     check = own_file("data decontaminate", own)
     return claim(out, check, inputs=inputs, overwrite=overwrite)
 
@@ -165,7 +168,7 @@ def write_removed(result: DecontaminationResult, train: Source, against: Source,
         atomic_file(out) as path,
         path.open("w", encoding="utf-8") as stream,
     ):
-        head = {"format": _FORMAT, "train": result.train, "pairs": result.pairs}
+        head = {FIELD: str(_FORMAT), "train": result.train, "pairs": result.pairs}
         head |= {"against": result.against, "threshold": result.threshold}
         head |= {"min_caption": result.min_caption}
         stream.write(json.dumps(head, ensure_ascii=False) + "\n")
@@ -181,23 +184,39 @@ def read_removed(path: Path, source: Source) -> npt.NDArray[np.int64]:
     """Return the indexes (N,) of the pairs that ``write_removed`` listed, in order.
 
     Raises:
-        DataError: the file is not such a list, or was made for other data than ``source``.
+        DataError: the file is not such a list, of a newer version, or was made for other data
+            than ``source``.
     """
+    damaged = DataError(_("{path} was not written by `cn-clip data decontaminate`", path=path))
     try:
         lines = read_lines(path, MAX_FILE)
         head = read_json(lines[0])
+    except OSError as error:
+        raise DataError(
+            _("{path} cannot be read: {reason}", path=path, reason=error.strerror)
+        ) from None
+    except (ValueError, LookupError, RecursionError):
+        raise damaged from None
+    if isinstance(head, dict):
+        _FORMAT.check(head.get(FIELD), path, DataError, _("decontaminate again"))
+    try:
         pairs = int(head["pairs"])
         indexes = np.array([read_json(line)["index"] for line in lines[1:]], dtype=np.int64)
         if len(indexes) and not 0 <= indexes.min() <= indexes.max() < pairs:
             raise IndexError("index out of range")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
-        raise DataError(f"{path} was not written by `cn-clip data decontaminate`") from None
+        raise damaged from None
     if pairs != len(source):
         raise DataError(
-            f"{path} was made for {pairs:,} pairs of {head.get('train')}, and {source.name} holds "
-            f"{len(source):,}; decontaminate this source"
+            _(
+                "{path} was made for {pairs:,} pairs of {train}, and {name} holds {pair_count:,}; "
+                "decontaminate this source",
+                path=path,
+                pairs=pairs,
+                train=head.get("train"),
+                name=source.name,
+                pair_count=len(source),
+            )
         )
     return indexes
 
@@ -206,28 +225,18 @@ def write_removed_report(
     result: DecontaminationResult, train: Source, against: Source, path: Path
 ) -> None:
     """Write the HTML report: each removed pair next to the test pair it matches."""
-    rows = []
-    for pair in result.removed[:_MAX_SHOWN]:
-        what = f"{pair.distance} of 256 bits differ" if pair.reason == "image" else "same caption"
-        cells = "".join(
-            f"<td>{_figure_html(source, index)}</td>"
-            for source, index in ((train, pair.index), (against, pair.against))
-        )
-        rows.append(f"<tr><td>{what}</td>{cells}</tr>")
-    unreadable = "".join(
-        f"<li>{escape(message)}</li>" for message in result.unreadable[:_MAX_SHOWN]
+    write_page(
+        path,
+        "data/curate/removed_report.html",
+        _("Pairs removed from training"),
+        _("data decontaminate"),
+        result=result,
+        removed=[
+            (pair, _shown(train, pair.index), _shown(against, pair.against))
+            for pair in result.removed[:_MAX_SHOWN]
+        ],
+        unreadable=result.unreadable[:_MAX_SHOWN],
     )
-    parts = [
-        f"<h1>{escape(result.train)} against {escape(result.against)}</h1>",
-        f"<p>{len(result.removed):,} of {result.pairs:,} pairs are removed: {result.by_image:,} "
-        f"for their image, {result.by_caption:,} for their caption alone. "
-        f"{len(result.unreadable):,} images could not be compared. {result.test_images:,} test "
-        f"images; at most {result.threshold} of 256 bits may differ; captions of "
-        f"{result.min_caption} characters and more were compared.</p>",
-        f"<table><tr><th></th><th>training</th><th>test</th></tr>{''.join(rows)}</table>",
-        f"<h2>Could not be compared</h2><ul>{unreadable}</ul>" if unreadable else "",
-    ]
-    write_text(path, page("RemovedPair from training", parts, "data decontaminate"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,11 +343,11 @@ def _pair_json(source: Source, index: int) -> dict[str, str]:
     return values | {"where": source.where(index)}
 
 
-def _figure_html(source: Source, index: int) -> str:
+def _shown(source: Source, index: int) -> dict[str, str | bytes | None]:
+    """Return what the report shows of a pair; ``jpeg`` is None for an unreadable image."""
     row = source.row(index)
     try:
-        image = f'<img src="{data_uri(thumbnail(source.image(index)))}" alt="">'
+        jpeg = thumbnail(source.image(index))
     except CNClipError:
-        image = "(unreadable)" if row.image_id else "(a text without an image)"
-    caption = f"{escape(row.text)}<br><small>{escape(source.where(index))}</small>"
-    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+        jpeg = None
+    return {"jpeg": jpeg, "image_id": row.image_id, "text": row.text, "where": source.where(index)}

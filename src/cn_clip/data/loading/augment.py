@@ -17,6 +17,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from cn_clip.config import CLIP_MEAN
 from cn_clip.errors import UsageError
+from cn_clip.translation import _
 
 # Pairs of (operation, probability, level of 0 to 10). The five repeated pairs and the Equalize of
 # probability 0 are the paper's.
@@ -50,6 +51,7 @@ POLICY: tuple[tuple[tuple[str, float, int], tuple[str, float, int]], ...] = (
 SIGNED_OPS = ("Rotate", "ShearX")  # in either direction with equal probability
 FILL_COLOUR = tuple(round(255 * mean) for mean in CLIP_MEAN)  # empty corners: 0 after normalisation
 CROP_ATTEMPTS = 10
+KEPT_AREA = (0.9, 1.0)  # fraction of the area in a crop; elongated images can lose more
 
 # Only Generator.random() is called: numpy may change its other methods between versions.
 
@@ -72,8 +74,6 @@ def augment(
     rng: np.random.Generator,
     *,
     flip: bool = False,
-    auto_augment: bool = True,
-    scale: tuple[float, float] = (0.9, 1.0),
 ) -> npt.NDArray[np.uint8]:
     """Crop, resize and recolour an image for training: uint8 (size, size, 3).
 
@@ -83,21 +83,18 @@ def augment(
         rng: source of all randomness; see ``generator_for``.
         flip: flip half of the images, as the official training did. Off by default: flipped
             Chinese characters are unreadable, and 左 (left) becomes 右 (right).
-        auto_augment: apply one of the pairs of ``POLICY``.
-        scale: minimum and maximum fraction of the area to keep; elongated images can lose more,
-            see ``crop_box``.
 
     Raises:
-        UsageError: ``size`` or ``scale`` is out of range.
+        UsageError: ``size`` is out of range.
     """
-    square = random_resized_crop(image, size, rng, scale=scale)
+    square = random_resized_crop(image, size, rng, scale=KEPT_AREA)
     if flip and rng.random() < 0.5:
         square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     # Bicubic before RGB, as without augmentation; the operations below need RGB. Pillow would warn
     # about the transparency of a palette before dropping it.
     square.info.pop("transparency", None)
     square = square.convert("RGB")
-    return np.asarray(_auto_augment(square, rng) if auto_augment else square)
+    return np.asarray(auto_augment(square, rng))
 
 
 def random_resized_crop(
@@ -116,7 +113,9 @@ def random_resized_crop(
         UsageError: ``size``, ``scale`` or ``ratio`` is out of range.
     """
     if size < 1:
-        raise UsageError(f"an image cannot have a side of {size}; give 1 pixel or more")
+        raise UsageError(
+            _("an image cannot have a side of {size}; give 1 pixel or more", size=size)
+        )
     box = crop_box(image.width, image.height, rng, scale=scale, ratio=ratio)
     # Not resize(box=...), whose filter reads pixels outside the box at its edges.
     return image.crop(box).resize((size, size), Image.Resampling.BICUBIC)
@@ -141,10 +140,14 @@ def crop_box(
             ``scale`` exceeds 1.
     """
     if not 0 < scale[0] <= scale[1] <= 1:
-        raise UsageError(f"scale {scale} is not a range of fractions; give 0 < min <= max <= 1")
+        raise UsageError(
+            _("scale {scale} is not a range of fractions; give 0 < min <= max <= 1", scale=scale)
+        )
     if not 0 < ratio[0] <= ratio[1] < math.inf:
-        raise UsageError(f"ratio {ratio} is not a range of width / height; give 0 < min <= max")
-    for _ in range(CROP_ATTEMPTS):
+        raise UsageError(
+            _("ratio {ratio} is not a range of width / height; give 0 < min <= max", ratio=ratio)
+        )
+    for _unused in range(CROP_ATTEMPTS):
         area = width * height * _uniform(rng, *scale)
         shape = math.exp(_uniform(rng, math.log(ratio[0]), math.log(ratio[1])))
         # A small fraction of a small image can round to 0.
@@ -173,9 +176,6 @@ def auto_augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     return image
 
 
-_auto_augment = auto_augment  # ``augment`` has an option of the same name
-
-
 def apply_op(image: Image.Image, name: str, level: float, *, negative: bool = False) -> Image.Image:
     """Apply one operation to an RGB image at a level of 0 to 10.
 
@@ -188,9 +188,11 @@ def apply_op(image: Image.Image, name: str, level: float, *, negative: bool = Fa
         UsageError: the operation is unknown, the level is out of range, or the image is not RGB.
     """
     if not 0 <= level <= 10:
-        raise UsageError(f"{name} has no level {level}; give 0 to 10")
+        raise UsageError(_("{name} has no level {level}; give 0 to 10", name=name, level=level))
     if image.mode != "RGB":
-        raise UsageError(f"{name} needs an RGB image, not {image.mode}; convert it first")
+        raise UsageError(
+            _("{name} needs an RGB image, not {mode}; convert it first", name=name, mode=image.mode)
+        )
     strength = level / 10
     sign = -1 if negative else 1
     match name:
@@ -224,7 +226,7 @@ def apply_op(image: Image.Image, name: str, level: float, *, negative: bool = Fa
                 fillcolor=FILL_COLOUR,
             )
     known = ", ".join(sorted({op for pair in POLICY for op, _, _ in pair}))
-    raise UsageError(f"unknown operation {name!r}; available: {known}")
+    raise UsageError(_("unknown operation {name!r}; available: {known}", name=name, known=known))
 
 
 def _uniform(rng: np.random.Generator, low: float, high: float) -> float:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,7 @@ from cn_clip.errors import CNClipError, DataError
 from cn_clip.image.decode import read_image, read_pixels
 from cn_clip.processes import end_with_parent, ignore_signals_in_worker
 from cn_clip.tokenizer import CONTEXT_LENGTH, default_tokenizer
+from cn_clip.translation import _
 
 _Item = TypeVar("_Item")
 
@@ -66,7 +67,6 @@ class Batch:
         ids: int64 (B, L), L the length of the longest text, rounded up.
         rows: texts and ids of the B pairs.
         keys: int64 (B, 3), see ``keys_of``.
-        epoch, batch: position in the plan.
         skipped: a message for each unreadable pair.
     """
 
@@ -74,8 +74,6 @@ class Batch:
     ids: Tensor
     rows: list[Row]
     keys: Tensor
-    epoch: int
-    batch: int
     skipped: list[str] = field(default_factory=list)
 
     def pin_memory(self) -> Batch:
@@ -83,14 +81,78 @@ class Batch:
         return self
 
 
-class Loader:
-    """Yield the batches of an epoch, and count skipped pairs.
+class PlannedLoader:
+    """What loaders have in common: the planned batches of a mix, and the counts of skipped pairs.
 
     Attributes:
+        plan: the pairs of every epoch, in order.
         seen: number of pairs read so far, skipped ones included.
         skipped: number of unreadable pairs.
         reasons: messages of the first 1000 skipped pairs.
     """
+
+    def __init__(
+        self,
+        mix: Sequence[WeightedSource],
+        global_batch_size: int,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        max_skipped_fraction: float = 0.1,
+    ) -> None:
+        """Plan the epochs of a mix.
+
+        Args:
+            mix: sources and their weights, from ``open_mix``.
+            global_batch_size: pairs per batch, over all processes.
+            seed: of the order.
+            rank: of this process, among ``world_size`` processes.
+            max_skipped_fraction: fraction of unreadable pairs above which loading fails.
+        """
+        self.plan: Plan = plan_of(mix, seed)
+        self.seen, self.skipped = 0, 0
+        self.reasons: list[str] = []
+        self.sources = [part.source for part in mix]
+        self._size, self._rank, self._world_size = global_batch_size, rank, world_size
+        self._max_skipped_fraction = max_skipped_fraction
+
+    def __len__(self) -> int:
+        """Return the number of batches in an epoch."""
+        return batch_count(self.plan, self._size, self._world_size)
+
+    def parts(self, epoch: int, start: int) -> Iterator[BatchPart]:
+        """Yield the pairs of this process's batches of an epoch, from batch ``start`` on."""
+        return batches(
+            self.plan, epoch, self._size, rank=self._rank, world_size=self._world_size, start=start
+        )
+
+    def count(self, pairs: int, reasons: Sequence[str]) -> None:
+        """Count the pairs of a batch; there is a reason for each that was skipped.
+
+        Raises:
+            DataError: more than ``max_skipped_fraction`` of the pairs so far were skipped.
+        """
+        self.seen += pairs
+        self.skipped += len(reasons)
+        self.reasons += reasons[: MAX_LISTED - len(self.reasons)]
+        # The fraction is meaningful after a few hundred pairs, or all of a small source.
+        enough = self.seen >= min(500, len(self.plan) // self._world_size)
+        if enough and self.skipped > self._max_skipped_fraction * self.seen:
+            raise DataError(
+                _(
+                    "{skipped:,} of {seen:,} pairs cannot be read, above the limit of "
+                    "{max_skipped_fraction:.0%}; the first: {reason}. See: cn-clip data check",
+                    skipped=self.skipped,
+                    seen=self.seen,
+                    max_skipped_fraction=self._max_skipped_fraction,
+                    reason=self.reasons[0],
+                )
+            )
+
+
+class Loader(PlannedLoader):
+    """Yields batches whose images are decoded in worker processes."""
 
     def __init__(
         self,
@@ -104,37 +166,28 @@ class Loader:
         workers: int = 2,
         prefetch_bytes: int = 1 << 30,
         max_skipped_fraction: float = 0.1,
-        drop_last: bool = False,
         pin_memory: bool = False,
     ) -> None:
-        """Plan the epochs of a mix.
+        """Plan the epochs of a mix; see ``PlannedLoader`` for the other arguments.
 
         Args:
-            mix: sources and their weights, from ``open_mix``.
             preparation: how pairs become pixels and token ids.
-            global_batch_size: pairs per batch, over all processes.
-            seed: of the order.
-            rank: of this process, among ``world_size`` processes.
             workers: number of worker processes; 0 loads in this process. Any ``multiprocessing``
                 start method works.
             prefetch_bytes: limit of prefetched data; at least one batch per worker is prefetched.
-            max_skipped_fraction: fraction of unreadable pairs above which loading fails.
-            drop_last: drop the last batch of an epoch if it is not full.
             pin_memory: put batches into pinned memory.
         """
-        self.plan: Plan = plan_of(mix, seed)
-        self.seen, self.skipped = 0, 0
-        self.reasons: list[str] = []
-        self._mix, self._preparation = mix, preparation
-        self._size, self._rank, self._world_size = global_batch_size, rank, world_size
-        self._workers, self._max_skipped_fraction = workers, max_skipped_fraction
-        self._drop_last, self._pin = drop_last, pin_memory
+        super().__init__(
+            mix,
+            global_batch_size,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            max_skipped_fraction=max_skipped_fraction,
+        )
+        self._preparation, self._workers, self._pin = preparation, workers, pin_memory
         batch_bytes = math.ceil(global_batch_size / world_size) * 3 * preparation.resolution**2
         self._prefetch = max(1, prefetch_bytes // (batch_bytes * max(1, workers)))
-
-    def __len__(self) -> int:
-        """Return the number of batches in an epoch."""
-        return batch_count(self.plan, self._size, self._world_size, self._drop_last)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch from batch ``start`` on; earlier ones are not read.
@@ -143,18 +196,9 @@ class Loader:
             DataError: more than ``max_skipped_fraction`` of the pairs are unreadable, or a worker
                 died.
         """
-        parts = batches(
-            self.plan,
-            epoch,
-            self._size,
-            rank=self._rank,
-            world_size=self._world_size,
-            start=start,
-            drop_last=self._drop_last,
-        )
         loader = DataLoader(
-            _BatchDataset([part.source for part in self._mix], self._preparation),
-            sampler=_PartSampler(parts),
+            _BatchDataset(self.sources, self._preparation),
+            sampler=_PartSampler(self.parts(epoch, start)),
             batch_size=None,
             num_workers=self._workers,
             prefetch_factor=self._prefetch if self._workers else None,
@@ -163,14 +207,8 @@ class Loader:
         )
         with map_worker_errors(), open_iterator(loader) as iterator:
             for batch in iterator:
-                self._count(batch)
+                self.count(len(batch.rows) + len(batch.skipped), batch.skipped)
                 yield batch
-
-    def _count(self, batch: Batch) -> None:
-        self.seen += len(batch.rows) + len(batch.skipped)
-        self.skipped += len(batch.skipped)
-        self.reasons += batch.skipped[: MAX_LISTED - len(self.reasons)]
-        check_skipped(self, len(self.plan) // self._world_size, self._max_skipped_fraction)
 
 
 @contextmanager
@@ -201,12 +239,18 @@ def map_worker_errors() -> Iterator[None]:
         if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
             reason = str(error).splitlines()[0]
         elif _is_lost_batch(error):
-            reason = f"the batch of a DataLoader worker is lost: {type(error).__name__}"
+            reason = _(
+                "the batch of a DataLoader worker is lost: {error_type}",
+                error_type=type(error).__name__,
+            )
         else:
             raise
         raise DataError(
-            f"a worker that reads data died ({reason}); if memory ran out, use fewer workers or a "
-            "smaller prefetch"
+            _(
+                "a worker that reads data died ({reason}); if memory ran out, lower data.workers "
+                "or data.prefetch_mb",
+                reason=reason,
+            )
         ) from error
 
 
@@ -214,25 +258,6 @@ def _is_lost_batch(error: BaseException) -> bool:
     """Return whether a worker died between announcing a batch and sharing its memory."""
     frames = traceback.extract_tb(error.__traceback__)
     return any(Path(frame.filename).name == "resource_sharer.py" for frame in frames)
-
-
-class LoaderCounts(Protocol):
-    """The counts of a loader."""
-
-    seen: int
-    skipped: int
-    reasons: list[str]
-
-
-def check_skipped(loader: LoaderCounts, planned: int, max_fraction: float) -> None:
-    """Raise a ``DataError`` if more than ``max_fraction`` of the pairs are unreadable."""
-    # The fraction is meaningful after a few hundred pairs, or all of a small source.
-    enough = loader.seen >= min(500, planned)
-    if enough and loader.skipped > max_fraction * loader.seen:
-        raise DataError(
-            f"{loader.skipped:,} of {loader.seen:,} pairs cannot be read, above the limit of "
-            f"{max_fraction:.0%}; the first: {loader.reasons[0]}. See: cn-clip data check"
-        )
 
 
 def prepare(sources: Sequence[Source], part: BatchPart, preparation: Preparation) -> Batch:
@@ -246,7 +271,7 @@ def prepare(sources: Sequence[Source], part: BatchPart, preparation: Preparation
         try:
             row = source.row(index)
             if not row.text.strip():
-                raise DataError("its text is empty")
+                raise DataError(_("its text is empty"))
             pixels.append(pixels_of(source.image(index), row.image_id, part.epoch, preparation))
         except CNClipError as error:
             skipped.append(located(source, index, error))
@@ -258,8 +283,6 @@ def prepare(sources: Sequence[Source], part: BatchPart, preparation: Preparation
         token_ids([row.text for row in rows], preparation.context_length),
         rows,
         stack_keys(keys),
-        part.epoch,
-        part.batch,
         skipped,
     )
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from cn_clip.data.sources.open import WeightedSource
 from cn_clip.errors import UsageError
+from cn_clip.translation import _
 
 _ROUNDS = 6  # of the Feistel network; 4 suffice to be pseudo-random (Luby and Rackoff, 1988)
 
@@ -65,7 +66,7 @@ def plan_of(mix: Sequence[WeightedSource], seed: int) -> Plan:
     sizes = tuple(len(part.source) for part in mix)
     counts = tuple(round(part.weight * size) for part, size in zip(mix, sizes, strict=True))
     if not sum(counts):
-        raise UsageError("an epoch of these sources has no pairs; raise their weights")
+        raise UsageError(_("an epoch of these sources has no pairs; raise their weights"))
     return Plan(sizes, counts, seed)
 
 
@@ -87,7 +88,6 @@ def batches(
     rank: int = 0,
     world_size: int = 1,
     start: int = 0,
-    drop_last: bool = False,
 ) -> Iterator[BatchPart]:
     """Yield the local batches of process ``rank`` in an epoch, from batch ``start`` on.
 
@@ -100,22 +100,24 @@ def batches(
     """
     if global_batch_size < world_size:
         raise UsageError(
-            f"a global batch of {global_batch_size} cannot be split over {world_size} processes; "
-            "raise it, or start fewer"
+            _(
+                "a global batch of {global_batch_size} cannot be split over {world_size} "
+                "processes; raise it, or start fewer",
+                global_batch_size=global_batch_size,
+                world_size=world_size,
+            )
         )
-    for batch in range(start, batch_count(plan, global_batch_size, world_size, drop_last)):
+    for batch in range(start, batch_count(plan, global_batch_size, world_size)):
         first = batch * global_batch_size
         size = min(global_batch_size, len(plan) - first)
         mine = np.arange(first + size * rank // world_size, first + size * (rank + 1) // world_size)
         yield BatchPart(epoch, batch, *plan.pairs_at(epoch, mine))
 
 
-def batch_count(
-    plan: Plan, global_batch_size: int, world_size: int = 1, drop_last: bool = False
-) -> int:
+def batch_count(plan: Plan, global_batch_size: int, world_size: int = 1) -> int:
     """Return the number of batches in an epoch."""
     full, rest = divmod(len(plan), global_batch_size)
-    return full + (rest >= world_size and not drop_last)
+    return full + (rest >= world_size)
 
 
 def permuted(positions: npt.NDArray[np.int64], size: int, *key: int) -> npt.NDArray[np.int64]:

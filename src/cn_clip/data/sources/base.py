@@ -27,16 +27,6 @@ class Row:
                 object.__setattr__(self, name, valid)
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """One image, as the bytes of its file, with one text."""
-
-    image: bytes
-    text: str
-    image_id: str
-    text_id: str
-
-
 class Source(Protocol):
     """Pairs in random access, from any process; opening a source reads no image."""
 
@@ -74,9 +64,3 @@ def located(source: Source, index: int, error: Exception) -> str:
     """Return the message of an error about a pair, with the pair's location."""
     message, where = str(error), source.where(index)
     return message if where in message else f"{where}: {message}"
-
-
-def read_pair(source: Source, index: int) -> Pair:
-    """Read a row and its image. Raises the errors of ``row`` and ``image``."""
-    row = source.row(index)
-    return Pair(source.image(index), row.text, row.image_id, row.text_id)

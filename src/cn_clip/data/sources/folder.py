@@ -9,9 +9,11 @@ from pathlib import Path
 
 from cn_clip.data.sources.base import Row
 from cn_clip.errors import DataError
-from cn_clip.files import MAX_TEXT, read_file, skipped_files, walk
+from cn_clip.files import MAX_TEXT, of_suffixes, read_file, skipped_files, walk
 from cn_clip.image.decode import SUFFIXES
+from cn_clip.image.limits import MAX_ENCODED
 from cn_clip.text import path_text
+from cn_clip.translation import _
 
 
 class Folder:
@@ -20,11 +22,11 @@ class Folder:
 
     def __init__(self, name: str, root: Path, encoding: str | None = None) -> None:
         if not root.is_dir():
-            raise DataError(f"{name}: no such folder: {root}")
+            raise DataError(_("{name}: no such folder: {folder}", name=name, folder=root))
         self.name = name
         self._encoding = encoding or "utf-8"
         listing = walk(root)
-        self._images = [file for file in listing.files if file.suffix.lower() in SUFFIXES]
+        self._images = of_suffixes(listing.files, SUFFIXES)
         self._ids = _ids(root, self._images)
         self._pairs: list[tuple[int, int]] = []  # (image, line)
         self._unmatched = list(listing.unreadable)
@@ -33,7 +35,13 @@ class Folder:
             self._unmatched.append(skipped)
         for number, image in enumerate(self._images):
             if not image.with_suffix(".txt").is_file():
-                self._unmatched.append(f"{path_text(image)} has no {image.stem}.txt next to it")
+                self._unmatched.append(
+                    _(
+                        "{image} has no {name}.txt next to it",
+                        image=path_text(image),
+                        name=image.stem,
+                    )
+                )
                 continue
             try:
                 lines = _caption_lines(image)
@@ -42,12 +50,16 @@ class Folder:
             # Bytes, not text: row() reports captions in another encoding.
             self._pairs += [(number, at) for at, line in enumerate(lines) if line.strip() or not at]
         captions = {image.with_suffix(".txt") for image in self._images}
-        for text in listing.files:
+        for text in of_suffixes(listing.files, (".txt",)):
             if text.suffix == ".txt" and text not in captions:
-                self._unmatched.append(f"{path_text(text)} has no image next to it")
+                self._unmatched.append(_("{text} has no image next to it", text=path_text(text)))
         if not self._pairs:
             raise DataError(
-                f"{name}: no image in {root} has a .txt of the same name next to it"
+                _(
+                    "{name}: no image in {folder} has a .txt of the same name next to it",
+                    name=name,
+                    folder=root,
+                )
                 + (f"; {skipped}" if skipped else "")
             )
 
@@ -60,12 +72,18 @@ class Folder:
             line = _caption_lines(self._images[number])[at]
             text = line.decode("utf-8-sig" if self._encoding == "utf-8" else self._encoding)
         except (OSError, IndexError) as error:
-            reason = getattr(error, "strerror", None) or "the file has changed"
-            raise DataError(f"{self.where(index)} cannot be read: {reason}") from None
+            reason = getattr(error, "strerror", None) or _("the file has changed")
+            raise DataError(
+                _("{where} cannot be read: {reason}", where=self.where(index), reason=reason)
+            ) from None
         except (ValueError, LookupError):
             raise DataError(
-                f"{self.where(index)} is not {self._encoding}; save it as UTF-8, or set its "
-                "encoding with ?encoding=gb18030"
+                _(
+                    "{where} is not {encoding}; save it as UTF-8, or set its encoding with "
+                    "?encoding=gb18030",
+                    where=self.where(index),
+                    encoding=self._encoding,
+                )
             ) from None
         image_id = self._ids[number]
         return Row(text.strip(), image_id, image_id if not at else f"{image_id}#{at}")
@@ -73,13 +91,19 @@ class Folder:
     def image(self, index: int) -> bytes:
         image = self._images[self._pairs[index][0]]
         try:
-            return read_file(image)
+            return read_file(image, MAX_ENCODED)
         except OSError as error:
-            raise DataError(f"{image} cannot be read: {error.strerror}") from None
+            raise DataError(
+                _("{image} cannot be read: {reason}", image=image, reason=error.strerror)
+            ) from None
 
     def where(self, index: int) -> str:
         number, at = self._pairs[index]
-        return f"{path_text(self._images[number].with_suffix('.txt'))}, line {at + 1}"
+        return _(
+            "{path}, line {line}",
+            path=path_text(self._images[number].with_suffix(".txt")),
+            line=at + 1,
+        )
 
     def unmatched(self) -> list[str]:
         return self._unmatched

@@ -16,6 +16,7 @@ from typing import TypeVar
 from cn_clip.cache import VARIABLE, cache_folder
 from cn_clip.errors import CNClipError
 from cn_clip.publish import atomic_file
+from cn_clip.translation import _
 
 _Index = TypeVar("_Index")
 
@@ -53,8 +54,12 @@ def cached_index(
         except OSError as error:
             failed.append(f"{root} ({error.strerror or error})")
     raise CNClipError(
-        f"the index of {path.name} cannot be written: {'; '.join(failed)}; set another folder "
-        f"with {VARIABLE}"
+        _(
+            "the index of {name} cannot be written: {failed}; set another folder with {variable}",
+            name=path.name,
+            failed="; ".join(failed),
+            variable=VARIABLE,
+        )
     )
 
 
@@ -72,12 +77,12 @@ def _cache_roots(failed: list[str]) -> Iterator[Path]:
     try:
         yield cache_folder()
     except RuntimeError:  # no HOME, and the user has no passwd entry
-        failed.append("the home folder (there is none)")
+        failed.append(_("the home folder (there is none)"))
     if not given:
         try:
             root = _temporary_root(failed[0])
         except OSError:
-            failed.append("the temporary folder (there is none)")
+            failed.append(_("the temporary folder (there is none)"))
         else:
             yield root
 
@@ -86,8 +91,13 @@ def _cache_roots(failed: list[str]) -> Iterator[Path]:
 def _temporary_root(failed: str) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="cn_clip-"))
     warnings.warn(
-        f"cannot write {failed}; indexes of tar and Parquet files are kept in {folder} until this "
-        f"process ends. Set a permanent folder with {VARIABLE}",
+        _(
+            "cannot write {failed}; indexes of tar and Parquet files are kept in {folder} until "
+            "this process ends. Set a permanent folder with {variable}",
+            failed=failed,
+            folder=folder,
+            variable=VARIABLE,
+        ),
         stacklevel=2,
     )
     atexit.register(_remove, folder, os.getpid())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -10,14 +11,16 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from cn_clip.errors import DataError
-from cn_clip.files import MAX_TEXT, check_regular, wrong_format
+from cn_clip.errors import CNClipError, DataError
+from cn_clip.files import HEAD, MAX_TEXT, check_regular, wrong_format
 from cn_clip.text import path_text, read_json, valid_text
+from cn_clip.translation import N_, _, translate
 
 _BLOCK = 16 << 20
 _LF, _CR = b"\n", b"\r"
-_MAX_LINES = 100  # of a CSV record; more mean an unclosed quote
-_MANY_LINES = 10  # in a quoted field, all with the header's number of fields: an unclosed quote
+_MANY_LINES = 10  # within a quoted field, which may be records after an unclosed quote
+_MAX_LINES = 100  # of a record of which nothing tells whether they are
+_ALIKE = 0.9  # of these lines
 
 
 class Lines:
@@ -56,7 +59,13 @@ class Lines:
         try:
             "".encode(self._encoding)
         except (LookupError, ValueError):
-            raise DataError(f"{path}: unknown encoding {encoding!r}; try gb18030") from None
+            raise DataError(
+                _(
+                    "{path}: unknown encoding {encoding!r}; try gb18030",
+                    path=path,
+                    encoding=encoding,
+                )
+            ) from None
         try:
             check_regular(path)
             self._end = path.stat().st_size
@@ -65,7 +74,9 @@ class Lines:
         except (OSError, ValueError) as error:
             if isinstance(error, DataError):
                 raise
-            raise DataError(f"{path} cannot be read: {_reason(error)}") from None
+            raise DataError(
+                _("{path} cannot be read: {reason}", path=path, reason=_reason(error))
+            ) from None
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -81,7 +92,11 @@ class Lines:
             return valid_text(raw.decode(self._encoding)).rstrip("\r\n")
         except UnicodeError:
             raise DataError(
-                f"{self.where(index)} is not {_encoding_advice(self._encoding, raw)}"
+                _(
+                    "{where} is not {encoding}",
+                    where=self.where(index),
+                    encoding=_encoding_advice(self._encoding, raw),
+                )
             ) from None
 
     def raw(self, index: int, length: int | None = None) -> bytes:
@@ -94,14 +109,14 @@ class Lines:
         return read_at(self.path, start, wanted)
 
     def where(self, index: int) -> str:
-        return f"{path_text(self.path)}, line {self._numbers[index]}"
+        return _("{path}, line {number}", path=path_text(self.path), number=self._numbers[index])
 
     def _index(self, skip: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]:
-        head = read_at(self.path, 0, 32)
+        head = read_at(self.path, 0, HEAD)
         if reason := wrong_format(head):
-            raise DataError(f"{self.path} is {reason}")
+            raise DataError(_("{path} is {reason}", path=self.path, reason=reason))
         if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise DataError(f"{self.path} is UTF-16; save it as UTF-8")
+            raise DataError(_("{path} is UTF-16; save it as UTF-8", path=self.path))
         first = 3 if head.startswith(b"\xef\xbb\xbf") else 0
         if self._delimiter is not None and self._has_quotes():
             starts, numbers = self._csv_records(first, self._delimiter)
@@ -164,31 +179,65 @@ class Lines:
                     return np.array(starts, np.int64), np.array(numbers, np.uint32)
                 fields = fields or len(record)
             except csv.Error as error:
-                csv_error = error
+                record, csv_error = [], error
             if csv_error is not None and "unexpected end of data" in str(csv_error):
-                raise DataError(f"{self.path}, line {number}: {_UNCLOSED}") from None
+                raise DataError(
+                    _(
+                        "{path}, line {number}: {unclosed}",
+                        path=self.path,
+                        number=number,
+                        unclosed=translate(_UNCLOSED),
+                    )
+                ) from None
             if len(consumed) > 1 and (
-                csv_error is not None or _swallows(consumed, delimiter, fields)
+                csv_error is not None or _swallows(record, consumed, delimiter, fields)
             ):
                 raise DataError(
-                    f"{self.path}, line {number}: {_UNCLOSED}; it spans {len(consumed) - 1:,} more "
-                    "lines"
+                    _(
+                        "{path}, line {number}: {unclosed}; it spans {count:,} more lines",
+                        path=self.path,
+                        number=number,
+                        unclosed=translate(_UNCLOSED),
+                        count=len(consumed) - 1,
+                    )
                 ) from None
             starts.append(start)
             numbers.append(number)
 
 
-_UNCLOSED = 'a quote is opened and not closed; double literal quotes (""), or remove it'
+_UNCLOSED = N_('a quote is opened and not closed; double literal quotes (""), or remove it')
 
 
-def _swallows(lines: Sequence[str], delimiter: str, fields: int) -> bool:
-    """Return whether the lines of one CSV record are probably separate records."""
-    if len(lines) > _MAX_LINES:
-        return True
-    inner = lines[1:-1]
-    return len(inner) >= _MANY_LINES and all(
-        line.count(delimiter) == fields - 1 > 0 for line in inner
+def _swallows(record: Sequence[str], lines: Sequence[str], delimiter: str, fields: int) -> bool:
+    """Return whether the lines of one CSV record are probably separate records.
+
+    They are if they have the header's number of fields, and fields of the same kinds as the record
+    has beside its quoted one: lines of a caption have no path, number or URL there.
+    """
+    rows = [line.split(delimiter) for line in lines[1:-1] if line.strip()]
+    if len(rows) < _MANY_LINES:
+        return False
+    beside = [(n, _kind(field)) for n, field in enumerate(record) if "\n" not in field]
+    kinds = {n: kind for n, kind in beside if kind} if len(record) == fields else {}
+    alike = sum(
+        len(row) == fields > 1 and all(_kind(row[n]) == kind for n, kind in kinds.items())
+        for row in rows
     )
+    if kinds:
+        return alike >= _ALIKE * len(rows)
+    return alike == len(rows) or len(lines) > _MAX_LINES
+
+
+def _kind(field: str) -> str:
+    """Return the kind of a field; empty for text."""
+    field = field.strip()
+    if "://" in field:
+        return "URL"
+    if re.search(r"\.[A-Za-z]\w{1,4}$", field, re.ASCII):
+        return "file"
+    if re.fullmatch(r"[0-9]+", field):
+        return "number"
+    return "word" if re.fullmatch(r"[!-~]+", field) else ""
 
 
 def line_end(path: Path) -> bytes:
@@ -208,7 +257,7 @@ def stream_lines(
     number = 1
     rest: list[bytes] = []  # joined once: a long line is not copied for every block
     length = 0
-    for _, block in _blocks(path, first, min(_BLOCK, 1 << 20)):
+    for _unused, block in _blocks(path, first, min(_BLOCK, 1 << 20)):
         pieces = block.split(newline)
         for piece in pieces[:-1]:
             yield b"".join([*rest, piece, newline])
@@ -217,14 +266,23 @@ def stream_lines(
         rest.append(pieces[-1])
         length += len(pieces[-1])
         if length > limit:
-            raise DataError(too_long_message(f"{path_text(path)}, line {number}", length, limit))
+            raise DataError(
+                too_long_message(
+                    _("{path}, line {number}", path=path_text(path), number=number), length, limit
+                )
+            )
     if length:
         yield b"".join(rest)
 
 
 def too_long_message(where: str, size: int, limit: int) -> str:
     """Return the message for a record that is too long."""
-    return f"{where} has {size:,} bytes or more, above the limit of {limit:,}; end lines with LF"
+    return _(
+        "{where} has {size:,} bytes or more, above the limit of {limit:,}; end lines with LF",
+        where=where,
+        size=size,
+        limit=limit,
+    )
 
 
 def _blocks(path: Path, first: int = 0, size: int = _BLOCK) -> Iterator[tuple[int, bytes]]:
@@ -255,22 +313,52 @@ def read_at(path: Path, offset: int, length: int) -> bytes:
             stream.seek(offset)
             return stream.read(length)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path_text(path)} cannot be read: {_reason(error)}") from None
+        raise DataError(
+            _("{path} cannot be read: {reason}", path=path_text(path), reason=_reason(error))
+        ) from None
 
 
-def json_object(text: str | bytes, where: str) -> dict[str, Any]:
-    """Parse a JSON object; its strings become valid Unicode.
+def json_object(
+    text: str | bytes, where: str, *, kind: type[CNClipError] = DataError
+) -> dict[str, Any]:
+    """Parse a JSON object of one line; its strings become valid Unicode.
 
     Raises:
-        DataError: it is not a JSON object; the message names ``where``.
+        DataError, or the given ``kind``: it is not a JSON object; the message names ``where``.
     """
     try:
         values = read_json(text)
     except ValueError as error:
-        raise DataError(f"{where} is not JSON: {error}") from None
+        raise kind(
+            _(
+                "{where} is not JSON: {error}{json_advice}",
+                where=where,
+                error=error,
+                json_advice=_json_advice(text),
+            )
+        ) from None
     if not isinstance(values, dict):
-        raise DataError(f"{where} is not a JSON object: {text[:40]!r}")
+        raise kind(
+            _(
+                "{where} is not a JSON object: {text!r}{json_advice}",
+                where=where,
+                text=text[:40],
+                json_advice=_json_advice(text),
+            )
+        )
     return values
+
+
+def _json_advice(text: str | bytes) -> str:
+    """Return the remedy if a line is the start of a JSON array, or of an object over lines."""
+    start = text.strip() if isinstance(text, str) else ""  # bytes are not of a line
+    if not start.startswith("[") and start != "{":
+        return ""
+    elements = "'.[]'" if start.startswith("[") else "."
+    return _(
+        "; write one object per line, as JSON Lines: jq -c {elements} FILE > NEW.jsonl",
+        elements=elements,
+    )
 
 
 def _reason(error: Exception) -> str:
@@ -280,9 +368,12 @@ def _reason(error: Exception) -> str:
 def _encoding_advice(encoding: str, raw: bytes) -> str:
     """Return the expected encoding, and what to try instead."""
     if encoding.lower().replace("-", "") != "utf8":
-        return f"{encoding}; remove ?encoding=, or set the right one"
+        return _("{encoding}; remove ?encoding=, or set the right one", encoding=encoding)
     try:
         as_gbk = raw.decode("gb18030").strip()[:20]
     except UnicodeDecodeError:
-        return "UTF-8; save the file as UTF-8"
-    return f"UTF-8; as GBK it reads {as_gbk!r}: add ?encoding=gb18030, or save the file as UTF-8"
+        return _("UTF-8; save the file as UTF-8")
+    return _(
+        "UTF-8; as GBK it reads {as_gbk!r}: add ?encoding=gb18030, or save the file as UTF-8",
+        as_gbk=as_gbk,
+    )

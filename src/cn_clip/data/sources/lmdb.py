@@ -17,6 +17,7 @@ from cn_clip.data.sources.official import decode_base64, parse_id
 from cn_clip.data.sources.pickled_pair import parse_pickled_pair
 from cn_clip.data.sources.tar import Sample
 from cn_clip.errors import DataError, UsageError
+from cn_clip.translation import _
 
 _IMAGES, _SAMPLES = "num_images", "num_samples"  # keys of the counts
 _MAX_KEY = 511  # bytes, LMDB's limit
@@ -40,17 +41,29 @@ class Lmdb:
         self._root = root
         for part in ("imgs", "pairs"):
             if not (root / part / "data.mdb").is_file():
-                raise DataError(f"{name}: no LMDB at {root / part}; expected imgs and pairs")
+                raise DataError(
+                    _(
+                        "{name}: no LMDB at {folder}; expected imgs and pairs",
+                        name=name,
+                        folder=root / part,
+                    )
+                )
         self._images, self._pairs = (
             LmdbFile(root / part / "data.mdb") for part in ("imgs", "pairs")
         )
         self._size = self._count(self._pairs, _SAMPLES)
         if not self._size:
-            raise DataError(f"{name}: {root / 'pairs'} holds no pair")
+            raise DataError(_("{name}: {folder} holds no pair", name=name, folder=root / "pairs"))
         if self._size > self._pairs.size // _PAIR_BYTES:  # callers allocate memory by the count
             raise DataError(
-                f"{root / 'pairs'}: {_SAMPLES} is {self._size:,}, more than a file of "
-                f"{self._pairs.size:,} bytes can hold; write it again"
+                _(
+                    "{folder}: {key} is {size:,}, more than a file of {file_size:,} bytes can "
+                    "hold; write it again",
+                    folder=root / "pairs",
+                    key=_SAMPLES,
+                    size=self._size,
+                    file_size=self._pairs.size,
+                )
             )
 
     def __len__(self) -> int:
@@ -61,7 +74,9 @@ class Lmdb:
         try:
             image_id, text_id, text = parse_pickled_pair(raw)
         except ValueError as error:
-            raise DataError(f"{self.where(index)} is not a pair: {error}") from None
+            raise DataError(
+                _("{where} is not a pair: {error}", where=self.where(index), error=error)
+            ) from None
         return Row(text, str(image_id), str(text_id))
 
     def image(self, index: int) -> bytes:
@@ -69,7 +84,7 @@ class Lmdb:
         return decode_base64(self._get(self._images, self.row(index).image_id, where), where)
 
     def where(self, index: int) -> str:
-        return f"{self._root / 'pairs'}, key {index}"
+        return _("{root}, key {index}", root=self._root / "pairs", index=index)
 
     def unmatched(self) -> list[str]:
         try:
@@ -78,18 +93,39 @@ class Lmdb:
             return [str(error)]
         if expected == stored:
             return []
-        return [f"{self._root}: expected {expected} images, found {stored}"]
+        return [
+            _(
+                "{root}: expected {expected} images, found {stored}",
+                root=self._root,
+                expected=expected,
+                stored=stored,
+            )
+        ]
 
     def _count(self, file: LmdbFile, key: str) -> int:
         raw = self._get(file, key, str(file.path.parent))
         if not re.fullmatch(rb"\d{1,18}", raw):
-            raise DataError(f"{file.path.parent}: {key} is {raw[:40]!r}; expected a count")
+            raise DataError(
+                _(
+                    "{folder}: {key} is {raw!r}; expected a count",
+                    folder=file.path.parent,
+                    key=key,
+                    raw=raw[:40],
+                )
+            )
         return int(raw)
 
     def _get(self, file: LmdbFile, key: str, where: str) -> bytes:
         value = file.get(key.encode(errors="surrogatepass"))
         if value is None:
-            raise DataError(f"{where}: no key {key!r} in {file.path.parent}")
+            raise DataError(
+                _(
+                    "{where}: no key {key!r} in {folder}",
+                    where=where,
+                    key=key,
+                    folder=file.path.parent,
+                )
+            )
         return value
 
 
@@ -100,7 +136,9 @@ def write_lmdb(folder: Path, samples: Iterable[Sample]) -> None:
     with images, pairs:
         for sample in samples:
             if sample.image_id == _IMAGES:
-                raise DataError(f"the image id {_IMAGES} is reserved in an LMDB; use another id")
+                raise DataError(
+                    _("the image id {id} is reserved in an LMDB; use another id", id=_IMAGES)
+                )
             images.put(sample.image_id.encode(), base64.b64encode(sample.image))
             total += 1
             for text_id, text in sample.texts:
@@ -136,8 +174,13 @@ class _Writer:
     def put(self, key: bytes, value: bytes) -> None:
         if not 0 < len(key) <= _MAX_KEY:
             raise DataError(
-                f"the id {key.decode(errors='replace')!r} has {len(key)} bytes; an LMDB key has 1 "
-                f"to {_MAX_KEY}: write tar or tsv instead"
+                _(
+                    "the id {key!r} has {size} bytes; an LMDB key has 1 to {limit}: write tar or "
+                    "tsv instead",
+                    key=key.decode(errors="replace"),
+                    size=len(key),
+                    limit=_MAX_KEY,
+                )
             )
         self._buffer.append((key, value))
         self._bytes += len(value)
@@ -175,4 +218,4 @@ def _library() -> Any:
     try:
         return import_module("lmdb")
     except ImportError:
-        raise UsageError("writing an LMDB needs lmdb: pip install 'cn-clip[data]'") from None
+        raise UsageError(_("writing an LMDB needs lmdb: pip install 'cn-clip[data]'")) from None

@@ -19,7 +19,9 @@ from typing import NamedTuple
 import numpy as np
 
 from cn_clip.errors import DataError
-from cn_clip.files import MAX_FILE
+from cn_clip.files import wrong_format
+from cn_clip.image.limits import MAX_BASE64
+from cn_clip.translation import _
 
 _HEADER = struct.Struct("<QHHHH")  # page number, padding, kind, end of offsets, start of nodes
 _OVERFLOW_HEADER = struct.Struct("<QHHI")  # page number, padding, kind, count of pages
@@ -105,12 +107,16 @@ class _Pages:
         self._check_kind(first)
         (self._page_size,) = struct.unpack_from("<I", first, _HEADER.size + _META.size)
         if self._page_size not in _PAGE_SIZES:
-            raise self._damaged(f"its pages have {self._page_size} bytes")
+            raise self._damaged(_("its pages have {page_size} bytes", page_size=self._page_size))
         second = self._read(self._page_size, _META_SIZE)
         metas = self._meta(0, first), self._meta(1, second)
-        self._page_count, _, self._free, self.main = max(metas, key=lambda meta: meta.transaction)
+        self._page_count, _unused, self._free, self.main = max(
+            metas, key=lambda meta: meta.transaction
+        )
         if self.main.flags:
-            raise self._damaged(f"its key order is custom (flags {self.main.flags:#x})")
+            raise self._damaged(
+                _("its key order is custom (flags {flags:#x})", flags=self.main.flags)
+            )
 
     def check_size(self) -> None:
         """Raise a ``DataError`` unless the file has all pages in use.
@@ -125,7 +131,7 @@ class _Pages:
         for value in self._values(self._free):  # a count, then numbers of unused pages
             listed_bytes += len(value)
             if listed_bytes > self.size:
-                raise self._damaged("it lists more unused pages than it can hold")
+                raise self._damaged(_("it lists more unused pages than it can hold"))
             numbers = np.frombuffer(value[: len(value) // 8 * 8], "<u8")[1:]
             missing -= int((numbers >= pages_in_file).sum())
         if missing > 0:
@@ -133,7 +139,7 @@ class _Pages:
 
     def value(self, key: bytes) -> bytes | None:
         number = self.main.root
-        for _ in range(self.main.depth - 1):
+        for _unused in range(self.main.depth - 1):
             branch = self._page(number, _BRANCH)
             # The first key of a branch is empty; its child holds all keys below the second.
             at = bisect_right(branch.nodes, key, 1, key=branch.key) - 1
@@ -158,7 +164,9 @@ class _Pages:
                 continue
             children = [page.child(node) for node in page.nodes]
             if known.intersection(children) or len(set(children)) < len(children):
-                raise self._damaged(f"page {number} refers to a page that is already in the tree")
+                raise self._damaged(
+                    _("page {number} refers to a page that is already in the tree", number=number)
+                )
             known.update(children)
             waiting += [(child, depth - 1) for child in children]
 
@@ -167,7 +175,7 @@ class _Pages:
         start, size = node + _NODE.size + key_length, low | high << 16
         stored = 8 if flags == _ON_OVERFLOW_PAGES else size
         if flags not in (0, _ON_OVERFLOW_PAGES) or start + stored > len(content):
-            raise self._damaged(f"page {number} has a value outside of it")
+            raise self._damaged(_("page {number} has a value outside of it", number=number))
         if flags:
             return self._overflow(int.from_bytes(content[start : start + 8], "little"), size)
         return content[start : start + size]
@@ -175,37 +183,57 @@ class _Pages:
     def _overflow(self, number: int, size: int) -> bytes:
         self._check_number(number)
         start = number * self._page_size
-        page_number, _, kind, count = _OVERFLOW_HEADER.unpack(self._read(start, _HEADER.size))
+        page_number, _unused, kind, count = _OVERFLOW_HEADER.unpack(self._read(start, _HEADER.size))
         if (page_number, kind & _PAGE_KINDS) != (
             number,
             _OVERFLOW,
         ) or count > self._page_count - number:
-            raise self._damaged(f"page {number} is not the start of a large value")
-        if size > min(count * self._page_size - _HEADER.size, MAX_FILE):
-            raise self._damaged(f"the value at page {number} has {size:,} bytes")
+            raise self._damaged(_("page {number} is not the start of a large value", number=number))
+        if size > count * self._page_size - _HEADER.size:
+            raise self._damaged(
+                _("the value at page {number} has {size:,} bytes", number=number, size=size)
+            )
+        if size > MAX_BASE64:
+            raise DataError(
+                _(
+                    "{path}: the value at page {number} has {size:,} bytes, above the limit of "
+                    "{limit:,}; make the image smaller",
+                    path=self._path,
+                    number=number,
+                    size=size,
+                    limit=MAX_BASE64,
+                )
+            )
         return self._read(start + _HEADER.size, size)
 
     def _page(self, number: int, kind: int) -> _Page:
         self._check_number(number)
         content = self._read(number * self._page_size, self._page_size)
-        page_number, _, flags, end, begin = _HEADER.unpack_from(content)
+        page_number, _unused, flags, end, begin = _HEADER.unpack_from(content)
         within = _HEADER.size < end <= begin <= self._page_size
         if (page_number, flags & _PAGE_KINDS) != (number, kind) or not within:
-            raise self._damaged(f"page {number} is not the page that the tree refers to")
+            raise self._damaged(
+                _("page {number} is not the page that the tree refers to", number=number)
+            )
         nodes = struct.unpack_from(f"<{(end - _HEADER.size) // 2}H", content, _HEADER.size)
         if min(nodes) < begin or max(nodes) > self._page_size - _NODE.size:
-            raise self._damaged(f"page {number} has nodes outside of it")
+            raise self._damaged(_("page {number} has nodes outside of it", number=number))
         return _Page(content, nodes)
 
     def _meta(self, number: int, page: bytes) -> _Meta:
-        _, _, kind, _, _ = _HEADER.unpack_from(page)
-        magic, version, _, _ = _META.unpack_from(page, _HEADER.size)
+        _unused, _unused, kind, _unused, _unused = _HEADER.unpack_from(page)
+        magic, version, _unused, _unused = _META.unpack_from(page, _HEADER.size)
         if magic != _MAGIC or not kind & _META_PAGE:
-            raise self._damaged(f"page {number} is not a meta page")
+            raise self._damaged(_("page {number} is not a meta page", number=number))
         if version != _VERSION:
             raise DataError(
-                f"{self._path} has LMDB data version {version}, not {_VERSION}; copy it with a "
-                "program that reads its version"
+                _(
+                    "{path} has LMDB data version {version}, not {supported_version}; copy it "
+                    "with a program that reads its version",
+                    path=self._path,
+                    version=version,
+                    supported_version=_VERSION,
+                )
             )
         start = _HEADER.size + _META.size
         last, transaction = _TRANSACTION.unpack_from(page, start + 2 * _TREE.size)
@@ -213,30 +241,46 @@ class _Pages:
         return _Meta(last + 1, transaction, free, main)
 
     def _tree(self, page: bytes, at: int) -> _Tree:
-        _, flags, depth, _, _, _, entries, root = _TREE.unpack_from(page, at)
+        _unused, flags, depth, _unused, _unused, _unused, entries, root = _TREE.unpack_from(
+            page, at
+        )
         if depth > _MAX_DEPTH:
-            raise self._damaged(f"its tree has {depth} levels")
+            raise self._damaged(_("its tree has {depth} levels", depth=depth))
         return _Tree(flags, depth, entries, root)
 
     def _check_kind(self, start: bytes) -> None:
         """Raise a ``DataError`` unless the file starts like a 64-bit little-endian LMDB."""
-        if start.startswith(b"version https://git-lfs"):
-            raise DataError(f"{self._path} is a Git LFS pointer; fetch the file: git lfs pull")
+        if reason := wrong_format(start):
+            raise DataError(_("{path} is {reason}", path=self._path, reason=reason))
         magic = _MAGIC.to_bytes(4, "little")
         if start[12:16] == magic or start[12:20].find(magic[::-1]) >= 0:
             raise DataError(
-                f"{self._path} is the LMDB of a 32-bit or big-endian machine; pack its pairs there "
-                "as tar or tsv"
+                _(
+                    "{path} is the LMDB of a 32-bit or big-endian machine; pack its pairs there "
+                    "as tar or tsv",
+                    path=self._path,
+                )
             )
         if len(start) < _META_SIZE or start[16:20] != magic:
             raise DataError(
-                f"{self._path} is not an LMDB ({self.size:,} bytes, its start is "
-                f"{start[:24].hex() or 'empty'}); copy or write it again"
+                _(
+                    "{path} is not an LMDB ({size:,} bytes, its start is {start}); copy or write "
+                    "it again",
+                    path=self._path,
+                    size=self.size,
+                    start=start[:24].hex() or _("empty"),
+                )
             )
 
     def _check_number(self, number: int) -> None:
         if not 2 <= number < self._page_count:
-            raise self._damaged(f"it refers to page {number} of {self._page_count}")
+            raise self._damaged(
+                _(
+                    "it refers to page {number} of {page_count}",
+                    number=number,
+                    page_count=self._page_count,
+                )
+            )
 
     def _read(self, start: int, size: int) -> bytes:
         if start + size > self.size:
@@ -249,12 +293,19 @@ class _Pages:
 
     def _cut_off(self) -> DataError:
         return DataError(
-            f"{self._path} is truncated (the meta page says {self._page_count} pages, the file has "
-            f"{self.size // self._page_size}); copy it again"
+            _(
+                "{path} is truncated (the meta page says {page_count} pages, the file has "
+                "{file_pages}); copy it again",
+                path=self._path,
+                page_count=self._page_count,
+                file_pages=self.size // self._page_size,
+            )
         )
 
     def _damaged(self, how: str) -> DataError:
-        return DataError(f"{self._path} is damaged: {how}; copy or write it again")
+        return DataError(
+            _("{path} is damaged: {how}; copy or write it again", path=self._path, how=how)
+        )
 
 
 @contextmanager
@@ -263,4 +314,6 @@ def _opened(path: Path) -> Iterator[_Pages]:
         with path.open("rb", buffering=0) as stream:
             yield _Pages(stream, path)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+        raise DataError(
+            _("{path} cannot be read: {reason}", path=path, reason=error.strerror)
+        ) from None

@@ -16,8 +16,9 @@ from cn_clip.data.sources.base import Row
 from cn_clip.data.sources.lines import Lines, json_object
 from cn_clip.data.sources.tar import Sample
 from cn_clip.errors import DataError
-from cn_clip.files import MAX_FILE
+from cn_clip.image.limits import MAX_BASE64
 from cn_clip.text import path_text
+from cn_clip.translation import _
 
 _ID_BYTES = 256  # maximum length of an id
 
@@ -43,8 +44,14 @@ class Tsv:
         self._unpaired = unpaired
         texts = texts or images.with_name(f"{images.name.removesuffix('_imgs.tsv')}_texts.jsonl")
         if not texts.is_file():
-            raise DataError(f"{name}: no texts at {texts}; set them with ?texts=FILE.jsonl")
-        self._images = Lines(images, limit=MAX_FILE)
+            raise DataError(
+                _(
+                    "{name}: no texts at {texts}; set them with ?texts=FILE.jsonl",
+                    name=name,
+                    texts=texts,
+                )
+            )
+        self._images = Lines(images, limit=MAX_BASE64)
         self._texts = Lines(texts, encoding=encoding)
         image_lines: dict[str, int] = {}
         self._repeated: dict[str, str] = {}
@@ -60,7 +67,7 @@ class Tsv:
             used.update(ids)
             pairs += [(line, at) for at in range(len(ids))] or [(line, -1)]
         if not pairs:
-            raise DataError(f"{name}: {texts} holds no text")
+            raise DataError(_("{name}: {texts} holds no text", name=name, texts=texts))
         self._unused = [image_id for image_id in image_lines if image_id not in used]
         if unpaired:
             pairs += [(-1, image_lines[image_id]) for image_id in self._unused]
@@ -77,10 +84,13 @@ class Tsv:
         values = self._values(line)
         alone = values.get("image_ids") == []
         if not isinstance(values.get("text"), str) or (at < 0 and not (alone and self._unpaired)):
-            remedy = "; for a test set to compare with, add ?unpaired=yes"
+            remedy = _("; for a test set to compare with, add ?unpaired=yes")
             raise DataError(
-                f'{self.where(index)}: expected {{"text_id": 1, "text": "...", "image_ids": [1]}}'
-                + (f", found no image ids{remedy}" if alone else "")
+                _(
+                    '{where}: expected {{"text_id": 1, "text": "...", "image_ids": [1]}}',
+                    where=self.where(index),
+                )
+                + (_(", found no image ids{remedy}", remedy=remedy) if alone else "")
             )
         image_id = "" if at < 0 else str(values["image_ids"][at])
         return Row(values["text"], image_id, str(values.get("text_id", line)))
@@ -88,17 +98,27 @@ class Tsv:
     def image(self, index: int) -> bytes:
         image_id = self.row(index).image_id
         if not image_id:
-            raise DataError(f"{self.where(index)}: its text has no image")
+            raise DataError(_("{where}: its text has no image", where=self.where(index)))
         if image_id not in self._image_lines:
             raise DataError(
-                f"{self.where(index)}: no image has the id {image_id!r} in {self._images.path}"
+                _(
+                    "{where}: no image has the id {image_id!r} in {path}",
+                    where=self.where(index),
+                    image_id=image_id,
+                    path=self._images.path,
+                )
             )
         line = self._image_lines[image_id]
         if image_id in self._repeated:
             raise DataError(
-                f"{self.where(index)}: the image id {image_id!r} is repeated, in "
-                f"{self._images.where(line)} and {self._repeated[image_id].rpartition(', ')[2]}; "
-                "keep one of them"
+                _(
+                    "{where}: the image id {image_id!r} is repeated, in {first} and {second}; "
+                    "keep one of them",
+                    where=self.where(index),
+                    image_id=image_id,
+                    first=self._images.where(line),
+                    second=self._repeated[image_id].rpartition(", ")[2],
+                )
             )
         encoded = self._images.raw(line).partition(b"\t")[2]
         return decode_base64(encoded, self._images.where(line))
@@ -109,7 +129,8 @@ class Tsv:
 
     def unmatched(self) -> list[str]:
         return [
-            f"the image {id!r} of {path_text(self._images.path)} has no text" for id in self._unused
+            _("the image {id!r} of {path} has no text", id=id, path=path_text(self._images.path))
+            for id in self._unused
         ]
 
     def _values(self, line: int) -> dict[str, Any]:
@@ -124,10 +145,14 @@ class Tsv:
 
 
 def _image_id(images: Lines, line: int) -> str:
-    head, tab, _ = images.raw(line, _ID_BYTES).partition(b"\t")
+    head, tab, _unused = images.raw(line, _ID_BYTES).partition(b"\t")
     if not tab:
         raise DataError(
-            f"{images.where(line)}: expected an id, a tab and base64, found {head[:40]!r}"
+            _(
+                "{where}: expected an id, a tab and base64, found {head!r}",
+                where=images.where(line),
+                head=head[:40],
+            )
         )
     return head.removeprefix(b"\xef\xbb\xbf").decode(errors="replace")
 
@@ -139,7 +164,9 @@ def decode_base64(encoded: bytes, where: str) -> bytes:
     try:
         return base64.b64decode(encoded.strip().translate(bytes.maketrans(b"-_", b"+/")))
     except (binascii.Error, ValueError) as error:
-        raise DataError(f"{where}: its image is not base64: {error}") from None
+        raise DataError(
+            _("{where}: its image is not base64: {error}", where=where, error=error)
+        ) from None
 
 
 def write_tsv(folder: Path, samples: Iterable[Sample], *, split: str) -> None:

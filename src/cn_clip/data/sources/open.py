@@ -7,7 +7,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qsl
@@ -22,9 +22,12 @@ from cn_clip.data.sources.table import Csv, JsonLines, Manifest, Table
 from cn_clip.data.sources.tar import Tar
 from cn_clip.errors import DataError, UnknownNameError, UsageError
 from cn_clip.files import as_path, find
+from cn_clip.outputs import is_within
 from cn_clip.text import path_text
+from cn_clip.translation import _
 
 _MAX_FILES = 1_000_000  # that braces may expand to
+_MAX_DEPTH = 16  # of nested braces
 _COLUMNS = ("image", "text", "image_id", "text_id")
 _TABLE_OPTIONS = (*_COLUMNS, "root", "encoding")
 # kind -> options
@@ -37,6 +40,13 @@ SOURCE_OPTIONS = {
     "lmdb": (),
     "tar": (),
 }
+# Suffixes of files that are no source -> what to do.
+_JSON_REMEDY = (
+    "a JSON file; write one object per line (jq -c '.[]' FILE > NEW.jsonl), or give jsonl:{path} "
+    "if it has them"
+)
+_SHEET_REMEDY = "a spreadsheet; save it as CSV (UTF-8), with a column of images and one of captions"
+_REMEDIES = {".json": _JSON_REMEDY} | dict.fromkeys((".xlsx", ".xls", ".ods"), _SHEET_REMEDY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +74,7 @@ def open_source(uri: str) -> Source:
     kind, path, options = _parse_uri(uri)
     paths = _expand(path)
     if not paths:
-        raise DataError(f"{uri}: no file matches {path}")
+        raise DataError(_("{uri}: no file matches {path}", uri=uri, path=path))
     parts = [_open_one(kind, file, options) for file in paths]
     return parts[0] if len(parts) == 1 else Chain(uri, parts)
 
@@ -89,7 +99,12 @@ def split_source(folder: str, split: str) -> str:
     if (root / split).is_dir():
         return f"folder:{root / split}"
     raise DataError(
-        f"{folder} has no split {split!r}: neither {', '.join(layouts)} nor a folder {split}"
+        _(
+            "{folder} has no split {split!r}: neither {layouts} nor a folder {split}",
+            folder=folder,
+            split=split,
+            layouts=", ".join(layouts),
+        )
     )
 
 
@@ -100,7 +115,9 @@ def open_mix(uris: Sequence[str]) -> list[WeightedSource]:
         UsageError, DataError: as ``open_source``, or a weight is not positive.
     """
     if not uris:
-        raise UsageError("no source of pairs; give one, such as folder:photos or tar:shards/*.tar")
+        raise UsageError(
+            _("no source of pairs; give one, such as folder:photos or tar:shards/*.tar")
+        )
     mix = []
     for uri in uris:
         weight, alone = _weight_of(uri)
@@ -109,7 +126,9 @@ def open_mix(uris: Sequence[str]) -> list[WeightedSource]:
         except ValueError:
             factor = 0.0
         if not 0 < factor < math.inf:
-            raise UsageError(f"{uri}: the weight {weight} is not a number above zero")
+            raise UsageError(
+                _("{uri}: the weight {weight} is not a number above zero", uri=uri, weight=weight)
+            )
         mix.append(WeightedSource(open_source(alone), factor))
     return mix
 
@@ -117,12 +136,18 @@ def open_mix(uris: Sequence[str]) -> list[WeightedSource]:
 def paths_of(uri: str) -> list[Path]:
     """Return the files and folders of a source URI, with or without a weight.
 
+    A ``root`` that holds the current folder is not among them: it would hold all outputs.
+
     Raises:
         UsageError: the URI is invalid.
     """
     _, path, options = _parse_uri(_weight_of(uri)[1])
-    texts = [as_path(options["texts"])] if "texts" in options else []
-    return [*_expand(path), *texts]
+    here = Path(os.path.realpath("."))
+    named = [as_path(options[option]) for option in ("texts", "root") if option in options]
+    return [
+        *_expand(path),
+        *(path for path in named if not is_within(here, Path(os.path.realpath(path)))),
+    ]
 
 
 def _weight_of(uri: str) -> tuple[str, str]:
@@ -179,10 +204,12 @@ def id_digest(source: Source, index: int, id: str) -> int:
 def _open_one(kind: str, path: Path, options: dict[str, str]) -> Source:
     name, encoding = path_text(f"{kind}:{path}"), options.get("encoding")
     if kind in ("csv", "jsonl", "parquet", "tar") and path.is_dir():
-        raise DataError(f"{name} is a folder; give the files in it: {name}/*.{kind}")
+        raise DataError(
+            _("{name} is a folder; give the files in it: {name}/*.{kind}", name=name, kind=kind)
+        )
     if kind in ("csv", "jsonl", "parquet"):
         if not path.exists():
-            raise DataError(f"{name}: no such file: {path}")
+            raise DataError(_("{name}: no such file: {path}", name=name, path=path))
         columns = {column: options.get(column) for column in _COLUMNS}
         open_table: dict[str, Callable[[], Table]] = {
             "csv": lambda: Csv(name, path, columns, encoding),
@@ -197,7 +224,13 @@ def _open_one(kind: str, path: Path, options: dict[str, str]) -> Source:
         texts = as_path(options["texts"]) if "texts" in options else None
         unpaired = options.get("unpaired", "no")
         if unpaired not in ("yes", "no"):
-            raise UsageError(f"{name}: unpaired={unpaired} is unknown; give yes or no")
+            raise UsageError(
+                _(
+                    "{name}: unpaired={unpaired} is unknown; give yes or no",
+                    name=name,
+                    unpaired=unpaired,
+                )
+            )
         return Tsv(name, path, texts, encoding, unpaired=unpaired == "yes")
     return Lmdb(name, path) if kind == "lmdb" else Tar(path, name)
 
@@ -206,20 +239,24 @@ def _parse_uri(uri: str) -> tuple[str, str, dict[str, str]]:
     kind, colon, path = uri.partition(":")
     if not colon or (len(kind) == 1 and not kind.islower()):  # C:\photos is a Windows path
         kind, path = "", uri
-    path, _, query = path.partition("?")
+    path, _unused, query = path.partition("?")
     if "=" not in query and query:  # "?" of a glob
         path, query = f"{path}?{query}", ""
     if not path.strip():
-        raise UsageError(f"{uri!r} has no path; write KIND:PATH, such as folder:photos")
+        raise UsageError(_("{uri!r} has no path; write KIND:PATH, such as folder:photos", uri=uri))
     kind = kind or _detect_kind(path, uri)
     if kind not in SOURCE_OPTIONS:
-        raise UnknownNameError("kind of source", kind, SOURCE_OPTIONS)
+        raise UnknownNameError(_("kind of source"), kind, SOURCE_OPTIONS)
     options = dict(parse_qsl(query, keep_blank_values=True))
     for option in options:
         if option not in SOURCE_OPTIONS[kind]:
-            raise UnknownNameError(f"option of {kind}:", option, SOURCE_OPTIONS[kind] or ["none"])
+            raise UnknownNameError(
+                _("option of {kind}:", kind=kind), option, SOURCE_OPTIONS[kind] or [_("none")]
+            )
         if not options[option].strip():
-            raise UsageError(f"{uri}: {option} is empty; give a value, or leave it out")
+            raise UsageError(
+                _("{uri}: {option} is empty; give a value, or leave it out", uri=uri, option=option)
+            )
     return kind, path, options
 
 
@@ -238,8 +275,16 @@ def _detect_kind(path: str, uri: str) -> str:
         return "lmdb"
     if os.path.isdir(folder):
         return "folder"
+    if suffix in _REMEDIES:
+        raise UsageError(
+            _("{uri} is {format}", uri=uri, format=_REMEDIES[suffix].format(path=path))
+        )
     raise UsageError(
-        f"{uri}: unknown kind of source; write KIND:PATH, KIND one of {', '.join(SOURCE_OPTIONS)}"
+        _(
+            "{uri}: unknown kind of source; write KIND:PATH, KIND one of {kinds}",
+            uri=uri,
+            kinds=", ".join(SOURCE_OPTIONS),
+        )
     )
 
 
@@ -254,47 +299,60 @@ def _expand(pattern: str) -> list[Path]:
 
 
 def _expand_braces(pattern: str) -> list[str]:
-    """Expand all ``{000..099}`` and ``{a,b}``, innermost first.
+    """Expand all ``{000..099}`` and ``{a,b}``, nested ones too, in the order of a shell.
+
+    Braces without a partner make the whole pattern literal, braces without a comma themselves.
 
     Raises:
-        UsageError: there are too many names.
+        UsageError: there are too many names, or too many nested braces.
     """
-    done, names = False, [pattern]
-    while not done:
-        # Literal text at even positions, braces at odd ones.
-        split = [re.split(r"(\{\d+\.\.\d+\}|\{[^{}]*,[^{}]*\})", name) for name in names]
-        count = sum(math.prod(len(_span(piece)) for piece in pieces[1::2]) for pieces in split)
-        if count > _MAX_FILES:
-            raise UsageError(
-                f"{pattern} names {count:,} files, above the limit of {_MAX_FILES:,}; give fewer, "
-                "or use a glob such as *.tar"
-            )
-        names = [
-            "".join(name) for pieces in split for name in itertools.product(*_alternatives(pieces))
-        ]
-        done = all(len(pieces) == 1 for pieces in split)
-    return names
+    outer: list[tuple[list[str], list[str]]] = []  # by open brace: names before it, and inside
+    names = [""]
+    for token in re.split(r"(\{\d+\.\.\d+\}|[{},])", pattern):
+        if token == "{":
+            outer.append((names, []))
+            names = [""]
+            if len(outer) > _MAX_DEPTH:
+                raise UsageError(
+                    _(
+                        "{pattern} has more than {limit} nested braces; give fewer",
+                        pattern=pattern,
+                        limit=_MAX_DEPTH,
+                    )
+                )
+        elif token == "," and outer:
+            outer[-1][1].extend(names)
+            names = [""]
+        else:
+            count, choices = _choices(token)
+            if token == "}" and outer:
+                before, inside = outer.pop()
+                choices = [*inside, *names] if inside else [f"{{{name}}}" for name in names]
+                names, count = before, len(choices)
+            total = len(names) * count + (len(outer[-1][1]) if outer else 0)
+            total *= math.prod(len(before) for before, _inside in outer)
+            if total > _MAX_FILES:
+                raise UsageError(
+                    _(
+                        "{pattern} names {total:,} files, above the limit of {limit:,}; give "
+                        "fewer, or use a glob such as *.tar",
+                        pattern=pattern,
+                        total=total,
+                        limit=_MAX_FILES,
+                    )
+                )
+            names = list(map("".join, itertools.product(names, choices)))
+    return [pattern] if outer else names
 
 
-def _alternatives(pieces: Sequence[str]) -> Iterator[list[str]]:
-    for at, piece in enumerate(pieces):
-        yield _choices(piece) if at % 2 else [piece]
-
-
-def _span(braces: str) -> range:
-    """Return a range as long as the number of choices in braces."""
-    ends = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", braces)
+def _choices(token: str) -> tuple[int, Iterable[str]]:
+    """Return the count of ``{FIRST..LAST}``, 1 for any other text, and the choices."""
+    ends = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", token)
     if ends is None:
-        return range(braces.count(",") + 1)
+        return 1, [token]
     if max(map(len, ends.groups())) > 18:
-        return range(_MAX_FILES + 1)
-    return range(int(ends[1]), int(ends[2]) + 1)
-
-
-def _choices(braces: str) -> list[str]:
-    ends = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", braces)
-    if ends is None:
-        return braces[1:-1].split(",")
-    first, last = ends.groups()
-    width = len(first) if first.startswith("0") or len(first) == len(last) else 0
-    return [f"{number:0{width}}" for number in _span(braces)]
+        return _MAX_FILES + 1, []
+    first, last = map(int, ends.groups())
+    numbers = range(first, last + 1) if first <= last else range(first, last - 1, -1)
+    width = len(ends[1]) if ends[1][0] == "0" or len(ends[1]) == len(ends[2]) else 0
+    return len(numbers), (f"{number:0{width}}" for number in numbers)

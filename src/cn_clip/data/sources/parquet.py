@@ -15,15 +15,16 @@ from cn_clip.data.sources.index_cache import cached_index
 from cn_clip.data.sources.lines import read_at
 from cn_clip.data.sources.table import NamedColumns, choose_columns
 from cn_clip.errors import CNClipError, DataError, UsageError
-from cn_clip.files import check_regular, wrong_format
+from cn_clip.files import HEAD, check_regular, wrong_format
 from cn_clip.text import path_text
+from cn_clip.translation import N_, _, translate
 
 _ROWS, _ROWS_OF_IMAGES = 65_536, 256  # in memory at once while the index is built
 _EXPECTED = {
-    "image": "paths, bytes, or struct<bytes, path>",
-    "text": "strings, or lists of strings",
-    "image_id": "strings or whole numbers",
-    "text_id": "strings or whole numbers",
+    "image": N_("paths, bytes, or struct<bytes, path>"),
+    "text": N_("strings, or lists of strings"),
+    "image_id": N_("strings or whole numbers"),
+    "text_id": N_("strings or whole numbers"),
 }
 # Kinds of columns.
 _STRING, _NUMBER, _BYTES, _STRUCT, _LIST = "string", "number", "bytes", "struct", "list"
@@ -50,7 +51,11 @@ class Parquet:
             check_regular(path)
         except (OSError, ValueError) as error:
             raise DataError(
-                f"{path} cannot be read: {getattr(error, 'strerror', None) or error}"
+                _(
+                    "{path} cannot be read: {reason}",
+                    path=path,
+                    reason=getattr(error, "strerror", None) or error,
+                )
             ) from None
         fields = _read_fields(path)
         kinds = {field.name: _column_kind(arrow, field.type) for field in fields}
@@ -67,8 +72,15 @@ class Parquet:
                 if kinds[column] not in accepted:
                     type = next(field.type for field in fields if field.name == column)
                     raise DataError(
-                        f"{name}: the column {column} is {type}; expected {_EXPECTED[role]}. "
-                        f"Convert it, or name another one with ?{role}=COLUMN"
+                        _(
+                            "{name}: the column {column} is {type}; expected {expected}. Convert "
+                            "it, or name another one with ?{role}=COLUMN",
+                            name=name,
+                            column=column,
+                            type=type,
+                            expected=translate(_EXPECTED[role]),
+                            role=role,
+                        )
                     )
                 self._kinds[role] = kinds[column]
         layout = {role: (getattr(self.columns, role), kind) for role, kind in self._kinds.items()}
@@ -131,7 +143,7 @@ class Parquet:
         return content
 
     def where(self, index: int) -> str:
-        return f"{path_text(self._path)}, row {self._locate(index)[0]}"
+        return _("{path}, row {row}", path=path_text(self._path), row=self._locate(index)[0])
 
     def _locate(self, index: int) -> tuple[int, int]:
         """Return the row of a pair, and the number of its text in that row."""
@@ -147,7 +159,9 @@ class Parquet:
         try:
             return self._table.column(column)[row].as_py()
         except (ValueError, OSError) as error:  # including UnicodeDecodeError
-            raise DataError(f"{path_text(self._path)}, row {row}: {error}") from None
+            raise DataError(
+                _("{path}, row {row}: {error}", path=path_text(self._path), row=row, error=error)
+            ) from None
 
 
 def _read_fields(path: Path) -> list[Any]:
@@ -234,10 +248,14 @@ def _map_parse_errors(path: Path, read: Callable[[], Any]) -> Any:
     except CNClipError:
         raise
     except Exception as error:
-        if reason := wrong_format(read_at(path, 0, 32)):
-            raise DataError(f"{path} is {reason}") from None
+        if reason := wrong_format(read_at(path, 0, HEAD)):
+            raise DataError(_("{path} is {reason}", path=path, reason=reason)) from None
         raise DataError(
-            f"{path} is damaged or not a Parquet file: {error or type(error).__name__}"
+            _(
+                "{path} is damaged or not a Parquet file: {error}",
+                path=path,
+                error=error or type(error).__name__,
+            )
         ) from None
 
 
@@ -245,4 +263,4 @@ def _import(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError:
-        raise UsageError("Parquet files need pyarrow: pip install 'cn-clip[data]'") from None
+        raise UsageError(_("Parquet files need pyarrow: pip install 'cn-clip[data]'")) from None

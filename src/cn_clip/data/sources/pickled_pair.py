@@ -10,6 +10,8 @@ import io
 import pickletools
 from typing import Any
 
+from cn_clip.translation import N_, _, translate
+
 _SCALARS = {
     *("INT", "LONG", "BININT", "BININT1", "BININT2", "LONG1"),
     *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE"),
@@ -19,7 +21,7 @@ _BUILD = {"MARK", "TUPLE", "TUPLE3", "EMPTY_LIST", "LIST", "APPEND", "APPENDS"}
 _READ = _SCALARS | _PUT | _GET | _BUILD | {"PROTO", "FRAME", "MEMOIZE", "STOP"}
 _OPCODES = {ord(opcode.code): opcode for opcode in pickletools.opcodes}
 _MAX_STEPS = 32  # a list of three in protocol 0, with a memo for each item, takes 14
-_SHAPE = "(image id, text id, text)"
+_SHAPE = N_("(image id, text id, text)")
 _MARK = object()
 
 PickledPair = tuple[int | str, int | str, str]
@@ -34,7 +36,7 @@ def parse_pickled_pair(raw: bytes) -> PickledPair:
     stream = io.BytesIO(raw)
     stack: list[Any] = []
     memo: dict[int, Any] = {}
-    for _ in range(_MAX_STEPS):
+    for _unused in range(_MAX_STEPS):
         name, argument = _step(stream, stack)
         if name == "STOP":
             return _pair(stack)
@@ -46,13 +48,20 @@ def parse_pickled_pair(raw: bytes) -> PickledPair:
             stack.append(argument)
         elif name in _GET:
             if argument not in memo:
-                raise ValueError(f"its pickle gets {argument} from its memo, which is not set")
+                raise ValueError(
+                    _(
+                        "its pickle gets {argument} from its memo, which is not set",
+                        argument=argument,
+                    )
+                )
             stack.append(memo[argument])
         elif name in _PUT or name == "MEMOIZE":
             memo[len(memo) if name == "MEMOIZE" else argument] = _top(stack)
         elif name in _BUILD:
             _build(name, stack)
-    raise ValueError(f"its pickle has more than {_MAX_STEPS} opcodes; expected a pair")
+    raise ValueError(
+        _("its pickle has more than {limit} opcodes; expected a pair", limit=_MAX_STEPS)
+    )
 
 
 def _step(stream: io.BytesIO, stack: list[Any]) -> tuple[str, Any]:
@@ -61,7 +70,9 @@ def _step(stream: io.BytesIO, stack: list[Any]) -> tuple[str, Any]:
     opcode = _OPCODES.get(code[0]) if code else None
     if opcode is None:
         raise ValueError(
-            f"its pickle has the unknown opcode {code!r}" if code else "its pickle ends early"
+            _("its pickle has the unknown opcode {code!r}", code=code)
+            if code
+            else _("its pickle ends early")
         )
     if opcode.name == "STACK_GLOBAL":
         raise _refuse_name(*(str(item) for item in stack[-2:]))
@@ -69,7 +80,11 @@ def _step(stream: io.BytesIO, stack: list[Any]) -> tuple[str, Any]:
         raise _refuse_name(*(stream.readline(80).decode("latin-1").strip() for _ in range(2)))
     if opcode.name not in _READ:
         raise ValueError(
-            f"its pickle has the opcode {opcode.name}; a pair is {_SHAPE}, numbers and strings"
+            _(
+                "its pickle has the opcode {name}; a pair is {shape}, numbers and strings",
+                name=opcode.name,
+                shape=translate(_SHAPE),
+            )
         )
     return opcode.name, opcode.arg.reader(stream) if opcode.arg is not None else None
 
@@ -82,33 +97,40 @@ def _build(name: str, stack: list[Any]) -> None:
     else:
         at = next((n for n in reversed(range(len(stack))) if stack[n] is _MARK), -1)
         if at < 0:
-            raise ValueError("its pickle lacks a mark")
+            raise ValueError(_("its pickle lacks a mark"))
         items = stack[at + 1 :]
     del stack[at:]
     # A list of numbers and strings cannot contain itself or nest.
     if not all(type(item) in (int, str) for item in items):
-        raise ValueError(f"its pickle holds more than numbers and strings; a pair is {_SHAPE}")
+        raise ValueError(
+            _(
+                "its pickle holds more than numbers and strings; a pair is {shape}",
+                shape=translate(_SHAPE),
+            )
+        )
     if name in ("TUPLE", "TUPLE3", "LIST"):
         stack.append(tuple(items) if name != "LIST" else items)
     elif isinstance(_top(stack), list):
         stack[-1] += items
     else:
-        raise ValueError("its pickle appends to something other than a list")
+        raise ValueError(_("its pickle appends to something other than a list"))
 
 
 def _pair(stack: list[Any]) -> PickledPair:
     value = _top(stack)
     if isinstance(value, tuple | list) and len(value) == 3 and isinstance(value[2], str):
         return value[0], value[1], value[2]
-    shown = f"{value!r:.80}" if value is not _MARK else "nothing"
-    raise ValueError(f"its pickle holds {shown}; expected {_SHAPE}")
+    shown = f"{value!r:.80}" if value is not _MARK else _("nothing")
+    raise ValueError(
+        _("its pickle holds {shown}; expected {shape}", shown=shown, shape=translate(_SHAPE))
+    )
 
 
 def _top(stack: list[Any]) -> Any:
     if not stack:
-        raise ValueError("its pickle takes from an empty stack")
+        raise ValueError(_("its pickle takes from an empty stack"))
     return stack[-1]
 
 
 def _refuse_name(*parts: str) -> ValueError:
-    return ValueError(f"its pickle names {'.'.join(parts)}; only data is read")
+    return ValueError(_("its pickle names {name}; only data is read", name=".".join(parts)))

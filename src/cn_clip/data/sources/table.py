@@ -15,6 +15,8 @@ from cn_clip.data.sources.base import Row
 from cn_clip.data.sources.lines import Lines, json_object, read_at
 from cn_clip.errors import DataError
 from cn_clip.files import check_regular, read_file, resolve_in
+from cn_clip.image.limits import MAX_ENCODED
+from cn_clip.translation import _
 
 # Common column names, in order of preference.
 IMAGE = (
@@ -96,13 +98,19 @@ class Manifest:
         path: Path | str = value
         try:
             path = resolve_in(self._root, _downloaded_name(value))
-            return read_file(path)
+            return read_file(path, MAX_ENCODED)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            remedy = "download it first, or " if "://" in value else ""
+            remedy = _("download it first, or ") if "://" in value else ""
             raise DataError(
-                f"{self.where(index)}: no image {path} ({reason}); {remedy}set the folder of the "
-                "images with ?root=FOLDER"
+                _(
+                    "{where}: no image {path} ({reason}); {remedy}set the folder of the images "
+                    "with ?root=FOLDER",
+                    where=self.where(index),
+                    path=path,
+                    reason=reason,
+                    remedy=remedy,
+                )
             ) from None
 
     def where(self, index: int) -> str:
@@ -117,17 +125,33 @@ class Manifest:
             return value
         if isinstance(value, list):
             raise DataError(
-                f"{self.where(index)}: {column} is a list of {len(value)}; give every caption "
-                "its own row"
+                _(
+                    "{where}: {column} is a list of {value_count}; give every caption its own row",
+                    where=self.where(index),
+                    column=column,
+                    value_count=len(value),
+                )
             )
-        raise DataError(f"{self.where(index)}: {column} is {value!r:.40}; expected a string")
+        raise DataError(
+            _(
+                "{where}: {column} is {value!r:.40}; expected a string",
+                where=self.where(index),
+                column=column,
+                value=value,
+            )
+        )
 
     def _id(self, record: Mapping[str, Any], column: str, index: int) -> str:
         value = record.get(column)
         if isinstance(value, str | int) and not isinstance(value, bool) and value != "":
             return str(value)
         raise DataError(
-            f"{self.where(index)}: {column} is {value!r:.40}; expected a string or a whole number"
+            _(
+                "{where}: {column} is {value!r:.40}; expected a string or a whole number",
+                where=self.where(index),
+                column=column,
+                value=value,
+            )
         )
 
 
@@ -166,7 +190,7 @@ class Csv:
         self._delimiter, skip = _dialect(path, named, encoding)
         self._lines = Lines(path, encoding=encoding, delimiter=self._delimiter, skip=skip)
         if not len(self._lines):
-            raise DataError(f"{path} is empty; expected a header in the first line")
+            raise DataError(_("{path} is empty; expected a header in the first line", path=path))
         self._names = tuple(field.strip() for field in self._fields(0))
         self.columns = choose_columns(name, self._names, named)
 
@@ -177,8 +201,13 @@ class Csv:
         fields = self._fields(index + 1)
         if len(fields) != len(self._names):
             raise DataError(
-                f"{self.where(index)} has {len(fields)} fields, its header {len(self._names)}; "
-                "quote fields that hold a separator"
+                _(
+                    "{where} has {field_count} fields, its header {name_count}; quote fields that "
+                    "hold a separator",
+                    where=self.where(index),
+                    field_count=len(fields),
+                    name_count=len(self._names),
+                )
             )
         return dict(zip(self._names, fields, strict=True))
 
@@ -195,11 +224,17 @@ class Csv:
             fields, *more = csv.reader(text, delimiter=self._delimiter, strict=True)
         except (csv.Error, ValueError) as error:
             raise DataError(
-                f"{self._lines.where(record)}: {error}; quote fields that hold quotes or line "
-                "ends, and double the quotes in them"
+                _(
+                    "{where}: {error}; quote fields that hold quotes or line ends, and double the "
+                    "quotes in them",
+                    where=self._lines.where(record),
+                    error=error,
+                )
             ) from None
         if more:
-            raise DataError(f"{self._lines.where(record)} holds a line end; quote the field")
+            raise DataError(
+                _("{where} holds a line end; quote the field", where=self._lines.where(record))
+            )
         return fields
 
 
@@ -260,18 +295,37 @@ def choose_columns(
     for role, common in COLUMN_NAMES.items():
         column = named.get(role)
         if column is not None and column not in columns:
-            raise DataError(f"{name}: no column {column!r}; it has {', '.join(columns)}")
+            raise DataError(
+                _(
+                    "{name}: no column {column!r}; it has {columns}",
+                    name=name,
+                    column=column,
+                    columns=", ".join(columns),
+                )
+            )
         if column is None:
             candidates = [known for known in common if known in columns]
             candidates.sort(key=lambda known: not usable(role, known))
             column = next(iter(candidates), "")
         if not column and role in ("image", "text"):
             raise DataError(
-                f"{name}: no column for the {role} ({', '.join(common)}) among "
-                f"{', '.join(columns) or 'none'}; name it with ?{role}=COLUMN"
+                _(
+                    "{name}: no column for the {role} ({common}) among {columns}; name it with "
+                    "?{role}=COLUMN",
+                    name=name,
+                    role=role,
+                    common=", ".join(common),
+                    columns=", ".join(columns) or _("none"),
+                )
             )
         if column and columns.count(column) > 1:
-            raise DataError(f"{name}: two columns are called {column!r}; rename one of them")
+            raise DataError(
+                _(
+                    "{name}: two columns are called {column!r}; rename one of them",
+                    name=name,
+                    column=column,
+                )
+            )
         chosen[role] = column
     return Columns(**chosen)
 

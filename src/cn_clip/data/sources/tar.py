@@ -20,9 +20,18 @@ from cn_clip.data.sources.base import Row
 from cn_clip.data.sources.index_cache import cached_index
 from cn_clip.data.sources.lines import json_object, read_at
 from cn_clip.errors import DataError
-from cn_clip.files import MAX_FILE, MAX_TEXT, check_regular, skipped_files, wrong_format
+from cn_clip.files import (
+    HEAD,
+    MAX_TEXT,
+    check_regular,
+    is_apple_double,
+    skipped_files,
+    wrong_format,
+)
 from cn_clip.image.decode import SUFFIXES
+from cn_clip.image.limits import MAX_ENCODED
 from cn_clip.text import path_text, read_json
+from cn_clip.translation import _
 
 _TEXT, _JSON = (".txt", ".caption"), (".json",)
 _SUFFIXES = frozenset((*SUFFIXES, *_TEXT, *_JSON))
@@ -58,12 +67,16 @@ class Tar:
                 path, _INDEX_SUFFIX, lambda to: _write_index(_scan(path), to), _read_index
             )
         except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}") from None
+            raise DataError(
+                _("{path} cannot be read: {reason}", path=path, reason=error.strerror)
+            ) from None
         self._spans: npt.NDArray[np.int64] = index.spans
         self._pairs: npt.NDArray[np.int32] = index.pairs
         self._keys, self._unmatched = index.keys, index.unmatched
         if not len(self._pairs):
-            raise DataError(f"{path} holds no image with a text or JSON of the same name")
+            raise DataError(
+                _("{path} holds no image with a text or JSON of the same name", path=path)
+            )
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -71,16 +84,21 @@ class Tar:
     def row(self, index: int) -> Row:
         sample, text_number = self._pairs[index].tolist()
         key = self._keys[sample]
-        _, _, text_at, text_size, json_at, json_size = self._spans[sample].tolist()
+        _unused, _unused, text_at, text_size, json_at, json_size = self._spans[sample].tolist()
         values: dict[str, Any] = {}
         if json_size:
             content = read_at(self._path, json_at, json_size)
-            values = json_object(content, f"the JSON of {self.where(index)}")
+            values = json_object(content, _("the JSON of {where}", where=self.where(index)))
         image_id = str(values.get("image_id", values.get("key", key)))
         if text_number >= 0:
             texts = _texts(values)
             if text_number >= len(texts):
-                raise DataError(f"{self.where(index)} has changed since it was opened; start again")
+                raise DataError(
+                    _(
+                        "{where} has changed since it was opened; start again",
+                        where=self.where(index),
+                    )
+                )
             return Row(texts[text_number]["text"], image_id, texts[text_number]["text_id"])
         text = values.get("caption", values.get("text"))
         if text_size:
@@ -88,10 +106,16 @@ class Tar:
                 text = read_at(self._path, text_at, text_size).decode("utf-8-sig")
             except UnicodeDecodeError:
                 raise DataError(
-                    f"{self.where(index)}: its text is not UTF-8; pack it again"
+                    _("{where}: its text is not UTF-8; pack it again", where=self.where(index))
                 ) from None
         if not isinstance(text, str):
-            raise DataError(f"{self.where(index)}: its caption is {text!r:.40}; expected a string")
+            raise DataError(
+                _(
+                    "{where}: its caption is {text!r:.40}; expected a string",
+                    where=self.where(index),
+                    text=text,
+                )
+            )
         return Row(text.strip("\r\n"), image_id, str(values.get("text_id", image_id)))
 
     def image(self, index: int) -> bytes:
@@ -99,7 +123,11 @@ class Tar:
         return read_at(self._path, start, size)
 
     def where(self, index: int) -> str:
-        return f"{path_text(self._path)}, member {self._keys[self._pairs[index, 0]]}"
+        return _(
+            "{path}, member {key}",
+            path=path_text(self._path),
+            key=self._keys[self._pairs[index, 0]],
+        )
 
     def unmatched(self) -> list[str]:
         return self._unmatched
@@ -179,15 +207,24 @@ def _scan(path: Path) -> _Index:
         with path.open("rb", buffering=1 << 20) as stream:
             return _build_index(stream, path)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+        raise DataError(
+            _("{path} cannot be read: {reason}", path=path, reason=error.strerror)
+        ) from None
 
 
 def _build_index(stream: BinaryIO, path: Path) -> _Index:
     unmatched: list[str] = []
     samples, alone = _match_samples(_collect_members(stream, path, unmatched))
     for members in alone:
-        missing = "no image" if members.image is None else "neither text nor JSON"
-        unmatched.append(f"{path_text(path)}, member {members.key} has {missing}")
+        missing = _("no image") if members.image is None else _("neither text nor JSON")
+        unmatched.append(
+            _(
+                "{path}, member {key} has {missing}",
+                path=path_text(path),
+                key=members.key,
+                missing=missing,
+            )
+        )
     spans, pairs = [], []
     for number, sample in enumerate(samples):
         values = sample.part(_JSON) or (0, 0)
@@ -216,12 +253,19 @@ def _collect_members(stream: BinaryIO, path: Path, unmatched: list[str]) -> list
     for member in _members(stream, path):
         if reason := _refusal_reason(member):
             name = path_text(member.name)
-            unmatched.append(f"{path_text(path)}, member {name!r} is skipped: {reason}")
+            unmatched.append(
+                _(
+                    "{path}, member {name!r} is skipped: {reason}",
+                    path=path_text(path),
+                    name=name,
+                    reason=reason,
+                )
+            )
             continue
-        folder, _, base = posixpath.normpath(path_text(member.name)).rpartition("/")
+        folder, _unused, base = posixpath.normpath(path_text(member.name)).rpartition("/")
         stem, suffix = posixpath.splitext(base)
         suffix = suffix.lower()
-        if suffix not in _SUFFIXES or base.startswith("._"):  # KEY.cls, and resource forks of macOS
+        if suffix not in _SUFFIXES or is_apple_double(Path(base)):  # such as KEY.cls
             others.append(Path(base))
             continue
         key = f"{folder}/{stem}" if folder else stem
@@ -230,7 +274,7 @@ def _collect_members(stream: BinaryIO, path: Path, unmatched: list[str]) -> list
             latest[key] = _Members(key if count[key] == 1 else f"{key}#{count[key]}")
             groups.append(latest[key])
         latest[key].parts[suffix] = (member.offset_data, member.size)
-    if skipped := skipped_files(others, (".cls", ".index"), path):
+    if skipped := skipped_files(others, (*SUFFIXES, ".cls", ".index"), path):
         unmatched.append(skipped)
     return groups
 
@@ -269,7 +313,7 @@ class _BoundedStream:
 
     def read(self, size: int) -> bytes:
         if size > _MAX_HEADER:
-            raise tarfile.ReadError(f"a header claims {size:,} bytes")
+            raise tarfile.ReadError(_("a header claims {size:,} bytes", size=size))
         return self._stream.read(max(0, min(size, self._size - self._stream.tell())))
 
     def seek(self, offset: int) -> int:
@@ -279,8 +323,14 @@ class _BoundedStream:
 def _members(stream: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
     """Yield all members but folders; raise if the archive lacks its end marker."""
     size = path.stat().st_size
-    if reason := wrong_format(stream.read(32)):
-        raise DataError(f"{path} is {reason}; pairs are read from an uncompressed .tar")
+    if reason := wrong_format(stream.read(HEAD)):
+        raise DataError(
+            _(
+                "{path} is {reason}; pairs are read from an uncompressed .tar",
+                path=path,
+                reason=reason,
+            )
+        )
     stream.seek(0)
     bounded: Any = _BoundedStream(stream, size)
     archive = _map_parse_errors(path, lambda: tarfile.TarFile(fileobj=bounded, errorlevel=2))
@@ -288,7 +338,14 @@ def _members(stream: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
     while (member := _map_parse_errors(path, archive.next)) is not None:
         archive.members = []  # otherwise gigabytes of TarInfo
         if member.size < 0:  # tarfile would seek backwards forever
-            raise DataError(f"{path}, member {member.name!r} claims {member.size} bytes")
+            raise DataError(
+                _(
+                    "{path}, member {name!r} claims {size} bytes",
+                    path=path,
+                    name=member.name,
+                    size=member.size,
+                )
+            )
         if member.isdir():
             continue
         end = member.offset_data + member.size
@@ -297,8 +354,12 @@ def _members(stream: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
         yield member
     if size < end + _BLOCK or any(read_at(path, -(-end // _BLOCK) * _BLOCK, _BLOCK)):
         raise DataError(
-            f"{path} ends within {member.name if member else 'its last member'}: it is still "
-            "being written, or truncated; wait until it is written, or write it again"
+            _(
+                "{path} ends within {name}: it is still being written, or truncated; wait until "
+                "it is written, or write it again",
+                path=path,
+                name=member.name if member else _("its last member"),
+            )
         )
 
 
@@ -308,22 +369,30 @@ def _map_parse_errors(path: Path, read: Callable[[], Any]) -> Any:
         return read()
     except Exception as error:
         raise DataError(
-            f"{path} is not a complete tar file: {error or type(error).__name__}; write it again"
+            _(
+                "{path} is not a complete tar file: {error}; write it again",
+                path=path,
+                error=error or type(error).__name__,
+            )
         ) from None
 
 
 def _refusal_reason(member: tarfile.TarInfo) -> str | None:
     if member.islnk():
-        return f"it is a hard link to {path_text(member.linkname)!r}; pack it as a file"
+        return _(
+            "it is a hard link to {target!r}; pack it as a file", target=path_text(member.linkname)
+        )
     if not member.isreg() or member.issparse():
-        return "it is a link, a device or sparse, not a regular file"
+        return _("it is a link, a device or sparse, not a regular file")
     if member.name.startswith(("/", "\\")) or ".." in member.name.replace("\\", "/").split("/"):
-        return "its path leads outside of the archive"
+        return _("its path leads outside of the archive")
     if "\n" in member.name:
-        return "its name has a line break"
-    limit = MAX_TEXT if member.name.lower().endswith((*_TEXT, *_JSON)) else MAX_FILE
+        return _("its name has a line break")
+    limit = MAX_TEXT if member.name.lower().endswith((*_TEXT, *_JSON)) else MAX_ENCODED
     if member.size > limit:
-        return f"it has {member.size:,} bytes, above the limit of {limit:,}"
+        return _(
+            "it has {size:,} bytes, above the limit of {limit:,}", size=member.size, limit=limit
+        )
     return None
 
 

@@ -23,6 +23,7 @@ from cn_clip.eval.calibration.thresholds import (
 )
 from cn_clip.eval.metrics.recall import Pairs
 from cn_clip.topk import Vectors, checked_vectors
+from cn_clip.translation import _
 
 # LAION-5B's cutoff for non-English pairs (Schuhmann et al., arXiv:2210.08402, section 3).
 FIXED_CUTOFF = 0.26
@@ -113,10 +114,16 @@ def fit_calibration(
     """
     for name, value in (("precision", precision), ("prior", prior)):
         if not 0 < value < 1:
-            raise UsageError(f"{name} {value} is not between 0 and 1; give a value such as 0.9")
+            raise UsageError(
+                _(
+                    "{name} {value} is not between 0 and 1; give a value such as 0.9",
+                    name=name,
+                    value=value,
+                )
+            )
     images, texts = checked_vectors(images, "images"), checked_vectors(texts, "texts")
     train, held_out = (_subset(images, texts, half) for half in halves(pairs, seed=seed))
-    curve, _, thresholds = _fit(train, kind, precision, prior, seed)
+    curve, _unused, thresholds = _fit(train, kind, precision, prior, seed)
     scores = _score(held_out, curve, thresholds, prior, seed)
     curve, cosines, thresholds = _fit((images, texts, pairs), kind, precision, prior, seed)
     counts = {
@@ -153,8 +160,13 @@ def pair_cosines(
     other = other[~np.isin(other, matching)]
     if len(matching) < _MIN_PAIRS or not len(other):
         raise UsageError(
-            f"{len(matching)} pairs and {len(other)} non-pairs in a half are too few to fit a "
-            f"calibration; give at least {2 * _MIN_PAIRS} pairs with different texts"
+            _(
+                "{pair_count} pairs and {non_pair_count} non-pairs in a half are too few to fit a "
+                "calibration; give at least {min_pairs} pairs with different texts",
+                pair_count=len(matching),
+                non_pair_count=len(other),
+                min_pairs=2 * _MIN_PAIRS,
+            )
         )
     row, column = np.divmod(np.concatenate([matching, other]), len(texts))
     cosines = np.empty(len(row))
@@ -188,7 +200,7 @@ def fit_logistic(data: PairCosines) -> Logistic:
         logits = x @ beta
         return float(weights @ (np.logaddexp(0, logits) - targets * logits))
 
-    for _ in range(100):
+    for _unused in range(100):
         p = (1 + np.tanh(x @ beta / 2)) / 2
         gradient = x.T @ (weights * (p - targets))
         hessian = (x * (weights * p * (1 - p))[:, None]).T @ x + 1e-12 * np.eye(2)
@@ -286,6 +298,8 @@ def _targets(match: Flags) -> Floats:
 def _check_increasing(increasing: bool) -> None:
     if not increasing:
         raise UsageError(
-            "pairs have no higher cosines than non-pairs, so no calibration can be fitted; check "
-            "the pairs, or choose another model"
+            _(
+                "pairs have no higher cosines than non-pairs, so no calibration can be fitted; "
+                "check the pairs, or choose another model"
+            )
         )

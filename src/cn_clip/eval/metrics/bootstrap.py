@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cn_clip.errors import UsageError
+from cn_clip.translation import _
 
 _COUNTS = 1 << 22  # counts in memory at a time, 32 MiB
 
@@ -55,17 +56,25 @@ def paired_interval(
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     if ours.ndim != 1 or ours.shape != theirs.shape or not len(ours):
         raise UsageError(
-            f"values of shape {ours.shape} and {theirs.shape} are not paired; give two values per "
-            "query, and at least one query"
+            _(
+                "values of shape {shape} and {theirs_shape} are not paired; give two values per "
+                "query, and at least one query",
+                shape=ours.shape,
+                theirs_shape=theirs.shape,
+            )
         )
     if not 0 < level < 1 or samples < 1:
         raise UsageError(
-            f"level {level} and {samples} samples; give 0 < level < 1 and samples >= 1"
+            _(
+                "level {level} and {samples} samples; give 0 < level < 1 and samples >= 1",
+                level=level,
+                samples=samples,
+            )
         )
     # Rounded, so that equal differences computed in different ways are one value.
     differences = (ours - theirs).round(12)
     if not np.isfinite(differences).all():
-        raise UsageError("a value is NaN or infinite; remove such queries")
+        raise UsageError(_("a value is NaN or infinite; remove such queries"))
     values, counts = np.unique(differences, return_counts=True)
     means = np.concatenate(list(_resampled(values, counts, samples, np.random.default_rng(seed))))
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from cn_clip.errors import UsageError
 from cn_clip.topk import checked_vectors
+from cn_clip.translation import _
 
 Scores = npt.NDArray[Any]
 Classes = npt.NDArray[np.int64]
@@ -73,10 +74,18 @@ def map_11_points(scores: Scores, relevant: Relevant) -> float:
     """
     scores, relevant = checked_vectors(scores, "scores"), np.asarray(relevant, bool)
     if scores.shape != relevant.shape:
-        raise UsageError(f"scores of shape {scores.shape} with labels of shape {relevant.shape}")
+        raise UsageError(
+            _(
+                "scores of shape {shape} with labels of shape {relevant_shape}",
+                shape=scores.shape,
+                relevant_shape=relevant.shape,
+            )
+        )
     count = relevant.sum(axis=0)
     if not count.all():
-        raise UsageError(f"class {np.flatnonzero(count == 0)[0]} has no image; remove it")
+        raise UsageError(
+            _("class {number} has no image; remove it", number=np.flatnonzero(count == 0)[0])
+        )
     points = np.linspace(1, 0, 11)
     precisions = []
     for column in range(scores.shape[1]):
@@ -108,9 +117,13 @@ def roc_auc(scores: Scores, positive: Relevant) -> float:
     positives, negatives = int(positive.sum()), int((~positive).sum())
     if not positives or not negatives:
         raise UsageError(
-            f"{positives} positives and {negatives} negatives have no ROC curve; give both"
+            _(
+                "{positives} positives and {negatives} negatives have no ROC curve; give both",
+                positives=positives,
+                negatives=negatives,
+            )
         )
-    _, group, count = np.unique(scores, return_inverse=True, return_counts=True)
+    _unused, group, count = np.unique(scores, return_inverse=True, return_counts=True)
     rank = (np.cumsum(count) - (count - 1) / 2)[group]  # mean rank of ties, from 1
     wins = rank[positive].sum() - positives * (positives + 1) / 2
     return float(wins / (positives * negatives))
@@ -133,15 +146,25 @@ def _checked_truth(truth: Classes, scores: Scores) -> Classes:
     truth = np.asarray(truth)
     if truth.shape != (len(scores),) or not np.issubdtype(truth.dtype, np.integer):
         raise UsageError(
-            f"true classes of shape {truth.shape} and type {truth.dtype} for {len(scores)} rows of "
-            "scores; give one integer class per row"
+            _(
+                "true classes of shape {shape} and type {dtype} for {score_count} rows of scores; "
+                "give one integer class per row",
+                shape=truth.shape,
+                dtype=truth.dtype,
+                score_count=len(scores),
+            )
         )
     if not len(truth):
-        raise UsageError("no scores to measure; give at least one image")
+        raise UsageError(_("no scores to measure; give at least one image"))
     outside = np.flatnonzero((truth < 0) | (truth >= scores.shape[1]))
     if len(outside):
         raise UsageError(
-            f"row {outside[0]} has class {truth[outside[0]]}, but there are scores for only "
-            f"{scores.shape[1]} classes; classes count from 0"
+            _(
+                "row {row} has class {number}, but there are scores for only {score_width} "
+                "classes; classes count from 0",
+                row=outside[0],
+                number=truth[outside[0]],
+                score_width=scores.shape[1],
+            )
         )
     return truth

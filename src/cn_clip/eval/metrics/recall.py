@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from cn_clip.errors import UsageError
 from cn_clip.topk import Vectors, checked_vectors
+from cn_clip.translation import _
 
 Pairs = npt.NDArray[Any]
 Ranks = npt.NDArray[np.int64]
@@ -99,7 +100,7 @@ def recall_at(ranks: Ranks, k: int) -> float:
         UsageError: there are no ranks.
     """
     if not len(ranks):
-        raise UsageError("no ranks to measure; give at least one query")
+        raise UsageError(_("no ranks to measure; give at least one query"))
     return float(np.mean(ranks < k))
 
 
@@ -129,14 +130,18 @@ def _recall(queries: Vectors, gallery: Vectors, positives: Pairs, block: int) ->
 def _ranks(queries: Vectors, gallery: Vectors, positives: Pairs, block: int) -> Ranks:
     if queries.shape[1] != gallery.shape[1]:
         raise UsageError(
-            f"vectors of dimension {queries.shape[1]} and {gallery.shape[1]} cannot be compared; "
-            "embed both with one model"
+            _(
+                "vectors of dimension {query_width} and {gallery_width} cannot be compared; embed "
+                "both with one model",
+                query_width=queries.shape[1],
+                gallery_width=gallery.shape[1],
+            )
         )
     positives = positives[np.argsort(positives[:, 0], kind="stable")]
     starts = np.searchsorted(positives[:, 0], np.arange(len(queries) + 1))
     unpaired = np.flatnonzero(np.diff(starts) == 0)
     if len(unpaired):
-        raise UsageError(f"query {unpaired[0]} has no positive; remove such queries")
+        raise UsageError(_("query {query} has no positive; remove such queries", query=unpaired[0]))
     ranks = np.empty(len(queries), np.int64)
     columns = np.arange(len(gallery))
     step = max(1, block // max(1, len(gallery)))
@@ -163,15 +168,33 @@ def _checked_pairs(pairs: Pairs, left: int, right: int, what: tuple[str, str]) -
     pairs = np.asarray(pairs)
     if pairs.ndim != 2 or pairs.shape[1] != 2 or not np.issubdtype(pairs.dtype, np.integer):
         raise UsageError(
-            f"pairs of shape {pairs.shape} and type {pairs.dtype}; expected integers (P, 2), rows "
-            f"of the {what[0]} side and of the {what[1]} side"
+            _(
+                "pairs of shape {shape} and type {dtype}; expected integers (P, 2), rows of the "
+                "{first_side} side and of the {second_side} side",
+                shape=pairs.shape,
+                dtype=pairs.dtype,
+                first_side=what[0],
+                second_side=what[1],
+            )
         )
     if not len(pairs):
-        raise UsageError(f"no pair of {what[0]} and {what[1]} to measure; give at least one")
+        raise UsageError(
+            _(
+                "no pair of {first_side} and {second_side} to measure; give at least one",
+                first_side=what[0],
+                second_side=what[1],
+            )
+        )
     outside = np.flatnonzero(((pairs < 0) | (pairs >= (left, right))).any(axis=1))
     if len(outside):
         raise UsageError(
-            f"pair {outside[0]} is {tuple(pairs[outside[0]].tolist())}, but there are only {left} "
-            f"and {right} rows; rows count from 0"
+            _(
+                "pair {index} is {pair}, but there are only {left} and {right} rows; rows count "
+                "from 0",
+                index=outside[0],
+                pair=tuple(pairs[outside[0]].tolist()),
+                left=left,
+                right=right,
+            )
         )
     return pairs

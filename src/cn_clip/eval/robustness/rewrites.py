@@ -12,6 +12,7 @@ from importlib.resources import files
 
 from cn_clip.errors import UnknownNameError, UsageError
 from cn_clip.tokenizer import CONTEXT_LENGTH, default_tokenizer
+from cn_clip.translation import N_, _
 
 # Describes no image; each character is one token.
 _FILLER = (
@@ -63,19 +64,27 @@ def all_rewrites(*, context_length: int = CONTEXT_LENGTH) -> tuple[Rewrite, ...]
         return padded_before(text, context_length=context_length, cut=True)
 
     return (
-        Rewrite("simplified", "in simplified characters", simplified),
-        Rewrite("traditional", "in traditional characters", traditional),
-        Rewrite("taiwan", "in traditional characters, with Taiwan's words", taiwan),
-        Rewrite("half-width", "with half-width ASCII punctuation, letters and digits", half_width),
-        Rewrite("full-width", "with full-width letters, digits and signs", full_width),
-        Rewrite("no punctuation", "without punctuation", without_punctuation),
-        Rewrite("full stop", "with 。 at the end", with_full_stop),
-        Rewrite("synonyms", "with synonyms of the words in the table", with_synonyms),
-        Rewrite("mixed", "with English for the words in the table", mixed),
-        Rewrite("english", "in English, if the table has every word", english),
-        Rewrite("text behind", "with filler text after it, cut at the limit", with_suffix),
-        Rewrite("text in front", "with filler text before it, up to the limit", with_prefix),
-        Rewrite("cut", "with so much text before it that its second half is cut", truncated),
+        Rewrite(N_("simplified"), N_("in simplified characters"), simplified),
+        Rewrite(N_("traditional"), N_("in traditional characters"), traditional),
+        Rewrite(N_("taiwan"), N_("in traditional characters, with Taiwan's words"), taiwan),
+        Rewrite(
+            N_("half-width"),
+            N_("with half-width ASCII punctuation, letters and digits"),
+            half_width,
+        ),
+        Rewrite(N_("full-width"), N_("with full-width letters, digits and signs"), full_width),
+        Rewrite(N_("no punctuation"), N_("without punctuation"), without_punctuation),
+        Rewrite(N_("full stop"), N_("with 。 at the end"), with_full_stop),
+        Rewrite(N_("synonyms"), N_("with synonyms of the words in the table"), with_synonyms),
+        Rewrite(N_("mixed"), N_("with English for the words in the table"), mixed),
+        Rewrite(N_("english"), N_("in English, if the table has every word"), english),
+        Rewrite(N_("text behind"), N_("with filler text after it, cut at the limit"), with_suffix),
+        Rewrite(
+            N_("text in front"), N_("with filler text before it, up to the limit"), with_prefix
+        ),
+        Rewrite(
+            N_("cut"), N_("with so much text before it that its second half is cut"), truncated
+        ),
     )
 
 
@@ -190,7 +199,7 @@ def normalized(text: str, names: Sequence[str]) -> str:
     """
     for name in names:
         if name not in NORMALIZERS:
-            raise UnknownNameError("normalizer", name, NORMALIZERS)
+            raise UnknownNameError(_("normalizer"), name, NORMALIZERS)
         text = NORMALIZERS[name](text)
     return text
 
@@ -210,7 +219,7 @@ def _opencc(config: str) -> Callable[[str], str]:
         opencc = import_module("opencc")
     except ImportError:
         raise UsageError(
-            "simplified and traditional characters need OpenCC: pip install 'cn-clip[eval]'"
+            _("simplified and traditional characters need OpenCC: pip install 'cn-clip[eval]'")
         ) from None
     convert: Callable[[str], str] = opencc.OpenCC(config).convert
     return convert

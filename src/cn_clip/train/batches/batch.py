@@ -5,21 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from cn_clip.data.loading.loader import (
-    MAX_LISTED,
-    Loader,
-    check_skipped,
-    keys_of,
-    stack_keys,
-    token_ids,
-)
-from cn_clip.data.loading.sampler import BatchPart, batch_count, batches, plan_of
+from cn_clip.data.loading.loader import Loader, PlannedLoader, keys_of, stack_keys, token_ids
+from cn_clip.data.loading.sampler import BatchPart, batches
 from cn_clip.data.sources.base import Row, located
 from cn_clip.data.sources.open import WeightedSource
 from cn_clip.errors import CNClipError, DataError
 from cn_clip.train.batches.feature_cache import ImageFeatures
+from cn_clip.translation import _
 
 
 @dataclass(slots=True)
@@ -55,8 +51,8 @@ def local_batches(
         yield LocalBatch(batch.pixels, None, batch.ids, batch.rows, batch.keys)
 
 
-class CachedLoader:
-    """Yields batches with cached image features; see ``cn_clip.data.loading.loader.Loader``."""
+class CachedLoader(PlannedLoader):
+    """Yields batches with cached image features."""
 
     def __init__(
         self,
@@ -70,15 +66,24 @@ class CachedLoader:
         world_size: int = 1,
         max_skipped_fraction: float = 0.1,
     ) -> None:
-        self.plan = plan_of(mix, seed)
-        self.seen, self.skipped = 0, 0
-        self.reasons: list[str] = []
-        self._mix, self._cached, self._context_length = mix, cached, context_length
-        self._size, self._rank, self._world_size = global_batch_size, rank, world_size
-        self._max_skipped_fraction = max_skipped_fraction
+        super().__init__(
+            mix,
+            global_batch_size,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            max_skipped_fraction=max_skipped_fraction,
+        )
+        self._cached, self._context_length = cached, context_length
 
-    def __len__(self) -> int:
-        return batch_count(self.plan, self._size, self._world_size)
+    def mean_image(self) -> Tensor:
+        """Return the mean (D,) of the unit-length image embeddings of all processes' pairs."""
+        total, count = torch.zeros(()), 0
+        for part in batches(self.plan, 0, self._size):
+            features = self._cached.features(part)
+            features = features[~features[:, 0].isnan()]
+            total, count = total + F.normalize(features, dim=-1).sum(0), count + len(features)
+        return total / max(1, count)
 
     def local_batches(self, epoch: int, start: int = 0) -> Iterator[LocalBatch]:
         """Yield the local batches of an epoch, from index ``start`` on.
@@ -86,40 +91,29 @@ class CachedLoader:
         Raises:
             DataError: more than ``max_skipped_fraction`` of the pairs cannot be read.
         """
-        parts = batches(
-            self.plan,
-            epoch,
-            self._size,
-            rank=self._rank,
-            world_size=self._world_size,
-            start=start,
-        )
-        for part in parts:
+        for part in self.parts(epoch, start):
             yield self._local_batch(part)
 
     def _local_batch(self, part: BatchPart) -> LocalBatch:
-        rows, keys, kept = [], [], []
+        rows, keys, kept, skipped = [], [], [], []
         features = self._cached.features(part)
         readable = ~features[:, 0].isnan()
         for at, (number, index) in enumerate(
             zip(part.sources.tolist(), part.indexes.tolist(), strict=True)
         ):
-            source = self._mix[number].source
+            source = self.sources[number]
             try:
                 row = source.row(index)
                 if not row.text.strip():
-                    raise DataError("its text is empty")
+                    raise DataError(_("its text is empty"))
                 if not readable[at]:
-                    raise DataError("its image was unreadable when its features were computed")
+                    raise DataError(_("its image was unreadable when its features were computed"))
             except CNClipError as error:
-                self.skipped += 1
-                if len(self.reasons) < MAX_LISTED:
-                    self.reasons.append(located(source, index, error))
+                skipped.append(located(source, index, error))
                 continue
             rows.append(row)
             keys.append(keys_of(row, source, number, index))
             kept.append(at)
-        self.seen += len(part.indexes)
-        check_skipped(self, len(self.plan) // self._world_size, self._max_skipped_fraction)
+        self.count(len(part.indexes), skipped)
         ids = token_ids([row.text for row in rows], self._context_length)
         return LocalBatch(None, features[kept], ids, rows, stack_keys(keys))

@@ -34,10 +34,14 @@ from cn_clip.data.loading.loader import (
 from cn_clip.data.loading.sampler import BatchPart
 from cn_clip.data.sources.open import WeightedSource, id_digest
 from cn_clip.errors import CNClipError, DataError, UsageError
+from cn_clip.format_version import FIELD, Format
 from cn_clip.model.clip import CLIP
 from cn_clip.outputs import entries, json_object_at, own_folder
 from cn_clip.publish import atomic_file
+from cn_clip.translation import _
 
+_FORMAT = Format("feature cache", 1)
+_RENAMED = {"pictures": "images"}  # in stamps without a format version
 _PER_SHARD = 4096  # images
 _STAMP_FILE = "about.json"
 _SHARD = re.compile(r"features-\d{5,}\.npy")
@@ -50,19 +54,19 @@ class UniqueImages:
 
     Attributes:
         of_rows: for each source, the image index of each row, (rows,).
-        places: the first (source, row) of each image, (P, 2).
+        first_rows: the first (source, row) of each image, (P, 2).
         fingerprint: digest of the image ids.
     """
 
     of_rows: list[npt.NDArray[np.int64]]
-    places: npt.NDArray[np.int64]
+    first_rows: npt.NDArray[np.int64]
     fingerprint: str
 
 
 def unique_images(mix: Sequence[WeightedSource]) -> UniqueImages:
     """Find the distinct images of a mix by their ids, without opening images."""
     of_rows: list[npt.NDArray[np.int64]] = []
-    places: list[npt.NDArray[np.int64]] = []
+    first_rows: list[npt.NDArray[np.int64]] = []
     digests = hashlib.sha256()
     for number, part in enumerate(mix):
         ids = np.empty(len(part.source), np.uint64)
@@ -73,10 +77,10 @@ def unique_images(mix: Sequence[WeightedSource]) -> UniqueImages:
             except CNClipError:  # an unreadable row counts as an image of its own, never used
                 ids[index] = digest(f"\0{index}")
         _, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
-        of_rows.append(inverse.astype(np.int64) + sum(len(rows) for rows in places))
-        places.append(np.stack([np.full_like(first, number), first], axis=1))
+        of_rows.append(inverse.astype(np.int64) + sum(len(rows) for rows in first_rows))
+        first_rows.append(np.stack([np.full_like(first, number), first], axis=1))
         digests.update(ids.tobytes())
-    return UniqueImages(of_rows, np.concatenate(places), digests.hexdigest()[:32])
+    return UniqueImages(of_rows, np.concatenate(first_rows), digests.hexdigest()[:32])
 
 
 def tower_fingerprint(model: CLIP) -> str:
@@ -113,17 +117,26 @@ class ImageFeatures:
     def _shard(self, number: int) -> npt.NDArray[np.float32]:
         if number not in self._shards:
             path = _shard_path(self._folder, number)
-            rows = min(_PER_SHARD, len(self._images.places) - number * _PER_SHARD)
+            rows = min(_PER_SHARD, len(self._images.first_rows) - number * _PER_SHARD)
             try:
                 shard = read_npy(path, mapped=True)
             except DataError as error:
-                raise DataError(f"{error}; delete it, and it is computed again") from None
+                raise DataError(
+                    _("{error}; delete it, and it is computed again", error=error)
+                ) from None
             fits = shard.ndim == 3 and shard.shape[:2] == (rows, self._views)
             width = shard.shape[2] if number == 0 or not fits else self._shard(0).shape[2]
             if not fits or shard.dtype != np.float32 or shard.shape[2] != width or not width:
                 raise DataError(
-                    f"{path} has {shard.dtype} of shape {shard.shape}; expected float32 of shape "
-                    f"({rows}, {self._views}, D); delete it, and it is computed again"
+                    _(
+                        "{path} has {dtype} of shape {shape}; expected float32 of shape ({rows}, "
+                        "{views}, D); delete it, and it is computed again",
+                        path=path,
+                        dtype=shard.dtype,
+                        shape=shard.shape,
+                        rows=rows,
+                        views=self._views,
+                    )
                 )
             self._shards[number] = shard
         return self._shards[number]
@@ -162,13 +175,17 @@ def cache_image_features(
         DataError: the features cannot be written.
     """
     images = unique_images(mix)
-    about = stamp | {
-        "preparation": {k: v for k, v in asdict(preparation).items() if k != "context_length"},
-        "pictures": images.fingerprint,
-        "views": views,
-    }
+    about = (
+        {FIELD: str(_FORMAT)}
+        | stamp
+        | {
+            "preparation": {k: v for k, v in asdict(preparation).items() if k != "context_length"},
+            "images": images.fingerprint,
+            "views": views,
+        }
+    )
     distributed.on_main(lambda: _check_stamp(folder, about))
-    count = len(images.places)
+    count = len(images.first_rows)
     shards = range(-(-count // _PER_SHARD))
     missing = distributed.on_main(
         lambda: [number for number in shards if not _shard_path(folder, number).exists()]
@@ -178,10 +195,10 @@ def cache_image_features(
     tick(done, count)
     sources = [part.source for part in mix]
     for number in own:
-        places = images.places[number * _PER_SHARD : (number + 1) * _PER_SHARD]
+        rows_of_shard = images.first_rows[number * _PER_SHARD : (number + 1) * _PER_SHARD]
         jobs = [
-            (view, places[at : at + batch])
-            for at in range(0, len(places), batch)
+            (view, rows_of_shard[at : at + batch])
+            for at in range(0, len(rows_of_shard), batch)
             for view in range(views)
         ]
         loaded = DataLoader(
@@ -192,7 +209,7 @@ def cache_image_features(
         )
         rows: list[list[npt.NDArray[np.float32]]] = [[] for _ in range(views)]
         with open_iterator(loaded) as loaded_jobs:
-            for (view, _), (pixels, kept, size) in zip(jobs, loaded_jobs, strict=True):
+            for (view, _unused), (pixels, kept, size) in zip(jobs, loaded_jobs, strict=True):
                 features = run(pixels).float().cpu().numpy()
                 padded = np.full((size, features.shape[1]), np.nan, np.float32)
                 padded[kept] = features
@@ -206,8 +223,12 @@ def cache_image_features(
                 np.save(stream, shard)
         except OSError as error:
             raise DataError(
-                f"features could not be written to {folder}: {error}; finished shards are kept; "
-                "continue from them with --resume auto"
+                _(
+                    "features could not be written to {folder}: {error}; finished shards are "
+                    "kept; continue from them with --resume auto",
+                    folder=folder,
+                    error=error,
+                )
             ) from error
     distributed.barrier()
     return ImageFeatures(folder, images, views)
@@ -228,9 +249,9 @@ class _Views(Dataset[tuple[Tensor, list[int], int]]):
         return len(self._jobs)
 
     def __getitem__(self, number: int) -> tuple[Tensor, list[int], int]:
-        view, places = self._jobs[number]
+        view, first_rows = self._jobs[number]
         pixels, kept = [], []
-        for at, (source, index) in enumerate(places.tolist()):
+        for at, (source, index) in enumerate(first_rows.tolist()):
             try:
                 row = self._sources[source].row(index)
                 content = self._sources[source].image(index)
@@ -238,7 +259,7 @@ class _Views(Dataset[tuple[Tensor, list[int], int]]):
             except CNClipError:  # reported when the pair is loaded
                 continue
             kept.append(at)
-        return stack_pixels(pixels, self._preparation.resolution), kept, len(places)
+        return stack_pixels(pixels, self._preparation.resolution), kept, len(first_rows)
 
 
 def _shard_path(folder: Path, number: int) -> Path:
@@ -247,7 +268,8 @@ def _shard_path(folder: Path, number: int) -> Path:
 
 def _own_features(folder: Path) -> Collection[str]:
     """Return the names of the cache's files in a folder; none if there is no stamp."""
-    if not {"preparation", "pictures", "views"} <= json_object_at(folder / _STAMP_FILE).keys():
+    stamp = _renamed(json_object_at(folder / _STAMP_FILE))
+    if not {"preparation", "images", "views"} <= stamp.keys():
         return ()
     shards = (name for name in entries(folder) if _SHARD.fullmatch(name))
     return {_STAMP_FILE, *shards}
@@ -255,6 +277,10 @@ def _own_features(folder: Path) -> Collection[str]:
 
 FEATURES = own_folder("train", _own_features, _OWN_FILE)
 """Returns why a folder is not a feature cache, None if it is one."""
+
+
+def _renamed(stamp: dict[str, Any]) -> dict[str, Any]:
+    return {_RENAMED.get(name, name): value for name, value in stamp.items()}
 
 
 def _check_stamp(folder: Path, about: dict[str, Any]) -> None:
@@ -265,17 +291,36 @@ def _check_stamp(folder: Path, about: dict[str, Any]) -> None:
     except FileNotFoundError:
         reason = FEATURES(folder)
         if reason is not None:
-            raise UsageError(f"{folder} {reason}; give another place") from None
+            raise UsageError(
+                _("{folder} {reason}; give another place", folder=folder, reason=reason)
+            ) from None
         with atomic_file(path) as new:
             new.write_text(text + "\n", encoding="utf-8")
         return
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} cannot be read ({error}); delete the folder {folder}") from None
+        raise UsageError(
+            _(
+                "{path} cannot be read ({error}); delete the folder {folder}",
+                path=path,
+                error=error,
+                folder=folder,
+            )
+        ) from None
     if not isinstance(stored, dict):
-        raise UsageError(f"{path} is not a JSON object; delete the folder {folder}")
-    other = sorted(k for k in stored | about if stored.get(k) != json.loads(text).get(k))
+        raise UsageError(
+            _("{path} is not a JSON object; delete the folder {folder}", path=path, folder=folder)
+        )
+    version = stored.pop(FIELD, None)
+    _FORMAT.check(version, path, UsageError, _("delete the folder {folder}", folder=folder))
+    stored, about = _renamed(stored), json.loads(text)
+    del about[FIELD]
+    other = sorted(k for k in stored | about if stored.get(k) != about.get(k))
     if other:
         raise UsageError(
-            f"the features in {folder} are of another {', '.join(other)}; delete the folder, or "
-            "give another one with --output.features"
+            _(
+                "the features in {folder} are of another {other}; delete the folder, or give "
+                "another one with --output.features",
+                folder=folder,
+                other=", ".join(other),
+            )
         )

@@ -21,6 +21,7 @@ from cn_clip import distributed
 from cn_clip.data.loading.loader import token_ids
 from cn_clip.embeddings.files import read_captions
 from cn_clip.errors import UsageError
+from cn_clip.translation import _
 
 _SORTED_BATCHES = 32  # batches whose texts are sorted by length together, to save padding
 
@@ -58,14 +59,27 @@ class TextTargets:
         stored = read_captions(Path(path).expanduser())
         if stored.vectors.shape[1] != dim:
             raise UsageError(
-                f"{option}: the embeddings in {path} have width {stored.vectors.shape[1]}, the "
-                f"model's {dim}; use an encoder of that width, or project them first"
+                _(
+                    "{option}: the embeddings in {path} have width {vector_width}, the model's "
+                    "{dim}; use an encoder of that width, or project them first",
+                    option=option,
+                    path=path,
+                    vector_width=stored.vectors.shape[1],
+                    dim=dim,
+                )
             )
         world = distributed.world_size()
         if len(stored.ids) < size or size < world:
             raise UsageError(
-                f"{option}_batch_size is {size}, with {len(stored.ids):,} texts in {path} and "
-                f"{world} processes; give {world} to {len(stored.ids):,}"
+                _(
+                    "{option}_batch_size is {size}, with {id_count:,} texts in {path} and {world} "
+                    "processes; give {world} to {id_count:,}",
+                    option=option,
+                    size=size,
+                    id_count=len(stored.ids),
+                    path=path,
+                    world=world,
+                )
             )
         self._texts = stored.ids
         self._targets = F.normalize(torch.from_numpy(stored.vectors), dim=-1)

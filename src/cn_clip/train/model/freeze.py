@@ -12,6 +12,7 @@ from cn_clip.errors import UsageError
 from cn_clip.model.clip import CLIP
 from cn_clip.model.text import SelfAttention
 from cn_clip.train.recipe.schema import Stage, Start
+from cn_clip.translation import _
 
 _TOWERS = ("visual", "bert")
 
@@ -28,7 +29,12 @@ def match_names(patterns: Sequence[str], names: Iterable[str], option: str) -> s
         matches = {name for name in names if fnmatchcase(name, pattern)}
         if not matches:
             raise UsageError(
-                f"{option}: the pattern {pattern!r} matches no parameter{_hint(pattern, names)}"
+                _(
+                    "{option}: the pattern {pattern!r} matches no parameter{hint}",
+                    option=option,
+                    pattern=pattern,
+                    hint=_hint(pattern, names),
+                )
             )
         result |= matches
     return result
@@ -41,9 +47,9 @@ def _hint(pattern: str, names: list[str]) -> str:
     plain = pattern.replace("*", "").replace("?", "").strip(".")
     close = difflib.get_close_matches(plain, sorted(prefixes), n=3, cutoff=0.5)
     if not close:
-        return "; see: cn-clip train --recipe RECIPE --show parameters"
+        return _("; see: cn-clip train --recipe RECIPE --show parameters")
     shown = ", ".join(prefix if prefix in names else f"{prefix}.*" for prefix in close)
-    return f"; did you mean {shown}"
+    return _("; did you mean {shown}", shown=shown)
 
 
 def freeze(model: CLIP, patterns: Sequence[str]) -> set[str]:

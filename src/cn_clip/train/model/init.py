@@ -14,6 +14,7 @@ from cn_clip.config import MODELS, ModelConfig, model_config
 from cn_clip.errors import MissingWeightsError, UsageError
 from cn_clip.model.clip import CLIP, initialize
 from cn_clip.train.recipe.schema import Start
+from cn_clip.translation import _
 
 _POSITIONS = "visual.positional_embedding"
 
@@ -28,9 +29,15 @@ class Origin:
 
     def __str__(self) -> str:
         parts = {name.split(".")[0] for name in self.names}
-        dropped = f"; left out: {_listed(self.dropped)}" if self.dropped else ""
+        dropped = _("; left out: {dropped}", dropped=_listed(self.dropped)) if self.dropped else ""
         names = ", ".join(sorted(f"{p}.*" if p in ("visual", "bert") else p for p in parts))
-        return f"{names} ({len(self.names)} tensors) from {self.place}{dropped}"
+        return _(
+            "{names} ({tensor_count} tensors) from {place}{dropped}",
+            names=names,
+            tensor_count=len(self.names),
+            place=self.place,
+            dropped=dropped,
+        )
 
 
 def initial_model(start: Start, seed: int) -> tuple[CLIP, list[Origin]]:
@@ -53,7 +60,11 @@ def initial_model(start: Start, seed: int) -> tuple[CLIP, list[Origin]]:
     shapes = _skeleton(config).state_dict()
     if checkpoint is not None:
         tensors = _resized(checkpoint.tensors, shapes)
-        weights.check_fit(tensors, shapes, f"{config.name}, loaded from {start.checkpoint}")
+        weights.check_fit(
+            tensors,
+            shapes,
+            _("{name}, loaded from {checkpoint}", name=config.name, checkpoint=start.checkpoint),
+        )
         loaded |= tensors
         origins.append(Origin(str(start.checkpoint), tuple(tensors), checkpoint.dropped))
     for path, prefix, read in (
@@ -64,12 +75,25 @@ def initial_model(start: Start, seed: int) -> tuple[CLIP, list[Origin]]:
             continue
         if not Path(path).expanduser().exists():
             raise MissingWeightsError(
-                f"no such file: {path}; give a file with the {prefix}* weights"
+                _(
+                    "no such file: {path}; give a file with the {prefix}* weights",
+                    path=path,
+                    prefix=prefix,
+                )
             )
         tower = read(Path(path).expanduser())
         tensors = _resized(tower.tensors, shapes)
         wanted = {n: t for n, t in shapes.items() if n.startswith(prefix) or n in tensors}
-        weights.check_fit(tensors, wanted, f"the {prefix}* tower of {config.name} from {path}")
+        weights.check_fit(
+            tensors,
+            wanted,
+            _(
+                "the {prefix}* tower of {name} from {path}",
+                prefix=prefix,
+                name=config.name,
+                path=path,
+            ),
+        )
         loaded |= tensors
         origins = [replace(o, names=tuple(n for n in o.names if n not in tensors)) for o in origins]
         origins.append(Origin(path, tuple(tensors), tower.dropped))
@@ -80,7 +104,7 @@ def initial_model(start: Start, seed: int) -> tuple[CLIP, list[Origin]]:
     model.load_state_dict(model.state_dict() | {n: t.float() for n, t in loaded.items()})
     random = tuple(name for name, _ in model.named_parameters() if name not in loaded)
     if random:
-        origins.append(Origin("random numbers", random))
+        origins.append(Origin(_("random numbers"), random))
     return model, [origin for origin in origins if origin.names]
 
 
@@ -93,7 +117,10 @@ def _config(start: Start, of_checkpoint: ModelConfig | None) -> ModelConfig:
         config = of_checkpoint
     else:
         raise UsageError(
-            "the recipe names no model; give --start.model, such as ViT-B-16, or --start.checkpoint"
+            _(
+                "the recipe names no model; give --start.model, such as ViT-B-16, or "
+                "--start.checkpoint"
+            )
         )
     if start.resolution is not None:
         config = replace(config, vision=replace(config.vision, resolution=start.resolution))
@@ -127,7 +154,9 @@ def _locate(checkpoint: str) -> Path:
         return hub.locate(checkpoint.replace("/", "-"))
     if hub.is_repository(checkpoint):
         return hub.locate(checkpoint)
-    raise MissingWeightsError(f"no such file, folder or model: {checkpoint!r} (start.checkpoint)")
+    raise MissingWeightsError(
+        _("no such file, folder or model: {checkpoint!r} (start.checkpoint)", checkpoint=checkpoint)
+    )
 
 
 def _skeleton(config: ModelConfig) -> CLIP:
@@ -146,5 +175,5 @@ def _resized(tensors: Mapping[str, Tensor], shapes: Mapping[str, Tensor]) -> dic
 
 
 def _listed(names: tuple[str, ...], shown: int = 3) -> str:
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    more = _(" and {count} more", count=len(names) - shown) if len(names) > shown else ""
     return f"{', '.join(names[:shown])}{more}"

@@ -12,6 +12,7 @@ from cn_clip.errors import UsageError
 from cn_clip.model.clip import CLIP
 from cn_clip.train.model.freeze import match_names
 from cn_clip.train.recipe.schema import Lora
+from cn_clip.translation import _
 
 
 class LowRank(nn.Module):
@@ -48,9 +49,13 @@ def add_lora(model: CLIP, lora: Lora, generator: torch.Generator) -> list[str]:
         weight = parameters[name]
         if weight.ndim != 2:
             raise UsageError(
-                f"lora.layers: {name} has shape {list(weight.shape)}; match matrices only"
+                _(
+                    "lora.layers: {name} has shape {shape}; match matrices only",
+                    name=name,
+                    shape=list(weight.shape),
+                )
             )
-        owner, _, attribute = name.rpartition(".")
+        owner, _unused, attribute = name.rpartition(".")
         module = model.get_submodule(owner)
         parametrize.register_parametrization(module, attribute, LowRank(weight, lora, generator))
         module.parametrizations[attribute].original.requires_grad_(False)  # type: ignore[union-attr, index]

@@ -12,6 +12,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from cn_clip.errors import UnknownNameError, UsageError
 from cn_clip.train.recipe.renamed import RENAMED, refuse_renamed
 from cn_clip.train.recipe.schema import Recipe, Stage, nested_class, options, type_text
+from cn_clip.translation import _
 
 _ON, _OFF = ("true", "on", "yes"), ("false", "off", "no")
 _NONE = ("none", "off")
@@ -42,9 +43,9 @@ def _precision(value: str, _: int) -> list[tuple[str, str]]:
     return [("machine.precision", "bf16" if value == "amp" else value)]
 
 
-def _logs(value: str, _: int) -> list[tuple[str, str]]:
+def _logs(value: str, _unused: int) -> list[tuple[str, str]]:
     if value.lower() == "none":
-        raise UsageError("--logs is None, but a run needs a folder; give one")
+        raise UsageError(_("--logs is None, but a run needs a folder; give one"))
     return [("*logs", value)]
 
 
@@ -53,11 +54,13 @@ def _positive(name: str) -> Callable[[str, int], list[tuple[str, str]]]:
     return lambda value, _: [(name, "none" if value in ("-1", "0") else value)]
 
 
-def _bn_sync(_: str, world_size: int) -> list[tuple[str, str]]:
+def _bn_sync(_unused: str, world_size: int) -> list[tuple[str, str]]:
     if world_size > 1:
         warnings.warn(
-            "--use-bn-sync is ignored: a trainable BatchNorm uses the statistics of its process's "
-            "batch; a ViT has none, and --freeze visual.* keeps those of RN50",
+            _(
+                "--use-bn-sync is ignored: a trainable BatchNorm uses the statistics of its "
+                "process's batch; a ViT has none, and --freeze visual.* keeps those of RN50"
+            ),
             stacklevel=2,
         )
     return []
@@ -133,7 +136,7 @@ def apply_flags(
     changed.setdefault("stages", [{}])
     stages = changed["stages"]
     if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
-        raise UsageError("the recipe's stages are not a list of tables; write [[stages]]")
+        raise UsageError(_("the recipe's stages are not a list of tables; write [[stages]]"))
     settings: dict[str, list[str]] = {}
     for name, value in _parse(flags):
         for option, text in _settings_of(name, value, world_size):
@@ -143,7 +146,9 @@ def apply_flags(
     for name, texts in settings.items():
         _set(changed, name, texts)
     if distillation and not any(_has_teacher(stage) for stage in changed["stages"]):
-        raise UsageError("--distillation needs a teacher; give --teacher-model-name or --teacher")
+        raise UsageError(
+            _("--distillation needs a teacher; give --teacher-model-name or --teacher")
+        )
     return changed
 
 
@@ -159,7 +164,7 @@ def _parse(flags: Sequence[str]) -> list[tuple[str, str | None]]:
     while rest:
         flag = rest.pop(0)
         if not flag.startswith("--") or len(flag) < 3:
-            raise UsageError(f"{flag!r} is not a flag; write --NAME VALUE")
+            raise UsageError(_("{flag!r} is not a flag; write --NAME VALUE", flag=flag))
         name, equals, value = flag[2:].partition("=")
         if equals:
             parsed.append((name, value))
@@ -197,13 +202,13 @@ def _settings_of(name: str, value: str | None, world_size: int) -> list[tuple[st
     official = _official(name)
     if official is not None:
         if official.takes_value and value is None:
-            raise UsageError(f"--{name} needs a value")
+            raise UsageError(_("--{name} needs a value", name=name))
         pairs = official.sets(value or "", world_size)
     else:
         pairs = [(name, value if value is not None else "true")]
     settings = [(_full_name(option.replace("-", "_"), name), text) for option, text in pairs]
     if value is None and official is None and not _is_switch(settings[0][0]):
-        raise UsageError(f"--{name} needs a value")
+        raise UsageError(_("--{name} needs a value", name=name))
     return settings
 
 
@@ -230,14 +235,32 @@ def _full_name(name: str, flag: str) -> str:
     if len(matches) == 1:
         return matches[0]
     if matches:
-        raise UsageError(f"--{flag} could be {' or '.join(matches)}; write the whole name")
+        raise UsageError(
+            _(
+                "--{flag} could be {matches}; write the whole name",
+                flag=flag,
+                matches=_(" or ").join(matches),
+            )
+        )
     new = ".".join(RENAMED.get(part, part) for part in name.split("."))
     if new != name:
-        raise UsageError(f"--{flag} is now --{new.replace('_', '-')}; write the new name")
+        raise UsageError(
+            _("--{flag} is now --{new}; write the new name", flag=flag, new=new.replace("_", "-"))
+        )
     names = {*known, *OFFICIAL, *(full.split(".")[-1] for full in known)}
     close = difflib.get_close_matches(name, {each.replace("-", "_") for each in names}, n=2)
-    hint = f"did you mean {' or '.join(f'--{match}' for match in close)}? " if close else ""
-    raise UsageError(f"unknown flag --{flag}; {hint}All flags are listed in docs/recipe.md")
+    hint = (
+        _("did you mean {flags}? ", flags=_(" or ").join(f"--{match}" for match in close))
+        if close
+        else ""
+    )
+    raise UsageError(
+        _(
+            "unknown flag --{flag}; {hint}All flags are listed in docs/recipe.md",
+            flag=flag,
+            hint=hint,
+        )
+    )
 
 
 def _combine_official(settings: dict[str, list[str]], world_size: int) -> None:
@@ -252,11 +275,13 @@ def _combine_official(settings: dict[str, list[str]], world_size: int) -> None:
         if accumulated > 1:  # one accumulation step is in memory at once
             settings["stages.NAME.micro_batch_size"] = [f"{_whole(batch[-1]) // world_size}"]
     elif accumulation is not None:
-        raise UsageError("--accum-freq multiplies --batch-size; give both, or --global-batch-size")
+        raise UsageError(
+            _("--accum-freq multiplies --batch-size; give both, or --global-batch-size")
+        )
     vision, text = settings.pop("*vision", None), settings.pop("*text", None)
     if vision or text:
         if not (vision and text):
-            raise UsageError("give both --vision-model and --text-model, or --start.model")
+            raise UsageError(_("give both --vision-model and --text-model, or --start.model"))
         settings["start.model"] = [f"{vision[-1]}@{text[-1]}"]
 
 
@@ -266,7 +291,7 @@ def _set(values: dict[str, Any], name: str, texts: list[str]) -> None:
         table, *rest = name.split(".")
         _set_in(values, Recipe, [table, *rest], texts, name)
         return
-    _, which, *rest = name.split(".") if name.startswith("stages.") else ("", "NAME", name)
+    _unused, which, *rest = name.split(".") if name.startswith("stages.") else ("", "NAME", name)
     stages = values["stages"]
     names = [str(stage.get("name", Stage().name)) for stage in stages]
     if which == "NAME":
@@ -276,9 +301,9 @@ def _set(values: dict[str, Any], name: str, texts: list[str]) -> None:
     elif which.isdecimal() and int(which) < len(stages):
         chosen = [stages[int(which)]]
     else:
-        raise UnknownNameError("stage", which, names)
+        raise UnknownNameError(_("stage"), which, names)
     if not rest:
-        raise UsageError(f"--{name} names a stage; its options are --{name}.NAME")
+        raise UsageError(_("--{name} names a stage; its options are --{name}.NAME", name=name))
     for stage in chosen:
         _set_in(stage, Stage, rest, texts, name)
 
@@ -288,17 +313,22 @@ def _set_in(table: dict[str, Any], cls: type, path: list[str], texts: list[str],
     key, *rest = path
     if key not in hints:
         refuse_renamed(key, hints, f"--{name.rpartition(key)[0]}")
-        raise UnknownNameError(f"option in --{name}:", key, hints)
+        raise UnknownNameError(_("option in --{name}:", name=name), key, hints)
     inner = nested_class(hints[key])
     if rest and inner is not None:
         if not isinstance(table.setdefault(key, {}), dict):
             raise UsageError(
-                f"the recipe's {key} is {table[key]!r:.60}; --{name} needs it to be a table"
+                _(
+                    "the recipe's {key} is {table!r:.60}; --{name} needs it to be a table",
+                    key=key,
+                    table=table[key],
+                    name=name,
+                )
             )
         _set_in(table[key], inner, rest, texts, name)
         return
     if rest:
-        raise UsageError(f"--{name}: {key} has no options")
+        raise UsageError(_("--{name}: {key} has no options", name=name, key=key))
     if inner is not None:  # a table is switched off, or on with its defaults
         if texts[-1] in _NONE:
             table.pop(key, None)
@@ -306,7 +336,7 @@ def _set_in(table: dict[str, Any], cls: type, path: list[str], texts: list[str],
             table.setdefault(key, {})
         else:
             flag = f"--{name.replace('_', '-')}"
-            raise UsageError(f"{flag} is on or off; its options are {flag}.NAME")
+            raise UsageError(_("{flag} is on or off; its options are {flag}.NAME", flag=flag))
         return
     _assign(table, key, hints[key], texts, name, cls)
 
@@ -335,12 +365,19 @@ def _parsed(kind: Any, text: str, name: str) -> Any:
     if kind is bool:
         if text.lower() in (*_ON, *_OFF):
             return text.lower() in _ON
-        raise UsageError(f"--{name} is {text!r}; give true or false")
+        raise UsageError(_("--{name} is {text!r}; give true or false", name=name, text=text))
     if kind in (int, float):
         try:
             return kind(text)
         except ValueError:
-            raise UsageError(f"--{name} is {text!r}; give a {expected}") from None
+            raise UsageError(
+                _(
+                    "--{name} is {text!r}; give a {expected}",
+                    name=name,
+                    text=text,
+                    expected=expected,
+                )
+            ) from None
     return text
 
 
@@ -348,7 +385,7 @@ def _whole(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise UsageError(f"{text!r} is not a whole number; give one") from None
+        raise UsageError(_("{text!r} is not a whole number; give one", text=text)) from None
 
 
 def _copied(value: Any) -> Any:

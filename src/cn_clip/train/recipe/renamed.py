@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from cn_clip.errors import UsageError
+from cn_clip.translation import _
 
 # The last part of the old name to that of the new one, within the same table.
 RENAMED = {
@@ -26,4 +27,11 @@ def refuse_renamed(key: str, known: Collection[str], prefix: str) -> None:
     """
     new = RENAMED.get(key)
     if new in known:
-        raise UsageError(f"{prefix}{key} is now {prefix}{new}; write the new name")
+        raise UsageError(
+            _(
+                "{prefix}{key} is now {prefix}{new}; write the new name",
+                prefix=prefix,
+                key=key,
+                new=new,
+            )
+        )

@@ -12,13 +12,16 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
 
+from cn_clip.translation import _
+
 VERSION = 1  # incremented by changes that an older cn_clip would misread
 
 Precision = Literal["bf16", "fp16", "fp32"]
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def _option(default: Any, help: str, within: tuple[float, float] | None = None) -> Any:
+    """Return an option; ``within`` is the range of a number."""
+    return field(default=default, metadata={"help": help, "within": within})
 
 
 def _table(cls: type, help: str) -> Any:
@@ -36,11 +39,15 @@ class Data:
         "Sources of validation pairs of another kind, whose score `interpolate = "
         '"auto"` limits the loss of',
     )
-    workers: int = _option(2, "Processes that read and decode, for each training process")
-    prefetch_mb: int = _option(1024, "Limit of prepared pairs in memory, in megabytes")
+    workers: int = _option(
+        2, "Processes that read and decode, for each training process", (0, 1024)
+    )
+    prefetch_mb: int = _option(
+        1024, "Limit of prepared pairs in memory, in megabytes", (1, 1 << 30)
+    )
     fast_decode: bool = _option(False, "Decode large JPEG files at reduced size")
     max_skipped_fraction: float = _option(
-        0.1, "Fraction of unreadable pairs above which the run ends"
+        0.1, "Fraction of unreadable pairs above which the run ends", (0, 1)
     )
 
 
@@ -57,10 +64,10 @@ class Start:
     image: str | None = _option(None, "Image tower: a CLIP file (OpenAI, Hugging Face, ...)")
     text: str | None = _option(None, "Text tower: a file of a Chinese BERT or RoBERTa")
     resolution: int | None = _option(
-        None, "Side of the images in pixels; position embeddings are resized"
+        None, "Side of the images in pixels; position embeddings are resized", (1, 4096)
     )
     context_length: int | None = _option(
-        None, "Maximum tokens of a text; by default the model's, 52"
+        None, "Maximum tokens of a text; by default the model's, 52", (2, 512)
     )
 
 
@@ -68,10 +75,11 @@ class Start:
 class Optimizer:
     """AdamW and its learning rate."""
 
-    learning_rate: float = _option(5e-5, "Peak learning rate")
+    learning_rate: float = _option(5e-5, "Peak learning rate", (0, 10))
     reference_batch_size: int | None = _option(
         None,
         "Global batch size that learning_rate is given for; it is scaled to the actual batch size",
+        (1, 1 << 30),
     )
     scaling: Literal["linear", "sqrt", "none"] = _option(
         "linear", "How the learning rate scales from reference_batch_size to the actual batch size"
@@ -80,21 +88,22 @@ class Optimizer:
         "cosine", "Learning rate schedule after the warm-up"
     )
     warmup: int = _option(
-        100, "Warm-up steps; 10 % of the stage if the stage is not longer than this"
+        100, "Warm-up steps; 10 % of the stage if the stage is not longer than this", (0, 1 << 40)
     )
     weight_decay: float = _option(
         0.001,
         "Weight decay, except of biases, the logit scale and norms; BERT's norms are decayed, as "
         "in the official training",
+        (0, 10),
     )
-    beta1: float = _option(0.9, "beta1 of AdamW")
-    beta2: float = _option(0.98, "beta2 of AdamW")
-    eps: float = _option(1e-6, "eps of AdamW")
+    beta1: float = _option(0.9, "beta1 of AdamW", (0, 0.99999))
+    beta2: float = _option(0.98, "beta2 of AdamW", (0, 0.9999999))
+    eps: float = _option(1e-6, "eps of AdamW", (0, 1))
     max_grad_norm: float | None = _option(
-        None, "Maximum norm of the gradient; larger gradients are clipped to it"
+        None, "Maximum norm of the gradient; larger gradients are clipped to it", (1e-6, 1e6)
     )
     layer_decay: float = _option(
-        1.0, "Factor on the learning rate from each layer to the one below, such as 0.75"
+        1.0, "Factor on the learning rate from each layer to the one below, such as 0.75", (0.01, 1)
     )
     lr_multipliers: tuple[str, ...] = _option(
         (),
@@ -105,6 +114,7 @@ class Optimizer:
         0.0,
         "Decay of an exponential moving average of the weights, such as 0.999; the average is "
         "what is evaluated and saved",
+        (0, 0.9999999),
     )
 
 
@@ -122,27 +132,35 @@ class Loss:
     )
     teacher: str | None = _option(None, "Model to distill from: a name or a path")
     teacher_weight: float = _option(
-        0.5, "Weight of the teacher's similarities in the targets of the clip loss"
+        0.5, "Weight of the teacher's similarities in the targets of the clip loss", (0, 1)
     )
     teacher_features: float = _option(
-        0.0, "Weight of the distance to the teacher's embeddings, after a learned projection"
+        0.0,
+        "Weight of the distance to the teacher's embeddings, after a learned projection",
+        (0, 1e6),
     )
     text_targets: str | None = _option(
         None,
         "Texts with target embeddings from a sentence encoder: a folder in clip-retrieval's "
         "layout, of the model's embedding width",
     )
-    text_targets_weight: float = _option(1.0, "Weight of the mean cosine distance to the targets")
-    text_targets_batch_size: int = _option(512, "Texts with targets in a step, over all processes")
+    text_targets_weight: float = _option(
+        1.0, "Weight of the mean cosine distance to the targets", (0, 1e6)
+    )
+    text_targets_batch_size: int = _option(
+        512, "Texts with targets in a step, over all processes", (1, 1 << 30)
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class EarlyStoppingOptions:
     """When a stage ends early: the mean recall on the validation pairs has stopped improving."""
 
-    patience: int = _option(3, "Evaluations without improvement after which the stage ends")
+    patience: int = _option(
+        3, "Evaluations without improvement after which the stage ends", (1, 1 << 30)
+    )
     min_gain: float = _option(
-        0.001, "Minimum improvement of the mean recall that counts; 0.001 is 0.1 %"
+        0.001, "Minimum improvement of the mean recall that counts; 0.001 is 0.1 %", (0, 1)
     )
 
 
@@ -154,8 +172,8 @@ class Lora:
     layers: tuple[str, ...] = _option(
         ("*.attn.in_proj_weight", "bert.*.self.*.weight"), "Patterns of the matrices' names"
     )
-    rank: int = _option(8, "Rank of the update")
-    alpha: float = _option(16.0, "The update is scaled by alpha / rank")
+    rank: int = _option(8, "Rank of the update", (1, 1 << 16))
+    alpha: float = _option(16.0, "The update is scaled by alpha / rank", (0, 1e6))
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,16 +182,20 @@ class Stage:
 
     name: str = _option("train", "Name, shown in the log and in folder names")
     freeze: tuple[str, ...] = _option((), "Patterns of parameters to freeze, such as `visual.*`")
-    epochs: int | None = _option(None, "Length in epochs; the schedule spans all of them")
-    steps: int | None = _option(None, "Length in steps, instead of epochs")
+    epochs: int | None = _option(
+        None, "Length in epochs; the schedule spans all of them", (1, 1 << 30)
+    )
+    steps: int | None = _option(None, "Length in steps, instead of epochs", (1, 1 << 40))
     early_stopping: EarlyStoppingOptions | None = field(
         default=None, metadata={"help": "Ends the stage when the score has stopped improving"}
     )
-    global_batch_size: int = _option(128, "Pairs in a step, over all processes")
+    # The contrastive loss of a single pair is zero.
+    global_batch_size: int = _option(128, "Pairs in a step, over all processes", (2, 1 << 30))
     micro_batch_size: int | None = _option(
         None,
         "Pairs that a process has in memory at once; larger batches use gradient caching, which "
         "gives the gradients of the whole batch",
+        (1, 1 << 30),
     )
     augment: bool = _option(False, "Crop and recolour images, as the official training does")
     flip: bool = _option(False, "Mirror half of the augmented images")
@@ -182,19 +204,27 @@ class Stage:
         "Running statistics of BatchNorm: `frozen` keeps them, `train` updates them from the "
         "batches; `auto` is `frozen` if training starts from `start.checkpoint` alone",
     )
-    mask_ratio: float = _option(0.0, "Fraction of patches dropped at random (FLIP; ViT only)")
+    mask_ratio: float = _option(
+        0.0, "Fraction of patches dropped at random (FLIP; ViT only)", (0, 0.99)
+    )
     dropout: float | None = _option(
-        None, "Dropout of the text tower; by default that of the model's config"
+        None, "Dropout of the text tower; by default that of the model's config", (0, 0.99)
     )
     cached: bool = _option(
         False, "Compute the features of the frozen image tower once, and keep them on disk"
     )
-    views: int = _option(1, "Augmented versions of each image in the feature cache")
+    views: int = _option(1, "Augmented versions of each image in the feature cache", (1, 1000))
+    center_texts: bool = _option(
+        False,
+        "Before the first step, project the mean image embedding of the training pairs out of "
+        "`text_projection`, so that no text is close to every image; needs cached features",
+    )
     interpolate: float | Literal["auto"] | None = _option(
         None,
         "Interpolate the best weights of the stage with its initial weights: 1 is all new, 0 all "
-        "old, `auto` chooses one of 0, 0.1 ... 1 on the validation pairs (WiSE-FT, "
+        "old, `auto` chooses one of 0, 0.1 ... 1 by the loss on the validation pairs (WiSE-FT, "
         "arXiv:2109.01903)",
+        (0, 1),
     )
     optimizer: Optimizer = _table(Optimizer, "AdamW and its learning rate")
     loss: Loss = _table(Loss, "The training loss")
@@ -223,9 +253,9 @@ class Evaluation:
     """When the score is measured: recall in both directions on the validation pairs."""
 
     every_epochs: int = _option(
-        1, "Epochs between evaluations; 0 evaluates only at the end of a stage"
+        1, "Epochs between evaluations; 0 evaluates only at the end of a stage", (0, 1 << 30)
     )
-    every_steps: int | None = _option(None, "Steps between additional evaluations")
+    every_steps: int | None = _option(None, "Steps between additional evaluations", (1, 1 << 30))
     score_precision: Precision | None = _option(
         None,
         "Precision of the towers in an evaluation; by default that of training. fp32 "
@@ -239,18 +269,20 @@ class Output:
 
     folder: str = _option("run", "Folder of the run")
     save_every: int | None = _option(
-        None, "Steps between saved states; a state is also saved at the end of every epoch"
+        None,
+        "Steps between saved states; a state is also saved at the end of every epoch",
+        (1, 1 << 30),
     )
-    keep: int = _option(2, "Number of states kept")
+    keep: int = _option(2, "Number of states kept", (1, 1000))
     features: str | None = _option(
         None, "Folder of cached features; by default in the folder of the run"
     )
-    log_every: int = _option(10, "Steps between lines of the log")
+    log_every: int = _option(10, "Steps between lines of the log", (1, 1 << 30))
     tensorboard: bool = _option(False, "Also log for TensorBoard")
     swanlab: bool = _option(False, "Also log to SwanLab")
     wandb: bool = _option(False, "Also log to Weights & Biases")
     stop_at_chance: int = _option(
-        300, "Steps after which a loss that stays at ln(batch) ends the run; 0: never"
+        300, "Steps after which a loss that stays at ln(batch) ends the run; 0: never", (0, 1 << 30)
     )
 
 
@@ -258,9 +290,11 @@ class Output:
 class Recipe:
     """All options of a training run."""
 
-    version: int = _option(VERSION, "Version of the recipe format")
+    version: int = _option(VERSION, "Version of the recipe format", (1, VERSION))
     name: str = _option("train", "Name of the recipe")
-    seed: int = _option(0, "Seed of order, augmentation, dropout and random weights")
+    seed: int = _option(
+        0, "Seed of order, augmentation, dropout and random weights", (0, (1 << 63) - 1)
+    )
     data: Data = _table(Data, "Training and validation data")
     start: Start = _table(Start, "The initial weights")
     machine: Machine = _table(Machine, "Device, precision and parallelism")
@@ -271,7 +305,7 @@ class Recipe:
     )
 
     def to_toml(self) -> str:
-        """Return the whole recipe as TOML, which ``toml.from_toml`` reads back."""
+        """Return the whole recipe as TOML, which ``toml.read_recipe`` reads back."""
         return tomli_w.dumps(_without_none(asdict(self)))
 
 
@@ -304,12 +338,12 @@ def nested_class(kind: Any) -> type | None:
 def type_text(kind: Any) -> str:
     """Return a type in words, for messages and documentation."""
     if get_origin(kind) in (Union, types.UnionType):
-        return " or ".join(type_text(arg) for arg in get_args(kind) if arg is not type(None))
+        return _(" or ").join(type_text(arg) for arg in get_args(kind) if arg is not type(None))
     if get_origin(kind) is Literal:
         return ", ".join(map(str, get_args(kind)))
     if get_origin(kind) is tuple:
-        return f"list of {type_text(get_args(kind)[0])}s"
-    names = {bool: "true or false", int: "whole number", float: "number", str: "text"}
+        return _("list of {kind}s", kind=type_text(get_args(kind)[0]))
+    names = {bool: _("true or false"), int: _("whole number"), float: "number", str: "text"}
     return names.get(kind) or "table"
 
 

@@ -16,6 +16,7 @@ from cn_clip.text import path_text
 from cn_clip.train.recipe.checks import check_recipe
 from cn_clip.train.recipe.renamed import refuse_renamed
 from cn_clip.train.recipe.schema import VERSION, Recipe, nested_class, type_text
+from cn_clip.translation import _
 
 _MAX_BYTES = 1 << 16  # the shipped recipes have a few thousand
 _MAX_LINE_LENGTH = 2000  # tomllib takes minutes for a key with 100,000 dots
@@ -40,14 +41,20 @@ def read_recipe(name_or_path: str) -> dict[str, Any]:
         path = Path(name_or_path).expanduser()
         is_file = path.suffix == ".toml" or path.is_file()
     except (OSError, ValueError, RuntimeError) as error:  # too long, unknown user, NUL
-        raise UsageError(f"{name_or_path!r} is not a valid path: {error}") from None
+        raise UsageError(
+            _(
+                "{name_or_path!r} is not a valid path: {error}",
+                name_or_path=name_or_path,
+                error=error,
+            )
+        ) from None
     if name_or_path in known:
         text = files("cn_clip.train").joinpath("recipe", f"{name_or_path}.toml").read_text("utf-8")
     elif is_file:
         text = _text_of(path)
     else:
-        raise UnknownNameError("recipe", name_or_path, known)
-    return _tables(text, f"the recipe {name_or_path}")
+        raise UnknownNameError(_("recipe"), name_or_path, known)
+    return _tables(text, _("the recipe {name_or_path}", name_or_path=name_or_path))
 
 
 def _text_of(path: Path) -> str:
@@ -57,15 +64,32 @@ def _text_of(path: Path) -> str:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(
-            f"the recipe {path} cannot be read: byte {error.start:,} is not UTF-8; save it as UTF-8"
+            _(
+                "the recipe {path} cannot be read: byte {position:,} is not UTF-8; save it as "
+                "UTF-8",
+                path=path,
+                position=error.start,
+            )
         ) from None
     except (OSError, ValueError) as error:
-        raise UsageError(f"the recipe {path} cannot be read: {error}") from None
+        raise UsageError(
+            _("the recipe {path} cannot be read: {error}", path=path, error=error)
+        ) from None
     if len(content) > _MAX_BYTES:
-        raise UsageError(f"the recipe {path} has more than {_MAX_BYTES:,} bytes; is it a recipe?")
+        raise UsageError(
+            _(
+                "the recipe {path} has more than {limit:,} bytes; is it a recipe?",
+                path=path,
+                limit=_MAX_BYTES,
+            )
+        )
     if max(map(len, text.splitlines()), default=0) > _MAX_LINE_LENGTH:
         raise UsageError(
-            f"the recipe {path} has a line of more than {_MAX_LINE_LENGTH:,} characters; break it"
+            _(
+                "the recipe {path} has a line of more than {limit:,} characters; break it",
+                path=path,
+                limit=_MAX_LINE_LENGTH,
+            )
         )
     return text
 
@@ -75,14 +99,14 @@ def _tables(text: str, what: str) -> dict[str, Any]:
     try:
         values = tomllib.loads(text)
     except RecursionError:
-        raise UsageError(f"{what} is nested too deeply") from None
+        raise UsageError(_("{what} is nested too deeply", what=what)) from None
     except ValueError as error:  # TOMLDecodeError, or an integer with thousands of digits
-        raise UsageError(f"{what} is not TOML: {error}") from None
+        raise UsageError(_("{what} is not TOML: {error}", what=what, error=error)) from None
     level: list[Any] = [values]
-    for _ in range(_MAX_DEPTH):
+    for _unused in range(_MAX_DEPTH):
         level = [child for value in level for child in _children(value)]
     if level:
-        raise UsageError(f"{what} is nested too deeply")
+        raise UsageError(_("{what} is nested too deeply", what=what))
     return values
 
 
@@ -90,15 +114,6 @@ def _children(value: Any) -> Iterable[Any]:
     if isinstance(value, dict):
         return value.values()
     return value if isinstance(value, list) else ()
-
-
-def from_toml(text: str) -> Recipe:
-    """Read the output of ``Recipe.to_toml``.
-
-    Raises:
-        UsageError: the text is not TOML, or as ``build_recipe``.
-    """
-    return build_recipe(_tables(text, "the recipe"))
 
 
 def build_recipe(values: Mapping[str, Any]) -> Recipe:
@@ -111,8 +126,12 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
     version = values.get("version", VERSION)
     if isinstance(version, int) and not isinstance(version, bool) and version > VERSION:
         raise UsageError(
-            f"the recipe has version {version}, this cn_clip reads up to {VERSION}; update with: "
-            "pip install -U cn-clip"
+            _(
+                "the recipe has version {version}, this cn_clip reads up to {supported_version}; "
+                "update with: pip install -U cn-clip",
+                version=version,
+                supported_version=VERSION,
+            )
         )
     recipe: Recipe = _build(Recipe, values, "")
     check_recipe(recipe)
@@ -123,7 +142,12 @@ def difference(old: Recipe, new: Recipe) -> list[str]:
     """Return a line for each option that differs, such as ``data.workers: 2, now 4``."""
     before, after = _flat(asdict(old)), _flat(asdict(new))
     return [
-        f"{name}: {before.get(name)!r}, now {after.get(name)!r}"
+        _(
+            "{name}: {before!r}, now {after!r}",
+            name=name,
+            before=before.get(name),
+            after=after.get(name),
+        )
         for name in sorted(before | after)
         if before.get(name) != after.get(name)
     ]
@@ -132,14 +156,20 @@ def difference(old: Recipe, new: Recipe) -> list[str]:
 def _build(cls: Any, values: Any, where: str) -> Any:
     if not isinstance(values, Mapping):
         raise UsageError(
-            f"the recipe's {where.rstrip('.') or 'top level'} is {values!r:.60}; expected a table"
+            _(
+                "the recipe's {where} is {values!r:.60}; expected a table",
+                where=where.rstrip(".") or _("top level"),
+                values=values,
+            )
         )
     hints = get_type_hints(cls)
     given = {}
     for key, value in values.items():
         if key not in hints:
             refuse_renamed(key, hints, _STAGE_NUMBER.sub("", where))
-            raise UnknownNameError(f"option of {where.rstrip('.') or 'the recipe'}", key, hints)
+            raise UnknownNameError(
+                _("option of {where}", where=where.rstrip(".") or _("the recipe")), key, hints
+            )
         given[key] = _value(hints[key], value, f"{where}{key}")
     return cls(**given)
 
@@ -154,7 +184,14 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         rows = [value] if isinstance(value, str) else value
         if not isinstance(rows, list | tuple):
-            raise UsageError(f"{where} is {value!r:.60}; expected a {type_text(kind)}")
+            raise UsageError(
+                _(
+                    "{where} is {value!r:.60}; expected a {kind}",
+                    where=where,
+                    value=value,
+                    kind=type_text(kind),
+                )
+            )
         return tuple(_value(get_args(kind)[0], row, f"{where}.{n}") for n, row in enumerate(rows))
     if inner is not None:
         return _build(inner, value, f"{where}.")
@@ -165,7 +202,14 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise UsageError(f"{where} is {value!r:.60}; expected a {type_text(kind)}")
+        raise UsageError(
+            _(
+                "{where} is {value!r:.60}; expected a {kind}",
+                where=where,
+                value=value,
+                kind=type_text(kind),
+            )
+        )
     if isinstance(value, str):
         _check_text(value, where)
     return value
@@ -174,18 +218,26 @@ def _value(kind: Any, value: Any, where: str) -> Any:
 def _check_text(value: str, where: str) -> None:
     """Refuse text that cannot be a path, a name or a pattern."""
     if not value.strip():
-        raise UsageError(f"{where} is empty; give a value, or leave it out")
+        raise UsageError(_("{where} is empty; give a value, or leave it out", where=where))
     if not value.isprintable() and any(c in value for c in "\0\r\n"):
-        raise UsageError(f"{where} is {value!r}; remove the line break or the NUL")
+        raise UsageError(
+            _("{where} is {value!r}; remove the line break or the NUL", where=where, value=value)
+        )
     if (written := path_text(value)) != value:
         raise UsageError(
-            f"{where} is {written!r}, which is not UTF-8, and a recipe is a UTF-8 file; rename the "
-            "file, or link to it under another name"
+            _(
+                "{where} is {written!r}, which is not UTF-8, and a recipe is a UTF-8 file; rename "
+                "the file, or link to it under another name",
+                where=where,
+                written=written,
+            )
         )
     try:
         Path(value).expanduser()
     except RuntimeError:  # ~NAME
-        raise UsageError(f"{where} is {value!r}, the home of an unknown user") from None
+        raise UsageError(
+            _("{where} is {value!r}, the home of an unknown user", where=where, value=value)
+        ) from None
 
 
 def _union_member(kind: Any, value: Any) -> Any:

@@ -31,11 +31,14 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from cn_clip import distributed
 from cn_clip.errors import CheckpointError
+from cn_clip.format_version import FIELD, Format
 from cn_clip.outputs import STAMP, atomic_folder
 from cn_clip.train.early_stopping import EarlyStopping
 from cn_clip.train.optim import Average
+from cn_clip.translation import _
 from cn_clip.weights.pickles import check_pickle
 
+_FORMAT = Format("run state", 1)
 _STATES = "states"
 _PROGRESS = "progress.json"
 _STEP = re.compile(r"[0-9]{9,}")
@@ -110,17 +113,24 @@ def save_state(folder: Path, progress: Progress, tensors: Mapping[str, Any], *, 
                     no_dist=distributed.world_size() == 1,
                 )
             if distributed.is_main():
-                text = json.dumps(asdict(progress), indent=2)
+                text = json.dumps({FIELD: str(_FORMAT), **asdict(progress)}, indent=2)
                 (temporary / _PROGRESS).write_text(text + "\n", encoding="utf-8")
             distributed.barrier()
     except (OSError, RuntimeError, CheckpointException) as error:
         last = states(folder)
         kept = (
-            f"the last state, {last[-1].name}, is complete" if last else "there is no earlier state"
+            _("the last state, {name}, is complete", name=last[-1].name)
+            if last
+            else _("there is no earlier state")
         )
         raise CheckpointError(
-            f"the state of step {progress.total} was not saved ({_root_cause(error)}); {kept}. "
-            "Free some space, then resume with: --resume auto"
+            _(
+                "the state of step {total} was not saved ({reason}); {kept}. Free some space, "
+                "then resume with: --resume auto",
+                total=progress.total,
+                reason=_root_cause(error),
+                kept=kept,
+            )
         ) from error
     if distributed.is_main():
         for old in states(folder)[:-keep]:
@@ -140,17 +150,21 @@ def states(folder: Path) -> list[Path]:
 def _objection(state: Path) -> str | None:
     """Return why a folder may not be replaced; a state, complete or not, may."""
     other = {path.name for path in state.iterdir()} - {_PROGRESS, _TENSORS, STAMP}
-    return f"has {sorted(other)[0]}, which train did not write" if other else None
+    return _("has {other}, which train did not write", other=sorted(other)[0]) if other else None
 
 
 def read_progress(state: Path) -> Progress:
     """Read the progress of a state.
 
     Raises:
-        CheckpointError: the file is damaged.
+        CheckpointError: the file is damaged, or of a newer version.
     """
+    path = state / _PROGRESS
     try:
-        values = json.loads((state / _PROGRESS).read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
+        _FORMAT.check(
+            values.pop(FIELD, None), path, CheckpointError, _("delete {state}", state=state)
+        )
         values = {_RENAMED.get(name, name): value for name, value in values.items()}
         stopping = EarlyStopping(**values["early_stopping"])
         progress = Progress(**values | {"early_stopping": stopping})
@@ -158,7 +172,9 @@ def read_progress(state: Path) -> Progress:
         _check_types(stopping)
         return progress
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{state / _PROGRESS} is damaged: {error}; delete {state}") from None
+        raise CheckpointError(
+            _("{path} is damaged: {error}; delete {state}", path=path, error=error, state=state)
+        ) from None
 
 
 def load_tensors(state: Path, tensors: dict[str, Any]) -> None:
@@ -178,16 +194,20 @@ def load_tensors(state: Path, tensors: dict[str, Any]) -> None:
     # torch parses the files here, and damaged ones make it raise errors of many types.
     except (Exception, CheckpointException) as error:
         raise CheckpointError(
-            f"the state {state} cannot be read: {_root_cause(error)}; if other parameters are "
-            "trainable now, start a new run with --start.checkpoint; if a file is damaged, delete "
-            "that folder, and the run resumes from the state before"
+            _(
+                "the state {state} cannot be read: {reason}; if other parameters are trainable "
+                "now, start a new run with --start.checkpoint; if a file is damaged, delete that "
+                "folder, and the run resumes from the state before",
+                state=state,
+                reason=_root_cause(error),
+            )
         ) from error
 
 
 class _Reader(FileSystemReader):
     """Reads a state without running code that its files name; torch's own reader would."""
 
-    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+    def read_metadata(self, *_unused: Any, **__: Any) -> Metadata:
         path = Path(self.path) / ".metadata"
         with path.open("rb") as stream:
             size = path.stat().st_size
@@ -195,11 +215,13 @@ class _Reader(FileSystemReader):
             stream.seek(0)
             metadata = _Metadata(stream).load()
         if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-            raise ValueError(".metadata has no tensors")
+            raise ValueError(_(".metadata has no tensors"))
         for location in metadata.storage_data.values():
             name = location.relative_path
             if not isinstance(name, str) or name != Path(name).name:
-                raise ValueError(f".metadata names the file {name!r:.60}, outside its folder")
+                raise ValueError(
+                    _(".metadata names the file {name!r:.60}, outside its folder", name=name)
+                )
             self._check_tensor(location)
         metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return metadata
@@ -213,7 +235,7 @@ class _Reader(FileSystemReader):
                 for member in archive.infolist():
                     if member.filename.endswith(".pkl"):
                         if member.file_size > _MAX_PICKLE_BYTES:
-                            raise ValueError("the pickle of a tensor is too large")
+                            raise ValueError(_("the pickle of a tensor is too large"))
                         check_pickle(io.BytesIO(archive.read(member)), size=size)
 
 
@@ -250,11 +272,15 @@ class _Metadata(pickle.Unpickler):
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if name not in _METADATA_CLASSES.get(module, ()):
-            raise pickle.UnpicklingError(f".metadata names {name} of {module}")
+            raise pickle.UnpicklingError(
+                _(".metadata names {name} of {module}", name=name, module=module)
+            )
         return super().find_class(module, name)
 
     def persistent_load(self, reference: Any) -> Any:
-        raise pickle.UnpicklingError(f".metadata refers to {reference!r:.60}")
+        raise pickle.UnpicklingError(
+            _(".metadata refers to {reference!r:.60}", reference=reference)
+        )
 
 
 def _check_types(values: Progress | EarlyStopping) -> None:
@@ -267,7 +293,7 @@ def _check_types(values: Progress | EarlyStopping) -> None:
         is_int = isinstance(value, int) and not isinstance(value, bool)
         valid = type(value) in types or (float in types and is_int)
         if not valid or (is_int and not 0 <= value < 1 << 53):
-            raise ValueError(f"{name} is {value!r:.60}")
+            raise ValueError(_("{name} is {value!r:.60}", name=name, value=value))
 
 
 def tensors_of(

@@ -14,7 +14,8 @@ from typing import Any
 from cn_clip.data.captions import digest
 from cn_clip.errors import UsageError
 from cn_clip.train.recipe.schema import Output, Recipe
-from cn_clip.train.run.events import RunEvent
+from cn_clip.train.run.events import RunEvent, parse
+from cn_clip.translation import _
 
 Event = dict[str, Any]  # an event as JSON, with "kind" and "total"; see ``events``
 _FILE = "log.jsonl"
@@ -105,6 +106,11 @@ def read_log(folder: Path) -> list[Event]:
     return list(events.values())
 
 
+def read_events(folder: Path) -> list[RunEvent]:
+    """Read the events of a run as typed values; see ``read_log``."""
+    return parse(read_log(folder))
+
+
 def _lines(path: Path) -> Iterator[Event]:
     if not path.is_file():
         return
@@ -135,5 +141,8 @@ def _library(module: str, package: str) -> Any:
         return import_module(module)
     except ImportError:
         raise UsageError(
-            f"output.{package} needs {package}: pip install {package}, or leave it off"
+            _(
+                "output.{package} needs {package}: pip install {package}, or leave it off",
+                package=package,
+            )
         ) from None

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from cn_clip.errors import TrainingError
 from cn_clip.train.recipe.schema import Machine, Stage
+from cn_clip.translation import _
 
 _WINDOW = 50  # losses in the moving average
 _AT_CHANCE = 0.98  # of ln(batch)
@@ -26,7 +27,7 @@ class LossWatchdog:
     def check_gradient(self, norm: float, step: int) -> None:
         """Raise a ``TrainingError`` if the gradient norm is NaN or infinite."""
         if not math.isfinite(norm):
-            raise TrainingError(self._not_finite("gradient norm", norm, step))
+            raise TrainingError(self._not_finite(_("gradient norm"), norm, step))
 
     def check(self, loss: float, step: int) -> None:
         """Add the loss of a step (from 0).
@@ -51,25 +52,42 @@ class LossWatchdog:
             mean = sum(self._recent) / _WINDOW
             if options.kind == "clip" and contrastive_only and mean >= _AT_CHANCE * chance:
                 raise TrainingError(
-                    f"after {step + 1} steps the loss is {mean:.3f}, and ln({batch}) = "
-                    f"{chance:.3f} is chance. Either {lr} is too high: start again with a tenth; "
-                    "or images and texts do not match: cn-clip data check; or all pairs of a batch "
-                    "are alike. --stop-at-chance 0 continues"
+                    _(
+                        "after {step} steps the loss is {mean:.3f}, and ln({batch}) = "
+                        "{chance:.3f} is chance. Either {lr} is too high: start again with a "
+                        "tenth; or images and texts do not match: cn-clip data check; or all "
+                        "pairs of a batch are alike. --stop-at-chance 0 continues",
+                        step=step + 1,
+                        mean=mean,
+                        batch=batch,
+                        chance=chance,
+                        lr=lr,
+                    )
                 )
 
     @property
     def _lr_text(self) -> str:
-        return (
-            f"the learning rate ({self.peak_lr:.1e} for a batch of {self.stage.global_batch_size})"
+        return _(
+            "the learning rate ({peak_lr:.1e} for a batch of {global_batch_size})",
+            peak_lr=self.peak_lr,
+            global_batch_size=self.stage.global_batch_size,
         )
 
     def _not_finite(self, name: str, value: float, step: int) -> str:
         cause = (
-            "float16 has probably overflowed; use --precision bf16"
+            _("float16 has probably overflowed; use --precision bf16")
             if self.machine.precision == "fp16"
-            else f"{self._lr_text} is probably too high; use a tenth, and --max-grad-norm 1"
+            else _(
+                "{learning_rate} is probably too high; use a tenth, and --max-grad-norm 1",
+                learning_rate=self._lr_text,
+            )
         )
-        return (
-            f"the {name} is {value} at step {step + 1} of stage {self.stage.name}: {cause}. The "
-            "best weights and the last state are kept"
+        return _(
+            "the {name} is {value} at step {step} of stage {stage}: {cause}. The best weights and "
+            "the last state are kept",
+            name=name,
+            value=value,
+            step=step + 1,
+            stage=self.stage.name,
+            cause=cause,
         )

@@ -15,12 +15,13 @@ from filelock import FileLock, Timeout
 from cn_clip import distributed, hub, weights
 from cn_clip.data.sources.open import paths_of
 from cn_clip.errors import CheckpointError, CNClipError, UsageError
-from cn_clip.outputs import LOCK, STAMP, claim, own_folder, same_file, stamp, stamped_files
-from cn_clip.publish import atomic_file, map_write_errors, sweep
+from cn_clip.outputs import STAMP, claim, own_folder, same_file, stamp, stamped_files
+from cn_clip.publish import LOCK, atomic_file, map_write_errors, sweep
 from cn_clip.train.batches.feature_cache import FEATURES
 from cn_clip.train.recipe.schema import Recipe
 from cn_clip.train.recipe.toml import build_recipe, difference, read_recipe
 from cn_clip.train.run.checkpoint import states
+from cn_clip.translation import _
 
 # Options that may change between a run and its resumption: they do not affect the weights.
 _FREE = (
@@ -69,8 +70,12 @@ def disk_errors_named(folder: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise CheckpointError(
-            f"the run in {folder} cannot go on: {error}; its last state is complete. Free some "
-            "space, then resume with: --resume auto"
+            _(
+                "the run in {folder} cannot go on: {error}; its last state is complete. Free some "
+                "space, then resume with: --resume auto",
+                folder=folder,
+                error=error,
+            )
         ) from error
 
 
@@ -103,8 +108,12 @@ def claim_folders(recipe: Recipe, inputs: Iterable[str | Path] = ()) -> None:
         features = Path(recipe.output.features).expanduser()
         if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(features)):
             raise UsageError(
-                f"--output.features {features} contains the run's folder {folder}; give a separate "
-                "folder"
+                _(
+                    "--output.features {features} contains the run's folder {folder}; give a "
+                    "separate folder",
+                    features=features,
+                    folder=folder,
+                )
             )
         claim(
             recipe.output.features and features,
@@ -150,16 +159,27 @@ def lock_folder(folder: Path) -> AbstractContextManager[object]:
         return FileLock(folder / LOCK, timeout=0).acquire()
     except Timeout:
         raise UsageError(
-            f"another process is training in {folder}; wait for it, or give another --output.folder"
+            _(
+                "another process is training in {folder}; wait for it, or give another "
+                "--output.folder",
+                folder=folder,
+            )
         ) from None
     except (FileExistsError, NotADirectoryError):
         raise UsageError(
-            f"output.folder is {folder}, which is a file; give another --output.folder"
+            _(
+                "output.folder is {folder}, which is a file; give another --output.folder",
+                folder=folder,
+            )
         ) from None
     except OSError as error:
         raise UsageError(
-            f"output.folder is {folder}, which cannot be written ({error.strerror}); give another "
-            "--output.folder"
+            _(
+                "output.folder is {folder}, which cannot be written ({reason}); give another "
+                "--output.folder",
+                folder=folder,
+                reason=error.strerror,
+            )
         ) from None
 
 
@@ -185,18 +205,26 @@ def _prepare_folder(
 ) -> Outcome | None:
     path, reason = folder / _RECIPE, _objection(folder)
     if reason is not None:
-        raise UsageError(f"{folder} {reason}; give another place")
+        raise UsageError(_("{folder} {reason}; give another place", folder=folder, reason=reason))
     if path.is_file() and states(folder):
         if not resume:
             raise UsageError(
-                f"{folder} has a run; resume it with --resume auto, or give another --output.folder"
+                _(
+                    "{folder} has a run; resume it with --resume auto, or give another "
+                    "--output.folder",
+                    folder=folder,
+                )
             )
         changes = difference(build_recipe(read_recipe(str(path))), recipe)
         changes = [change for change in changes if not change.startswith(_FREE)]
         if changes and not allow_changes:
             raise UsageError(
-                f"the recipe of the run in {folder} differs: {'; '.join(changes)}. --allow-changes "
-                "resumes it with the new recipe"
+                _(
+                    "the recipe of the run in {folder} differs: {changes}. --allow-changes "
+                    "resumes it with the new recipe",
+                    folder=folder,
+                    changes="; ".join(changes),
+                )
             )
         if not changes and (outcome := _read_outcome(folder)) is not None:
             return outcome

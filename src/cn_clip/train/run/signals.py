@@ -15,6 +15,7 @@ import torch
 from cn_clip import distributed
 from cn_clip.errors import CNClipError
 from cn_clip.processes import TERMINATION_SIGNALS, drop_dead_terminal
+from cn_clip.translation import _
 
 
 class InterruptedRun(CNClipError):
@@ -55,7 +56,7 @@ def catch_stop_signals() -> Iterator[StopRequest]:
             raise KeyboardInterrupt
         request.signal = number
         if number == signal.SIGINT:
-            print("cn-clip: stopping after this step; again: at once", file=sys.stderr)
+            print(_("cn-clip: stopping after this step; again: at once"), file=sys.stderr)
 
     previous = {
         number: signal.signal(number, handle)

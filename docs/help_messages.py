@@ -1,0 +1,31 @@
+"""Print the texts of every command's help as marked messages, for extraction: see CONTRIBUTING.md.
+
+The help comes from docstrings, which an extractor of marked strings does not read.
+"""
+
+from __future__ import annotations
+
+from unittest import mock
+
+from generate_cli import commands, help_text
+
+from cn_clip.cli import app
+
+
+def help_messages() -> list[str]:
+    """Return each text that the help of a command passes to ``translate``, in order."""
+    messages: dict[str, None] = {}
+
+    def record(message: str) -> str:
+        messages[message] = None
+        return message
+
+    with mock.patch("cn_clip.cli.help.translate", record):
+        for words in commands(app):
+            help_text(words)
+    return list(messages)
+
+
+if __name__ == "__main__":
+    for message in help_messages():
+        print(f"_({message!r})")

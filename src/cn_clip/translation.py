@@ -1,0 +1,95 @@
+"""Messages in the user's language, from a gettext catalogue; in English without one.
+
+``_("no such file: {path}", path=path)`` translates a message, then fills in its values. Messages
+are literals, so that they can be extracted. The catalogue is read at the first message, from
+``locale/LANGUAGE/LC_MESSAGES/cn_clip.mo``; a process has one language from then on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gettext import NullTranslations
+
+DOMAIN = "cn_clip"
+LANGUAGE = "CN_CLIP_LANG"  # environment variable; overrides the locale
+LOCALES = os.path.join(os.path.dirname(__file__), "locale")
+
+_VARIABLES = (LANGUAGE, "LANGUAGE", "LC_ALL", "LC_MESSAGES", "LANG")  # the first that is set counts
+_ENGLISH = ("C", "POSIX", "en")
+_FORMAT_ERRORS = (LookupError, ValueError, TypeError, AttributeError)  # of str.format
+
+
+def _(message: str, /, **values: object) -> str:
+    """Return a message in the user's language, with its values filled in by ``str.format``.
+
+    A message without values is not formatted: its braces are literal. With values, ``{{`` is a
+    literal brace. A translation with wrong placeholders is ignored.
+    """
+    return translate(message, **values)
+
+
+def _n(singular: str, plural: str, count: int, /, **values: object) -> str:
+    """Return a message in the form for ``count``, which is also its value ``{count}``."""
+    english = singular if count == 1 else plural
+    catalogue = _catalogue()
+    translated = catalogue.ngettext(singular, plural, count) if catalogue else english
+    return _filled(translated, english, {"count": count, **values})
+
+
+def N_(message: str, /) -> str:
+    """Mark a message for extraction without translating it; ``translate`` it where it is shown."""
+    return message
+
+
+def translate(message: str, /, **values: object) -> str:
+    """Translate a message that is not a literal: one marked by ``N_``, or a part of the help."""
+    catalogue = _catalogue()
+    # gettext returns the catalogue's header for an empty message.
+    translated = catalogue.gettext(message) if catalogue and message else message
+    return _filled(translated, message, values)
+
+
+def _filled(translated: str, english: str, values: Mapping[str, object]) -> str:
+    if not values:
+        return translated
+    if translated != english:
+        try:
+            return translated.format(**values)
+        except _FORMAT_ERRORS:  # the English message has the right placeholders
+            pass
+    return english.format(**values)
+
+
+def languages() -> list[str]:
+    """Return the user's languages such as ``zh_CN``, the preferred first, up to English."""
+    value = next((value for name in _VARIABLES if (value := os.environ.get(name))), "")
+    wanted: list[str] = []
+    for locale in value.split(":"):  # such as zh_CN.UTF-8, de@euro and zh-CN
+        language = locale.partition(".")[0].partition("@")[0].replace("-", "_")
+        if language.partition("_")[0] in _ENGLISH:
+            break
+        wanted += [language] if language else []
+    return wanted
+
+
+@cache
+def _catalogue() -> NullTranslations | None:
+    return _read_catalogue(languages()) if os.path.isdir(LOCALES) else None
+
+
+def _read_catalogue(wanted: Sequence[str]) -> NullTranslations | None:
+    """Return the catalogue of the first language that has one; None for English."""
+    if not wanted:
+        return None
+    import gettext  # not needed in English
+    import struct
+
+    try:
+        return gettext.translation(DOMAIN, LOCALES, wanted)
+    except (OSError, ValueError, LookupError, struct.error):  # missing or damaged
+        return None
