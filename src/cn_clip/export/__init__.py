@@ -26,12 +26,14 @@ from cn_clip.backends.exported import (
 )
 from cn_clip.backends.self_test import golden_deviation
 from cn_clip.backends.torch import TorchBackend
+from cn_clip.config import ModelConfig
 from cn_clip.embedder import Embedder, load, locate
 from cn_clip.errors import CheckpointError, UsageError
 from cn_clip.export import coreml, tensorrt
+from cn_clip.export.calibration import Calibration, calibration_of
+from cn_clip.export.convert import convert_graphs
 from cn_clip.export.graphs import OPSET, write_graphs
 from cn_clip.export.parity import REQUIRED_COSINE, Parity, Reference
-from cn_clip.export.precision import to_float16
 from cn_clip.fingerprint import Fingerprint, derived
 from cn_clip.image.decode import ImageInput
 from cn_clip.outputs import atomic_folder, claim, entries, own_folder
@@ -95,6 +97,7 @@ def export(
     precision: GraphPrecision = "float32",
     images: Iterable[ImageInput] = (),
     texts: Iterable[str] = (),
+    smooth_quant_alpha: float | None = None,
     official_names: bool = False,
     overwrite: bool = False,
 ) -> ExportResult:
@@ -110,9 +113,12 @@ def export(
         to: the format of the graphs. ``"tensorrt"`` is ONNX with a script that builds engines,
             ``"coreml"`` is ONNX with Core ML models beside it; the ONNX graphs are verified, the
             rest is not run.
-        precision: of the stored weights.
-        images: compared besides the sample in the package.
+        precision: of the stored weights. ``"int8"`` computes in int8 too.
+        images: compared besides the sample in the package. int8 is calibrated on them instead of
+            the sample.
         texts: compared besides the sample in the package.
+        smooth_quant_alpha: of SmoothQuant, from 0 to 1, for transformers in int8 in OpenVINO; -1
+            turns it off. None is 0.5.
         official_names: name files, inputs and outputs as the official exporter does.
         overwrite: replace ``out`` if this function wrote it.
 
@@ -140,23 +146,24 @@ def export(
         target, overwrite = cached_export(path, runtime, precision), True
     else:
         target = Path(out)
-    images = list(images)
+    check_alpha(smooth_quant_alpha, runtime, precision)
+    images, texts = list(images), list(texts)
     inputs = [path, *(image for image in images if isinstance(image, str | os.PathLike))]
     own = own_folder("export")
     target = claim(target, own, kind="folder", inputs=inputs, overwrite=overwrite)
     original = load(model, backend="torch", device="cpu", precision="float32")
     sample = embedded_sample()
+    calibration = calibration_of(original, images, texts) if precision == "int8" else None
     reference = Reference(original, [*sample.images, *images], [*sample.texts, *texts])
+    graphs = graph_names(target.name, precision, official_names)
     with map_write_errors(target), atomic_folder(target, "export") as folder:
-        exported = _write(
-            original,
-            folder,
-            to,
-            runtime,
-            precision,
-            _graphs(target.name, precision, official_names),
+        backend = original.backend
+        assert isinstance(backend, TorchBackend)
+        write_graphs(backend.model, folder, *graphs)
+        exported = finish_export(
+            original, folder, runtime, precision, graphs, calibration, smooth_quant_alpha, to
         )
-        parity = reference.compare(_as_embedder(folder, exported, original))
+        parity = reference.compare(as_embedder(folder, exported, original.config))
         if not parity.smallest_cosine >= REQUIRED_COSINE[precision]:
             raise CheckpointError(
                 _(
@@ -181,6 +188,18 @@ def export(
     )
 
 
+def check_alpha(alpha: float | None, to: Runtime, precision: GraphPrecision | None) -> None:
+    """Raise a ``UsageError`` for an alpha of SmoothQuant that is out of range or without use."""
+    if alpha is None:
+        return
+    if to != "openvino" or precision not in ("int8", None):
+        raise UsageError(_("only int8 in OpenVINO uses SmoothQuant; drop its alpha"))
+    if not (0 <= alpha <= 1 or alpha == -1):
+        raise UsageError(
+            _("the alpha {alpha} of SmoothQuant is not from 0 to 1, nor -1 for off", alpha=alpha)
+        )
+
+
 def _check_format(to: Format, precision: str, out: object) -> None:
     """Check the options of a format that is only written."""
     if to not in _NEVER_RUN:
@@ -201,26 +220,22 @@ def _check_format(to: Format, precision: str, out: object) -> None:
         coreml.check_coremltools()
 
 
-def _write(
+def finish_export(
     original: Embedder,
     folder: Path,
-    to: Format,
     runtime: Runtime,
     precision: GraphPrecision,
     graphs: tuple[Graph, Graph],
+    calibration: Calibration | None,
+    smooth_quant_alpha: float | None,
+    to: Format | None = None,
 ) -> Exported:
-    """Write all files of an export."""
+    """Turn a folder with float32 ONNX graphs into an export: convert them, add all other files."""
+    image, text = convert_graphs(
+        folder, graphs, runtime, precision, original.config, calibration, smooth_quant_alpha
+    )
     backend = original.backend
     assert isinstance(backend, TorchBackend)
-    write_graphs(backend.model, folder, *graphs)
-    image, text = graphs
-    if runtime == "openvino":
-        from cn_clip.export.openvino import to_openvino
-
-        image, text = (to_openvino(folder, graph, precision) for graph in graphs)
-    elif precision == "float16":
-        for graph in graphs:
-            to_float16(folder / graph.file)
     if to == "tensorrt":
         tensorrt.write_tensorrt(folder / tensorrt.FOLDER, original.config, image, text, precision)
     elif to == "coreml":
@@ -263,13 +278,18 @@ def _fingerprint(exported: Exported) -> Fingerprint:
     return derived(exported.derived_from, variants)
 
 
-def _as_embedder(folder: Path, exported: Exported, original: Embedder) -> Embedder:
-    backend = open_export(folder, exported, exported.runtime, device="cpu")
+def as_embedder(
+    folder: Path, exported: Exported, config: ModelConfig, precision: str = "auto"
+) -> Embedder:
+    """Open an export in its runtime, on the CPU."""
+    backend = open_export(folder, exported, exported.runtime, device="cpu", precision=precision)
     fingerprint = Fingerprint(exported.fingerprint, exported.derived_from)
-    return Embedder(backend, original.config, fingerprint=lambda: fingerprint)
+    return Embedder(backend, config, fingerprint=lambda: fingerprint)
 
 
-def _graphs(prefix: str, precision: GraphPrecision, official_names: bool) -> tuple[Graph, Graph]:
+def graph_names(
+    prefix: str, precision: GraphPrecision, official_names: bool
+) -> tuple[Graph, Graph]:
     """Return file, input and output names of the image and the text graph."""
     if not official_names:
         return (

@@ -30,6 +30,15 @@ def to_float16(path: Path) -> None:
         casts.append(helper.make_node("Cast", [half.name], [name], to=TensorProto.FLOAT))
     for node in reversed(casts):
         graph.node.insert(0, node)
-    data = f"{path.name}.data"
-    (path.parent / data).unlink(missing_ok=True)
-    onnx.save(model, path, save_as_external_data=True, location=data, size_threshold=_SMALLEST)
+    save_in_place(model, path)
+
+
+def save_in_place(model: onnx.ModelProto, path: Path) -> None:
+    """Save a graph and one file of weights over those it was loaded from."""
+    for node in model.graph.node:
+        del node.metadata_props[:]  # stack traces of the exporter, a third of a small graph
+        node.doc_string = ""
+    data = path.with_name(f"{path.name}.data")
+    data.unlink(missing_ok=True)
+    onnx.save(model, path, save_as_external_data=True, location=data.name, size_threshold=_SMALLEST)
+    data.chmod(path.stat().st_mode)  # onnx lets only the owner read it
