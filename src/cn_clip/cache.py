@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from cn_clip.errors import UsageError
+from cn_clip.translation import _
+
 VARIABLE = "CN_CLIP_CACHE"
 
 
@@ -12,6 +15,16 @@ def cache_folder() -> Path:
     """Return ``$CN_CLIP_CACHE``, by default ``~/.cache/cn_clip``. It may not exist.
 
     Raises:
-        RuntimeError: there is no home folder.
+        UsageError: the home folder is unknown.
     """
-    return Path(os.environ.get(VARIABLE) or "~/.cache/cn_clip").expanduser()
+    given = os.environ.get(VARIABLE) or "~/.cache/cn_clip"
+    try:
+        return Path(given).expanduser()
+    except RuntimeError:
+        raise UsageError(
+            _(
+                "the home folder of {path} is unknown; set {variable} to a folder",
+                path=given,
+                variable=VARIABLE,
+            )
+        ) from None

@@ -13,7 +13,7 @@ from cn_clip.text import read_json
 from cn_clip.translation import _
 
 BackendName = Literal["auto", "torch", "onnx", "openvino"]
-Precision = Literal["auto", "float32", "bfloat16", "float16", "int8"]
+Precision = Literal["auto", "float32", "bfloat16", "float16", "int8", "int8+bfloat16"]
 VisionKind = Literal["vit", "resnet", "efficientnet_lite"]
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -44,6 +44,12 @@ if TYPE_CHECKING:
 Embeddings = npt.NDArray[np.float32]
 
 _TEXTS_PER_BATCH = 256
+# Precisions of cached exports that serve a precision of ``load``, the first that exists.
+_STORED: dict[str, tuple[GraphPrecision, ...]] = {
+    "auto": ("float32", "float16", "int8"),
+    "bfloat16": ("float32", "float16", "int8"),
+    "int8+bfloat16": ("int8",),
+}
 _TOKENS_PER_BATCH = 4096
 _TEXTS_PER_CHUNK = 65_536  # tokenized and sorted by length together
 
@@ -349,18 +355,22 @@ def locate(
 
 def _cached_export(path: Path, model: str, backend: str, precision: str) -> Path:
     """Return the export that ``cn-clip export`` without ``--out`` made of a checkpoint."""
-    stored = precision if precision in ("float16", "int8") else "float32"
-    for runtime in dict.fromkeys(("onnx", backend)):  # OpenVINO runs ONNX exports too
-        folder = cached_export(path, cast(Runtime, runtime), cast(GraphPrecision, stored))
-        if is_export(folder):
-            return folder
+    stored = _STORED.get(precision, (cast(GraphPrecision, precision),))
+    folders = [
+        cached_export(path, cast(Runtime, runtime), kept)
+        for kept in stored
+        for runtime in dict.fromkeys(("onnx", backend))  # OpenVINO runs ONNX exports too
+    ]
+    found = next(filter(is_export, folders), None)
+    if found is not None:
+        return found
     raise UsageError(
         _(
             "{model} has not been exported for backend {backend!r}; run once: cn-clip export "
             "--model {model} --to {backend} --precision {stored}",
             model=model,
             backend=backend,
-            stored=stored,
+            stored=stored[0],
         )
     )
 

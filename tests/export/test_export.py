@@ -1,5 +1,6 @@
 """Exports: two graphs that equal the model, and a folder that is enough for another program."""
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -155,6 +156,22 @@ def test_an_export_that_differs_leaves_nothing_behind(
     assert list((tmp_path / "there").iterdir()) == []
 
 
+def test_missing_packages_and_impossible_names_are_reported_first(
+    tiny_checkpoint, tmp_path, monkeypatch
+):
+    with pytest.raises(UsageError, match="a:b cannot name graphs because of its :"):
+        export(tiny_checkpoint, tmp_path / "a:b", official_names=True)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec",
+        lambda name, *a: None if name in ("onnxscript", "nncf") else find_spec(name, *a),
+    )
+    with pytest.raises(UsageError, match=r"missing: pip install onnxscript$"):
+        export(tiny_checkpoint, tmp_path / "out")
+    with pytest.raises(UsageError, match=r"missing: pip install onnxscript nncf$"):
+        export(tiny_checkpoint, tmp_path / "out", to="openvino", precision="int8")
+
+
 def test_a_frozen_axis_is_found(tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.export.Dim", lambda *_, **__: None)  # nothing is dynamic
     with pytest.raises(CheckpointError, match=r"wrote pixel_values of shape \[3, 3, 32, 32\]"):
@@ -180,6 +197,10 @@ def test_without_a_folder_the_export_is_cached_for_the_backend(
     export(model)
     for backend in ("onnx", "openvino"):  # OpenVINO runs ONNX graphs
         assert cn_clip.load(model, backend=backend).embed_texts("猫").shape == (1, 32)
+    (model / "notes.txt").write_text("mine")
+    cn_clip.load(model, backend="onnx", precision="float32")  # notes do not matter
+    with pytest.raises(UsageError, match=r"run once: .* --precision int8"):
+        cn_clip.load(model, backend="openvino", precision="int8+bfloat16")
     weights.save_folder(make_model(TINY["vit"], seed=1), tmp_path / "other")
     shutil.copy(tmp_path / "other/model.safetensors", model)
     with pytest.raises(UsageError, match="has not been exported"):  # not the old export

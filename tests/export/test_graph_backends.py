@@ -103,6 +103,27 @@ def test_the_self_test_runs_once_and_again_after_the_folder_moved(copy, cache, m
 def test_a_cache_that_is_not_writable_does_not_matter(copy, monkeypatch):
     monkeypatch.setenv("CN_CLIP_CACHE", "/proc/cache")
     assert cn_clip.load(copy).embed_texts("猫").shape == (1, 32)
+    monkeypatch.setenv("CN_CLIP_CACHE", "~nobody-has-this-name/cache")
+    assert cn_clip.load(copy).embed_texts("猫").shape == (1, 32)
+    with pytest.raises(UsageError, match=r"home folder of ~nobody.* is unknown; set CN_CLIP_CACHE"):
+        cn_clip.load("mini", backend="onnx")
+
+
+def test_a_changed_config_is_tested_again(copy):
+    cn_clip.load(copy, backend="onnx")
+    model = json.loads((copy / "config.json").read_text("utf-8"))["model"]
+    edit_config(copy, model=model | {"image_mean": [0.0, 0.0, 0.0]})
+    with pytest.raises(CheckpointError, match="gives wrong image embeddings"):
+        cn_clip.load(copy, backend="onnx")
+    vision = model["vision"] | {"resolution": 64}
+    edit_config(copy, model=model | {"vision": vision})
+    with pytest.raises(CheckpointError, match=r"golden\.json is damaged \(.*32 x 32 pixels"):
+        cn_clip.load(copy, backend="onnx")
+    edit_config(copy, model=model, deviation={"image": 9.0, "text": 9.0}, precision="int8")
+    cn_clip.load(copy, backend="onnx")  # of no use to a graph that is wrong:
+    edit_config(copy, model=model | {"image_mean": [9.0, 9.0, 9.0]})
+    with pytest.raises(CheckpointError, match="gives wrong image embeddings"):
+        cn_clip.load(copy, backend="onnx")
 
 
 def test_auto_measures_once_and_takes_what_is_installed(copy, cache, monkeypatch):
@@ -120,7 +141,19 @@ def test_auto_measures_once_and_takes_what_is_installed(copy, cache, monkeypatch
             lambda name, *a, missing=missing: None if name == missing else find_spec(name, *a),
         )
         ours = cn_clip.load(copy)
-        assert other.removesuffix("runtime") in ours.backend._run_image.__module__
+        assert other in ours.backend.runtime
+
+
+def test_a_runtime_that_cannot_be_imported_does_not_stop_the_other(copy, tmp_path, monkeypatch):
+    def broken(name):
+        if name == "cn_clip.backends.openvino":
+            raise ImportError("libopenvino.so: cannot open shared object file")
+        return importlib.__import__(name, fromlist=["_"])
+
+    monkeypatch.setattr("importlib.import_module", broken)
+    assert "onnxruntime" in cn_clip.load(copy).backend.runtime
+    with pytest.raises(UsageError, match="openvino is installed but cannot be imported"):
+        cn_clip.load(copy, backend="openvino")
 
 
 def test_a_runtime_that_is_not_installed_is_named(copy, monkeypatch):

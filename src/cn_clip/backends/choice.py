@@ -21,6 +21,7 @@ from cn_clip.backends.self_test import self_test
 from cn_clip.cache import cache_folder
 from cn_clip.errors import CNClipError, UsageError
 from cn_clip.outputs import json_object_at
+from cn_clip.processes import usable_cpus
 from cn_clip.publish import write_text
 from cn_clip.translation import _
 
@@ -29,8 +30,6 @@ _IMAGES, _REPEATS = 4, 3  # of the measurement
 
 
 class _Module(Protocol):
-    VERSION: str
-
     def open_backend(
         self, folder: Path, exported: Exported, *, device: str, precision: str
     ) -> GraphBackend: ...
@@ -64,10 +63,16 @@ def open_export(
     runtimes: list[Runtime] = [exported.runtime]
     if exported.runtime == "onnx":  # both read ONNX graphs
         runtimes.append("openvino")
-    installed = [name for name in runtimes if importlib.util.find_spec(_PACKAGES[name])]
+    installed = [name for name in runtimes if _location(name)]
     if len(installed) < 2:
-        return _open(folder, exported, (installed or runtimes)[0], device, precision)
-    return _fastest(folder, exported, installed, device, precision)
+        return _open(folder, exported, (installed or runtimes)[0], device, precision, test)
+    return _fastest(folder, exported, installed, device, precision, test)
+
+
+def _location(runtime: Runtime) -> str | None:
+    """Return the file of a runtime's package, None if it is not installed."""
+    spec = importlib.util.find_spec(_PACKAGES[runtime])
+    return spec.origin if spec is not None else None  # a folder of that name has none
 
 
 def _open(
@@ -76,10 +81,10 @@ def _open(
     runtime: Runtime,
     device: str,
     precision: str,
-    test: bool = True,
+    test: bool,
 ) -> GraphBackend:
     package = _PACKAGES[runtime]
-    if importlib.util.find_spec(package) is None:
+    if _location(runtime) is None:
         raise UsageError(
             _(
                 'backend "{runtime}" needs {package}, which is not installed: pip install '
@@ -88,36 +93,41 @@ def _open(
                 package=package,
             )
         )
-    module = cast(_Module, importlib.import_module(f"cn_clip.backends.{runtime}"))
+    try:
+        module = cast(_Module, importlib.import_module(f"cn_clip.backends.{runtime}"))
+    except (ImportError, AttributeError, OSError) as error:
+        raise UsageError(
+            _(
+                "{package} is installed but cannot be imported ({error}); install it again",
+                package=package,
+                error=error,
+            )
+        ) from None
     backend = module.open_backend(folder, exported, device=device, precision=precision)
     if test:
-        self_test(
-            folder,
-            exported,
-            backend,
-            _(
-                "{package} {version} on {device}",
-                package=package,
-                version=module.VERSION,
-                device=device,
-            ),
-        )
+        self_test(folder, exported, backend)
     return backend
 
 
 def _fastest(
-    folder: Path, exported: Exported, installed: list[Runtime], device: str, precision: str
+    folder: Path,
+    exported: Exported,
+    installed: list[Runtime],
+    device: str,
+    precision: str,
+    test: bool,
 ) -> GraphBackend:
     """Open the runtime that embeds images fastest; the measurement is kept in the cache folder."""
     record = _record_file(exported, installed, device, precision)
     known = json_object_at(record).get("fastest") if record else None
     if known in installed:
-        return _open(folder, exported, cast(Runtime, known), device, precision)
+        with suppress(CNClipError):  # measured again: it worked before
+            return _open(folder, exported, cast(Runtime, known), device, precision, test)
     backends: dict[Runtime, GraphBackend] = {}
     errors: list[CNClipError] = []
     for name in installed:
         try:
-            backends[name] = _open(folder, exported, name, device, precision)
+            backends[name] = _open(folder, exported, name, device, precision, test)
         except CNClipError as error:  # another one may work
             errors.append(error)
     if not backends:
@@ -125,7 +135,7 @@ def _fastest(
     seconds = _measure(backends, exported)
     fastest = min(seconds, key=lambda name: seconds[name])
     if record is not None:
-        with suppress(OSError):
+        with suppress(OSError, CNClipError):  # a cache that is not writable
             record.parent.mkdir(parents=True, exist_ok=True)
             write_text(record, json.dumps({"fastest": fastest, "seconds": seconds}))
     return backends[fastest]
@@ -147,13 +157,10 @@ def _measure(backends: dict[Runtime, GraphBackend], exported: Exported) -> dict[
 def _record_file(
     exported: Exported, installed: list[Runtime], device: str, precision: str
 ) -> Path | None:
-    versions = [
-        f"{name} {importlib.import_module(f'cn_clip.backends.{name}').VERSION}"
-        for name in installed
-    ]
-    key = [exported.fingerprint, versions, device, precision, platform.node(), os.cpu_count()]
+    packages = [(name, os.stat(_location(name) or "").st_mtime_ns) for name in installed]
+    key = [exported.fingerprint, packages, device, precision, platform.node(), usable_cpus()]
     digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
     try:
         return cache_folder() / "fastest" / f"{digest}.json"
-    except RuntimeError:
+    except UsageError:  # no home folder
         return None

@@ -100,7 +100,7 @@ class GoldenVectors:
 def is_export(path: Path) -> bool:
     """Whether a path is a folder that ``cn-clip export`` wrote."""
     config = path / CONFIG
-    if not path.is_dir() or not config.is_file():
+    if not os.path.isfile(config):
         return False
     values = read_config_json(config)
     return isinstance(values, dict) and str(values.get(FIELD)).startswith("cn-clip export ")
@@ -194,7 +194,8 @@ def read_golden(folder: Path, exported: Exported) -> GoldenVectors:
     values = read_config_json(path)
     size, dim = exported.model.vision.resolution, exported.model.embed_dim
     try:
-        pixels = [_read_pixels(path.parent / _file_name(v["file"])) for v in values["images"]]
+        names = [_file_name(v["file"]) for v in values["images"]]
+        pixels = [_read_pixels(path.parent / name, size) for name in names]
         rows = [v["ids"] for v in values["texts"]]
         ids = np.zeros((len(rows), max(map(len, rows))), np.int64)
         for row, text_ids in zip(ids, rows, strict=True):
@@ -205,7 +206,14 @@ def read_golden(folder: Path, exported: Exported) -> GoldenVectors:
             ids=ids,
             text_embeddings=np.array([v["embedding"] for v in values["texts"]], np.float32),
         )
-    except (KeyError, TypeError, ValueError, OSError, OverflowError) as error:
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        OSError,
+        OverflowError,
+        Image.DecompressionBombError,
+    ) as error:
         raise CheckpointError(
             _("{path} is damaged ({error}); export the model again", path=path, error=error)
         ) from None
@@ -228,16 +236,17 @@ def cached_export(checkpoint: Path, runtime: Runtime, precision: GraphPrecision)
 
     It is another folder once the checkpoint changed.
     """
-    status = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in _files_of(checkpoint)]
+    status = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in _weights_of(checkpoint)]
     key = json.dumps([os.path.realpath(checkpoint), status])
     digest = hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8).hexdigest()
     return cache_folder() / "exports" / f"{checkpoint.stem}-{runtime}-{precision}-{digest}"
 
 
-def _files_of(checkpoint: Path) -> list[Path]:
+def _weights_of(checkpoint: Path) -> list[Path]:
     if not checkpoint.is_dir():
         return [checkpoint]
-    return sorted(path for path in checkpoint.iterdir() if path.is_file())
+    suffixes = (".bin", ".json", ".pt", ".safetensors")
+    return sorted(p for p in checkpoint.iterdir() if p.suffix in suffixes and p.is_file())
 
 
 def _check_sizes(folder: Path, exported: Exported) -> None:
@@ -268,8 +277,10 @@ def _check_sizes(folder: Path, exported: Exported) -> None:
             )
 
 
-def _read_pixels(path: Path) -> npt.NDArray[np.uint8]:
+def _read_pixels(path: Path, size: int) -> npt.NDArray[np.uint8]:
     with Image.open(path, formats=["PNG"]) as image:
+        if image.size != (size, size):
+            raise ValueError(f"{path.name} has {image.width} x {image.height} pixels")
         return np.ascontiguousarray(np.moveaxis(np.asarray(image.convert("RGB")), -1, 0))
 
 

@@ -24,7 +24,13 @@ class GraphBackend:
     """Runs the two graphs of an export; see ``Backend``."""
 
     def __init__(
-        self, exported: Exported, run_image: RunGraph, run_text: RunGraph, precision: str
+        self,
+        exported: Exported,
+        run_image: RunGraph,
+        run_text: RunGraph,
+        *,
+        precision: str,
+        runtime: str,
     ) -> None:
         """Create a backend from two functions.
 
@@ -33,7 +39,9 @@ class GraphBackend:
             run_image: runs the image graph on float32 (B, 3, S, S).
             run_text: runs the text graph on int64 (B, L).
             precision: that the runtime computes in.
+            runtime: name, version and device of the runtime.
         """
+        self.runtime = runtime
         self._exported, self._precision = exported, precision
         self._run_image, self._run_text = run_image, run_text
         mean = np.array(exported.model.image_mean, np.float32)[:, None]

@@ -16,8 +16,6 @@ from cn_clip.errors import CheckpointError, UsageError
 from cn_clip.processes import usable_cpus
 from cn_clip.translation import _
 
-VERSION = ort.__version__
-
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
@@ -62,11 +60,16 @@ def open_backend(
             )
         )
     providers = _providers(device)
+    image, text = (
+        _open(folder / graph.file, providers, must=device != "auto")
+        for graph in (exported.image, exported.text)
+    )
     return GraphBackend(
         exported,
-        _open(folder, exported.image, providers),
-        _open(folder, exported.text, providers),
-        exported.precision,
+        _runner(image, folder, exported.image),
+        _runner(text, folder, exported.text),
+        precision=exported.precision,
+        runtime=f"onnxruntime {ort.__version__} {image.get_providers()} {providers[0]}",
     )
 
 
@@ -91,12 +94,12 @@ def _providers(device: str) -> list[Any]:
     return [(provider, options), *([] if kind == "cpu" else [PROVIDERS["cpu"]])]
 
 
-def _open(folder: Path, graph: Graph, providers: list[Any]) -> RunGraph:
+def _open(path: Path, providers: list[Any], *, must: bool) -> ort.InferenceSession:
+    """Open a graph; without ``must``, the CPU runs it if the first provider cannot start."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = usable_cpus()
     options.enable_mem_pattern = False  # it keeps a memory plan for every input shape
     options.log_severity_level = 3  # errors only
-    path = folder / graph.file
     try:
         session = ort.InferenceSession(path, options, providers=providers)
     except Exception as error:  # the C++ library raises many types
@@ -108,19 +111,26 @@ def _open(folder: Path, graph: Graph, providers: list[Any]) -> RunGraph:
                 error=error,
             )
         ) from None
-    wanted = providers[0][0]
-    if wanted not in session.get_providers():  # it falls back to the CPU with a log line only
+    provider = providers[0][0]
+    if must and provider not in session.get_providers():  # it falls back with a log line only
         raise UsageError(
             _(
-                "ONNX Runtime could not start {wanted}; install its libraries (CUDA, cuDNN), or "
+                "ONNX Runtime could not start {provider}; install its libraries (CUDA, cuDNN), or "
                 'use device="cpu"',
-                wanted=wanted,
+                provider=provider,
             )
         )
+    return session
+
+
+def _runner(session: ort.InferenceSession, folder: Path, graph: Graph) -> RunGraph:
     inputs, outputs = session.get_inputs(), session.get_outputs()
     if [i.name for i in inputs] != [graph.input] or [o.name for o in outputs] != [graph.output]:
         raise CheckpointError(
-            _("{path} is another graph than the export's config describes", path=path)
+            _(
+                "{path} is another graph than the export's config describes",
+                path=folder / graph.file,
+            )
         )
 
     def run(batch: npt.NDArray[Any]) -> Features:

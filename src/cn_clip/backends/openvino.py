@@ -17,8 +17,6 @@ from cn_clip.errors import CheckpointError, UsageError
 from cn_clip.processes import usable_cpus
 from cn_clip.translation import _
 
-VERSION = ov.__version__
-
 _HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 _CAPABILITIES = {"float32": "FP32", "bfloat16": "BF16", "float16": "FP16"}
 
@@ -52,6 +50,8 @@ def open_backend(
             )
         )
     arithmetic = "float32" if precision in ("auto", exported.precision) else precision
+    if exported.precision == "int8":
+        arithmetic = arithmetic.removeprefix("int8+")
     capabilities = core.get_property(target, "OPTIMIZATION_CAPABILITIES")
     if _CAPABILITIES.get(arithmetic) not in capabilities:
         known = ", ".join(name for name, c in _CAPABILITIES.items() if c in capabilities)
@@ -77,7 +77,8 @@ def open_backend(
         exported,
         _open(core, target, options, folder, exported.image),
         _open(core, target, options, folder, exported.text),
-        name,
+        precision=name,
+        runtime=f"openvino {ov.__version__} {core.get_property(target, 'FULL_DEVICE_NAME')}",
     )
 
 

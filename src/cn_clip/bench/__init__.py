@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from cn_clip import __version__
-from cn_clip.backends.exported import cached_export, is_export
+from cn_clip.backends.exported import cached_export, is_export, read_exported
 from cn_clip.backends.pipeline import ImagePreparation
 from cn_clip.bench.floor import NOISE, Floor, measure_floors
 from cn_clip.bench.operations import image_operations, text_operations
@@ -28,7 +28,7 @@ from cn_clip.errors import CNClipError
 from cn_clip.image.decode import read_image
 from cn_clip.processes import usable_cpus
 from cn_clip.sample import embedded_sample
-from cn_clip.tokenizer import Tokenizer
+from cn_clip.tokenizer import Tokenizer, default_tokenizer
 from cn_clip.topk import top_k
 from cn_clip.translation import N_, _
 
@@ -118,8 +118,8 @@ def bench(
     """
     path = locate(model)
     settings = _settings(os.fspath(model), path, batch_size)
-    embedder = load(model, backend=settings[0].backend)
-    floors = measure_floors(embedder.config)
+    config = read_exported(path).model if is_export(path) else load(model).config
+    floors = measure_floors(config)
     loaded, results, skipped = _measure(settings, rounds, tick)
     if not results:
         raise CNClipError(
@@ -129,15 +129,14 @@ def bench(
                 skipped="; ".join(skipped.values()),
             )
         )
-    config = embedder.config
     return BenchResult(
         version=__version__,
-        model=embedder.name,
+        model=config.name,
         processor=processor_name(),
         cpus=usable_cpus(),
         batch_size=batch_size,
         floors=floors,
-        stages=_stages(ImagePreparation(embedder.config), embedder.tokenizer, embedder.dim),
+        stages=_stages(ImagePreparation(config), default_tokenizer(), config.embed_dim),
         backends=[
             _summary(setting, loaded[setting], results[setting], config, floors)
             for setting in results
@@ -175,8 +174,9 @@ def _settings(model: str, path: Path, batch_size: int) -> list[Setting]:
         ]
         exports = [str(folder) for folder in candidates if is_export(folder)]
     for folder in exports:
+        if read_exported(Path(folder)).runtime == "onnx":
+            settings.append(Setting(folder, "onnx", "auto", batch_size))
         settings += [
-            Setting(folder, "onnx", "auto", batch_size),
             Setting(folder, "openvino", "auto", batch_size),
             Setting(folder, "openvino", "bfloat16", batch_size),
         ]
@@ -206,26 +206,24 @@ def _measure(
                 skipped[_title(setting)] = str(answer)
         results: dict[Setting, list[Round]] = {setting: [] for setting in connections}
         for _unused in range(rounds):
-            for setting, connection in connections.items():
-                connection.send(True)
-                answer = _receive(connection)
-                if not isinstance(answer, Round):
-                    raise CNClipError(
-                        _(
-                            "{title} stopped while it was measured: {answer}",
-                            title=_title(setting),
-                            answer=answer,
-                        )
-                    )
-                results[setting].append(answer)
+            for setting in list(results):
+                answer = _receive(connections[setting], send=True)
+                if isinstance(answer, Round):
+                    results[setting].append(answer)
+                else:  # the others go on
+                    skipped[_title(setting)] = str(answer)
+                    del results[setting]
             tick()
     return loaded, results, skipped
 
 
-def _receive(connection: Connection) -> object:
+def _receive(connection: Connection, *, send: bool = False) -> object:
+    """Receive what a worker sends, for ``send`` after a request; or why there is none."""
     try:
+        if send:
+            connection.send(True)
         return connection.recv()
-    except (EOFError, ConnectionResetError):
+    except (EOFError, OSError):
         return _("its process ended; is there enough memory?")
 
 

@@ -14,7 +14,6 @@ import numpy as np
 
 from cn_clip.config import BackendName, Precision
 from cn_clip.embedder import Embedder, load
-from cn_clip.errors import CNClipError
 from cn_clip.processes import end_with_parent
 from cn_clip.sample import embedded_sample
 
@@ -66,13 +65,13 @@ def serve_rounds(setting: Setting, connection: Connection) -> None:
         )
         seconds = time.perf_counter() - start
         run = _round(embedder, setting.batch_size)
-    except (CNClipError, ImportError) as error:
-        connection.send(str(error))
-        return
-    tokens = float(np.mean([len(ids) for ids in embedder.prepare_texts(embedded_sample().texts)]))
-    connection.send(Loaded(embedder.backend.precision, seconds, tokens))
-    while connection.recv() is not None:
-        connection.send(run())
+        lengths = [len(ids) for ids in embedder.prepare_texts(embedded_sample().texts)]
+        connection.send(Loaded(embedder.backend.precision, seconds, float(np.mean(lengths))))
+        while connection.recv() is not None:
+            connection.send(run())
+    except Exception as error:  # of a runtime, of any type: the parent reports it
+        with suppress(OSError):  # the parent is gone
+            connection.send(str(error) or type(error).__name__)
 
 
 def _round(embedder: Embedder, batch_size: int) -> Callable[[], Round]:

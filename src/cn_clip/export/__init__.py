@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Iterable
@@ -22,6 +23,7 @@ from cn_clip.backends.exported import (
     Runtime,
     cached_export,
     hash_file,
+    read_exported,
     write_exported,
 )
 from cn_clip.backends.self_test import golden_deviation
@@ -141,6 +143,7 @@ def export(
             )
     _check_format(to, precision, out)
     runtime: Runtime = "openvino" if to == "openvino" else "onnx"
+    check_packages(runtime, precision)
     path = locate(model)
     if out is None:
         target, overwrite = cached_export(path, runtime, precision), True
@@ -156,6 +159,13 @@ def export(
     calibration = calibration_of(original, images, texts) if precision == "int8" else None
     reference = Reference(original, [*sample.images, *images], [*sample.texts, *texts])
     graphs = graph_names(target.name, precision, official_names)
+    if set(target.name) & set("\\:") and official_names:
+        raise UsageError(
+            _(
+                "{name} cannot name graphs because of its : or \\; give another folder",
+                name=target.name,
+            )
+        )
     with map_write_errors(target), atomic_folder(target, "export") as folder:
         backend = original.backend
         assert isinstance(backend, TorchBackend)
@@ -163,7 +173,8 @@ def export(
         exported = finish_export(
             original, folder, runtime, precision, graphs, calibration, smooth_quant_alpha, to
         )
-        parity = reference.compare(as_embedder(folder, exported, original.config))
+        exported = read_exported(folder)
+        parity = reference.compare(as_embedder(folder, exported, original.config, test=False))
         if not parity.smallest_cosine >= REQUIRED_COSINE[precision]:
             raise CheckpointError(
                 _(
@@ -186,6 +197,21 @@ def export(
         parity=parity,
         never_run=_NEVER_RUN.get(to),
     )
+
+
+def check_packages(runtime: Runtime, precision: GraphPrecision | None) -> None:
+    """Raise a ``UsageError`` if a package is missing that an export needs."""
+    needed = ["onnx", "onnxscript", "onnxruntime"]
+    if runtime == "openvino":
+        needed += ["openvino"] if precision in ("float32", "float16") else ["openvino", "nncf"]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            _(
+                "export needs packages that are missing: pip install {names}",
+                names=" ".join(missing),
+            )
+        )
 
 
 def check_alpha(alpha: float | None, to: Runtime, precision: GraphPrecision | None) -> None:
@@ -279,10 +305,17 @@ def _fingerprint(exported: Exported) -> Fingerprint:
 
 
 def as_embedder(
-    folder: Path, exported: Exported, config: ModelConfig, precision: str = "auto"
+    folder: Path,
+    exported: Exported,
+    config: ModelConfig,
+    precision: str = "auto",
+    *,
+    test: bool = True,
 ) -> Embedder:
     """Open an export in its runtime, on the CPU."""
-    backend = open_export(folder, exported, exported.runtime, device="cpu", precision=precision)
+    backend = open_export(
+        folder, exported, exported.runtime, device="cpu", precision=precision, test=test
+    )
     fingerprint = Fingerprint(exported.fingerprint, exported.derived_from)
     return Embedder(backend, config, fingerprint=lambda: fingerprint)
 

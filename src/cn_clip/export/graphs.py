@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-import onnx
 import torch
 from torch import Tensor, nn
 
@@ -95,6 +94,8 @@ def _write(tower: Tower, path: Path, graph: Graph) -> None:
 
 
 def _check_axes(path: Path, inputs: list[str | int], outputs: list[str | int]) -> None:
+    import onnx  # checked to be installed by export()
+
     graph = onnx.load(path, load_external_data=False).graph
     for value, expected in ((graph.input[0], inputs), (graph.output[0], outputs)):
         axes = [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]

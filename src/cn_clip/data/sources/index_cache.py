@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from cn_clip.cache import VARIABLE, cache_folder
-from cn_clip.errors import CNClipError
+from cn_clip.errors import CNClipError, UsageError
 from cn_clip.publish import atomic_file
 from cn_clip.translation import _
 
@@ -76,7 +76,7 @@ def _cache_roots(failed: list[str]) -> Iterator[Path]:
     given = os.environ.get(VARIABLE)
     try:
         yield cache_folder()
-    except RuntimeError:  # no HOME, and the user has no passwd entry
+    except UsageError:  # no HOME, and the user has no passwd entry
         failed.append(_("the home folder (there is none)"))
     if not given:
         try:
