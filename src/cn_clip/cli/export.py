@@ -85,6 +85,9 @@ def export(
             raise UsageError(
                 _("--max-recall-drop measures onnx or openvino here, not {format}", format=to)
             )
+        from cn_clip.export import check_packages
+
+        check_packages(to, None)
         from cn_clip.export.choose import export_fastest
 
         choice = export_fastest(

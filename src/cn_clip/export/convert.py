@@ -7,7 +7,6 @@ from pathlib import Path
 from cn_clip.backends.exported import Graph, GraphPrecision, Runtime
 from cn_clip.config import ModelConfig
 from cn_clip.export.calibration import Calibration
-from cn_clip.export.precision import to_float16
 
 
 def convert_graphs(
@@ -34,6 +33,8 @@ def convert_graphs(
         assert calibration is not None
         graphs = _to_int8(folder, graphs, runtime, config, calibration, smooth_quant_alpha)
     elif precision == "float16" and runtime == "onnx":
+        from cn_clip.export.precision import to_float16
+
         for graph in graphs:
             to_float16(folder / graph.file)
     if runtime == "openvino":

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
 
 _SMALLEST = 1024  # values; smaller tensors, such as biases, keep their precision
 
@@ -14,9 +16,6 @@ def to_float16(path: Path) -> None:
 
     A ``Cast`` turns each back into float32; runtimes do this once, when they load the graph.
     """
-    import onnx  # checked to be installed by export()
-    from onnx import TensorProto, helper, numpy_helper
-
     model = onnx.load(path)
     graph = model.graph
     casts = []
