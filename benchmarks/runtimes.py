@@ -310,10 +310,10 @@ def print_table(seconds: dict[str, dict[str, list[float]]], folder: Path) -> Non
             f"runs differ by {floor.spread:.0%}"
         )
     items = dict.fromkeys(ROWS, PHOTOS) | {"image batch": BATCH, "texts": TEXTS, "one text": 1}
-    print(f"{'':<24}" + "".join(f"{row + ', ' + unit:>38}" for row, unit in ROWS.items()))
     base = next(name for name in ("official", "transformers", *seconds) if name in seconds)
-    print(f"(x: to {base})")
     reference = seconds[base]
+    print(f"speed in parentheses and cosines: relative to {base}")
+    print(f"{'':<24}" + "".join(f"{row + ', ' + unit:>38}" for row, unit in ROWS.items()))
     for name, rows in seconds.items():
         cells = []
         for row, unit in ROWS.items():
