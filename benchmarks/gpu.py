@@ -3,8 +3,9 @@
     python benchmarks/gpu.py [--dry-run] [--part NAME ...]
 
 Every part runs in a process of its own with a time limit, so that one that fails does not stop the
-others. open_clip and timm are measured beside ours if they are installed. --dry-run runs every part
-with tiny models on the CPU, which shows only that the script works.
+others; the exit code is 1 if any fails. open_clip and timm are measured beside ours if they are
+installed. --dry-run runs every part with tiny models on the CPU, which shows only that the script
+works.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +25,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks")]
 
-LIMITS = {"inference": 100, "step": 150, "processes": 90, "losses": 60, "topk": 30}  # seconds
+LIMITS = {"inference": 100, "step": 150, "processes": 140, "losses": 60, "topk": 30}  # seconds
+PROCESS_LIMIT = 60  # seconds, of each run in "processes"
 LOSS_STEPS = 20
 
 
@@ -139,13 +142,18 @@ def step(device: str, dry: bool) -> dict[str, Any]:
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
         else:
-            result[name] = "no batch fits"
+            result[name] = "failed: no batch fits"
     result["TFLOP/s, matrix product"] = product_tflops(torch.bfloat16, device, dry)
     return result
 
 
 def training_step(
-    device: str, dry: bool, batch: int, compiled: bool = False, precision: str = "bf16"
+    device: str,
+    dry: bool,
+    batch: int,
+    compiled: bool = False,
+    precision: str = "bf16",
+    sharded: bool = False,
 ) -> Callable[[], float]:
     """Return a full step of our training code that returns its loss."""
     import torch
@@ -162,6 +170,8 @@ def training_step(
     model = model_of(config, device)
     set_modes(model)
     model.bert.eval()  # no dropout: the losses of two devices are compared
+    if sharded:
+        shard_alone(model)
     if compiled:
         model.visual.compile(backend=compiler(dry))
         model.bert.compile(backend=compiler(dry))
@@ -197,6 +207,7 @@ def losses(device: str, dry: bool) -> dict[str, Any]:
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
     here = training_step(device, True, 16, precision="fp32")
     cpu = training_step("cpu", True, 16, precision="fp32")
     pairs = [(here(), cpu()) for _ in range(LOSS_STEPS)]
@@ -207,13 +218,15 @@ def losses(device: str, dry: bool) -> dict[str, Any]:
 
 
 def processes(device: str, dry: bool) -> dict[str, Any]:
-    """DDP and FSDP2 in one process: whether a short run of the trainer succeeds."""
+    """A short run of the trainer by torchrun, and steps with FSDP2; one process each.
+
+    The trainer leaves DDP out with one process, and refuses FSDP2: ``fsdp`` has steps of its own.
+    """
     import numpy as np
     from PIL import Image
 
     from cn_clip import weights
 
-    result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         weights.save_folder(model_of(config_of(True), "cpu"), root / "model")
@@ -223,28 +236,85 @@ def processes(device: str, dry: bool) -> dict[str, Any]:
             pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(root / "pairs" / f"{n}.jpg")
             (root / "pairs" / f"{n}.txt").write_text(f"第{n}张图片", encoding="utf-8")
-        for parallel in ("ddp", "fsdp"):
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-            command += [
-                "--nproc-per-node",
-                "1",
-                "-m",
-                "cn_clip",
-                "train",
-                "--recipe",
-                "finetune-muge",
-            ]
-            command += ["--checkpoint", str(root / "model"), "--train-data", f"folder:{root}/pairs"]
-            command += ["--output.folder", str(root / parallel), "--parallel", parallel]
-            command += ["--epochs", "1", "--global-batch-size", "8", "--warmup", "0"]
-            command += ["--device", device] if device == "cpu" else []
-            start = time.perf_counter()
-            done = subprocess.run(command, capture_output=True, text=True, timeout=80)
-            seconds = f"{time.perf_counter() - start:.0f} s"
-            errors = [line for line in done.stderr.splitlines() if line.startswith("cn-clip: ")]
-            reason = errors[-1] if errors else done.stderr[-300:]
-            result[parallel] = seconds if done.returncode == 0 else f"failed: {reason}"
-    return result
+        train = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        train += ["--nproc-per-node", "1", "-m", "cn_clip", "train", "--recipe", "finetune-muge"]
+        train += ["--checkpoint", str(root / "model"), "--train-data", f"folder:{root}/pairs"]
+        train += ["--output.folder", str(root / "run"), "--parallel", "ddp"]
+        train += ["--epochs", "1", "--global-batch-size", "8", "--warmup", "0"]
+        train += ["--device", device] if device == "cpu" else []
+        shard = [sys.executable, __file__, "--here", "fsdp", *(["--dry-run"] if dry else [])]
+        return {"ddp, trainer": outcome(train), "fsdp, steps": outcome(shard)}
+
+
+def outcome(command: list[str]) -> str:
+    """Run a command; return the seconds it took, or why it failed."""
+    start = time.perf_counter()
+    try:
+        done = run_limited(command, PROCESS_LIMIT)
+    except subprocess.TimeoutExpired:
+        return f"failed: stopped after {PROCESS_LIMIT} s"
+    if done.returncode == 0:
+        return f"{time.perf_counter() - start:.0f} s"
+    errors = [line for line in done.stderr.splitlines() if line.startswith("cn-clip: ")]
+    return f"failed: {errors[-1] if errors else done.stderr[-300:]}"
+
+
+def fsdp(device: str, dry: bool) -> dict[str, Any]:
+    """Two steps in float32 with FSDP2 in this process: their losses are those without it."""
+    import torch
+    import torch.distributed as dist
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    plain = training_step(device, True, 16, precision="fp32")
+    sharded = training_step(device, True, 16, precision="fp32", sharded=True)
+    expected, found = ([run() for _ in range(2)] for run in (plain, sharded))
+    difference = max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
+    if not difference < 1e-3:
+        raise SystemExit(f"losses {found} with FSDP2, {expected} without")
+    dist.destroy_process_group()
+    return {"largest relative difference": difference}
+
+
+def shard_alone(model: Any) -> None:
+    """Shard a model with the trainer's function, which refuses to with one process."""
+    from unittest import mock
+
+    from cn_clip.train import parallel
+
+    mesh = parallel.init_device_mesh
+    with (
+        mock.patch.object(parallel.distributed, "world_size", lambda: 2),
+        mock.patch.object(parallel, "init_device_mesh", lambda kind, _shape: mesh(kind, (1,))),
+    ):
+        parallel.shard(model)
+    if not parallel.is_sharded(model):
+        raise SystemExit("FSDP2 sharded nothing")
+
+
+def run_limited(command: list[str], seconds: float) -> subprocess.CompletedProcess[str]:
+    """Run a command in a session of its own, which is killed at the limit with its processes.
+
+    Raises:
+        subprocess.TimeoutExpired: it was.
+    """
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+        start_new_session=True,
+    )
+    try:
+        out, errors = process.communicate(timeout=seconds)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, out, errors)
 
 
 def topk(device: str, dry: bool) -> dict[str, Any]:
@@ -279,38 +349,42 @@ def best_seconds(run: Callable[[], object], device: str, *, least: float = 1.0) 
     return best
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dry-run", action="store_true", help="tiny models on the CPU")
     parser.add_argument("--part", choices=LIMITS, nargs="+", default=list(LIMITS))
-    parser.add_argument("--here", choices=LIMITS, help=argparse.SUPPRESS)
+    parser.add_argument("--here", choices=[*LIMITS, "fsdp"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     device = "cpu" if options.dry_run else "cuda"
     if options.here:
         print(json.dumps(globals()[options.here](device, options.dry_run)))
-        return
-    for part in options.part:
-        command = [sys.executable, __file__, "--here", part]
-        command += ["--dry-run"] if options.dry_run else []
-        environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-        start = time.perf_counter()
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=LIMITS[part], env=environment
-            )
-            lines = done.stdout.strip().splitlines()
-            text = lines[-1] if done.returncode == 0 and lines else done.stderr[-1500:]
-        except subprocess.TimeoutExpired:
-            text = f"stopped after {LIMITS[part]} s"
-        print(f"== {part} ({time.perf_counter() - start:.0f} s)")
-        try:
-            for name, value in json.loads(text).items():
-                print(f"{name}: {value:,.4g}" if isinstance(value, float) else f"{name}: {value}")
-        except ValueError:
-            print(f"failed: {text}")
+        return 0
+    return max([run_part(part, options.dry_run) for part in options.part])
+
+
+def run_part(part: str, dry: bool) -> int:
+    """Run and print a part; return 1 if it or one of its values failed."""
+    command = [sys.executable, __file__, "--here", part, *(["--dry-run"] if dry else [])]
+    start = time.perf_counter()
+    try:
+        done = run_limited(command, LIMITS[part])
+        lines = done.stdout.strip().splitlines()
+        text = lines[-1] if done.returncode == 0 and lines else done.stderr[-1500:]
+    except subprocess.TimeoutExpired:
+        text = f"stopped after {LIMITS[part]} s"
+    print(f"== {part} ({time.perf_counter() - start:.0f} s)")
+    try:
+        values = json.loads(text)
+    except ValueError:
+        print(f"failed: {text}", flush=True)
+        return 1
+    for name, value in values.items():
+        print(f"{name}: {value:,.4g}" if isinstance(value, float) else f"{name}: {value}")
+    sys.stdout.flush()
+    return int(any(str(value).startswith("failed") for value in values.values()))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

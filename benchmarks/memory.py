@@ -2,9 +2,9 @@
 
     python benchmarks/memory.py [--export FOLDER] [--calls 5000]
 
-Each backend runs in a process of its own: `mini`'s text tower on batches of 1 to 70 texts of 1 to 50
-characters, and every tenth call its image tower on 1 to 9 images. The last thousand calls should
-add at most 5 MiB. The first query counts from the start of Python to the first embedding.
+Each backend runs in a process of its own: `mini`'s text tower on batches of 1 to 70 texts of 1 to
+50 characters, and every tenth call its image tower on 1 to 9 images. The last thousand of 5,000
+calls should add at most 5 MiB. The first query counts from the start of Python to the first embedding.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def measure(folder: str, backend: str, calls: int) -> None:
             marks.append(resident_mb())
     growth = " ".join(f"{mark:,.0f}" for mark in marks)
     print(
-        f"{backend}: MiB at the start and after each fifth of {calls:,} calls: {growth}; last fifth "
-        f"{marks[-1] - marks[-2]:+.1f}; {time.perf_counter() - start:.0f} s"
+        f"{backend}: MiB at the start and after each fifth of {calls:,} calls: {growth}; last "
+        f"fifth {marks[-1] - marks[-2]:+.1f}; {time.perf_counter() - start:.0f} s"
     )
 
 

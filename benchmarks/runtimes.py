@@ -3,9 +3,13 @@
     python benchmarks/runtimes.py --peer OTHER/bin/python [--weights FOLDER] [--int8]
 
 The peer is a Python with the official `cn-clip` 1.6.0. FOLDER has `clip_cn_vit-b-16.pt`; without
-it, a file of the same shapes is generated, whose int8 embeddings say nothing about quality. Every
-contestant runs in a process of its own, a round each in turn; medians count. `bare` is the runtime
-alone on the same graph and the same batch. The floor is a matrix product of the model's sizes.
+it, random initial weights are used, whose embeddings say nothing about quality. Every contestant
+runs in a process of its own, a round each in turn; medians count. One that does not start, or dies,
+is reported and dropped. `bare` is the runtime alone on the same graph and the same batch. The floor
+is a matrix product of the model's sizes.
+
+"12-megapixel files" are read by ours with `fast_decode`, which decodes JPEG files at reduced size;
+in the row "exact", without it. The others have no such option and read them alike in both rows.
 """
 
 from __future__ import annotations
@@ -29,7 +33,10 @@ ROWS = {
     "texts": "texts/s",
     "one text": "ms",
     "12-megapixel files": "images/s",
+    "12-megapixel files, exact": "images/s",
 }
+
+EXPORTS = [("onnx", "float32"), ("onnx", "int8"), ("openvino", "int8")]
 
 # name -> backend, precision, and the export that it runs
 OURS = {
@@ -111,6 +118,7 @@ def work(
         "texts": lambda: texts(captions),
         "one text": lambda: texts(captions[:1]),
         "12-megapixel files": files,
+        "12-megapixel files, exact": files,
     }
     return calls, (images(), texts(captions))
 
@@ -122,8 +130,12 @@ def ours(name: str, folder: Path, captions: list[str], photos: list[Path]) -> tu
     embedder = cn_clip.load(
         folder / (export or "clip_cn_vit-b-16.pt"),
         backend=backend,
+        device="cpu",
         precision=precision,
-        fast_decode=True,
+    )
+    # With the same backend: two would share the CPU.
+    fast = cn_clip.Embedder(
+        embedder.backend, embedder.config, fingerprint=embedder._fingerprint, fast_decode=True
     )
     pixels = np.load(folder / "pixels.npy")
 
@@ -135,7 +147,8 @@ def ours(name: str, folder: Path, captions: list[str], photos: list[Path]) -> tu
         "image batch": images,
         "texts": lambda: embedder.embed_texts(captions),
         "one text": lambda: embedder.embed_texts(captions[0]),
-        "12-megapixel files": lambda: embedder.embed_images(photos),
+        "12-megapixel files": lambda: fast.embed_images(photos),
+        "12-megapixel files, exact": lambda: embedder.embed_images(photos),
     }
     return calls, (images(), embedder.embed_texts(captions))
 
@@ -182,24 +195,25 @@ def contest(name: str, folder: Path) -> None:
 
 def prepare(folder: Path, weights: Path | None, int8: bool) -> None:
     """Write weights, exports, captions, photos and pixels."""
-    from core import make_weights
     from PIL import Image
 
     from cn_clip.convert import convert
+    from cn_clip.errors import CNClipError
     from cn_clip.export import export
     from cn_clip.image.decode import normalize, to_pixels
     from cn_clip.sample import embedded_sample
 
     checkpoint = folder / "clip_cn_vit-b-16.pt"
     if weights is None:
-        make_weights(folder)
+        make_weights(checkpoint)
     else:
         checkpoint.symlink_to((weights / checkpoint.name).resolve())
     convert(checkpoint, folder / "hf", "hf")
-    export(checkpoint, folder / "onnx-float32")
-    if int8:
-        export(checkpoint, folder / "onnx-int8", precision="int8")
-        export(checkpoint, folder / "openvino-int8", to="openvino", precision="int8")
+    for runtime, precision in EXPORTS[: 3 if int8 else 1]:
+        try:
+            export(checkpoint, folder / f"{runtime}-{precision}", to=runtime, precision=precision)
+        except CNClipError as error:
+            print(f"{runtime}-{precision}: {error}", file=sys.stderr)
     sample = embedded_sample()
     (folder / "captions.json").write_text(json.dumps(sample.texts[:TEXTS]), "utf-8")
     images = [Image.open(path) for path in sample.images[:BATCH]]
@@ -210,12 +224,31 @@ def prepare(folder: Path, weights: Path | None, int8: bool) -> None:
         large.save(folder / "photos" / f"{number}.jpg", quality=92)
 
 
+def make_weights(checkpoint: Path) -> None:
+    """Write random initial weights. Those of the golden tests lose far more in int8."""
+    import torch
+
+    from cn_clip import weights
+    from cn_clip.config import MODELS
+    from cn_clip.model.clip import CLIP, initialize
+
+    model = CLIP(MODELS["ViT-B-16"])
+    initialize(model, torch.Generator().manual_seed(0))
+    weights.save_official(model, checkpoint)
+
+
+def contestants(options: argparse.Namespace, folder: Path) -> list[str]:
+    """Return the names of all whose export was written."""
+    ours = OURS | (INT8 if options.int8 else {})
+    names = [name for name, (_, _, made) in ours.items() if not made or (folder / made).is_dir()]
+    peers = [*(["official"] if options.peer else []), "transformers"]
+    return [*peers, *names, *(name for name, of in BARE.items() if of in names)]
+
+
 def compare(options: argparse.Namespace, folder: Path) -> None:
     prepare(folder, options.weights, options.int8)
-    names = [*(["official"] if options.peer else []), "transformers", *OURS]
-    names += [*(INT8 if options.int8 else {}), *BARE]
     processes = {}
-    for name in names:
+    for name in contestants(options, folder):
         python = options.peer if name == "official" else sys.executable
         process = subprocess.Popen(
             [python, __file__, "--contest", name, "--folder", str(folder)],
@@ -224,7 +257,7 @@ def compare(options: argparse.Namespace, folder: Path) -> None:
             text=True,
             bufsize=1,
         )
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout is not None
         while (line := process.stdout.readline()) and line != "ready\n":
             pass
         if line:
@@ -233,13 +266,32 @@ def compare(options: argparse.Namespace, folder: Path) -> None:
             print(f"{name}: did not start", file=sys.stderr)
     seconds: dict[str, dict[str, list[float]]] = {name: {} for name in processes}
     for _ in range(options.rounds):
-        for name, process in processes.items():
-            print("round", file=process.stdin, flush=True)
-            for row, value in json.loads(process.stdout.readline()).items():
+        for name, process in [*processes.items()]:
+            times = run_round(process)
+            if times is None:
+                print(f"{name}: died", file=sys.stderr)
+                del processes[name], seconds[name]
+                continue
+            for row, value in times.items():
                 seconds[name].setdefault(row, []).append(value)
     for process in processes.values():
         process.communicate()
+    if not seconds:
+        raise SystemExit("no contestant is left")
     print_table(seconds, folder)
+
+
+def run_round(process: subprocess.Popen[str]) -> dict[str, float] | None:
+    """Return seconds by row of one round, None if the process died."""
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        print("round", file=process.stdin, flush=True)
+        times: dict[str, float] = json.loads(process.stdout.readline())
+        return times
+    except (OSError, ValueError):  # a closed pipe, or an empty line from it
+        process.kill()
+        process.wait()
+        return None
 
 
 def print_table(seconds: dict[str, dict[str, list[float]]], folder: Path) -> None:
@@ -257,26 +309,28 @@ def print_table(seconds: dict[str, dict[str, list[float]]], folder: Path) -> Non
             f"floor {floor.precision}: {floor.gflops:.0f} GFLOP/s, {per_second:.1f} images/s, "
             f"runs differ by {floor.spread:.0%}"
         )
-    items = {"image batch": BATCH, "texts": TEXTS, "one text": 1, "12-megapixel files": PHOTOS}
-    print(f"{'':<24}" + "".join(f"{row + ', ' + unit:>28}" for row, unit in ROWS.items()))
-    reference = seconds.get("official", seconds["transformers"])
+    items = dict.fromkeys(ROWS, PHOTOS) | {"image batch": BATCH, "texts": TEXTS, "one text": 1}
+    base = next(name for name in ("official", "transformers", *seconds) if name in seconds)
+    reference = seconds[base]
+    print(f"speed in parentheses and cosines: relative to {base}")
+    print(f"{'':<24}" + "".join(f"{row + ', ' + unit:>38}" for row, unit in ROWS.items()))
     for name, rows in seconds.items():
         cells = []
         for row, unit in ROWS.items():
             if row not in rows:
-                cells.append(f"{'':>28}")
+                cells.append(f"{'':>38}")
                 continue
             median = float(np.median(rows[row]))
             value = 1000 * median if unit == "ms" else items[row] / median
-            cells.append(f"{value:>18.1f} ({np.median(reference[row]) / median:5.2f}x)")
-        print(f"{name:<24}" + "".join(cells) + _cosines(name, folder))
+            times = f"({np.median(reference[row]) / median:5.2f}x)" if row in reference else ""
+            cells.append(f"{value:>28.1f} {times:>9}")
+        print(f"{name:<24}" + "".join(cells) + _cosines(name, base, folder))
 
 
-def _cosines(name: str, folder: Path) -> str:
-    paths = [folder / "official.npz", folder / "transformers.npz"]
-    reference = np.load(next(path for path in paths if path.exists()))
-    if not (folder / f"{name}.npz").exists():
+def _cosines(name: str, base: str, folder: Path) -> str:
+    if not all((folder / f"{one}.npz").exists() for one in (name, base)):
         return ""
+    reference = np.load(folder / f"{base}.npz")
     contestant = np.load(folder / f"{name}.npz")
     smallest = [
         float((contestant[key].astype(np.float64) * reference[key]).sum(1).min())

@@ -1,5 +1,6 @@
 """int8 exports: small, close to the model, and honest about what was not measured."""
 
+import errno
 import json
 import logging
 import os
@@ -17,10 +18,10 @@ from cn_clip import export as export_module
 from cn_clip import weights
 from cn_clip.backends.exported import read_exported
 from cn_clip.cli import run
-from cn_clip.errors import UsageError
+from cn_clip.errors import CheckpointError, CNClipError, ImageError, UsageError
 from cn_clip.eval.zeroshot import read_templates
 from cn_clip.export import choose, export
-from cn_clip.export.calibration import calibration_of
+from cn_clip.export.int8_inputs import calibration_of
 from cn_clip.export.layers import ConvolutionQuantizer, Layer, float_layers
 from cn_clip.export.parity import Parity
 from cn_clip.export.quantize import _store_in_int8
@@ -163,6 +164,20 @@ def test_stored_weights_are_right_to_half_a_step_of_their_output_channel():
     assert (np.abs(stored - weight) <= half_a_step * 1.001).all()
 
 
+def test_a_layer_kept_in_float32_keeps_its_large_weight():
+    weight = np.random.default_rng(0).normal(size=(128, 128, 1, 1))
+    nodes, values = zip(
+        convolution("first", "x", weight), convolution("second", "first.out", weight), strict=True
+    )
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 128, 1, 1])
+    y = helper.make_tensor_value_info("second.out", TensorProto.FLOAT, [1, 128, 1, 1])
+    model = helper.make_model(helper.make_graph(nodes, "graph", [x], [y], values))
+    _store_in_int8(model, {"first"})
+    types = {w.name.removesuffix(".int8"): w.data_type for w in model.graph.initializer}
+    assert types["first.weight"] == TensorProto.FLOAT
+    assert types["second.weight"] == TensorProto.INT8
+
+
 def test_too_few_calibration_images_are_refused_with_both_numbers(tiny_checkpoint, tmp_path):
     images = [make_image(seed) for seed in range(5)]
     with pytest.raises(UsageError, match="at least 32 images, 5 were given"):
@@ -239,6 +254,100 @@ def test_every_precision_is_tried_and_the_chosen_one_written(
         export(tiny_checkpoint, folder, precision=precision)
         recall = choose.ScoredSet(spec).score(cn_clip.load(folder, backend="onnx"))
         assert measured.drop == pytest.approx(100 * (choice.score - recall))
+
+
+@pytest.fixture
+def refuse(monkeypatch):
+    """Return a function after which exports of these stored precisions fail their self-test."""
+
+    def refuse(*stored):
+        def open_unless_refused(folder, exported, config, precision):
+            if exported.precision in stored:
+                raise CheckpointError(f"{exported.precision} is wrong")
+            return export_module.as_embedder(folder, exported, config, precision)
+
+        monkeypatch.setattr(choose, "as_embedder", open_unless_refused)
+
+    return refuse
+
+
+@pytest.mark.usefixtures("known_graphs")
+def test_drops_are_relative_to_the_original_even_if_float32_is_refused(
+    tiny_checkpoint, photos, tmp_path, refuse
+):
+    refuse("float32")
+    spec = f"csv:{photos / 'captions.csv'}"
+    choice = choose.export_fastest(
+        tiny_checkpoint, tmp_path / "out", dataset=spec, max_recall_drop=100
+    )
+    assert choice.refused == ["float32 is wrong"]
+    assert [trial.precision for trial in choice.trials] == ["float16", "int8"]
+    original = choose.ScoredSet(spec).score(cn_clip.load(tiny_checkpoint, device="cpu"))
+    assert choice.score == pytest.approx(original)
+    exported = read_exported(tmp_path / "out")
+    assert choice.result.fingerprint == exported.fingerprint
+    assert choice.result.precision == exported.precision == choice.chosen.stored
+
+
+@pytest.mark.usefixtures("known_graphs")
+def test_nothing_is_written_or_left_if_every_precision_is_refused(
+    tiny_checkpoint, photos, tmp_path, refuse
+):
+    refuse("float32", "float16", "int8")
+    with pytest.raises(CheckpointError, match="works on this CPU: float32 is wrong"):
+        choose.export_fastest(
+            tiny_checkpoint,
+            tmp_path / "out",
+            dataset=f"csv:{photos / 'captions.csv'}",
+            max_recall_drop=100,
+        )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("known_graphs")
+def test_a_full_disk_is_one_message_and_leaves_nothing(
+    tiny_checkpoint, photos, tmp_path, monkeypatch
+):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(choose, "finish_export", full)
+    with pytest.raises(CNClipError, match=r"could not write .*out: No space left on device"):
+        choose.export_fastest(
+            tiny_checkpoint,
+            tmp_path / "out",
+            dataset=f"csv:{photos / 'captions.csv'}",
+            max_recall_drop=100,
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_chosen_precision_has_the_official_names(tiny_checkpoint, photos, tmp_path, refuse):
+    refuse("float32", "float16")
+    choose.export_fastest(
+        tiny_checkpoint,
+        tmp_path / "out",
+        dataset=f"csv:{photos / 'captions.csv'}",
+        max_recall_drop=100,
+        official_names=True,
+    )
+    names = {f"out.{tower}.int8.onnx{end}" for tower in ("img", "txt") for end in ("", ".data")}
+    assert {path.name for path in (tmp_path / "out").glob("*.onnx*")} == names
+    exported = read_exported(tmp_path / "out")
+    assert exported.image.file == "out.img.int8.onnx" and exported.image.input == "image"
+    assert cn_clip.load(tmp_path / "out", backend="onnx").embed_texts("猫").any()
+
+
+def test_an_unreadable_image_for_calibration_is_named(photos, tmp_path):
+    scored = choose.ScoredSet(f"csv:{photos / 'captions.csv'}")
+    with pytest.raises(ImageError, match=r"missing\.png cannot be read: No such file"):
+        scored.check_unseen([tmp_path / "missing.png"])
+
+
+def test_without_images_for_calibration_the_set_is_not_read(photos, monkeypatch):
+    scored = choose.ScoredSet(f"csv:{photos / 'captions.csv'}")
+    monkeypatch.setattr(scored, "_contents", lambda: pytest.fail("it was read"))
+    scored.check_unseen([])
 
 
 @pytest.mark.usefixtures("known_graphs")

@@ -32,9 +32,9 @@ from cn_clip.config import ModelConfig
 from cn_clip.embedder import Embedder, load, locate
 from cn_clip.errors import CheckpointError, UsageError
 from cn_clip.export import coreml, tensorrt
-from cn_clip.export.calibration import Calibration, calibration_of
 from cn_clip.export.convert import convert_graphs
 from cn_clip.export.graphs import OPSET, write_graphs
+from cn_clip.export.int8_inputs import Calibration, calibration_of
 from cn_clip.export.parity import REQUIRED_COSINE, Parity, Reference
 from cn_clip.fingerprint import Fingerprint, derived
 from cn_clip.image.decode import ImageInput

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cn_clip.backends.exported import Graph, GraphPrecision, Runtime
 from cn_clip.config import ModelConfig
-from cn_clip.export.calibration import Calibration
+from cn_clip.export.int8_inputs import Calibration
 
 
 def convert_graphs(
@@ -59,8 +59,7 @@ def _to_int8(
     """Quantise transformers with the runtime's own quantiser, convolutions with ONNX Runtime's.
 
     For `mini` in OpenVINO, on the stamps of docs/mini.md: with ONNX Runtime's quantiser the mean
-    cosine is 0.997, with NNCF's 0.992 (the same layers in float32), and 2.4 times as many images
-    are embedded per second.
+    cosine is 0.997, with NNCF's 0.992.
     """
     from cn_clip.export.quantize import quantize_convolutions, quantize_matrices
 

@@ -16,7 +16,7 @@ from onnxruntime.quantization import QuantType
 from onnxruntime.quantization.calibrate import create_calibrator
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
-from cn_clip.export.calibration import Batch, evenly, loss
+from cn_clip.export.int8_inputs import Batch, evenly, loss
 from cn_clip.processes import usable_cpus
 
 # They have int8 kernels, and run fused with the convolution before them.

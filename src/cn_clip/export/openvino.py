@@ -13,7 +13,7 @@ from typing import Any
 import openvino as ov
 
 from cn_clip.backends.exported import Graph, GraphPrecision
-from cn_clip.export.calibration import Batch
+from cn_clip.export.int8_inputs import Batch
 from cn_clip.export.quiet import quiet
 
 SMOOTH_QUANT_ALPHA = 0.5  # of the SmoothQuant paper (Xiao et al., 2022, arXiv:2211.10438)

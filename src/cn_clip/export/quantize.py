@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
-from cn_clip.export.calibration import Batch
+from cn_clip.export.int8_inputs import Batch
 from cn_clip.export.layers import ConvolutionQuantizer, float_layers
 from cn_clip.export.precision import save_in_place
 from cn_clip.export.quiet import quiet
@@ -32,7 +32,7 @@ def quantize_convolutions(path: Path, images: Sequence[Batch]) -> None:
         model = quantizer.quantize(
             layer for n, layer in enumerate(quantizer.layers) if n not in kept
         )
-    _store_in_int8(model)
+    _store_in_int8(model, {name for n in kept for name in quantizer.layers[n].nodes})
     save_in_place(model, path)
 
 
@@ -67,17 +67,18 @@ def _mark_prepared(path: Path) -> None:
     onnx.save(model, path)
 
 
-def _store_in_int8(model: onnx.ModelProto) -> None:
+def _store_in_int8(model: onnx.ModelProto, kept: Collection[str] = ()) -> None:
     """Store the remaining large weights of matrices and convolutions in int8, per output channel.
 
-    A ``Cast`` and a ``Mul`` turn each back into float32; runtimes do this once, when they load the
-    graph. (``DequantizeLinear`` would run for every batch.)
+    Nodes named in ``kept`` keep float32. A ``Cast`` and a ``Mul`` turn each other weight back into
+    float32; runtimes do this once, when they load the graph. (``DequantizeLinear`` would run for
+    every batch.)
     """
     graph = model.graph
     axes = {}
     for node in graph.node:
         axis = _output_axis(node)
-        if axis is not None:
+        if axis is not None and node.name not in kept:
             axes[node.input[1]] = axis
     weights = [w for w in graph.initializer if w.name in axes and w.data_type == TensorProto.FLOAT]
     for weight in weights:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from cn_clip.data.sources.open import open_mix
 from cn_clip.embedder import Embedder
-from cn_clip.errors import CNClipError, UsageError
+from cn_clip.errors import CNClipError, ImageError, UsageError
 from cn_clip.eval.dataset import EvalSet, eval_set_of
 from cn_clip.eval.labelled import LABELS, LabelledImages, read_labelled
 from cn_clip.eval.retrieval import measure
@@ -54,10 +54,18 @@ class ScoredSet:
         self.failed = result.failed
         return result.recall.mean_recall
 
-    def check_unseen(self, images: Iterable[Path]) -> None:
-        """Raise a ``UsageError`` if a file for calibration is an image of the set."""
+    def check_unseen(self, images: Sequence[Path]) -> None:
+        """Check that no file for calibration is an image of the set.
+
+        Raises:
+            UsageError: a file is.
+            ImageError: a file cannot be read.
+        """
+        if not images:
+            return
+        given = {path: _digest(_read(path)) for path in images}
         hashes = {_digest(content) for content in self._contents()}
-        both = [path for path in images if _digest(path.read_bytes()) in hashes]
+        both = [path for path, digest in given.items() if digest in hashes]
         if both:
             raise UsageError(
                 _(
@@ -76,6 +84,15 @@ class ScoredSet:
                     yield self._data.images[index].read_bytes()
                 else:
                     yield self._data.image_bytes(index)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageError(
+            _("{name} cannot be read: {reason}", name=path, reason=error.strerror)
+        ) from None
 
 
 def _digest(content: bytes) -> bytes:
