@@ -4,7 +4,7 @@
 
 Each backend runs in a process of its own: `mini`'s text tower on batches of 1 to 70 texts of 1 to
 50 characters, and every tenth call its image tower on 1 to 9 images. The last thousand of 5,000
-calls should add at most 5 MiB. The first query counts from the start of Python to the first embedding.
+calls should add at most 5 MiB. The first query counts from `import cn_clip` to its embedding.
 """
 
 from __future__ import annotations
