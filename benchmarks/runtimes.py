@@ -27,7 +27,8 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-BATCH, TEXTS, PHOTOS = 8, 64, 6
+BATCH, TEXTS, PHOTOS = 8, 47, 24
+MEDIAN = "红色的毛线帽"  # 6 characters, as the mean of real captions
 ROWS = {
     "image batch": "images/s",
     "texts": "texts/s",
@@ -116,7 +117,7 @@ def work(
     calls: Work = {
         "image batch": images,
         "texts": lambda: texts(captions),
-        "one text": lambda: texts(captions[:1]),
+        "one text": lambda: texts([MEDIAN]),
         "12-megapixel files": files,
         "12-megapixel files, exact": files,
     }
@@ -146,7 +147,7 @@ def ours(name: str, folder: Path, captions: list[str], photos: list[Path]) -> tu
     calls: Work = {
         "image batch": images,
         "texts": lambda: embedder.embed_texts(captions),
-        "one text": lambda: embedder.embed_texts(captions[0]),
+        "one text": lambda: embedder.embed_texts(MEDIAN),
         "12-megapixel files": lambda: fast.embed_images(photos),
         "12-megapixel files, exact": lambda: embedder.embed_images(photos),
     }
@@ -215,11 +216,12 @@ def prepare(folder: Path, weights: Path | None, int8: bool) -> None:
         except CNClipError as error:
             print(f"{runtime}-{precision}: {error}", file=sys.stderr)
     sample = embedded_sample()
-    (folder / "captions.json").write_text(json.dumps(sample.texts[:TEXTS]), "utf-8")
+    (folder / "captions.json").write_text(json.dumps(sample.captions[:TEXTS]), "utf-8")
     images = [Image.open(path) for path in sample.images[:BATCH]]
     np.save(folder / "pixels.npy", np.stack([normalize(to_pixels(i, 224)) for i in images]))
     (folder / "photos").mkdir()
-    for number, image in enumerate(images[:PHOTOS]):
+    for number, path in enumerate(sample.images[:PHOTOS]):
+        image = Image.open(path)
         large = image.convert("RGB").resize((4000, 3000))
         large.save(folder / "photos" / f"{number}.jpg", quality=92)
 

@@ -175,3 +175,13 @@ def test_an_openai_clip_is_refused(tmp_path, capsys):
     source_path = str(GOLDEN / "towers" / "openai_vit.pt")
     assert run(["convert", source_path, str(tmp_path / "out"), "--to", "hf"]) == 1
     assert "is not a Chinese-CLIP checkpoint" in capsys.readouterr().err
+
+
+def test_the_number_of_threads_is_the_same_afterwards(tiny_checkpoint, tmp_path):
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        convert(tiny_checkpoint, tmp_path / "out", "safetensors", dtype="float16")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -102,6 +103,7 @@ def convert(
     source_dtype = model.dtype
     with (
         weights.describe_write_errors(out),
+        _one_thread_less(),
         ThreadPoolExecutor(1) as worker,  # run the model while the disk writes
         atomic_file(out) if to == "official" else atomic_folder(out, "convert") as target,
     ):
@@ -166,12 +168,20 @@ def _is_own_official(path: Path) -> bool:
 def _run(model: CLIP) -> tuple[np.ndarray, np.ndarray]:
     embedder = Embedder.from_model(model)
     photo = files("cn_clip").joinpath("assets", "probe.jpg").read_bytes()
+    return embedder.embed_images([photo]), embedder.embed_texts(_TEXTS)
+
+
+@contextmanager
+def _one_thread_less() -> Iterator[None]:
+    """Leave a core to the thread that writes.
+
+    Torch threads without a core make the others spin, which is several times slower than running
+    with one thread less.
+    """
     threads = torch.get_num_threads()
-    # Leave a core to the thread that writes: torch threads without a core make the others spin,
-    # which is several times slower than running with one thread less.
     torch.set_num_threads(max(1, threads - 1))
     try:
-        return embedder.embed_images([photo]), embedder.embed_texts(_TEXTS)
+        yield
     finally:
         torch.set_num_threads(threads)
 

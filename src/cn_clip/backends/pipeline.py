@@ -19,6 +19,7 @@ from cn_clip.errors import ImageError
 from cn_clip.image.decode import MAX_PIXELS, ImageInput, read_image, read_pixels
 from cn_clip.translation import _
 
+_MAX_PADDING = 4  # tokens; fewer are not worth a batch of their own
 _MAX_COPIED_PIXELS = 1 << 22  # a larger PIL image is prepared at once instead of copied
 
 PreparedImage = npt.NDArray[np.uint8]  # (3, S, S)
@@ -109,14 +110,17 @@ def batches_by_length(
 ) -> Iterator[tuple[list[int], int]]:
     """Yield (indexes, padded length) of batches of texts, the longest texts first.
 
-    A batch has at most ``max_rows`` texts and ``max_tokens`` tokens, padding included.
+    A batch has at most ``max_rows`` texts and ``max_tokens`` tokens, padding included. No text is
+    padded by more than a quarter of the longest, or ``_MAX_PADDING`` tokens.
     """
     by_length = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
     while by_length:
         longest = lengths[by_length[0]]
         count = max(1, min(max_rows, max_tokens // longest))
-        yield by_length[:count], longest
-        by_length = by_length[count:]
+        shortest = longest - max(_MAX_PADDING, longest // 4)
+        batch = [i for i in by_length[:count] if lengths[i] >= shortest]
+        yield batch, longest
+        by_length = by_length[len(batch) :]
 
 
 def unit_length(features: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
