@@ -208,7 +208,8 @@ def large(scratch: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    from cn_clip.data.sources.tar import Sample, write_shard
+    from cn_clip.data.shard import write_shard
+    from cn_clip.data.sources.tar import Sample
 
     columns: dict[str, list[str]] = {"image": [], "text": []}
     writer = None

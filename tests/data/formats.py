@@ -13,7 +13,8 @@ import pyarrow
 import pyarrow.parquet
 from PIL import Image
 
-from cn_clip.data.sources.tar import Sample, write_shard
+from cn_clip.data.shard import write_shard
+from cn_clip.data.sources.tar import Sample
 
 # (image_id, text_id, text): ids with leading zeros, a text with a tab, a comma and quotes.
 PAIRS = [

@@ -24,11 +24,12 @@ from cn_clip.data.captions import digest as digest_of
 from cn_clip.data.curate.grouping import RowGroups, first_equal, group_rows
 from cn_clip.data.encode import UNCHANGED, Encoding, encode_image
 from cn_clip.data.process_map import Progress, chunked, no_progress, parallel_map
+from cn_clip.data.shard import write_shard
 from cn_clip.data.sources.base import Row, Source, located
 from cn_clip.data.sources.lmdb import write_lmdb
 from cn_clip.data.sources.official import write_tsv
 from cn_clip.data.sources.open import id_digest
-from cn_clip.data.sources.tar import Sample, write_shard
+from cn_clip.data.sources.tar import Sample
 from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.outputs import (
     atomic_folder,

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from cn_clip.model.clip import CLIP, MAX_LOGIT_SCALE
 from cn_clip.train.model.freeze import match_names
-from cn_clip.train.recipe.checks import parse_lr_multiplier
+from cn_clip.train.recipe.consistency import parse_lr_multiplier
 from cn_clip.train.recipe.schema import Optimizer
 
 # Weight decay skips parameters with these substrings in their names, as in the official training.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 import posixpath
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -48,7 +47,7 @@ class Tar:
     by their names up to the first dot, as in WebDataset: ``KEY.img.jpg`` and ``KEY.cap.txt``.
 
     The text is ``KEY.txt``, or else ``caption`` or ``text`` in the JSON. A list ``texts`` in the
-    JSON, as ``write_shard`` writes it, makes one pair per text. The ids are those in the JSON, or
+    JSON, as ``data.shard`` writes it, makes one pair per text. The ids are those in the JSON, or
     else the key.
     """
 
@@ -142,24 +141,6 @@ class Sample:
     image_id: str
     texts: list[tuple[str, str]]
     """(text_id, text)"""
-
-
-def write_shard(path: Path, samples: Iterable[Sample]) -> None:
-    """Write a tar that WebDataset can read; the same samples give the same bytes."""
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
-        for number, sample in enumerate(samples):
-            values: dict[str, Any] = {"image_id": sample.image_id}
-            texts = [{"text_id": text_id, "text": text} for text_id, text in sample.texts]
-            values |= {"texts": texts} if len(texts) > 1 else texts[0]
-            members = {
-                sample.suffix: sample.image,
-                ".txt": sample.texts[0][1].encode(),
-                ".json": json.dumps(values, ensure_ascii=False).encode(),
-            }
-            for suffix, content in members.items():
-                info = tarfile.TarInfo(f"{number:08}{suffix}")
-                info.size = len(content)
-                archive.addfile(info, io.BytesIO(content))
 
 
 _Span = tuple[int, int]  # offset and size
@@ -404,7 +385,7 @@ def _json(content: bytes) -> Any:
 
 
 def _texts(values: Any) -> Sequence[dict[str, str]]:
-    """Return the list of texts that ``write_shard`` puts into the JSON; empty otherwise."""
+    """Return the list of texts that ``data.shard`` puts into the JSON; empty otherwise."""
     try:
         texts: Sequence[dict[str, str]] = values["texts"]
         return texts if all(isinstance(t["text"] + t["text_id"], str) for t in texts) else ()

@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from cn_clip.errors import UnknownNameError, UsageError
 from cn_clip.text import path_text
-from cn_clip.train.recipe.checks import check_recipe
+from cn_clip.train.recipe.consistency import check_recipe
 from cn_clip.train.recipe.renamed import refuse_renamed
 from cn_clip.train.recipe.schema import VERSION, Recipe, nested_class, type_text
 from cn_clip.translation import _

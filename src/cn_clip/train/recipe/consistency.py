@@ -1,4 +1,4 @@
-"""Checks of a recipe: values out of range and combinations that could only fail later."""
+"""Consistency of a recipe: values out of range, and combinations that could only fail later."""
 
 from __future__ import annotations
 
