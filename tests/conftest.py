@@ -147,3 +147,9 @@ def tiny_export(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp("tiny") / "export"
     export(tiny_checkpoint, folder)
     return folder
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave tests/export to test_exports.py, which runs it alone, unless pytest is given a path."""
+    whole_suite = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    return True if whole_suite and collection_path == Path(__file__).parent / "export" else None
