@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from cn_clip.errors import UsageError
+from cn_clip.errors import CNClipError, UsageError
+from cn_clip.publish import write_text
 from cn_clip.translation import _
 
 VARIABLE = "CN_CLIP_CACHE"
@@ -28,3 +34,25 @@ def cache_folder() -> Path:
                 variable=VARIABLE,
             )
         ) from None
+
+
+def record_path(kind: str, key: Sequence[Any]) -> Path | None:
+    """Return the file of a result that is kept for a key of JSON values; None without a cache.
+
+    Args:
+        kind: the subfolder.
+        key: everything that the result depends on.
+    """
+    digest = hashlib.blake2b(json.dumps(key).encode(errors="surrogateescape"), digest_size=16)
+    try:
+        return cache_folder() / kind / f"{digest.hexdigest()}.json"
+    except UsageError:  # no home folder
+        return None
+
+
+def keep_record(path: Path | None, values: Mapping[str, Any]) -> None:
+    """Write a result to its file, if the cache folder is writable."""
+    if path is not None:
+        with suppress(OSError, CNClipError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps(values))

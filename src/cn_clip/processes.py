@@ -72,6 +72,14 @@ def usable_cpus() -> int:
     return max(1, count)
 
 
+def cpu_info(*fields: str) -> list[str]:
+    """Return the distinct lines of /proc/cpuinfo that start with a field; none without the file."""
+    with suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        return sorted({line for line in text.splitlines() if line.startswith(fields)})
+    return []
+
+
 def received_signal() -> int:
     """Return the first signal that ``raise_on_signals`` received, or 0."""
     return _signals.first

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
-import json
 import os
 import platform
 import time
@@ -18,11 +16,10 @@ import numpy as np
 from cn_clip.backends.exported import Exported, Runtime
 from cn_clip.backends.graph import GraphBackend
 from cn_clip.backends.self_test import self_test
-from cn_clip.cache import cache_folder
+from cn_clip.cache import keep_record, record_path
 from cn_clip.errors import CNClipError, UsageError
 from cn_clip.outputs import json_object_at
 from cn_clip.processes import usable_cpus
-from cn_clip.publish import write_text
 from cn_clip.translation import _
 
 _PACKAGES: dict[Runtime, str] = {"onnx": "onnxruntime", "openvino": "openvino"}
@@ -134,10 +131,7 @@ def _fastest(
         raise errors[0]
     seconds = _measure(backends, exported)
     fastest = min(seconds, key=lambda name: seconds[name])
-    if record is not None:
-        with suppress(OSError, CNClipError):  # a cache that is not writable
-            record.parent.mkdir(parents=True, exist_ok=True)
-            write_text(record, json.dumps({"fastest": fastest, "seconds": seconds}))
+    keep_record(record, {"fastest": fastest, "seconds": seconds})
     return backends[fastest]
 
 
@@ -159,8 +153,4 @@ def _record_file(
 ) -> Path | None:
     packages = [(name, os.stat(_location(name) or "").st_mtime_ns) for name in installed]
     key = [exported.fingerprint, packages, device, precision, platform.node(), usable_cpus()]
-    digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
-    try:
-        return cache_folder() / "fastest" / f"{digest}.json"
-    except UsageError:  # no home folder
-        return None
+    return record_path("fastest", key)

@@ -6,11 +6,8 @@ without VNNI (onnxruntime#14642) and was wrong on AMX (onnxruntime#26324).
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import platform
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +24,9 @@ from cn_clip.backends.exported import (
 )
 from cn_clip.backends.graph import GraphBackend
 from cn_clip.backends.pipeline import unit_length
-from cn_clip.cache import cache_folder
-from cn_clip.errors import CheckpointError, CNClipError, UsageError
-from cn_clip.publish import write_text
+from cn_clip.cache import keep_record, record_path
+from cn_clip.errors import CheckpointError
+from cn_clip.processes import cpu_info
 from cn_clip.translation import _
 
 # Largest 1 - cosine to the float32 original that rounding in a precision explains.
@@ -73,10 +70,7 @@ def self_test(folder: Path, exported: Exported, backend: GraphBackend) -> None:
                     limit=1 - limit,
                 )
             )
-    if passed is not None:
-        with suppress(OSError, CNClipError):  # a cache that is not writable
-            passed.parent.mkdir(parents=True, exist_ok=True)
-            write_text(passed, json.dumps({"image": measured.image, "text": measured.text}))
+    keep_record(passed, {"image": measured.image, "text": measured.text})
 
 
 def golden_deviation(folder: Path, exported: Exported, backend: Backend) -> Deviation:
@@ -118,18 +112,6 @@ def _result_file(folder: Path, exported: Exported, backend: GraphBackend) -> Pat
     files = [(name, (folder / name).stat().st_mtime_ns) for name in sorted(exported.files)]
     config = hash_file(folder / CONFIG).sha256
     key = [os.path.realpath(folder), files, config, backend.precision, backend.runtime]
-    key += [__version__, platform.node(), _processor()]
-    digest = hashlib.blake2b(json.dumps(key).encode(errors="surrogateescape"), digest_size=16)
-    try:
-        return cache_folder() / "self-test" / f"{digest.hexdigest()}.json"
-    except UsageError:
-        return None
-
-
-def _processor() -> str:
-    """Return the CPU's name and features."""
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        found = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
-        return "\n".join(sorted(set(found)))
-    return f"{platform.machine()} {platform.processor()}"
+    key += [__version__, platform.node(), platform.machine(), platform.processor()]
+    key += cpu_info("model name", "flags", "Features")
+    return record_path("self-test", key)

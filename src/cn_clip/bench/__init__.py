@@ -8,7 +8,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,7 +26,7 @@ from cn_clip.config import ModelConfig
 from cn_clip.embedder import load, locate
 from cn_clip.errors import CNClipError
 from cn_clip.image.decode import read_image
-from cn_clip.processes import usable_cpus
+from cn_clip.processes import cpu_info, usable_cpus
 from cn_clip.sample import embedded_sample
 from cn_clip.tokenizer import Tokenizer, default_tokenizer
 from cn_clip.topk import top_k
@@ -147,12 +147,8 @@ def bench(
 
 def processor_name() -> str:
     """Return the CPU's name."""
-    with suppress(OSError):
-        for line in (
-            Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        ):
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+    for line in cpu_info("model name"):
+        return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
 
 
