@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import cached_property
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, cast, get_args
@@ -65,6 +66,7 @@ class Embedder:
         config: the model's architecture and preprocessing.
         tokenizer: counts truncated texts in ``Tokenizer.truncated``.
         batch_size: images per batch.
+        fast_decode, max_pixels: how images are decoded.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class Embedder:
         self.backend, self.config = backend, config
         self.tokenizer = tokenizer or default_tokenizer()
         self.batch_size = batch_size
+        self.fast_decode, self.max_pixels = fast_decode, max_pixels
         self.prepare_image: Callable[[ImageInput], PreparedImage] = ImagePreparation(
             config, fast_decode, max_pixels
         )
@@ -351,6 +354,20 @@ def locate(
     if hub.is_repository(reference) and not os.path.exists(reference):
         return hub.locate(reference, download_root=download_root)
     return _existing_path(reference)
+
+
+def exported_model(name_or_path: str | os.PathLike[str]) -> Path | None:
+    """Return the float32 export of a checkpoint in the cache folder, which starts without torch.
+
+    None if there is none, or ONNX Runtime is not installed. Arguments and errors as ``load``.
+    """
+    if find_spec("onnxruntime") is None:
+        return None
+    path = locate(name_or_path)
+    if is_export(path):
+        return None
+    export = cached_export(path, "onnx", "float32")
+    return export if is_export(export) else None
 
 
 def _cached_export(path: Path, model: str, backend: str, precision: str) -> Path:

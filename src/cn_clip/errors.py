@@ -58,6 +58,10 @@ class DataError(CNClipError, ValueError):
     """A dataset is unreadable, or one of its rows is invalid."""
 
 
+class LibraryError(CNClipError, RuntimeError):
+    """A search library is damaged, of another model, or being written by another process."""
+
+
 class TrainingError(CNClipError, RuntimeError):
     """Training cannot continue: the loss is NaN or infinite, or the model does not learn."""
 

@@ -32,7 +32,9 @@ from cn_clip.cli.empty import refuse_empty
 from cn_clip.cli.eval import eval_app
 from cn_clip.cli.export import export
 from cn_clip.cli.help import TranslatedHelp
+from cn_clip.cli.index import index
 from cn_clip.cli.models import models
+from cn_clip.cli.search import search
 from cn_clip.cli.train import train
 from cn_clip.errors import CNClipError, UsageError, one_line
 from cn_clip.processes import Interrupted, received_signal
@@ -50,6 +52,8 @@ app.command(classify)
 app.command(embed)
 app.command(convert)
 app.command(export)
+app.command(index)
+app.command(search)
 app.command(data)
 app.command(train)
 app.command(eval_app)

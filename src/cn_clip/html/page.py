@@ -104,6 +104,7 @@ def thumbnail(content: bytes) -> bytes:
     return stream.getvalue()
 
 
-def data_uri(jpeg: bytes) -> str:
-    """Return a JPEG as a data: URI."""
-    return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
+def data_uri(content: bytes) -> str:
+    """Return a JPEG or WebP file as a data: URI."""
+    kind = "webp" if content.startswith(b"RIFF") else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

@@ -97,14 +97,34 @@ def read_pixels(
     The aspect ratio is not kept. Concurrent threads use at most ``MAX_DECODED`` bytes in total:
     large images are decoded one at a time. Otherwise as ``read_image``.
     """
+    with decoded_image(
+        source,
+        max_pixels=max_pixels,
+        fast_decode=size if fast_decode else None,
+        background=background,
+    ) as image:
+        return to_pixels(image, size)
+
+
+@contextmanager
+def decoded_image(
+    source: ImageInput,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    fast_decode: int | None = None,
+    background: str | None = None,
+) -> Iterator[Image.Image]:
+    """Yield the image of ``read_image``, within the memory that all threads may use to decode.
+
+    Errors of Pillow in the body are an ``ImageError`` too.
+    """
     name = describe(source)
     image = _open_image(source, name)
     _check_size(image, name, max_pixels)
-    fast = size if fast_decode else None
     with _BUDGET.reserved(decoding_bytes(image)):
-        decoded = _decoded(image, source, name, fast, background)
+        decoded = _decoded(image, source, name, fast_decode, background)
         with _map_decode_errors(name):
-            return to_pixels(decoded, size)
+            yield decoded
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:

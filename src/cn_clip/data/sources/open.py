@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, quote
 
 from cn_clip.data.captions import digest
 from cn_clip.data.sources.base import Row, Source
@@ -148,6 +148,21 @@ def paths_of(uri: str) -> list[Path]:
         *_expand(path),
         *(path for path in named if not is_within(here, Path(os.path.realpath(path)))),
     ]
+
+
+def absolute_uri(uri: str) -> str:
+    """Return a source URI that names the same source from any folder.
+
+    Raises:
+        UsageError: the URI is invalid.
+    """
+    kind, path, options = _parse_uri(uri)
+    for option in ("texts", "root"):
+        if option in options:
+            options[option] = os.path.abspath(as_path(options[option]))
+    query = "&".join(f"{name}={quote(value)}" for name, value in options.items())
+    absolute = os.path.join(os.getcwd(), os.path.expanduser(path))
+    return f"{kind}:{absolute}" + (f"?{query}" if query else "")
 
 
 def _weight_of(uri: str) -> tuple[str, str]:

@@ -1,0 +1,187 @@
+"""``cn-clip index``: add folders and sources of images to a library."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from cn_clip.cli.library_options import DEFAULT, LibraryLoading
+from cn_clip.cli.show import Flag, console, print_json, print_some, progress
+from cn_clip.text import path_text
+from cn_clip.translation import _
+
+if TYPE_CHECKING:
+    from cn_clip.search.indexing import Progress
+    from cn_clip.search.migration import Migration
+    from cn_clip.search.updating import Update
+
+Globs = Annotated[tuple[str, ...], Parameter(negative=(), show_default=False)]
+
+
+def index(
+    *sources: str,
+    library: str = "default",
+    include: Globs = (),
+    exclude: Globs = (),
+    hidden: Flag = False,
+    no_thumbnails: Flag = False,
+    watch: Flag = False,
+    drop_old: Flag = False,
+    without_unreadable: Flag = False,
+    loading: LibraryLoading = DEFAULT,
+    json: Flag = False,
+) -> int:
+    """Add images to a library, and bring it up to date.
+
+    Only new and changed files are read; moved files and copies are not embedded again. Files that
+    are gone are hidden, and shown again when they return. After an interruption, the same command
+    resumes. Unreadable images are listed; the exit code is then 1.
+
+    With another --model than before, all images are embedded again. Until that is done, searches
+    use the old embeddings.
+
+    Parameters
+    ----------
+    sources
+        Folders (searched recursively), or sources of image-text pairs: KIND:PATH with KIND csv,
+        jsonl, parquet, tsv, lmdb, tar or folder. Without any, all that were indexed before.
+    library
+        A name, or the path of a folder.
+    include
+        Glob of files to index, such as *.jpg or 2024/*; repeat for several.
+    exclude
+        Glob of files or folders to skip; repeat for several.
+    hidden
+        Include files and folders whose names begin with a dot.
+    no_thumbnails
+        Make no thumbnails.
+    watch
+        Go on, and index changes of the folders as they happen, until Ctrl-C.
+    drop_old
+        Delete the embeddings of the old model after a change of --model.
+    without_unreadable
+        Change to another --model even if some images cannot be read now; these are not shown.
+    json
+        Print JSON instead of sentences.
+    """
+    from cn_clip.search.places import library_path
+    from cn_clip.search.updating import open_for_update, roots_to_update, update
+    from cn_clip.search.watching import changes_of, check_watchfiles
+
+    if watch:
+        check_watchfiles()
+    code = 0
+    with open_for_update(library_path(library), sources) as folder:
+        roots = roots_to_update(
+            folder, sources, include=include, exclude=exclude, hidden=hidden
+        )
+
+        def run() -> int:
+            with folder.writing("index"), _Bars() as bars:
+                done = update(
+                    folder,
+                    roots,
+                    loading.load_named,
+                    model=loading.model,
+                    thumbnails=not no_thumbnails,
+                    keep_old=not drop_old,
+                    without_unreadable=without_unreadable,
+                    on_progress=bars.show_progress,
+                    on_migration=bars.show_migration,
+                )
+            _print(path_text(folder.path), done, json=json)
+            failed = done.progress.failed or done.progress.unreadable
+            return 1 if failed or _is_unfinished(done) else 0
+
+        code = run()
+        if watch:
+            for _unused in changes_of(roots):
+                code = run() or code
+    return code
+
+
+class _Bars:
+    """Progress of an index run on stderr."""
+
+    def __init__(self) -> None:
+        self._progress = progress()
+        self._task = self._progress.add_task(_("listing files"), total=None)
+
+    def __enter__(self) -> _Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_unused: object) -> None:
+        self._progress.stop()
+
+    def show_progress(self, state: Progress) -> None:
+        if state.total is None:
+            self._progress.update(self._task, description=_("listing files"))
+            return
+        self._progress.update(
+            self._task,
+            total=state.total,
+            completed=state.done,
+            description=_("indexing, {rate:,.0f} per second", rate=state.rate),
+        )
+
+    def show_migration(self, state: Migration) -> None:
+        self._progress.update(
+            self._task,
+            total=state.total,
+            completed=state.done,
+            description=_("embedding with the new model"),
+        )
+
+
+def _is_unfinished(done: Update) -> bool:
+    return done.migration is not None and not done.migration.switched
+
+
+def _print(library: str, done: Update, *, json: bool) -> None:
+    state, migration = done.progress, done.migration
+    failed = [f"{path}: {reason}" if path not in reason else reason for path, reason in state.failed]
+    print_some([*state.unreadable, *failed], _("--json lists all"))
+    if migration is not None and not migration.switched:
+        print_some(migration.unreadable, _("--json lists all"))
+        print(
+            _(
+                "cn-clip: {count:,} images cannot be read now, so searches still use the old "
+                "model; connect their disk and run the same command again, or give "
+                "--without-unreadable",
+                count=len(migration.unreadable),
+            ),
+            file=sys.stderr,
+        )
+    if json:
+        values: dict[str, Any] = {"library": library, "model": done.model}
+        values |= asdict(state) | {"rate": round(state.rate, 1)}
+        values["failed"] = [{"path": path, "error": reason} for path, reason in state.failed]
+        values["migration"] = None if migration is None else asdict(migration)
+        print_json(values)
+        return
+    parts = [
+        _("{count:,} new", count=state.new),
+        _("{count:,} changed", count=state.changed),
+        _("{count:,} unchanged", count=state.unchanged),
+    ]
+    optional = {
+        _("{count:,} deleted", count=state.deleted): state.deleted,
+        _("{count:,} returned", count=state.returned): state.returned,
+        _("{count:,} unreadable as before", count=state.known_failures): state.known_failures,
+        _("{count:,} unreadable", count=len(state.failed)): len(state.failed),
+    }
+    parts += [part for part, count in optional.items() if count]
+    console().print(
+        _(
+            "{library}: {counts}; {embedded:,} images embedded in {seconds:,.1f} s",
+            library=library,
+            counts=", ".join(parts),
+            embedded=state.embedded,
+            seconds=state.seconds,
+        ),
+        markup=False,
+    )

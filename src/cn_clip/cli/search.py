@@ -1,0 +1,178 @@
+"""``cn-clip search``: find images of a library by text or image."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+from rich.table import Table
+from rich.text import Text
+
+from cn_clip.cli.library_options import DEFAULT, LibraryLoading
+from cn_clip.cli.show import Flag, console, print_json
+from cn_clip.errors import UsageError
+from cn_clip.translation import _
+
+if TYPE_CHECKING:
+    from cn_clip.search.hit import Hit
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?", re.IGNORECASE)
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+Images = Annotated[tuple[str, ...], Parameter(negative=(), show_default=False)]
+Ids = Annotated[tuple[int, ...], Parameter(negative=(), show_default=False)]
+
+
+def search(
+    *query: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    library: str = "default",
+    image: Images = (),
+    like: Ids = (),
+    top: int = 10,
+    folder: str | None = None,
+    after: str | None = None,
+    before: str | None = None,
+    min_side: int | None = None,
+    min_size: str | None = None,
+    max_size: str | None = None,
+    caption: str | None = None,
+    text: str | None = None,
+    out: str | None = None,
+    open: Flag = False,
+    loading: LibraryLoading = DEFAULT,
+    json: Flag = False,
+) -> int:
+    """Find images in a library by a description, an image, or both.
+
+    Prints the best images with their probability and cosine, and "nothing here matches" if the
+    best is below the threshold. Exit code 0 either way.
+
+    Parameters
+    ----------
+    query
+        A description such as 海边的日落; or terms with signs and weights: "2:猫" -室内
+    library
+        A name, or the path of a folder.
+    image
+        An image to resemble; repeat for several. May be combined with a description.
+    like
+        Id of an image in the library to resemble, from an earlier search.
+    top
+        Number of results.
+    folder
+        Only images in this folder, or below.
+    after
+        Only images taken on this day or later: 2024, 2024-05 or 2024-05-01.
+    before
+        Only images taken on this day or earlier.
+    min_side
+        Only images whose shorter side has at least this many pixels.
+    min_size
+        Only files of at least this size: 500k, 2M.
+    max_size
+        Only files of at most this size.
+    caption
+        Only images with these words in the caption.
+    text
+        Only images with these words in the text recognised in them.
+    out
+        Write the results as an HTML page with thumbnails.
+    open
+        Open this page in the browser.
+    json
+        Print JSON instead of a table.
+    """
+    from cn_clip import search as searching
+    from cn_clip.html.page import claim_page
+    from cn_clip.search.sheet import temporary_sheet, write_sheet
+
+    page = None if out is None else claim_page(out, "search", option="--out")
+    filters = searching.Filters(
+        folder=folder,
+        after=after,
+        before=before,
+        min_side=min_side,
+        min_bytes=_bytes(min_size, "--min-size"),
+        max_bytes=_bytes(max_size, "--max-size"),
+        caption=caption,
+        text=text,
+    )
+    words = " ".join(query)
+    with searching.open(
+        library,
+        model=loading.model,
+        backend=loading.backend,
+        device=loading.device,
+        precision=loading.precision,
+    ) as opened:
+        hits = opened.search(words, images=image, like=like, k=top, filters=filters)
+        if page is None and open:
+            page = temporary_sheet()
+        if page is not None:
+            write_sheet(opened, words, hits, page)
+    if open and page is not None:
+        import webbrowser
+
+        webbrowser.open(page.resolve().as_uri())
+    if json:
+        print_json(
+            {
+                "query": words,
+                "library": os.fspath(opened.folder.path),
+                "images": len(opened),
+                "nothing_matches": not any(hit.matches for hit in hits),
+                "hits": [hit.to_dict() for hit in hits],
+            }
+        )
+        return 0
+    _print(hits)
+    if out is not None:
+        print(_("written: {out}", out=out))
+    return 0
+
+
+def _print(hits: list[Hit]) -> None:
+    out = console()
+    if not any(hit.matches for hit in hits):
+        text = _("nothing here matches") if not hits else _("nothing here matches; the nearest are")
+        out.print(text)
+    if not hits:
+        return
+    table = Table(box=None, pad_edge=False, show_header=True)
+    for name in (_("match"), _("cosine"), _("id")):
+        table.add_column(name, justify="right")
+    table.add_column(_("image"), overflow="fold")
+    for hit in hits:
+        probability = "" if hit.probability is None else f"{hit.probability:.0%}"
+        reason = Text("")
+        if hit.why != ("image",):
+            reason = Text("  " + ", ".join(hit.why), style="cyan")
+        path = Text(hit.path, style=f"link {_uri(hit.path)}" if sys.stdout.isatty() else "")
+        table.add_row(
+            probability,
+            f"{hit.cosine:.3f}",
+            str(hit.id),
+            path + reason,
+            style="" if hit.matches else "dim",
+        )
+    out.print(table)
+
+
+def _uri(path: str) -> str:
+    from pathlib import Path
+
+    return Path(path).as_uri() if os.path.isabs(path) else path
+
+
+def _bytes(given: str | None, option: str) -> int | None:
+    if given is None:
+        return None
+    match = _SIZE.fullmatch(given.strip())
+    if match is None:
+        raise UsageError(
+            _("{option} is {given!r}; give bytes, 500k or 2M", option=option, given=given)
+        )
+    return int(float(match[1]) * _UNITS[match[2].lower()])

@@ -1,0 +1,3 @@
+"""stub"""
+Confidence = object
+def confidence_for(*a): return None

@@ -1,0 +1,57 @@
+"""A result of a search."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """An image that was found.
+
+    Attributes:
+        id: of the image in its library.
+        path: of its file, absolute; for an image from a source such as ``tar:``, the URI of the
+            source, ``#`` and the image id. A path that is not UTF-8 has its bytes percent-encoded.
+        cosine: between query and image.
+        probability: of a match; None without a calibration or estimate.
+        matches: whether the cosine is above the threshold for "something matches"; True without
+            one.
+        why: what matched: ``"image"``, ``"text"`` (in the image), ``"caption"``.
+        caption: from the source, or None.
+        text: recognised in the image, or None.
+        copies: paths of other files with the same content.
+        width, height: in pixels, upright.
+        taken: EXIF date such as ``2024-05-01T12:00:00``, or None.
+    """
+
+    id: int
+    path: str
+    cosine: float
+    width: int
+    height: int
+    probability: float | None = None
+    matches: bool = True
+    why: tuple[str, ...] = ("image",)
+    caption: str | None = None
+    text: str | None = None
+    taken: str | None = None
+    copies: tuple[str, ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values for JSON."""
+        return {
+            "id": self.id,
+            "path": self.path,
+            "cosine": round(self.cosine, 6),
+            "probability": None if self.probability is None else round(self.probability, 6),
+            "matches": self.matches,
+            "why": list(self.why),
+            "caption": self.caption,
+            "text": self.text,
+            "taken": self.taken,
+            "width": self.width,
+            "height": self.height,
+            "copies": list(self.copies),
+        }

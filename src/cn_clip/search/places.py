@@ -1,0 +1,104 @@
+"""Where libraries are: by name in one folder, or by path."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from cn_clip.errors import LibraryError, UsageError
+from cn_clip.files import as_path
+from cn_clip.format_version import FIELD, Format
+from cn_clip.outputs import json_object_at
+from cn_clip.text import path_text
+from cn_clip.translation import _
+
+DEFAULT = "default"
+VARIABLE = "CN_CLIP_LIBRARIES"
+ABOUT = "library.json"
+LIBRARY = Format("library", 1)
+
+_NAME = re.compile(r"[\w][\w.-]*")
+
+
+def libraries_folder() -> Path:
+    """Return ``$CN_CLIP_LIBRARIES``, by default ``~/.local/share/cn_clip/libraries``.
+
+    Raises:
+        UsageError: the home folder is unknown.
+    """
+    data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    given = os.environ.get(VARIABLE) or os.path.join(data, "cn_clip", "libraries")
+    try:
+        return Path(given).expanduser()
+    except RuntimeError:
+        raise UsageError(
+            _(
+                "the home folder of {path} is unknown; set {variable} to a folder",
+                path=given,
+                variable=VARIABLE,
+            )
+        ) from None
+
+
+def library_path(name_or_path: str | os.PathLike[str] = DEFAULT) -> Path:
+    """Return the folder of a library; it may not exist.
+
+    A name such as ``photos`` is a folder in ``libraries_folder()``; anything with a separator, or
+    an existing library in the current folder, is a path.
+
+    Raises:
+        UsageError: it is neither a name nor a path.
+    """
+    path = as_path(name_or_path)
+    text = os.fspath(name_or_path)
+    if os.sep in text or "/" in text or text.startswith(("~", ".")) or is_library(path):
+        return path
+    if not _NAME.fullmatch(text):
+        raise UsageError(
+            _(
+                "{name!r} is not a name of a library; give letters and digits, or a path such as "
+                "./{name}",
+                name=text,
+            )
+        )
+    return libraries_folder() / text
+
+
+def is_library(path: Path) -> bool:
+    """Return whether a folder is a library, of any version."""
+    return str(json_object_at(path / ABOUT).get(FIELD, "")).startswith(f"cn-clip {LIBRARY.name} ")
+
+
+def check_library(path: Path) -> None:
+    """Check that a folder is a library of this version.
+
+    Raises:
+        LibraryError: it is none, or of a newer version.
+    """
+    if not path.exists():
+        raise LibraryError(
+            _(
+                "there is no library {library}; make one with: cn-clip index FOLDER --library "
+                "{library}",
+                library=path_text(path),
+            )
+        )
+    about = json_object_at(path / ABOUT)
+    if FIELD not in about:
+        raise LibraryError(
+            _(
+                "{library} is not a library: it has no {file}; give the folder of one",
+                library=path_text(path),
+                file=ABOUT,
+            )
+        )
+    LIBRARY.check(about[FIELD], path_text(path / ABOUT), LibraryError, _("make a new library"))
+
+
+def named_libraries() -> list[Path]:
+    """Return the libraries in ``libraries_folder()``, by name."""
+    folder = libraries_folder()
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if is_library(path))

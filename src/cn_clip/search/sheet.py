@@ -1,0 +1,40 @@
+"""Results of a search as one HTML page, thumbnails included."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from cn_clip.errors import CNClipError
+from cn_clip.html.page import write_page
+from cn_clip.image.decode import read_file
+from cn_clip.search.hit import Hit
+from cn_clip.search.images import thumbnail_of
+from cn_clip.search.library import Library
+from cn_clip.translation import _
+
+
+def write_sheet(library: Library, query: str, hits: Sequence[Hit], path: Path) -> None:
+    """Write the page."""
+    write_page(
+        path,
+        "search/sheet.html",
+        query or _("Similar images"),
+        "search",
+        hits=[(hit, thumbnail_of(library.folder, hit.id), _link(hit)) for hit in hits],
+        matches=any(hit.matches for hit in hits),
+        count=len(library),
+    )
+
+
+def temporary_sheet() -> Path:
+    """Return the path of a new page in the folder of temporary files, for a browser to open."""
+    handle, name = tempfile.mkstemp(".html", "cn-clip-search-")
+    os.close(handle)
+    return Path(name)
+
+
+def _link(hit: Hit) -> str | None:
+    return Path(hit.path).as_uri() if os.path.isabs(hit.path) else None

@@ -1,0 +1,163 @@
+"""One run of ``cn-clip index``: the library created, its model loaded, its images brought up to
+date, and embedded again if the model is another."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cn_clip.embedder import Embedder
+from cn_clip.errors import UsageError
+from cn_clip.search.folder import LibraryFolder, create
+from cn_clip.search.indexing import Progress, index
+from cn_clip.search.library_model import check_same, load_for, same_origin
+from cn_clip.search.migration import Migration, migrate
+from cn_clip.search.places import is_library
+from cn_clip.search.roots import Root, parse_root
+from cn_clip.text import path_text
+from cn_clip.translation import _
+
+_DEFAULT_MODEL = "mini"
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What a run did: its counts, and those of the migration if the model is another."""
+
+    model: str
+    progress: Progress
+    migration: Migration | None
+
+
+def open_for_update(path: Path, sources: Sequence[str]) -> LibraryFolder:
+    """Open a library for writing; create it if it is new.
+
+    Raises:
+        UsageError: it is new, and no source is given; or the folder holds other files.
+    """
+    if not is_library(path):
+        if not sources:
+            raise UsageError(
+                _(
+                    "there is no library {library}; give the folders to index: cn-clip index "
+                    "PHOTOS",
+                    library=path_text(path),
+                )
+            )
+        create(path)
+    return LibraryFolder(path, writable=True)
+
+
+def roots_to_update(
+    library: LibraryFolder,
+    sources: Sequence[str],
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    hidden: bool = False,
+) -> list[Root]:
+    """Return the roots to index: those given, else all of the library.
+
+    A folder that was indexed before keeps its globs, unless others are given.
+
+    Raises:
+        UsageError: a root is invalid, is the library itself, or lies in another root.
+    """
+    stored = {
+        bytes(location): Root(kind, bytes(location), json.loads(inc), json.loads(exc), bool(hid))
+        for kind, location, inc, exc, hid in library.query(
+            "SELECT kind, location, include, exclude, hidden FROM roots ORDER BY id"
+        )
+    }
+    if not sources:
+        if not stored:
+            raise UsageError(
+                _(
+                    "{library} has no folders yet; give some: cn-clip index PHOTOS",
+                    library=path_text(library.path),
+                )
+            )
+        return list(stored.values())
+    given = []
+    for source in sources:
+        root = parse_root(source, include=include, exclude=exclude, hidden=hidden)
+        if not (include or exclude or hidden):
+            root = stored.get(root.location, root)
+        given.append(root)
+    _check_nesting([*stored.values(), *given])
+    return list({root.location: root for root in given}.values())
+
+
+def update(
+    library: LibraryFolder,
+    roots: Sequence[Root],
+    load: Callable[[str], Embedder],
+    *,
+    model: str | None = None,
+    thumbnails: bool = True,
+    keep_old: bool = True,
+    without_unreadable: bool = False,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_migration: Callable[[Migration], None] = lambda migration: None,
+) -> Update:
+    """Bring a library up to date. Its writer's lock must be held.
+
+    Args:
+        library: opened for writing.
+        roots: from ``roots_to_update``.
+        load: loads a model by name.
+        model: by default that of the library.
+        thumbnails: whether to make them.
+        keep_old, without_unreadable: as in ``migrate``.
+        on_progress, on_migration: called after each commit.
+
+    Raises:
+        LibraryError: the stored vectors do not fit the model.
+    """
+    active = library.active_model()
+    name = model or (active.name if active else _DEFAULT_MODEL)
+    embedder = load_for(library, active) if active and model is None else load(name)
+    migration = None
+    if active is not None:
+        if same_origin(active, embedder):
+            check_same(library, active, embedder)
+        else:
+            migration = migrate(
+                library,
+                embedder,
+                name,
+                keep_old=keep_old,
+                without_unreadable=without_unreadable,
+                on_progress=on_migration,
+            )
+            if not migration.switched:
+                return Update(name, Progress(), migration)
+    progress = index(
+        library, roots, embedder, name, thumbnails=thumbnails, on_progress=on_progress
+    )
+    return Update(name, progress, migration)
+
+
+def _check_nesting(roots: Sequence[Root]) -> None:
+    """Refuse folders inside other folders: their images would be counted twice."""
+    folders = {root.location for root in roots if root.kind == "folder"}
+    for inner in sorted(folders):
+        outer = next((above for above in _above(inner) if above in folders), None)
+        if outer is not None:
+            raise UsageError(
+                _(
+                    "{inner} is inside {outer}, which is indexed too; name one of them, or use "
+                    "another library",
+                    inner=path_text(os.fsdecode(inner)),
+                    outer=path_text(os.fsdecode(outer)),
+                )
+            )
+
+
+def _above(path: bytes) -> Iterator[bytes]:
+    while (above := os.path.dirname(path)) != path:
+        yield above
+        path = above
