@@ -75,9 +75,7 @@ def index(
         check_watchfiles()
     code = 0
     with open_for_update(library_path(library), sources) as folder:
-        roots = roots_to_update(
-            folder, sources, include=include, exclude=exclude, hidden=hidden
-        )
+        roots = roots_to_update(folder, sources, include=include, exclude=exclude, hidden=hidden)
 
         def run() -> int:
             with folder.writing("index"), _Bars() as bars:
@@ -143,7 +141,9 @@ def _is_unfinished(done: Update) -> bool:
 
 def _print(library: str, done: Update, *, json: bool) -> None:
     state, migration = done.progress, done.migration
-    failed = [f"{path}: {reason}" if path not in reason else reason for path, reason in state.failed]
+    failed = [
+        f"{path}: {reason}" if path not in reason else reason for path, reason in state.failed
+    ]
     print_some([*state.unreadable, *failed], _("--json lists all"))
     if migration is not None and not migration.switched:
         print_some(migration.unreadable, _("--json lists all"))

@@ -1,3 +1,7 @@
 """stub"""
+
 Confidence = object
-def confidence_for(*a): return None
+
+
+def confidence_for(*a):
+    return None

@@ -14,10 +14,10 @@ from cn_clip.config import BackendName, Precision
 from cn_clip.embedder import Embedder
 from cn_clip.errors import UsageError
 from cn_clip.image.decode import ImageInput
-from cn_clip.search.confidence import Confidence, confidence_for
+from cn_clip.search.confidence import Confidence
 from cn_clip.search.filters import Filters, allowed_images
-from cn_clip.search.hit import Hit
 from cn_clip.search.folder import CACHE, LibraryFolder, Snapshot, StoredModel
+from cn_clip.search.hit import Hit
 from cn_clip.search.library_model import load_for
 from cn_clip.search.places import DEFAULT, library_path
 from cn_clip.search.query import Query, embed_query, parse_query
@@ -150,13 +150,13 @@ class Library:
     def _vectors_of(self, snapshot: Snapshot, ids: Sequence[int]) -> npt.NDArray[np.float32]:
         for image in ids:
             if not 1 <= image <= len(snapshot.vectors) or not snapshot.vectors[image - 1].any():
-                raise UsageError(_("the library has no image {image}; see the ids of a search", image=image))  # noqa: E501
+                raise UsageError(
+                    _("the library has no image {image}; see the ids of a search", image=image)
+                )
         rows = np.array(ids, np.int64) - 1
         return snapshot.vectors[rows].astype(np.float32)
 
-    def _allowed(
-        self, snapshot: Snapshot, filters: Filters | None
-    ) -> npt.NDArray[np.bool_] | None:
+    def _allowed(self, snapshot: Snapshot, filters: Filters | None) -> npt.NDArray[np.bool_] | None:
         if not filters:
             return snapshot.searchable
         ids = allowed_images(self.folder.database.connection, filters)

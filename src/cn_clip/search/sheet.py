@@ -7,9 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from cn_clip.errors import CNClipError
 from cn_clip.html.page import write_page
-from cn_clip.image.decode import read_file
 from cn_clip.search.hit import Hit
 from cn_clip.search.images import thumbnail_of
 from cn_clip.search.library import Library

@@ -1,6 +1,10 @@
 """stub"""
+
 import numpy as np
+
 from cn_clip.topk import TopK, top_k
+
+
 def search_vectors(vectors, queries, k, *, allowed=None, cache=None):
     rows = np.arange(len(vectors)) if allowed is None else np.flatnonzero(allowed)
     if not len(rows):
