@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
@@ -86,10 +88,8 @@ def search(
         Print JSON instead of a table.
     """
     from cn_clip import search as searching
-    from cn_clip.html.page import claim_page
-    from cn_clip.search.sheet import temporary_sheet, write_sheet
 
-    page = None if out is None else claim_page(out, "search", option="--out")
+    page = _claimed_page(out, open=open)
     filters = searching.Filters(
         folder=folder,
         after=after,
@@ -109,9 +109,9 @@ def search(
         precision=loading.precision,
     ) as opened:
         hits = opened.search(words, images=image, like=like, k=top, filters=filters)
-        if page is None and open:
-            page = temporary_sheet()
         if page is not None:
+            from cn_clip.search.sheet import write_sheet
+
             write_sheet(opened, words, hits, page)
     if open and page is not None:
         import webbrowser
@@ -132,6 +132,19 @@ def search(
     if out is not None:
         print(_("written: {out}", out=out))
     return 0
+
+
+def _claimed_page(out: str | None, *, open: bool) -> Path | None:
+    """Return the page to write: OUT, a temporary one to open, or none."""
+    if out is None and not open:
+        return None
+    from cn_clip.html.page import claim_page  # 0.1 s, for pages alone
+
+    if out is not None:
+        return claim_page(out, "search", option="--out")
+    handle, name = tempfile.mkstemp(".html", "cn-clip-search-")
+    os.close(handle)
+    return Path(name)
 
 
 def _print(hits: list[Hit]) -> None:
@@ -162,8 +175,6 @@ def _print(hits: list[Hit]) -> None:
 
 
 def _uri(path: str) -> str:
-    from pathlib import Path
-
     return Path(path).as_uri() if os.path.isabs(path) else path
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,13 +24,6 @@ def write_sheet(library: Library, query: str, hits: Sequence[Hit], path: Path) -
         matches=any(hit.matches for hit in hits),
         count=len(library),
     )
-
-
-def temporary_sheet() -> Path:
-    """Return the path of a new page in the folder of temporary files, for a browser to open."""
-    handle, name = tempfile.mkstemp(".html", "cn-clip-search-")
-    os.close(handle)
-    return Path(name)
 
 
 def _link(hit: Hit) -> str | None:
