@@ -1,0 +1,202 @@
+"""Text in images, recognised by RapidOCR, whose package carries the PP-OCR models; offline."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from cn_clip.errors import ImageError, UsageError
+from cn_clip.image.decode import ImageInput, describe, read_image
+from cn_clip.translation import _
+
+MAX_SIDE = 1280  # pixels of the longer side of what the detector sees; larger images are reduced
+MAX_TILES = 8  # of a long screenshot
+_TILE_RATIO = 2.5  # longer side to shorter side, above which an image is cut into tiles
+_OVERLAP = 0.1  # of a tile, so that a line at a border is whole in one of two
+_MIN_SIDE = 8  # pixels: nothing is legible below
+
+_DETECTOR = "PP-OCRv6_det_small.onnx"
+_RECOGNISER = "PP-OCRv6_rec_small.onnx"
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A recognised line of text.
+
+    ``score`` is the mean probability of its characters, 0 to 1. ``box`` are its corners (x, y) in
+    pixels of the image, clockwise from the top left of the text, which may be rotated.
+    """
+
+    text: str
+    score: float
+    box: tuple[tuple[float, float], ...]
+
+
+class TextReader:
+    """Reads Chinese, Latin and Japanese text and digits in images. Thread-safe.
+
+    The models are loaded once, 31 MB; ``recognize`` may run in several threads at once, each with
+    ``threads`` threads of ONNX Runtime.
+
+    Attributes:
+        name: packages and models, for the stamp of stored texts: with another one, texts differ.
+    """
+
+    def __init__(self, *, threads: int = 1, min_score: float = 0.5) -> None:
+        """Load the models.
+
+        Args:
+            threads: of one call of ``recognize``.
+            min_score: lines with a lower score are dropped.
+
+        Raises:
+            UsageError: RapidOCR or ONNX Runtime is not installed, or does not load.
+        """
+        self._engine, version = _load(threads, min_score)
+        self.name = f"rapidocr {version} {Path(_RECOGNISER).stem}"
+
+    def recognize(self, image: ImageInput) -> list[Line]:
+        """Return the lines of text of an image, from top to bottom and left to right.
+
+        Images above ``MAX_SIDE`` pixels are reduced; long screenshots are read in tiles. An image
+        without text has no lines.
+
+        Args:
+            image: a PIL image, or anything that ``cn_clip.image.decode.read_image`` reads.
+
+        Raises:
+            ImageError: the image is unreadable.
+        """
+        decoded = read_image(image, background="white").convert("RGB")
+        lines: list[Line] = []
+        for left, top, tile in _tiles(decoded):
+            for line in self._recognize_tile(tile, describe(image)):
+                box = tuple((x + left, y + top) for x, y in line.box)
+                moved = Line(line.text, line.score, box)
+                if not any(_same(moved, other) for other in lines):
+                    lines.append(moved)
+        return lines
+
+    def _recognize_tile(self, image: Image.Image, name: str) -> list[Line]:
+        pixels, scale = _reduced(image)
+        if min(pixels.shape[:2]) < _MIN_SIDE:
+            return []
+        try:
+            result = self._engine(pixels)
+        except MemoryError:
+            raise ImageError(
+                _("{name} needs more memory than available; make it smaller first", name=name)
+            ) from None
+        # Pixels of a file reach a third-party pipeline here, which documents no exceptions.
+        except Exception as error:
+            reason = str(error).strip().rpartition("\n")[2] or type(error).__name__
+            raise ImageError(
+                _("the text in {name} cannot be read ({reason})", name=name, reason=reason)
+            ) from error
+        if getattr(result, "txts", None) is None or getattr(result, "boxes", None) is None:
+            return []
+        return [
+            Line(text, float(score), tuple((float(x) / scale, float(y) / scale) for x, y in box))
+            for text, score, box in zip(result.txts, result.scores, result.boxes, strict=True)
+        ]
+
+
+def _load(threads: int, min_score: float) -> tuple[Any, str]:
+    """Return RapidOCR's engine and version."""
+    try:
+        rapidocr = importlib.import_module("rapidocr")
+        opencv = importlib.import_module("cv2")
+        importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise UsageError(
+            _(
+                "text in images needs {package}: pip install rapidocr onnxruntime",
+                package=error.name or "rapidocr",
+            )
+        ) from None
+    models = Path(rapidocr.__file__).parent / "models"
+    params = {
+        # Paths, because RapidOCR downloads a model that is missing or changed.
+        "Det.model_path": str(models / _DETECTOR),
+        "Rec.model_path": str(models / _RECOGNISER),
+        "Det.limit_type": "max",  # "min" enlarges small images
+        "Det.limit_side_len": MAX_SIDE,
+        "Global.max_side_len": MAX_SIDE,
+        "Global.use_cls": False,  # lines that are upside down
+        "Global.text_score": min_score,
+        "Global.log_level": "critical",
+        "EngineConfig.onnxruntime.intra_op_num_threads": threads,
+        "EngineConfig.onnxruntime.inter_op_num_threads": 1,
+    }
+    try:
+        engine = rapidocr.RapidOCR(params=params)
+        blank = np.full((48, 96, 3), 255, np.uint8)
+        engine(blank, use_det=False)  # models are loaded on first use; the setting stays
+        engine(blank, use_det=True)
+        version = importlib.import_module("importlib.metadata").version("rapidocr")
+    # A third-party package, possibly damaged or of another version, is started here.
+    except Exception as error:
+        reason = str(error).strip().rpartition("\n")[2] or type(error).__name__
+        raise UsageError(
+            _(
+                "rapidocr does not start ({reason}); install it again: pip install -U rapidocr "
+                "onnxruntime",
+                reason=reason,
+            )
+        ) from error
+    opencv.setNumThreads(threads)
+    logging.getLogger("RapidOCR").setLevel(logging.CRITICAL)
+    return engine, version
+
+
+def _reduced(image: Image.Image) -> tuple[npt.NDArray[np.uint8], float]:
+    """Return BGR pixels (H, W, 3) of at most MAX_SIDE on a side, and the factor of the sides."""
+    scale = min(1.0, MAX_SIDE / max(image.size))
+    if scale < 1:
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
+    return np.ascontiguousarray(np.asarray(image)[:, :, ::-1]), scale
+
+
+def _tiles(image: Image.Image) -> Iterator[tuple[int, int, Image.Image]]:
+    """Yield left, top and pixels of the tiles of an image; one, unless it is long and large."""
+    longer, shorter = max(image.size), max(1, min(image.size))
+    if longer <= MAX_SIDE or longer <= _TILE_RATIO * shorter:
+        yield 0, 0, image
+        return
+    wanted = math.ceil(longer / max(MAX_SIDE, _TILE_RATIO * shorter) / (1 - _OVERLAP))
+    count = max(1, min(MAX_TILES, wanted))
+    length = math.ceil(longer / (count - (count - 1) * _OVERLAP))
+    for number in range(count):
+        start = min(round(number * length * (1 - _OVERLAP)), longer - length)
+        start = max(0, start)
+        if image.height >= image.width:
+            yield 0, start, image.crop((0, start, image.width, min(longer, start + length)))
+        else:
+            yield start, 0, image.crop((start, 0, min(longer, start + length), image.height))
+
+
+def _same(line: Line, other: Line) -> bool:
+    """Return whether two lines are one, seen in two tiles that overlap."""
+    if line.text not in other.text and other.text not in line.text:
+        return False
+    (x, y), (other_x, other_y) = _centre(line), _centre(other)
+    height = max(abs(line.box[0][1] - line.box[-1][1]), 1.0)
+    return abs(y - other_y) < height and abs(x - other_x) < max(height, _width(other))
+
+
+def _centre(line: Line) -> tuple[float, float]:
+    return sum(x for x, _y in line.box) / len(line.box), sum(y for _x, y in line.box) / len(line.box)
+
+
+def _width(line: Line) -> float:
+    return abs(line.box[1][0] - line.box[0][0])
