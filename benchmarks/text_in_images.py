@@ -162,8 +162,12 @@ def place(photo: Image.Image, board: Image.Image, rng: random.Random) -> Image.I
 
 
 def board_of(
-    text: str, small: list[str], font: ImageFont.FreeTypeFont, little: ImageFont.FreeTypeFont,
-    vertical: bool, rng: random.Random,
+    text: str,
+    small: list[str],
+    font: ImageFont.FreeTypeFont,
+    little: ImageFont.FreeTypeFont,
+    vertical: bool,
+    rng: random.Random,
 ) -> Image.Image:
     ground, ink = colours(rng)
     size = round(font.size)
@@ -189,7 +193,9 @@ def screenshot(
 ) -> Image.Image:
     size = font.size
     dark = rng.random() < 0.3
-    page = Image.new("RGB", (round(22 * size), round(rng.uniform(24, 40) * size)), "#111" if dark else "#ededed")
+    page = Image.new(
+        "RGB", (round(22 * size), round(rng.uniform(24, 40) * size)), "#111" if dark else "#ededed"
+    )
     pen = ImageDraw.Draw(page)
     y = 2 * size
     for n, line in enumerate(rng.sample([text, *small], 1 + len(small))):
@@ -225,7 +231,10 @@ def draw(
         ground = opened.convert("RGB")
     ground.thumbnail((640, 640))
     templates = SMALL_PRINT.get(kind, ())
-    small = [t.format(rng.randint(100, 900), rng.randint(0, 59)) for t in rng.sample(templates, min(len(templates), rng.randint(0, 2)))]
+    small = [
+        t.format(rng.randint(100, 900), rng.randint(0, 59))
+        for t in rng.sample(templates, min(len(templates), rng.randint(0, 2)))
+    ]
     vertical = kind in ("sign", "packaging") and rng.random() < 0.15
     if vertical:
         small = []
@@ -307,19 +316,25 @@ def main() -> None:
 
     cpu = next(iter(cpu_info("model name")), platform.machine()).split(":")[-1].strip()
     print(f"{cpu}; {reader.name}, {options.threads} threads; {options.model}; seed {options.seed}")
-    print(f"{len(stamps)} stamps, {len(drawn)} images with text, {len(fonts)} fonts, {len(photos)} photos")
+    print(
+        f"{len(stamps)} stamps, {len(drawn)} images with text, {len(fonts)} fonts, {len(photos)} photos"
+    )
     print(
         f"OCR: stamps {len(stamps) / sum(seconds[: len(stamps)]):.1f} images/s, with text "
         f"{len(drawn) / sum(seconds[len(stamps) :]):.1f} images/s; text in "
         f"{sum(map(bool, recognised[: len(stamps)]))} of the stamps"
     )
     errors = [
-        character_errors(d.text, " ".join(r)) for d, r in zip(drawn, recognised[len(stamps) :], strict=True)
+        character_errors(d.text, " ".join(r))
+        for d, r in zip(drawn, recognised[len(stamps) :], strict=True)
     ]
     show_errors(drawn, errors)
     if options.save:
         rows = zip(drawn, recognised[len(stamps) :], strict=True)
-        lines = [json.dumps({"text": d.text, "recognised": "\n".join(r)}, ensure_ascii=False) for d, r in rows]
+        lines = [
+            json.dumps({"text": d.text, "recognised": "\n".join(r)}, ensure_ascii=False)
+            for d, r in rows
+        ]
         options.save.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     captions = list(dict.fromkeys(caption for _, caption in pairs))
@@ -327,14 +342,20 @@ def main() -> None:
     parts = [part_of(d.text, rng) for d in drawn]
     described = [rng.choice(SENTENCES).format(d.text) for d in drawn]
     by_text = [
-        [{len(stamps) + n for n, text in enumerate(contains) if fold(query) in text} for query in some]
+        [
+            {len(stamps) + n for n, text in enumerate(contains) if fold(query) in text}
+            for query in some
+        ]
         for some in ([d.text for d in drawn], parts)
     ]
     groups = {
         "text": ([d.text for d in drawn], by_text[0]),
         "part": (parts, by_text[1]),
         "described": (described, by_text[0]),
-        "text-free": (captions, [{n for n, (_, c) in enumerate(pairs) if c == caption} for caption in captions]),
+        "text-free": (
+            captions,
+            [{n for n, (_, c) in enumerate(pairs) if c == caption} for caption in captions],
+        ),
     }
     index = TextIndex(recognised)
     result: dict[str, dict[str, list[float]]] = {}
@@ -344,14 +365,22 @@ def main() -> None:
         for query, row in zip(queries, cosines, strict=True):
             order = np.argsort(-row, kind="stable")
             alone.append(order.tolist())
-            fused.append([hit.id for hit in fuse(order, row[order], index.search(query), logit_scale=embedder.logit_scale)])
+            fused.append(
+                [
+                    hit.id
+                    for hit in fuse(
+                        order, row[order], index.search(query), logit_scale=embedder.logit_scale
+                    )
+                ]
+            )
         before, after = recalls(alone, positives), recalls(fused, positives)
         result[name] = {}
         for k in before:
             gain = paired_interval(after[k], before[k])
             result[name][k] = [before[k].mean(), after[k].mean(), gain.low, gain.high]
         cells = "   ".join(
-            f"{k} {v[0]:5.1f} -> {v[1]:5.1f} [{v[2]:+.1f}, {v[3]:+.1f}]" for k, v in result[name].items()
+            f"{k} {v[0]:5.1f} -> {v[1]:5.1f} [{v[2]:+.1f}, {v[3]:+.1f}]"
+            for k, v in result[name].items()
         )
         print(f"{name:<10} {len(queries)} queries   {cells}")
     if options.json:
@@ -369,7 +398,9 @@ def show_errors(drawn: list[Drawn], errors: list[float]) -> None:
         columns["direction"]["vertical" if image.vertical else "horizontal"].append(error)
     print(f"characters not recognised: {100 * statistics.mean(errors):.1f} %")
     for column, rows in columns.items():
-        cells = (f"{k} {100 * statistics.mean(v):.1f} % of {len(v)}" for k, v in sorted(rows.items()))
+        cells = (
+            f"{k} {100 * statistics.mean(v):.1f} % of {len(v)}" for k, v in sorted(rows.items())
+        )
         print(f"  by {column}: {'; '.join(cells)}")
 
 

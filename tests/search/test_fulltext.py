@@ -32,7 +32,9 @@ def test_every_substring_of_chinese_characters_is_found_and_nothing_else():
     rng = random.Random(0)
     texts = ["".join(rng.choices("海边日落一只猫の红", k=rng.randint(1, 12))) for _ in range(200)]
     db = table_of(texts)
-    queries = {"".join(rng.choices("海边日落一只猫の红", k=k)) for k in (1, 2, 3, 4) for _ in range(99)}
+    queries = {
+        "".join(rng.choices("海边日落一只猫の红", k=k)) for k in (1, 2, 3, 4) for _ in range(99)
+    }
     queries |= {text[a : a + 3] for text in texts for a in range(len(text))}
     for query in queries:
         rows = db.execute("SELECT rowid FROM t WHERE t MATCH ?", (match_expression(query),))

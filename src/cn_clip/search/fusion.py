@@ -36,8 +36,14 @@ def match_text(id: int, query: str, text: str, field: Field = "image") -> TextMa
         if not seen or not wanted:
             continue
         blocks = SequenceMatcher(None, wanted, seen, autojunk=False).get_matching_blocks()
-        sizes = [b.size for b in blocks if b.size > 1 or (b.size and (len(wanted) == 1 or len(wanted[b.a]) > 1))]
+        sizes = [
+            b.size
+            for b in blocks
+            if b.size > 1 or (b.size and (len(wanted) == 1 or len(wanted[b.a]) > 1))
+        ]
         matched = sum(sizes)
         if matched and (best is None or matched > best.matched):
-            best = TextMatch(id, field, line, matched, matched / len(wanted), min(1.0, matched / len(seen)))
+            best = TextMatch(
+                id, field, line, matched, matched / len(wanted), min(1.0, matched / len(seen))
+            )
     return best

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import logging
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,9 @@ _DETECTOR = "PP-OCRv6_det_small.onnx"
 _RECOGNISER = "PP-OCRv6_rec_small.onnx"
 
 
+Box = tuple[tuple[float, float], ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Line:
     """A recognised line of text.
@@ -38,7 +40,7 @@ class Line:
 
     text: str
     score: float
-    box: tuple[tuple[float, float], ...]
+    box: Box
 
 
 class TextReader:
@@ -77,13 +79,14 @@ class TextReader:
             ImageError: the image is unreadable.
         """
         decoded = read_image(image, background="white").convert("RGB")
-        lines: list[Line] = []
-        for left, top, tile in _tiles(decoded):
-            for line in self._recognize_tile(tile, describe(image)):
+        lines = []
+        for tile in _tiles(*decoded.size):
+            part = decoded if tile.box == (0, 0, *decoded.size) else decoded.crop(tile.box)
+            left, top = tile.box[:2]
+            for line in self._recognize_tile(part, describe(image)):
                 box = tuple((x + left, y + top) for x, y in line.box)
-                moved = Line(line.text, line.score, box)
-                if not any(_same(moved, other) for other in lines):
-                    lines.append(moved)
+                if tile.owns(box):
+                    lines.append(Line(line.text, line.score, box))
         return lines
 
     def _recognize_tile(self, image: Image.Image, name: str) -> list[Line]:
@@ -167,36 +170,39 @@ def _reduced(image: Image.Image) -> tuple[npt.NDArray[np.uint8], float]:
     return np.ascontiguousarray(np.asarray(image)[:, :, ::-1]), scale
 
 
-def _tiles(image: Image.Image) -> Iterator[tuple[int, int, Image.Image]]:
-    """Yield left, top and pixels of the tiles of an image; one, unless it is long and large."""
-    longer, shorter = max(image.size), max(1, min(image.size))
-    if longer <= MAX_SIDE or longer <= _TILE_RATIO * shorter:
-        yield 0, 0, image
-        return
-    wanted = math.ceil(longer / max(MAX_SIDE, _TILE_RATIO * shorter) / (1 - _OVERLAP))
-    count = max(1, min(MAX_TILES, wanted))
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """A part of an image, and the ``zone`` on its longer axis whose lines are kept.
+
+    Tiles overlap, their zones do not: a line at the border of a tile is whole in the next one, and
+    is kept there only.
+    """
+
+    box: tuple[int, int, int, int]
+    axis: int
+    zone: tuple[float, float]
+
+    def owns(self, box: Box) -> bool:
+        centre = sum(corner[self.axis] for corner in box) / len(box)
+        return self.zone[0] <= centre < self.zone[1]
+
+
+def _tiles(width: int, height: int) -> list[_Tile]:
+    """Return the tiles of an image; one, unless it is long and large."""
+    axis, longer, shorter = (1, height, width) if height >= width else (0, width, height)
+    ideal = max(MAX_SIDE, _TILE_RATIO * shorter)  # pixels of the longer side
+    count = min(MAX_TILES, math.ceil((longer / ideal - _OVERLAP) / (1 - _OVERLAP)))
+    if count < 2:
+        return [_Tile((0, 0, width, height), axis, (-math.inf, math.inf))]
     length = math.ceil(longer / (count - (count - 1) * _OVERLAP))
-    for number in range(count):
-        start = min(round(number * length * (1 - _OVERLAP)), longer - length)
-        start = max(0, start)
-        if image.height >= image.width:
-            yield 0, start, image.crop((0, start, image.width, min(longer, start + length)))
-        else:
-            yield start, 0, image.crop((start, 0, min(longer, start + length), image.height))
-
-
-def _same(line: Line, other: Line) -> bool:
-    """Return whether two lines are one, seen in two tiles that overlap."""
-    if line.text not in other.text and other.text not in line.text:
-        return False
-    (x, y), (other_x, other_y) = _centre(line), _centre(other)
-    height = max(abs(line.box[0][1] - line.box[-1][1]), 1.0)
-    return abs(y - other_y) < height and abs(x - other_x) < max(height, _width(other))
-
-
-def _centre(line: Line) -> tuple[float, float]:
-    return sum(x for x, _y in line.box) / len(line.box), sum(y for _x, y in line.box) / len(line.box)
-
-
-def _width(line: Line) -> float:
-    return abs(line.box[1][0] - line.box[0][0])
+    starts = [round(n * (longer - length) / (count - 1)) for n in range(count)]
+    borders = [(starts[n] + starts[n - 1] + length) / 2 for n in range(1, count)]
+    zones = zip([-math.inf, *borders], [*borders, math.inf], strict=True)
+    return [
+        _Tile(
+            (0, start, width, start + length) if axis else (start, 0, start + length, height),
+            axis,
+            zone,
+        )
+        for start, zone in zip(starts, zones, strict=True)
+    ]
