@@ -3,17 +3,17 @@
     python benchmarks/fulltext.py --stamps DIR --words jieba/dict.txt   # pip install rjieba jieba
     python benchmarks/fulltext.py --stamps DIR --recognised texts.jsonl # of text_in_images.py
 
-Recall and false hits: the queries are substrings of 1, 2 and 4 Chinese characters of the captions of
-the 468 things (see things468.py), at most 1,000 of each length, and then the words of jieba among
-them; a caption is to be found if it contains the query, else it is a false hit. "Inside words" is the
-share of hits in which the query begins or ends inside a word of jieba (京都 in 东京都): a person may
-not mean them. With --recognised, the queries are drawn from the true texts, and what was recognised
-is searched. "Traditional" rewrites the captions by OpenCC (s2t) and leaves the queries.
+Recall and false hits: the queries are substrings of 1, 2 and 4 Chinese characters of the captions
+of the 468 things (see things468.py), at most 1,000 of each length, and then the words of jieba in
+them; a caption is to be found if it contains the query, else it is a false hit. "Inside words" is
+the share of hits in which the query begins or ends inside a word of jieba, as 京都 in 东京都: a
+person may not mean them. With --recognised, the queries are drawn from the true texts, and what was
+recognised is searched. "Traditional" rewrites the captions by OpenCC (s2t) and leaves the queries.
 
-Size and speed: --rows texts of 4 to 12 words, drawn from jieba's dictionary by frequency. Queries are
-words of 1, 2 and 4 characters from the same distribution, 50 of each; the time is that of all row
-numbers, and of the 100 best by bm25. Every method has a table of its own in one file; its index size
-is without the copy of the text that FTS5 keeps.
+Size and speed: --rows texts of 4 to 12 words, drawn from jieba's dictionary by frequency. Queries
+are words of 1, 2 and 4 characters from the same distribution, 50 of each; the time is that of all
+row numbers, and of the 100 best by bm25. Every method has a file of its own; its index size is
+without the copy of the text that FTS5 keeps.
 """
 
 from __future__ import annotations

@@ -8,27 +8,31 @@ fonts-wqy-zenhei, fonts-arphic-ukai, fonts-arphic-uming and fonts-lxgw-wenkai (`
 and ``dpkg -x`` need no root). Photos, under the texts: the package's sample, and folders such as
 scikit-image's ``data``.
 
---count images are drawn, each with a text of its own in one font and size. The gallery is the stamps
-and these images; it is searched by image embedding alone, and fused with the recognised text
-(cn_clip.search.fusion). Queries, each with every image whose drawn text contains it as positives:
+--count images are drawn, each with a text of its own in one font and size. The gallery is the
+stamps and these images; it is searched by image embedding alone, and fused with the recognised
+text (cn_clip.search.fusion). The positives of a text query are all images whose drawn text contains
+it. Queries:
 
 - "text": the drawn text, without the small print;
 - "part": 2 to 4 neighbouring characters of it;
 - "described": the text in a sentence, such as 写着“营业中”的牌子;
 - "text-free": the captions of the stamps, whose positives are stamps.
 
-Recall is in percent, with the 95 % bootstrap interval of the paired gain. The constants of the
-fusion were chosen with --seed 1 to 3; report other seeds. --save writes the true and the recognised
+Recall is in percent, with the 95 % bootstrap interval of its difference to image alone. "Reciprocal
+rank" is the other way to fuse. The constants of the fusion were chosen with --seed 1 to 3; report
+other seeds. --save writes the true and the recognised
 texts for fulltext.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import platform
 import random
+import sqlite3
 import statistics
 import tempfile
 import time
@@ -44,17 +48,11 @@ import cn_clip
 from cn_clip.eval.metrics.bootstrap import paired_interval
 from cn_clip.processes import cpu_info
 from cn_clip.sample import embedded_sample
-from cn_clip.search.fulltext import fold, units
-from cn_clip.search.fusion import TextIndex, fuse
+from cn_clip.search.fulltext import TOKENIZER, fold, match_expression, tokens, units
+from cn_clip.search.fusion import TextMatch, fuse, match_text
 from cn_clip.search.ocr import TextReader
 
-NAMES = "老王 锦绣 福满楼 小南国 张记 李记 同仁 百家 新华 蓝天 金龙 好又来 江南春 蜀香 云边 半亩 拾光 旺财 东海 大熊猫 红苹果 长颈鹿 小白兔 月亮 太阳花".split()
-SHOPS = "面馆 火锅城 大药房 书店 理发店 五金建材 水果超市 烤鸭店 茶馆 奶茶铺 洗衣店 眼镜行 服装店 牛肉拉面 包子铺 海鲜酒楼 电动车行 宠物医院 照相馆 花店 早餐店 家具城 文具店 便利店".split()
-NOTICES = "禁止吸烟 小心地滑 请勿触摸 安全出口 闲人免进 注意安全 营业中 暂停营业 请走旁门 爱护花草 当心触电 严禁烟火 请勿泊车 禁止停车 出入平安 减速慢行 前方学校 高压危险 保持安静 请排队等候 女士优先 投币口 推开 拉开 失物招领 免费停车 此路不通 水深危险 小心台阶 请戴头盔 谢绝参观 招聘服务员 旺铺转让 清仓大甩卖 全场五折 新品上市 今日特价 欢迎光临 售票处 无障碍通道 消防通道 候车室 收费站 母婴室 开水间 施工现场 禁止游泳 禁止垂钓 垃圾分类".split()
-MESSAGES = "明天上午十点开会 快递放在门口了 晚上一起吃饭吗 周末去爬山吧 你的验证码是 会议改到下周三 记得带身份证 电影票已经买好了 作业发到群里 航班延误两小时 妈妈生日快乐 房租已经转给你 高铁候补成功 密码重置成功 网络连接失败 电池电量不足 系统更新完成 订单已发货 余额不足请充值 请假申请已通过 本月账单已出 附近有三家餐厅 天气预报有雨 闹钟已设置 文件传输助手 对方正在输入 请先登录账号 退款将原路返回 体检报告已生成 社保缴费成功 停车费十五元 导航到人民公园 预约挂号成功 实名认证失败 拼团还差一人 直播马上开始 照片已备份 家长会通知 水电费催缴 物业维修通知".split()
-BRANDS = "山里人 绿源 天天鲜 老字号 稻花香 金麦郎 农家乐 雪域 恒顺堂 白象山 晨露 三只羊 海之味 暖阳".split()
-GOODS = "高钙牛奶 五香牛肉干 乌龙茶 纯净水 酱油 陈醋 苏打饼干 辣条 洗衣液 牙膏 薯片 蜂蜜 黑芝麻糊 核桃仁 方便面 豆瓣酱 橄榄油 洗发水 纸巾 燕麦片 花生油 奶粉 火腿肠 消毒液 维生素片 感冒颗粒".split()
-MEMES = "我太难了 打工人加油 今天不想上班 这合理吗 就这样吧 你开心就好 请开始你的表演 万万没想到 别问问就是没钱 周一综合症 我裂开了 吃瓜群众 先干为敬 不愧是你 尴尬而不失礼貌 退一步越想越气 我全都要 在线等挺急的 知识增加了 小丑竟是我自己 人类迷惑行为 想都不要想 求求你别说了 这是什么神仙操作 减肥从明天开始 我有一个大胆的想法 真香警告 听君一席话 地球太危险了 加班到天亮 快乐就完事了 眼睛会了手不会 社恐人的日常 熬夜冠军 精神状态良好 猫都比我过得好 单身狗的周末".split()
+WORDS = Path(__file__).with_suffix(".tsv")  # kind and text
 SENTENCES = ("写着“{}”的牌子", "上面有“{}”字样", "{}的图片", "带有{}几个字的照片", "显示{}的画面")
 SMALL_PRINT = {
     "sign": ("电话：138{:08d}", "TEL {:08d}", "营业时间 {}:00-22:00"),
@@ -62,7 +60,8 @@ SMALL_PRINT = {
     "screenshot": ("{}:{:02d}", "已读 {}", "第{}条"),
 }
 SIZES = {"sign": (22, 84), "screenshot": (13, 26), "packaging": (20, 60), "meme": (26, 56)}
-BUCKETS = (16, 22, 32, 48)
+MIN_SIZE = 8  # pixels of a character
+BUCKETS = (10, 13, 18, 26, 40)
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def font_files(folders: list[Path]) -> list[tuple[Path, int, str]]:
 
 
 def photo_files(folders: list[Path]) -> list[Path]:
-    """Return the photos: the package's, and files in the folders of at least 300 x 200 in colour."""
+    """Return the package's photos, and those of at least 300 x 200 in colour in the folders."""
     photos = [path for path in embedded_sample().images if path.name.startswith("photo")]
     for folder in folders:
         for path in sorted(folder.iterdir()):
@@ -112,17 +111,25 @@ def photo_files(folders: list[Path]) -> list[Path]:
     return photos
 
 
+def with_tails(texts: list[str], *tails: str) -> list[str]:
+    return [text + tail for text in texts for tail in tails]
+
+
 def main_texts(count: int, rng: random.Random) -> list[tuple[str, str]]:
     """Return distinct pairs of kind and text, a quarter of each kind as far as there are texts."""
+    words: dict[str, list[str]] = defaultdict(list)
+    for line in WORDS.read_text("utf-8").splitlines():
+        words[line.split("\t")[0]].append(line.split("\t")[1])
+    shops = [a + b for a in words["names"] for b in words["shops"]]
     pools = {
-        "sign": NOTICES + [a + b for a in NAMES for b in SHOPS],
-        "screenshot": MESSAGES + [f"{m}{tail}" for m in MESSAGES for tail in ("谢谢", "了吗")],
-        "packaging": [a + b for a in BRANDS for b in GOODS],
-        "meme": MEMES + [f"{m}{tail}" for m in MEMES for tail in ("哈哈哈", "真的", "吗")],
+        "sign": words["notices"] + shops,
+        "screenshot": words["messages"] + with_tails(words["messages"], "谢谢", "了吗"),
+        "packaging": [a + b for a in words["brands"] for b in words["goods"]],
+        "meme": words["memes"] + with_tails(words["memes"], "哈哈哈", "真的", "吗"),
     }
     chosen: dict[str, str] = {}
     for kind, pool in pools.items():
-        notices = rng.sample(pool[:48], 24) if kind == "sign" else []
+        notices = rng.sample(words["notices"], 24) if kind == "sign" else []
         for text in [*notices, *rng.sample(pool, len(pool))]:
             if sum(k == kind for k in chosen.values()) < math.ceil(count / 4):
                 chosen.setdefault(text, kind)
@@ -244,7 +251,17 @@ def draw(
         image = meme(text, ground, font)
     else:
         image = place(ground, board_of(text, small, font, little, vertical, rng), rng)
-    return Drawn(image, kind, text, tuple(small), face[2], size, vertical)
+    image, scale = passed_on(image, MIN_SIZE / size, rng)
+    return Drawn(image, kind, text, tuple(small), face[2], round(size * scale), vertical)
+
+
+def passed_on(image: Image.Image, least: float, rng: random.Random) -> tuple[Image.Image, float]:
+    """Return an image as it arrives after being shared: made smaller, and a JPEG again."""
+    scale = rng.uniform(least, 1)
+    size = (round(image.width * scale), round(image.height * scale))
+    content = io.BytesIO()
+    image.resize(size, Image.Resampling.BICUBIC).save(content, "JPEG", quality=rng.randint(25, 90))
+    return Image.open(content), scale
 
 
 def character_errors(text: str, recognised: str) -> float:
@@ -263,6 +280,38 @@ def part_of(text: str, rng: random.Random) -> str:
     length = min(len(text), rng.randint(2, 4))
     start = rng.randint(0, len(text) - length)
     return text[start : start + length]
+
+
+def text_index(texts: list[list[str]]) -> sqlite3.Connection:
+    """Return the full-text index of recognised lines, as a library has it."""
+    db = sqlite3.connect(":memory:")
+    db.execute("CREATE TABLE images (id INTEGER PRIMARY KEY, text TEXT)")
+    db.execute(f"CREATE VIRTUAL TABLE words USING fts5(words, tokenize = '{TOKENIZER}')")
+    joined = [(n, "\n".join(lines)) for n, lines in enumerate(texts)]
+    db.executemany("INSERT INTO images VALUES (?, ?)", joined)
+    rows = [(n, tokens(text)) for n, text in joined]
+    db.executemany("INSERT INTO words (rowid, words) VALUES (?, ?)", rows)
+    return db
+
+
+def text_matches(db: sqlite3.Connection, query: str) -> dict[int, TextMatch]:
+    """Return the images whose text has a part of the query, at most 1,000 by bm25."""
+    expression = match_expression(query, partial=True)
+    if not expression:
+        return {}
+    sql = """SELECT images.id, text FROM words JOIN images ON images.id = words.rowid
+        WHERE words MATCH ? ORDER BY rank LIMIT 1000"""
+    every = {n: match_text(query, text) for n, text in db.execute(sql, (expression,))}
+    return {n: match for n, match in every.items() if match is not None}
+
+
+def by_reciprocal_rank(order: list[int], matches: dict[int, TextMatch]) -> list[int]:
+    """Return the order of the sum of 1 / (60 + rank) over both rankings."""
+    scores = {n: 1 / (60 + rank) for rank, n in enumerate(order, 1)}
+    by_strength = sorted(matches, key=lambda n: -matches[n].strength)
+    for rank, n in enumerate(by_strength, 1):
+        scores[n] += 1 / (60 + rank)
+    return sorted(order, key=lambda n: -scores[n])
 
 
 def recalls(orders: list[list[int]], positives: list[set[int]]) -> dict[str, np.ndarray]:
@@ -316,9 +365,8 @@ def main() -> None:
 
     cpu = next(iter(cpu_info("model name")), platform.machine()).split(":")[-1].strip()
     print(f"{cpu}; {reader.name}, {options.threads} threads; {options.model}; seed {options.seed}")
-    print(
-        f"{len(stamps)} stamps, {len(drawn)} images with text, {len(fonts)} fonts, {len(photos)} photos"
-    )
+    print(f"{len(stamps)} stamps; {len(drawn)} images with text", end="")
+    print(f", {len(fonts)} fonts, {len(photos)} photos")
     print(
         f"OCR: stamps {len(stamps) / sum(seconds[: len(stamps)]):.1f} images/s, with text "
         f"{len(drawn) / sum(seconds[len(stamps) :]):.1f} images/s; text in "
@@ -357,32 +405,28 @@ def main() -> None:
             [{n for n, (_, c) in enumerate(pairs) if c == caption} for caption in captions],
         ),
     }
-    index = TextIndex(recognised)
+    index = text_index(recognised)
     result: dict[str, dict[str, list[float]]] = {}
     for name, (queries, positives) in groups.items():
         cosines = embedder.embed_texts(queries) @ gallery.T
-        alone, fused = [], []
+        orders: dict[str, list[list[int]]] = defaultdict(list)
         for query, row in zip(queries, cosines, strict=True):
             order = np.argsort(-row, kind="stable")
-            alone.append(order.tolist())
-            fused.append(
-                [
-                    hit.id
-                    for hit in fuse(
-                        order, row[order], index.search(query), logit_scale=embedder.logit_scale
-                    )
-                ]
-            )
-        before, after = recalls(alone, positives), recalls(fused, positives)
-        result[name] = {}
-        for k in before:
-            gain = paired_interval(after[k], before[k])
-            result[name][k] = [before[k].mean(), after[k].mean(), gain.low, gain.high]
-        cells = "   ".join(
-            f"{k} {v[0]:5.1f} -> {v[1]:5.1f} [{v[2]:+.1f}, {v[3]:+.1f}]"
-            for k, v in result[name].items()
-        )
-        print(f"{name:<10} {len(queries)} queries   {cells}")
+            matches = text_matches(index, query)
+            hits = fuse(order, row[order], matches, logit_scale=embedder.logit_scale)
+            orders["image alone"].append(order.tolist())
+            orders["fused"].append([hit.id for hit in hits])
+            orders["reciprocal rank"].append(by_reciprocal_rank(order.tolist(), matches))
+        alone = recalls(orders["image alone"], positives)
+        print(f"{name}, {len(queries)} queries")
+        for way, ranked in orders.items():
+            table = recalls(ranked, positives)
+            cells = []
+            for k, values in table.items():
+                gain = paired_interval(values, alone[k])
+                result.setdefault(f"{name}, {way}", {})[k] = [values.mean(), gain.low, gain.high]
+                cells.append(f"{k} {values.mean():5.1f} [{gain.low:+.1f}, {gain.high:+.1f}]")
+            print(f"  {way:<16} {'   '.join(cells)}")
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
@@ -407,7 +451,7 @@ def show_errors(drawn: list[Drawn], errors: list[float]) -> None:
 def write_sheet(drawn: list[Drawn], path: Path) -> None:
     sheet = Image.new("RGB", (8 * 200, 6 * 200), "white")
     for n, one in enumerate(drawn):
-        small = one.image.copy()
+        small = one.image.convert("RGB")
         small.thumbnail((196, 196))
         sheet.paste(small, (n % 8 * 200, n // 8 * 200))
     sheet.save(path)

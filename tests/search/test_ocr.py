@@ -99,7 +99,7 @@ def test_an_error_of_one_image_is_its_own(bars, tmp_path, monkeypatch):
 def test_without_rapidocr_the_error_says_how_to_install_it(monkeypatch, package):
     for name in ("rapidocr", "onnxruntime", "cv2"):
         monkeypatch.setitem(sys.modules, name, None if name == package else SimpleNamespace())
-    with pytest.raises(UsageError, match=f"{package}.*: pip install rapidocr onnxruntime"):
+    with pytest.raises(UsageError, match=rf"{package}.*: pip install rapidocr onnxruntime"):
         TextReader()
 
 
@@ -107,7 +107,7 @@ def test_a_damaged_package_is_named(monkeypatch):
     broken = SimpleNamespace(__file__="/nowhere/__init__.py", RapidOCR=lambda params: 1 / 0)
     for name, module in (("rapidocr", broken), ("onnxruntime", broken), ("cv2", broken)):
         monkeypatch.setitem(sys.modules, name, module)
-    with pytest.raises(UsageError, match="rapidocr does not start.*install it again"):
+    with pytest.raises(UsageError, match=r"rapidocr does not start.*install it again"):
         TextReader()
 
 

@@ -1,21 +1,21 @@
 """Chinese, English and mixed text in SQLite FTS5: what is inserted, and what is matched.
 
-No tokenizer of FTS5 fits Chinese: ``unicode61`` takes a whole sentence for a word, ``trigram`` finds
-nothing for queries below three characters, which are most words. Here a text becomes a sequence of
-units, a Chinese character or a Latin word or a number, and each character is stored as a *bigram*
-with the character after it: 海边日落 as ``海边 边日 日落 落``. A query becomes a phrase of such tokens:
-日落 is ``"日落"``, 边日落 is ``"边日 日落"``, and one character is a prefix, ``"海"*``. So every
-substring of Chinese characters is found, and nothing else is; Latin words and numbers are found
-whole, or by the start of a word of at least three letters.
+No tokenizer of FTS5 fits Chinese: ``unicode61`` takes a whole sentence for a word, ``trigram``
+finds nothing for queries below three characters, which are most words. Here a text becomes a
+sequence of units, a Chinese character, a Latin word or a number, and each character is stored as a
+*bigram* with the character after it: 海边日落 as ``海边 边日 日落 落``. A query becomes a phrase of
+such tokens: 日落 is ``"日落"``, 边日落 is ``"边日 日落"``, one character the prefix ``"海"*``.
+So every substring of Chinese characters is found, and nothing else is; Latin words and numbers are
+found whole, or by the start of a word of at least three letters.
 
 Compared with single characters, jieba's words and trigrams in docs/adr/0014-bigrams-in-fts5.md, by
 ``benchmarks/fulltext.py``.
 
 Before, texts and queries are folded: full width to half width, capitals to small letters, accents
 dropped, and traditional characters to simplified ones if OpenCC is installed. Folding changes no
-character because of its neighbours, so a substring stays one. Spaces and punctuation of a *text* are
-ignored between Chinese characters: signs space out or break their words, and captions and what is
-recognised in images differ in punctuation.
+character because of its neighbours, so a substring stays one. Spaces and punctuation of a *text*
+are ignored between Chinese characters: signs space out or break their words, and captions and what
+is recognised in images differ in punctuation.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _IDEOGRAPHS = ((0x3400, 0x4DC0), (0x4E00, 0xA000), (0xF900, 0xFB00), (0x20000, 0
 def fold_version() -> str:
     """Return the version of folding and tokens, for the stamp of an index.
 
-    It differs with and without OpenCC: an index with another version is built again.
+    It differs with and without OpenCC; an index with another one is to be built again.
     """
     return "1+opencc" if have_opencc() else "1"
 
@@ -60,8 +60,8 @@ def fold_version() -> str:
 def fold(text: str) -> str:
     """Return a text folded: width, case, accents, and script if OpenCC is installed.
 
-    ``Ｃａｆé 貓`` becomes ``cafe 猫``. For any two texts, ``fold(a + b) == fold(a) + fold(b)`` unless a
-    combining character stands between them.
+    ``Ｃａｆé 貓`` becomes ``cafe 猫``. ``fold(a + b)`` is ``fold(a) + fold(b)``, unless ``b``
+    begins with a combining character.
     """
     text = unicodedata.normalize("NFKC", valid_text(text)).casefold()
     text = _ACCENTS.sub("", unicodedata.normalize("NFKD", text))
@@ -91,13 +91,14 @@ def match_expression(query: str, *, partial: bool = False) -> str:
 
     Parts are separated by spaces; a part is found as it stands, whatever is between Chinese
     characters in the text. Nothing in the query is FTS5 syntax: ``AND``, ``"`` and ``*`` are a word
-    and punctuation. A query without letters gives an expression that matches nothing.
+    and punctuation. A query without letters, digits and emoji gives an empty string, which
+    ``MATCH`` refuses: there is nothing to search for.
 
     Args:
         query: any string; its first 200 units are used.
-        partial: find texts with any two neighbouring characters, any word or any number of the
-            query instead, to be ranked by ``cn_clip.search.fusion.evidence``. A query of one
-            character is found as such.
+        partial: find texts with any two neighbouring characters, or any word or number of at least
+            two letters or digits, of the query instead; to be ranked by
+            ``cn_clip.search.fusion.match_text``. A query without these is found as a whole.
     """
     parts, rest = [], MAX_QUERY
     for part in fold(query).split():
@@ -112,38 +113,36 @@ def match_expression(query: str, *, partial: bool = False) -> str:
     phrases = []
     for found in parts:
         last, phrase = found[-1], _tokens(found)
-        if len(found) > 1 and _is_character(last) and _is_character(found[-2]):
+        if len(found) > 1 and is_character(last) and is_character(found[-2]):
             phrase.pop()  # the bigram before has it, and the text may go on
         phrases.append(_phrase(phrase, last))
-    return " AND ".join(dict.fromkeys(phrases)) or '""'
+    return " AND ".join(dict.fromkeys(phrases))
 
 
 def _tokens(found: list[str]) -> list[str]:
     """Return each unit as its token: a character together with the one that follows it."""
     following = [*found[1:], ""]  # one more, if there are none
     return [
-        unit + after if _is_character(unit) and _is_character(after) else unit
+        unit + after if is_character(unit) and is_character(after) else unit
         for unit, after in zip(found, following, strict=False)
     ]
 
 
 def _alone(found: list[str]) -> list[tuple[str, str]]:
-    """Return the tokens that are evidence by themselves, bigrams and words, and their last unit."""
-    return [
-        (token, unit)
-        for token, unit in zip(_tokens(found), found, strict=True)
-        if token != unit or not _is_character(unit)
-    ]
+    """Return the tokens that mean something alone, bigrams and words, with the units they start."""
+    pairs = zip(_tokens(found), found, strict=True)
+    return [(token, unit) for token, unit in pairs if len(token) > 1]
 
 
 def _phrase(phrase: list[str], last: str) -> str:
     """Return tokens as a phrase; its end is a prefix if the last unit may be longer in a text."""
-    single = _is_character(last) and phrase[-1] == last
+    single = is_character(last) and phrase[-1] == last
     word = phrase[-1] == last and last.isalpha() and len(last) >= _MIN_PREFIX
     return f'"{" ".join(phrase)}"' + ("*" if single or word else "")
 
 
-def _is_character(unit: str) -> bool:
+def is_character(unit: str) -> bool:
+    """Return whether a unit is one character of a script without spaces, or an emoji."""
     return len(unit) == 1 and _CHARACTER.match(unit) is not None
 
 

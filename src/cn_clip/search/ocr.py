@@ -126,7 +126,7 @@ def _load(threads: int, min_score: float) -> tuple[Any, str]:
                 package=error.name or "rapidocr",
             )
         ) from None
-    models = Path(rapidocr.__file__).parent / "models"
+    models = Path(str(rapidocr.__file__)).parent / "models"
     params = {
         # Paths, because RapidOCR downloads a model that is missing or changed.
         "Det.model_path": str(models / _DETECTOR),
