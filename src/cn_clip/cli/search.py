@@ -25,7 +25,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?", re.IGNORECASE)
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 Images = Annotated[tuple[str, ...], Parameter(negative=(), show_default=False)]
-Ids = Annotated[tuple[int, ...], Parameter(negative=(), show_default=False)]
+Ids = Annotated[tuple[str, ...], Parameter(negative=(), show_default=False)]
 
 
 def search(
@@ -42,6 +42,7 @@ def search(
     max_size: str | None = None,
     caption: str | None = None,
     text: str | None = None,
+    calibration: str | None = None,
     out: str | None = None,
     open: Flag = False,
     loading: LibraryLoading = DEFAULT,
@@ -80,6 +81,9 @@ def search(
         Only images with these words in the caption.
     text
         Only images with these words in the text recognised in them.
+    calibration
+        Calibration of the library's model: a .json file from `cn-clip eval calibrate`. Default:
+        that of mini for mini; for others, confidence is estimated from the library itself.
     out
         Write the results as an HTML page with thumbnails.
     open
@@ -107,8 +111,9 @@ def search(
         backend=loading.backend,
         device=loading.device,
         precision=loading.precision,
+        calibration=calibration,
     ) as opened:
-        hits = opened.search(words, images=image, like=like, k=top, filters=filters)
+        hits = opened.search(query, images=image, like=like, k=top, filters=filters)
         if page is not None:
             from cn_clip.search.sheet import write_sheet
 

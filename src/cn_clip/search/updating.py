@@ -135,9 +135,7 @@ def update(
             )
             if not migration.switched:
                 return Update(name, Progress(), migration)
-    progress = index(
-        library, roots, embedder, name, thumbnails=thumbnails, on_progress=on_progress
-    )
+    progress = index(library, roots, embedder, name, thumbnails=thumbnails, on_progress=on_progress)
     return Update(name, progress, migration)
 
 
