@@ -1,4 +1,4 @@
-"""Is there a match at all? Statistics of a query's cosines against a fixed cutoff, on the 468 things.
+"""Is there a match at all? Statistics of a query against a fixed cutoff, on the 468 things.
 
     python benchmarks/no_match.py                          # fetches the stamps
     python benchmarks/no_match.py --stamps DIR --splits 20 --seed 0

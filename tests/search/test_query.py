@@ -156,7 +156,7 @@ def test_any_text_is_a_query_or_a_usage_error_and_no_letter_is_lost(text):
         assert [c for c in kept if c.isalnum()] == [c for c in text if c.isalnum()]
 
 
-@given(st.lists(st.sampled_from('猫 a - + 2 : " “ ” . ，\n'.split(" ") + [" "]), max_size=30))
+@given(st.lists(st.sampled_from('猫a-+2:"“”.， '), max_size=30))
 def test_a_query_is_understood_the_same_again_from_how_it_is_shown(parts):
     try:
         query = parse_query("".join(parts))
