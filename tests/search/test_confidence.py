@@ -1,16 +1,21 @@
 """Whether anything matches: against simulated libraries whose answer is known."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import TINY, make_model
 
-from cn_clip.calibration import Calibration, Logistic, probability
+import cn_clip
+from cn_clip.calibration import Calibration, Logistic, probability, write_calibration
+from cn_clip.embedder import Embedder
 from cn_clip.errors import UsageError
 from cn_clip.search.confidence import (
     Confidence,
     Tail,
     background_words,
+    calibration_of,
     fit_tail,
     tail_of,
 )
@@ -36,6 +41,20 @@ def calibration(**changes):
 def tail():
     rng = np.random.default_rng(0)
     return fit_tail(units(rng, 500), units(rng, 2000))
+
+
+def test_mini_has_a_calibration_and_so_have_its_other_precisions(tmp_path):
+    mini, other = cn_clip.load(), Embedder.from_model(make_model(TINY["vit"]))
+    shipped = calibration_of(mini)
+    assert shipped is not None and shipped.fingerprint == mini.fingerprint
+    derived = SimpleNamespace(name="mini", fingerprint="x", derived_from=mini.fingerprint)
+    assert calibration_of(derived) == shipped
+    assert calibration_of(other) is None
+    write_calibration(calibration(fingerprint=other.fingerprint), tmp_path / "c.json")
+    fitted = calibration_of(other, tmp_path / "c.json")
+    assert fitted == calibration(fingerprint=other.fingerprint)
+    with pytest.raises(UsageError, match="calibration is for"):
+        calibration_of(mini, tmp_path / "c.json")
 
 
 @pytest.mark.parametrize("images", [20, 1_000, 20_000])
@@ -169,9 +188,21 @@ def test_a_library_of_few_or_equal_images_has_a_threshold(images):
             assert np.isfinite(confidence.probability([-1.0, 0.0, 1.0])).all()
 
 
+def test_rows_of_missing_images_do_not_count():
+    rng = np.random.default_rng(6)
+    words, sample = units(rng, 50), units(rng, 40).astype(np.float16)
+    gaps = np.zeros((80, DIM), np.float16)
+    gaps[::2] = sample
+    for query in (parse_query("猫"), parse_query("猫 -狗", images=["a.jpg"])):
+        assert tail_of(query, words, gaps) == tail_of(query, words, sample)
+
+
 def test_an_empty_library_and_a_fraction_out_of_range_are_refused(tail):
     with pytest.raises(UsageError, match="no images"):
         fit_tail(units(np.random.default_rng(0), 5), np.empty((0, DIM)))
+    with pytest.raises(UsageError, match="no images"):
+        tail_of(parse_query("猫"), units(np.random.default_rng(0), 5), np.zeros((3, DIM)))
+    assert Confidence(tail, 0).threshold == Confidence(tail, 1).threshold
     for value in (0, 1, -0.1, float("nan")):
         with pytest.raises(UsageError, match="false_accepts"):
             Confidence(tail, 10, false_accepts=value)

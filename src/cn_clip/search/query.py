@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cn_clip.backends.pipeline import iter_images
 from cn_clip.embedder import Embedder
 from cn_clip.errors import UsageError
 from cn_clip.image.decode import ImageInput
@@ -94,7 +95,7 @@ class Query:
 def parse_query(
     text: str | Sequence[str] = "",
     *,
-    images: Iterable[ImageInput] = (),
+    images: ImageInput | Iterable[ImageInput] = (),
     like: Iterable[int | str] = (),
 ) -> Query:
     """Parse a query in the language of this module.
@@ -103,8 +104,8 @@ def parse_query(
         text: the query; or the arguments of a command line, which are joined by spaces. Of several
             arguments, one that begins with a minus sign and has no other sign or weight is one
             phrase: the shell has removed its quotes.
-        images: images to search with. A path may have a sign and a weight: ``-2:photo.jpg``; write
-            ``./2:photo.jpg`` for a file of such a name.
+        images: one or several, to search with. A path may have a sign and a weight:
+            ``-2:photo.jpg``; write ``./2:photo.jpg`` for a file of such a name.
         like: ids of images of the library, each with a sign and a weight likewise: ``0.5:17``.
 
     Raises:
@@ -126,7 +127,7 @@ def parse_query(
     terms += _terms(joined)
     query = Query(
         tuple(terms),
-        tuple(map(_weighted_image, images)),
+        tuple(map(_weighted_image, iter_images(images))),
         tuple(map(_weighted_id, like)),
     )
     weights = _weights(query)
