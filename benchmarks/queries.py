@@ -4,10 +4,10 @@
     python benchmarks/queries.py --stamps DIR --model mini
 
 Each row is a form of the 426 captions: as they are, in traditional characters, with full-width
-signs, with English words, in English. (``letters`` is NFKC of letters and digits alone.) Each column is a treatment before embedding; the number is the
-mean of recall at 1, 5 and 10 from text to image over the queries that the form changes (all of the
-original captions), and in brackets the 95 % interval of the paired bootstrap for the gain over no
-treatment.
+signs, with English words, in English. Each column is a treatment before embedding (``letters`` is
+NFKC of letters and digits alone). The number is the mean of recall at 1, 5 and 10 from text to
+image over the queries that the form changes, or over all original captions, and in brackets the
+95 % interval of the paired bootstrap for the gain over no treatment.
 """
 
 from __future__ import annotations

@@ -23,13 +23,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cn_clip.calibration import Calibration, probability
+from cn_clip.calibration import Calibration, check_model, probability, read_calibration
+from cn_clip.embedder import Embedder
 from cn_clip.errors import UsageError
+from cn_clip.hub import EMBEDDED_FOLDER
 from cn_clip.search.query import Query
 from cn_clip.translation import _
 
@@ -38,7 +41,7 @@ SAMPLE = 4096  # images of a library that are enough
 
 _TAIL = 0.005  # of the cosines: those that the power law is fitted to
 _GRID = 64  # points of the distribution below
-_COMPOSED = 1000  # random queries of the same form as a query with several terms
+_COMPOSED = 250  # random queries of the form of a query of several terms: fitted for each search
 _END = 1 - 1e-6  # cosines of equal images are rounded
 
 Floats = npt.NDArray[np.float64]
@@ -106,6 +109,10 @@ class Confidence:
             )
 
     @property
+    def _count(self) -> int:
+        return max(1, self.images)  # an empty selection has no best result, but a threshold
+
+    @property
     def estimated(self) -> bool:
         """Whether ``probability`` is an estimate without labels."""
         return self.calibration is None
@@ -120,19 +127,19 @@ class Confidence:
         """
         fitted = None if self.calibration is None else self.calibration.thresholds["search"]
         if self.calibration is None or fitted is None:
-            return self.tail.cosine(-np.expm1(np.log1p(-self.false_accepts) / self.images))
-        moved = self.tail.above(fitted) * self.calibration.counts["images"] / self.images
+            return self.tail.cosine(-np.expm1(np.log1p(-self.false_accepts) / self._count))
+        moved = self.tail.above(fitted) * self.calibration.counts["images"] / self._count
         return self.tail.cosine(float(np.clip(moved, 1e-300, 1)))
 
     def accepts(self, best: float) -> bool:
         """Return whether the best result of a query, with this cosine, is accepted; if not, nothing
         in the library matches."""
-        return best >= self.threshold
+        return float(best) >= self.threshold
 
     def chance(self, cosines: npt.ArrayLike) -> Floats:
         """Return the chance that the best of N unrelated images has at least these cosines."""
         with np.errstate(divide="ignore"):  # every pair has at least a very low cosine
-            result: Floats = -np.expm1(self.images * np.log1p(-self.tail.above(cosines)))
+            result: Floats = -np.expm1(self._count * np.log1p(-self.tail.above(cosines)))
         return result
 
     def probability(self, cosines: npt.ArrayLike) -> Floats:
@@ -146,7 +153,7 @@ class Confidence:
         result: Floats
         if self.calibration is not None:
             pair, prior = probability(self.calibration.curve, cosines), self.calibration.prior
-            image = prior / max(1, self.images)
+            image = prior / self._count
             match = pair * (1 - prior) / prior * image
             result = match / (match + (1 - pair) * (1 - image))
             return result
@@ -154,6 +161,24 @@ class Confidence:
         bayes_factor = -np.e * chance * np.log(chance)
         result = (1 - bayes_factor) / (1 + bayes_factor)
         return result
+
+
+def calibration_of(embedder: Embedder, path: Path | None = None) -> Calibration | None:
+    """Return the calibration of a model: from a file, or the one of ``mini`` in the package.
+
+    Without a file, the one in the package holds for ``mini`` and its other precisions and runtimes;
+    None for other models.
+
+    Raises:
+        UsageError: the file is not a calibration, or is of another model (see ``check_model``).
+    """
+    if path is not None:
+        calibration = read_calibration(path)
+        check_model(calibration, embedder)
+        return calibration
+    calibration = read_calibration(EMBEDDED_FOLDER / "calibration.json")
+    own = (embedder.fingerprint, embedder.derived_from)
+    return calibration if calibration.fingerprint in own else None
 
 
 @cache
@@ -172,12 +197,14 @@ def tail_of(query: Query, words: Vectors, sample: Vectors, *, seed: int = 0) -> 
     Args:
         query: only the number, kinds and weights of its terms count.
         words: embeddings (B, D) of ``background_words``.
-        sample: embeddings (S, D) of random images of the library; ``SAMPLE`` are enough.
+        sample: embeddings (S, D) of random images of the library; ``SAMPLE`` are enough. Rows of
+            zeros, of missing images, do not count.
         seed: of the random words and images.
 
     Raises:
         UsageError: the sample is empty.
     """
+    sample = sample[np.any(sample != 0, axis=1)]
     if query.is_phrase:
         return fit_tail(words, sample)
     rng = np.random.default_rng(seed)
@@ -189,7 +216,8 @@ def tail_of(query: Query, words: Vectors, sample: Vectors, *, seed: int = 0) -> 
     total = np.zeros((_COMPOSED, words.shape[1]))
     for vectors, weight in parts:
         if len(vectors):
-            total += weight * vectors[rng.integers(0, len(vectors), _COMPOSED)]
+            drawn = vectors[rng.integers(0, len(vectors), _COMPOSED)]
+            total += weight * drawn.astype(np.float64)
     lengths = np.linalg.norm(total, axis=1, keepdims=True)
     return fit_tail(total / np.maximum(lengths, 1e-12), sample)
 
@@ -205,8 +233,9 @@ def fit_tail(queries: Vectors, sample: Vectors) -> Tail:
     scores = (np.asarray(queries, np.float32) @ np.asarray(sample, np.float32).T).ravel()
     scores.sort()
     fractions = np.geomspace(1, _TAIL, _GRID)
-    cosines = np.minimum(np.quantile(scores, 1 - fractions), _END)
-    beyond = np.minimum(scores[scores > cosines[-1]].astype(np.float64), _END)
+    rows = np.round((1 - fractions) * (len(scores) - 1)).astype(np.int64)
+    cosines = np.minimum(scores[rows].astype(np.float64), _END)
+    beyond = np.minimum(scores[rows[-1] + 1 :].astype(np.float64), _END)
     logs = np.log((1 - cosines[-1]) / (1 - beyond))
     exponent = 1 / max(float(logs.mean()), 1e-3) if len(logs) else 1e3
     return Tail(tuple(cosines.tolist()), tuple(fractions.tolist()), exponent)

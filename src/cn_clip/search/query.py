@@ -14,8 +14,8 @@ A query is one phrase, unless it has signs or weights:
 
 Signs and weights count only at the start of a word and directly before a word or quote, and a minus
 sign takes one word. So these are text: ``T-恤``, ``red-haired``, ``-5度``, ``12:30``, ``16:9``,
-``猫 - 狗``, ``C++``. Full-width ``＋－：“”`` count like ``+-:""``. A weight may be inside the quotes:
-``"2:猫"`` is ``2:"猫"``; ``1:"2:猫"`` is the text itself.
+``猫 - 狗``, ``C++``. Full-width ``＋－：“”`` count like ``+-:""``. A weight may be inside the
+quotes: ``"2:猫"`` is ``2:"猫"``; ``1:"2:猫"`` is the text itself.
 
 The embedding of a query is the weighted sum of the unit embeddings of its terms, normalised; terms
 are phrases, images, and stored embeddings. Because all ranking is by dot product, an image's score
@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cn_clip.backends.pipeline import iter_images
 from cn_clip.embedder import Embedder
 from cn_clip.errors import UsageError
 from cn_clip.image.decode import ImageInput
@@ -94,7 +95,7 @@ class Query:
 def parse_query(
     text: str | Sequence[str] = "",
     *,
-    images: Iterable[ImageInput] = (),
+    images: ImageInput | Iterable[ImageInput] = (),
     like: Iterable[int | str] = (),
 ) -> Query:
     """Parse a query in the language of this module.
@@ -103,8 +104,8 @@ def parse_query(
         text: the query; or the arguments of a command line, which are joined by spaces. Of several
             arguments, one that begins with a minus sign and has no other sign or weight is one
             phrase: the shell has removed its quotes.
-        images: images to search with. A path may have a sign and a weight: ``-2:photo.jpg``; write
-            ``./2:photo.jpg`` for a file of such a name.
+        images: one or several, to search with. A path may have a sign and a weight:
+            ``-2:photo.jpg``; write ``./2:photo.jpg`` for a file of such a name.
         like: ids of images of the library, each with a sign and a weight likewise: ``0.5:17``.
 
     Raises:
@@ -126,7 +127,7 @@ def parse_query(
     terms += _terms(joined)
     query = Query(
         tuple(terms),
-        tuple(map(_weighted_image, images)),
+        tuple(map(_weighted_image, iter_images(images))),
         tuple(map(_weighted_id, like)),
     )
     weights = _weights(query)
@@ -340,11 +341,11 @@ def _weight(number: str, text: str) -> float:
 def _negative_argument(argument: str) -> Term | None:
     """Return an argument as one negative phrase, if it is a minus sign and several plain words."""
     text = argument.strip()
-    word = _WORD.match(text)
-    if word is None or any(quote in text for quote in _QUOTES):
+    words = list(_WORD.finditer(text))
+    if len(words) < 2 or any(quote in text for quote in _QUOTES):
         return None
-    first = _marked(text, word, -1)
-    if first is None or first.open or len(_terms(text)) != 2 or _terms(text)[1].weight != 1:
+    first, *others = (_marked(text, word, -1) for word in words)
+    if first is None or first.open or any(others):
         return None
     return Term(text[first.begin :], first.weight)
 
