@@ -198,6 +198,19 @@ def sizes(images: Array, texts: Array, own: Array, words: Array, seeds: Sequence
         cells = [f"{value:.1%}" for value in np.mean(rows, axis=0)]
         cells += [f"{calibration_error(np.concatenate(kept)):.3f}" for kept in errors]
         print(f"| {size} | " + " | ".join(cells) + " |")
+    print("\n| images in the sample | in the library | estimate: answered | false |")
+    print("|---:|---:|---:|---:|")
+    for sampled in (15, 58, 234):
+        rows = []
+        for seed in seeds:
+            rng = np.random.default_rng(seed)
+            order = rng.permutation(len(texts))
+            one, two = np.sort(order[: len(order) // 2]), np.sort(order[len(order) // 2 :])
+            library = images[rng.permutation(np.flatnonzero(np.isin(own, two)))]
+            limit = Confidence(fit_tail(words, library[:sampled]), len(library)).threshold
+            rows.append([np.mean((texts[row] @ library.T).max(1) > limit) for row in (two, one)])
+        yes, no = np.mean(rows, axis=0)
+        print(f"| {sampled} | 234 | {yes:.1%} | {no:.1%} |")
     tail = fit_tail(words, images)
     print("\n| images | threshold of the estimate for all things |\n|---:|---:|")
     for size in (100, 468, 1_000, 10_000, 100_000, 1_000_000):

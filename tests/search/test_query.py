@@ -48,6 +48,8 @@ def terms_of(text, **options):
         '5" 屏幕',
         '"没有写完',
         "“你好”招牌",
+        "“猫”和“狗”",
+        'he said "it"s" twice',
         "-",
         ":-)",
         "猫，-狗",

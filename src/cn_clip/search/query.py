@@ -48,8 +48,7 @@ _SIGNS = "-+＋－\N{MINUS SIGN}"  # the hyphen first: not a range
 _QUOTES = '"＂“”'
 _MINUS = "-－\N{MINUS SIGN}"
 _WORD = re.compile(r"\S+")
-_CLOSING = re.compile(rf"[{_QUOTES}](?!\S)")
-_QUOTED = re.compile(rf"[{_QUOTES}](.*?)[{_QUOTES}](?!\S)", re.DOTALL)
+_QUOTED = re.compile(rf"[{_QUOTES}]([^{_QUOTES}]*)[{_QUOTES}](?!\S)")
 _SIGN = re.compile(rf"[{_SIGNS}]")
 # Also what was meant as a number but is none, such as 1,5 and 1.2.3.
 _WEIGHT = re.compile(r"([\d.,．]*\d[\d.,．]*(?:[eE][+-]?\d+)?|(?i:nan|inf|infinity))[:：]")
@@ -226,12 +225,11 @@ def _terms(text: str) -> list[Term]:
     """Return the phrases of a text with their weights, in order."""
     terms: list[Term] = []
     phrase, weight, position = 0, 1.0, 0  # the phrase since the last term
-    closing = _last_closing(text)
     while word := _WORD.search(text, position):
         start, position = word.span()
-        marked = _marked(text, word, closing)
+        marked = _marked(text, word)
         if marked is None:  # signs in quotes are text
-            quoted = _quoted(text, start, closing)
+            quoted = _QUOTED.match(text, start)
             position = quoted.end() if quoted else position
             continue
         terms += _phrases(text[phrase:start], weight)
@@ -249,8 +247,7 @@ def _phrases(text: str, weight: float) -> list[Term]:
     if not text:
         return []
     quoted, position = [], 0
-    closing = _last_closing(text)
-    while position < len(text) and (match := _quoted(text, position, closing)):
+    while position < len(text) and (match := _QUOTED.match(text, position)):
         quoted.append(_term(match[1], weight))
         following = _WORD.search(text, match.end())
         position = following.start() if following else len(text)
@@ -263,7 +260,7 @@ def _term(text: str, weight: float) -> Term:
     return Term(text.strip(), weight)
 
 
-def _marked(text: str, word: re.Match[str], closing: int) -> _Marked | None:
+def _marked(text: str, word: re.Match[str]) -> _Marked | None:
     """Return the term with a sign or weight at the start of a word; None if the word is text."""
     start, end = word.span()
     sign = _SIGN.match(text, start)
@@ -279,7 +276,7 @@ def _marked(text: str, word: re.Match[str], closing: int) -> _Marked | None:
         return None
     if text[begin] not in _QUOTES:
         return _Marked(factor, begin, end, end, open=factor > 0)
-    quoted = _quoted(text, begin, closing)
+    quoted = _QUOTED.match(text, begin)
     inside = None if number else _WEIGHT.match(text, begin + 1)
     if quoted and inside and inside.end() < quoted.end(1) and _begins_term(text, inside.end()):
         factor *= _weight(inside[1], quoted[0])
@@ -291,18 +288,6 @@ def _marked(text: str, word: re.Match[str], closing: int) -> _Marked | None:
             _("the quote in {text!r} is not closed; add a quote at its end", text=text[start:])
         )
     return _Marked(factor, quoted.start(1), quoted.end(1), quoted.end())
-
-
-def _last_closing(text: str) -> int:
-    return max((quote.start() for quote in _CLOSING.finditer(text)), default=-1)
-
-
-def _quoted(text: str, start: int, closing: int) -> re.Match[str] | None:
-    """Return the quoted phrase at a position; ``closing`` is that of the last closing quote.
-
-    Without a closing quote the text is not searched for one, so that the time is linear.
-    """
-    return _QUOTED.match(text, start) if start < closing else None
 
 
 def _begins_term(text: str, position: int) -> bool:
@@ -344,7 +329,7 @@ def _negative_argument(argument: str) -> Term | None:
     words = list(_WORD.finditer(text))
     if len(words) < 2 or any(quote in text for quote in _QUOTES):
         return None
-    first, *others = (_marked(text, word, -1) for word in words)
+    first, *others = (_marked(text, word) for word in words)
     if first is None or first.open or any(others):
         return None
     return Term(text[first.begin :], first.weight)
