@@ -10,8 +10,6 @@ import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -130,14 +128,6 @@ def check_model(calibration: Calibration, embedder: Embedder) -> None:
             model=calibration.model,
         ),
         stacklevel=2,
-    )
-
-
-@cache
-def mini_calibration() -> Calibration:
-    """Return the calibration of the embedded model, fitted on the 468 things."""
-    return read_calibration(
-        Path(str(files("cn_clip").joinpath("assets", "mini", "calibration.json")))
     )
 
 

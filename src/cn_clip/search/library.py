@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cn_clip.calibration import Calibration, mini_calibration, read_calibration
+from cn_clip.calibration import Calibration
 from cn_clip.config import BackendName, Precision
 from cn_clip.embedder import Embedder
 from cn_clip.errors import UsageError
 from cn_clip.image.decode import ImageInput
 from cn_clip.search.background import cache_of, query_tail
-from cn_clip.search.confidence import Confidence
+from cn_clip.search.confidence import Confidence, calibration_of
 from cn_clip.search.filters import Filters, allowed_images
 from cn_clip.search.folder import LibraryFolder, Snapshot, StoredModel
 from cn_clip.search.fulltext import match_expression
@@ -100,7 +100,8 @@ class Library:
         }
         self._lock = threading.Lock()
         self._embedders: dict[int, Embedder] = {}
-        self._calibration = None if calibration is None else read_calibration(Path(calibration))
+        self._calibration_file = None if calibration is None else Path(calibration)
+        self._calibrations: dict[str, Calibration | None] = {}
 
     def __enter__(self) -> Library:
         return self
@@ -185,7 +186,7 @@ class Library:
         confidence = Confidence(
             query_tail(self.folder, snapshot, embedder, query),
             count,
-            self._calibration_for(snapshot.model) if query.is_phrase else None,
+            self._calibration_of(embedder) if query.is_phrase else None,
         )
         return self._hits(fused, confidence)
 
@@ -215,20 +216,11 @@ class Library:
                     matches[image] = match
         return matches
 
-    def _calibration_for(self, model: StoredModel) -> Calibration | None:
-        """Return the calibration that was given, or that of ``mini``, if it is of this model."""
-        calibration = self._calibration or mini_calibration()
-        fits = calibration.fingerprint in (model.fingerprint, model.derived_from)
-        if self._calibration is not None and not fits:
-            raise UsageError(
-                _(
-                    "the calibration is of {model}, and the library of {name}; give one of this "
-                    "model: cn-clip eval calibrate",
-                    model=calibration.model,
-                    name=model.name,
-                )
-            )
-        return calibration if fits else None
+    def _calibration_of(self, embedder: Embedder) -> Calibration | None:
+        key = embedder.fingerprint
+        if key not in self._calibrations:
+            self._calibrations[key] = calibration_of(embedder, self._calibration_file)
+        return self._calibrations[key]
 
     def _hits(self, fused: Sequence[Fused], confidence: Confidence) -> list[Hit]:
         hits = []
