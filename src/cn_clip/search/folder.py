@@ -7,7 +7,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,7 +30,6 @@ from cn_clip.text import path_text
 from cn_clip.translation import _
 
 CACHE = "cache"
-THUMBNAILS = "thumbnails"
 _LOCK = ".lock"
 _WRITER = ".writer.json"
 
@@ -134,6 +133,22 @@ class LibraryFolder:
         """
         with database.map_errors(self.path):
             return self.database.connection.execute(statement, values).fetchall()
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """Yield this thread's connection in a read transaction: its queries see one state.
+
+        Raises:
+            LibraryError: the database is damaged.
+        """
+        connection = self.database.connection
+        with database.map_errors(self.path):
+            connection.execute("BEGIN")
+            try:
+                yield connection
+            finally:
+                with suppress(sqlite3.Error):  # an error may have ended it
+                    connection.execute("COMMIT")
 
     def snapshot(self) -> Snapshot:
         """Return the current state; it is read again after another process has written.

@@ -7,35 +7,25 @@ before it is decoded: a moved file is not embedded again, and a copy shares its 
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from cn_clip.embedder import Embedder
-from cn_clip.errors import DataError, ImageError, LibraryError, UsageError
-from cn_clip.image.decode import read_file
+from cn_clip.errors import DataError, ImageError
 from cn_clip.processes import usable_cpus
-from cn_clip.publish import atomic_file, map_write_errors
+from cn_clip.search.folder import LibraryFolder, StoredModel, add_model
 from cn_clip.search.fulltext import tokens
-from cn_clip.search.folder import (
-    THUMBNAILS,
-    LibraryFolder,
-    StoredModel,
-    add_model,
-)
 from cn_clip.search.reading import ReadImage, digest_of, read_image_facts
 from cn_clip.search.roots import Entry, Root, list_root
+from cn_clip.search.thumbnails import write_thumbnail
 from cn_clip.search.vector_file import DTYPE
-from cn_clip.text import path_text
 from cn_clip.translation import _
 
 COMMIT_IMAGES = 256
@@ -230,19 +220,21 @@ class _Run:
                 changed = True
             if changed or root.kind == "source":  # whose images have no size and time
                 jobs.append(_Job(root, entry, row))
-            elif row.failed:
-                self.progress.known_failures += 1
-            elif not row.present:
+                continue
+            if not row.present:
                 returned.append((row.id,))
-            else:
+            if row.failed:
+                self.progress.known_failures += 1
+            elif row.present:
                 self.progress.unchanged += 1
+            else:
+                self.progress.returned += 1
         gone = [
             (row.id,) for name, row in known.items() if row.present and not listing.may_hide(name)
         ]
         with self.library.database.transaction() as connection:
             connection.executemany("UPDATE files SET present = 1 WHERE id = ?", returned)
             connection.executemany("UPDATE files SET present = 0 WHERE id = ?", gone)
-        self.progress.returned += len(returned)
         self.progress.deleted += len(gone)
         return jobs
 
@@ -387,13 +379,16 @@ class _Run:
 
     def _refill(self) -> list[int]:
         """Write the vectors of images that had none; return their ids."""
-        refilled = []
-        for outcome, vector in self.embedded:
-            image = self.missing.pop(outcome.digest, None)
-            if image is not None:
-                self.library.vector_file(self.model).write(image - 1, vector[None].astype(DTYPE))
-                refilled.append(image)
-        return refilled
+        refilled = {
+            self.missing.pop(outcome.digest): vector
+            for outcome, vector in self.embedded
+            if outcome.digest in self.missing
+        }
+        images = sorted(refilled)
+        if images:
+            vectors = np.stack([refilled[image] for image in images])
+            self.library.vector_file(self.model).overwrite(np.array(images) - 1, vectors)
+        return images
 
     def model_rows(self) -> int:
         """Return the number of rows that count."""
@@ -489,21 +484,3 @@ def _insert_image(connection: sqlite3.Connection, image: int, outcome: _Outcome)
             read.look,
         ),
     )
-
-
-def thumbnail_path(library: Path, digest: bytes) -> Path:
-    """Return the path of an image's thumbnail; it may not exist."""
-    name = digest.hex()
-    return library / THUMBNAILS / name[:2] / f"{name}.webp"
-
-
-def write_thumbnail(library: Path, digest: bytes, content: bytes) -> None:
-    """Write a thumbnail, unless it exists. It is not synced: a damaged one can be made again."""
-    path = thumbnail_path(library, digest)
-    if path.exists():
-        return
-    with map_write_errors(path_text(path)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_bytes(content)
-        os.replace(temporary, path)

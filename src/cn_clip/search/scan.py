@@ -87,7 +87,7 @@ def scan_folder(
             if identity in seen:
                 continue
             seen.add(identity)
-            entries = list(os.scandir(folder))
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
             name = os.fsencode(above.rstrip("/"))
             scan.unreadable.append((name, error.strerror or str(error)))
@@ -114,7 +114,7 @@ def scan_folder(
             except OSError:  # a link to itself, or a file deleted meanwhile
                 continue
             scan.files.append(FoundFile(os.fsencode(relative), status.st_size, status.st_mtime_ns))
-        folders += sorted(inside, reverse=True)
+        folders += reversed(inside)
         on_found(len(scan.files))
     return scan
 
