@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sqlite3
 from collections.abc import Collection
 from contextlib import closing, suppress
 from pathlib import Path
-
-import numpy as np
 
 from cn_clip.errors import LibraryError
 from cn_clip.outputs import OutputCheck, atomic_folder, claim, entries, own_folder, stamped_files
@@ -17,10 +14,8 @@ from cn_clip.search import database
 from cn_clip.search.database import DATABASE
 from cn_clip.search.folder import CACHE, LibraryFolder
 from cn_clip.search.places import ABOUT
-from cn_clip.search.thumbnails import THUMBNAILS, thumbnail_path
+from cn_clip.search.thumbnails import thumbnail_path
 from cn_clip.search.verify import wrong_rows
-from cn_clip.text import path_text
-from cn_clip.translation import _
 
 _COMMAND = "library backup"
 _ATTEMPTS = 3

@@ -99,9 +99,7 @@ def claim_export(library: Path, to: Target, out: str, *, overwrite: bool = False
         _parquet()
         check = own_file(_COMMAND, _is_own_parquet)
         return os.fspath(claim(out, check, inputs=[library], overwrite=overwrite))
-    return os.fspath(
-        claim_embeddings(out, command=_COMMAND, inputs=[library], overwrite=overwrite)
-    )
+    return os.fspath(claim_embeddings(out, command=_COMMAND, inputs=[library], overwrite=overwrite))
 
 
 def export(
@@ -150,9 +148,7 @@ def _read(library: LibraryFolder) -> _Table:
         for column, value in zip(names, values, strict=True):
             columns[column].append(value)
     if not columns["image_id"]:
-        raise LibraryError(
-            _("{library} holds no image to export", library=path_text(library.path))
-        )
+        raise LibraryError(_("{library} holds no image to export", library=path_text(library.path)))
     return _Table(snapshot, columns)
 
 
@@ -168,9 +164,7 @@ def _to_embeddings(table: _Table, to: Target, out: Path) -> None:
     }
     columns = {name: values for name, values in table.columns.items() if name != "path"}
     paths = table.columns["path"]
-    embeddings = EmbeddingsToWrite(
-        "images", paths, paths, model.dim, table.vectors, about, columns
-    )
+    embeddings = EmbeddingsToWrite("images", paths, paths, model.dim, table.vectors, about, columns)
     if to == "npz":
         write_npz(embeddings, out)
     else:
@@ -197,8 +191,10 @@ def _to_parquet(table: _Table, out: Path, on_progress: OnProgress) -> None:
     with map_write_errors(out), atomic_file(out) as path, parquet.ParquetWriter(path, schema) as to:
         for start, end in table.spans():
             vectors = arrow.array(table.vectors(start, end).reshape(-1))
-            columns = [arrow.array(v[start:end], kinds.get(name, arrow.string()))
-                       for name, v in table.columns.items()]
+            columns = [
+                arrow.array(v[start:end], kinds.get(name, arrow.string()))
+                for name, v in table.columns.items()
+            ]
             columns.append(arrow.FixedSizeListArray.from_arrays(vectors, model.dim))
             to.write_batch(arrow.record_batch(columns, schema=schema))
             on_progress(end, len(table))

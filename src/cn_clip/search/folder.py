@@ -24,7 +24,7 @@ from cn_clip.outputs import json_object_at
 from cn_clip.publish import map_write_errors, write_text
 from cn_clip.search import database
 from cn_clip.search.database import Database
-from cn_clip.search.places import ABOUT, DEFAULT, LIBRARY, check_library, library_path
+from cn_clip.search.places import ABOUT, LIBRARY, check_library
 from cn_clip.search.vector_file import Rows, VectorFile
 from cn_clip.text import path_text
 from cn_clip.translation import _

@@ -26,6 +26,7 @@ from cn_clip.errors import CNClipError, LibraryError, UsageError
 from cn_clip.image.decode import read_file
 from cn_clip.search.folder import LibraryFolder, add_model
 from cn_clip.search.library_model import MIN_COSINE
+from cn_clip.search.migration import remove_model
 from cn_clip.search.reading import DIGEST_BYTES, digest_of, exif_facts
 from cn_clip.search.roots import EMBEDDINGS
 from cn_clip.search.vector_file import DTYPE
@@ -33,6 +34,7 @@ from cn_clip.text import path_text
 from cn_clip.translation import _
 
 _SAMPLE = 8  # images embedded again, if the embeddings do not name their model
+_ROOTS = 16  # folders, before those above them are taken instead
 _SHOWN = 3  # names in a message
 
 
@@ -118,13 +120,14 @@ def import_embeddings(
     if about.get("fingerprint") != embedder.fingerprint:
         _check_model(embedder, vectors, items, path)
     images = _distinct(items)
-    library_vectors = library.vector_file
     changed = {item.row for item in items if item.path is not None and item.mtime > written}
+    for rest in library.models():  # of an interrupted import
+        remove_model(library, rest)
     with library.database.transaction() as connection:
         number = add_model(connection, name, embedder, "building")
     new = next(each for each in library.models() if each.id == number)
     rows = np.array([item.row for item in images], np.int64)
-    library_vectors(new).write(0, vectors[rows].astype(DTYPE))
+    library.vector_file(new).write(0, vectors[rows].astype(DTYPE))
     with library.database.transaction() as connection:
         roots = _roots(items, path)
         for location, (kind, number_of_root) in roots.items():
@@ -187,9 +190,7 @@ def _size(content: bytes) -> tuple[int, int]:
         return 0, 0
 
 
-def _unit(
-    stored: StoredEmbeddings, embedder: Embedder, path: Path
-) -> npt.NDArray[np.float32]:
+def _unit(stored: StoredEmbeddings, embedder: Embedder, path: Path) -> npt.NDArray[np.float32]:
     """Return the embeddings as unit vectors (N, D)."""
     lengths = np.linalg.norm(stored.vectors, axis=1, keepdims=True)
     if stored.vectors.shape[1] != embedder.dim or not lengths.all():
@@ -257,17 +258,22 @@ def _distinct(items: Sequence[_Item]) -> list[_Item]:
 def _roots(items: Sequence[_Item], path: Path) -> dict[bytes, tuple[str, int]]:
     """Return the roots (location -> kind, id): the top folders of the files that exist, such that
     none is inside another, and one for the names without a file."""
-    folders = sorted({os.fsencode(item.path.parent) for item in items if item.path is not None})
-    roots: dict[bytes, tuple[str, int]] = {}
-    top = None
-    for folder in folders:
-        if top is None or not (folder + b"/").startswith(top + b"/"):
-            top = folder
-            roots[folder] = ("folder", len(roots) + 1)
+    tops = _outermost({item.path.parent for item in items if item.path is not None})
+    while len(tops) > _ROOTS:
+        above = _outermost({folder.parent for folder in tops})
+        if any(folder == Path(folder.anchor) for folder in above):
+            break
+        tops = above
+    roots = {os.fsencode(folder): ("folder", number) for number, folder in enumerate(tops, 1)}
     if any(item.path is None for item in items):
         location = f"{EMBEDDINGS}{os.path.abspath(path)}"
         roots[os.fsencode(location)] = ("source", len(roots) + 1)
     return roots
+
+
+def _outermost(folders: set[Path]) -> list[Path]:
+    """Return the folders that are in none of the others."""
+    return sorted(folder for folder in folders if not folders & {*folder.parents})
 
 
 def _place(item: _Item, roots: dict[bytes, tuple[str, int]]) -> tuple[int, bytes]:

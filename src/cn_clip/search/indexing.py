@@ -221,6 +221,7 @@ class _Run:
             if changed or root.kind == "source":  # whose images have no size and time
                 jobs.append(_Job(root, entry, row))
                 continue
+            assert row is not None
             if not row.present:
                 returned.append((row.id,))
             if row.failed:

@@ -123,13 +123,13 @@ def sizes(path: Path) -> dict[str, int]:
     """Return the bytes that the parts of a library take."""
     found = dict.fromkeys(("database", "vectors", "thumbnails", "cache"), 0)
     for folder, _folders, names in os.walk(path):
-        top = Path(folder).relative_to(path).parts[:1]
+        top = (*Path(folder).relative_to(path).parts, "")[0]
         for name in names:
-            part = {(THUMBNAILS,): "thumbnails", (CACHE,): "cache"}.get(top, "")
-            if not part:
-                part = "vectors" if name.endswith(".f16") else ""
-            if not part:
-                part = "database" if name.startswith(DATABASE) else ""
+            part = {THUMBNAILS: "thumbnails", CACHE: "cache"}.get(top)
+            if name.endswith(".f16"):
+                part = "vectors"
+            elif name.startswith(DATABASE):
+                part = "database"
             if part:
                 try:
                     status = os.stat(os.path.join(folder, name))

@@ -54,7 +54,9 @@ def merge(
         CNClipError: the disk is full; what was committed stays.
     """
     if other.path == library.path:
-        raise UsageError(_("{library} cannot be merged with itself", library=path_text(library.path)))
+        raise UsageError(
+            _("{library} cannot be merged with itself", library=path_text(library.path))
+        )
     theirs, ours = other.active_model(), library.active_model()
     if theirs is None:
         return Merge()
@@ -69,7 +71,8 @@ def merge(
             f"SELECT id, {_IMAGE} FROM images WHERE id IN (SELECT image FROM files) ORDER BY id"
         )
         without = {
-            image for (image,) in other.query("SELECT image FROM missing WHERE model = ?", (theirs.id,))
+            image
+            for (image,) in other.query("SELECT image FROM missing WHERE model = ?", (theirs.id,))
         }
         for start in range(0, len(rows), _TOGETHER):
             batch = rows[start : start + _TOGETHER]
@@ -90,7 +93,9 @@ def _check_models(
     """Check that vectors of both libraries may be compared with each other."""
     if ours is None or ours.fingerprint == theirs.fingerprint:
         return
-    same = {ours.fingerprint, ours.derived_from} & ({theirs.fingerprint, theirs.derived_from} - {None})
+    same = {ours.fingerprint, ours.derived_from} & (
+        {theirs.fingerprint, theirs.derived_from} - {None}
+    )
     if same and _lowest_cosine(library, ours, other, theirs) >= MIN_COSINE:
         return
     raise LibraryError(
@@ -227,9 +232,7 @@ def _take_images(
                 )
             if image in without:
                 connection.execute("INSERT INTO missing VALUES (?, ?)", (model.id, ids[image]))
-        connection.execute(
-            "UPDATE models SET rows = ? WHERE id = ?", (rows + len(new), model.id)
-        )
+        connection.execute("UPDATE models SET rows = ? WHERE id = ?", (rows + len(new), model.id))
     done.images += len(new)
     return ids
 

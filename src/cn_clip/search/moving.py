@@ -62,9 +62,7 @@ def move_root(library: LibraryFolder, old: str, new: str) -> list[Move]:
     locations = [(roots | moved)[number].location for number in roots]
     check_nesting([*(roots | moved).values()])
     if len({*locations}) < len(locations):
-        raise UsageError(
-            _("{new} was indexed too; remove one of them first", new=path_text(new))
-        )
+        raise UsageError(_("{new} was indexed too; remove one of them first", new=path_text(new)))
     with library.database.transaction() as connection:
         # First to names that nothing has: two disks may have swapped places.
         for number in moved:
@@ -106,8 +104,11 @@ def _check(library: LibraryFolder, number: int, old: Root, new: Root) -> Move:
     """Look for some of the files in the new place."""
     if new.kind != old.kind:
         raise UsageError(
-            _("{old} and {new} are not of one kind; give two folders, or two sources",
-              old=old.name, new=new.name)
+            _(
+                "{old} and {new} are not of one kind; give two folders, or two sources",
+                old=old.name,
+                new=new.name,
+            )
         )
     names = [
         bytes(name)
@@ -141,4 +142,3 @@ def _found(root: Root, names: Sequence[bytes]) -> int:
         except DataError:
             continue
     return sum(name in known for name in names)
-

@@ -199,9 +199,7 @@ def _on_disk(connection: sqlite3.Connection) -> list[str]:
     return paths
 
 
-def _remove_chosen(
-    connection: sqlite3.Connection, images: Sequence[int] = ()
-) -> tuple[int, int]:
+def _remove_chosen(connection: sqlite3.Connection, images: Sequence[int] = ()) -> tuple[int, int]:
     """Remove the chosen files, and the images that have no file then; return their numbers."""
     candidates = {image for (image,) in connection.execute("SELECT image FROM chosen") if image}
     (files,) = connection.execute("SELECT COUNT(*) FROM chosen").fetchone()
@@ -225,9 +223,6 @@ def _remove_chosen(
         )
         connection.execute("DELETE FROM image_words WHERE rowid = ?", (image,))
         for model in models:
-            connection.execute(
-                "DELETE FROM missing WHERE model = ? AND image = ?", (model, image)
-            )
+            connection.execute("DELETE FROM missing WHERE model = ? AND image = ?", (model, image))
         connection.execute("DELETE FROM images WHERE id = ?", (image,))
     return files, len(gone)
-

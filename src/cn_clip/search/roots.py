@@ -255,6 +255,7 @@ def _stamp_of(uri: str) -> str | None:
         parts.append(f"{path_text(path)}:{status.st_size}:{status.st_mtime_ns}")
     return "\n".join(parts)
 
+
 def check_nesting(roots: Sequence[Root]) -> None:
     """Check that no folder is inside another: its images would be counted twice.
 

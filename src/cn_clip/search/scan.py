@@ -89,8 +89,8 @@ def scan_folder(
             seen.add(identity)
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
-            name = os.fsencode(above.rstrip("/"))
-            scan.unreadable.append((name, error.strerror or str(error)))
+            where = os.fsencode(above.rstrip("/"))
+            scan.unreadable.append((where, error.strerror or str(error)))
             continue
         inside: list[tuple[str, str]] = []
         for entry in entries:

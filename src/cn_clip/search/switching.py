@@ -33,7 +33,11 @@ def switch_to(library: LibraryFolder, wanted: str) -> StoredModel:
     if not found:
         names = ", ".join(f"{model.id} ({model.name})" for model in models)
         raise UsageError(
-            _("{wanted!r} is no model of this library; give one of {names}", wanted=wanted, names=names)
+            _(
+                "{wanted!r} is no model of this library; give one of {names}",
+                wanted=wanted,
+                names=names,
+            )
         )
     (model,) = found
     active = library.active_model()

@@ -4,7 +4,6 @@ date, and embedded again if the model is another."""
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,4 +142,3 @@ def update(
     progress = index(library, roots, embedder, name, thumbnails=thumbnails, on_progress=on_progress)
     prepare_search(library, embedder)
     return Update(name, progress, migration)
-

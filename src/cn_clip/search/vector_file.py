@@ -86,7 +86,7 @@ class VectorFile:
         Raises:
             CNClipError: the disk is full or read-only.
         """
-        starts = np.flatnonzero(np.diff(rows, prefix=rows[:1] - 2) != 1)  # of runs of rows
+        starts = np.flatnonzero(np.diff(rows, prepend=rows[:1] - 2) != 1)  # of runs of rows
         with self._writing() as handle:
             for start, end in zip(starts, [*starts[1:], len(rows)], strict=True):
                 self._put(handle, int(rows[start]), vectors[start:end])
@@ -176,7 +176,7 @@ def _write_all(handle: int, content: memoryview) -> None:
 def _used_pages(block: npt.NDArray[np.uint8]) -> Iterator[tuple[int, int]]:
     """Yield the start and end of each run of pages that hold a byte other than zero."""
     starts = np.arange(0, len(block), _PAGE)
-    used = np.maximum.reduceat(block, starts) > 0
-    edges = np.flatnonzero(np.diff(used, prefix=False, append=False))
+    used = (np.maximum.reduceat(block, starts) > 0).astype(np.int8)
+    edges = np.flatnonzero(np.diff(used, prepend=np.int8(0), append=np.int8(0)))
     for first, last in edges.reshape(-1, 2).tolist():
         yield first * _PAGE, min(last * _PAGE, len(block))

@@ -21,7 +21,9 @@ from cn_clip.text import path_text
 from cn_clip.translation import N_, _, translate
 
 SAMPLE = 100  # files whose content is read by default
-_LENGTH_TOLERANCE = 0.01  # of a unit vector in float16, whose rounding changes it by less than 0.001
+_LENGTH_TOLERANCE = (
+    0.01  # of a unit vector in float16, whose rounding changes it by less than 0.001
+)
 _BLOCK = 1 << 16  # rows
 _LISTED = 20  # messages of SQLite
 
@@ -75,7 +77,9 @@ def verify(
     found = Verification()
     damage = database_damage(library)
     if damage:
-        found.problems += [Problem(_("database: {text}", text=text), translate(BEYOND)) for text in damage]
+        found.problems += [
+            Problem(_("database: {text}", text=text), translate(BEYOND)) for text in damage
+        ]
         return found
     (found.images,) = library.query("SELECT COUNT(*) FROM images")[0]
     with library.reading():
@@ -152,7 +156,9 @@ def _facts(library: LibraryFolder) -> Iterator[Problem]:
             _("{count:,} removed images are not erased yet", count=pending), translate(REPAIR)
         )
     if count := miscounted_images(library):
-        yield Problem(_("{count:,} images have a wrong number of files", count=count), translate(REPAIR))
+        yield Problem(
+            _("{count:,} images have a wrong number of files", count=count), translate(REPAIR)
+        )
     active = library.active_model()
     (last,) = library.query("SELECT COALESCE(MAX(id), 0) FROM images")[0]
     if last > (0 if active is None else active.rows):
@@ -201,7 +207,9 @@ def _vectors(library: LibraryFolder, model: StoredModel) -> Iterator[Problem]:
         )
     zero, invalid = wrong_rows(library, model, file.open(stored))
     if len(zero):
-        yield Problem(_("{file}: {count:,} vectors are zero", file=name, count=len(zero)), translate(REPAIR))
+        yield Problem(
+            _("{file}: {count:,} vectors are zero", file=name, count=len(zero)), translate(REPAIR)
+        )
     if len(invalid):
         yield Problem(
             _(
