@@ -34,6 +34,8 @@ _COMMAND = "library export"
 _TOGETHER = 1000  # images sent or written together
 _TOKEN = "MILVUS_TOKEN"
 _WRITER = b"cn-clip writer"
+_MILVUS_TEXTS = ("path", "caption", "text", "taken")
+_MILVUS_NUMBERS = ("width", "height", "bytes")
 _TEXT_BYTES = 60_000  # of a text in Milvus, below its limit of 65,535
 
 # Column -> how a row of `_ROWS` gives it.
@@ -221,9 +223,9 @@ def _to_milvus(
         schema = client.create_schema(description=about)
         schema.add_field("id", kinds.INT64, is_primary=True)
         schema.add_field("vector", kinds.FLOAT_VECTOR, dim=model.dim)
-        for name in ("path", "caption", "text", "taken"):
+        for name in _MILVUS_TEXTS:
             schema.add_field(name, kinds.VARCHAR, max_length=65_535)
-        for name in ("width", "height", "bytes"):
+        for name in _MILVUS_NUMBERS:
             schema.add_field(name, kinds.INT64)
         index = client.prepare_index_params()
         index.add_index("vector", index_type="AUTOINDEX", metric_type="IP")
@@ -254,8 +256,11 @@ def _check_replaceable(client: Any, collection: str, overwrite: bool) -> None:
                 collection=collection,
             )
         )
-    about = client.describe_collection(collection).get("description") or ""
-    if not about.startswith(f"cn-clip {_COMMAND}"):
+    about = client.describe_collection(collection)
+    # milvus-lite keeps no descriptions.
+    names = [field["name"] for field in about.get("fields", ())]
+    ours = str(about.get("description")).startswith(f"cn-clip {_COMMAND}")
+    if not ours and names != ["id", "vector", *_MILVUS_TEXTS, *_MILVUS_NUMBERS]:
         raise UsageError(
             _(
                 "the collection {collection} was not written by `cn-clip {command}`; give another "
@@ -270,8 +275,8 @@ def _milvus_rows(table: _Table, start: int, end: int) -> list[dict[str, Any]]:
     rows = []
     for row, vector in zip(range(start, end), table.vectors(start, end), strict=True):
         values = {name: column[row] for name, column in table.columns.items()}
-        texts = {name: _cut(values[name]) for name in ("path", "caption", "text", "taken")}
-        numbers = {name: values[name] for name in ("width", "height", "bytes")}
+        texts = {name: _cut(values[name]) for name in _MILVUS_TEXTS}
+        numbers = {name: values[name] for name in _MILVUS_NUMBERS}
         rows.append({"id": values["image_id"], "vector": vector} | texts | numbers)
     return rows
 

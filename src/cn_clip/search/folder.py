@@ -260,7 +260,7 @@ def create(path: Path) -> None:
     ours = {database.DATABASE, f"{database.DATABASE}-wal", f"{database.DATABASE}-shm"}
     ours.add(f"{database.DATABASE}-journal")
     try:
-        other = next((entry.name for entry in os.scandir(path) if entry.name not in ours), None)
+        other = next((name for name in sorted(os.listdir(path)) if name not in ours), None)
     except FileNotFoundError:
         other = None
     except NotADirectoryError:

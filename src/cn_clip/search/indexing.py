@@ -311,8 +311,6 @@ class _Run:
                 max_pixels=self.embedder.max_pixels,
                 thumbnail=self.thumbnails,
             )
-            if outcome.image.thumbnail is not None:
-                write_thumbnail(self.library.path, outcome.digest, outcome.image.thumbnail)
         except ImageError as error:
             outcome.error = str(error)
         return outcome
@@ -372,6 +370,10 @@ class _Run:
                 waiting = [
                     outcome for outcome in self.others if not self._record(connection, outcome)
                 ]
+            for outcome, _vector in self.embedded:
+                # After the commit, so that none belongs to no image; it can be made again.
+                if outcome.image is not None and outcome.image.thumbnail is not None:
+                    write_thumbnail(self.library.path, outcome.digest, outcome.image.thumbnail)
             self.claimed.difference_update(outcome.digest for outcome, _vector in self.embedded)
             self.embedded, self.others = [], waiting
         self.last_commit = time.perf_counter()

@@ -163,6 +163,8 @@ class _Run:
 
     def embed(self, images: Sequence[int]) -> None:
         """Embed images, in ascending order, and commit their vectors."""
+        if not images:
+            return
         pool = ThreadPoolExecutor(min(_THREADS, usable_cpus()), thread_name_prefix="cn_clip-index")
         waiting: deque[tuple[int, Future[PreparedImage | None]]] = deque()
         try:

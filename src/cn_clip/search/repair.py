@@ -54,9 +54,12 @@ def repair(library: LibraryFolder) -> Repair:
         CNClipError: the disk is full or read-only.
     """
     done = Repair()
-    if database_damage(library):
+    if damage := database_damage(library):
         with suppress(sqlite3.Error):
             library.database.connection.execute("REINDEX")
+            damage = database_damage(library)
+            if damage and all("is never used" in text for text in damage):
+                library.database.connection.execute("VACUUM")
         check_database(library)
         done.indexes = True
     _rebuild_words(library)

@@ -87,7 +87,8 @@ def scan_folder(
             if identity in seen:
                 continue
             seen.add(identity)
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+            with os.scandir(folder) as listing:
+                entries = sorted(listing, key=lambda entry: entry.name)
         except OSError as error:
             where = os.fsencode(above.rstrip("/"))
             scan.unreadable.append((where, error.strerror or str(error)))

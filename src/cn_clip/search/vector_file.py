@@ -86,6 +86,8 @@ class VectorFile:
         Raises:
             CNClipError: the disk is full or read-only.
         """
+        if not len(rows):
+            return
         starts = np.flatnonzero(np.diff(rows, prepend=rows[:1] - 2) != 1)  # of runs of rows
         with self._writing() as handle:
             for start, end in zip(starts, [*starts[1:], len(rows)], strict=True):
@@ -109,7 +111,9 @@ class VectorFile:
             CNClipError: the disk is full or read-only.
         """
         with self._writing() as handle:
-            if os.fstat(handle).st_size < rows * self._row_bytes:
+            size = os.fstat(handle).st_size
+            if size < rows * self._row_bytes:
+                os.ftruncate(handle, size - size % self._row_bytes)  # a part of a row
                 os.ftruncate(handle, rows * self._row_bytes)
 
     def copy_to(self, other: VectorFile, rows: int) -> None:
@@ -127,7 +131,7 @@ class VectorFile:
                 block = content[start : start + _COPIED_TOGETHER]
                 for first, end in _used_pages(block):
                     os.lseek(handle, start + first, os.SEEK_SET)
-                    _write_all(handle, memoryview(block[first:end]))
+                    _write_all(handle, block[first:end].data)
 
     def used(self, rows: int) -> int:
         """Return the bytes of the pages of the first ``rows`` rows that are not all zero."""
@@ -160,8 +164,10 @@ class VectorFile:
                 os.close(handle)
 
     def _put(self, handle: int, row: int, vectors: npt.NDArray[Any]) -> None:
+        if not len(vectors):
+            return
         os.lseek(handle, row * self._row_bytes, os.SEEK_SET)
-        _write_all(handle, memoryview(np.ascontiguousarray(vectors, DTYPE)).cast("B"))
+        _write_all(handle, np.ascontiguousarray(vectors, DTYPE).data.cast("B"))
 
     @property
     def _row_bytes(self) -> int:

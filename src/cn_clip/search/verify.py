@@ -25,6 +25,9 @@ _LENGTH_TOLERANCE = (
     0.01  # of a unit vector in float16, whose rounding changes it by less than 0.001
 )
 _BLOCK = 1 << 16  # rows
+_TABLES = (
+    "models", "missing", "roots", "images", "files", "caption_words", "image_words", "erasures",
+)  # fmt: skip
 _LISTED = 20  # messages of SQLite
 
 REPAIR = N_("cn-clip library repair")
@@ -101,6 +104,8 @@ def database_damage(library: LibraryFolder) -> list[str]:
     try:
         rows = connection.execute(f"PRAGMA integrity_check({_LISTED})").fetchall()
         messages = [str(text) for (text,) in rows if text != "ok"]
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_schema")}
+        messages += [_("it has no table {name}", name=name) for name in _TABLES if name not in tables]
         for table, row, parent, _index in connection.execute("PRAGMA foreign_key_check"):
             messages.append(
                 _(
