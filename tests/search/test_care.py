@@ -107,11 +107,13 @@ def test_wrong_counts_words_and_orphans_are_put_right(library):
     orphan = library / "thumbnails" / "ab" / f"ab{'0' * 30}.webp"
     orphan.parent.mkdir(exist_ok=True)
     orphan.write_bytes(b"RIFF")
-    orphan.with_suffix(".77-1.tmp").write_bytes(b"RI")
+    orphan.with_suffix(".txt").write_bytes(b"RI")
+    (library / "thumbnails" / "77-1.tmp").write_bytes(b"RI")
     (library / "vectors-9.f16").write_bytes(b"left")
     assert len(problems(library)) == 4
     assert vars_of(write(library, repair)) == (0, 1, 2, False)
     assert problems(library) == [] and not (library / "vectors-9.f16").exists()
+    assert not (library / "thumbnails" / "77-1.tmp").exists()
     with opened(library) as folder:
         assert folder.query("SELECT rowid, words FROM caption_words") == [(1, tokens("一只猫"))]
 

@@ -24,7 +24,7 @@ from cn_clip.search import database
 from cn_clip.search.folder import CACHE, LibraryFolder
 from cn_clip.search.migration import remove_unused_vectors
 from cn_clip.search.roots import display_path
-from cn_clip.search.thumbnails import remove_thumbnail
+from cn_clip.search.thumbnails import remove_thumbnail, sweep_thumbnails
 from cn_clip.text import path_text
 from cn_clip.translation import _
 
@@ -110,6 +110,7 @@ def finish_erasures(library: LibraryFolder) -> bool:
     Raises:
         CNClipError: the disk is full or read-only; the next call goes on.
     """
+    sweep_thumbnails(library.path)
     rows = library.query("SELECT image, digest FROM erasures WHERE pending = 2 ORDER BY image")
     if rows:
         images = np.array([image for image, _digest in rows], np.int64)

@@ -12,6 +12,7 @@ from cn_clip.publish import map_write_errors
 from cn_clip.text import path_text
 
 THUMBNAILS = "thumbnails"
+_TEMPORARY = ".tmp"  # in the folder itself, where there are few files
 
 
 def thumbnail_path(library: Path, digest: bytes) -> Path:
@@ -28,7 +29,8 @@ def write_thumbnail(library: Path, digest: bytes, content: bytes) -> None:
     with map_write_errors(path_text(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
         # Two threads may decode copies of one image at the same time.
-        temporary = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")
+        name = f"{os.getpid()}-{threading.get_ident()}{_TEMPORARY}"
+        temporary = library / THUMBNAILS / name
         temporary.write_bytes(content)
         os.replace(temporary, path)
 
@@ -44,9 +46,15 @@ def remove_thumbnail(library: Path, digest: bytes) -> None:
         path.unlink(missing_ok=True)
 
 
+def sweep_thumbnails(library: Path) -> None:
+    """Delete what killed processes left. A reader that is writing one now makes it again later."""
+    for path in (library / THUMBNAILS).glob(f"*{_TEMPORARY}"):
+        with suppress(OSError):
+            path.unlink()
+
+
 def stored_thumbnails(library: Path) -> Iterator[tuple[Path, bytes | None]]:
-    """Yield the path of each file among the thumbnails, and the digest in its name; None if it has
-    another name, as what a killed process left."""
+    """Yield the path of each file among the thumbnails, and the digest in its name, if it is one."""
     for path in sorted((library / THUMBNAILS).glob("*/*")):
         digest = None
         if path.suffix == ".webp":
