@@ -321,6 +321,13 @@ def test_a_folder_with_other_files_does_not_become_a_library(tmp_path, album):
         create(file)
 
 
+def test_a_creation_that_was_killed_is_completed(library, album):
+    create(library)
+    (library / "library.json").unlink()
+    (library / ".library.json.abcdefgh.cn-clip-tmp").mkdir()
+    assert index(library, album).progress.new == 4
+
+
 def test_a_vector_file_cut_short_is_refused_until_it_is_repaired(library, album):
     index(library, album)
     file = library / "vectors-1.f16"

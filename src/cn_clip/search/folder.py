@@ -21,7 +21,7 @@ from cn_clip.embedder import Embedder
 from cn_clip.errors import LibraryError, UsageError
 from cn_clip.format_version import FIELD
 from cn_clip.outputs import json_object_at
-from cn_clip.publish import map_write_errors, write_text
+from cn_clip.publish import is_leftover, map_write_errors, write_text
 from cn_clip.search import database
 from cn_clip.search.database import Database
 from cn_clip.search.places import ABOUT, LIBRARY, check_library
@@ -260,7 +260,8 @@ def create(path: Path) -> None:
     ours = {database.DATABASE, f"{database.DATABASE}-wal", f"{database.DATABASE}-shm"}
     ours.add(f"{database.DATABASE}-journal")
     try:
-        other = next((name for name in sorted(os.listdir(path)) if name not in ours), None)
+        names = (name for name in sorted(os.listdir(path)) if name not in ours)
+        other = next((name for name in names if not is_leftover(path / name)), None)
     except FileNotFoundError:
         other = None
     except NotADirectoryError:
