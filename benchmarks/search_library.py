@@ -72,7 +72,7 @@ def timed(name: str, embedder: Embedder, photos: Path, out: Path) -> float:
             index(
                 library,
                 [parse_root(str(photos))],
-                embedder,
+                lambda: embedder,
                 "mini",
                 thumbnails=name.endswith(", thumbnails"),
             )

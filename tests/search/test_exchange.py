@@ -9,7 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import cosines
-from search.libraries import embedder, found_files, index, jpeg, opened, photos, problems, vectors_of
+from search.libraries import (
+    embedder,
+    found_files,
+    index,
+    jpeg,
+    opened,
+    photos,
+    problems,
+    vectors_of,
+)
 
 from cn_clip.cli import run
 from cn_clip.embeddings.files import read_embeddings
@@ -32,10 +41,11 @@ def library(tmp_path, album):
     index(tmp_path / "library", album)
     (album / "5.jpg").unlink()
     index(tmp_path / "library")
-    with opened(tmp_path / "library", writable=True) as folder:
-        with folder.database.transaction() as connection:
-            connection.execute("UPDATE files SET caption = '一只猫' WHERE name = '1.jpg'")
-            connection.execute("UPDATE files SET caption = '一只猫' WHERE name = x'312e6a7067'")
+    with (
+        opened(tmp_path / "library", writable=True) as folder,
+        folder.database.transaction() as connection,
+    ):
+        connection.execute("UPDATE files SET caption = '一只猫' WHERE name = ?", (b"1.jpg",))
     return tmp_path / "library"
 
 

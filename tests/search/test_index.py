@@ -11,7 +11,16 @@ from urllib.parse import unquote_to_bytes
 import numpy as np
 import pytest
 from conftest import encoded, make_image
-from search.libraries import embedder, found_files, index, jpeg, opened, photos, problems, vectors_of
+from search.libraries import (
+    embedder,
+    found_files,
+    index,
+    jpeg,
+    opened,
+    photos,
+    problems,
+    vectors_of,
+)
 
 from cn_clip.errors import CNClipError, LibraryError, UsageError
 from cn_clip.search import updating
@@ -275,7 +284,7 @@ def test_a_read_only_library_can_be_searched_but_not_written(library, album, mon
         monkeypatch.setattr(os, "access", lambda path, mode, **_: mode != os.W_OK)  # for root too
         assert len(vectors_of(library)) == 4
         if os.getuid():
-            with pytest.raises(CNClipError, match="permission|could not write|readonly"):
+            with pytest.raises(CNClipError, match=r"permission|could not write|readonly"):
                 index(library)
     finally:
         library.chmod(0o755)

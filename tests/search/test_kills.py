@@ -114,6 +114,7 @@ def campaign(tmp_path, kills, seed, monkeypatch):
         for phase in duration:
             acknowledged = 0
             while True:
+
                 def run(report, phase=phase):
                     place.remove(report) if phase == "remove" else place.index(phase, report)
 

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -103,7 +104,7 @@ class _Outcome:
 def index(
     library: LibraryFolder,
     roots: Sequence[Root],
-    embedder: Embedder,
+    load: Callable[[], Embedder],
     model_name: str,
     *,
     thumbnails: bool = True,
@@ -117,7 +118,7 @@ def index(
     Args:
         library: opened for writing, locked by ``LibraryFolder.writing``.
         roots: from ``cn_clip.search.roots``.
-        embedder: of the library's model; that of a new library.
+        load: returns the library's model, or that of a new library; called if it is needed.
         model_name: as ``load`` takes it, for later searches.
         thumbnails: whether to make them.
         on_progress: called after each commit, and while folders are listed.
@@ -126,7 +127,7 @@ def index(
         LibraryError: the library is of another model.
         CNClipError: the disk is full; committed images stay.
     """
-    run = _Run(library, embedder, model_name, thumbnails, on_progress)
+    run = _Run(library, load, model_name, thumbnails, on_progress)
     jobs: list[_Job] = []
     for root in roots:
         jobs += run.changes(root)
@@ -144,12 +145,12 @@ class _Run:
     def __init__(
         self,
         library: LibraryFolder,
-        embedder: Embedder,
+        load: Callable[[], Embedder],
         model_name: str,
         thumbnails: bool,
         on_progress: Callable[[Progress], None],
     ) -> None:
-        self.library, self.embedder = library, embedder
+        self.library, self._load = library, load
         self.thumbnails, self.on_progress = thumbnails, on_progress
         self.progress = Progress()
         self.start = self.last_commit = time.perf_counter()
@@ -167,6 +168,10 @@ class _Run:
                 (self.model.id,),
             )
         )
+
+    @cached_property
+    def embedder(self) -> Embedder:
+        return self._load()
 
     def _active_model(self, name: str) -> StoredModel:
         active = self.library.active_model()
@@ -273,6 +278,8 @@ class _Run:
 
     def read_all(self, jobs: Sequence[_Job]) -> None:
         """Read the files in threads while the model runs; commit now and then."""
+        if not jobs:
+            return
         depth = 2 * self.embedder.batch_size
         pool = ThreadPoolExecutor(min(_THREADS, usable_cpus()), thread_name_prefix="cn_clip-index")
         waiting: deque[Future[_Outcome]] = deque()

@@ -54,7 +54,7 @@ def sweep_thumbnails(library: Path) -> None:
 
 
 def stored_thumbnails(library: Path) -> Iterator[tuple[Path, bytes | None]]:
-    """Yield the path of each file among the thumbnails, and the digest in its name, if it is one."""
+    """Yield the path of each file among the thumbnails, and the digest in its name, if any."""
     for path in sorted((library / THUMBNAILS).glob("*/*")):
         digest = None
         if path.suffix == ".webp":

@@ -6,12 +6,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from cn_clip.embedder import Embedder
 from cn_clip.errors import UsageError
 from cn_clip.search.background import prepare_search
-from cn_clip.search.folder import LibraryFolder, create
+from cn_clip.search.folder import CACHE, LibraryFolder, create
 from cn_clip.search.indexing import Progress, index
 from cn_clip.search.library_model import check_same, load_for, same_origin
 from cn_clip.search.migration import Migration, migrate
@@ -123,9 +124,14 @@ def update(
     if active is not None:
         library.vector_file(active).open(active.rows)  # a file cut short would get a gap
     name = model or (active.name if active else _DEFAULT_MODEL)
-    embedder = load_for(library, active) if active and model is None else load(name)
     migration = None
-    if active is not None:
+
+    @cache
+    def load_model() -> Embedder:
+        return load(name) if active is None or model is not None else load_for(library, active)
+
+    if active is not None and model is not None:
+        embedder = load_model()
         if same_origin(active, embedder):
             check_same(library, active, embedder)
         else:
@@ -139,6 +145,10 @@ def update(
             )
             if not migration.switched:
                 return Update(name, Progress(), migration)
-    progress = index(library, roots, embedder, name, thumbnails=thumbnails, on_progress=on_progress)
-    prepare_search(library, embedder)
+    progress = index(
+        library, roots, load_model, name, thumbnails=thumbnails, on_progress=on_progress
+    )
+    # Without a change, the model need not even be loaded.
+    if progress.embedded or migration is not None or not (library.path / CACHE).is_dir():
+        prepare_search(library, load_model())
     return Update(name, progress, migration)

@@ -105,7 +105,9 @@ def database_damage(library: LibraryFolder) -> list[str]:
         rows = connection.execute(f"PRAGMA integrity_check({_LISTED})").fetchall()
         messages = [str(text) for (text,) in rows if text != "ok"]
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_schema")}
-        messages += [_("it has no table {name}", name=name) for name in _TABLES if name not in tables]
+        messages += [
+            _("it has no table {name}", name=name) for name in _TABLES if name not in tables
+        ]
         for table, row, parent, _index in connection.execute("PRAGMA foreign_key_check"):
             messages.append(
                 _(
