@@ -1,5 +1,6 @@
 """Vector search: the oracle is a stable sort of float64 products."""
 
+import dataclasses
 import json
 import os
 import threading
@@ -130,7 +131,7 @@ def test_equal_rows_rank_by_row(kernels, small_blocks, tmp_path):
 @pytest.mark.parametrize("coded", [False, True])
 def test_rows_of_zeros_never_win_over_negative_cosines(kernels, tmp_path, coded):
     vectors = draw(500)
-    queries = -draw_queries(3)
+    queries = -unit(vectors[1:4].astype(np.float32) + 5)
     vectors[::2] = 0
     assert (queries @ vectors[1::2].T < 0).all()
     codes = Codes.update(tmp_path, vectors) if coded else None
@@ -147,6 +148,18 @@ def test_rows_that_are_not_finite_are_not_returned(gallery, kernels, tmp_path):
     queries = draw_queries(3)
     for codes in (None, Codes.update(tmp_path, vectors)):
         agrees(search_exact(vectors, queries, 10, codes=codes), oracle(expected, queries, 10))
+
+
+def test_rows_that_were_purged_after_they_were_coded_hide_no_others(gallery, kernels, tmp_path):
+    queries = draw_queries(3)
+    codes = Codes.update(tmp_path, gallery)
+    AnnIndex.build(gallery, tmp_path, draw_queries(30, seed=5))
+    vectors = gallery.copy()
+    vectors[oracle(gallery, queries, 200)[0]] = 0
+    expected = oracle(vectors, queries, 10)
+    agrees(search_exact(vectors, queries, 10, codes=codes), expected)
+    index = AnnIndex.open(tmp_path, gallery)
+    agrees(dataclasses.replace(index, vectors=vectors).search(queries, 10), expected)
 
 
 def test_a_memory_map_is_searched_like_an_array(gallery, tmp_path):

@@ -208,7 +208,9 @@ class AnnIndex:
                 found = list(pool.map(candidates, queries))
         else:
             found = [candidates(query) for query in queries]
-        result = best_of(self.vectors, queries, found, k)
+        result, _invalid = best_of(self.vectors, queries, found, k)
+        if result.indexes.shape[1] < k:  # too many rows were purged since the index was built
+            return search_exact(self.vectors, queries, k, allowed=allowed, threads=threads)
         tail = self.vectors[self.rows :]
         if not len(tail):
             return result

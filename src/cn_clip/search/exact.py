@@ -157,7 +157,16 @@ def _search(
     )
     if rows is not None:
         found = [rows[some] for some in found]
-    return best_of(vectors, queries, found, k)
+    result, invalid = best_of(vectors, queries, found, k)
+    if not len(invalid):
+        return result
+    # Infinity that numpy's scan took for a number, or rows that were purged after they were coded.
+    # They may have hidden others.
+    if rows is not None:
+        return _search(vectors, queries, k, None, np.setdiff1d(rows, invalid), None, threads)
+    allowed = np.ones(len(vectors), bool) if allowed is None else allowed.copy()
+    allowed[invalid] = False
+    return _search(vectors, queries, k, allowed, None, None, threads)
 
 
 def _either(first: Scan, second: Scan, boundary: int) -> Scan:
@@ -234,8 +243,11 @@ def _candidates(
     return results
 
 
-def best_of(vectors: Array, queries: Array, candidates: list[Rows], k: int) -> TopK:
-    """Score candidates exactly, and return the k best for each query.
+def best_of(
+    vectors: Array, queries: Array, candidates: list[Rows], k: int
+) -> tuple[TopK, Rows]:
+    """Score candidates exactly; return the k best for each query, and the invalid rows: those of
+    zeros, and those that are not finite.
 
     Args:
         vectors: float16 (N, D).
@@ -243,24 +255,28 @@ def best_of(vectors: Array, queries: Array, candidates: list[Rows], k: int) -> T
         candidates: rows for each query, each once.
         k: fewer are returned if one query has fewer candidates.
     """
-    results = []
+    results, invalid = [], [np.empty(0, np.int64)]
     for query, rows in zip(queries, candidates, strict=True):
         rows = np.sort(rows)
-        scores = exact_scores(vectors, rows, query)
-        scores[~np.isfinite(scores)] = -np.inf
+        scores = _exact_scores(vectors[rows], query)
+        valid = np.isfinite(scores)
+        if not valid.all():
+            invalid.append(rows[~valid])
+            rows, scores = rows[valid], scores[valid]
         order = np.argsort(-scores, kind="stable")[:k]
-        order = order[scores[order] > -np.inf]
         results.append(TopK(rows[order][None], scores[order].astype(np.float32)[None]))
-    return joined(results, k)
+    return joined(results, k), np.unique(np.concatenate(invalid))
 
 
-def exact_scores(vectors: Array, rows: Rows, query: Array) -> npt.NDArray[np.float64]:
-    """Return the dot products (n,) of rows with a query (D,); rows of zeros get -inf."""
-    gathered = vectors[rows].astype(np.float64)
+def _exact_scores(rows: Array, query: Array) -> npt.NDArray[np.float64]:
+    """Return the dot products (n,) of rows (n, D) with a query (D,); rows of zeros get -inf."""
     # Not a matrix product, whose rounding depends on the position of a row: equal rows are ties.
-    scores: npt.NDArray[np.float64] = (gathered * query.astype(np.float64)).sum(axis=1)
+    with np.errstate(invalid="ignore"):  # infinity times 0
+        scores: npt.NDArray[np.float64] = (
+            rows.astype(np.float64) * query.astype(np.float64)
+        ).sum(axis=1)
     zeros = np.flatnonzero(scores == 0)
-    scores[zeros[~gathered[zeros].any(axis=1)]] = -np.inf
+    scores[zeros[~rows[zeros].any(axis=1)]] = -np.inf
     return scores
 
 
