@@ -77,8 +77,9 @@ class Generator:
 
 def embed_things(stamps: Path) -> tuple[np.ndarray, np.ndarray]:
     """Return `mini`'s embeddings of the 468 images, and of the caption of each."""
-    import cn_clip
     from things468 import on_white, things
+
+    import cn_clip
 
     embedder = cn_clip.load("mini")
     pairs = things(stamps)
@@ -118,7 +119,7 @@ def main() -> None:
     parser.add_argument("--fit", action="store_true", help="fit the parameters and write them")
     parser.add_argument("--stamps", type=Path, help="folder of the stamps; default: download them")
     options = parser.parse_args()
-    columns = "own 1st 10th 100th mean sd sd(1st) img-img nearest gap".split()
+    columns = ["own", "1st", "10th", "100th", "mean", "sd", "sd(1st)", "img-img", "nearest", "gap"]
     print(f"{'':<8}" + "".join(f"{name:>10}" for name in columns))
     if options.fit:
         from things468 import fetch

@@ -159,8 +159,11 @@ def measure_exact(
     by_codes = search_exact(vectors, queries, K, codes=codes)
     checked = range(0, len(queries), max(1, len(queries) // 16))
     best = np.stack([oracle(vectors, queries[at]) for at in checked])
-    print(f"  int8 / float16: {ratio:.2f}; recall of int8 {recall(by_codes.indexes, many.indexes):.4f}")
-    print(f"  float16 equals float64, ranks included: {np.array_equal(many.indexes[checked], best)}")
+    reached = recall(by_codes.indexes, many.indexes)
+    print(f"  int8 / float16: {ratio:.2f}; recall of int8 {reached:.4f}")
+    print(
+        f"  float16 equals float64, ranks included: {np.array_equal(many.indexes[checked], best)}"
+    )
     print(f"  codes made in {seconds:.1f} s")
     batch = {
         f"{len(queries)} queries, float16": lambda _n: search_exact(vectors, queries, K),
@@ -246,8 +249,8 @@ def measure_index(
     exactly = search_exact(vectors, queries, K)
     found = index.search(queries, K)
     print(
-        f"Index: {len(index.centroids):,} cells, {index.probes} scanned for recall 0.98 on {SAMPLE} "
-        f"queries; built in {seconds:.0f} s, {len(vectors) / seconds:,.0f} rows/s; "
+        f"Index: {len(index.centroids):,} cells, {index.probes} scanned for recall 0.98 on "
+        f"{SAMPLE} queries; built in {seconds:.0f} s, {len(vectors) / seconds:,.0f} rows/s; "
         f"{(cache / FILE).stat().st_size / 1e6:,.0f} MB"
     )
     contest: Contest = {
@@ -257,7 +260,9 @@ def measure_index(
             vectors, queries[n : n + 1], K, cache=cache
         ),
     }
-    print(f"  recall of {len(queries):,} other queries: {recall(found.indexes, exactly.indexes):.4f}")
+    print(
+        f"  recall of {len(queries):,} other queries: {recall(found.indexes, exactly.indexes):.4f}"
+    )
     for name, value in medians(contest, 10 * rounds).items():
         print(f"  {name:<34}{value:>9.2f} ms")
     measure_cold(vectors, queries, cache, file)
@@ -290,7 +295,7 @@ def measure_faiss(
 
     def search(some: np.ndarray) -> np.ndarray:
         rows = index.search(some, 100)[1]
-        return exact.best_of(vectors, some, [row[row >= 0] for row in rows], K).indexes
+        return exact.best_of(vectors, some, [row[row >= 0] for row in rows], K)[0].indexes
 
     reached = 0.0
     for probes in (2 ** (power / 2) for power in range(6, 30)):

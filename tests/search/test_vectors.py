@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from cn_clip.errors import CNClipError, UsageError
-from cn_clip.search import exact, vectors as picker
+from cn_clip.search import exact
+from cn_clip.search import vectors as picker
 from cn_clip.search.ann import FILE, AnnIndex
 from cn_clip.search.codes import Codes, encode
 from cn_clip.search.exact import float32_of, search_exact
@@ -231,7 +232,10 @@ def test_codes_are_extended_by_appended_rows_and_cover_the_first_rows_until_then
     before = (tmp_path / "codes.i8").stat()
     assert codes.rows == 4000
     opened = Codes.open(tmp_path, gallery)
-    agrees(search_exact(gallery, draw_queries(3), 10, codes=opened), oracle(gallery, draw_queries(3), 10))
+    agrees(
+        search_exact(gallery, draw_queries(3), 10, codes=opened),
+        oracle(gallery, draw_queries(3), 10),
+    )
     extended = Codes.update(tmp_path, gallery)
     after = (tmp_path / "codes.i8").stat()
     assert extended.rows == ROWS and after.st_ino == before.st_ino

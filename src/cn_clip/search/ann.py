@@ -37,6 +37,7 @@ from cn_clip.search.exact import (
     checked_search,
     float32_of,
     has_numkong,
+    products_with,
     search_exact,
 )
 from cn_clip.topk import TopK
@@ -54,7 +55,7 @@ _TRAINED = 40  # rows per cell that the centroids are fitted to
 _ITERATIONS = 10
 _BLOCK = 1 << 13
 _CANDIDATES = 100  # scored exactly, at least
-_EXACT_SHARE = 0.03  # of the rows: if fewer are allowed, they are searched exactly
+_EXACT_SHARE = 0.05  # of the rows: if fewer are allowed, they are searched exactly
 _GROWTH = 0.1  # of the rows: after as many new ones, an index is worth rebuilding
 
 
@@ -185,22 +186,15 @@ class AnnIndex:
         Args, returns and raises as ``cn_clip.search.exact.search_exact``.
         """
         queries = checked_search(self.vectors, queries, k)
-        counts = None
-        if allowed is not None:
-            member_counts = np.concatenate([[0], np.cumsum(allowed[self.ids])])
-            counts = np.diff(member_counts[self.starts])  # allowed rows of each cell
-        count = len(self.ids) if counts is None else int(counts.sum())
+        count = self.rows if allowed is None else np.count_nonzero(allowed[: self.rows])
         if count <= max(_EXACT_SHARE * self.rows, _CANDIDATES * k):
             return search_exact(self.vectors, queries, k, allowed=allowed, threads=threads)
-        # The k best of fewer rows, or more of all rows, are in more cells. A filter may allow few
-        # rows of the nearest cells: as many allowed rows are scanned as without it.
-        probes = self.probes * max(1, math.sqrt(k / _TUNED_K))
-        scanned = math.ceil(probes * len(self.ids) / len(self.centroids))
+        # More results are in more cells.
+        probes = min(len(self.centroids), math.ceil(self.probes * max(1, (k / _TUNED_K) ** 0.5)))
         wanted = max(_CANDIDATES, 4 * k)
 
         def candidates(query: Array) -> Rows:
-            cells = self._cells(query, math.ceil(probes), scanned, counts)
-            return self._scanned(query, cells, wanted, allowed)
+            return self._candidates(query, probes, wanted, allowed)
 
         threads = usable_cpus() if threads is None else threads
         if threads > 1 and len(queries) > 1:
@@ -218,33 +212,40 @@ class AnnIndex:
         newer = search_exact(tail, queries, k, allowed=rest, threads=threads)
         return _merged(result, TopK(newer.indexes + self.rows, newer.scores), k)
 
-    def _cells(self, query: Array, probes: int, scanned: int, counts: Rows | None) -> Rows:
-        """Return the cells that one query scans: ``probes``, or as many as have ``scanned`` rows
-        that are allowed."""
+    def _candidates(self, query: Array, probes: int, wanted: int, allowed: Mask | None) -> Rows:
+        """Return the ``wanted`` rows of the nearest cells whose codes have the highest scores."""
         scores = _centroid_scores(self.centroids, query[None])[0]
-        if counts is None:
-            if probes >= len(scores):
-                return np.arange(len(scores))
-            return np.argpartition(scores, -probes)[-probes:]
-        order = np.argsort(-scores)
-        enough = int(np.searchsorted(np.cumsum(counts[order]), scanned)) + 1
-        order = order[: max(enough, probes)]
-        return order[counts[order] > 0]
-
-    def _scanned(self, query: Array, cells: Rows, wanted: int, allowed: Mask | None) -> Rows:
-        """Return the ``wanted`` rows of some cells whose codes have the highest scores."""
+        if allowed is None:
+            spans = self._spans(np.argpartition(-scores, probes - 1)[:probes])
+            ids = np.concatenate([self.ids[span] for span in spans])
+            keep = None
+        else:
+            # As many allowed rows are scanned as rows without a filter, in however many cells.
+            order = np.argsort(-scores)
+            enough = probes * len(self.ids) / len(order)
+            while True:
+                spans = self._spans(order[:probes])
+                ids = np.concatenate([self.ids[span] for span in spans])
+                keep = np.flatnonzero(allowed[ids])
+                if len(keep) >= enough or probes >= len(order):
+                    break
+                probes = math.ceil(probes * min(8, max(1.2, 1.1 * enough / max(1, len(keep)))))
+            ids = ids[keep]
         multiply = _products(query)
-        starts, stops = self.starts[cells].tolist(), self.starts[cells + 1].tolist()
-        spans = [slice(a, b) for a, b in zip(starts, stops, strict=True) if b > a]
-        ids = np.concatenate([self.ids[span] for span in spans])
         values = np.concatenate([multiply(self.codes[span]) for span in spans])
         values = values * np.concatenate([self.scales[span] for span in spans])
-        if allowed is not None:
-            keep = np.flatnonzero(allowed[ids])
-            ids, values = ids[keep], values[keep]
+        values = values if keep is None else values[keep]
         if len(values) > wanted:
             ids = ids[np.argpartition(values, -wanted)[-wanted:]]
         return ids.astype(np.int64)
+
+    def _spans(self, cells: Rows) -> list[slice]:
+        """Return where the rows of cells are in the index; neighbours are joined."""
+        cells = np.sort(cells)
+        first = np.flatnonzero(np.diff(cells, prepend=-2) != 1)
+        last = np.append(first[1:], len(cells)) - 1
+        starts, stops = self.starts[cells[first]].tolist(), self.starts[cells[last] + 1].tolist()
+        return [slice(a, b) for a, b in zip(starts, stops, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,11 +293,11 @@ def _write(
         coded = pool.map(lambda at: encode(vectors[ids[at : at + _BLOCK]]), blocks)
         for at, (codes, some) in zip(blocks, coded, strict=True):
             scales[at : at + _BLOCK] = some
-            stream.write(codes)
+            stream.write(codes.data)
         parts = (centroids, starts, ids, scales)
         for offset, part in zip(offsets, parts, strict=True):
             stream.seek(offset)
-            stream.write(part)
+            stream.write(part.data)
         head = json.dumps(about | {"digest": _digest(about, parts)}).encode()
         stream.seek(0)
         stream.write(head.ljust(_HEADER, b"\0"))
@@ -311,7 +312,7 @@ def _digest(about: dict[str, Any], parts: tuple[Array, ...]) -> str:
     facts = {name: value for name, value in about.items() if name != "digest"}
     digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16)
     for part in parts:
-        digest.update(np.ascontiguousarray(part))
+        digest.update(np.ascontiguousarray(part).data)
     return digest.hexdigest()
 
 
@@ -369,7 +370,8 @@ def _assigned(vectors: Array, rows: Rows, centroids: Array) -> npt.NDArray[np.in
         return products.argmax(axis=1).astype(np.int32)
 
     with ThreadPoolExecutor(usable_cpus()) as pool:
-        return np.concatenate(list(pool.map(nearest, range(0, len(rows), size))))
+        cells = list(pool.map(nearest, range(0, len(rows), size)))
+    return np.concatenate(cells, dtype=np.int32)
 
 
 def _products(queries: Array, *, encoded: bool = False) -> Callable[[Array], Array]:
@@ -377,10 +379,8 @@ def _products(queries: Array, *, encoded: bool = False) -> Callable[[Array], Arr
     queries = np.atleast_2d(queries)
     coded = queries if encoded else encode(queries)[0]
     if has_numkong():
-        import numkong
-
-        packed = numkong.dots_pack(coded)
-        return lambda codes: np.asarray(numkong.dots_packed(codes, packed)).reshape(-1)
+        multiply = products_with(coded)
+        return lambda codes: multiply(codes).reshape(-1)
     transposed = coded.T.astype(np.float32)
     return lambda codes: (codes.astype(np.float32) @ transposed).reshape(-1)
 
@@ -388,10 +388,9 @@ def _products(queries: Array, *, encoded: bool = False) -> Callable[[Array], Arr
 def _centroid_scores(centroids: Array, queries: Array) -> Array:
     """Return the scores (Q, L) that rank cells for queries."""
     if has_numkong():
-        import numkong
-
-        return np.asarray(numkong.cdist(queries.astype(np.float16), centroids, "dot"))
-    return queries @ float32_of(centroids).T
+        return products_with(queries.astype(np.float16))(centroids).T
+    products: Array = float32_of(centroids) @ queries.T
+    return products.T
 
 
 def _probes(vectors: Array, queries: Array, centroids: Array, cell_of: Array, recall: float) -> int:

@@ -31,8 +31,9 @@ Rows = npt.NDArray[np.int64]
 
 _BLOCK_BYTES = 8 << 20  # of vectors per call of a kernel: few calls, scores that stay in the cache
 _QUERIES = 256  # scanned together
+_FEW_QUERIES = 3  # faster one by one than as a matrix
 _INLINE_BYTES = 4 << 20  # below it, starting threads takes longer than the scan
-_GATHERED = 0.1  # of the rows: if fewer are allowed, they are read one by one instead of scanned
+_GATHERED = 0.2  # of the rows: if fewer are allowed, they are read one by one instead of scanned
 _MAX_NORM = 1.01  # of a float16 unit vector
 _FLOAT32_ROUNDING = 2.0**-24
 
@@ -229,9 +230,11 @@ def _candidates(
         with ThreadPoolExecutor(threads) as pool:
             for future in [pool.submit(work) for _unused in range(threads)]:
                 future.result()
-    rows, query, values = (np.concatenate(parts) for parts in zip(*found, strict=True)) if (
-        found
-    ) else (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
+    rows, query, values = (
+        (np.concatenate(parts) for parts in zip(*found, strict=True))
+        if (found)
+        else (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
+    )
     order = np.argsort(query, kind="stable")
     ends = np.cumsum(np.bincount(query, minlength=width))
     results = []
@@ -243,9 +246,7 @@ def _candidates(
     return results
 
 
-def best_of(
-    vectors: Array, queries: Array, candidates: list[Rows], k: int
-) -> tuple[TopK, Rows]:
+def best_of(vectors: Array, queries: Array, candidates: list[Rows], k: int) -> tuple[TopK, Rows]:
     """Score candidates exactly; return the k best for each query, and the invalid rows: those of
     zeros, and those that are not finite.
 
@@ -272,9 +273,9 @@ def _exact_scores(rows: Array, query: Array) -> npt.NDArray[np.float64]:
     """Return the dot products (n,) of rows (n, D) with a query (D,); rows of zeros get -inf."""
     # Not a matrix product, whose rounding depends on the position of a row: equal rows are ties.
     with np.errstate(invalid="ignore"):  # infinity times 0
-        scores: npt.NDArray[np.float64] = (
-            rows.astype(np.float64) * query.astype(np.float64)
-        ).sum(axis=1)
+        scores: npt.NDArray[np.float64] = (rows.astype(np.float64) * query.astype(np.float64)).sum(
+            axis=1
+        )
     zeros = np.flatnonzero(scores == 0)
     scores[zeros[~rows[zeros].any(axis=1)]] = -np.inf
     return scores
@@ -291,25 +292,25 @@ def float_scan(read: Callable[[slice], Array], queries: Array) -> Scan:
     rounding = queries.shape[1] * _FLOAT32_ROUNDING * np.linalg.norm(queries, axis=1)
     if not has_numkong():
         transposed = queries.T
-        return Scan(
-            lambda block: float32_of(read(block)) @ transposed, _MAX_NORM * rounding
-        )
-    import numkong
-
+        return Scan(lambda block: float32_of(read(block)) @ transposed, _MAX_NORM * rounding)
     rounded = queries.astype(np.float16)
     error = np.linalg.norm(queries - rounded, axis=1)  # times the norm of a row: Cauchy-Schwarz
-    if len(queries) == 1:
-
-        def one(block: slice) -> Array:
-            scores = np.asarray(numkong.cdist(rounded, read(block), "dot"))
-            return scores.astype(np.float32).reshape(-1, 1)
-
-        return Scan(one, _MAX_NORM * (error + rounding))
-    packed = numkong.dots_pack(rounded)
+    multiply = products_with(rounded)
     return Scan(
-        lambda block: np.asarray(numkong.dots_packed(read(block), packed)),
+        lambda block: multiply(read(block)).astype(np.float32, copy=False),
         _MAX_NORM * (error + rounding),
     )
+
+
+def products_with(queries: Array) -> Callable[[Array], Array]:
+    """Return a function from rows (B, D) to their products (B, Q) with queries of the same type,
+    float16 or int8, by numkong."""
+    import numkong
+
+    if len(queries) > _FEW_QUERIES:
+        packed = numkong.dots_pack(queries)
+        return lambda rows: np.asarray(numkong.dots_packed(rows, packed))
+    return lambda rows: np.ascontiguousarray(np.asarray(numkong.cdist(queries, rows, "dot")).T)
 
 
 def float32_of(vectors: Array) -> npt.NDArray[np.float32]:
