@@ -105,7 +105,8 @@ class ClipRetrieval(Store):
 
 
 class LanceDB(Store):
-    levels = (0, 8, 16, 32, 64, 128, 256)  # nprobes; 0 is without an index
+    levels: tuple[int, ...] = (0, 8, 16, 32, 64, 128, 256)  # nprobes; 0 is without an index
+    indexed = True
 
     def build(self, vectors: np.ndarray, folder: Path, sample: np.ndarray) -> None:
         import lancedb
@@ -113,9 +114,9 @@ class LanceDB(Store):
 
         values = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
         table = pa.table({"id": pa.array(np.arange(len(vectors))), "vector": values})
-        lancedb.connect(folder).create_table("images", table).create_index(
-            metric="cosine", vector_column_name="vector"
-        )
+        images = lancedb.connect(folder).create_table("images", table)
+        if self.indexed:
+            images.create_index(metric="cosine", vector_column_name="vector")
 
     def open(self, folder: Path, level: int) -> Search:
         import lancedb
@@ -131,7 +132,7 @@ class LanceDB(Store):
 
 
 class LanceDBExact(LanceDB):
-    levels = (0,)
+    levels, indexed = (0,), False
 
 
 class LanceDBIndex(LanceDB):
@@ -345,6 +346,7 @@ def main() -> None:
                 print(f"{name}: {task} failed: {last}", flush=True)
                 results.pop(name, None)
                 return False
+            print(f"{name}: {task} {done.stdout.splitlines()[-1]}", file=sys.stderr, flush=True)
             for key, value in json.loads(done.stdout.splitlines()[-1]).items():
                 results.setdefault(name, {}).setdefault(key, []).append(value)
             return True

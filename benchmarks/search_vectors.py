@@ -28,7 +28,7 @@ from embedding_generator import Generator
 
 from cn_clip.bench import processor_name
 from cn_clip.processes import usable_cpus
-from cn_clip.search import exact
+from cn_clip.search import exact, kernels
 from cn_clip.search.ann import FILE, AnnIndex
 from cn_clip.search.codes import Codes
 from cn_clip.search.exact import search_exact
@@ -124,7 +124,7 @@ def library_scans(vectors: np.ndarray, queries: np.ndarray, threads: int) -> Con
             return np.argpartition(np.concatenate(list(found), axis=1)[0], -K)[-K:]
 
     def by_numpy(number: int) -> object:
-        with mock.patch.object(exact, "has_numkong", lambda: False):
+        with mock.patch.object(kernels, "has_numkong", lambda: False):
             return search_exact(vectors, queries[number : number + 1], K, threads=threads)
 
     return {

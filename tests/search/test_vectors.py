@@ -13,7 +13,8 @@ from cn_clip.search import exact
 from cn_clip.search import vectors as picker
 from cn_clip.search.ann import FILE, AnnIndex
 from cn_clip.search.codes import Codes, encode
-from cn_clip.search.exact import float32_of, search_exact
+from cn_clip.search.exact import search_exact
+from cn_clip.search.kernels import float32_of
 from cn_clip.search.vectors import prepare, search_vectors
 
 ROWS, DIM = 6000, 48
@@ -68,7 +69,7 @@ def gallery():
 @pytest.fixture(params=["numkong", "numpy"])
 def kernels(request, monkeypatch):
     if request.param == "numpy":
-        for module in ("exact", "ann"):
+        for module in ("kernels", "exact", "ann"):
             monkeypatch.setattr(f"cn_clip.search.{module}.has_numkong", lambda: False)
     else:
         pytest.importorskip("numkong")

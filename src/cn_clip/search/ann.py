@@ -32,14 +32,8 @@ from cn_clip.format_version import FIELD, Format
 from cn_clip.processes import usable_cpus
 from cn_clip.publish import atomic_file, map_write_errors
 from cn_clip.search.codes import INT8_MAX, agree, encode
-from cn_clip.search.exact import (
-    best_of,
-    checked_search,
-    float32_of,
-    has_numkong,
-    products_with,
-    search_exact,
-)
+from cn_clip.search.exact import best_of, checked_search, search_exact
+from cn_clip.search.kernels import float32_of, has_numkong, products_with
 from cn_clip.topk import TopK
 from cn_clip.translation import _
 
@@ -285,8 +279,9 @@ def _write(
     scales = np.empty(len(ids), np.float32)
     end = _HEADER
     with path.open("wb") as stream, ThreadPoolExecutor(usable_cpus()) as pool:
+        parts: tuple[Array, ...] = (centroids, starts, ids, scales)
         offsets = []
-        for part in (centroids, starts, ids, scales):
+        for part in parts:
             offsets.append(end)
             end = _aligned(end + part.nbytes)
         stream.seek(end)
@@ -294,7 +289,6 @@ def _write(
         for at, (codes, some) in zip(blocks, coded, strict=True):
             scales[at : at + _BLOCK] = some
             stream.write(codes.data)
-        parts = (centroids, starts, ids, scales)
         for offset, part in zip(offsets, parts, strict=True):
             stream.seek(offset)
             stream.write(part.data)
@@ -364,14 +358,14 @@ def _assigned(vectors: Array, rows: Rows, centroids: Array) -> npt.NDArray[np.in
     size = max(1, (1 << 22) // len(centroids))  # 16 MiB of products
     multiply = _products(coded, encoded=True)
 
-    def nearest(at: int) -> Array:
+    def nearest(at: int) -> Rows:
         codes, _unused = encode(vectors[rows[at : at + size]])
-        products: Array = multiply(codes).reshape(len(codes), -1)
-        return products.argmax(axis=1).astype(np.int32)
+        found: Rows = np.argmax(multiply(codes).reshape(len(codes), -1), axis=1)
+        return found
 
     with ThreadPoolExecutor(usable_cpus()) as pool:
         cells = list(pool.map(nearest, range(0, len(rows), size)))
-    return np.concatenate(cells, dtype=np.int32)
+    return np.concatenate(cells).astype(np.int32)
 
 
 def _products(queries: Array, *, encoded: bool = False) -> Callable[[Array], Array]:

@@ -25,7 +25,7 @@ from cn_clip.files import read_file
 from cn_clip.format_version import FIELD, Format
 from cn_clip.processes import usable_cpus
 from cn_clip.publish import flush, map_write_errors, write_text
-from cn_clip.search.exact import Scan, float32_of, products_with
+from cn_clip.search.kernels import Scan, float32_of, products_with
 
 Array = npt.NDArray[Any]
 
