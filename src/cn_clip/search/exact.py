@@ -27,7 +27,7 @@ Mask = npt.NDArray[np.bool_]
 Rows = npt.NDArray[np.int64]
 
 _BLOCK_BYTES = 8 << 20  # of vectors per call of a kernel: few calls, scores that stay in the cache
-_QUERIES = 256  # scanned together
+_QUERIES = 64  # scanned together; numkong is slower with more
 _INLINE_BYTES = 4 << 20  # below it, starting threads takes longer than the scan
 _GATHERED = 0.2  # of the rows: if fewer are allowed, they are read one by one instead of scanned
 
