@@ -380,6 +380,26 @@ def test_small_galleries_are_searched_exactly_and_large_ones_by_the_index(
     agrees(search_vectors(gallery, queries, 10, cache=tmp_path), expected)
 
 
+def test_caches_stay_open_until_a_file_changes(gallery, tmp_path, monkeypatch):
+    opened = []
+    original = Codes.open
+    monkeypatch.setattr(
+        Codes, "open", lambda *args: (opened.append(args), original(*args))[1], raising=True
+    )
+    gallery.tofile(tmp_path / "vectors.f16")
+    prepare(gallery, tmp_path, draw_queries(1))
+    del opened[:]
+    for _unused in range(3):  # a new map each time
+        vectors = np.memmap(tmp_path / "vectors.f16", np.float16, "r", shape=gallery.shape)
+        search_vectors(vectors, draw_queries(1), 10, cache=tmp_path)
+    assert len(opened) == 1
+    draw(ROWS, seed=4).tofile(tmp_path / "vectors.f16")
+    vectors = np.memmap(tmp_path / "vectors.f16", np.float16, "r", shape=gallery.shape)
+    found = search_vectors(vectors, draw_queries(1), 10, cache=tmp_path)
+    agrees(found, oracle(vectors, draw_queries(1), 10))
+    assert len(opened) == 2
+
+
 def test_an_index_is_replaced_while_others_search_it(gallery, tmp_path, monkeypatch):
     monkeypatch.setattr(picker, "ANN_ROWS", 1000)
     queries = draw_queries(5, seed=8)

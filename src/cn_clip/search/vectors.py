@@ -87,13 +87,15 @@ class _Caches:
     def opened(self, cache: Path, vectors: Array) -> tuple[AnnIndex | None, Codes | None]:
         """Return the index and the codes in a folder, opened again if a file or vectors changed."""
         names = (FILE, "codes.json") if len(vectors) >= ANN_ROWS else ("codes.json",)
-        state = tuple(_state(cache / name) for name in names)
+        source = getattr(vectors, "filename", None)  # of a memory map, which may be opened anew
+        place = vectors.ctypes.data if source is None else _state(Path(source))
+        state = (place, vectors.shape, *(_state(cache / name) for name in names))
         with self.lock:
             known = self.opened_last.get(cache)
-            if known is None or known[0] != (state, len(vectors), vectors.ctypes.data):
+            if known is None or known[0] != state:
                 index = AnnIndex.open(cache, vectors) if FILE in names else None
                 codes = Codes.open(cache, vectors) if index is None else None
-                known = ((state, len(vectors), vectors.ctypes.data), index, codes)
+                known = (state, index, codes)
                 self.opened_last.pop(cache, None)
                 while len(self.opened_last) >= _OPEN:
                     del self.opened_last[next(iter(self.opened_last))]
