@@ -268,7 +268,8 @@ def _vector_of(snapshot: Snapshot, image: int) -> npt.NDArray[np.float32]:
     """Return the vector (D,) of an image; zeros if there is none."""
     if not 1 <= image <= len(snapshot.vectors):
         return np.zeros(snapshot.model.dim, np.float32)
-    return snapshot.vectors[image - 1].astype(np.float32)
+    vector: npt.NDArray[np.float32] = snapshot.vectors[image - 1].astype(np.float32)
+    return vector
 
 
 def _with_matches(
