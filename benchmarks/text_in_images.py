@@ -49,7 +49,7 @@ from cn_clip.eval.metrics.bootstrap import paired_interval
 from cn_clip.processes import cpu_info
 from cn_clip.sample import embedded_sample
 from cn_clip.search.fulltext import TOKENIZER, fold, match_expression, tokens, units
-from cn_clip.search.fusion import TextMatch, fuse, match_text
+from cn_clip.search.fusion import CANDIDATES, TextMatch, fuse, match_text
 from cn_clip.search.ocr import TextReader
 
 WORDS = Path(__file__).with_suffix(".tsv")  # kind and text
@@ -295,13 +295,14 @@ def text_index(texts: list[list[str]]) -> sqlite3.Connection:
 
 
 def text_matches(db: sqlite3.Connection, query: str) -> dict[int, TextMatch]:
-    """Return the images whose text has a part of the query, at most 1,000 by bm25."""
+    """Return the images whose text has a part of the query."""
     expression = match_expression(query, partial=True)
     if not expression:
         return {}
     sql = """SELECT images.id, text FROM words JOIN images ON images.id = words.rowid
-        WHERE words MATCH ? ORDER BY rank LIMIT 1000"""
-    every = {n: match_text(query, text) for n, text in db.execute(sql, (expression,))}
+        WHERE words MATCH ? ORDER BY rank LIMIT ?"""
+    rows = db.execute(sql, (expression, CANDIDATES))
+    every = {n: match_text(query, text) for n, text in rows}
     return {n: match for n, match in every.items() if match is not None}
 
 
