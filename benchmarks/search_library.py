@@ -117,8 +117,8 @@ def unchanged(work: Path, options: argparse.Namespace) -> None:
     times = [command(words) for _ in range(3)]
     cpu = (os.times().children_user + os.times().children_system - before) / 3
     print(
-        f"index of {options.files:,} unchanged files, start of the command and of the model "
-        f"included: {min(times):.1f} s, the slowest of three {max(times):.1f} s, "
+        f"index of {options.files:,} unchanged files, start of the command included: "
+        f"{min(times):.1f} s, the slowest of three {max(times):.1f} s, "
         f"CPU {cpu:.1f} s"
     )
 
