@@ -182,7 +182,7 @@ def measure_exact(
         f"{len(queries)} queries, int8": lambda _n: search_exact(vectors, queries, K, codes=codes),
     }
     print("Many queries at once, per query:")
-    for name, value in medians(batch, 3).items():
+    for name, value in medians(batch, 1).items():
         print(f"  {name:<34}{value / len(queries):>9.2f} ms")
 
 
