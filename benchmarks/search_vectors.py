@@ -268,9 +268,7 @@ def measure_index(
     contest: Contest = {
         "float16, exact": lambda n: search_exact(vectors, queries[n : n + 1], K),
         "index": lambda n: index.search(queries[n : n + 1], K),
-        "search_vectors": lambda n: search_vectors(
-            vectors, queries[n : n + 1], K, cache=cache
-        ),
+        "search_vectors": lambda n: search_vectors(vectors, queries[n : n + 1], K, cache=cache),
     }
     print(
         f"  recall of {len(queries):,} other queries: {recall(found.indexes, exactly.indexes):.4f}"
