@@ -274,7 +274,7 @@ def _indexed_rows(vectors: Array) -> Rows:
 
 def _filled(faiss: Any, vectors: Array, members: Rows) -> Any:
     """Return faiss's index of some rows of the vectors."""
-    lists = max(1, min(len(members), round(4 * math.sqrt(len(members)))))
+    lists = max(1, min(len(members), round(2 * math.sqrt(len(members)))))
     index = faiss.index_factory(
         vectors.shape[1], f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT
     )  # its k-means is spherical
