@@ -6,9 +6,10 @@ exactly, from the vectors. How many cells are scanned is chosen when the index i
 sample of queries reaches a recall.
 
 Files in the folder: ``ann.faiss``, and ``ann.json``, which is written last and says what the index
-was built from. Both may be deleted at any time. The codes are mapped into memory. Before faiss reads
-a file, its size, all of it before the codes, and samples of the codes are compared with a checksum;
-a sample of the vectors is, too. Damage elsewhere can hide results, but never returns a wrong score.
+was built from. Both may be deleted at any time. The codes are mapped into memory. A checksum of a
+sample of the vectors, and one of the size of the index, of all before its codes and of samples of
+those, are compared before faiss reads the file. Damage between the samples can hide results, but
+never returns a wrong score. A checksum is no signature: the folder must be the user's own.
 """
 
 from __future__ import annotations
