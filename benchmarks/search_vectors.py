@@ -94,13 +94,6 @@ def recall(found: np.ndarray, best: np.ndarray) -> float:
     return float(np.mean([len(np.intersect1d(a, b)) / K for a, b in zip(found, best, strict=True)]))
 
 
-def resident_mb(kind: str = "RssAnon") -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(kind + ":"):
-            return int(line.split()[1]) / 1024
-    return float("nan")
-
-
 def show(times: dict[str, np.ndarray], floor: np.ndarray) -> None:
     """Print medians and lowest times, each beside that of the floor."""
     for name, some in times.items():
