@@ -311,6 +311,21 @@ def test_the_index_finds_rows_far_from_a_query_that_a_filter_leaves(built, galle
     assert recall(found, oracle(gallery, queries, 10, allowed)) >= 0.9
 
 
+@pytest.mark.parametrize("share", [0.5, 0.2])
+def test_the_index_finds_what_is_left_when_a_filter_excludes_all_that_is_near(
+    built, gallery, share
+):
+    index = AnnIndex.open(built, gallery)
+    reached = []
+    for query in draw_queries(20, seed=8):
+        scores = gallery.astype(np.float32) @ query
+        allowed = scores < np.quantile(scores, share)
+        found = index.search(query[None], 10, allowed=allowed)
+        assert allowed[found.indexes].all()
+        reached.append(recall(found, oracle(gallery, query[None], 10, allowed)))
+    assert np.mean(reached) >= 0.8
+
+
 def test_an_index_of_few_or_equal_rows_is_searched_too(tmp_path, faiss):
     for vectors in (draw(1), np.repeat(draw(1), 300, axis=0), draw(50)):
         index = AnnIndex.build(vectors, tmp_path, draw_queries(3))

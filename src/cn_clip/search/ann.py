@@ -218,11 +218,8 @@ class AnnIndex:
         count = self.rows if allowed is None else int(np.count_nonzero(allowed[: self.rows]))
         if count <= max(_EXACT_SHARE * self.rows, _CANDIDATES * k):
             return search_exact(self.vectors, queries, k, allowed=allowed, threads=threads)
-        # More results are in more cells; so are as many allowed rows.
-        growth = max(1, (k / _TUNED_K) ** 0.5) * self.rows / count
-        probes = min(self.lists, math.ceil(self.probes * growth))
         with _openmp_threads(threads if len(queries) > 1 else 1):
-            found = self._candidates(queries, max(_CANDIDATES, 4 * k), probes, allowed)
+            found = self._candidates(queries, k, allowed)
         result, _invalid = best_of(self.vectors, queries, found, k)
         if result.indexes.shape[1] < k:  # too many rows were purged since the index was built
             return search_exact(self.vectors, queries, k, allowed=allowed, threads=threads)
@@ -233,21 +230,27 @@ class AnnIndex:
         newer = search_exact(tail, queries, k, allowed=rest, threads=threads)
         return _merged(result, TopK(newer.indexes + self.rows, newer.scores), k)
 
-    def _candidates(
-        self, queries: Array, wanted: int, probes: int, allowed: Mask | None
-    ) -> list[Rows]:
-        """Return for each query the ``wanted`` rows of the nearest cells whose codes score best."""
+    def _candidates(self, queries: Array, k: int, allowed: Mask | None) -> list[Rows]:
+        """Return for each query the rows of the nearest cells whose codes score best."""
         faiss = load_faiss()
         assert faiss is not None
+        wanted = max(_CANDIDATES, 4 * k)
+        # More results are in more cells.
+        probes = min(self.lists, math.ceil(self.probes * max(1, (k / _TUNED_K) ** 0.5)))
         parameters = faiss.SearchParametersIVF(nprobe=probes)
         if allowed is not None:
             bits = np.packbits(allowed[: self.rows], bitorder="little")
             parameters.sel = faiss.IDSelectorBitmap(bits)
-        ids = self.index.search(queries, wanted, params=parameters)[1]
-        # A filter may leave nothing in the nearest cells.
-        while allowed is not None and (ids < 0).any() and parameters.nprobe < self.lists:
-            parameters.nprobe = min(self.lists, 2 * parameters.nprobe)
-            ids = self.index.search(queries, wanted, params=parameters)[1]
+        ids = self.index.search(queries, wanted, params=parameters)[1]  # best first
+        if allowed is not None:
+            # A filter may leave little in the nearest cells: go on until twice as many change nothing.
+            pending = np.arange(len(queries))
+            while len(pending) and parameters.nprobe < self.lists:
+                parameters.nprobe = min(self.lists, 2 * parameters.nprobe)
+                more = self.index.search(queries[pending], wanted, params=parameters)[1]
+                changed = (more[:, :k] != ids[pending, :k]).any(axis=1) | (more[:, -1] < 0)
+                ids[pending] = more
+                pending = pending[changed]
         return [np.unique(row[(row >= 0) & (row < self.rows)]) for row in ids]
 
 
