@@ -243,7 +243,7 @@ class AnnIndex:
             parameters.sel = faiss.IDSelectorBitmap(bits)
         ids = self.index.search(queries, wanted, params=parameters)[1]  # best first
         if allowed is not None:
-            # A filter may leave little in the nearest cells: go on until twice as many change nothing.
+            # A filter may leave little in the nearest cells: on, until twice as many add nothing.
             pending = np.arange(len(queries))
             while len(pending) and parameters.nprobe < self.lists:
                 parameters.nprobe = min(self.lists, 2 * parameters.nprobe)
