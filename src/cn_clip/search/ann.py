@@ -60,8 +60,8 @@ _SAMPLE_BYTES = 4096
 def load_faiss() -> Any | None:
     """Return the module faiss; None if it is not installed, or not on Linux.
 
-    Elsewhere, faiss-cpu and torch each load an OpenMP runtime of their own, and the second ends the
-    process (faiss-wheels, issue 73).
+    Elsewhere, faiss-cpu and torch each load an OpenMP runtime of their own, and the second can end
+    the process (faiss-wheels, issue 73).
     """
     if sys.platform != "linux":
         return None
