@@ -24,7 +24,8 @@ from cn_clip.train.recipe import schema as recipes
 # --library takes a library or a new folder, see tests/search.
 READ = {
     "--after", "--base", "--before", "--caption", "--collection", "--exclude", "--folder",
-    "--image", "--include", "--library", "--like", "--max-size", "--min-size", "--text", "EMBEDDINGS", "MODEL", "NEW",
+    "--image", "--include", "--library", "--like", "--max-size", "--min-size", "--text",
+    "EMBEDDINGS", "MODEL", "NEW",
     "OLD", "OTHER", "PATHS", "QUERY", "SOURCES",
     "--against", "--calibration", "--compare", "--data", "--dataset", "--device",
     "--download-root", "--images", "--labels", "--labels-file", "--model", "--normalize",
