@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from cn_clip.cache import VARIABLE, cache_folder
+from cn_clip.data.sources.file_state import FileState, file_state
 from cn_clip.errors import CNClipError, UsageError
 from cn_clip.publish import atomic_file
 from cn_clip.translation import _
@@ -22,7 +23,11 @@ _Index = TypeVar("_Index")
 
 
 def cached_index(
-    path: Path, suffix: str, write: Callable[[Path], None], read: Callable[[Path], _Index]
+    path: Path,
+    suffix: str,
+    write: Callable[[Path], None],
+    read: Callable[[Path], _Index],
+    state: FileState | None = None,
 ) -> _Index:
     """Read the index of a file; build it first if it is missing or damaged.
 
@@ -34,40 +39,58 @@ def cached_index(
         suffix: distinguishes several indexes of one file.
         write: writes the index to a path; raises ``OSError`` only if the path is not writable.
         read: reads the index; raises if it is damaged.
+        state: of the file that the index is of, by default its present one.
 
     Raises:
         CNClipError: no folder is writable; or any error of ``write``.
     """
-    name = _name(path, suffix)
-    failed: list[str] = []
-    for root in _cache_roots(failed):
-        index = root / "index" / name
+    name = _name(path, suffix, state or file_state(path.stat()))
+
+    def read_or_write(folder: Path) -> _Index:
+        index = folder / name
         try:
             if index.is_file():
                 return read(index)
         except Exception:  # parsers of a damaged index raise many kinds
             pass
+        with atomic_file(index) as temporary:
+            write(temporary)
+        return read(index)
+
+    return in_index_folder(path.name, read_or_write)
+
+
+def in_index_folder(name: str, use: Callable[[Path], _Index]) -> _Index:
+    """Call ``use`` with the folder of indexes; with another if it raises an ``OSError``.
+
+    Args:
+        name: what the indexes are of, for messages.
+        use: reads and writes files of the folder, which may be missing; raises ``OSError`` only if
+            the folder is not writable.
+
+    Raises:
+        CNClipError: no folder is writable; or any error of ``use``.
+    """
+    failed: list[str] = []
+    for root in _cache_roots(failed):
         try:
-            with atomic_file(index) as temporary:
-                write(temporary)
-            return read(index)
+            return use(root / "index")
         except OSError as error:
             failed.append(f"{root} ({error.strerror or error})")
     raise CNClipError(
         _(
             "the index of {name} cannot be written: {failed}; set another folder with {variable}",
-            name=path.name,
+            name=name,
             failed="; ".join(failed),
             variable=VARIABLE,
         )
     )
 
 
-def _name(path: Path, suffix: str) -> str:
-    status = path.stat()
-    state = os.fsencode(os.path.realpath(path))
-    state += f"\0{status.st_size}\0{status.st_mtime_ns}".encode()
-    digest = hashlib.blake2b(state, digest_size=8).hexdigest()
+def _name(path: Path, suffix: str, state: FileState) -> str:
+    identity = os.fsencode(os.path.realpath(path))
+    identity += f"\0{state.size}\0{state.mtime_ns}".encode()
+    digest = hashlib.blake2b(identity, digest_size=8).hexdigest()
     return f"{path.name[:40]}-{digest}{suffix}"
 
 

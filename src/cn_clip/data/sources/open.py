@@ -13,13 +13,14 @@ from pathlib import Path
 from urllib.parse import parse_qsl
 
 from cn_clip.data.captions import digest
+from cn_clip.data.process_map import Progress, no_progress
 from cn_clip.data.sources.base import Row, Source
 from cn_clip.data.sources.folder import Folder
 from cn_clip.data.sources.lmdb import Lmdb
 from cn_clip.data.sources.official import Tsv
 from cn_clip.data.sources.parquet import Parquet
 from cn_clip.data.sources.table import Csv, JsonLines, Manifest, Table
-from cn_clip.data.sources.tar import Tar
+from cn_clip.data.sources.tar_shards import check_no_folder, open_tars
 from cn_clip.errors import DataError, UnknownNameError, UsageError
 from cn_clip.files import as_path, find
 from cn_clip.outputs import is_within
@@ -57,7 +58,7 @@ class WeightedSource:
     weight: float = 1.0
 
 
-def open_source(uri: str) -> Source:
+def open_source(uri: str, *, workers: int = 0, on_progress: Progress = no_progress) -> Source:
     """Open ``KIND:PATH?OPTION=VALUE&...``; KIND is optional if the path implies it.
 
     Args:
@@ -66,6 +67,8 @@ def open_source(uri: str) -> Source:
             ``image``, ``text``, ``image_id``, ``text_id`` of a manifest, its ``root`` for relative
             paths, the ``encoding`` of texts, the ``texts`` file of a tsv, and its
             ``unpaired=yes``, which includes images without texts and texts without images.
+        workers: processes that index tar shards which have no index yet; 0 indexes in this process.
+        on_progress: called with (done, total) shards while they are indexed.
 
     Raises:
         UsageError: the URI is invalid.
@@ -75,7 +78,10 @@ def open_source(uri: str) -> Source:
     paths = _expand(path)
     if not paths:
         raise DataError(_("{uri}: no file matches {path}", uri=uri, path=path))
-    parts = [_open_one(kind, file, options) for file in paths]
+    if kind == "tar":
+        parts = open_tars(paths, workers=workers, on_progress=on_progress)
+    else:
+        parts = [_open_one(kind, file, options) for file in paths]
     return parts[0] if len(parts) == 1 else Chain(uri, parts)
 
 
@@ -108,8 +114,12 @@ def split_source(folder: str, split: str) -> str:
     )
 
 
-def open_mix(uris: Sequence[str]) -> list[WeightedSource]:
+def open_mix(
+    uris: Sequence[str], *, workers: int = 0, on_progress: Progress = no_progress
+) -> list[WeightedSource]:
     """Open several sources; ``0.5@tar:a.tar`` uses half of the source's pairs per epoch.
+
+    ``workers`` and ``on_progress`` are those of ``open_source``.
 
     Raises:
         UsageError, DataError: as ``open_source``, or a weight is not positive.
@@ -129,7 +139,8 @@ def open_mix(uris: Sequence[str]) -> list[WeightedSource]:
             raise UsageError(
                 _("{uri}: the weight {weight} is not a number above zero", uri=uri, weight=weight)
             )
-        mix.append(WeightedSource(open_source(alone), factor))
+        source = open_source(alone, workers=workers, on_progress=on_progress)
+        mix.append(WeightedSource(source, factor))
     return mix
 
 
@@ -161,7 +172,7 @@ class Chain:
 
     def __init__(self, name: str, parts: Sequence[Source]) -> None:
         self.name = path_text(name)
-        self._parts = parts
+        self.parts = parts
         self._starts = list(itertools.accumulate((len(part) for part in parts), initial=0))
 
     def __len__(self) -> int:
@@ -180,7 +191,7 @@ class Chain:
         return part.where(offset)
 
     def unmatched(self) -> list[str]:
-        return [message for part in self._parts for message in part.unmatched()]
+        return [message for part in self.parts for message in part.unmatched()]
 
     def part(self, index: int) -> int:
         """Return the number of the source that a pair is in."""
@@ -188,7 +199,12 @@ class Chain:
 
     def _locate(self, index: int) -> tuple[Source, int]:
         number = self.part(index)
-        return self._parts[number], index - self._starts[number]
+        return self.parts[number], index - self._starts[number]
+
+
+def parts_of(source: Source) -> Sequence[Source]:
+    """Return the concatenated sources, or the source alone."""
+    return source.parts if isinstance(source, Chain) else [source]
 
 
 def id_digest(source: Source, index: int, id: str) -> int:
@@ -203,10 +219,8 @@ def id_digest(source: Source, index: int, id: str) -> int:
 
 def _open_one(kind: str, path: Path, options: dict[str, str]) -> Source:
     name, encoding = path_text(f"{kind}:{path}"), options.get("encoding")
-    if kind in ("csv", "jsonl", "parquet", "tar") and path.is_dir():
-        raise DataError(
-            _("{name} is a folder; give the files in it: {name}/*.{kind}", name=name, kind=kind)
-        )
+    if kind in ("csv", "jsonl", "parquet"):
+        check_no_folder(path, kind)
     if kind in ("csv", "jsonl", "parquet"):
         if not path.exists():
             raise DataError(_("{name}: no such file: {path}", name=name, path=path))
@@ -232,7 +246,7 @@ def _open_one(kind: str, path: Path, options: dict[str, str]) -> Source:
                 )
             )
         return Tsv(name, path, texts, encoding, unpaired=unpaired == "yes")
-    return Lmdb(name, path) if kind == "lmdb" else Tar(path, name)
+    return Lmdb(name, path)
 
 
 def _parse_uri(uri: str) -> tuple[str, str, dict[str, str]]:

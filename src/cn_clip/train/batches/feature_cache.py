@@ -23,7 +23,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from cn_clip import distributed, weights
 from cn_clip.arrays import read_npy
-from cn_clip.data.captions import digest
 from cn_clip.data.loading.loader import (
     Preparation,
     init_worker,
@@ -32,7 +31,8 @@ from cn_clip.data.loading.loader import (
     stack_pixels,
 )
 from cn_clip.data.loading.sampler import BatchPart
-from cn_clip.data.sources.open import WeightedSource, id_digest
+from cn_clip.data.sources.open import WeightedSource, parts_of
+from cn_clip.data.sources.row_keys import row_keys
 from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.format_version import FIELD, Format
 from cn_clip.model.clip import CLIP
@@ -64,21 +64,22 @@ class UniqueImages:
 
 
 def unique_images(mix: Sequence[WeightedSource]) -> UniqueImages:
-    """Find the distinct images of a mix by their ids, without opening images."""
+    """Find the distinct images of a mix by their ids, in the order of their first rows.
+
+    Sources with an index are not read. An unreadable row counts as an image of its own, never used.
+    """
     of_rows: list[npt.NDArray[np.int64]] = []
     first_rows: list[npt.NDArray[np.int64]] = []
     digests = hashlib.sha256()
     for number, part in enumerate(mix):
-        ids = np.empty(len(part.source), np.uint64)
-        for index in range(len(ids)):
-            try:
-                image_id = part.source.row(index).image_id
-                ids[index] = id_digest(part.source, index, image_id)
-            except CNClipError:  # an unreadable row counts as an image of its own, never used
-                ids[index] = digest(f"\0{index}")
+        blocks = [keys.images for keys in row_keys(parts_of(part.source))]
+        ids = np.concatenate([np.empty(0, np.uint64), *blocks])
         _, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
-        of_rows.append(inverse.astype(np.int64) + sum(len(rows) for rows in first_rows))
-        first_rows.append(np.stack([np.full_like(first, number), first], axis=1))
+        order = np.argsort(first)
+        position = np.empty_like(order)
+        position[order] = np.arange(len(order)) + sum(len(rows) for rows in first_rows)
+        of_rows.append(position[inverse])
+        first_rows.append(np.stack([np.full_like(first, number), first[order]], axis=1))
         digests.update(ids.tobytes())
     return UniqueImages(of_rows, np.concatenate(first_rows), digests.hexdigest()[:32])
 
