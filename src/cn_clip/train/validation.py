@@ -13,10 +13,9 @@ from torch import Tensor
 from cn_clip import distributed
 from cn_clip.backends import Features, Pixels
 from cn_clip.backends.torch import TorchBackend
-from cn_clip.data.captions import digest, plain
 from cn_clip.data.sources.base import Row, Source, located
 from cn_clip.data.sources.open import WeightedSource, parts_of
-from cn_clip.data.sources.row_keys import Indexed
+from cn_clip.data.sources.row_keys import Indexed, caption_key
 from cn_clip.embedder import Embedder
 from cn_clip.errors import CNClipError
 from cn_clip.eval.dataset import EvalSet
@@ -128,7 +127,7 @@ def shared_pairs(validation: EvalSet, training: Sequence[WeightedSource]) -> lis
     images_of: dict[int, list[int]] = {}  # validation images by the digest of a caption
     for image, text in validation.pairs.tolist():
         caption = validation.texts[text]
-        images_of.setdefault(digest(plain(caption) or caption), []).append(image)
+        images_of.setdefault(caption_key(caption), []).append(image)
     captions = np.sort(np.fromiter(images_of, np.uint64, len(images_of)))
     lines: list[str] = []
     compared, opened = 0, 0
@@ -137,7 +136,7 @@ def shared_pairs(validation: EvalSet, training: Sequence[WeightedSource]) -> lis
         for source in parts_of(part.source):
             indexes: Iterable[int]
             if isinstance(source, Indexed):
-                indexes = (first + _members(source.keys().captions, captions)).tolist()
+                indexes = (first + _members(source.captions(), captions)).tolist()
             else:
                 indexes = range(first, first + min(len(source), max(0, _COMPARED_ROWS - compared)))
                 compared += len(source)
@@ -147,7 +146,7 @@ def shared_pairs(validation: EvalSet, training: Sequence[WeightedSource]) -> lis
                     return lines
                 try:
                     row = part.source.row(index)
-                    candidates = images_of.get(digest(plain(row.text) or row.text), ())
+                    candidates = images_of.get(caption_key(row.text), ())
                     if not candidates:
                         continue
                     content = part.source.image(index)

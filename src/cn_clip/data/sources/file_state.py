@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,3 +44,10 @@ def read_unchanged(path: Path, state: FileState, offset: int, length: int) -> by
         raise DataError(
             _("{path} cannot be read: {reason}", path=path_text(path), reason=error.strerror)
         ) from None
+
+
+def advise(path: Path, offset: int, length: int) -> None:
+    """Ask the system to read a part of a file into memory; where it cannot be asked, do nothing."""
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError), path.open("rb", buffering=0) as stream:
+            os.posix_fadvise(stream.fileno(), offset, length, os.POSIX_FADV_WILLNEED)

@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qsl
 
-from cn_clip.data.captions import digest
 from cn_clip.data.process_map import Progress, no_progress
 from cn_clip.data.sources.base import Row, Source
 from cn_clip.data.sources.folder import Folder
 from cn_clip.data.sources.lmdb import Lmdb
 from cn_clip.data.sources.official import Tsv
 from cn_clip.data.sources.parquet import Parquet
+from cn_clip.data.sources.row_keys import image_key
 from cn_clip.data.sources.table import Csv, JsonLines, Manifest, Table
+from cn_clip.data.sources.tar import Tar
 from cn_clip.data.sources.tar_shards import check_no_folder, open_tars
 from cn_clip.errors import DataError, UnknownNameError, UsageError
 from cn_clip.files import as_path, find
@@ -39,8 +40,9 @@ SOURCE_OPTIONS = {
     "parquet": (*_COLUMNS, "root"),
     "tsv": ("texts", "encoding", "unpaired"),
     "lmdb": (),
-    "tar": (),
+    "tar": ("order",),
 }
+ORDERS = ("random", "stream")
 # Suffixes of files that are no source -> what to do.
 _JSON_REMEDY = (
     "a JSON file; write one object per line (jq -c '.[]' FILE > NEW.jsonl), or give jsonl:{path} "
@@ -66,7 +68,8 @@ def open_source(uri: str, *, workers: int = 0, on_progress: Progress = no_progre
             braces, ``{000..099}`` or ``{a,b}``; the files are concatenated. Options: the columns
             ``image``, ``text``, ``image_id``, ``text_id`` of a manifest, its ``root`` for relative
             paths, the ``encoding`` of texts, the ``texts`` file of a tsv, and its
-            ``unpaired=yes``, which includes images without texts and texts without images.
+            ``unpaired=yes``, which includes images without texts and texts without images; the
+            ``order`` that training reads a tar in, ``random`` or ``stream``.
         workers: processes that index tar shards which have no index yet; 0 indexes in this process.
         on_progress: called with (done, total) shards while they are indexed.
 
@@ -79,7 +82,12 @@ def open_source(uri: str, *, workers: int = 0, on_progress: Progress = no_progre
     if not paths:
         raise DataError(_("{uri}: no file matches {path}", uri=uri, path=path))
     if kind == "tar":
+        order = options.get("order", ORDERS[0])
+        if order not in ORDERS:
+            raise UnknownNameError(_("order of {uri}:", uri=uri), order, ORDERS)
         parts = open_tars(paths, workers=workers, on_progress=on_progress)
+        if order == "stream":
+            return Chain(uri, parts, streamed=True)
     else:
         parts = [_open_one(kind, file, options) for file in paths]
     return parts[0] if len(parts) == 1 else Chain(uri, parts)
@@ -168,11 +176,11 @@ def _weight_of(uri: str) -> tuple[str, str]:
 
 
 class Chain:
-    """Concatenated sources."""
+    """Concatenated sources; with ``streamed``, they are shards that training reads one by one."""
 
-    def __init__(self, name: str, parts: Sequence[Source]) -> None:
+    def __init__(self, name: str, parts: Sequence[Source], *, streamed: bool = False) -> None:
         self.name = path_text(name)
-        self.parts = parts
+        self.parts, self.streamed = parts, streamed
         self._starts = list(itertools.accumulate((len(part) for part in parts), initial=0))
 
     def __len__(self) -> int:
@@ -192,6 +200,13 @@ class Chain:
 
     def unmatched(self) -> list[str]:
         return [message for part in self.parts for message in part.unmatched()]
+
+    def read_ahead(self, first: int, stop: int) -> None:
+        """Start reading the pairs ``first`` to ``stop``, which are of one shard."""
+        number = self.part(first)
+        part, start = self.parts[number], self._starts[number]
+        if isinstance(part, Tar):
+            part.read_ahead(first - start, stop - start)
 
     def part(self, index: int) -> int:
         """Return the number of the source that a pair is in."""
@@ -213,8 +228,7 @@ def id_digest(source: Source, index: int, id: str) -> int:
     Ids are unique within one file only: img2dataset counts from 0 in every folder, and rows without
     an id use their number.
     """
-    part = source.part(index) if isinstance(source, Chain) else 0
-    return digest(f"{part}\0{id}")
+    return image_key(source.part(index) if isinstance(source, Chain) else 0, id)
 
 
 def _open_one(kind: str, path: Path, options: dict[str, str]) -> Source:

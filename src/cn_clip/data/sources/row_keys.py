@@ -1,104 +1,64 @@
-"""Keys of rows: which images and captions are equal, and how long texts are, without the rows."""
+"""Which images and captions of a source are equal, and how long its texts are, without its rows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from cn_clip.data.captions import digest, plain
-from cn_clip.data.sources.base import Row, Source
-from cn_clip.errors import CNClipError
+from cn_clip.data.sources.base import Row
 
-_ROWS = 1 << 13  # read at once
 _MAX_LENGTH = (1 << 16) - 1  # longer texts count as this long
-_NAMES = ("image_key", "text_key", "caption_key", "length")
-
-
-@dataclass(frozen=True, slots=True)
-class RowKeys:
-    """Keys of N consecutive rows of a source.
-
-    Attributes:
-        images: uint64 (N,), digests of the image ids; unreadable rows have one each.
-        texts: uint64 (N,), digests of the text ids.
-        captions: uint64 (N,), digests of the captions, without width, case, spaces and punctuation.
-        lengths: (N,), characters of each text plus 1, at most 65,535; 0 for an unreadable row.
-    """
-
-    images: npt.NDArray[np.uint64]
-    texts: npt.NDArray[np.uint64]
-    captions: npt.NDArray[np.uint64]
-    lengths: npt.NDArray[Any]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def in_part(self, number: int) -> RowKeys:
-        """Return the keys with ids of one file among several: ids are unique within a file only."""
-        salt = np.uint64(digest(f"part {number}") if number else 0)
-        return RowKeys(self.images ^ salt, self.texts ^ salt, self.captions, self.lengths)
 
 
 @runtime_checkable
 class Indexed(Protocol):
-    """A source whose keys are in its index."""
+    """A source whose index knows its rows."""
 
-    def keys(self) -> RowKeys: ...
+    def image_keys(self, part: int, first: int) -> npt.NDArray[np.uint64]:
+        """Return a digest of the image id of each row: uint64 (N,).
 
+        Args:
+            part: number of this file in its source: ids are unique within one file only.
+            first: index of its first row in the source. An unreadable row has a key of its own.
+        """
+        ...
 
-def row_keys(parts: Sequence[Source]) -> Iterator[RowKeys]:
-    """Yield the keys of all rows of a source's files, in order, from their indexes if they have
-    any."""
-    for number, part in enumerate(parts):
-        if isinstance(part, Indexed):
-            yield part.keys().in_part(number)
-        else:
-            for first in range(0, len(part), _ROWS):
-                yield read_keys(part, range(first, min(first + _ROWS, len(part)))).in_part(number)
+    def captions(self) -> npt.NDArray[np.uint64]:
+        """Return a digest of each caption without width, case, spaces and punctuation, uint64 (N,);
+        0 for an unreadable row."""
+        ...
 
-
-def read_keys(source: Source, indexes: range) -> RowKeys:
-    """Read rows and return their keys."""
-    return keys_of([_readable(source, index) for index in indexes], indexes.start)
-
-
-def keys_of(rows: Sequence[Row | None], first: int) -> RowKeys:
-    """Return the keys of rows, of which None is unreadable; ``first`` is the index of the first."""
-    images, texts, captions = (np.empty(len(rows), np.uint64) for _ in range(3))
-    lengths = np.zeros(len(rows), np.int64)
-    for at, row in enumerate(rows):
-        if row is None:
-            images[at] = texts[at] = captions[at] = digest(f"\0{first + at}")
-            continue
-        images[at] = digest(row.image_id)
-        same_id = row.text_id == row.image_id
-        texts[at] = images[at] if same_id else digest(row.text_id)
-        captions[at] = digest(plain(row.text) or row.text)
-        lengths[at] = min(len(row.text) + 1, _MAX_LENGTH)
-    return RowKeys(images, texts, captions, lengths)
+    def lengths(self) -> npt.NDArray[Any]:
+        """Return the characters of each text plus 1, at most 65,535; 0 for an unreadable row."""
+        ...
 
 
-def _readable(source: Source, index: int) -> Row | None:
-    try:
-        return source.row(index)
-    except CNClipError:
-        return None
+def image_key(part: int, image_id: str) -> int:
+    """Return the key of an image: ids are unique within one file of a source only."""
+    return digest(f"{part}\0{image_id}")
 
 
-def arrays_of(keys: RowKeys) -> dict[str, npt.NDArray[Any]]:
-    """Return keys as arrays of an index: text ids that equal their image ids take no space."""
-    arrays = dict(zip(_NAMES, (keys.images, keys.texts, keys.captions, keys.lengths), strict=True))
-    if np.array_equal(keys.images, keys.texts):
-        del arrays["text_key"]
-    return arrays
+def unreadable_key(index: int) -> int:
+    """Return the key of a row that cannot be read: an image of its own."""
+    return digest(f"\0{index}")
 
 
-def from_arrays(arrays: Mapping[str, npt.NDArray[Any]]) -> RowKeys:
-    """Return the keys that ``arrays_of`` stored."""
-    images = arrays["image_key"]
-    texts = arrays.get("text_key", images)
-    return RowKeys(images, texts, arrays["caption_key"], arrays["length"])
+def caption_key(text: str) -> int:
+    """Return the digest by which captions are compared: without width, case, spaces and
+    punctuation, unless nothing else is left."""
+    return digest(plain(text) or text)
+
+
+def captions_of(rows: Sequence[Row | None]) -> npt.NDArray[np.uint64]:
+    """Return the caption keys of rows, of which None is unreadable: uint64 (N,)."""
+    return np.array([0 if row is None else caption_key(row.text) for row in rows], np.uint64)
+
+
+def lengths_of(rows: Sequence[Row | None]) -> npt.NDArray[np.int64]:
+    """Return the lengths of rows, of which None is unreadable: int64 (N,)."""
+    lengths = [0 if row is None else min(len(row.text) + 1, _MAX_LENGTH) for row in rows]
+    return np.array(lengths, np.int64)

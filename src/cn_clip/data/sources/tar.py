@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import posixpath
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,13 +18,14 @@ from cn_clip.data.sources.array_file import ArrayFile, mapped, smallest, write_a
 from cn_clip.data.sources.base import Row
 from cn_clip.data.sources.file_state import (
     FileState,
+    advise,
     changed_message,
     file_state,
     read_unchanged,
 )
 from cn_clip.data.sources.index_cache import cached_index
 from cn_clip.data.sources.lines import json_object
-from cn_clip.data.sources.row_keys import RowKeys, arrays_of, from_arrays, keys_of
+from cn_clip.data.sources.row_keys import captions_of, image_key, lengths_of, unreadable_key
 from cn_clip.data.sources.tar_scan import (
     BLOCK,
     JSON_SUFFIXES,
@@ -130,9 +132,30 @@ class Tar:
         messages: list[str] = self._index().values["unmatched"]
         return messages
 
-    def keys(self) -> RowKeys:
-        """Return the keys of all pairs, from the index."""
-        return from_arrays(self._index().arrays)
+    def read_ahead(self, first: int, stop: int) -> None:
+        """Ask the system to read the pairs ``first`` to ``stop``, without waiting for it."""
+        with suppress(DataError):  # reported when a pair is read
+            arrays = self._index()
+            samples = [_sample_of(arrays, index)[0] for index in (first, stop - 1)]
+            begin = int(arrays["image_at"][samples[0]]) * BLOCK
+            size = max(sum(_span(arrays, samples[1], part)) for part in ("image", "text", "json"))
+            advise(self._path, min(begin, size), abs(size - begin))
+
+    def image_keys(self, part: int, first: int) -> npt.NDArray[np.uint64]:
+        arrays = self._index()
+        count, samples = len(arrays["image_at"]), arrays.get("sample")
+        ids = _strings(arrays, "id", count)
+        keys = np.fromiter((image_key(part, image_id) for image_id in ids), np.uint64, count)
+        keys = keys if samples is None else keys[samples]
+        for index in np.flatnonzero(arrays["length"] == 0).tolist():
+            keys[index] = unreadable_key(first + index)
+        return keys
+
+    def captions(self) -> npt.NDArray[np.uint64]:
+        return self._index()["caption_key"]
+
+    def lengths(self) -> npt.NDArray[Any]:
+        return self._index()["length"]
 
     def _index(self) -> ArrayFile:
         if self._index_path is not None:
@@ -153,8 +176,7 @@ class Tar:
         named = arrays["named"]
         at = int(np.searchsorted(named, sample))
         if at < len(named) and named[at] == sample:
-            begin, end = (int(arrays["name_ends"][n]) for n in (at, at + 1))
-            return arrays["names"][begin:end].tobytes().decode()
+            return next(islice(_strings(arrays, "name", len(named)), at, None))
         header = self._read((int(arrays["image_at"][sample]) - 1) * BLOCK, BLOCK)
         return member_name(header).rpartition(".")[0]
 
@@ -281,9 +303,10 @@ def _write_index(path: Path, state: FileState, to: Path) -> None:
     """Index a shard in the given state.
 
     Arrays of S samples: ``image_at`` in blocks of 512 bytes; ``text_gap`` and ``json_gap``, blocks
-    from there; ``image_size``, ``text_size``, ``json_size`` in bytes. Of N pairs: their keys, and
-    if any sample has a list of texts, ``sample`` and ``text_number``. Of keys that are not the
-    names of images: ``named``, their samples, ``name_ends`` and ``names``.
+    from there; ``image_size``, ``text_size``, ``json_size`` in bytes; ``id``, the image ids. Of N
+    pairs: ``caption_key``, ``length``, and if any sample has a list of texts, ``sample`` and
+    ``text_number``. Of keys that are not the names of images: ``named``, their samples, and
+    ``name``.
 
     Raises:
         DataError: the shard cannot be read, or is in another state.
@@ -306,12 +329,16 @@ def _write_index(path: Path, state: FileState, to: Path) -> None:
                 missing=missing,
             )
         )
-    keys = keys_of(rows, 0)
     arrays = _span_arrays(samples)
     if len(pairs) != len(samples) or any(number >= 0 for _sample, number in pairs):
         columns = np.array(pairs, np.int64).reshape(-1, 2)
         arrays |= {"sample": smallest(columns[:, 0]), "text_number": smallest(columns[:, 1])}
-    arrays |= arrays_of(keys) | {"length": smallest(keys.lengths)}
+    ids = [""] * len(samples)  # of unreadable samples
+    for (number, _text), row in zip(pairs, rows, strict=True):
+        if row is not None:
+            ids[number] = row.image_id
+    arrays |= _string_arrays("id", ids)
+    arrays |= {"caption_key": captions_of(rows), "length": smallest(lengths_of(rows))}
     write_arrays(to, arrays, {"pairs": len(pairs), "unmatched": unmatched})
 
 
@@ -333,13 +360,28 @@ def _span_arrays(samples: Sequence[_Members]) -> dict[str, npt.NDArray[Any]]:
         gaps = np.where(sizes[:, column] > 0, starts[:, column] - starts[:, 0], 0)
         arrays |= {f"{part}_gap": smallest(gaps), f"{part}_size": smallest(sizes[:, column])}
     named = [number for number, sample in enumerate(samples) if not sample.is_simple]
-    names = [samples[number].key.encode() for number in named]
-    ends = np.cumsum([0, *map(len, names)])
-    return arrays | {
-        "named": smallest(np.array(named, np.int64)),
-        "name_ends": smallest(ends),
-        "names": np.frombuffer(b"".join(names), np.uint8),
-    }
+    arrays |= _string_arrays("name", [samples[number].key for number in named])
+    return arrays | {"named": smallest(np.array(named, np.int64))}
+
+
+def _string_arrays(name: str, strings: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+    """Return strings as arrays: their bytes, and their ends unless all are equally long."""
+    raw = [string.encode() for string in strings]
+    arrays: dict[str, npt.NDArray[Any]] = {name: np.frombuffer(b"".join(raw), np.uint8)}
+    if len(set(map(len, raw))) > 1:
+        arrays[f"{name}_ends"] = smallest(np.cumsum([len(each) for each in raw]))
+    return arrays
+
+
+def _strings(arrays: ArrayFile, name: str, count: int) -> Iterator[str]:
+    """Yield the ``count`` strings that ``_string_arrays`` stored."""
+    raw, ends = arrays[name].tobytes(), arrays.get(f"{name}_ends")
+    if ends is None:
+        ends = np.arange(1, count + 1) * (len(raw) // max(1, count))
+    start = 0
+    for end in ends.tolist():
+        yield raw[start:end].decode()
+        start = end
 
 
 def _read_samples(

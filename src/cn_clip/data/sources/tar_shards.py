@@ -117,8 +117,8 @@ def _read_table(table: Path, paths: Sequence[Path]) -> list[_Known | None]:
             state = file_state(os.stat(path))
         except OSError:  # reported when it is opened
             continue
-        if state == (size, mtime_ns):
-            known[number] = state, pairs
+        if state == FileState(size, mtime_ns):
+            known[number] = FileState(size, mtime_ns), pairs
     return known
 
 

@@ -30,9 +30,10 @@ from cn_clip.data.loading.loader import (
     pixels_of,
     stack_pixels,
 )
-from cn_clip.data.loading.sampler import BatchPart
+from cn_clip.data.loading.sampler import BatchPart, shard_sizes
+from cn_clip.data.sources.base import Source
 from cn_clip.data.sources.open import WeightedSource, parts_of
-from cn_clip.data.sources.row_keys import row_keys
+from cn_clip.data.sources.row_keys import Indexed, image_key, unreadable_key
 from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.format_version import FIELD, Format
 from cn_clip.model.clip import CLIP
@@ -64,24 +65,44 @@ class UniqueImages:
 
 
 def unique_images(mix: Sequence[WeightedSource]) -> UniqueImages:
-    """Find the distinct images of a mix by their ids, in the order of their first rows.
+    """Find the distinct images of a mix by their ids, without opening images.
 
-    Sources with an index are not read. An unreadable row counts as an image of its own, never used.
+    Sources with an index are not read. The images of a streamed source are in the order of their
+    first rows, so that their features are computed shard by shard; others in the order of keys.
     """
     of_rows: list[npt.NDArray[np.int64]] = []
     first_rows: list[npt.NDArray[np.int64]] = []
     digests = hashlib.sha256()
     for number, part in enumerate(mix):
-        blocks = [keys.images for keys in row_keys(parts_of(part.source))]
-        ids = np.concatenate([np.empty(0, np.uint64), *blocks])
-        _, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
-        order = np.argsort(first)
-        position = np.empty_like(order)
-        position[order] = np.arange(len(order)) + sum(len(rows) for rows in first_rows)
-        of_rows.append(position[inverse])
-        first_rows.append(np.stack([np.full_like(first, number), first[order]], axis=1))
-        digests.update(ids.tobytes())
+        keys = _image_keys(part.source)
+        _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+        if shard_sizes(part.source) is not None:
+            order = np.argsort(first)
+            position = np.empty_like(order)
+            position[order] = np.arange(len(order))
+            first, inverse = first[order], position[inverse]
+        of_rows.append(inverse.astype(np.int64) + sum(len(rows) for rows in first_rows))
+        first_rows.append(np.stack([np.full_like(first, number), first], axis=1))
+        digests.update(keys.tobytes())
     return UniqueImages(of_rows, np.concatenate(first_rows), digests.hexdigest()[:32])
+
+
+def _image_keys(source: Source) -> npt.NDArray[np.uint64]:
+    """Return the key of each row's image, (rows,)."""
+    keys = np.empty(len(source), np.uint64)
+    first = 0
+    for number, part in enumerate(parts_of(source)):
+        stop = first + len(part)
+        if isinstance(part, Indexed):
+            keys[first:stop] = part.image_keys(number, first)
+        else:
+            for index in range(first, stop):
+                try:
+                    keys[index] = image_key(number, source.row(index).image_id)
+                except CNClipError:  # an image of its own, never used
+                    keys[index] = unreadable_key(index)
+        first = stop
+    return keys
 
 
 def tower_fingerprint(model: CLIP) -> str:
