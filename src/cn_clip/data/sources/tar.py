@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -313,8 +314,9 @@ def _write_index(path: Path, state: FileState, to: Path) -> None:
     """
     unmatched: list[str] = []
     try:
-        samples, alone = _match_samples(_collect_members(path, unmatched))
-        pairs, rows = _read_samples(path, samples)
+        with _no_garbage_collection():
+            samples, alone = _match_samples(_collect_members(path, unmatched))
+            pairs, rows = _read_samples(path, samples)
         if file_state(path.stat()) != state:
             raise DataError(changed_message(path))
     except OSError as error:  # of reading; others are of writing
@@ -340,6 +342,18 @@ def _write_index(path: Path, state: FileState, to: Path) -> None:
     arrays |= _string_arrays("id", ids)
     arrays |= {"caption_key": captions_of(rows), "length": smallest(lengths_of(rows))}
     write_arrays(to, arrays, {"pairs": len(pairs), "unmatched": unmatched})
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Create millions of objects without searching them for reference cycles again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _span_arrays(samples: Sequence[_Members]) -> dict[str, npt.NDArray[Any]]:

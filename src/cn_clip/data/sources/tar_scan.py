@@ -91,6 +91,7 @@ def _plain_members(stream: BinaryIO, size: int) -> list[Member] | None:
     """Return the members but folders, None if any header needs ``tarfile``."""
     found: list[Member] = []
     headers: list[bytes] = []
+    simple, small = _SIMPLE.fullmatch, min(MAX_TEXT, MAX_ENCODED)
     chunk, chunk_at, position = b"", 0, 0
     extended = False  # whether the header before was an extended one, which another must follow
     while True:
@@ -118,13 +119,15 @@ def _plain_members(stream: BinaryIO, size: int) -> list[Member] | None:
             return None
         extended = kind == _EXTENDED
         if kind in _REGULAR:
+            end = header.find(0, 0, 100)
             name = (
                 member_name(header)
                 if header[345]
-                else header[:100].partition(b"\0")[0].decode(tarfile.ENCODING, "surrogateescape")
+                else header[: 100 if end < 0 else end].decode(tarfile.ENCODING, "surrogateescape")
             )
-            if _SIMPLE.fullmatch(name):
-                found.append(Member(name, content, length, _excess(name, length), True))
+            if simple(name):
+                reason = None if length <= small else _excess(name, length)
+                found.append(Member(name, content, length, reason, True))
             elif not kind and name.endswith("/"):  # a folder of the oldest format
                 return None
             else:
@@ -264,8 +267,6 @@ def _plain_refusal(name: str, size: int) -> str | None:
 
 def _excess(name: str, size: int) -> str | None:
     """Return why a member is too large, None if it is not."""
-    if size <= MAX_TEXT and size <= MAX_ENCODED:
-        return None
     limit = MAX_TEXT if name.lower().endswith((*TEXT_SUFFIXES, *JSON_SUFFIXES)) else MAX_ENCODED
     if size > limit:
         return _("it has {size:,} bytes, above the limit of {limit:,}", size=size, limit=limit)

@@ -1,0 +1,362 @@
+"""Training data at the size of the published run: index, memory, start, order.
+
+    python benchmarks/data_scale.py --folder SCRATCH [--pairs 1000000] [--peer OTHER/src]
+
+It writes shards of tiny images to SCRATCH (3.6 GB for a million pairs) in the format of
+img2dataset, and removes them. Twenty times as many pairs are hard links of these shards, with
+indexes of unique ids and captions. The peer is the source folder of another version of cn_clip,
+whose index is built from the same shards. Every measurement is its own process.
+
+Memory is private memory (USS): what a process does not share, as /proc/PID/smaps_rollup has it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+PER_SHARD = 10_000
+WORDS = "猫狗一只红色的汽车在街上跑步女人男孩山水风景照片高清壁纸新款时尚连衣裙2021春夏"
+BATCH = 512
+CASES = [(1, 0), (2, 2), (4, 0)]  # processes, workers of each
+
+
+def write_shard(path: Path, first: int, count: int, images: list[bytes]) -> None:
+    """Write a shard as img2dataset does."""
+    rng = random.Random(first)
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for number in range(first, first + count):
+            key, text = f"{number:09}", "".join(rng.choices(WORDS, k=rng.randint(6, 40)))
+            values = {
+                "caption": text,
+                "url": f"https://images.example.com/{number}/{rng.randrange(1 << 40)}.jpg",
+                "key": key,
+                "status": "success",
+                "error_message": None,
+                "width": 256,
+                "height": 256,
+                "original_width": 800,
+                "original_height": 600,
+                "exif": "{}",
+                "sha256": f"{rng.getrandbits(256):064x}",
+            }
+            members = {
+                ".jpg": images[number % len(images)],
+                ".json": json.dumps(values, ensure_ascii=False).encode(),
+                ".txt": text.encode(),
+            }
+            for suffix, content in members.items():
+                info = tarfile.TarInfo(key + suffix)
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+
+
+def tiny_images(side: int = 8) -> list[bytes]:
+    import numpy as np
+    from PIL import Image
+
+    images = []
+    for seed in range(100):
+        pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+        stream = io.BytesIO()
+        Image.fromarray(pixels).save(stream, "JPEG", quality=30)
+        images.append(stream.getvalue())
+    return images
+
+
+def write_shards(folder: Path, pairs: int) -> None:
+    folder.mkdir(parents=True)
+    images = tiny_images()
+    for shard in range(pairs // PER_SHARD):
+        write_shard(folder / f"{shard:05}.tar", shard * PER_SHARD, PER_SHARD, images)
+
+
+def link_shards(real: Path, linked: Path, times: int) -> None:
+    """Link the shards under other names, each with an index of its own ids and captions."""
+    import numpy as np
+
+    from cn_clip.data.sources import tar
+    from cn_clip.data.sources.array_file import write_arrays
+
+    linked.mkdir()
+    number = 0
+    for _copy in range(times):
+        for path in sorted(real.glob("*.tar")):
+            link = linked / f"{number:05}.tar"
+            os.link(path, link)
+            index = tar.Tar(path)._index()
+            arrays = dict(index.arrays)
+            ids = np.arange(number * PER_SHARD, (number + 1) * PER_SHARD)
+            names = b"".join(b"%09d" % name for name in ids.tolist())
+            arrays["id"] = np.frombuffer(names, np.uint8)
+            rng = np.random.default_rng(number)
+            arrays["caption_key"] = rng.integers(0, 1 << 63, PER_SHARD).astype(np.uint64)
+
+            def write(path: Path, state: object, to: Path, arrays=arrays, values=index.values):  # type: ignore[no-untyped-def]
+                write_arrays(to, arrays, values)
+
+            tar._write_index = write
+            tar.Tar(link)
+            number += 1
+
+
+def private_mb(pid: int | str = "self") -> float:
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    kept = [line for line in text.splitlines() if line.startswith(("Private_Clean", "Private_D"))]
+    return sum(int(line.split()[1]) for line in kept) / 1e3
+
+
+def build(folder: Path, workers: int) -> dict[str, float]:
+    """Open all shards for the first time."""
+    from cn_clip.data.sources.open import open_source
+
+    start, cpu = time.perf_counter(), sum(os.times()[:4])
+    try:
+        source = open_source(f"tar:{folder}/*.tar", workers=workers)
+    except TypeError:  # an older version
+        source = open_source(f"tar:{folder}/*.tar")
+    seconds = time.perf_counter() - start
+    cpu = sum(os.times()[:4]) - cpu
+    index = Path(os.environ["CN_CLIP_CACHE"]) / "index"
+    size = sum(file.stat().st_size for file in index.iterdir())
+    pairs = len(source)
+    return {"us": seconds / pairs * 1e6, "cpu_us": cpu / pairs * 1e6, "bytes": size / pairs}
+
+
+def first_batch(folder: Path, order: str, start: int, workers: int) -> dict[str, float]:
+    """Open all shards, check for contamination, and load a batch; then 20 more."""
+    import numpy as np
+
+    from cn_clip.data.loading.loader import Loader, Preparation
+    from cn_clip.data.sources.open import open_mix
+    from cn_clip.eval.dataset import eval_set_of
+    from cn_clip.train.validation import shared_pairs
+
+    begin = time.perf_counter()
+    suffix = "?order=stream" if order == "stream" else ""
+    mix = open_mix([f"tar:{folder}/*.tar{suffix}"])
+    opened = time.perf_counter() - begin
+    validation = eval_set_of(open_mix([f"jsonl:{folder.parent}/val/pairs.jsonl"]))
+    shared_pairs(validation, mix)
+    checked = time.perf_counter() - begin
+    loader = Loader(mix, Preparation(32), BATCH, workers=workers, seed=1)
+    batches = loader.batches(0, start)
+    next(batches)
+    ready = time.perf_counter() - begin
+    for _ in range(20):
+        next(batches)
+    memory = {"private": private_mb()}
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    own = [private_mb(child) for child in children]
+    if own:
+        memory["worker"] = float(np.max(own))
+    return {
+        "open": opened,
+        "checked": checked,
+        "first": ready,
+        "pairs": len(mix[0].source),
+        **memory,
+    }
+
+
+def mixing() -> None:
+    """Print the correlation of the shard numbers of neighbours, over 100 batches of 4,096."""
+    import numpy as np
+
+    from cn_clip.data.loading.sampler import Plan
+    from cn_clip.data.loading.stream_plan import StreamPlan
+
+    shards, size = 2000, 4096
+    pairs = shards * PER_SHARD
+    lengths = [np.full(shards, PER_SHARD)]
+    plans = {
+        "random": Plan((pairs,), (pairs,), 1),
+        "stream": StreamPlan([pairs], [pairs], 1, shards=lengths, global_batch_size=size),
+    }
+    print(f"{'mixing':<24} {'correlation':>12} {'shards a batch':>15}")
+    for name, plan in plans.items():
+        numbers = [
+            plan.pairs_at(0, np.arange(batch * size, (batch + 1) * size))[1] // PER_SHARD
+            for batch in range(0, 4000, 40)
+        ]
+        all_ = np.concatenate([np.stack([each[:-1], each[1:]]) for each in numbers], axis=1)
+        distinct = np.mean([len(np.unique(each)) for each in numbers])
+        print(f"{name:<24} {np.corrcoef(all_)[0, 1]:12.3f} {distinct:15.0f}")
+
+
+def consume(folder: Path, order: str, rank: int, world: int, workers: int, log: Path) -> None:
+    """Load an epoch from the batch after the last in the log, and log the ids of each batch."""
+    from cn_clip.data.loading.loader import Loader, Preparation
+    from cn_clip.data.sources.open import open_mix
+
+    done = len(log.read_text().splitlines()) if log.exists() else 0
+    suffix = "?order=stream" if order == "stream" else ""
+    loader = Loader(
+        open_mix([f"tar:{folder}/*.tar{suffix}"]),
+        Preparation(8),
+        64,
+        rank=rank,
+        world_size=world,
+        workers=workers,
+        seed=1,
+    )
+    with log.open("a") as stream:
+        for batch in loader.batches(0, done):
+            stream.write(" ".join(row.image_id for row in batch.rows) + "\n")
+            stream.flush()
+
+
+def exactly_once(folder: Path, kills: int, options: list[tuple[str, int, int]]) -> None:
+    """Kill each process at random times, and start it again, until the epoch is over."""
+    rng = random.Random(0)
+    expected: dict[str, list[str]] = {}
+    print(
+        f"\n{'an epoch with kills':<24} {'processes':>9} {'workers':>8} {'kills':>6}"
+        f" {'pairs':>8} {'missing':>8} {'twice':>6}  batches"
+    )
+    for order, world, workers in options:
+        killed = 0
+        logs = [folder.parent / f"{order}-{world}-{workers}-{rank}.log" for rank in range(world)]
+        for rank, log in enumerate(logs):
+            while True:
+                arguments = ["consume", folder, order, rank, world, workers, log]
+                process = start_measurement(*arguments)
+                try:
+                    # Long enough to start; then at any time.
+                    wait = None if killed >= kills * (rank + 1) // world else rng.uniform(2.5, 6)
+                    process.wait(wait)
+                    break
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+                    killed += 1
+                    whole = log.read_bytes() if log.exists() else b""
+                    log.write_bytes(whole[: whole.rfind(b"\n") + 1])
+        lines = [log.read_text().splitlines() for log in logs]
+        batches = [" ".join(parts) for parts in zip(*lines, strict=True)]
+        ids = [id for batch in batches for id in batch.split()]
+        total = PER_SHARD * len(list(folder.glob("*.tar")))
+        same = batches == expected.setdefault(order, batches)
+        print(
+            f"{order:<24} {world:9} {workers:8} {killed:6} {len(ids):8,} "
+            f"{total - len(set(ids)):8,} {len(ids) - len(set(ids)):6,}"
+            f"  {'equal' if same else 'DIFFERENT'}",
+            flush=True,
+        )
+
+
+def start_measurement(*arguments: object, source: str | None = None) -> subprocess.Popen[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if source:
+        environment["PYTHONPATH"] = source
+    command = [sys.executable, __file__, "--measure", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def measure(*arguments: object, source: str | None = None) -> dict[str, float]:
+    process = start_measurement(*arguments, source=source)
+    output, _ = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"{arguments} failed")
+    return json.loads(output.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def write_validation(folder: Path) -> None:
+    folder.mkdir()
+    rows = []
+    for number, image in enumerate(tiny_images()):
+        (folder / f"{number}.jpg").write_bytes(image)
+        rows.append(json.dumps({"image": f"{number}.jpg", "text": f"验证{number}"}))
+    (folder / "pairs.jsonl").write_text("\n".join(rows))
+
+
+def compare_builds(root: Path, cache: Path, peer: str | None) -> None:
+    print(f"{'index build':<24} {'us a pair':>10} {'CPU us a pair':>14} {'bytes a pair':>13}")
+    for name, workers, source in (
+        ("peer", 0, peer),
+        ("1 process", 0, None),
+        ("2 processes", 2, None),
+    ):
+        if name == "peer" and peer is None:
+            continue
+        shutil.rmtree(cache, ignore_errors=True)
+        found = measure("build", root / "shards", workers, source=source)
+        print(
+            f"{name:<24} {found['us']:10.1f} {found['cpu_us']:14.1f} {found['bytes']:13.1f}",
+            flush=True,
+        )
+
+
+def compare_sizes(root: Path) -> None:
+    print(
+        f"\n{'start':<24} {'pairs':>12} {'open, s':>8} {'checked':>8} {'1st batch':>9}"
+        f" {'private MB':>11} {'a worker':>9}"
+    )
+    for folder in ("shards", "linked"):
+        for order in ("random", "stream"):
+            for start in (0, 1000):
+                measure("first", root / folder, order, start, 2)
+                found = measure("first", root / folder, order, start, 2)
+                name = f"{order}, {'resumed' if start else 'new'}"
+                print(
+                    f"{name:<24} {found['pairs']:12,} {found['open']:8.2f} {found['checked']:8.2f} "
+                    f"{found['first']:9.2f} {found['private']:11.0f} {found['worker']:9.0f}",
+                    flush=True,
+                )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, help="an empty folder with 6 GB of space")
+    parser.add_argument("--pairs", type=int, default=1_000_000)
+    parser.add_argument("--times", type=int, default=20, help="links of each shard")
+    parser.add_argument("--peer", help="the src folder of another version of cn_clip")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        import torch
+
+        torch.set_num_threads(1)
+        what, folder, *rest = options.measure
+        if what == "build":
+            print(json.dumps(build(Path(folder), int(rest[0]))))
+        elif what == "first":
+            print(json.dumps(first_batch(Path(folder), rest[0], int(rest[1]), int(rest[2]))))
+        else:
+            consume(Path(folder), rest[0], *map(int, rest[1:4]), Path(rest[4]))
+        return
+    root = options.folder / "data_scale"
+    cache = root / "cache"
+    os.environ["CN_CLIP_CACHE"] = str(cache)
+    try:
+        write_shards(root / "shards", options.pairs)
+        write_validation(root / "val")
+        compare_builds(root, cache, options.peer)
+        link_shards(root / "shards", root / "linked", options.times)
+        compare_sizes(root)
+        print()
+        mixing()
+        few = root / "few"
+        few.mkdir()
+        for path in sorted((root / "shards").glob("*.tar"))[:4]:
+            os.link(path, few / path.name)
+        cases = [(order, *case) for order in ("random", "stream") for case in CASES]
+        exactly_once(few, options.kills, cases)
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
