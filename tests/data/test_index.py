@@ -45,9 +45,9 @@ def built(monkeypatch):
     names = []
     write = tar._write_index
 
-    def counted(path, state, to):
-        names.append(path.name)
-        write(path, state, to)
+    def counted(file, state, to):
+        names.append(file.short_name)
+        write(file, state, to)
 
     monkeypatch.setattr(tar, "_write_index", counted)
     return names

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from cn_clip.cache import VARIABLE, cache_folder
-from cn_clip.data.sources.file_state import FileState, file_state
+from cn_clip.data.sources.shard_file import FileState, file_state
 from cn_clip.errors import CNClipError, UsageError
 from cn_clip.publish import atomic_file
 from cn_clip.translation import _
@@ -27,7 +27,6 @@ def cached_index(
     suffix: str,
     write: Callable[[Path], None],
     read: Callable[[Path], _Index],
-    state: FileState | None = None,
 ) -> _Index:
     """Read the index of a file; build it first if it is missing or damaged.
 
@@ -39,12 +38,23 @@ def cached_index(
         suffix: distinguishes several indexes of one file.
         write: writes the index to a path; raises ``OSError`` only if the path is not writable.
         read: reads the index; raises if it is damaged.
-        state: of the file that the index is of, by default its present one.
 
     Raises:
         CNClipError: no folder is writable; or any error of ``write``.
     """
-    name = _name(path, suffix, state or file_state(path.stat()))
+    name = index_name(path.name, os.fsencode(os.path.realpath(path)), file_state(path.stat()))
+    return named_index(path.name, name + suffix, write, read)
+
+
+def named_index(
+    label: str, name: str, write: Callable[[Path], None], read: Callable[[Path], _Index]
+) -> _Index:
+    """Read the index of a name; build it first if it is missing or damaged. See ``cached_index``.
+
+    Args:
+        label: the file that it is the index of, for messages.
+        name: of the index, from ``index_name``, with a suffix.
+    """
 
     def read_or_write(folder: Path) -> _Index:
         index = folder / name
@@ -57,7 +67,7 @@ def cached_index(
             write(temporary)
         return read(index)
 
-    return in_index_folder(path.name, read_or_write)
+    return in_index_folder(label, read_or_write)
 
 
 def in_index_folder(name: str, use: Callable[[Path], _Index]) -> _Index:
@@ -87,11 +97,10 @@ def in_index_folder(name: str, use: Callable[[Path], _Index]) -> _Index:
     )
 
 
-def _name(path: Path, suffix: str, state: FileState) -> str:
-    identity = os.fsencode(os.path.realpath(path))
-    identity += f"\0{state.size}\0{state.mtime_ns}".encode()
-    digest = hashlib.blake2b(identity, digest_size=8).hexdigest()
-    return f"{path.name[:40]}-{digest}{suffix}"
+def index_name(label: str, identity: bytes, state: FileState) -> str:
+    """Return the name of the index of a file in a state."""
+    identity += f"\0{state.size}\0{state.version}".encode()
+    return f"{label[:40]}-{hashlib.blake2b(identity, digest_size=8).hexdigest()}"
 
 
 def _cache_roots(failed: list[str]) -> Iterator[Path]:

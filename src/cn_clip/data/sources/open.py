@@ -19,6 +19,7 @@ from cn_clip.data.sources.lmdb import Lmdb
 from cn_clip.data.sources.official import Tsv
 from cn_clip.data.sources.parquet import Parquet
 from cn_clip.data.sources.row_keys import image_key
+from cn_clip.data.sources.shard_file import LocalFile
 from cn_clip.data.sources.table import Csv, JsonLines, Manifest, Table
 from cn_clip.data.sources.tar import Tar
 from cn_clip.data.sources.tar_shards import check_no_folder, open_tars
@@ -85,7 +86,9 @@ def open_source(uri: str, *, workers: int = 0, on_progress: Progress = no_progre
         order = options.get("order", ORDERS[0])
         if order not in ORDERS:
             raise UnknownNameError(_("order of {uri}:", uri=uri), order, ORDERS)
-        parts = open_tars(paths, workers=workers, on_progress=on_progress)
+        parts = open_tars(
+            [LocalFile(path) for path in paths], workers=workers, on_progress=on_progress
+        )
         if order == "stream":
             return Chain(uri, parts, streamed=True)
     else:

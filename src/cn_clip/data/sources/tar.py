@@ -17,25 +17,25 @@ import numpy.typing as npt
 
 from cn_clip.data.sources.array_file import ArrayFile, mapped, smallest, write_arrays
 from cn_clip.data.sources.base import Row
-from cn_clip.data.sources.file_state import (
-    FileState,
-    advise,
-    changed_message,
-    file_state,
-    read_unchanged,
-)
-from cn_clip.data.sources.index_cache import cached_index
+from cn_clip.data.sources.index_cache import index_name, named_index
 from cn_clip.data.sources.lines import json_object
 from cn_clip.data.sources.row_keys import captions_of, image_key, lengths_of, unreadable_key
+from cn_clip.data.sources.shard_file import (
+    FileState,
+    LocalFile,
+    ShardFile,
+    changed_message,
+)
 from cn_clip.data.sources.tar_scan import (
     BLOCK,
     JSON_SUFFIXES,
     TEXT_SUFFIXES,
+    buffered,
     member_name,
     members,
 )
 from cn_clip.errors import DataError
-from cn_clip.files import check_regular, is_apple_double, skipped_files
+from cn_clip.files import is_apple_double, skipped_files
 from cn_clip.image.decode import SUFFIXES
 from cn_clip.text import decode_utf8, path_text, read_json
 from cn_clip.translation import _
@@ -59,35 +59,36 @@ class Tar:
     """
 
     def __init__(
-        self, path: Path, name: str | None = None, known: tuple[FileState, int] | None = None
+        self,
+        file: Path | ShardFile,
+        name: str | None = None,
+        *,
+        state: FileState | None = None,
+        pairs: int | None = None,
     ) -> None:
         """Open a shard; its index is built once.
 
         Args:
-            path: the shard.
+            file: the shard.
             name: its URI.
-            known: the number of pairs that it had in a state. In the same state, its index is
-                opened when it is needed.
+            state: its present state, if it is known.
+            pairs: how many pairs it has, if that is known: its index is opened when it is needed.
 
         Raises:
             DataError: the tar is incomplete (perhaps still being written) or has no sample.
             CNClipError: the index cannot be written.
         """
-        self.name = path_text(name or f"tar:{path}")
-        self._path = path
+        self._file = LocalFile(file) if isinstance(file, Path) else file
+        self.name = path_text(name or f"tar:{self._file.name}")
         self._index_path: Path | None = None
-        try:
-            check_regular(path)
-            self.state = file_state(path.stat())
-        except OSError as error:
-            raise _unreadable(path, error) from None
-        if known is not None and known[0] == self.state:
-            self._pairs = known[1]
-            return
-        self._pairs = self._index().values["pairs"]
+        self.state = self._file.state() if state is None else state
+        self._pairs: int = self._index().values["pairs"] if pairs is None else pairs
         if not self._pairs:
             raise DataError(
-                _("{path} holds no image with a text or JSON of the same name", path=path)
+                _(
+                    "{path} holds no image with a text or JSON of the same name",
+                    path=self._file.name,
+                )
             )
 
     def __len__(self) -> int:
@@ -127,7 +128,7 @@ class Tar:
             key = self._key(arrays, _sample_of(arrays, index)[0])
         except DataError:  # the shard is gone
             key = _("of pair {index}", index=index)
-        return _("{path}, member {key}", path=path_text(self._path), key=key)
+        return _("{path}, member {key}", path=self._file.name, key=key)
 
     def unmatched(self) -> list[str]:
         messages: list[str] = self._index().values["unmatched"]
@@ -140,7 +141,7 @@ class Tar:
             samples = [_sample_of(arrays, index)[0] for index in (first, stop - 1)]
             begin = int(arrays["image_at"][samples[0]]) * BLOCK
             size = max(sum(_span(arrays, samples[1], part)) for part in ("image", "text", "json"))
-            advise(self._path, min(begin, size), abs(size - begin))
+            self._file.read_ahead(min(begin, size), abs(size - begin))
 
     def image_keys(self, part: int, first: int) -> npt.NDArray[np.uint64]:
         arrays = self._index()
@@ -162,13 +163,12 @@ class Tar:
         if self._index_path is not None:
             with suppress(DataError):  # deleted: it is built again
                 return mapped(self._index_path)
-        path, state = self._path, self.state
-        self._index_path = cached_index(
-            path,
-            _INDEX_SUFFIX,
-            lambda to: _write_index(path, state, to),
+        file, state = self._file, self.state
+        self._index_path = named_index(
+            file.short_name,
+            index_name(file.short_name, file.identity, state) + _INDEX_SUFFIX,
+            lambda to: _write_index(file, state, to),
             _check_index,
-            state,
         )
         return mapped(self._index_path)
 
@@ -182,7 +182,7 @@ class Tar:
         return member_name(header).rpartition(".")[0]
 
     def _read(self, offset: int, length: int) -> bytes:
-        return read_unchanged(self._path, self.state, offset, length)
+        return self._file.read(self.state, offset, length)
 
 
 def _row(
@@ -247,10 +247,6 @@ def _span(arrays: ArrayFile, sample: int, part: str) -> _Span:
     return (start * BLOCK, size) if size else (0, 0)
 
 
-def _unreadable(path: Path, error: OSError) -> DataError:
-    return DataError(_("{path} cannot be read: {reason}", path=path, reason=error.strerror))
-
-
 @dataclass(slots=True)
 class Sample:
     """An image with all its texts: encoded bytes, file suffix, ids and texts."""
@@ -300,7 +296,7 @@ def _check_index(index: Path) -> Path:
     return index
 
 
-def _write_index(path: Path, state: FileState, to: Path) -> None:
+def _write_index(file: ShardFile, state: FileState, to: Path) -> None:
     """Index a shard in the given state.
 
     Arrays of S samples: ``image_at`` in blocks of 512 bytes; ``text_gap`` and ``json_gap``, blocks
@@ -313,20 +309,17 @@ def _write_index(path: Path, state: FileState, to: Path) -> None:
         DataError: the shard cannot be read, or is in another state.
     """
     unmatched: list[str] = []
-    try:
-        with _no_garbage_collection():
-            samples, alone = _match_samples(_collect_members(path, unmatched))
-            pairs, rows = _read_samples(path, samples)
-        if file_state(path.stat()) != state:
-            raise DataError(changed_message(path))
-    except OSError as error:  # of reading; others are of writing
-        raise _unreadable(path, error) from None
+    with _no_garbage_collection():
+        samples, alone = _match_samples(_collect_members(file, state, unmatched))
+        pairs, rows = _read_samples(file, state, samples)
+    if file.state() != state:
+        raise DataError(changed_message(file.name))
     for member in alone:
         missing = _("no image") if member.image is None else _("neither text nor JSON")
         unmatched.append(
             _(
                 "{path}, member {key} has {missing}",
-                path=path_text(path),
+                path=file.name,
                 key=member.key,
                 missing=missing,
             )
@@ -399,12 +392,12 @@ def _strings(arrays: ArrayFile, name: str, count: int) -> Iterator[str]:
 
 
 def _read_samples(
-    path: Path, samples: Sequence[_Members]
+    file: ShardFile, state: FileState, samples: Sequence[_Members]
 ) -> tuple[list[tuple[int, int]], list[Row | None]]:
     """Return the pairs, as (sample, number of the text), and their rows; None is unreadable."""
     pairs: list[tuple[int, int]] = []
     rows: list[Row | None] = []
-    with path.open("rb", buffering=_ONE_READ) as stream:
+    with buffered(file, state) as stream:
         for number, sample in enumerate(samples):
             text, content = (_content(stream, sample.part(part)) for part in _PARTS[1:])
             values = _json(content) if content else {}
@@ -433,7 +426,7 @@ def _row_if_readable(values: Any, text: bytes | None, text_number: int, key: str
         return None
 
 
-def _collect_members(path: Path, unmatched: list[str]) -> list[_Members]:
+def _collect_members(file: ShardFile, state: FileState, unmatched: list[str]) -> list[_Members]:
     """Group the members of an archive by name.
 
     A repeated name, as in concatenated archives, starts another sample.
@@ -442,12 +435,12 @@ def _collect_members(path: Path, unmatched: list[str]) -> list[_Members]:
     count: Counter[str] = Counter()
     groups: list[_Members] = []
     others: list[Path] = []
-    for name, at, size, reason, simple in members(path):
+    for name, at, size, reason, simple in members(file, state):
         if reason is not None:
             unmatched.append(
                 _(
                     "{path}, member {name!r} is skipped: {reason}",
-                    path=path_text(path),
+                    path=file.name,
                     name=path_text(name),
                     reason=reason,
                 )
@@ -471,7 +464,7 @@ def _collect_members(path: Path, unmatched: list[str]) -> list[_Members]:
             groups.append(group)
         group.parts[suffix] = (at, size)
         group.is_simple = group.is_simple and simple
-    if skipped := skipped_files(others, (*SUFFIXES, ".cls", ".index"), path):
+    if skipped := skipped_files(others, (*SUFFIXES, ".cls", ".index"), Path(file.name)):
         unmatched.append(skipped)
     return groups
 

@@ -7,17 +7,16 @@ hold times and owners only. At any other header, valid or damaged, ``tarfile`` r
 
 from __future__ import annotations
 
-import os
+import io
 import re
 import tarfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from cn_clip.data.sources.lines import read_at
+from cn_clip.data.sources.shard_file import FileState, ShardFile
 from cn_clip.errors import DataError
 from cn_clip.files import HEAD, MAX_TEXT, wrong_format
 from cn_clip.image.limits import MAX_ENCODED
@@ -26,6 +25,7 @@ from cn_clip.translation import _
 
 TEXT_SUFFIXES, JSON_SUFFIXES = (".txt", ".caption"), (".json",)
 BLOCK = 512
+_BUFFER = 1 << 14
 _READ = 8192  # bytes per read: the small members between two images
 _CHECKED = 4096  # headers checked at once
 _MAX_HEADER = 1 << 16  # bytes of a header; the time of tarfile's parser is quadratic in them
@@ -52,31 +52,35 @@ class Member(NamedTuple):
     simple: bool
 
 
-def members(path: Path) -> Iterator[Member]:
+def members(file: ShardFile, state: FileState) -> Iterator[Member]:
     """Yield the members of an archive, but no folders.
 
     Raises:
-        DataError: the archive is damaged, compressed, or lacks its end.
-        OSError: the file cannot be read.
+        DataError: the archive is damaged, compressed, lacks its end, or cannot be read.
     """
-    with path.open("rb", buffering=0) as stream:
-        size = os.fstat(stream.fileno()).st_size
+    with file.open(state) as stream:
         if reason := wrong_format(stream.read(HEAD)):
             raise DataError(
                 _(
                     "{path} is {reason}; pairs are read from an uncompressed .tar",
-                    path=path,
+                    path=file.name,
                     reason=reason,
                 )
             )
-        plain = _plain_members(stream, size)
+        plain = _plain_members(stream, state.size)
     if plain is not None:
         yield from plain
         return
-    with path.open("rb", buffering=1 << 20) as buffered:
-        for member in _tarfile_members(buffered, path):
+    with buffered(file, state) as stream:
+        for member in _tarfile_members(stream, state.size, file.name):
             name = member.name
             yield Member(name, member.offset_data, member.size, _refusal_reason(member), False)
+
+
+def buffered(file: ShardFile, state: FileState) -> BinaryIO:
+    """Open a shard for reading in sequence, in few reads."""
+    stream: Any = file.open(state)
+    return io.BufferedReader(stream, _BUFFER)
 
 
 def member_name(header: bytes) -> str:
@@ -198,9 +202,8 @@ class _BoundedStream:
         return self._stream.seek(min(offset, self._size))
 
 
-def _tarfile_members(stream: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
+def _tarfile_members(stream: BinaryIO, size: int, path: str) -> Iterator[tarfile.TarInfo]:
     """Yield all members but folders; raise if the archive lacks its end marker."""
-    size = path.stat().st_size
     bounded: Any = _BoundedStream(stream, size)
     archive = _map_parse_errors(path, lambda: tarfile.TarFile(fileobj=bounded, errorlevel=2))
     end = 0
@@ -221,7 +224,8 @@ def _tarfile_members(stream: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
         if member.isreg() and end > size:
             break
         yield member
-    if size < end + BLOCK or any(read_at(path, -(-end // BLOCK) * BLOCK, BLOCK)):
+    stream.seek(-(-end // BLOCK) * BLOCK)
+    if size < end + BLOCK or any(stream.read(BLOCK)):
         raise DataError(
             _(
                 "{path} ends within {name}: it is still being written, or truncated; wait until "
@@ -232,10 +236,12 @@ def _tarfile_members(stream: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
         )
 
 
-def _map_parse_errors(path: Path, read: Callable[[], Any]) -> Any:
+def _map_parse_errors(path: str, read: Callable[[], Any]) -> Any:
     """Run tarfile's parser; on damaged headers it raises many kinds of errors."""
     try:
         return read()
+    except DataError:
+        raise
     except Exception as error:
         raise DataError(
             _(

@@ -7,7 +7,6 @@ asking the file system for their state.
 from __future__ import annotations
 
 import hashlib
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,8 +18,8 @@ from filelock import FileLock, Timeout
 from cn_clip.data.process_map import Progress, no_progress, parallel_map
 from cn_clip.data.sources.array_file import ArrayFile, write_arrays
 from cn_clip.data.sources.base import Source
-from cn_clip.data.sources.file_state import FileState, file_state
 from cn_clip.data.sources.index_cache import in_index_folder
+from cn_clip.data.sources.shard_file import FileState, LocalFile, ShardFile
 from cn_clip.data.sources.tar import Tar
 from cn_clip.errors import DataError
 from cn_clip.publish import atomic_file
@@ -35,14 +34,14 @@ _Known = tuple[FileState, int]
 
 
 def open_tars(
-    paths: Sequence[Path], *, workers: int = 0, on_progress: Progress = no_progress
+    files: Sequence[ShardFile], *, workers: int = 0, on_progress: Progress = no_progress
 ) -> list[Source]:
     """Open tar shards; those without an index are indexed first.
 
     Of several processes that open the same shards and share the cache folder, one indexes them.
 
     Args:
-        paths: the shards.
+        files: the shards.
         workers: processes that index; 0 indexes in this process.
         on_progress: called with (done, total) shards while they are indexed.
 
@@ -50,14 +49,20 @@ def open_tars(
         DataError: a shard is damaged or has no pair.
         CNClipError: the indexes cannot be written.
     """
-    for path in paths:
-        check_no_folder(path, "tar")
-    if len(paths) == 1:
-        return [Tar(paths[0])]
+    for file in files:
+        if isinstance(file, LocalFile):
+            check_no_folder(file.path, "tar")
+    if len(files) == 1:
+        return [Tar(files[0])]
+    states = [file.state() for file in files]
     known = in_index_folder(
-        paths[0].name, lambda folder: _known_shards(folder, paths, workers, on_progress)
+        files[0].short_name,
+        lambda folder: _pair_counts(folder, files, states, workers, on_progress),
     )
-    return [Tar(path, known=entry) for path, entry in zip(paths, known, strict=True)]
+    return [
+        Tar(file, state=state, pairs=pairs)
+        for file, state, pairs in zip(files, states, known, strict=True)
+    ]
 
 
 def check_no_folder(path: Path, kind: str) -> None:
@@ -69,64 +74,54 @@ def check_no_folder(path: Path, kind: str) -> None:
         )
 
 
-def _known_shards(
-    folder: Path, paths: Sequence[Path], workers: int, on_progress: Progress
-) -> list[_Known]:
-    """Return what is known of each shard, after indexing the new ones."""
-    joined = b"\0".join(os.fsencode(os.path.abspath(path)) for path in paths)
+def _pair_counts(
+    folder: Path,
+    files: Sequence[ShardFile],
+    states: Sequence[FileState],
+    workers: int,
+    on_progress: Progress,
+) -> list[int]:
+    """Return the number of pairs of each shard, after indexing the new ones."""
+    joined = b"\0".join(file.identity for file in files)
     table = folder / f"{hashlib.blake2b(joined, digest_size=8).hexdigest()}.3.table"
-    known = _read_table(table, paths)
-    if None in known:
+    counts = _read_table(table, states)
+    if None in counts:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(table.with_suffix(".lock")):
-            known = _read_table(table, paths)  # another process may have indexed them
-            _index_missing(paths, known, workers, on_progress)
-            _write_table(table, [entry for entry in known if entry is not None])
-    return [entry for entry in known if entry is not None]
+            counts = _read_table(table, states)  # another process may have indexed them
+            missing = [number for number, pairs in enumerate(counts) if pairs is None]
+            jobs = [(files[number], states[number]) for number in missing]
+            few = len(missing) <= _FEW or workers == 1
+            on_progress(len(files) - len(missing), len(files))
+            with parallel_map(_index, 0 if few else workers) as run:
+                for done, (number, pairs) in enumerate(zip(missing, run(jobs), strict=True), 1):
+                    counts[number] = pairs
+                    on_progress(len(files) - len(missing) + done, len(files))
+            _write_table(table, states, [pairs or 0 for pairs in counts])
+    return [pairs or 0 for pairs in counts]
 
 
-def _index_missing(
-    paths: Sequence[Path], known: list[_Known | None], workers: int, on_progress: Progress
-) -> None:
-    missing = [number for number, entry in enumerate(known) if entry is None]
-    on_progress(len(paths) - len(missing), len(paths))
-    few = len(missing) <= _FEW
-    with parallel_map(_index, 0 if few or workers == 1 else workers) as run:
-        indexed = run([paths[number] for number in missing])
-        for done, (number, entry) in enumerate(zip(missing, indexed, strict=True), 1):
-            known[number] = entry
-            on_progress(len(paths) - len(missing) + done, len(paths))
+def _index(job: tuple[ShardFile, FileState]) -> int:
+    file, state = job
+    return len(Tar(file, state=state))
 
 
-def _index(path: Path) -> _Known:
-    shard = Tar(path)
-    return shard.state, len(shard)
-
-
-def _read_table(table: Path, paths: Sequence[Path]) -> list[_Known | None]:
+def _read_table(table: Path, states: Sequence[FileState]) -> list[int | None]:
     """Return what the table has of each shard; None for a shard that is new or has changed."""
-    known: list[_Known | None] = [None] * len(paths)
     try:
         shards = ArrayFile(table)
-        columns = [shards[name].tolist() for name in ("size", "mtime_ns", "pairs")]
-        rows = list(zip(paths, *columns, strict=True))
+        columns = [shards[name].tolist() for name in ("size", "version", "pairs")]
+        rows = list(zip(states, *columns, strict=True))
     except (DataError, KeyError, ValueError):  # missing or damaged
-        return known
-    for number, (path, size, mtime_ns, pairs) in enumerate(rows):
-        try:
-            state = file_state(os.stat(path))
-        except OSError:  # reported when it is opened
-            continue
-        if state == FileState(size, mtime_ns):
-            known[number] = FileState(size, mtime_ns), pairs
-    return known
+        return [None] * len(states)
+    return [pairs if state == (size, version) else None for state, size, version, pairs in rows]
 
 
-def _write_table(table: Path, known: Sequence[_Known]) -> None:
+def _write_table(table: Path, states: Sequence[FileState], counts: Sequence[int]) -> None:
     columns = {
-        "size": [state.size for state, _pairs in known],
-        "mtime_ns": [state.mtime_ns for state, _pairs in known],
-        "pairs": [pairs for _state, pairs in known],
+        "size": [state.size for state in states],
+        "version": [state.version for state in states],
+        "pairs": counts,
     }
     with atomic_file(table) as temporary:
         write_arrays(
