@@ -1,11 +1,16 @@
 """Training data at the size of the published run: index, memory, start, order.
 
     python benchmarks/data_scale.py --folder SCRATCH [--pairs 1000000] [--peer OTHER/src]
+    python benchmarks/data_scale.py --folder SCRATCH --remote    # instead: an object store
 
 It writes shards of tiny images to SCRATCH (3.6 GB for a million pairs) in the format of
 img2dataset, and removes them. Twenty times as many pairs are hard links of these shards, with
 indexes of unique ids and captions. The peer is the source folder of another version of cn_clip,
 whose index is built from the same shards. Every measurement is its own process.
+
+``--remote`` compares shards of 256-pixel JPEGs on this disk with the same behind the server of
+tests/data/object_server.py, another process on the same cores, which waits 20 ms before each
+answer: by S3 and by HTTP, decoded to 224 pixels and not decoded, from an empty cache of blocks.
 
 Memory is private memory (USS): what a process does not share, as /proc/PID/smaps_rollup has it.
 """
@@ -254,6 +259,104 @@ def exactly_once(folder: Path, kills: int, options: list[tuple[str, int, int]]) 
         )
 
 
+def throughput(uri: str, what: str, seconds: float) -> dict[str, float]:
+    """Load batches of an epoch; return pairs per second after the first batch."""
+    from cn_clip.data.loading.loader import Loader, Preparation
+    from cn_clip.data.sources.open import open_mix
+
+    opened = time.perf_counter()
+    loader = Loader(open_mix([uri]), Preparation(224), 64, workers=2, seed=1)
+    opened = time.perf_counter() - opened
+    pairs, begin = 0, 0.0
+    if what == "decoded":
+        for batch in loader.batches(0):
+            begin = begin or time.perf_counter()
+            pairs += len(batch.rows)
+            if time.perf_counter() - begin > seconds:
+                break
+    else:  # in this process, as it is read there
+        (source,) = loader.sources
+        parts = loader.parts(0, 0)
+        waiting = [next(parts) for _ in range(4)]
+        for part in parts:
+            waiting.append(part)
+            for index in waiting.pop(0).indexes.tolist():
+                source.row(index)
+                source.image(index)
+            begin = begin or time.perf_counter()
+            pairs += 64
+            if time.perf_counter() - begin > seconds:
+                break
+    return {"per_second": (pairs - 64) / (time.perf_counter() - begin), "open": opened}
+
+
+def compare_remote(root: Path) -> None:
+    """Compare shards on this disk and behind a server."""
+    folder = root / "shards"
+    folder.mkdir(parents=True)
+    images = photos()
+    for shard in range(40):
+        write_shard(folder / f"{shard:05}.tar", shard * 500, 500, images)
+    server = Path(__file__).parent.parent / "tests" / "data" / "object_server.py"
+    command = [sys.executable, str(server), str(folder), "0.02"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    url = f"http://127.0.0.1:{process.stdout.readline().strip()}"
+    os.environ |= {"AWS_ENDPOINT_URL": url, "AWS_REGION": "x", "AWS_ACCESS_KEY_ID": "x"}
+    os.environ["AWS_SECRET_ACCESS_KEY"] = "x"
+    names = "{00000..00039}.tar"
+    uris = {
+        "local, random": f"tar:{folder}/*.tar",
+        "local, stream": f"tar:{folder}/*.tar?order=stream",
+        "S3": f"tar:s3://bucket/{names}",
+        "HTTP": f"tar:{url}/bucket/{names}",
+    }
+    best: dict[tuple[str, str], dict[str, float]] = {}
+    try:
+        for _round in range(2):
+            for what in ("decoded", "read"):
+                for name, uri in uris.items():
+                    measure("throughput", uri, what, 15)  # builds the index
+                    shutil.rmtree(root / "cache" / "blocks", ignore_errors=True)
+                    before = sum(cpu_seconds(process.pid))
+                    found = measure("throughput", uri, what, 15)
+                    found["server"] = sum(cpu_seconds(process.pid)) - before
+                    kept = best.setdefault((what, name), found)
+                    if found["per_second"] > kept["per_second"]:
+                        best[what, name] = found
+    finally:
+        process.kill()
+    print(f"{'pairs per second':<24} {'':<10} {'pairs/s':>9} {'x local':>8} {'open, s':>8}", end="")
+    print(f" {'CPU s of the server':>20}")
+    for (what, name), found in best.items():
+        ratio = found["per_second"] / best[what, "local, random"]["per_second"]
+        print(
+            f"{name:<24} {what:<10} {found['per_second']:9,.0f} {ratio:8.2f} {found['open']:8.2f}"
+            f" {found['server']:20.1f}"
+        )
+
+
+def cpu_seconds(pid: int) -> list[float]:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return [int(field) / os.sysconf("SC_CLK_TCK") for field in fields[11:13]]
+
+
+def photos() -> list[bytes]:
+    """Return smooth noise of 256 pixels as JPEG, of the size of photos."""
+    import numpy as np
+    from PIL import Image
+
+    images = []
+    for seed in range(50):
+        coarse = np.random.default_rng(seed).integers(0, 256, (48, 48, 3), dtype=np.uint8)
+        stream = io.BytesIO()
+        Image.fromarray(coarse).resize((256, 256), Image.Resampling.BICUBIC).save(
+            stream, "JPEG", quality=90
+        )
+        images.append(stream.getvalue())
+    return images
+
+
 def start_measurement(*arguments: object, source: str | None = None) -> subprocess.Popen[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if source:
@@ -323,6 +426,7 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=20, help="links of each shard")
     parser.add_argument("--peer", help="the src folder of another version of cn_clip")
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--remote", action="store_true", help="only compare with an object store")
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -334,6 +438,8 @@ def main() -> None:
             print(json.dumps(build(Path(folder), int(rest[0]))))
         elif what == "first":
             print(json.dumps(first_batch(Path(folder), rest[0], int(rest[1]), int(rest[2]))))
+        elif what == "throughput":
+            print(json.dumps(throughput(folder, rest[0], float(rest[1]))))
         else:
             consume(Path(folder), rest[0], *map(int, rest[1:4]), Path(rest[4]))
         return
@@ -341,6 +447,9 @@ def main() -> None:
     cache = root / "cache"
     os.environ["CN_CLIP_CACHE"] = str(cache)
     try:
+        if options.remote:
+            compare_remote(root)
+            return
         write_shards(root / "shards", options.pairs)
         write_validation(root / "val")
         compare_builds(root, cache, options.peer)

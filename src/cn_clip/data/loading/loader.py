@@ -26,7 +26,7 @@ from cn_clip.data.loading.augment import augment, generator_for
 from cn_clip.data.loading.sampler import BatchPart, batch_count, batches, plan_of
 from cn_clip.data.loading.stream_plan import Span
 from cn_clip.data.sources.base import Row, Source, located
-from cn_clip.data.sources.open import Chain, WeightedSource, id_digest
+from cn_clip.data.sources.open import Chain, WeightedSource, id_digest, is_forkable
 from cn_clip.data.sources.row_keys import caption_key
 from cn_clip.errors import CNClipError, DataError
 from cn_clip.image.decode import read_image, read_pixels
@@ -198,6 +198,8 @@ class Loader(PlannedLoader):
             max_skipped_fraction=max_skipped_fraction,
         )
         self._preparation, self._workers, self._pin = preparation, workers, pin_memory
+        forkable = all(is_forkable(source) for source in self.sources)
+        self._context = None if forkable else "forkserver"
         batch_bytes = math.ceil(global_batch_size / world_size) * 3 * preparation.resolution**2
         self._prefetch = max(1, prefetch_bytes // (batch_bytes * max(1, workers)))
 
@@ -216,6 +218,7 @@ class Loader(PlannedLoader):
             prefetch_factor=self._prefetch if self._workers else None,
             pin_memory=self._pin,
             worker_init_fn=init_worker,
+            multiprocessing_context=self._context if self._workers else None,
         )
         with map_worker_errors(), open_iterator(loader) as iterator:
             for batch in iterator:

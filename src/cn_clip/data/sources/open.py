@@ -18,8 +18,9 @@ from cn_clip.data.sources.folder import Folder
 from cn_clip.data.sources.lmdb import Lmdb
 from cn_clip.data.sources.official import Tsv
 from cn_clip.data.sources.parquet import Parquet
+from cn_clip.data.sources.remote import SCHEMES, find_files, is_remote
 from cn_clip.data.sources.row_keys import image_key
-from cn_clip.data.sources.shard_file import LocalFile
+from cn_clip.data.sources.shard_file import LocalFile, ShardFile
 from cn_clip.data.sources.table import Csv, JsonLines, Manifest, Table
 from cn_clip.data.sources.tar import Tar
 from cn_clip.data.sources.tar_shards import check_no_folder, open_tars
@@ -70,7 +71,8 @@ def open_source(uri: str, *, workers: int = 0, on_progress: Progress = no_progre
             ``image``, ``text``, ``image_id``, ``text_id`` of a manifest, its ``root`` for relative
             paths, the ``encoding`` of texts, the ``texts`` file of a tsv, and its
             ``unpaired=yes``, which includes images without texts and texts without images; the
-            ``order`` that training reads a tar in, ``random`` or ``stream``.
+            ``order`` that training reads a tar in, ``random`` or ``stream``. PATH of a tar may be a
+            URL, which is read in the order ``stream`` unless told otherwise.
         workers: processes that index tar shards which have no index yet; 0 indexes in this process.
         on_progress: called with (done, total) shards while they are indexed.
 
@@ -79,16 +81,23 @@ def open_source(uri: str, *, workers: int = 0, on_progress: Progress = no_progre
         DataError: the source does not exist or is damaged.
     """
     kind, path, options = _parse_uri(uri)
-    paths = _expand(path)
-    if not paths:
+    files: Sequence[ShardFile]
+    if is_remote(path):
+        if kind != "tar":
+            raise UsageError(
+                _("{uri}: only tar shards are read from remote places; download it first", uri=uri)
+            )
+        paths, files = [], find_files(path, _expand_braces(path))
+    else:
+        paths = _expand(path)
+        files = [LocalFile(file) for file in paths]
+    if not files:
         raise DataError(_("{uri}: no file matches {path}", uri=uri, path=path))
     if kind == "tar":
-        order = options.get("order", ORDERS[0])
+        order = options.get("order", ORDERS[is_remote(path)])
         if order not in ORDERS:
             raise UnknownNameError(_("order of {uri}:", uri=uri), order, ORDERS)
-        parts = open_tars(
-            [LocalFile(path) for path in paths], workers=workers, on_progress=on_progress
-        )
+        parts = open_tars(files, workers=workers, on_progress=on_progress)
         if order == "stream":
             return Chain(uri, parts, streamed=True)
     else:
@@ -167,7 +176,7 @@ def paths_of(uri: str) -> list[Path]:
     here = Path(os.path.realpath("."))
     named = [as_path(options[option]) for option in ("texts", "root") if option in options]
     return [
-        *_expand(path),
+        *([] if is_remote(path) else _expand(path)),
         *(path for path in named if not is_within(here, Path(os.path.realpath(path)))),
     ]
 
@@ -225,6 +234,11 @@ def parts_of(source: Source) -> Sequence[Source]:
     return source.parts if isinstance(source, Chain) else [source]
 
 
+def is_forkable(source: Source) -> bool:
+    """Return whether a forked process can read a source; of remote files it cannot."""
+    return not any(isinstance(part, Tar) and part.is_remote for part in parts_of(source))
+
+
 def id_digest(source: Source, index: int, id: str) -> int:
     """Return a 64-bit digest of the image id or text id of a pair.
 
@@ -268,7 +282,8 @@ def _open_one(kind: str, path: Path, options: dict[str, str]) -> Source:
 
 def _parse_uri(uri: str) -> tuple[str, str, dict[str, str]]:
     kind, colon, path = uri.partition(":")
-    if not colon or (len(kind) == 1 and not kind.islower()):  # C:\photos is a Windows path
+    windows = len(kind) == 1 and not kind.islower()  # C:\photos
+    if not colon or windows or (kind in SCHEMES and is_remote(uri)):
         kind, path = "", uri
     path, _unused, query = path.partition("?")
     if "=" not in query and query:  # "?" of a glob

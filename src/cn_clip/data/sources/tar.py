@@ -94,6 +94,11 @@ class Tar:
     def __len__(self) -> int:
         return self._pairs
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether the shard is behind a URL."""
+        return not isinstance(self._file, LocalFile)
+
     def row(self, index: int) -> Row:
         arrays = self._index()
         sample, text_number = _sample_of(arrays, index)
