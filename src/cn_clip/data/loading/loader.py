@@ -39,6 +39,7 @@ _Item = TypeVar("_Item")
 # Texts are padded to one of these lengths, so that a compiled model sees few shapes.
 _PADDED_LENGTHS = (8, 12, 16, 24, 32, 40, 52, 64, 96, 128, 256, 512)
 _GRACE_SECONDS = 600.0
+_MAX_PREFETCH = 16  # batches per worker; all are planned before the first is yielded
 MAX_LISTED = 1000  # reasons of skipped pairs that are kept
 
 
@@ -198,10 +199,10 @@ class Loader(PlannedLoader):
             max_skipped_fraction=max_skipped_fraction,
         )
         self._preparation, self._workers, self._pin = preparation, workers, pin_memory
-        forkable = all(is_forkable(source) for source in self.sources)
-        self._context = None if forkable else "forkserver"
+        self._context = worker_context(self.sources)
         batch_bytes = math.ceil(global_batch_size / world_size) * 3 * preparation.resolution**2
-        self._prefetch = max(1, prefetch_bytes // (batch_bytes * max(1, workers)))
+        fits = prefetch_bytes // (batch_bytes * max(1, workers))
+        self._prefetch = min(max(1, fits), _MAX_PREFETCH)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch from batch ``start`` on; earlier ones are not read.
@@ -224,6 +225,11 @@ class Loader(PlannedLoader):
             for batch in iterator:
                 self.count(len(batch.rows) + len(batch.skipped), batch.skipped)
                 yield batch
+
+
+def worker_context(sources: Sequence[Source]) -> str | None:
+    """Return the start method of workers that read sources; None for Python's default."""
+    return None if all(is_forkable(source) for source in sources) else "forkserver"
 
 
 @contextmanager

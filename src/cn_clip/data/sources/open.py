@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qsl
 
+import numpy as np
+import numpy.typing as npt
+
 from cn_clip.data.process_map import Progress, no_progress
 from cn_clip.data.sources.base import Row, Source
 from cn_clip.data.sources.folder import Folder
@@ -232,6 +235,16 @@ class Chain:
 def parts_of(source: Source) -> Sequence[Source]:
     """Return the concatenated sources, or the source alone."""
     return source.parts if isinstance(source, Chain) else [source]
+
+
+def read_ahead(source: Source, indexes: npt.NDArray[np.int64]) -> None:
+    """Start reading the pairs of a streamed source that are about to be read."""
+    if not isinstance(source, Chain) or not source.streamed:
+        return
+    numbers = np.array([source.part(index) for index in indexes.tolist()])
+    for number in np.unique(numbers).tolist():
+        own = indexes[numbers == number]
+        source.read_ahead(int(own.min()), int(own.max()) + 1)
 
 
 def is_forkable(source: Source) -> bool:
