@@ -12,10 +12,11 @@ from data.test_sources import tar_bytes
 from filelock import FileLock
 
 from cn_clip.data.captions import digest, plain
+from cn_clip.data.curate import row_keys
 from cn_clip.data.loading.loader import Loader, Preparation
 from cn_clip.data.sources import tar, tar_shards
 from cn_clip.data.sources.array_file import ArrayFile, mapped, smallest, write_arrays
-from cn_clip.data.sources.open import WeightedSource, open_mix, open_source
+from cn_clip.data.sources.open import WeightedSource, id_digest, open_mix, open_source
 from cn_clip.errors import DataError
 from cn_clip.train.batches.feature_cache import unique_images
 
@@ -120,6 +121,26 @@ def test_images_are_those_of_the_rows_and_no_row_is_read(tmp_path, monkeypatch, 
     if order == "stream":
         assert expected.of_rows[0].tolist()[:8] == [0, 1, 2, 3, 4, 5, 5, 5]
         assert (np.diff(expected.first_rows[:19, 1]) > 0).all()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_keys_of_a_source_are_those_of_its_rows(tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(row_keys, "_CHUNK", 4)
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "00001.tar").write_bytes(tar_bytes(odd_members()))
+    write_shards(tmp_path, 2)
+    source = open_source(f"tar:{tmp_path}/{{00000,odd/00001,00001}}.tar")
+    found = row_keys.keys_of_source(source, workers=workers)
+    with monkeypatch.context() as patch:
+        patch.delattr(tar.Tar, "image_keys")
+        expected = row_keys.keys_of_source(source)
+    readable = [index for index in range(21) if index not in expected.errors]
+    assert found.errors == expected.errors and sorted(found.errors) == [8, 10, 12]
+    for index in readable:
+        row = source.row(index)
+        image, caption = id_digest(source, index, row.image_id), digest(plain(row.text) or row.text)
+        assert found.images[index] == expected.images[index] == image
+        assert found.captions[index] == expected.captions[index] == caption
 
 
 def test_shards_are_opened_again_without_their_indexes(tmp_path, built):
