@@ -158,6 +158,11 @@ class Tar:
             keys[index] = unreadable_key(first + index)
         return keys
 
+    def stored_images(self) -> tuple[int, int]:
+        """Return the number of images, and their bytes."""
+        sizes = self._index()["image_size"]
+        return len(sizes), int(sizes.sum(dtype=np.int64))
+
     def captions(self) -> npt.NDArray[np.uint64]:
         return self._index()["caption_key"]
 
