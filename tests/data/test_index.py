@@ -17,7 +17,7 @@ from cn_clip.data.loading.loader import Loader, Preparation
 from cn_clip.data.sources import tar, tar_shards
 from cn_clip.data.sources.array_file import ArrayFile, mapped, smallest, write_arrays
 from cn_clip.data.sources.open import WeightedSource, id_digest, open_mix, open_source
-from cn_clip.errors import DataError
+from cn_clip.errors import DataError, UsageError
 from cn_clip.train.batches.feature_cache import unique_images
 
 
@@ -180,12 +180,42 @@ def test_an_older_time_of_a_shard_is_a_change_too(tmp_path, built):
 def test_an_interrupted_build_continues_with_the_next_shard(tmp_path, built):
     uri = write_shards(tmp_path, 4)
     raw = (tmp_path / "00002.tar").read_bytes()
-    (tmp_path / "00002.tar").write_bytes(raw[:-2000])
+    (tmp_path / "00002.tar").write_bytes(raw[:3000])
     with pytest.raises(DataError, match=r"00002\.tar"):
         open_source(uri)
     (tmp_path / "00002.tar").write_bytes(raw)
     open_source(uri)
-    assert built == [f"0000{n}.tar" for n in (0, 1, 2, 2, 3)]
+    assert built == [f"0000{n}.tar" for n in (0, 1, 2, 3, 2, 2)]  # again for the message
+
+
+@pytest.mark.parametrize("order", ["random", "stream"])
+def test_damaged_shards_are_counted_and_left_out_if_told_to(tmp_path, built, order):
+    uri = write_shards(tmp_path, 20)
+    for shard in (3, 11):
+        path = tmp_path / f"{shard:05}.tar"
+        path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(DataError, match=r"2 of 20 shards are damaged; .*first: .*00003\.tar"):
+        open_source(uri)
+    built.clear()
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=r"2 of 20 shards are left out; .*00003\.tar"):
+            source = open_source(f"{uri}?damaged=skip&order={order}")
+    texts = [row.text for row in rows_of(source)]
+    assert texts == [f"第{s}片第{n}张图" for s in range(20) if s not in (3, 11) for n in range(5)]
+    assert [message[:20] for message in source.unmatched()] == [f"{tmp_path}"[:20]] * 2
+    assert not built and source.streamed == (order == "stream")
+    write_shards(tmp_path, 20)
+    assert len(open_source(f"{uri}?damaged=skip")) == 100
+
+
+def test_shards_that_are_all_damaged_are_an_error(tmp_path):
+    uri = write_shards(tmp_path, 2)
+    for path in tmp_path.glob("*.tar"):
+        path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(DataError, match="2 of 2 shards are damaged"):
+        open_source(f"{uri}?damaged=skip")
+    with pytest.raises(UsageError, match=r"damaged of .*: 'keep'.* stop, skip"):
+        open_source(f"{uri}?damaged=keep")
 
 
 def test_processes_build_the_same_index(tmp_path):

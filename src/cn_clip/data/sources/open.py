@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from cn_clip.errors import DataError, UnknownNameError, UsageError
 from cn_clip.files import as_path, find
 from cn_clip.outputs import is_within
 from cn_clip.text import path_text
-from cn_clip.translation import _
+from cn_clip.translation import _, _n
 
 _MAX_FILES = 1_000_000  # that braces may expand to
 _MAX_DEPTH = 16  # of nested braces
@@ -45,9 +46,10 @@ SOURCE_OPTIONS = {
     "parquet": (*_COLUMNS, "root"),
     "tsv": ("texts", "encoding", "unpaired"),
     "lmdb": (),
-    "tar": ("order",),
+    "tar": ("order", "damaged"),
 }
 ORDERS = ("random", "stream")
+DAMAGED = ("stop", "skip")  # what damaged shards do
 # Suffixes of files that are no source -> what to do.
 _JSON_REMEDY = (
     "a JSON file; write one object per line (jq -c '.[]' FILE > NEW.jsonl), or give jsonl:{path} "
@@ -74,7 +76,8 @@ def open_source(uri: str, *, workers: int = 0, on_progress: Progress = no_progre
             ``image``, ``text``, ``image_id``, ``text_id`` of a manifest, its ``root`` for relative
             paths, the ``encoding`` of texts, the ``texts`` file of a tsv, and its
             ``unpaired=yes``, which includes images without texts and texts without images; the
-            ``order`` that training reads a tar in, ``random`` or ``stream``. PATH of a tar may be a
+            ``order`` that training reads a tar in, ``random`` or ``stream``; ``damaged=skip``,
+            which leaves damaged shards of several tars out. PATH of a tar may be a
             URL, which is read in the order ``stream`` unless told otherwise.
         workers: processes that index tar shards which have no index yet; 0 indexes in this process.
         on_progress: called with (done, total) shards while they are indexed.
@@ -100,9 +103,26 @@ def open_source(uri: str, *, workers: int = 0, on_progress: Progress = no_progre
         order = options.get("order", ORDERS[is_remote(path)])
         if order not in ORDERS:
             raise UnknownNameError(_("order of {uri}:", uri=uri), order, ORDERS)
-        parts = open_tars(files, workers=workers, on_progress=on_progress)
-        if order == "stream":
-            return Chain(uri, parts, streamed=True)
+        skip = options.get("damaged", DAMAGED[0])
+        if skip not in DAMAGED:
+            raise UnknownNameError(_("damaged of {uri}:", uri=uri), skip, DAMAGED)
+        parts, left_out = open_tars(
+            files, skip_damaged=skip == "skip", workers=workers, on_progress=on_progress
+        )
+        if left_out:
+            warnings.warn(
+                _n(
+                    "{uri}: {count:,} of {total:,} shards is left out; the first: {first}",
+                    "{uri}: {count:,} of {total:,} shards are left out; the first: {first}",
+                    len(left_out),
+                    uri=uri,
+                    total=len(files),
+                    first=left_out[0],
+                ),
+                stacklevel=2,
+            )
+        if order == "stream" or left_out:
+            return Chain(uri, parts, streamed=order == "stream", left_out=left_out)
     else:
         parts = [_open_one(kind, file, options) for file in paths]
     return parts[0] if len(parts) == 1 else Chain(uri, parts)
@@ -191,11 +211,21 @@ def _weight_of(uri: str) -> tuple[str, str]:
 
 
 class Chain:
-    """Concatenated sources; with ``streamed``, they are shards that training reads one by one."""
+    """Concatenated sources; with ``streamed``, they are shards that training reads one by one.
 
-    def __init__(self, name: str, parts: Sequence[Source], *, streamed: bool = False) -> None:
+    ``left_out`` has a message for each file that is not among them.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        parts: Sequence[Source],
+        *,
+        streamed: bool = False,
+        left_out: Sequence[str] = (),
+    ) -> None:
         self.name = path_text(name)
-        self.parts, self.streamed = parts, streamed
+        self.parts, self.streamed, self._left_out = parts, streamed, list(left_out)
         self._starts = list(itertools.accumulate((len(part) for part in parts), initial=0))
 
     def __len__(self) -> int:
@@ -214,7 +244,8 @@ class Chain:
         return part.where(offset)
 
     def unmatched(self) -> list[str]:
-        return [message for part in self.parts for message in part.unmatched()]
+        unmatched = [message for part in self.parts for message in part.unmatched()]
+        return [*self._left_out, *unmatched]
 
     def read_ahead(self, first: int, stop: int) -> None:
         """Start reading the pairs ``first`` to ``stop``, which are of one shard."""

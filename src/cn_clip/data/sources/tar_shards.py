@@ -19,7 +19,7 @@ from cn_clip.data.process_map import Progress, no_progress, parallel_map
 from cn_clip.data.sources.array_file import ArrayFile, write_arrays
 from cn_clip.data.sources.base import Source
 from cn_clip.data.sources.index_cache import in_index_folder
-from cn_clip.data.sources.shard_file import FileState, LocalFile, ShardFile
+from cn_clip.data.sources.shard_file import FileState, LocalFile, ShardFile, changed_message
 from cn_clip.data.sources.tar import Tar
 from cn_clip.errors import DataError
 from cn_clip.publish import atomic_file
@@ -27,42 +27,78 @@ from cn_clip.text import path_text
 from cn_clip.translation import _
 
 _FEW = 8  # shards that are indexed in this process, as starting others takes longer
+_DAMAGED = -1  # instead of a number of pairs
 _PATIENCE = 3.0  # seconds before a process says what it waits for
-
-_Known = tuple[FileState, int]
-"""The state of a shard, and how many pairs it has."""
 
 
 def open_tars(
-    files: Sequence[ShardFile], *, workers: int = 0, on_progress: Progress = no_progress
-) -> list[Source]:
+    files: Sequence[ShardFile],
+    *,
+    skip_damaged: bool = False,
+    workers: int = 0,
+    on_progress: Progress = no_progress,
+) -> tuple[list[Source], list[str]]:
     """Open tar shards; those without an index are indexed first.
 
     Of several processes that open the same shards and share the cache folder, one indexes them.
 
     Args:
         files: the shards.
+        skip_damaged: leave damaged shards out.
         workers: processes that index; 0 indexes in this process.
         on_progress: called with (done, total) shards while they are indexed.
 
+    Returns:
+        The shards, and a message for each that is left out.
+
     Raises:
-        DataError: a shard is damaged or has no pair.
+        DataError: a shard is damaged or has no pair; all others are indexed.
         CNClipError: the indexes cannot be written.
     """
     for file in files:
         if isinstance(file, LocalFile):
             check_no_folder(file.path, "tar")
     if len(files) == 1:
-        return [Tar(files[0])]
+        return [Tar(files[0])], []
     states = [file.state() for file in files]
-    known = in_index_folder(
+    counts = in_index_folder(
         files[0].short_name,
         lambda folder: _pair_counts(folder, files, states, workers, on_progress),
     )
-    return [
+    damaged = [number for number, pairs in enumerate(counts) if pairs == _DAMAGED]
+    if damaged and (not skip_damaged or len(damaged) == len(files)):
+        _raise_first(files, states, damaged)
+    parts = [
         Tar(file, state=state, pairs=pairs)
-        for file, state, pairs in zip(files, states, known, strict=True)
+        for file, state, pairs in zip(files, states, counts, strict=True)
+        if pairs != _DAMAGED
     ]
+    left_out = [
+        _("{path} is damaged or has no pair, and is left out", path=files[number].name)
+        for number in damaged
+    ]
+    return list(parts), left_out
+
+
+def _raise_first(
+    files: Sequence[ShardFile], states: Sequence[FileState], damaged: Sequence[int]
+) -> None:
+    """Raise the error of the first damaged shard, with the number of all."""
+    try:
+        Tar(files[damaged[0]], state=states[damaged[0]])
+    except DataError as error:
+        if len(damaged) == 1:
+            raise
+        raise DataError(
+            _(
+                "{count:,} of {total:,} shards are damaged; ?damaged=skip leaves them out. The "
+                "first: {error}",
+                count=len(damaged),
+                total=len(files),
+                error=error,
+            )
+        ) from None
+    raise DataError(changed_message(files[damaged[0]].name))
 
 
 def check_no_folder(path: Path, kind: str) -> None:
@@ -81,7 +117,7 @@ def _pair_counts(
     workers: int,
     on_progress: Progress,
 ) -> list[int]:
-    """Return the number of pairs of each shard, after indexing the new ones."""
+    """Return the number of pairs of each shard, or ``_DAMAGED``, after indexing the new ones."""
     joined = b"\0".join(file.identity for file in files)
     table = folder / f"{hashlib.blake2b(joined, digest_size=8).hexdigest()}.3.table"
     counts = _read_table(table, states)
@@ -97,13 +133,16 @@ def _pair_counts(
                 for done, (number, pairs) in enumerate(zip(missing, run(jobs), strict=True), 1):
                     counts[number] = pairs
                     on_progress(len(files) - len(missing) + done, len(files))
-            _write_table(table, states, [pairs or 0 for pairs in counts])
-    return [pairs or 0 for pairs in counts]
+            _write_table(table, states, [pairs for pairs in counts if pairs is not None])
+    return [pairs for pairs in counts if pairs is not None]
 
 
 def _index(job: tuple[ShardFile, FileState]) -> int:
     file, state = job
-    return len(Tar(file, state=state))
+    try:
+        return len(Tar(file, state=state))
+    except DataError:
+        return _DAMAGED
 
 
 def _read_table(table: Path, states: Sequence[FileState]) -> list[int | None]:
