@@ -5,8 +5,9 @@
 
 It writes shards of tiny images to SCRATCH (3.6 GB for a million pairs) in the format of
 img2dataset, and removes them. Twenty times as many pairs are hard links of these shards, with
-indexes of unique ids and captions. The peer is the source folder of another version of cn_clip,
-whose index is built from the same shards. Every measurement is its own process.
+indexes of unique ids and captions; 200 times as many are links of shards and indexes. The peer is
+the source folder of another version of cn_clip, whose index is built from the same shards. Every
+measurement is its own process.
 
 ``--remote`` compares shards of 256-pixel JPEGs on this disk with the same behind the server of
 tests/data/object_server.py, another process on the same cores, which waits 20 ms before each
@@ -85,33 +86,34 @@ def write_shards(folder: Path, pairs: int) -> None:
         write_shard(folder / f"{shard:05}.tar", shard * PER_SHARD, PER_SHARD, images)
 
 
-def link_shards(real: Path, linked: Path, times: int) -> None:
-    """Link the shards under other names, each with an index of its own ids and captions."""
+def link_shards(real: Path, linked: Path, times: int, *, unique: bool) -> None:
+    """Link the shards under other names, each with an index of ``unique`` ids and captions, or with
+    a link to that of the shard."""
     import numpy as np
 
     from cn_clip.data.sources import tar
     from cn_clip.data.sources.array_file import write_arrays
+    from cn_clip.data.sources.index_cache import index_name
+    from cn_clip.data.sources.shard_file import LocalFile
 
     linked.mkdir()
-    number = 0
-    for _copy in range(times):
-        for path in sorted(real.glob("*.tar")):
-            link = linked / f"{number:05}.tar"
-            os.link(path, link)
-            index = tar.Tar(path)._index()
-            arrays = dict(index.arrays)
-            ids = np.arange(number * PER_SHARD, (number + 1) * PER_SHARD)
-            names = b"".join(b"%09d" % name for name in ids.tolist())
-            arrays["id"] = np.frombuffer(names, np.uint8)
-            rng = np.random.default_rng(number)
-            arrays["caption_key"] = rng.integers(0, 1 << 63, PER_SHARD).astype(np.uint64)
-
-            def write(path: Path, state: object, to: Path, arrays=arrays, values=index.values):  # type: ignore[no-untyped-def]
-                write_arrays(to, arrays, values)
-
-            tar._write_index = write
-            tar.Tar(link)
-            number += 1
+    shards = [tar.Tar(path) for path in sorted(real.glob("*.tar"))]
+    for number in range(times * len(shards)):
+        shard = shards[number % len(shards)]
+        index = shard._index()
+        assert shard._index_path is not None
+        link = linked / f"{number:05}.tar"
+        os.link(shard.name.removeprefix("tar:"), link)
+        file = LocalFile(link)
+        name = index_name(file.short_name, file.identity, shard.state) + tar._INDEX_SUFFIX
+        target = shard._index_path.with_name(name)
+        if not unique:
+            os.link(shard._index_path, target)
+            continue
+        ids = range(number * PER_SHARD, (number + 1) * PER_SHARD)
+        keys = np.random.default_rng(number).integers(0, 1 << 63, PER_SHARD).astype(np.uint64)
+        names = np.frombuffer(b"".join(b"%09d" % id for id in ids), np.uint8)
+        write_arrays(target, index.arrays | {"id": names, "caption_key": keys}, index.values)
 
 
 def private_mb(pid: int | str = "self") -> float:
@@ -399,14 +401,18 @@ def compare_builds(root: Path, cache: Path, peer: str | None) -> None:
         )
 
 
+def len_batches(folder: Path) -> int:
+    return len(list(folder.glob("*.tar"))) * PER_SHARD // BATCH
+
+
 def compare_sizes(root: Path) -> None:
     print(
         f"\n{'start':<24} {'pairs':>12} {'open, s':>8} {'checked':>8} {'1st batch':>9}"
         f" {'private MB':>11} {'a worker':>9}"
     )
-    for folder in ("shards", "linked"):
+    for folder in ("shards", "linked", "more"):
         for order in ("random", "stream"):
-            for start in (0, 1000):
+            for start in (0, len_batches(root / folder) // 2):
                 measure("first", root / folder, order, start, 2)
                 found = measure("first", root / folder, order, start, 2)
                 name = f"{order}, {'resumed' if start else 'new'}"
@@ -453,7 +459,8 @@ def main() -> None:
         write_shards(root / "shards", options.pairs)
         write_validation(root / "val")
         compare_builds(root, cache, options.peer)
-        link_shards(root / "shards", root / "linked", options.times)
+        link_shards(root / "shards", root / "linked", options.times, unique=True)
+        link_shards(root / "shards", root / "more", 10 * options.times, unique=False)
         compare_sizes(root)
         print()
         mixing()
@@ -462,7 +469,8 @@ def main() -> None:
         for path in sorted((root / "shards").glob("*.tar"))[:4]:
             os.link(path, few / path.name)
         cases = [(order, *case) for order in ("random", "stream") for case in CASES]
-        exactly_once(few, options.kills, cases)
+        if options.kills:
+            exactly_once(few, options.kills, cases)
     finally:
         shutil.rmtree(root, ignore_errors=True)
 
