@@ -112,8 +112,8 @@ class Tar:
         else:
             content = self._read(*values) if values[1] else b""
             caption = self._read(*text) if text[1] else None
-        found: dict[str, Any] = {}
-        if content:
+        found = _json(content) if content else {}
+        if not isinstance(found, dict):  # again, as only the message needs the location
             found = json_object(content, _("the JSON of {where}", where=self.where(index)))
         return _row(
             found,
