@@ -7,14 +7,14 @@ import warnings
 
 import numpy as np
 import pytest
-from data.formats import jpeg
+from data.formats import WRITERS, jpeg
 from data.test_sources import tar_bytes
 from filelock import FileLock
 
 from cn_clip.data.captions import digest, plain
 from cn_clip.data.curate import row_keys
 from cn_clip.data.loading.loader import Loader, Preparation
-from cn_clip.data.sources import tar, tar_shards
+from cn_clip.data.sources import row_index, tar, tar_shards
 from cn_clip.data.sources.array_file import ArrayFile, mapped, smallest, write_arrays
 from cn_clip.data.sources.open import WeightedSource, id_digest, open_mix, open_source
 from cn_clip.errors import DataError, UsageError
@@ -141,6 +141,46 @@ def test_keys_of_a_source_are_those_of_its_rows(tmp_path, monkeypatch, workers):
         image, caption = id_digest(source, index, row.image_id), digest(plain(row.text) or row.text)
         assert found.images[index] == expected.images[index] == image
         assert found.captions[index] == expected.captions[index] == caption
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_index_of_many_rows_is_built_once_and_knows_them(
+    pictures, tmp_path, monkeypatch, kind, workers
+):
+    monkeypatch.setattr(row_index, "_MANY", 3)
+    monkeypatch.setattr(row_index, "_CHUNK", 2)
+    uri = WRITERS[kind](pictures)
+    source = open_source(uri)
+    rows = [source.row(index) for index in range(4)]
+    index = row_index.index_of(source, workers=workers)
+    assert index.image_keys(2, 7).tolist() == [digest(f"2\0{row.image_id}") for row in rows]
+    assert index.captions().tolist() == [digest(plain(row.text)) for row in rows]
+    assert index.lengths().tolist() == [len(row.text) + 1 for row in rows]
+    monkeypatch.setattr(row_index, "_write", lambda *_: 1 / 0)  # it is there
+    assert row_index.index_of(open_source(uri)).lengths().tolist() == index.lengths().tolist()
+    with pytest.raises(ZeroDivisionError):  # another column makes other rows
+        row_index.index_of(open_source(f"{uri}?image_id=text"))
+
+
+def test_unreadable_rows_are_known_to_the_index(pictures, monkeypatch):
+    monkeypatch.setattr(row_index, "_MANY", 3)
+    uri = WRITERS["jsonl"](pictures)
+    lines = (pictures / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
+    (pictures / "pairs.jsonl").write_text("\n".join([lines[0], "{", *lines[2:]]), encoding="utf-8")
+    mix = open_mix([uri])
+    found, keys = unique_images(mix), row_keys.keys_of_source(mix[0].source)
+    assert list(keys.errors) == [1] and "line 2 is not JSON" in keys.errors[1]
+    monkeypatch.setattr(row_index, "_MANY", 100)
+    same_images(found, unique_images(mix))
+
+
+def test_few_rows_and_folders_have_no_index(pictures):
+    assert row_index.index_of(open_source(WRITERS["csv"](pictures))) is None
+    (pictures / "007.txt").write_text("猫", encoding="utf-8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert row_index.index_of(open_source(f"folder:{pictures}")) is None
 
 
 def test_shards_are_opened_again_without_their_indexes(tmp_path, built):

@@ -15,12 +15,14 @@ from cn_clip.backends import Features, Pixels
 from cn_clip.backends.torch import TorchBackend
 from cn_clip.data.sources.base import Row, Source, located
 from cn_clip.data.sources.open import WeightedSource, parts_of
-from cn_clip.data.sources.row_keys import Indexed, caption_key
+from cn_clip.data.sources.row_index import index_of
+from cn_clip.data.sources.row_keys import caption_key
 from cn_clip.embedder import Embedder
 from cn_clip.errors import CNClipError
 from cn_clip.eval.dataset import EvalSet
 from cn_clip.eval.metrics.recall import Retrieval, retrieval
 from cn_clip.model.clip import CLIP
+from cn_clip.processes import usable_cpus
 from cn_clip.train.loss import clip_loss
 from cn_clip.translation import _
 
@@ -135,8 +137,8 @@ def shared_pairs(validation: EvalSet, training: Sequence[WeightedSource]) -> lis
         first = 0
         for source in parts_of(part.source):
             indexes: Iterable[int]
-            if isinstance(source, Indexed):
-                indexes = (first + _members(source.captions(), captions)).tolist()
+            if (own := index_of(source, workers=usable_cpus())) is not None:
+                indexes = (first + _members(own.captions(), captions)).tolist()
             else:
                 indexes = range(first, first + min(len(source), max(0, _COMPARED_ROWS - compared)))
                 compared += len(source)

@@ -10,7 +10,8 @@ import numpy.typing as npt
 from cn_clip.data.process_map import chunked, parallel_map
 from cn_clip.data.sources.base import Source
 from cn_clip.data.sources.open import parts_of
-from cn_clip.data.sources.row_keys import Indexed, caption_key, image_key
+from cn_clip.data.sources.row_index import index_of
+from cn_clip.data.sources.row_keys import caption_key, image_key
 from cn_clip.errors import DataError
 
 _CHUNK = 4096
@@ -48,10 +49,10 @@ def keys_of_source(source: Source, *, workers: int = 0) -> SourceKeys:
         for number, part in enumerate(parts_of(source)):
             stop = first + len(part)
             rows = range(first, stop)
-            if isinstance(part, Indexed):
-                keys.images[first:stop] = part.image_keys(number, first)
-                keys.captions[first:stop] = part.captions()
-                unreadable = first + np.flatnonzero(part.lengths() == 0)
+            if (own := index_of(part, workers=workers)) is not None:
+                keys.images[first:stop] = own.image_keys(number, first)
+                keys.captions[first:stop] = own.captions()
+                unreadable = first + np.flatnonzero(own.lengths() == 0)
                 jobs = [_Rows(number, unreadable.tolist())] if len(unreadable) else []
             else:
                 jobs = [_Rows(number, list(chunk)) for chunk in chunked(rows, _CHUNK)]

@@ -12,7 +12,7 @@ import math
 import mmap
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -118,6 +118,26 @@ def smallest(array: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
     names = ("u1", "u2", "u4", "u8") if low >= 0 else ("i1", "i2", "i4", "i8")
     fits = (t for t in map(np.dtype, names) if np.iinfo(t).min <= low and high <= np.iinfo(t).max)
     return array.astype(next(fits))
+
+
+def string_arrays(name: str, strings: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+    """Return strings as arrays: their bytes, and their ends unless all are equally long."""
+    raw = [string.encode() for string in strings]
+    arrays: dict[str, npt.NDArray[Any]] = {name: np.frombuffer(b"".join(raw), np.uint8)}
+    if len(set(map(len, raw))) > 1:
+        arrays[f"{name}_ends"] = smallest(np.cumsum([len(each) for each in raw]))
+    return arrays
+
+
+def strings(arrays: ArrayFile, name: str, count: int) -> Iterator[str]:
+    """Yield the ``count`` strings that ``string_arrays`` stored."""
+    raw, ends = arrays[name].tobytes(), arrays.get(f"{name}_ends")
+    if ends is None:
+        ends = np.arange(1, count + 1) * (len(raw) // max(1, count))
+    start = 0
+    for end in ends.tolist():
+        yield raw[start:end].decode()
+        start = end
 
 
 def _read_header(stream: BinaryIO) -> tuple[int, dict[str, Any]]:

@@ -306,7 +306,7 @@ def _open_one(kind: str, path: Path, options: dict[str, str]) -> Source:
             "parquet": lambda: Parquet(name, path, columns),
         }
         root = as_path(options["root"]) if "root" in options else path.parent
-        return Manifest(name, open_table[kind](), root)
+        return Manifest(name, open_table[kind](), root, path, encoding)
     if kind == "folder":
         return Folder(name, path, encoding)
     if kind == "tsv":

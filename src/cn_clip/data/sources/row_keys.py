@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cn_clip.data.captions import digest, plain
+from cn_clip.data.sources.array_file import ArrayFile, strings
 from cn_clip.data.sources.base import Row
 
 _MAX_LENGTH = (1 << 16) - 1  # longer texts count as this long
@@ -51,6 +52,23 @@ def caption_key(text: str) -> int:
     """Return the digest by which captions are compared: without width, case, spaces and
     punctuation, unless nothing else is left."""
     return digest(plain(text) or text)
+
+
+def image_keys(arrays: ArrayFile, count: int, part: int, first: int) -> npt.NDArray[np.uint64]:
+    """Return the keys of the images of rows from an index: uint64 (N,).
+
+    Args:
+        arrays: ``id``, the ids of ``count`` images; ``sample``, the image of each row, unless each
+            row has its own; ``length`` of each text, 0 for unreadable rows.
+        part, first: see ``Indexed.image_keys``.
+    """
+    samples = arrays.get("sample")
+    ids = strings(arrays, "id", count)
+    keys = np.fromiter((image_key(part, image_id) for image_id in ids), np.uint64, count)
+    keys = keys if samples is None else keys[samples]
+    for index in np.flatnonzero(arrays["length"] == 0).tolist():
+        keys[index] = unreadable_key(first + index)
+    return keys
 
 
 def captions_of(rows: Sequence[Row | None]) -> npt.NDArray[np.uint64]:

@@ -15,11 +15,18 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from cn_clip.data.sources.array_file import ArrayFile, mapped, smallest, write_arrays
+from cn_clip.data.sources.array_file import (
+    ArrayFile,
+    mapped,
+    smallest,
+    string_arrays,
+    strings,
+    write_arrays,
+)
 from cn_clip.data.sources.base import Row
 from cn_clip.data.sources.index_cache import index_name, named_index
 from cn_clip.data.sources.lines import json_object
-from cn_clip.data.sources.row_keys import captions_of, image_key, lengths_of, unreadable_key
+from cn_clip.data.sources.row_keys import captions_of, image_keys, lengths_of
 from cn_clip.data.sources.shard_file import (
     FileState,
     LocalFile,
@@ -150,13 +157,7 @@ class Tar:
 
     def image_keys(self, part: int, first: int) -> npt.NDArray[np.uint64]:
         arrays = self._index()
-        count, samples = len(arrays["image_at"]), arrays.get("sample")
-        ids = _strings(arrays, "id", count)
-        keys = np.fromiter((image_key(part, image_id) for image_id in ids), np.uint64, count)
-        keys = keys if samples is None else keys[samples]
-        for index in np.flatnonzero(arrays["length"] == 0).tolist():
-            keys[index] = unreadable_key(first + index)
-        return keys
+        return image_keys(arrays, len(arrays["image_at"]), part, first)
 
     def stored_images(self) -> tuple[int, int]:
         """Return the number of images, and their bytes."""
@@ -187,7 +188,7 @@ class Tar:
         named = arrays["named"]
         at = int(np.searchsorted(named, sample))
         if at < len(named) and named[at] == sample:
-            return next(islice(_strings(arrays, "name", len(named)), at, None))
+            return next(islice(strings(arrays, "name", len(named)), at, None))
         header = self._read((int(arrays["image_at"][sample]) - 1) * BLOCK, BLOCK)
         return member_name(header).rpartition(".")[0]
 
@@ -342,7 +343,7 @@ def _write_index(file: ShardFile, state: FileState, to: Path) -> None:
     for (number, _text), row in zip(pairs, rows, strict=True):
         if row is not None:
             ids[number] = row.image_id
-    arrays |= _string_arrays("id", ids)
+    arrays |= string_arrays("id", ids)
     arrays |= {"caption_key": captions_of(rows), "length": smallest(lengths_of(rows))}
     write_arrays(to, arrays, {"pairs": len(pairs), "unmatched": unmatched})
 
@@ -377,28 +378,8 @@ def _span_arrays(samples: Sequence[_Members]) -> dict[str, npt.NDArray[Any]]:
         gaps = np.where(sizes[:, column] > 0, starts[:, column] - starts[:, 0], 0)
         arrays |= {f"{part}_gap": smallest(gaps), f"{part}_size": smallest(sizes[:, column])}
     named = [number for number, sample in enumerate(samples) if not sample.is_simple]
-    arrays |= _string_arrays("name", [samples[number].key for number in named])
+    arrays |= string_arrays("name", [samples[number].key for number in named])
     return arrays | {"named": smallest(np.array(named, np.int64))}
-
-
-def _string_arrays(name: str, strings: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
-    """Return strings as arrays: their bytes, and their ends unless all are equally long."""
-    raw = [string.encode() for string in strings]
-    arrays: dict[str, npt.NDArray[Any]] = {name: np.frombuffer(b"".join(raw), np.uint8)}
-    if len(set(map(len, raw))) > 1:
-        arrays[f"{name}_ends"] = smallest(np.cumsum([len(each) for each in raw]))
-    return arrays
-
-
-def _strings(arrays: ArrayFile, name: str, count: int) -> Iterator[str]:
-    """Yield the ``count`` strings that ``_string_arrays`` stored."""
-    raw, ends = arrays[name].tobytes(), arrays.get(f"{name}_ends")
-    if ends is None:
-        ends = np.arange(1, count + 1) * (len(raw) // max(1, count))
-    start = 0
-    for end in ends.tolist():
-        yield raw[start:end].decode()
-        start = end
 
 
 def _read_samples(

@@ -36,19 +36,21 @@ from cn_clip.data.loading.sampler import BatchPart, shard_sizes
 from cn_clip.data.sources.array_file import ArrayFile, smallest, write_arrays
 from cn_clip.data.sources.base import Source
 from cn_clip.data.sources.open import WeightedSource, parts_of, read_ahead
-from cn_clip.data.sources.row_keys import Indexed, image_key, unreadable_key
+from cn_clip.data.sources.row_index import index_of
+from cn_clip.data.sources.row_keys import image_key, unreadable_key
 from cn_clip.data.sources.tar import Tar
 from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.format_version import FIELD, Format
 from cn_clip.model.clip import CLIP
 from cn_clip.outputs import entries, json_object_at, own_folder
+from cn_clip.processes import usable_cpus
 from cn_clip.publish import atomic_file
 from cn_clip.translation import _
 
 _FORMAT = Format("feature cache", 1)
 _RENAMED = {"pictures": "images"}  # in stamps without a format version
 _PER_SHARD, _PER_LARGE_SHARD = 4096, 1 << 20  # images
-_KEPT_ROWS = 1 << 20  # rows of a mix whose distinct images are kept in a file
+_KEPT_ROWS = 100_000  # rows of a mix whose distinct images are kept in a file
 _IMAGES_FILE = "images.index"
 _STAMP_FILE = "about.json"
 _SHARD = re.compile(r"features-\d{5,}\.npy")
@@ -155,8 +157,8 @@ def _image_keys(source: Source) -> npt.NDArray[np.uint64]:
     first = 0
     for number, part in enumerate(parts_of(source)):
         stop = first + len(part)
-        if isinstance(part, Indexed):
-            keys[first:stop] = part.image_keys(number, first)
+        if (own := index_of(part, workers=usable_cpus())) is not None:
+            keys[first:stop] = own.image_keys(number, first)
         else:
             for index in range(first, stop):
                 try:
