@@ -245,9 +245,13 @@ def _locate(url: str) -> tuple[Any, str]:
     if parts.scheme in ("http", "https"):
         if parts.netloc != urlsplit(os.environ.get("HF_ENDPOINT", _HUB)).netloc:
             _refuse_redirects(root, parts.path)
-    elif own := os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT"):
+    elif parts.scheme == "s3" and (own := _own_endpoint()):
         _refuse_redirects(own.rstrip("/"), f"/{parts.netloc}{parts.path}")
     return _store(root, os.getpid()), parts.path.lstrip("/")
+
+
+def _own_endpoint() -> str:
+    return os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT") or ""
 
 
 _asked: set[str] = set()  # servers that do not redirect
