@@ -16,7 +16,13 @@ from cn_clip.data.loading.sampler import plan_of
 from cn_clip.data.loading.stream_plan import StreamPlan
 from cn_clip.data.sources import block_cache, remote
 from cn_clip.data.sources.block_cache import BlockCache
-from cn_clip.data.sources.open import WeightedSource, open_mix, open_source, paths_of
+from cn_clip.data.sources.open import (
+    WeightedSource,
+    absolute_uri,
+    open_mix,
+    open_source,
+    paths_of,
+)
 from cn_clip.errors import DataError, UsageError
 
 
@@ -64,6 +70,7 @@ def test_pairs_of_a_bucket_and_of_a_web_server_are_those_of_the_disk(bucket, ser
         assert source.streamed and isinstance(plan_of([WeightedSource(source)], 0, 8), StreamPlan)
     assert not open_source("tar:s3://b/*.tar?order=random").streamed
     assert paths_of("0.5@tar:s3://b/*.tar") == []
+    assert absolute_uri("tar:s3://b/*.tar") == "tar:s3://b/*.tar"
 
 
 def test_many_shards_are_listed_and_not_asked_for_one_by_one(server):

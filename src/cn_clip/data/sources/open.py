@@ -212,10 +212,11 @@ def absolute_uri(uri: str) -> str:
     """
     kind, path, options = _parse_uri(uri)
     for option in ("texts", "root"):
-        if option in options:
+        if option in options and not is_remote(options[option]):
             options[option] = os.path.abspath(as_path(options[option]))
     query = "&".join(f"{name}={quote(value)}" for name, value in options.items())
-    absolute = os.path.join(os.getcwd(), os.path.expanduser(path))
+    local = os.path.join(os.getcwd(), os.path.expanduser(path))
+    absolute = path if is_remote(path) else local
     return f"{kind}:{absolute}" + (f"?{query}" if query else "")
 
 
