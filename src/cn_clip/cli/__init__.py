@@ -35,6 +35,7 @@ from cn_clip.cli.help import TranslatedHelp
 from cn_clip.cli.index import index
 from cn_clip.cli.models import models
 from cn_clip.cli.search import search
+from cn_clip.cli.serve import serve
 from cn_clip.cli.train import train
 from cn_clip.errors import CNClipError, UsageError, one_line
 from cn_clip.processes import Interrupted, received_signal
@@ -54,6 +55,7 @@ app.command(convert)
 app.command(export)
 app.command(index)
 app.command(search)
+app.command(serve)
 app.command(data)
 app.command(train)
 app.command(eval_app)

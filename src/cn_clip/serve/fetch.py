@@ -26,20 +26,13 @@ MAX_HOPS = 4
 _PORTS = {"http": 80, "https": 443}
 _CHUNK = 64 << 10
 _REDIRECTS = (301, 302, 303, 307, 308)
-# IPv6 addresses that contain an IPv4 address, which a gateway would connect to; and 6to4 relays.
-_EMBEDDING = [
+# IPv6 addresses that contain an IPv4 address, to which a gateway connects: Teredo, 6to4 and its
+# relays (mapped and NAT64 ones are outside of 2000::/3); and what older Pythons take for public.
+_REFUSED = [
     ipaddress.ip_network(network)
-    for network in (
-        "::/96",
-        "::ffff:0:0/96",
-        "::ffff:0:0:0/96",
-        "64:ff9b::/96",
-        "64:ff9b:1::/48",
-        "2001::/32",
-        "2002::/16",
-        "192.88.99.0/24",
-    )
+    for network in ("2001::/23", "2002::/16", "192.88.99.0/24", "192.0.0.0/24")
 ]
+_GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 
 
 def fetch_image(url: str) -> bytes:
@@ -63,12 +56,11 @@ def is_public(address: str) -> bool:
         ip = ipaddress.ip_address(address)
     except ValueError:  # with a scope, such as fe80::1%eth0
         return False
-    if any(ip in network for network in _EMBEDDING if network.version == ip.version):
+    if any(ip in network for network in _REFUSED if network.version == ip.version):
         return False
-    return ip.is_global and not (
-        ip.is_multicast or ip.is_private or ip.is_reserved or ip.is_loopback or ip.is_link_local
-        or ip.is_unspecified
-    )  # fmt: skip
+    if ip.version == 6 and ip not in _GLOBAL_UNICAST:
+        return False
+    return ip.is_global and not (ip.is_multicast or ip.is_private or ip.is_reserved)
 
 
 def _get(url: str, deadline: float) -> bytes | str:
@@ -100,7 +92,7 @@ def _get(url: str, deadline: float) -> bytes | str:
             return urljoin(url, response.headers.get("Location", ""))
         if response.status != 200:
             raise _refused(url, _("it answers {status}", status=response.status))
-        return _body(url, response, connection, deadline)
+        return _body(url, response, deadline)
     # The names of hosts and the answers of servers are hostile input to these modules.
     except (OSError, http.client.HTTPException, ValueError) as error:
         if isinstance(error, RequestError):
@@ -123,13 +115,10 @@ def _public_address(url: str, host: str, port: int) -> str:
     return addresses[0]
 
 
-def _body(
-    url: str, response: http.client.HTTPResponse, connection: _Connection, deadline: float
-) -> bytes:
+def _body(url: str, response: http.client.HTTPResponse, deadline: float) -> bytes:
     chunks: list[bytes] = []
     size = 0
     while True:
-        connection.set_timeout(deadline)
         chunk = response.read1(_CHUNK)
         if not chunk:
             _left(deadline)  # a connection that the timer cut is not a complete body
@@ -146,6 +135,8 @@ class _Connection(http.client.HTTPConnection):
     def __init__(self, host: str, address: str, port: int, secure: bool, deadline: float) -> None:
         super().__init__(host, port, timeout=MAX_SECONDS)
         self._address, self._secure, self._deadline = address, secure, deadline
+        # http.client forgets its socket when the body begins; the body keeps it open.
+        self._socket: socket.socket | None = None
 
     def connect(self) -> None:
         """Connect to the address; its host name is only used for TLS and the header Host."""
@@ -154,17 +145,13 @@ class _Connection(http.client.HTTPConnection):
             self.sock = ssl.create_default_context().wrap_socket(
                 self.sock, server_hostname=self.host
             )
+        self._socket = self.sock
 
     def cut(self) -> None:
         """End all reads at once; called from another thread."""
-        if self.sock is not None:
+        if self._socket is not None:
             with suppress(OSError):
-                self.sock.shutdown(socket.SHUT_RDWR)
-
-    def set_timeout(self, deadline: float) -> None:
-        """Let the next read end at the deadline."""
-        if self.sock is not None:
-            self.sock.settimeout(_left(deadline))
+                self._socket.shutdown(socket.SHUT_RDWR)
 
 
 def _left(deadline: float) -> float:

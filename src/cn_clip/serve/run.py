@@ -19,7 +19,7 @@ from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import Multiprocess
 
 from cn_clip.errors import CNClipError, UsageError
-from cn_clip.processes import end_with_parent
+from cn_clip.processes import end_with_parent, usable_cpus
 from cn_clip.serve.metrics import SHARED
 from cn_clip.serve.protocol import BoundedProtocol
 from cn_clip.serve.settings import Settings
@@ -50,6 +50,8 @@ def serve(settings: Settings, on_start: Callable[[str], None]) -> None:
         if settings.workers == 1:
             uvicorn.Server(_config(settings, _create_app)).run([listening])
             return
+        threads = max(1, usable_cpus() // settings.workers)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # else each worker uses all CPUs
         os.environ[SHARED] = folder  # before prometheus_client is imported in a worker
         _Workers(_config(settings, _create_worker_app), [listening]).run()
 

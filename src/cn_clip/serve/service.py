@@ -243,6 +243,7 @@ class Service:
                 backend=settings.backend,
                 device=settings.device,
                 precision=settings.precision,
+                fast_decode=settings.fast_decode,
             )
         embedder.prepare_image = ImagePreparation(
             embedder.config, embedder.fast_decode, settings.max_pixels

@@ -15,7 +15,7 @@ class Settings:
     Attributes:
         library: name or path; None serves a model alone.
         model: name or path; None is the library's own, or mini.
-        backend, device, precision: as ``cn_clip.load``.
+        backend, device, precision, fast_decode: as ``cn_clip.load``.
         host, port: where it listens.
         keys: file of API keys; None is none.
         key: one more API key, from the environment.
@@ -49,6 +49,7 @@ class Settings:
     backend: BackendName = "auto"
     device: str = "auto"
     precision: Precision = "auto"
+    fast_decode: bool = False
     host: str = "127.0.0.1"
     port: int = 8000
     keys: str | None = None
