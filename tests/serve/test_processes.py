@@ -78,7 +78,6 @@ def test_a_killed_worker_is_replaced_and_metrics_add_up(tiny_checkpoint):
                 ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(process.pid)],
                 capture_output=True,
                 text=True,
-                check=True,
             ).stdout.splitlines()
             return {int(line.split()[0]) for line in found if "spawn_main" in line}
 
@@ -92,13 +91,17 @@ def test_a_killed_worker_is_replaced_and_metrics_add_up(tiny_checkpoint):
             )
             return answer.json()["data"]
 
+        deadline = time.monotonic() + 60
+        while "cnclip_models_loaded 2.0" not in client.get("/metrics").text:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
         expected = embeddings()
         for _number in range(20):
             assert embeddings() == expected
         before = children()
         assert len(before) == 2
         os.kill(min(before), signal.SIGKILL)
-        failures, deadline = 0, time.monotonic() + 15
+        failures, deadline = 0, time.monotonic() + 30
         while time.monotonic() < deadline and not (len(now := children()) == 2 and now != before):
             try:
                 assert embeddings() == expected
