@@ -12,7 +12,7 @@ from pathlib import Path
 from cyclopts import App
 from rich.console import Console
 
-from cn_clip.cli import app
+from cn_clip.cli import app, load_commands
 
 PAGE = Path(__file__).parent / "cli.md"
 WIDTH = 80
@@ -29,6 +29,7 @@ object; its `format`, such as `cn-clip json 1`, changes when a key is renamed or
 
 def help_text(words: Sequence[str]) -> str:
     """Return what ``cn-clip WORDS --help`` prints, without colours or spaces at line ends."""
+    load_commands()
     stream = io.StringIO()
     console = Console(file=stream, width=WIDTH, color_system=None, legacy_windows=False)
     app.help_print(list(words), console=console)

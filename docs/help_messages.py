@@ -1,6 +1,6 @@
-"""Print the texts of every command's help as marked messages, for extraction: see CONTRIBUTING.md.
+"""Print texts that are no literals as marked messages, for extraction: see CONTRIBUTING.md.
 
-The help comes from docstrings, which an extractor of marked strings does not read.
+The help comes from docstrings, and the titles of protocols from a TOML file.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from unittest import mock
 from generate_cli import commands, help_text
 
 from cn_clip.cli import app
+from cn_clip.eval.protocols import protocols
 
 
 def help_messages() -> list[str]:
-    """Return each text that the help of a command passes to ``translate``, in order."""
+    """Return each text that the help of a command passes to ``translate``, and the titles."""
     messages: dict[str, None] = {}
 
     def record(message: str) -> str:
@@ -23,7 +24,7 @@ def help_messages() -> list[str]:
     with mock.patch("cn_clip.cli.help.translate", record):
         for words in commands(app):
             help_text(words)
-    return list(messages)
+    return list(messages | dict.fromkeys(spec.title for spec in protocols().values()))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from cn_clip.config import MODELS, BackendName, ModelConfig, Precision
 from cn_clip.errors import ImageError, UnknownModelError, UsageError
 from cn_clip.fingerprint import Fingerprint, derived
 from cn_clip.image.decode import MAX_PIXELS, ImageInput
+from cn_clip.processes import usable_cpus
 from cn_clip.tokenizer import Tokenizer, default_tokenizer
 from cn_clip.translation import _
 
@@ -256,7 +257,7 @@ class Embedder:
     def _pool(self) -> ThreadPoolExecutor:
         """Return the decoding threads; they are reused, but never by a forked process."""
         if self._threads is None or self._process != os.getpid():
-            workers = min(4, os.cpu_count() or 1)
+            workers = min(4, usable_cpus())
             self._threads = ThreadPoolExecutor(workers, thread_name_prefix="cn_clip-decode")
             self._process = os.getpid()
         return self._threads

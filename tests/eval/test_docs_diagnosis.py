@@ -6,7 +6,8 @@ import pytest
 from test_docs import DOCS, code_in, read
 
 from cn_clip.cli import app
-from cn_clip.eval.robustness.rewrites import NORMALIZERS, all_rewrites
+from cn_clip.eval.robustness.rewrites import all_rewrites
+from cn_clip.normalize import NORMALIZERS
 
 
 @pytest.mark.parametrize("page", ["diagnosis.md", "flickr30k-gap.md"])

@@ -5,6 +5,7 @@ import unicodedata
 
 import pytest
 
+from cn_clip import normalize
 from cn_clip.errors import UsageError
 from cn_clip.eval.robustness import rewrites
 from cn_clip.tokenizer import default_tokenizer
@@ -20,11 +21,11 @@ def test_characters_and_words_are_those_of_the_region():
 
 def test_without_opencc_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "opencc", None)
-    rewrites._opencc.cache_clear()
-    assert not rewrites.have_opencc()
+    normalize.opencc_converter.cache_clear()
+    assert not normalize.have_opencc()
     with pytest.raises(UsageError, match=r"pip install 'cn-clip\[eval\]'"):
-        rewrites.normalized("乌龟", ["nfkc", "simplified"])
-    rewrites._opencc.cache_clear()
+        normalize.normalized("乌龟", ["nfkc", "simplified"])
+    normalize.opencc_converter.cache_clear()
 
 
 def test_width_round_trips():
@@ -99,7 +100,7 @@ def test_padded_texts_end_at_the_limit(text, limit):
 
 
 def test_no_normalizer_is_applied_unless_named():
-    assert rewrites.normalized("ｃａｔ，猫", []) == "ｃａｔ，猫"
-    assert rewrites.normalized("ｃａｔ，猫", ["nfkc"]) == "cat,猫"
+    assert normalize.normalized("ｃａｔ，猫", []) == "ｃａｔ，猫"
+    assert normalize.normalized("ｃａｔ，猫", ["nfkc"]) == "cat,猫"
     with pytest.raises(UsageError, match=r"unknown normalizer 'nfcd'; did you mean nfkc"):
-        rewrites.normalized("猫", ["nfcd"])
+        normalize.normalized("猫", ["nfcd"])

@@ -21,22 +21,9 @@ from typing import TextIO
 from cyclopts import App, CycloptsError
 
 from cn_clip import __version__
-from cn_clip.cli.bench import bench
-from cn_clip.cli.classify import classify
-from cn_clip.cli.convert import convert
 from cn_clip.cli.crash import DEBUG, report_crash
-from cn_clip.cli.data import data
-from cn_clip.cli.doctor import doctor
-from cn_clip.cli.embed import embed
 from cn_clip.cli.empty import refuse_empty
-from cn_clip.cli.eval import eval_app
-from cn_clip.cli.export import export
 from cn_clip.cli.help import TranslatedHelp
-from cn_clip.cli.index import index
-from cn_clip.cli.models import models
-from cn_clip.cli.search import search
-from cn_clip.cli.serve import serve
-from cn_clip.cli.train import train
 from cn_clip.errors import CNClipError, UsageError, one_line
 from cn_clip.processes import Interrupted, received_signal
 from cn_clip.translation import _
@@ -48,19 +35,24 @@ app = App(
     help_formatter=TranslatedHelp(),
     suppress_keyboard_interrupt=False,  # run() handles it
 )
-app.command(models)
-app.command(classify)
-app.command(embed)
-app.command(convert)
-app.command(export)
-app.command(index)
-app.command(search)
-app.command(serve)
-app.command(data)
-app.command(train)
-app.command(eval_app)
-app.command(bench)
-app.command(doctor)
+# Each is imported when it is run, or its help is shown.
+_COMMANDS = (
+    "models:models",
+    "classify:classify",
+    "embed:embed",
+    "index:index",
+    "search:search",
+    "serve:serve",
+    "convert:convert",
+    "export:export",
+    "data:data",
+    "train:train",
+    "eval:eval_app",
+    "bench:bench",
+    "doctor:doctor",
+)
+for _command in _COMMANDS:
+    app.command(f"cn_clip.cli.{_command}", name=_command.partition(":")[0])
 
 
 # Errors of the system, not faults of this program.
@@ -78,6 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(_flush(code))
 
 
+def load_commands() -> None:
+    """Import all commands, so that a list of them has their descriptions."""
+    for command in app:
+        _unused = app[command]
+
+
 def run(arguments: Sequence[str]) -> int:
     """Run the command line; return its exit code."""
     with warnings.catch_warnings():
@@ -91,6 +89,8 @@ def _run(arguments: Sequence[str]) -> int:
     try:
         refuse_empty(arguments)
         _check_folder()
+        if not arguments or arguments[0] in ("--help", "-h"):
+            load_commands()
         code = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except KeyboardInterrupt as error:
         return _interrupted(error.number if isinstance(error, Interrupted) else signal.SIGINT)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -23,6 +22,7 @@ from cn_clip.cli.show import (
     progress_bar,
 )
 from cn_clip.errors import one_line
+from cn_clip.processes import usable_cpus
 from cn_clip.translation import _, translate
 
 if TYPE_CHECKING:
@@ -314,7 +314,7 @@ def decontaminate(
 
 
 def _worker_count(workers: int | None) -> int:
-    return (os.cpu_count() or 1) if workers is None else workers
+    return usable_cpus() if workers is None else workers
 
 
 def _open(uri: str) -> Source:

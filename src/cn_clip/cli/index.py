@@ -16,6 +16,8 @@ from cn_clip.translation import _
 if TYPE_CHECKING:
     from cn_clip.search.indexing import Progress
     from cn_clip.search.migration import Migration
+    from cn_clip.search.ocr import TextReader
+    from cn_clip.search.text_index import TextProgress
     from cn_clip.search.updating import Update
 
 Globs = Annotated[tuple[str, ...], Parameter(negative=(), show_default=False)]
@@ -28,6 +30,7 @@ def index(
     exclude: Globs = (),
     hidden: Flag = False,
     no_thumbnails: Flag = False,
+    ocr: Flag = False,
     watch: Flag = False,
     drop_old: Flag = False,
     without_unreadable: Flag = False,
@@ -58,6 +61,9 @@ def index(
         Include files and folders whose names begin with a dot.
     no_thumbnails
         Make no thumbnails.
+    ocr
+        Recognise the text in the images, so that searches find it too. Needs the extra ocr. Images
+        are read once; about as slow as embedding with a large model.
     watch
         Go on, and index changes of the folders as they happen, until Ctrl-C.
     drop_old
@@ -68,16 +74,16 @@ def index(
         Print JSON instead of sentences.
     """
     from cn_clip.search.places import library_path
+    from cn_clip.search.text_index import index_text
     from cn_clip.search.updating import open_for_update, roots_to_update, update
     from cn_clip.search.watching import changes_of, check_watchfiles
 
     if watch:
         check_watchfiles()
+    reader = _text_reader() if ocr else None
     code = 0
     with open_for_update(library_path(library), sources) as folder:
-        roots = roots_to_update(
-            folder, sources, include=include, exclude=exclude, hidden=hidden
-        )
+        roots = roots_to_update(folder, sources, include=include, exclude=exclude, hidden=hidden)
 
         def run() -> int:
             with folder.writing("index"), _Bars() as bars:
@@ -92,7 +98,10 @@ def index(
                     on_progress=bars.show_progress,
                     on_migration=bars.show_migration,
                 )
-            _print(path_text(folder.path), done, json=json)
+                texts = None
+                if reader is not None:
+                    texts = index_text(folder, reader, on_progress=bars.show_texts)
+            _print(path_text(folder.path), done, texts, json=json)
             failed = done.progress.failed or done.progress.unreadable
             return 1 if failed or _is_unfinished(done) else 0
 
@@ -128,6 +137,14 @@ class _Bars:
             description=_("indexing, {rate:,.0f} per second", rate=state.rate),
         )
 
+    def show_texts(self, state: TextProgress) -> None:
+        self._progress.update(
+            self._task,
+            total=state.total,
+            completed=state.done,
+            description=_("reading the text in images"),
+        )
+
     def show_migration(self, state: Migration) -> None:
         self._progress.update(
             self._task,
@@ -137,13 +154,22 @@ class _Bars:
         )
 
 
+def _text_reader() -> TextReader:
+    from cn_clip.search.ocr import TextReader
+
+    return TextReader()
+
+
 def _is_unfinished(done: Update) -> bool:
     return done.migration is not None and not done.migration.switched
 
 
-def _print(library: str, done: Update, *, json: bool) -> None:
+def _print(library: str, done: Update, texts: TextProgress | None, *, json: bool) -> None:
     state, migration = done.progress, done.migration
-    failed = [f"{path}: {reason}" if path not in reason else reason for path, reason in state.failed]
+    failed = [
+        f"{path}: {reason}" if path not in reason else reason for path, reason in state.failed
+    ]
+    failed += [] if texts is None else texts.failed
     print_some([*state.unreadable, *failed], _("--json lists all"))
     if migration is not None and not migration.switched:
         print_some(migration.unreadable, _("--json lists all"))
@@ -160,6 +186,7 @@ def _print(library: str, done: Update, *, json: bool) -> None:
         values: dict[str, Any] = {"library": library, "model": done.model}
         values |= asdict(state) | {"rate": round(state.rate, 1)}
         values["failed"] = [{"path": path, "error": reason} for path, reason in state.failed]
+        values["texts"] = None if texts is None else asdict(texts)
         values["migration"] = None if migration is None else asdict(migration)
         print_json(values)
         return
@@ -175,6 +202,14 @@ def _print(library: str, done: Update, *, json: bool) -> None:
         _("{count:,} unreadable", count=len(state.failed)): len(state.failed),
     }
     parts += [part for part, count in optional.items() if count]
+    if texts is not None:
+        parts.append(
+            _(
+                "text in {with_text:,} of {done:,} images",
+                with_text=texts.with_text,
+                done=texts.done,
+            )
+        )
     console().print(
         _(
             "{library}: {counts}; {embedded:,} images embedded in {seconds:,.1f} s",

@@ -17,7 +17,7 @@ from cn_clip.eval.dataset import EvalSet, eval_set_of
 from cn_clip.eval.metrics.recall import Recall
 from cn_clip.eval.official_files import Direction
 from cn_clip.eval.retrieval import RetrievalResult, Tick, measure
-from cn_clip.translation import _
+from cn_clip.translation import _, translate
 
 Setup = Literal["zero-shot", "fine-tuned"]
 MEASURES = ("R@1", "R@5", "R@10")
@@ -114,7 +114,7 @@ def open_split(spec: Protocol, data: str) -> EvalSet:
                 _(
                     "{title}, has {expected}, but {data} has {images:,} images and {texts:,} "
                     "texts; give the whole {split} split",
-                    title=spec.title,
+                    title=translate(spec.title),
                     expected=_counts(spec),
                     data=data,
                     images=counts[0],

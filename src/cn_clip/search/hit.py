@@ -15,10 +15,11 @@ class Hit:
         path: of its file, absolute; for an image from a source such as ``tar:``, the URI of the
             source, ``#`` and the image id. A path that is not UTF-8 has its bytes percent-encoded.
         cosine: between query and image.
-        probability: of a match; None without a calibration or estimate.
-        matches: whether the cosine is above the threshold for "something matches"; True without
-            one.
-        why: what matched: ``"image"``, ``"text"`` (in the image), ``"caption"``.
+        probability: that the image matches; None if only its text does.
+        matches: whether the cosine is above the threshold for "something matches", or the text
+            matches.
+        why: what matched, the stronger first: ``"image"``, ``"text"`` (in the image),
+            ``"caption"``.
         caption: from the source, or None.
         text: recognised in the image, or None.
         copies: paths of other files with the same content.

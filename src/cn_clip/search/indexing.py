@@ -237,9 +237,7 @@ class _Run:
             else:
                 self.progress.unchanged += 1
         gone = [
-            (row.id,)
-            for name, row in known.items()
-            if row.present and not listing.may_hide(name)
+            (row.id,) for name, row in known.items() if row.present and not listing.may_hide(name)
         ]
         with self.library.database.transaction() as connection:
             connection.executemany("UPDATE files SET present = 1 WHERE id = ?", returned)

@@ -6,9 +6,9 @@ import json
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import cast
 
 import numpy as np
+import numpy.typing as npt
 
 from cn_clip.backends.exported import is_export
 from cn_clip.config import BackendName, Precision
@@ -18,7 +18,6 @@ from cn_clip.image.decode import read_file
 from cn_clip.outputs import json_object_at
 from cn_clip.publish import write_text
 from cn_clip.search.folder import CACHE, LibraryFolder, StoredModel
-from cn_clip.search.roots import display_path
 from cn_clip.text import path_text
 from cn_clip.translation import _
 
@@ -119,7 +118,7 @@ def check_same(library: LibraryFolder, model: StoredModel, embedder: Embedder) -
 
 def _sample_cosines(
     library: LibraryFolder, model: StoredModel, embedder: Embedder
-) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+) -> npt.NDArray[np.float32]:
     """Embed a few images again; return their cosines with the stored vectors."""
     rows = library.query(
         "SELECT files.image, roots.location, files.name FROM files JOIN roots "
@@ -140,4 +139,5 @@ def _sample_cosines(
     vectors, errors = embedder.embed_readable(contents)
     kept = [image for index, image in enumerate(images) if index not in errors]
     stored = library.vector_file(model).open(model.rows)[np.array(kept, np.int64) - 1]
-    return (vectors * stored.astype(np.float32)).sum(axis=1)
+    cosines: npt.NDArray[np.float32] = (vectors * stored.astype(np.float32)).sum(axis=1)
+    return cosines

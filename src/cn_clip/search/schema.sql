@@ -80,8 +80,8 @@ CREATE TRIGGER file_changed AFTER UPDATE OF image, present ON files BEGIN
 END;
 
 -- Words of captions (by file id) and of the text in images (by image id).
-CREATE VIRTUAL TABLE caption_words USING fts5 (words);
-CREATE VIRTUAL TABLE image_words USING fts5 (words);
+CREATE VIRTUAL TABLE caption_words USING fts5 (words, tokenize = 'ascii');
+CREATE VIRTUAL TABLE image_words USING fts5 (words, tokenize = 'ascii');
 
 -- Vector rows that must be overwritten with zeros: their images were removed for good.
 CREATE TABLE erasures (image INTEGER PRIMARY KEY);

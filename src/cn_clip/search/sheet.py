@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from cn_clip.errors import CNClipError
 from cn_clip.html.page import write_page
-from cn_clip.image.decode import read_file
 from cn_clip.search.hit import Hit
 from cn_clip.search.images import thumbnail_of
 from cn_clip.search.library import Library
@@ -27,13 +24,6 @@ def write_sheet(library: Library, query: str, hits: Sequence[Hit], path: Path) -
         matches=any(hit.matches for hit in hits),
         count=len(library),
     )
-
-
-def temporary_sheet() -> Path:
-    """Return the path of a new page in the folder of temporary files, for a browser to open."""
-    handle, name = tempfile.mkstemp(".html", "cn-clip-search-")
-    os.close(handle)
-    return Path(name)
 
 
 def _link(hit: Hit) -> str | None:

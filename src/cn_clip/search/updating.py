@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cn_clip.embedder import Embedder
 from cn_clip.errors import UsageError
+from cn_clip.search.background import prepare_search
 from cn_clip.search.folder import LibraryFolder, create
 from cn_clip.search.indexing import Progress, index
 from cn_clip.search.library_model import check_same, load_for, same_origin
@@ -135,9 +136,8 @@ def update(
             )
             if not migration.switched:
                 return Update(name, Progress(), migration)
-    progress = index(
-        library, roots, embedder, name, thumbnails=thumbnails, on_progress=on_progress
-    )
+    progress = index(library, roots, embedder, name, thumbnails=thumbnails, on_progress=on_progress)
+    prepare_search(library, embedder)
     return Update(name, progress, migration)
 
 

@@ -20,7 +20,9 @@ def check_watchfiles() -> None:
         UsageError: it is not.
     """
     if find_spec("watchfiles") is None:
-        raise UsageError(_("--watch needs watchfiles, which is not installed: pip install watchfiles"))
+        raise UsageError(
+            _("--watch needs watchfiles, which is not installed: pip install watchfiles")
+        )
 
 
 def changes_of(roots: Sequence[Root]) -> Iterator[None]:

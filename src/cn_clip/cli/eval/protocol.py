@@ -66,7 +66,7 @@ def protocol(
             _(
                 "no data for {title}; give --data FOLDER with {split}_imgs.tsv and "
                 "{split}_texts.jsonl, or KIND:PATH",
-                title=spec.title,
+                title=translate(spec.title),
                 split=spec.split,
             )
         )
@@ -95,7 +95,7 @@ def protocol(
 
 def _print_comparison(spec: Protocol, model: str, setup: str, rows: list[ScoreComparison]) -> None:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column(f"{spec.title}: {model}")
+    table.add_column(f"{translate(spec.title)}: {model}")
     for column in (N_("ours"), _("published, {setup}", setup=setup), N_("difference")):
         table.add_column(translate(column), justify="right")
     for row in rows:
@@ -128,7 +128,7 @@ def _print_list(specs: list[Protocol], json: bool) -> None:
         table.add_column(translate(column))
     for spec in specs:
         counts = (f"{count:,}" if count else "-" for count in (spec.images, spec.texts))
-        table.add_row(spec.name, spec.title, *counts, spec.metric, _published(spec))
+        table.add_row(spec.name, translate(spec.title), *counts, spec.metric, _published(spec))
     console().print(table)
 
 

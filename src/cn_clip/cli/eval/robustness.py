@@ -55,7 +55,8 @@ def robustness(
     from cn_clip.eval.dataset import eval_set_of
     from cn_clip.eval.images import embed_eval_images
     from cn_clip.eval.robustness.measure import robustness
-    from cn_clip.eval.robustness.rewrites import all_rewrites, have_opencc, normalized
+    from cn_clip.eval.robustness.rewrites import all_rewrites
+    from cn_clip.normalize import have_opencc, normalized
 
     normalized("", normalize)  # checks the names before the work
     omitted = () if have_opencc() else _NEEDS_OPENCC

@@ -19,7 +19,8 @@ from cn_clip.eval.metrics.recall import (
     ranks_of_best,
     recall_of,
 )
-from cn_clip.eval.robustness.rewrites import Rewrite, normalized
+from cn_clip.eval.robustness.rewrites import Rewrite
+from cn_clip.normalize import normalized
 from cn_clip.tokenizer import TruncationWarning
 from cn_clip.topk import Vectors
 
@@ -78,7 +79,7 @@ def robustness(
         texts: M texts, each once; texts without an image are not queries.
         pairs: (P, 2) rows of an image and a text, all that match.
         rewrites: from ``cn_clip.eval.robustness.rewrites.all_rewrites``.
-        normalizers: names from ``rewrites.NORMALIZERS``, applied in this order.
+        normalizers: names from ``cn_clip.normalize.NORMALIZERS``, applied in this order.
         seed: of the bootstrap.
         tick: called with 1 after each rewrite, with and without normalizers.
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
 from importlib.resources import files
 
-from cn_clip.errors import UnknownNameError, UsageError
+from cn_clip.normalize import opencc_converter, simplified
 from cn_clip.tokenizer import CONTEXT_LENGTH, default_tokenizer
-from cn_clip.translation import N_, _
+from cn_clip.translation import N_
 
 # Describes no image; each character is one token.
 _FILLER = (
@@ -88,28 +87,18 @@ def all_rewrites(*, context_length: int = CONTEXT_LENGTH) -> tuple[Rewrite, ...]
     )
 
 
-def simplified(text: str) -> str:
-    """Return the text in simplified characters, by OpenCC.
+def traditional(text: str) -> str:
+    """Return the text in traditional characters, by OpenCC.
 
     Raises:
-        UsageError: OpenCC is not installed; also from ``traditional`` and ``taiwan``.
+        UsageError: OpenCC is not installed; also from ``taiwan``.
     """
-    return _opencc("t2s")(text)
-
-
-def traditional(text: str) -> str:
-    """Return the text in traditional characters, by OpenCC."""
-    return _opencc("s2t")(text)
+    return opencc_converter("s2t")(text)
 
 
 def taiwan(text: str) -> str:
     """Return the text in characters and words of Taiwan, such as 腳踏車 for 自行车, by OpenCC."""
-    return _opencc("s2twp")(text)
-
-
-def nfkc(text: str) -> str:
-    """Return the text in Unicode normal form NFKC: ｃａｆé，１ becomes café,1."""
-    return unicodedata.normalize("NFKC", text)
+    return opencc_converter("s2twp")(text)
 
 
 def half_width(text: str) -> str:
@@ -185,44 +174,6 @@ def padded_before(text: str, *, context_length: int = CONTEXT_LENGTH, cut: bool 
     if length < 2:  # nothing of it would be left
         return text
     return _filler(max(0, context_length - 2 - kept)) + text
-
-
-# Off by default: official scores are without them.
-NORMALIZERS: dict[str, Callable[[str], str]] = {"nfkc": nfkc, "simplified": simplified}
-
-
-def normalized(text: str, names: Sequence[str]) -> str:
-    """Return a query after the named normalizers, applied in order.
-
-    Raises:
-        UsageError: a name is unknown, or OpenCC is needed but not installed.
-    """
-    for name in names:
-        if name not in NORMALIZERS:
-            raise UnknownNameError(_("normalizer"), name, NORMALIZERS)
-        text = NORMALIZERS[name](text)
-    return text
-
-
-def have_opencc() -> bool:
-    """Return whether OpenCC is installed."""
-    try:
-        import_module("opencc")
-    except ImportError:
-        return False
-    return True
-
-
-@cache
-def _opencc(config: str) -> Callable[[str], str]:
-    try:
-        opencc = import_module("opencc")
-    except ImportError:
-        raise UsageError(
-            _("simplified and traditional characters need OpenCC: pip install 'cn-clip[eval]'")
-        ) from None
-    convert: Callable[[str], str] = opencc.OpenCC(config).convert
-    return convert
 
 
 @cache
