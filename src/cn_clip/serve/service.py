@@ -7,11 +7,13 @@ import logging
 import os
 import subprocess
 import time
+from contextlib import suppress
 from typing import cast
 
 from cn_clip.backends.pipeline import ImagePreparation
 from cn_clip.embedder import Embedder, load
 from cn_clip.errors import CNClipError
+from cn_clip.search.background import prepare_search
 from cn_clip.search.folder import StoredModel
 from cn_clip.search.library import Library
 from cn_clip.search.library_model import load_for
@@ -100,6 +102,7 @@ class Service:
         self._embedder: Embedder | None = self._load(stored)
         self._engine: Engine | None = None
         self._ticker: asyncio.Task[None] | None = None
+        self._preparing: asyncio.Task[None] | None = None
         self._closing: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
@@ -109,6 +112,14 @@ class Service:
         self._engine = self._start_engine(self._embedder)
         self._embedder = None
         self._ticker = self.loop.create_task(self._tick())
+        if self.library is not None:
+            self._preparing = self.loop.create_task(self._prepare(self.library))
+
+    async def _prepare(self, library: ServedLibrary) -> None:
+        """Bring the caches of the library up to date, so that the first search need not."""
+        with suppress(CNClipError):  # an empty or read-only library
+            embedder = await asyncio.to_thread(library.embedder)
+            await asyncio.to_thread(prepare_search, library.folder, embedder)
 
     async def close(self) -> None:
         """Finish what is inside, and release everything."""
