@@ -192,7 +192,9 @@ function tile(hit, index) {
   const button = node("button", {
     type: "button", className: hit.matches ? "tile" : "tile weak", title: hit.path,
     onclick: () => showDetails(index),
-  }, frame, node("span", { className: "score", textContent: score(hit) }));
+  }, frame);
+  // Where only its text matched, a figure of the image would mislead.
+  if (hit.probability !== null || hit.why.includes("image")) button.append(node("span", { className: "score", textContent: score(hit) }));
   const other = hit.why.filter((reason) => reason !== "image");
   if (other.length) button.append(node("span", { className: "why", textContent: other.map(reasonOf).join(" · ") }));
   button.append(node("span", { className: "name", textContent: hit.caption || name }));
