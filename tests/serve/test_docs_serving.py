@@ -63,7 +63,7 @@ def test_the_python_code_runs(server, monkeypatch, capsys):
         for block in blocks("python"):
             exec(compile(block, "docs/serving.md", "exec"), scope)
     assert len(scope["answer"].data) == 2
-    assert capsys.readouterr().out.startswith("512 ")
+    assert capsys.readouterr().out.startswith("384 ")
 
 
 def test_the_curl_lines_run(server, tmp_path):
