@@ -143,12 +143,18 @@ def test_a_name_of_a_key_is_not_given_twice(tmp_path):
     [
         {"origin": "https://evil.example"},
         {"origin": "null"},
+        {"origin": "http://["},
         {"sec-fetch-site": "cross-site"},
         {"sec-fetch-site": "same-site"},
     ],
 )
 def test_a_page_of_another_site_cannot_make_a_browser_ask(server, headers):
     assert server.post("/login", json={"key": "x"}, headers=headers).status_code == 403
+
+
+def test_the_page_works_behind_a_proxy_that_changes_the_host(server):
+    headers = {"origin": "https://photos.example", "sec-fetch-site": "same-origin"}
+    assert server.post("/login", json={"key": "x"}, headers=headers).status_code == 401
 
 
 def test_pages_of_other_sites_cannot_embed_images_but_may_link(server):

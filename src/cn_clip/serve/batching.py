@@ -25,6 +25,7 @@ Result = TypeVar("Result")
 
 LINGER = 0.002  # seconds to wait for more items under load
 STALLED = 120.0  # seconds after which a running batch counts as stuck
+CLOSE_SECONDS = 30.0
 _SMOOTHING = 0.2  # of the measured throughput
 
 
@@ -100,11 +101,14 @@ class Batcher(Generic[Item, Result]):
         self._task = asyncio.get_running_loop().create_task(self._work(), name=self.name)
 
     async def close(self) -> None:
-        """Refuse new items, finish those that are inside, and end the thread."""
+        """Refuse new items, finish those that are inside, and end the thread.
+
+        A batch that is stuck is not waited for.
+        """
         self._closed = True
         self._arrived.set()
         if self._task is not None:
-            await self._task
+            await asyncio.wait({self._task}, timeout=CLOSE_SECONDS)
         self._thread.shutdown(wait=False)
 
     @property

@@ -243,6 +243,8 @@ def best_image_batch(embedder: Embedder) -> int:
         if rate < best_rate * _WORTHWHILE:
             break
         best, best_rate = size, rate
+        if 4 * size / rate > _MEASURE_SECONDS:  # a slow model: a larger batch takes too long
+            break
     return best
 
 

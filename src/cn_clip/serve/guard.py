@@ -173,15 +173,13 @@ class Guard:
 
     def _check_origin(self, scope: Scope, headers: dict[bytes, bytes], host: str) -> None:
         """Refuse requests that a page of another site makes a browser send."""
-        origin = headers.get(b"origin")
-        site = headers.get(b"sec-fetch-site", b"none")
-        foreign = origin is not None and urlsplit(origin.decode("latin-1")).netloc != host
+        site = headers.get(b"sec-fetch-site")
+        foreign = site not in (None, b"none", b"same-origin")
         if scope["method"] in _SAFE:
-            foreign = site in (b"cross-site", b"same-site") and (
-                headers.get(b"sec-fetch-mode") != b"navigate"
-            )
-        elif site not in (b"none", b"same-origin"):
-            foreign = True
+            foreign = foreign and headers.get(b"sec-fetch-mode") != b"navigate"
+        elif site is None and (origin := headers.get(b"origin")) is not None:
+            # Browsers that do not tell the site; and those that speak to us without TLS.
+            foreign = _netloc(origin) != host
         if foreign:
             raise RequestError(_("a page of another site may not do this"), status=403, code="site")
 
@@ -276,6 +274,12 @@ async def _send_problem(problem: RequestError, send: Send) -> None:
         headers.append((b"retry-after", str(problem.retry_after).encode()))
     await send({"type": "http.response.start", "status": problem.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def _netloc(origin: bytes) -> str | None:
+    with suppress(ValueError):
+        return urlsplit(origin.decode("latin-1")).netloc
+    return None
 
 
 def _no_access(message: str) -> RequestError:
