@@ -101,7 +101,10 @@ class Server:
             command = [peer, "-c", WRAPPER, str(folder), str(self.port)]
         else:
             command = [sys.executable, __file__, "server", kind, model, str(self.port)]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE)
+        environment = dict(os.environ)
+        if kind == "wrapper":
+            environment.pop("PYTHONPATH", None)  # ours has the same name
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, env=environment)
         deadline = time.monotonic() + 120
         while not self.ready():
             if self.process.poll() is not None or time.monotonic() > deadline:

@@ -47,13 +47,15 @@ class IndexRuns:
 
     def start(self) -> subprocess.Popen[bytes]:
         """Start a run; another one that writes to the library makes it fail with a message."""
-        state = str(self._state)
-        return subprocess.Popen(
-            [sys.executable, "-m", __name__, os.fspath(self.library), state],
+        process = subprocess.Popen(
+            [sys.executable, "-m", __name__, os.fspath(self.library), os.fspath(self._state)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
+        # It takes seconds to start, and running it twice would be an error.
+        write_text(self._state, json.dumps({"running": True, "pid": process.pid}))
+        return process
 
 
 def main(library: str, state: str) -> int:

@@ -7,6 +7,7 @@ import { number, startLanguage, t, toggleLanguage } from "./words.js";
 
 const byId = (id) => document.getElementById(id);
 let library = null;
+let answers = true; // whether the server did so last time
 
 function showView() {
   const compare = location.hash === "#compare";
@@ -21,7 +22,9 @@ function showView() {
 async function showLibrary() {
   try {
     library = await ask("/v1/library");
+    answers = true;
   } catch (error) {
+    answers = false;
     if (error.status === 404 && !library) { // a model alone
       byId("tab-search").hidden = true;
       if (location.hash !== "#compare") location.hash = "#compare";
@@ -64,7 +67,7 @@ function drawLibrary() {
 
 async function follow() {
   while (true) {
-    const soon = library?.index?.running || byId("library").open;
+    const soon = answers && (library?.index?.running || byId("library").open);
     await new Promise((resolve) => setTimeout(resolve, soon ? 1000 : 30000));
     if (!document.hidden && library) await showLibrary();
   }
