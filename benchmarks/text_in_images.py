@@ -49,7 +49,7 @@ from cn_clip.eval.metrics.bootstrap import paired_interval
 from cn_clip.processes import cpu_info
 from cn_clip.sample import embedded_sample
 from cn_clip.search.fulltext import TOKENIZER, fold, match_expression, tokens, units
-from cn_clip.search.fusion import TextMatch, fuse, match_text
+from cn_clip.search.fusion import CANDIDATES, TextMatch, fuse, match_text
 from cn_clip.search.ocr import TextReader
 
 WORDS = Path(__file__).with_suffix(".tsv")  # kind and text
@@ -286,22 +286,23 @@ def text_index(texts: list[list[str]]) -> sqlite3.Connection:
     """Return the full-text index of recognised lines, as a library has it."""
     db = sqlite3.connect(":memory:")
     db.execute("CREATE TABLE images (id INTEGER PRIMARY KEY, text TEXT)")
-    db.execute(f"CREATE VIRTUAL TABLE words USING fts5(words, tokenize = '{TOKENIZER}')")
+    db.execute(f"CREATE VIRTUAL TABLE found USING fts5(words, tokenize = '{TOKENIZER}')")
     joined = [(n, "\n".join(lines)) for n, lines in enumerate(texts)]
     db.executemany("INSERT INTO images VALUES (?, ?)", joined)
     rows = [(n, tokens(text)) for n, text in joined]
-    db.executemany("INSERT INTO words (rowid, words) VALUES (?, ?)", rows)
+    db.executemany("INSERT INTO found (rowid, words) VALUES (?, ?)", rows)
     return db
 
 
 def text_matches(db: sqlite3.Connection, query: str) -> dict[int, TextMatch]:
-    """Return the images whose text has a part of the query, at most 1,000 by bm25."""
+    """Return the images whose text has a part of the query."""
     expression = match_expression(query, partial=True)
     if not expression:
         return {}
-    sql = """SELECT images.id, text FROM words JOIN images ON images.id = words.rowid
-        WHERE words MATCH ? ORDER BY rank LIMIT 1000"""
-    every = {n: match_text(query, text) for n, text in db.execute(sql, (expression,))}
+    sql = """SELECT images.id, text FROM found JOIN images ON images.id = found.rowid
+        WHERE found MATCH ? ORDER BY rank LIMIT ?"""
+    rows = db.execute(sql, (expression, CANDIDATES))
+    every = {n: match_text(query, text) for n, text in rows}
     return {n: match for n, match in every.items() if match is not None}
 
 
@@ -355,11 +356,12 @@ def main() -> None:
 
     reader = TextReader(threads=options.threads)
     recognised: list[list[str]] = []
-    seconds = []
+    seconds, busy = [], []
     for image in [*stamps, *(d.image for d in drawn)]:
-        start = time.perf_counter()
+        start, before = time.perf_counter(), time.process_time()
         recognised.append([line.text for line in reader.recognize(image)])
         seconds.append(time.perf_counter() - start)
+        busy.append(time.process_time() - before)
     embedder = cn_clip.load(options.model)
     gallery = embedder.embed_images([*stamps, *(d.image for d in drawn)])
 
@@ -367,11 +369,11 @@ def main() -> None:
     print(f"{cpu}; {reader.name}, {options.threads} threads; {options.model}; seed {options.seed}")
     print(f"{len(stamps)} stamps; {len(drawn)} images with text", end="")
     print(f", {len(fonts)} fonts, {len(photos)} photos")
-    print(
-        f"OCR: stamps {len(stamps) / sum(seconds[: len(stamps)]):.1f} images/s, with text "
-        f"{len(drawn) / sum(seconds[len(stamps) :]):.1f} images/s; text in "
-        f"{sum(map(bool, recognised[: len(stamps)]))} of the stamps"
-    )
+    for name, some in (("stamps", slice(len(stamps))), ("with text", slice(len(stamps), None))):
+        rate, cost = 1 / statistics.mean(seconds[some]), statistics.mean(busy[some])
+        share = statistics.mean(map(bool, recognised[some]))
+        print(f"OCR, {name}: {rate:.1f} images/s, {cost:.3f} s of CPU each", end="")
+        print(f", lines in {100 * share:.0f} %")
     errors = [
         character_errors(d.text, " ".join(r))
         for d, r in zip(drawn, recognised[len(stamps) :], strict=True)

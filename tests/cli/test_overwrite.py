@@ -20,8 +20,13 @@ from cn_clip import weights
 from cn_clip.cli import app, run
 from cn_clip.train.recipe import schema as recipes
 
-# Options of strings that are not outputs; --download-root receives files, but replaces none.
+# Options of strings that are not outputs; --download-root receives files, but replaces none, and
+# --library takes a library or a new folder, see tests/search.
 READ = {
+    "--after", "--base", "--before", "--caption", "--collection", "--exclude", "--folder",
+    "--image", "--include", "--library", "--like", "--max-size", "--min-size", "--text",
+    "EMBEDDINGS", "MODEL", "NEW",
+    "OLD", "OTHER", "PATHS", "QUERY", "SOURCES",
     "--against", "--calibration", "--compare", "--data", "--dataset", "--device",
     "--download-root", "--images", "--labels", "--labels-file", "--model", "--normalize",
     "--recipe", "--resume", "--split", "--template", "--templates", "--texts", "--truth",
@@ -50,7 +55,7 @@ class Output:
     @property
     def command(self) -> str:
         words = self.arguments
-        return " ".join(words[: 2 if words[0] in ("data", "eval") else 1])
+        return " ".join(words[: 2 if words[0] in ("data", "eval", "library") else 1])
 
 
 MODEL = "--model model --device cpu"
@@ -90,6 +95,21 @@ OUTPUTS = [
     ),
     Output(f"eval diagnose --data photos --report {{out}} {MODEL}", ".html"),
     Output("export --model model --out {out} --overwrite", "", "model"),
+    Output(f"search 海边 --library ./library --out {{out}} {MODEL}", ".html", "library"),
+    Output("library backup --library ./library --out {out} --overwrite", "", "library"),
+    Output(
+        "library export --library ./library --to npz --out {out} --overwrite", ".npz", "library"
+    ),
+    Output(
+        "library export --library ./library --to clip-retrieval --out {out} --overwrite",
+        "",
+        "library",
+    ),
+    Output(
+        "library export --library ./library --to parquet --out {out} --overwrite",
+        ".parquet",
+        "library",
+    ),
 ]
 every_output = pytest.mark.parametrize(
     "output", OUTPUTS, ids=lambda o: o.words.partition(" --w")[0]
@@ -117,6 +137,8 @@ def inputs(tmp_path_factory) -> Path:
     stage = {"epochs": None, "steps": 1, "global_batch_size": 4, "freeze": ["visual.*"]}
     values = recipe_values(pairs, root / "model", "run", stage | {"cached": True})
     del values["stages"][0]["epochs"]
+    words = ["index", f"{root}/photos", "--library", f"{root}/library"]
+    assert run([*words, "--model", f"{root}/model", "--device", "cpu"]) == 0
     (root / "project").mkdir()
     (root / "project" / "recipe.toml").write_text("# my notes\n" + tomli_w.dumps(values))
     return root
@@ -231,7 +253,8 @@ def test_files_of_others_are_not_touched(output, inputs, command, tmp_path):
     (outs / "to-input").symlink_to(photos)
     (outs / "a-file").write_text("mine")
     hard = outs / f"hard{output.suffix}"
-    os.link(photos if photos.is_file() else next(photos.glob("*.*")), hard)
+    files = [photos] if photos.is_file() else photos.glob("*.*")
+    os.link(next(file for file in files if file.stat().st_size), hard)  # no empty lock file
     places = {
         "the input": photos,
         "inside the input": photos / f"new{output.suffix}",

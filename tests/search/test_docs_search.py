@@ -7,6 +7,7 @@ from conftest import TINY, make_model
 from test_docs import DOCS, FENCE, ROOT, code_in, read
 
 import cn_clip
+from cn_clip import cli
 from cn_clip.embedder import Embedder
 from cn_clip.search.query import MAX_WEIGHT, MIN_WEIGHT, parse_query
 
@@ -22,6 +23,8 @@ def test_both_languages_have_the_same_code_and_figures():
 def test_the_snippets_run(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CN_CLIP_LIBRARIES", str(tmp_path / "libraries"))
+    assert cli.run(["index", "examples", "--exclude", "web"]) == 0
     monkeypatch.setattr(cn_clip, "load", lambda: Embedder.from_model(make_model(TINY["vit"])))
     scope = {}
     for language, block in FENCE.findall(read(ENGLISH)):

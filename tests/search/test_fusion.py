@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cn_clip.errors import UsageError
 from cn_clip.search.fusion import WEIGHT, TextMatch, fuse, match_text
@@ -48,6 +50,12 @@ def test_a_text_with_more_of_the_query_is_stronger(query, stronger, weaker):
 )
 def test_what_matches_by_chance_is_no_match(query, text):
     assert match_text(query, text) is None
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(), st.text())
+def test_any_text_matches_itself_best(query, text):
+    assert 0 <= strength(query, text) <= strength(query, query) <= 1
 
 
 def test_one_character_is_weaker_than_two_and_two_than_four():

@@ -177,9 +177,9 @@ def test_an_open_library_sees_what_another_connection_adds_and_hides(photos, tmp
 
 def test_a_file_deleted_after_indexing_stays_in_the_results_with_its_thumbnail(library, tmp_path):
     shutil.copytree(library, tmp_path / "copy")
-    with LibraryFolder(tmp_path / "copy", writable=True) as folder:
-        with folder.database.transaction() as connection:
-            connection.execute("UPDATE roots SET location = CAST('/gone/' || kind AS BLOB)")
+    folder = LibraryFolder(tmp_path / "copy", writable=True)
+    with folder, folder.database.transaction() as connection:
+        connection.execute("UPDATE roots SET location = CAST('/gone/' || kind AS BLOB)")
     with searching.open(tmp_path / "copy") as opened:
         hit = opened.search("一只猫", k=1)[0]
         assert hit.path.startswith("/gone/folder/")

@@ -42,6 +42,7 @@ _COMMANDS = (
     "embed:embed",
     "index:index",
     "search:search",
+    "library:library_app",
     "serve:serve",
     "convert:convert",
     "export:export",

@@ -93,7 +93,7 @@ def search(
     """
     from cn_clip import search as searching
 
-    page = _claimed_page(out, open=open)
+    page = _claimed_page(out, library, open=open)
     filters = searching.Filters(
         folder=folder,
         after=after,
@@ -139,14 +139,16 @@ def search(
     return 0
 
 
-def _claimed_page(out: str | None, *, open: bool) -> Path | None:
+def _claimed_page(out: str | None, library: str, *, open: bool) -> Path | None:
     """Return the page to write: OUT, a temporary one to open, or none."""
     if out is None and not open:
         return None
     from cn_clip.html.page import claim_page  # 0.1 s, for pages alone
 
     if out is not None:
-        return claim_page(out, "search", option="--out")
+        from cn_clip.search.places import library_path
+
+        return claim_page(out, "search", option="--out", inputs=[library_path(library)])
     handle, name = tempfile.mkstemp(".html", "cn-clip-search-")
     os.close(handle)
     return Path(name)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from cn_clip.files import check_regular
 from cn_clip.format_version import FIELD, Format
 from cn_clip.outputs import atomic_folder, claim, json_object_at, own_file, own_folder, starts_with
 from cn_clip.publish import atomic_file
-from cn_clip.text import valid_text
+from cn_clip.text import path_text, valid_text
 from cn_clip.translation import _
 
 EMBEDDINGS = Format("embeddings", 1)  # of the metadata
@@ -38,6 +38,7 @@ class EmbeddingsToWrite:
         dim: width of an embedding.
         rows: ``rows(start, end)`` returns the embeddings, float32 (end - start, dim).
         about: metadata written to the output: model, fingerprint, whether normalised.
+        columns: more columns (N,) of clip-retrieval's metadata.
     """
 
     kind: Kind
@@ -46,10 +47,15 @@ class EmbeddingsToWrite:
     dim: int
     rows: Callable[[int, int], npt.NDArray[np.float32]]
     about: dict[str, Any]
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
 
 def claim_embeddings(
-    out: str | Path, *, inputs: Iterable[str | Path] = (), overwrite: bool = False
+    out: str | Path,
+    *,
+    command: str = "embed",
+    inputs: Iterable[str | Path] = (),
+    overwrite: bool = False,
 ) -> Path:
     """Check that embeddings may be written to ``out``, without touching it. Return it as a path.
 
@@ -59,11 +65,11 @@ def claim_embeddings(
     inputs, suffix = list(inputs), Path(out).suffix
     writer_for(Path(out))
     if not suffix:
-        return claim(out, own_folder("embed"), kind="folder", inputs=inputs, overwrite=overwrite)
+        return claim(out, own_folder(command), kind="folder", inputs=inputs, overwrite=overwrite)
     own = _is_npz if suffix == ".npz" else _is_jsonl
-    path = claim(out, own_file("embed", own), inputs=inputs, overwrite=overwrite)
+    path = claim(out, own_file(command, own), inputs=inputs, overwrite=overwrite)
     if suffix == ".jsonl":
-        claim(about_path(path), own_file("embed", _is_about), inputs=inputs)
+        claim(about_path(path), own_file(command, _is_about), inputs=inputs)
     return path
 
 
@@ -118,7 +124,9 @@ def write_jsonl(embeddings: EmbeddingsToWrite, out: Path) -> None:
                 stream.write(json.dumps({key: name, "feature": row}, ensure_ascii=False) + "\n")
 
 
-def write_clip_retrieval(embeddings: EmbeddingsToWrite, out: Path) -> None:
+def write_clip_retrieval(
+    embeddings: EmbeddingsToWrite, out: Path, *, command: str = "embed"
+) -> None:
     """Write ``img_emb/img_emb_0.npy`` (or ``text_emb/...``), ``metadata/metadata_0.parquet`` and
     ``about.json``, atomically; one pair of files per 100,000 rows."""
     arrow, parquet = _parquet()
@@ -126,7 +134,7 @@ def write_clip_retrieval(embeddings: EmbeddingsToWrite, out: Path) -> None:
         "images": ("img_emb", "image_path"),
         "texts": ("text_emb", "caption"),
     }[embeddings.kind]
-    with atomic_folder(out, "embed") as folder:
+    with atomic_folder(out, command) as folder:
         (folder / stem).mkdir()
         (folder / "metadata").mkdir()
         for part, (start, end) in enumerate(_spans(len(embeddings.ids), _ROWS_PER_FILE)):
@@ -134,7 +142,7 @@ def write_clip_retrieval(embeddings: EmbeddingsToWrite, out: Path) -> None:
             table = {
                 "id": [str(id) for id in embeddings.ids[start:end]],
                 column: embeddings.labels[start:end],
-            }
+            } | {name: values[start:end] for name, values in embeddings.columns.items()}
             parquet.write_table(
                 arrow.table(table), folder / "metadata" / f"metadata_{part}.parquet"
             )
@@ -191,6 +199,14 @@ def read_embeddings(path: Path, kind: Kind) -> StoredEmbeddings:
             )
         )
     return _checked(stored)
+
+
+def about_of(path: Path) -> dict[str, Any]:
+    """Return the metadata of embeddings that ``read_embeddings`` accepts; empty without any."""
+    if path.suffix == ".npz":
+        arrays = read_npz(path, (), optional=("about",))
+        return json_object(str(arrays["about"]), path_text(path)) if "about" in arrays else {}
+    return json_object_at(about_path(path) if path.suffix else path / "about.json")
 
 
 def read_captions(path: Path) -> StoredEmbeddings:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cn_clip.search.filters import Filters
-    from cn_clip.search.library import Library, open
     from cn_clip.search.hit import Hit
+    from cn_clip.search.library import Library, open
 
 __all__ = ["Filters", "Hit", "Library", "open"]
 

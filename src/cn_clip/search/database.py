@@ -112,7 +112,8 @@ def map_errors(folder: Path) -> Iterator[None]:
     except sqlite3.DatabaseError as error:
         code = getattr(error, "sqlite_errorcode", None)
         primary = None if code is None else code & 0xFF
-        if primary in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        no_table = primary == sqlite3.SQLITE_ERROR and "no such table" in str(error)
+        if primary in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or no_table:
             raise LibraryError(
                 _(
                     "the database of {library} is damaged ({error}); see: cn-clip library verify",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sqlite3
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
@@ -126,7 +127,8 @@ def _matching(table: str, key: str, given: str) -> tuple[str, list[Any]]:
     return f"{key} IN (SELECT rowid FROM {table} WHERE {table} MATCH ?)", [expression]
 
 
-_CONDITIONS = {
+_Condition = Callable[[sqlite3.Connection, Any], tuple[str, list[Any]]]
+_CONDITIONS: dict[str, _Condition] = {
     "folder": _in_folder,
     "after": _after,
     "before": _before,

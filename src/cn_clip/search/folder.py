@@ -7,7 +7,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,16 +21,15 @@ from cn_clip.embedder import Embedder
 from cn_clip.errors import LibraryError, UsageError
 from cn_clip.format_version import FIELD
 from cn_clip.outputs import json_object_at
-from cn_clip.publish import map_write_errors, write_text
+from cn_clip.publish import is_leftover, map_write_errors, write_text
 from cn_clip.search import database
 from cn_clip.search.database import Database
-from cn_clip.search.places import ABOUT, DEFAULT, LIBRARY, check_library, library_path
+from cn_clip.search.places import ABOUT, LIBRARY, check_library
 from cn_clip.search.vector_file import Rows, VectorFile
 from cn_clip.text import path_text
 from cn_clip.translation import _
 
 CACHE = "cache"
-THUMBNAILS = "thumbnails"
 _LOCK = ".lock"
 _WRITER = ".writer.json"
 
@@ -134,6 +133,22 @@ class LibraryFolder:
         """
         with database.map_errors(self.path):
             return self.database.connection.execute(statement, values).fetchall()
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """Yield this thread's connection in a read transaction: its queries see one state.
+
+        Raises:
+            LibraryError: the database is damaged.
+        """
+        connection = self.database.connection
+        with database.map_errors(self.path):
+            connection.execute("BEGIN")
+            try:
+                yield connection
+            finally:
+                with suppress(sqlite3.Error):  # an error may have ended it
+                    connection.execute("COMMIT")
 
     def snapshot(self) -> Snapshot:
         """Return the current state; it is read again after another process has written.
@@ -245,7 +260,8 @@ def create(path: Path) -> None:
     ours = {database.DATABASE, f"{database.DATABASE}-wal", f"{database.DATABASE}-shm"}
     ours.add(f"{database.DATABASE}-journal")
     try:
-        other = next((entry.name for entry in os.scandir(path) if entry.name not in ours), None)
+        names = (name for name in sorted(os.listdir(path)) if name not in ours)
+        other = next((name for name in names if not is_leftover(path / name)), None)
     except FileNotFoundError:
         other = None
     except NotADirectoryError:

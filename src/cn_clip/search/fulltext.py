@@ -74,7 +74,12 @@ def units(text: str) -> list[str]:
 
     ``iPhone15手机`` becomes ``iphone``, ``15``, ``手``, ``机``. Everything else is dropped.
     """
-    return _UNIT.findall(fold(text))
+    return units_of_folded(fold(text))
+
+
+def units_of_folded(text: str) -> list[str]:
+    """Return the units of a text that is folded already."""
+    return _UNIT.findall(text)
 
 
 def tokens(text: str) -> str:

@@ -18,13 +18,14 @@ import numpy as np
 import numpy.typing as npt
 
 from cn_clip.errors import UsageError
-from cn_clip.search.fulltext import MAX_QUERY, is_character, units
+from cn_clip.search.fulltext import MAX_QUERY, fold, is_character, units, units_of_folded
 from cn_clip.translation import _
 
 Field = Literal["text", "caption"]  # text in the image, or its caption
 Reason = Literal["image", "text", "caption"]
 
-WEIGHT = 34.0  # logits of a text match of strength 1
+CANDIDATES = 200  # texts, by bm25, that are worth a call of ``match_text``
+WEIGHT = 40.0  # logits of a text match of strength 1
 _PARTIAL = 0.2  # of the strength is for covering both the query and the line
 _CHANCE = 0.5  # by which each further unit reduces that a match is by chance
 _MAX_UNITS = 2000  # of a line that are compared with a query
@@ -81,18 +82,15 @@ def match_text(query: str, text: str, field: Field = "text") -> TextMatch | None
         field: where the text is from.
     """
     wanted = units(query)[:MAX_QUERY]
-    lines = text.splitlines()
-    candidates = lines if len(lines) == 1 else [*lines, " ".join(lines)]
+    lines = text.split("\n")
+    seen = [units_of_folded(line)[:_MAX_UNITS] for line in fold(text).split("\n")]
+    if len(lines) > 1:
+        lines.append(" ".join(lines))
+        seen.append([unit for line in seen for unit in line][:_MAX_UNITS])
     best: TextMatch | None = None
-    for line in candidates:
-        seen = units(line)[:_MAX_UNITS]
-        shared = _shared(wanted, seen)
-        if not shared:
-            continue
-        of_query, of_line = shared / _size(wanted), shared / _size(seen)
-        share = (1 - _PARTIAL) * max(of_query, of_line) + _PARTIAL * min(of_query, of_line)
-        strength = (share * (1 - _CHANCE**shared)) ** 2
-        if best is None or strength > best.strength:
+    for line, line_units in zip(lines, seen, strict=True):
+        strength = _strength(wanted, line_units)
+        if strength and (best is None or strength > best.strength):
             best = TextMatch(field, line.strip(), strength)
     return best
 
@@ -149,10 +147,22 @@ def _reasons(match: TextMatch | None, by_image: bool) -> tuple[Reason, ...]:
     return text + image
 
 
+def _strength(wanted: list[str], seen: list[str]) -> float:
+    """Return the strength of a match, 0 if query and line share nothing that counts."""
+    shared = _shared(wanted, seen)
+    if not shared:
+        return 0.0
+    of_query, of_line = shared / _size(wanted), shared / _size(seen)
+    share = (1 - _PARTIAL) * max(of_query, of_line) + _PARTIAL * min(of_query, of_line)
+    return float((share * (1 - _CHANCE**shared)) ** 2)
+
+
 def _shared(wanted: list[str], seen: list[str]) -> int:
     """Return the size of the runs of a query that a line has, as far as they count."""
+    if set(wanted).isdisjoint(seen):
+        return 0
     if len(wanted) == 1:
-        return _size(wanted) if wanted[0] in seen else 0
+        return _size(wanted)
     blocks = SequenceMatcher(None, wanted, seen, autojunk=False).get_matching_blocks()
     runs = [wanted[block.a : block.a + block.size] for block in blocks]
     return sum(_size(run) for run in runs if len("".join(run)) > 1)

@@ -6,9 +6,9 @@ from contextlib import suppress
 
 from cn_clip.errors import CNClipError, LibraryError
 from cn_clip.search.folder import LibraryFolder
-from cn_clip.search.indexing import thumbnail_path, write_thumbnail
 from cn_clip.search.reading import digest_of, make_thumbnail
 from cn_clip.search.roots import Entry, Root
+from cn_clip.search.thumbnails import thumbnail_path, write_thumbnail
 from cn_clip.text import path_text
 from cn_clip.translation import _
 

@@ -7,35 +7,26 @@ before it is decoded: a moved file is not embedded again, and a copy shares its 
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
 from cn_clip.embedder import Embedder
-from cn_clip.errors import DataError, ImageError, LibraryError, UsageError
-from cn_clip.image.decode import read_file
+from cn_clip.errors import DataError, ImageError
 from cn_clip.processes import usable_cpus
-from cn_clip.publish import atomic_file, map_write_errors
+from cn_clip.search.folder import LibraryFolder, StoredModel, add_model
 from cn_clip.search.fulltext import tokens
-from cn_clip.search.folder import (
-    THUMBNAILS,
-    LibraryFolder,
-    StoredModel,
-    add_model,
-)
 from cn_clip.search.reading import ReadImage, digest_of, read_image_facts
 from cn_clip.search.roots import Entry, Root, list_root
+from cn_clip.search.thumbnails import write_thumbnail
 from cn_clip.search.vector_file import DTYPE
-from cn_clip.text import path_text
 from cn_clip.translation import _
 
 COMMIT_IMAGES = 256
@@ -113,7 +104,7 @@ class _Outcome:
 def index(
     library: LibraryFolder,
     roots: Sequence[Root],
-    embedder: Embedder,
+    load: Callable[[], Embedder],
     model_name: str,
     *,
     thumbnails: bool = True,
@@ -127,7 +118,7 @@ def index(
     Args:
         library: opened for writing, locked by ``LibraryFolder.writing``.
         roots: from ``cn_clip.search.roots``.
-        embedder: of the library's model; that of a new library.
+        load: returns the library's model, or that of a new library; called if it is needed.
         model_name: as ``load`` takes it, for later searches.
         thumbnails: whether to make them.
         on_progress: called after each commit, and while folders are listed.
@@ -136,7 +127,7 @@ def index(
         LibraryError: the library is of another model.
         CNClipError: the disk is full; committed images stay.
     """
-    run = _Run(library, embedder, model_name, thumbnails, on_progress)
+    run = _Run(library, load, model_name, thumbnails, on_progress)
     jobs: list[_Job] = []
     for root in roots:
         jobs += run.changes(root)
@@ -154,12 +145,12 @@ class _Run:
     def __init__(
         self,
         library: LibraryFolder,
-        embedder: Embedder,
+        load: Callable[[], Embedder],
         model_name: str,
         thumbnails: bool,
         on_progress: Callable[[Progress], None],
     ) -> None:
-        self.library, self.embedder = library, embedder
+        self.library, self._load = library, load
         self.thumbnails, self.on_progress = thumbnails, on_progress
         self.progress = Progress()
         self.start = self.last_commit = time.perf_counter()
@@ -177,6 +168,10 @@ class _Run:
                 (self.model.id,),
             )
         )
+
+    @cached_property
+    def embedder(self) -> Embedder:
+        return self._load()
 
     def _active_model(self, name: str) -> StoredModel:
         active = self.library.active_model()
@@ -230,19 +225,22 @@ class _Run:
                 changed = True
             if changed or root.kind == "source":  # whose images have no size and time
                 jobs.append(_Job(root, entry, row))
-            elif row.failed:
-                self.progress.known_failures += 1
-            elif not row.present:
+                continue
+            assert row is not None
+            if not row.present:
                 returned.append((row.id,))
-            else:
+            if row.failed:
+                self.progress.known_failures += 1
+            elif row.present:
                 self.progress.unchanged += 1
+            else:
+                self.progress.returned += 1
         gone = [
             (row.id,) for name, row in known.items() if row.present and not listing.may_hide(name)
         ]
         with self.library.database.transaction() as connection:
             connection.executemany("UPDATE files SET present = 1 WHERE id = ?", returned)
             connection.executemany("UPDATE files SET present = 0 WHERE id = ?", gone)
-        self.progress.returned += len(returned)
         self.progress.deleted += len(gone)
         return jobs
 
@@ -280,6 +278,8 @@ class _Run:
 
     def read_all(self, jobs: Sequence[_Job]) -> None:
         """Read the files in threads while the model runs; commit now and then."""
+        if not jobs:
+            return
         depth = 2 * self.embedder.batch_size
         pool = ThreadPoolExecutor(min(_THREADS, usable_cpus()), thread_name_prefix="cn_clip-index")
         waiting: deque[Future[_Outcome]] = deque()
@@ -318,8 +318,6 @@ class _Run:
                 max_pixels=self.embedder.max_pixels,
                 thumbnail=self.thumbnails,
             )
-            if outcome.image.thumbnail is not None:
-                write_thumbnail(self.library.path, outcome.digest, outcome.image.thumbnail)
         except ImageError as error:
             outcome.error = str(error)
         return outcome
@@ -379,6 +377,10 @@ class _Run:
                 waiting = [
                     outcome for outcome in self.others if not self._record(connection, outcome)
                 ]
+            for outcome, _vector in self.embedded:
+                # After the commit, so that none belongs to no image; it can be made again.
+                if outcome.image is not None and outcome.image.thumbnail is not None:
+                    write_thumbnail(self.library.path, outcome.digest, outcome.image.thumbnail)
             self.claimed.difference_update(outcome.digest for outcome, _vector in self.embedded)
             self.embedded, self.others = [], waiting
         self.last_commit = time.perf_counter()
@@ -387,13 +389,16 @@ class _Run:
 
     def _refill(self) -> list[int]:
         """Write the vectors of images that had none; return their ids."""
-        refilled = []
-        for outcome, vector in self.embedded:
-            image = self.missing.pop(outcome.digest, None)
-            if image is not None:
-                self.library.vector_file(self.model).write(image - 1, vector[None].astype(DTYPE))
-                refilled.append(image)
-        return refilled
+        refilled = {
+            self.missing.pop(outcome.digest): vector
+            for outcome, vector in self.embedded
+            if outcome.digest in self.missing
+        }
+        images = sorted(refilled)
+        if images:
+            vectors = np.stack([refilled[image] for image in images])
+            self.library.vector_file(self.model).overwrite(np.array(images) - 1, vectors)
+        return images
 
     def model_rows(self) -> int:
         """Return the number of rows that count."""
@@ -489,21 +494,3 @@ def _insert_image(connection: sqlite3.Connection, image: int, outcome: _Outcome)
             read.look,
         ),
     )
-
-
-def thumbnail_path(library: Path, digest: bytes) -> Path:
-    """Return the path of an image's thumbnail; it may not exist."""
-    name = digest.hex()
-    return library / THUMBNAILS / name[:2] / f"{name}.webp"
-
-
-def write_thumbnail(library: Path, digest: bytes, content: bytes) -> None:
-    """Write a thumbnail, unless it exists. It is not synced: a damaged one can be made again."""
-    path = thumbnail_path(library, digest)
-    if path.exists():
-        return
-    with map_write_errors(path_text(path)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_bytes(content)
-        os.replace(temporary, path)

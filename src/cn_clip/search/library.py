@@ -21,7 +21,7 @@ from cn_clip.search.confidence import Confidence, calibration_of
 from cn_clip.search.filters import Filters, allowed_images
 from cn_clip.search.folder import LibraryFolder, Snapshot, StoredModel
 from cn_clip.search.fulltext import match_expression
-from cn_clip.search.fusion import Field, Fused, TextMatch, fuse, match_text
+from cn_clip.search.fusion import CANDIDATES, Field, Fused, TextMatch, fuse, match_text
 from cn_clip.search.hit import Hit
 from cn_clip.search.library_model import load_for
 from cn_clip.search.places import DEFAULT, library_path
@@ -31,7 +31,6 @@ from cn_clip.search.vectors import search_vectors
 from cn_clip.translation import _
 
 _FUSED = 100  # images of the ranking that a text match is compared with, at least
-_MAX_MATCHES = 1000  # texts of each kind that are compared with a query, the best by BM25
 _TEXT_MATCHES = 0.3  # strength of a text match that counts as a match whatever the image
 _TEXTS: dict[Field, str] = {
     "text": "SELECT images.id, images.text FROM image_words JOIN images "
@@ -207,7 +206,7 @@ class Library:
             return {}
         matches: dict[int, TextMatch] = {}
         for field, statement in _TEXTS.items():
-            for image, text in self.folder.query(statement, (expression, _MAX_MATCHES)):
+            for image, text in self.folder.query(statement, (expression, CANDIDATES)):
                 if allowed is not None and not (image <= len(allowed) and allowed[image - 1]):
                     continue
                 match = match_text(query.terms[0].text, text, field)
@@ -268,7 +267,8 @@ def _vector_of(snapshot: Snapshot, image: int) -> npt.NDArray[np.float32]:
     """Return the vector (D,) of an image; zeros if there is none."""
     if not 1 <= image <= len(snapshot.vectors):
         return np.zeros(snapshot.model.dim, np.float32)
-    return snapshot.vectors[image - 1].astype(np.float32)
+    vector: npt.NDArray[np.float32] = snapshot.vectors[image - 1].astype(np.float32)
+    return vector
 
 
 def _with_matches(

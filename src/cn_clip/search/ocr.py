@@ -154,8 +154,8 @@ def _load(threads: int, min_score: float) -> tuple[Any, str]:
         reason = str(error).strip().rpartition("\n")[2] or type(error).__name__
         raise UsageError(
             _(
-                "rapidocr does not start ({reason}); install it again: pip install -U rapidocr "
-                "onnxruntime",
+                "rapidocr does not start ({reason}); install it again: pip install -I "
+                "'rapidocr>=3.10,<4' onnxruntime",
                 reason=reason,
             )
         ) from error

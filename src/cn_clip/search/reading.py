@@ -113,6 +113,11 @@ def _thumbnail(image: Image.Image) -> bytes:
     return stream.getvalue()
 
 
+def exif_facts(content: bytes) -> tuple[str | None, tuple[float, float] | None]:
+    """Return the date and the position that a file states; None for what it does not."""
+    return _exif(content)[:2]
+
+
 def _exif(content: bytes) -> tuple[str | None, tuple[float, float] | None, tuple[int, int] | None]:
     """Return the date, the position and the size that a file states.
 

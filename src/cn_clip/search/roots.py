@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -18,6 +18,7 @@ from cn_clip.search.scan import Scan, check_globs, scan_folder
 from cn_clip.text import path_text
 from cn_clip.translation import _
 
+EMBEDDINGS = "embeddings:"  # location of images whose vectors were imported without their files
 _NEW_SECONDS = 3  # a source that was changed this recently may change again in the same second
 
 
@@ -82,6 +83,11 @@ class Root:
         """Return the path of a file in a folder."""
         return Path(os.fsdecode(os.path.join(self.location, entry_name)))
 
+    @property
+    def is_readable(self) -> bool:
+        """Whether the library knows where its images are."""
+        return not self.location.startswith(EMBEDDINGS.encode())
+
     def read(self, entry: Entry) -> bytes:
         """Return the bytes of an image.
 
@@ -90,6 +96,8 @@ class Root:
         """
         if self.kind == "folder":
             return read_file(self.file(entry.name))
+        if not self.is_readable:
+            raise DataError(_("only its vector was imported, from {name}", name=self.name))
         assert entry.position is not None
         return self.source.image(entry.position)
 
@@ -174,6 +182,8 @@ def list_root(root: Root, stamp: str | None, on_found: Callable[[int], None]) ->
     """
     if root.kind == "folder":
         return _list_folder(root, on_found)
+    if not root.is_readable:
+        return Listing(None)
     return _list_source(root, stamp, on_found)
 
 
@@ -244,3 +254,29 @@ def _stamp_of(uri: str) -> str | None:
             return None
         parts.append(f"{path_text(path)}:{status.st_size}:{status.st_mtime_ns}")
     return "\n".join(parts)
+
+
+def check_nesting(roots: Sequence[Root]) -> None:
+    """Check that no folder is inside another: its images would be counted twice.
+
+    Raises:
+        UsageError: one is.
+    """
+    folders = {root.location for root in roots if root.kind == "folder"}
+    for inner in sorted(folders):
+        outer = next((above for above in _above(inner) if above in folders), None)
+        if outer is not None:
+            raise UsageError(
+                _(
+                    "{inner} is inside {outer}, which is indexed too; name one of them, or use "
+                    "another library",
+                    inner=path_text(os.fsdecode(inner)),
+                    outer=path_text(os.fsdecode(outer)),
+                )
+            )
+
+
+def _above(path: bytes) -> Iterator[bytes]:
+    while (above := os.path.dirname(path)) != path:
+        yield above
+        path = above

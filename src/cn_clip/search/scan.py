@@ -87,10 +87,11 @@ def scan_folder(
             if identity in seen:
                 continue
             seen.add(identity)
-            entries = list(os.scandir(folder))
+            with os.scandir(folder) as listing:
+                entries = sorted(listing, key=lambda entry: entry.name)
         except OSError as error:
-            name = os.fsencode(above.rstrip("/"))
-            scan.unreadable.append((name, error.strerror or str(error)))
+            where = os.fsencode(above.rstrip("/"))
+            scan.unreadable.append((where, error.strerror or str(error)))
             continue
         inside: list[tuple[str, str]] = []
         for entry in entries:
@@ -114,7 +115,7 @@ def scan_folder(
             except OSError:  # a link to itself, or a file deleted meanwhile
                 continue
             scan.files.append(FoundFile(os.fsencode(relative), status.st_size, status.st_mtime_ns))
-        folders += sorted(inside, reverse=True)
+        folders += reversed(inside)
         on_found(len(scan.files))
     return scan
 

@@ -83,5 +83,10 @@ END;
 CREATE VIRTUAL TABLE caption_words USING fts5 (words, tokenize = 'ascii');
 CREATE VIRTUAL TABLE image_words USING fts5 (words, tokenize = 'ascii');
 
--- Vector rows that must be overwritten with zeros: their images were removed for good.
-CREATE TABLE erasures (image INTEGER PRIMARY KEY);
+-- Images that were removed for good; their rows stay zero, and their ids are not used again.
+CREATE TABLE erasures (
+    image INTEGER PRIMARY KEY,
+    digest BLOB,                       -- names the thumbnail, until that is deleted
+    pending INTEGER NOT NULL DEFAULT 2 -- 2: vector and thumbnail exist; 1: traces in this database
+);
+CREATE INDEX erasures_pending ON erasures (pending) WHERE pending > 0;

@@ -4,20 +4,21 @@ date, and embedded again if the model is another."""
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from cn_clip.embedder import Embedder
 from cn_clip.errors import UsageError
 from cn_clip.search.background import prepare_search
-from cn_clip.search.folder import LibraryFolder, create
+from cn_clip.search.folder import CACHE, LibraryFolder, create
 from cn_clip.search.indexing import Progress, index
 from cn_clip.search.library_model import check_same, load_for, same_origin
 from cn_clip.search.migration import Migration, migrate
 from cn_clip.search.places import is_library
-from cn_clip.search.roots import Root, parse_root
+from cn_clip.search.purge import finish_erasures
+from cn_clip.search.roots import Root, check_nesting, parse_root
 from cn_clip.text import path_text
 from cn_clip.translation import _
 
@@ -88,7 +89,7 @@ def roots_to_update(
         if not (include or exclude or hidden):
             root = stored.get(root.location, root)
         given.append(root)
-    _check_nesting([*stored.values(), *given])
+    check_nesting([*stored.values(), *given])
     return list({root.location: root for root in given}.values())
 
 
@@ -116,13 +117,21 @@ def update(
         on_progress, on_migration: called after each commit.
 
     Raises:
-        LibraryError: the stored vectors do not fit the model.
+        LibraryError: the stored vectors do not fit the model, or some are lost.
     """
+    finish_erasures(library)
     active = library.active_model()
-    name = model or (active.name if active else _DEFAULT_MODEL)
-    embedder = load_for(library, active) if active and model is None else load(name)
-    migration = None
     if active is not None:
+        library.vector_file(active).open(active.rows)  # a file cut short would get a gap
+    name = model or (active.name if active else _DEFAULT_MODEL)
+    migration = None
+
+    @cache
+    def load_model() -> Embedder:
+        return load(name) if active is None or model is not None else load_for(library, active)
+
+    if active is not None and model is not None:
+        embedder = load_model()
         if same_origin(active, embedder):
             check_same(library, active, embedder)
         else:
@@ -136,28 +145,10 @@ def update(
             )
             if not migration.switched:
                 return Update(name, Progress(), migration)
-    progress = index(library, roots, embedder, name, thumbnails=thumbnails, on_progress=on_progress)
-    prepare_search(library, embedder)
+    progress = index(
+        library, roots, load_model, name, thumbnails=thumbnails, on_progress=on_progress
+    )
+    # Without a change, the model need not even be loaded.
+    if progress.embedded or migration is not None or not (library.path / CACHE).is_dir():
+        prepare_search(library, load_model())
     return Update(name, progress, migration)
-
-
-def _check_nesting(roots: Sequence[Root]) -> None:
-    """Refuse folders inside other folders: their images would be counted twice."""
-    folders = {root.location for root in roots if root.kind == "folder"}
-    for inner in sorted(folders):
-        outer = next((above for above in _above(inner) if above in folders), None)
-        if outer is not None:
-            raise UsageError(
-                _(
-                    "{inner} is inside {outer}, which is indexed too; name one of them, or use "
-                    "another library",
-                    inner=path_text(os.fsdecode(inner)),
-                    outer=path_text(os.fsdecode(outer)),
-                )
-            )
-
-
-def _above(path: bytes) -> Iterator[bytes]:
-    while (above := os.path.dirname(path)) != path:
-        yield above
-        path = above

@@ -1,0 +1,218 @@
+"""The library of ``cn-clip index``: rate, an unchanged tree, and a million images.
+
+    python benchmarks/search_library.py [rate | unchanged | million ...]
+
+- rate: images per second of ``index`` and of ``embed`` on the same photos, alternately, with
+  thumbnails off and on; the ratio is that of the best rounds.
+- unchanged: ``index`` of a tree of 100,000 files in which nothing has changed, as a command.
+- million: a library of 1,000,000 images, filled by SQL; time to open it, and resident memory
+  beside the mapped vectors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from embed import make_photos
+
+from cn_clip import load
+from cn_clip.embedder import Embedder
+from cn_clip.embeddings.extract import extract
+from cn_clip.embeddings.inputs import read_images
+from cn_clip.search.folder import LibraryFolder, add_model, create
+from cn_clip.search.indexing import index
+from cn_clip.search.roots import parse_root
+
+FILES_PER_FOLDER = 1000
+
+
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def rate(work: Path, options: argparse.Namespace) -> None:
+    embedder = load(options.model)
+    photos = work / "photos"
+    photos.mkdir()
+    make_photos(photos, options.photos)
+    embedder.embed_images([*photos.iterdir()][:64])
+    best: dict[str, float] = {}
+    for number in range(options.rounds):
+        for name in ("embed", "index, no thumbnails", "index, thumbnails"):
+            seconds = timed(name, embedder, photos, work / f"{number}-{name.replace(', ', '-')}")
+            best[name] = min(seconds, best.get(name, seconds))
+    for name, seconds in best.items():
+        print(
+            f"{name}: {options.photos / seconds:.0f} images per second, "
+            f"{best['embed'] / seconds:.1%} of embed"
+        )
+
+
+def timed(name: str, embedder: Embedder, photos: Path, out: Path) -> float:
+    start = time.perf_counter()
+    if name == "embed":
+        extract(embedder, "images", read_images([str(photos)]), out.with_suffix(".npz"))
+    else:
+        create(out)
+        with LibraryFolder(out, writable=True) as library, library.writing("index"):
+            index(
+                library,
+                [parse_root(str(photos))],
+                lambda: embedder,
+                "mini",
+                thumbnails=name.endswith(", thumbnails"),
+            )
+    return time.perf_counter() - start
+
+
+def unchanged(work: Path, options: argparse.Namespace) -> None:
+    """The tree is of small files, and the library is filled by SQL: nothing reads either."""
+    tree, path = work / "tree", work / "library"
+    create(path)
+    embedder, facts = load(options.model), []
+    for number in range(options.files):
+        folder = tree / f"{number // FILES_PER_FOLDER:03}"
+        if not number % FILES_PER_FOLDER:
+            folder.mkdir(parents=True)
+        file = folder / f"{number}.jpg"
+        file.write_bytes(b"%d" % number)
+        status = file.stat()
+        name = os.fsencode(file.relative_to(tree))
+        facts.append((number + 1, name, status.st_size, status.st_mtime_ns))
+    with LibraryFolder(path, writable=True) as library:
+        with library.database.transaction() as connection:
+            add_model(connection, options.model, embedder, "active")
+            connection.execute("UPDATE models SET rows = ?", (options.files,))
+            connection.execute(
+                "INSERT INTO roots (id, kind, location, include, exclude, hidden) "
+                "VALUES (1, 'folder', ?, '[]', '[]', 0)",
+                (os.fsencode(os.path.realpath(tree)),),
+            )
+            connection.executemany(
+                "INSERT INTO images (id, digest, bytes, width, height) VALUES (?, ?, 9, 9, 9)",
+                ((image, hashlib.blake2b(name, digest_size=16).digest())
+                 for image, name, *_ in facts),
+            )  # fmt: skip
+            connection.executemany(
+                "INSERT INTO files (image, root, name, size, mtime) VALUES (?, 1, ?, ?, ?)", facts
+            )
+        vectors = np.random.default_rng(0).normal(size=(options.files, embedder.dim))
+        library.vector_file(library.models()[0]).write(0, vectors)
+    words = ["index", str(tree), "--library", str(path), "--json"]
+    before = os.times().children_user + os.times().children_system
+    times = [command(words) for _ in range(3)]
+    cpu = (os.times().children_user + os.times().children_system - before) / 3
+    print(
+        f"index of {options.files:,} unchanged files, start of the command and of the model "
+        f"included: {min(times):.1f} s, the slowest of three {max(times):.1f} s, "
+        f"CPU {cpu:.1f} s"
+    )
+
+
+def command(words: list[str]) -> float:
+    start = time.perf_counter()
+    words = [sys.executable, "-m", "cn_clip", *words]
+    done = subprocess.run(words, check=True, stdout=subprocess.PIPE)
+    assert json.loads(done.stdout)["embedded"] == 0
+    return time.perf_counter() - start
+
+
+def million(work: Path, options: argparse.Namespace) -> None:
+    path, count, dim = work / "million", options.images, options.dim
+    fill(path, count, dim)
+    size = sum(file.stat().st_size for file in path.glob("library.db*"))
+    print(f"{count:,} images of width {dim}: database {size / 1e6:.0f} MB")
+    code = f"""
+import time, resource
+import numpy
+from cn_clip.search.library import Library
+from cn_clip.search.vectors import search_vectors
+def memory():
+    for line in open("/proc/self/status"):
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) / 1e3
+before = memory()
+start = time.perf_counter()
+library = Library({str(path)!r})
+snapshot = library.folder.snapshot()
+opened = time.perf_counter() - start
+allowed = library._allowed(snapshot, None)
+print(f"opened in {{opened:.3f}} s; {{snapshot.count:,}} searchable; memory of the process beside "
+      f"mapped files {{memory():.0f}} MB, {{memory() - before:.0f}} MB of it for the library")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def fill(path: Path, count: int, dim: int) -> None:
+    """Make a library of random vectors; one image in a hundred has lost its file."""
+    create(path)
+    rng = np.random.default_rng(0)
+    with LibraryFolder(path, writable=True) as library:
+        with library.database.transaction() as connection:
+            connection.execute(
+                "INSERT INTO models (name, fingerprint, precision, fast_decode, dim, logit_scale, "
+                "state, created) VALUES ('mini', 'f', 'float32', 0, ?, 20, 'active', '')",
+                (dim,),
+            )
+            connection.execute(
+                "INSERT INTO roots (id, kind, location, include, exclude, hidden) "
+                "VALUES (1, 'folder', ?, '[]', '[]', 0)",
+                (b"/photos",),
+            )
+            insert(connection, count)
+            connection.execute("UPDATE models SET rows = ?", (count,))
+        model = library.models()[0]
+        for start in range(0, count, 50_000):
+            rows = rng.standard_normal((min(50_000, count - start), dim), np.float32)
+            rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+            library.vector_file(model).write(start, rows)
+
+
+def insert(connection: sqlite3.Connection, count: int) -> None:
+    connection.executemany(
+        "INSERT INTO images (id, digest, bytes, width, height, taken, look) "
+        "VALUES (?, ?, 1000000, 4000, 3000, '2024-05-01T12:00:00', ?)",
+        ((n, hashlib.blake2b(b"%d" % n, digest_size=16).digest(), bytes(32))
+         for n in range(1, count + 1)),
+    )  # fmt: skip
+    connection.executemany(
+        "INSERT INTO files (root, name, size, mtime, image, present) "
+        "VALUES (1, ?, 1000000, 1700000000000000000, ?, ?)",
+        ((f"{n // 1000:04}/IMG_{n:07}.jpg".encode(), n, n % 100 != 0)
+         for n in range(1, count + 1)),
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", default=["rate", "unchanged", "million"])
+    parser.add_argument("--model", default="mini")
+    parser.add_argument("--photos", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--files", type=int, default=100_000)
+    parser.add_argument("--images", type=int, default=1_000_000)
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--work", help="folder for temporary files")
+    options = parser.parse_args()
+    print(f"{processor()}, {os.cpu_count()} cores; load {os.getloadavg()[0]:.1f}")
+    for part in options.parts:
+        with tempfile.TemporaryDirectory(dir=options.work) as work:
+            {"rate": rate, "unchanged": unchanged, "million": million}[part](Path(work), options)
+
+
+if __name__ == "__main__":
+    main()
