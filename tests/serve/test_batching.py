@@ -136,6 +136,19 @@ async def test_beyond_the_bound_requests_are_refused_at_once():
 
 
 @in_loop
+async def test_a_slow_tower_has_a_shorter_queue():
+    batcher = make(lambda items: (time.sleep(0.1), items)[1], max_items=1, max_wait=0.35)
+    batcher.start()
+    assert await ask(batcher, [0]) == [0]  # 10 items per second
+    inside = [asyncio.create_task(ask(batcher, [n])) for n in range(3)]
+    await asyncio.sleep(0)
+    with pytest.raises(RequestError, match="busy"):
+        await ask(batcher, [3])
+    assert await asyncio.gather(*inside) == [[0], [1], [2]]
+    await batcher.close()
+
+
+@in_loop
 async def test_items_of_a_client_that_left_are_dropped():
     tower = Tower()
     batcher = make(tower)

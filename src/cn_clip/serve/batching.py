@@ -9,6 +9,7 @@ about to ask again.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -67,6 +68,7 @@ class Batcher(Generic[Item, Result]):
         budget: int,
         max_items: int,
         bound: int,
+        max_wait: float = math.inf,
         linger: float = LINGER,
         on_batch: Callable[[int, float], None] = lambda items, seconds: None,
     ) -> None:
@@ -80,11 +82,14 @@ class Batcher(Generic[Item, Result]):
                 array that the tower gets.
             max_items: of a batch.
             bound: cost of all admitted items, beyond which requests are refused.
+            max_wait: estimated seconds until the admitted items are done, beyond which requests
+                are refused too: a slow model has a shorter queue.
             linger: seconds to wait for more items under load.
             on_batch: called after each batch with its number of items and its seconds.
         """
         self._run, self.name, self.bound = run, name, bound
         self._budget, self._max_items, self._linger = budget, max_items, linger
+        self._max_wait = max_wait
         self._on_batch = on_batch
         self._waiting: deque[tuple[_Group[Item, Result], int]] = deque()
         self._arrived = asyncio.Event()
@@ -119,11 +124,6 @@ class Batcher(Generic[Item, Result]):
         since = self._running_since
         return since is None or time.monotonic() - since < STALLED
 
-    @property
-    def full(self) -> bool:
-        """Whether another item would be refused."""
-        return self.inside >= self.bound
-
     def wait_seconds(self) -> float:
         """Return the estimated seconds until the admitted items are done."""
         return self.inside / self._cost_per_second if self._cost_per_second else 1.0
@@ -137,7 +137,8 @@ class Batcher(Generic[Item, Result]):
         """
         if self._closed:
             raise unavailable(_("the server is ending; try again"))
-        if self.inside and self.inside + cost > self.bound:
+        late = (self.inside + cost) > self._max_wait * (self._cost_per_second or math.inf)
+        if self.inside and (late or self.inside + cost > self.bound):
             raise overloaded(self.wait_seconds())
         self.inside += cost
         try:

@@ -51,6 +51,7 @@ class Engine:
         text_bound: int,
         image_bound: int,
         image_batch: int,
+        max_wait: float,
         timeout: float,
         cached_texts: int,
         on_batch: Callable[[str, int, float], None] = lambda tower, items, seconds: None,
@@ -62,6 +63,7 @@ class Engine:
             text_bound: tokens of all texts inside, beyond which requests are refused.
             image_bound: images inside.
             image_batch: images per batch, see ``best_image_batch``.
+            max_wait: estimated seconds in a queue, beyond which requests are refused.
             timeout: seconds until a request fails.
             cached_texts: number of embeddings of texts that are kept.
             on_batch: called after each batch with the tower, its number of items and its seconds.
@@ -73,6 +75,7 @@ class Engine:
             budget=_TOKENS_PER_BATCH,
             max_items=_TEXTS_PER_BATCH,
             bound=text_bound,
+            max_wait=max_wait,
             on_batch=lambda items, seconds: on_batch("texts", items, seconds),
         )
         self.images = Batcher[PreparedImage, Vector](
@@ -81,6 +84,7 @@ class Engine:
             budget=image_batch,
             max_items=image_batch,
             bound=image_bound,
+            max_wait=max_wait,
             on_batch=lambda items, seconds: on_batch("images", items, seconds),
         )
         self._cached_texts = cached_texts

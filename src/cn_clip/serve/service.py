@@ -272,6 +272,7 @@ class Service:
             text_bound=settings.text_bound,
             image_bound=settings.image_bound,
             image_batch=self._image_batch or 1,
+            max_wait=settings.max_wait,
             timeout=settings.timeout,
             cached_texts=settings.cached_texts,
             on_batch=self.metrics.batch,

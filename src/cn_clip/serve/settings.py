@@ -33,6 +33,7 @@ class Settings:
         max_results: of a search.
         text_bound: tokens of all texts inside one process.
         image_bound: images inside one process.
+        max_wait: estimated seconds in the queue of a tower, beyond which requests are refused.
         search_bound: searches inside one process.
         image_batch: images per batch; None measures what pays.
         cached_texts: embeddings of texts that are kept.
@@ -69,6 +70,7 @@ class Settings:
     text_bound: int = 32_768
     image_bound: int = 64
     search_bound: int = 64
+    max_wait: float = 5.0
     image_batch: int | None = None
     cached_texts: int = 4096
     unload_after: float | None = None
