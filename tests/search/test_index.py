@@ -23,8 +23,9 @@ from search.libraries import (
 )
 
 from cn_clip.errors import CNClipError, LibraryError, UsageError
-from cn_clip.search import updating
+from cn_clip.search import roots, updating
 from cn_clip.search.folder import create
+from cn_clip.search.images import image_bytes
 from cn_clip.search.reading import digest_of
 from cn_clip.search.roots import display_path
 
@@ -444,3 +445,33 @@ def test_the_default_library_of_the_command_line_is_made_in_the_data_folder(
     index(library_path("default"), album)
     assert [path.name for path in named_libraries()] == ["default"]
     assert updating.is_library(tmp_path / "libraries" / "default")
+
+
+def test_images_of_a_source_are_read_by_one_that_stays_open_until_it_changes(library, tmp_path):
+    shard, now = tmp_path / "shard.tar", 1
+
+    def write(numbers):
+        nonlocal now
+        with tarfile.open(shard, "w") as archive:
+            for number in numbers:
+                for name, content in ((f"{number}.jpg", jpeg(number)), (f"{number}.txt", b"cat")):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+        now += 1
+        os.utime(shard, (now, now))
+        return index(library, f"tar:{shard}")
+
+    write([1, 2])
+    images, opens = found_files(library), []
+    original = roots.open_source
+    with opened(library) as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(roots, "open_source", lambda uri: opens.append(uri) or original(uri))
+        assert image_bytes(folder, images["1"]) == jpeg(1)
+        assert image_bytes(folder, images["2"]) == jpeg(2)
+        assert len(opens) == 1
+    write([5, 6, 2])
+    with opened(library) as folder:
+        assert image_bytes(folder, images["2"]) == jpeg(2)
+        with pytest.raises(LibraryError, match="cannot be read"):
+            image_bytes(folder, images["1"])

@@ -15,6 +15,7 @@ from cn_clip.search.folder import LibraryFolder, create
 from cn_clip.search.images import image_bytes, thumbnail_of
 from cn_clip.search.roots import parse_root
 from cn_clip.search.updating import update
+from cn_clip.search.words import rebuild_words
 
 
 @pytest.fixture(scope="module")
@@ -186,3 +187,22 @@ def test_a_file_deleted_after_indexing_stays_in_the_results_with_its_thumbnail(l
         assert thumbnail_of(opened.folder, hit.id).startswith(b"RIFF")
         with pytest.raises(LibraryError, match="cannot be read"):
             image_bytes(opened.folder, hit.id)
+
+
+def test_words_are_folded_again_when_folding_changes(photos, tmp_path, monkeypatch):
+    create(tmp_path / "library")
+    roots = [parse_root(f"csv:{photos}/captions.csv")]
+    monkeypatch.setattr("cn_clip.search.fulltext.have_opencc", lambda: False)
+    with LibraryFolder(tmp_path / "library", writable=True) as folder:
+        with folder.writing("index"):
+            update(folder, roots, cn_clip.load)
+        with folder.database.transaction() as connection:  # as a caption in traditional characters
+            connection.execute("UPDATE files SET caption = '發射火箭'")
+        rebuild_words(folder)
+        with searching.open(tmp_path / "library") as opened:
+            assert opened.search("火箭", filters=Filters(caption="發射"))
+            assert not opened.search("火箭", filters=Filters(caption="发射"))
+            monkeypatch.undo()
+            with folder.writing("index"):
+                update(folder, [], cn_clip.load)
+            assert opened.search("火箭", filters=Filters(caption="发射"))

@@ -82,6 +82,38 @@ def info(*, library: str = "default", json: Flag = False) -> int:
 
 
 @library_app.command
+def duplicates(*, library: str = "default", json: Flag = False) -> int:
+    """List groups of images that look alike: equal files, resized and recompressed copies.
+
+    Changes nothing. The largest image of a group comes first.
+
+    Parameters
+    ----------
+    library
+        A name, or the path of a folder.
+    json
+        Print JSON instead of a list.
+    """
+    from cn_clip.search.duplicates import duplicates as find
+
+    with _opened(library) as folder:
+        groups = find(folder)
+    if json:
+        print_json({"groups": [[asdict(each) for each in group] for group in groups]})
+        return 0
+    out = console()
+    for group in groups:
+        for each in group:
+            for path in each.paths:
+                size = f"{each.width} x {each.height}"
+                out.print(f"{each.id:>8}  {size:>13}  {path}", markup=False, soft_wrap=True)
+        out.print()
+    images = sum(len(each.paths) for group in groups for each in group)
+    out.print(_("{groups:,} groups of {images:,} files", groups=len(groups), images=images))
+    return 0
+
+
+@library_app.command
 def verify(*, library: str = "default", all: Flag = False, json: Flag = False) -> int:
     """Check a library: database, vectors, thumbnails, and the content of some files.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import lru_cache
+from typing import Literal
 
 from cn_clip.errors import CNClipError, LibraryError
 from cn_clip.search.folder import LibraryFolder
@@ -11,6 +13,12 @@ from cn_clip.search.roots import Entry, Root
 from cn_clip.search.thumbnails import thumbnail_path, write_thumbnail
 from cn_clip.text import path_text
 from cn_clip.translation import _
+
+
+@lru_cache(maxsize=16)
+def _opened_root(kind: Literal["folder", "source"], location: bytes) -> Root:
+    """Return a root whose source stays open."""
+    return Root(kind, location)
 
 
 def image_bytes(library: LibraryFolder, image: int) -> bytes:
@@ -26,14 +34,18 @@ def image_bytes(library: LibraryFolder, image: int) -> bytes:
         "WHERE files.image = ? ORDER BY files.present DESC, files.id",
         (image,),
     ):
-        try:
-            content = Root(kind, location).read(Entry(name, 0, 0, position))
-        except (CNClipError, OSError) as error:
-            reason = str(error)
-            continue
-        if digest_of(content) == digest:
-            return content
-        reason = _("its file has changed; run cn-clip index")
+        for root in (_opened_root(kind, location), Root(kind, location)):
+            try:
+                content = root.read(Entry(name, 0, 0, position))
+            except (CNClipError, OSError) as error:
+                reason = str(error)
+            else:
+                if digest_of(content) == digest:
+                    return content
+                reason = _("its file has changed; run cn-clip index")
+            if kind == "folder":
+                break
+            _opened_root.cache_clear()  # the source may be another since it was opened
     raise LibraryError(
         _(
             "image {image} of {library} cannot be read: {reason}",

@@ -19,6 +19,7 @@ from cn_clip.search.migration import Migration, migrate
 from cn_clip.search.places import is_library
 from cn_clip.search.purge import finish_erasures
 from cn_clip.search.roots import Root, check_nesting, parse_root
+from cn_clip.search.words import refresh_words
 from cn_clip.text import path_text
 from cn_clip.translation import _
 
@@ -120,6 +121,7 @@ def update(
         LibraryError: the stored vectors do not fit the model, or some are lost.
     """
     finish_erasures(library)
+    refresh_words(library)
     active = library.active_model()
     if active is not None:
         library.vector_file(active).open(active.rows)  # a file cut short would get a gap
