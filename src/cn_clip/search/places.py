@@ -85,6 +85,14 @@ def check_library(path: Path) -> None:
             )
         )
     about = json_object_at(path / ABOUT)
+    if FIELD not in about and ((path / "img_emb").is_dir() or path.suffix in (".npz", ".jsonl")):
+        raise LibraryError(
+            _(
+                "{library} holds embeddings; make a library of them with: cn-clip library import "
+                "{library} --library NEW",
+                library=path_text(path),
+            )
+        )
     if FIELD not in about:
         raise LibraryError(
             _(

@@ -101,6 +101,8 @@ class Root:
         if not self.is_readable:
             raise DataError(_("only its vector was imported, from {name}", name=self.name))
         assert entry.position is not None
+        if entry.position >= len(self.source):  # it was changed since it was indexed
+            raise DataError(_("{name} has no row {row} now", name=self.name, row=entry.position))
         return self.source.image(entry.position)
 
     def path_of(self, entry: Entry) -> str:
