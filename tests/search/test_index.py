@@ -29,6 +29,7 @@ from cn_clip.errors import CNClipError, LibraryError, UsageError
 from cn_clip.search import roots, updating, watching
 from cn_clip.search.folder import create
 from cn_clip.search.images import image_bytes
+from cn_clip.search.purge import remove_images
 from cn_clip.search.reading import digest_of
 from cn_clip.search.roots import display_path
 
@@ -565,3 +566,14 @@ def test_a_writer_that_waits_goes_on_when_the_other_ends(library, album):
     ):
         assert done.is_set()
     thread.join()
+
+
+def test_a_number_above_the_integers_of_the_database_is_a_usage_error(library, album):
+    index(library, album)
+    with opened(library, writable=True) as folder:
+        for image in (2**63, -(2**70)):
+            with pytest.raises(UsageError, match="limit of the database"):
+                image_bytes(folder, image)
+            with pytest.raises(UsageError, match="limit of the database"):
+                remove_images(folder, [1, image])
+        assert folder.query("SELECT COUNT(*) FROM images") == [(4,)]

@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from urllib.parse import quote
 
-from cn_clip.errors import CNClipError, LibraryError
+from cn_clip.errors import CNClipError, LibraryError, UsageError
 from cn_clip.text import path_text
 from cn_clip.translation import _
 
@@ -113,10 +113,14 @@ def create(folder: Path) -> None:
 
 @contextmanager
 def map_errors(folder: Path) -> Iterator[None]:
-    """Turn SQLite's errors into ours."""
+    """Turn the errors of SQLite and its module into ours."""
     name = path_text(folder)
     try:
         yield
+    except OverflowError:  # of an integer; SQLite has 64 bits
+        raise UsageError(
+            _("a number is above 2^63, the limit of the database; give a smaller one")
+        ) from None
     except sqlite3.DatabaseError as error:
         code = getattr(error, "sqlite_errorcode", None)
         primary = None if code is None else code & 0xFF
