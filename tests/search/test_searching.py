@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -111,6 +112,31 @@ def test_a_filter_gives_what_filtering_all_results_gives(opened, photos, query):
     assert [hit.id for hit in large] == [h.id for h in every if min(h.width, h.height) >= 200]
 
 
+@pytest.mark.parametrize(
+    "filters",
+    [
+        Filters(after="0001", before="9999"),
+        Filters(before="9999-12-31"),
+        Filters(after="1970", before="9999-12"),
+        Filters(max_bytes=10**30, min_bytes=-(10**30), min_side=-(2**80)),
+    ],
+)
+def test_the_widest_filters_exclude_nothing(opened, filters):
+    assert len(opened.search("猫", k=47, filters=filters)) == 47
+
+
+def test_limits_above_all_integers_of_the_database_exclude_all(opened):
+    assert opened.search("猫", filters=Filters(min_side=10**30)) == []
+    assert opened.search("猫", filters=Filters(min_bytes=2**64)) == []
+
+
+def test_a_hit_has_the_uri_of_its_file(opened, photos):
+    hits = opened.search("一只猫", k=47)
+    for hit in hits:
+        is_file = not hit.path.startswith("csv:")
+        assert hit.uri == (Path(hit.path).as_uri() if is_file else None)
+
+
 def test_filters_without_a_result_give_an_empty_list(opened):
     assert opened.search("猫", filters=Filters(after="2999")) == []
     assert opened.search("猫", filters=Filters(caption="不存在的词")) == []
@@ -121,7 +147,10 @@ def test_filters_without_a_result_give_an_empty_list(opened):
     [
         (Filters(after="2024-13"), "2024-13"),
         (Filters(before="yesterday"), "yesterday"),
+        (Filters(after="2024-00"), "2024-00"),
+        (Filters(before="2024-05-00"), "2024-05-00"),
         (Filters(folder="/nowhere"), "/nowhere"),
+        (Filters(folder="~nobody-has-this-name/x"), "nobody-has-this-name"),
         (Filters(caption="，。"), "，。"),
     ],
 )

@@ -81,7 +81,7 @@ def check_library(path: Path) -> None:
             _(
                 "there is no library {library}; make one with: cn-clip index FOLDER --library "
                 "{library}",
-                library=path_text(path),
+                library=path_text(os.path.abspath(path)),  # without a separator, it is a name
             )
         )
     about = json_object_at(path / ABOUT)
