@@ -10,7 +10,9 @@ from conftest import GOLDEN, encoded, make_image
 from PIL import Image
 
 from cn_clip.errors import ImageError
-from cn_clip.image.decode import find_images, normalize, read_image, to_pixels
+from cn_clip.image import decode
+from cn_clip.image.decode import find_images, formats_of, normalize, read_image, to_pixels
+from cn_clip.image.limits import decoding_bytes
 
 
 @pytest.mark.parametrize("name", sorted(p.name for p in (GOLDEN / "images").iterdir()))
@@ -38,6 +40,62 @@ def test_every_allowed_format_opens_from_path_and_bytes(tmp_path, format):
     path = tmp_path / "picture"
     path.write_bytes(raw)
     assert read_image(path).size == read_image(raw).size == (80, 60)
+
+
+@pytest.mark.parametrize("format", ["AVIF", "HEIF"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+def test_avif_and_heic_decode_as_their_libraries_decode_them(tmp_path, format, mode):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    raw = heic(mode) if format == "HEIF" else encoded(make_image(mode=mode), "AVIF")
+    image = pillow_heif.open_heif(raw) if format == "HEIF" else Image.open(io.BytesIO(raw))
+    expected = np.asarray(image.to_pillow() if format == "HEIF" else image)
+    np.testing.assert_array_equal(np.asarray(read_image(raw)), expected)
+    path = tmp_path / ("a.HEIC" if format == "HEIF" else "a.avif")
+    path.write_bytes(raw)
+    assert find_images([tmp_path]) == [path]
+    np.testing.assert_array_equal(np.asarray(read_image(path)), expected)
+
+
+def heic(mode="RGB", **options):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    stream = io.BytesIO()
+    pillow_heif.from_pillow(make_image(mode=mode)).save(stream, format="HEIF", **options)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_a_heic_of_a_rotated_camera_is_upright(orientation):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    image = make_image()
+    image.getexif()[0x0112] = orientation
+    stream = io.BytesIO()
+    pillow_heif.register_heif_opener()
+    image.save(stream, "HEIF", exif=image.getexif().tobytes())
+    raw = stream.getvalue()
+    expected = pillow_heif.open_heif(raw).to_pillow()
+    assert expected.size == ((80, 60) if orientation == 3 else (60, 80))
+    np.testing.assert_array_equal(np.asarray(read_image(raw)), np.asarray(expected))
+
+
+def test_damaged_and_large_heic_and_avif_are_refused():
+    raw = heic()
+    for content in (raw, encoded(make_image(), "AVIF")):
+        for end in (12, 40, len(content) // 2, len(content) - 20):
+            with pytest.raises(ImageError):
+                read_image(content[:end])
+        with pytest.raises(ImageError, match="80 x 60 pixels, above the limit of 100"):
+            read_image(content, max_pixels=100)
+    assert decoding_bytes(Image.new("RGB", (100, 100))) == 8 * 100 * 100
+    with Image.open(io.BytesIO(raw), formats=formats_of(raw)) as opened:
+        assert decoding_bytes(opened) == 20 * 80 * 60
+
+
+def test_without_pillow_heif_a_heic_names_the_package(monkeypatch):
+    raw = heic()
+    monkeypatch.setattr(decode, "_HEIF", False)
+    monkeypatch.setattr(decode, "FORMATS", ("JPEG", "PNG"))
+    with pytest.raises(ImageError, match="pip install pillow-heif"):
+        read_image(raw)
 
 
 def test_arrays_and_pil_images_are_accepted():

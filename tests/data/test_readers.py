@@ -50,11 +50,11 @@ def test_a_folder_names_what_it_passes_over_and_reads_linked_folders(pictures, t
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "more").symlink_to(pictures)
     (pictures / "007.txt").write_text("猫", encoding="utf-8")
-    (pictures / "x.heic").touch()
-    with pytest.warns(UserWarning, match=r"1 file is skipped, .*\(1 .heic\)"):
+    (pictures / "x.psd").touch()
+    with pytest.warns(UserWarning, match=r"1 file is skipped, .*\(1 .psd\)"):
         source = open_source(str(tmp_path / "photos"))
     assert rows_of(source) == [("more/007", "more/007", "猫")]
-    assert sum("1 .heic" in each for each in source.unmatched()) == 1
+    assert sum("1 .psd" in each for each in source.unmatched()) == 1
 
 
 def test_metadata_of_macos_is_passed_over_counted_and_named(pictures):
@@ -81,12 +81,12 @@ def test_metadata_of_macos_is_passed_over_counted_and_named(pictures):
 def test_what_a_source_passes_over_is_printed_once(pictures, tmp_path, capsys):
     for name in ("a", "007", "008", "猫"):
         (pictures / f"{name}.txt").write_text("猫", encoding="utf-8")
-    (pictures / "x.heic").touch()
+    (pictures / "x.psd").touch()
     for command in (["pack"], ["decontaminate", "--against", write_csv(pictures)]):
         out = str(tmp_path / command[0]) + ".jsonl" * (len(command) > 1)
         run(["data", *command, f"folder:{pictures}", "--out", out, "--workers", "0"])
         err = capsys.readouterr().err
-        assert err.count("1 .heic") == 1 and "1 items" in err and "a.txt has no image" in err
+        assert err.count("1 .psd") == 1 and "1 items" in err and "a.txt has no image" in err
 
 
 def test_a_pipe_is_reported_and_other_rows_are_read(pictures):
@@ -363,14 +363,14 @@ def test_members_pair_wherever_they_stand_and_whatever_dots_they_have(pictures):
     ]
     members += [("a.b.txt", b"ab"), ("./c.txt", b"c"), ("d.cap.txt", b"d"), ("e.seg.png", b"x")]
     members += [("e.txt", b"e"), ("e.cls", b"1"), ("长" * 60 + ".jpg", jpeg(5))]
-    members += [("长" * 60 + ".txt", "长".encode()), ("f.heic", b"x"), ("f.txt", b"f")]
+    members += [("长" * 60 + ".txt", "长".encode()), ("f.psd", b"x"), ("f.txt", b"f")]
     source = manifest(pictures, tar_bytes(members), "s.tar")
     expected = [("a.b", jpeg(1), "ab"), ("c", jpeg(2), "c"), ("d", jpeg(3), "d")]
     expected += [("e", jpeg(4), "e"), ("长" * 60, jpeg(5), "长")]
     found = [read_pair(source, at) for at in range(len(source))]
     assert [(each.image_id, each.image, each.text) for each in found] == expected
     told = source.unmatched()
-    assert len(told) == 2 and "1 file is skipped" in told[0] and "(1 .heic)" in told[0]
+    assert len(told) == 2 and "1 file is skipped" in told[0] and "(1 .psd)" in told[0]
     assert told[1].endswith("member f has no image")
 
 

@@ -186,6 +186,13 @@ def test_an_imported_library_is_like_an_indexed_one(album, tmp_path, out):
     assert (again.embedded, again.unchanged) == (0, 7)
 
 
+def test_embeddings_in_the_place_of_a_library_name_the_way_to_one(album, tmp_path):
+    pytest.importorskip("pyarrow")
+    for out in ("x.npz", "x"):
+        with pytest.raises(LibraryError, match="cn-clip library import"):
+            opened(embedded(tmp_path, album, out))
+
+
 def test_an_export_can_be_imported(album, tmp_path):
     index(tmp_path / "library", album)
     out = tmp_path / "x.npz"

@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -15,6 +16,7 @@ from cn_clip.search.folder import LibraryFolder, create
 from cn_clip.search.images import image_bytes, thumbnail_of
 from cn_clip.search.roots import parse_root
 from cn_clip.search.updating import update
+from cn_clip.search.words import rebuild_words
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +112,31 @@ def test_a_filter_gives_what_filtering_all_results_gives(opened, photos, query):
     assert [hit.id for hit in large] == [h.id for h in every if min(h.width, h.height) >= 200]
 
 
+@pytest.mark.parametrize(
+    "filters",
+    [
+        Filters(after="0001", before="9999"),
+        Filters(before="9999-12-31"),
+        Filters(after="1970", before="9999-12"),
+        Filters(max_bytes=10**30, min_bytes=-(10**30), min_side=-(2**80)),
+    ],
+)
+def test_the_widest_filters_exclude_nothing(opened, filters):
+    assert len(opened.search("猫", k=47, filters=filters)) == 47
+
+
+def test_limits_above_all_integers_of_the_database_exclude_all(opened):
+    assert opened.search("猫", filters=Filters(min_side=10**30)) == []
+    assert opened.search("猫", filters=Filters(min_bytes=2**64)) == []
+
+
+def test_a_hit_has_the_uri_of_its_file(opened, photos):
+    hits = opened.search("一只猫", k=47)
+    for hit in hits:
+        is_file = not hit.path.startswith("csv:")
+        assert hit.uri == (Path(hit.path).as_uri() if is_file else None)
+
+
 def test_filters_without_a_result_give_an_empty_list(opened):
     assert opened.search("猫", filters=Filters(after="2999")) == []
     assert opened.search("猫", filters=Filters(caption="不存在的词")) == []
@@ -120,7 +147,10 @@ def test_filters_without_a_result_give_an_empty_list(opened):
     [
         (Filters(after="2024-13"), "2024-13"),
         (Filters(before="yesterday"), "yesterday"),
+        (Filters(after="2024-00"), "2024-00"),
+        (Filters(before="2024-05-00"), "2024-05-00"),
         (Filters(folder="/nowhere"), "/nowhere"),
+        (Filters(folder="~nobody-has-this-name/x"), "nobody-has-this-name"),
         (Filters(caption="，。"), "，。"),
     ],
 )
@@ -186,3 +216,22 @@ def test_a_file_deleted_after_indexing_stays_in_the_results_with_its_thumbnail(l
         assert thumbnail_of(opened.folder, hit.id).startswith(b"RIFF")
         with pytest.raises(LibraryError, match="cannot be read"):
             image_bytes(opened.folder, hit.id)
+
+
+def test_words_are_folded_again_when_folding_changes(photos, tmp_path, monkeypatch):
+    create(tmp_path / "library")
+    roots = [parse_root(f"csv:{photos}/captions.csv")]
+    monkeypatch.setattr("cn_clip.search.fulltext.have_opencc", lambda: False)
+    with LibraryFolder(tmp_path / "library", writable=True) as folder:
+        with folder.writing("index"):
+            update(folder, roots, cn_clip.load)
+        with folder.database.transaction() as connection:  # as a caption in traditional characters
+            connection.execute("UPDATE files SET caption = '發射火箭'")
+        rebuild_words(folder)
+        with searching.open(tmp_path / "library") as opened:
+            assert opened.search("火箭", filters=Filters(caption="發射"))
+            assert not opened.search("火箭", filters=Filters(caption="发射"))
+            monkeypatch.undo()
+            with folder.writing("index"):
+                update(folder, [], cn_clip.load)
+            assert opened.search("火箭", filters=Filters(caption="发射"))

@@ -16,7 +16,7 @@ from cn_clip.translation import _
 
 if TYPE_CHECKING:
     from cn_clip.export import ExportResult
-    from cn_clip.export.choose import Choice
+    from cn_clip.export.fastest import Choice
 
 
 def export(
@@ -88,7 +88,7 @@ def export(
         from cn_clip.export import check_packages
 
         check_packages(to, None)
-        from cn_clip.export.choose import export_fastest
+        from cn_clip.export.fastest import export_fastest
 
         choice = export_fastest(
             model,

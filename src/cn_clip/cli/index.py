@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from cn_clip.cli.library_options import DEFAULT, LibraryLoading
 from cn_clip.cli.show import Flag, console, print_json, print_some, progress
 from cn_clip.text import path_text
-from cn_clip.translation import _
+from cn_clip.translation import _, _n
 
 if TYPE_CHECKING:
     from cn_clip.search.indexing import Progress
@@ -81,16 +81,16 @@ def index(
     if watch:
         check_watchfiles()
     reader = _text_reader() if ocr else None
-    code = 0
     with open_for_update(library_path(library), sources) as folder:
         roots = roots_to_update(folder, sources, include=include, exclude=exclude, hidden=hidden)
 
         def run() -> int:
-            with folder.writing("index"), _Bars() as bars:
+            with folder.writing("index", wait=watch), _Bars() as bars:
                 done = update(
                     folder,
                     roots,
                     loading.load_named,
+                    load_own=loading.load_own,
                     model=loading.model,
                     thumbnails=not no_thumbnails,
                     keep_old=not drop_old,
@@ -105,11 +105,11 @@ def index(
             failed = done.progress.failed or done.progress.unreadable
             return 1 if failed or _is_unfinished(done) else 0
 
-        code = run()
-        if watch:
-            for _unused in changes_of(roots):
-                code = run() or code
-    return code
+        if not watch:
+            return run()
+        for _unused in changes_of(roots, folder.path):
+            run()  # which says what failed
+        return 0
 
 
 class _Bars:
@@ -164,6 +164,22 @@ def _is_unfinished(done: Update) -> bool:
     return done.migration is not None and not done.migration.switched
 
 
+def _print_skipped(skipped: dict[str, int]) -> None:
+    counts = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(skipped.items()))
+    print(
+        _n(
+            "cn-clip: {count:,} image of another format is skipped ({counts}); {remedy}",
+            "cn-clip: {count:,} images of other formats are skipped ({counts}); {remedy}",
+            sum(skipped.values()),
+            counts=counts,
+            remedy=_("pip install pillow-heif for HEIC, or convert them to JPEG")
+            if skipped.keys() & {".heic", ".heif", ".hif"}
+            else _("convert them to JPEG"),
+        ),
+        file=sys.stderr,
+    )
+
+
 def _print(library: str, done: Update, texts: TextProgress | None, *, json: bool) -> None:
     state, migration = done.progress, done.migration
     failed = [
@@ -171,6 +187,8 @@ def _print(library: str, done: Update, texts: TextProgress | None, *, json: bool
     ]
     failed += [] if texts is None else texts.failed
     print_some([*state.unreadable, *failed], _("--json lists all"))
+    if state.skipped:
+        _print_skipped(state.skipped)
     if migration is not None and not migration.switched:
         print_some(migration.unreadable, _("--json lists all"))
         print(

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import tempfile
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,15 +25,17 @@ if TYPE_CHECKING:
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?", re.IGNORECASE)
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
-Images = Annotated[tuple[str, ...], Parameter(negative=(), show_default=False)]
-Ids = Annotated[tuple[str, ...], Parameter(negative=(), show_default=False)]
+# "-2:room.jpg" and "-17" are terms to avoid.
+Terms = Annotated[
+    tuple[str, ...], Parameter(negative=(), show_default=False, allow_leading_hyphen=True)
+]
 
 
 def search(
     *query: Annotated[str, Parameter(allow_leading_hyphen=True)],
     library: str = "default",
-    image: Images = (),
-    like: Ids = (),
+    image: Terms = (),
+    like: Terms = (),
     top: int = 10,
     folder: str | None = None,
     after: str | None = None,
@@ -170,7 +173,7 @@ def _print(hits: list[Hit]) -> None:
         reason = Text("")
         if hit.why != ("image",):
             reason = Text("  " + ", ".join(hit.why), style="cyan")
-        path = Text(hit.path, style=f"link {_uri(hit.path)}" if sys.stdout.isatty() else "")
+        path = Text(hit.path, style=f"link {hit.uri}" if hit.uri and sys.stdout.isatty() else "")
         table.add_row(
             probability,
             f"{hit.cosine:.3f}",
@@ -181,10 +184,6 @@ def _print(hits: list[Hit]) -> None:
     out.print(table)
 
 
-def _uri(path: str) -> str:
-    return Path(path).as_uri() if os.path.isabs(path) else path
-
-
 def _bytes(given: str | None, option: str) -> int | None:
     if given is None:
         return None
@@ -193,4 +192,4 @@ def _bytes(given: str | None, option: str) -> int | None:
         raise UsageError(
             _("{option} is {given!r}; give bytes, 500k or 2M", option=option, given=given)
         )
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+    return int(Decimal(match[1]) * _UNITS[match[2].lower()])

@@ -9,7 +9,7 @@ from typing import Literal
 from PIL import Image
 
 from cn_clip.errors import DataError, ImageError, UsageError
-from cn_clip.image.decode import FORMATS, describe, read_image
+from cn_clip.image.decode import FORMATS, describe, formats_of, read_image
 from cn_clip.image.limits import check_file
 from cn_clip.translation import _
 
@@ -21,6 +21,8 @@ _SUFFIXES = {
     "GIF": ".gif",
     "BMP": ".bmp",
     "TIFF": ".tif",
+    "AVIF": ".avif",
+    "HEIF": ".heic",
 }
 
 
@@ -115,7 +117,7 @@ def _suffix(content: bytes) -> str:
     """Return the file suffix of the format in the header."""
     check_file(content, describe(content))
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(content), formats=formats_of(content)) as image:
             return _SUFFIXES[str(image.format)]
     except Exception:
         raise DataError(

@@ -12,6 +12,8 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +36,19 @@ from cn_clip.image.limits import (
 from cn_clip.image.modes import depth_of, from_array, strips, to_eight_bits
 from cn_clip.translation import _
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+# Pillow may be built without AVIF; HEIC is read by pillow-heif.
+_AVIF = find_spec("PIL._avif") is not None
+_HEIF = find_spec("pillow_heif") is not None
+FORMATS = (
+    "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF",
+    *(("AVIF",) if _AVIF else ()),
+    *(("HEIF",) if _HEIF else ()),
+)  # fmt: skip
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff",
+    *((".avif",) if _AVIF else ()),
+    *((".heic", ".heif", ".hif") if _HEIF else ()),
+)  # fmt: skip
 MAX_PIXELS = 2**27  # 134 million, 537 MB decoded; above common cameras
 
 # Pillow warns at its own limit; ours is checked for every image. Process-wide, because images are
@@ -45,6 +58,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 ImageInput = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[Any]
 
 _BUDGET = MemoryBudget(MAX_DECODED)
+_HEIC_STARTS = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"heim", b"heis"))
 # The base64 of the first bytes of JPEG, PNG, WebP, GIF and TIFF.
 _BASE64 = re.compile(r"(/9j/|iVBORw0KGgo|UklGR|R0lGOD|SUkqA|TU0AK)[A-Za-z0-9+/=_\s-]{24,}")
 
@@ -61,7 +75,7 @@ def read_image(
     Args:
         source: a path, the bytes of a file, a PIL image, or an array of shape (H, W), (H, W, 3) or
             (H, W, 4) of uint8, uint16, bool, or float in 0 to 1. Files may be JPEG, PNG, WebP, GIF
-            (first frame), BMP or TIFF.
+            (first frame), BMP, TIFF, AVIF if Pillow has it, or HEIC if pillow-heif is installed.
         max_pixels: larger images are refused before decoding. Pillow refuses images above twice
             ``PIL.Image.MAX_IMAGE_PIXELS`` regardless.
         fast_decode: the side, in pixels, that the image will be resized to. JPEG files are then
@@ -196,9 +210,9 @@ def find_images(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
                 "; ".join(
                     [
                         _(
-                            "the folder {given!r} holds no image ({suffixes})",
+                            "the folder {given!r} holds no image ({formats})",
                             given=str(given),
-                            suffixes=", ".join(SUFFIXES),
+                            formats=", ".join(FORMATS),
                         ),
                         *notes,
                     ]
@@ -214,6 +228,23 @@ def find_images(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
             warnings.warn(note, stacklevel=2)
         images.update(dict.fromkeys(inside))
     return list(images)
+
+
+def formats_of(content: bytes) -> tuple[str, ...]:
+    """Return the formats for ``Image.open`` to try; pillow-heif is imported at its first file."""
+    if not _HEIF:
+        return FORMATS
+    if content[4:8] != b"ftyp":  # the start of HEIC, AVIF and MP4
+        return FORMATS[:-1]
+    _register_heif()
+    return FORMATS
+
+
+@cache
+def _register_heif() -> None:
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
 
 
 def describe(source: Any) -> str:
@@ -262,7 +293,7 @@ def _open_image(source: ImageInput, name: str) -> Image.Image:
     check_file(content, name)
     with _map_decode_errors(name):
         try:
-            image = Image.open(io.BytesIO(content), formats=FORMATS)
+            image = Image.open(io.BytesIO(content), formats=formats_of(content))
         except Image.DecompressionBombError as error:
             claimed = re.search(r"\d+", str(error))
             raise ImageError(
@@ -275,6 +306,13 @@ def _open_image(source: ImageInput, name: str) -> Image.Image:
         except UnidentifiedImageError:
             if _BASE64.match(content[:256].decode("latin-1")):
                 raise ImageError(_("{name} is base64; decode it first", name=name)) from None
+            if not _HEIF and content[4:12] in _HEIC_STARTS:
+                raise ImageError(
+                    _(
+                        "{name} is a HEIC image, which needs pillow-heif: pip install pillow-heif",
+                        name=name,
+                    )
+                ) from None
             raise ImageError(
                 _(
                     "{name} is not an image in a known format ({formats}); convert it first",
@@ -321,7 +359,8 @@ def _decoded(
     background: str | None,
 ) -> Image.Image:
     with _map_decode_errors(name):
-        if fast_decode is not None and image is not source:  # draft() would change a caller's image
+        # draft() would change a caller's image; of HEIC, it decodes an embedded thumbnail.
+        if fast_decode is not None and image is not source and image.format in ("JPEG", "MPO"):
             # Twice the side keeps enough detail for the bicubic filter.
             image.draft("RGB", (2 * fast_decode, 2 * fast_decode))
         image.load()

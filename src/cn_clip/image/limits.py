@@ -23,8 +23,9 @@ MAX_ENCODED = 600_000_000  # bytes of a file or record; uncompressed RGBA of MAX
 MAX_BASE64 = MAX_ENCODED // 3 * 4 + 1024  # characters of its base64, with an id or a prefix
 
 # Peak bytes per pixel, measured with Pillow 13. WebP keeps two canvases, the frame and the image;
-# libtiff a strip and the image. 8: the image and one copy (rotated, or on a background).
-_BYTES_PER_PIXEL = {"WEBP": 16}
+# libtiff a strip and the image; AVIF and HEIF the planes, the pixels and the image. 8: the image
+# and one copy (rotated, or on a background).
+_BYTES_PER_PIXEL = {"WEBP": 16, "AVIF": 24, "HEIF": 20}
 _MIN_BYTES_PER_PIXEL = 8
 _BYTES_PER_SIDE = 32  # of the resize filter: four doubles per pixel of the side
 
@@ -75,8 +76,9 @@ def check_opened(image: Image.Image, content: bytes, name: str) -> None:
     """
     problem = None
     pixels = image.width * image.height
-    if len(image.info.get("exif", b"")) > _MAX_EXIF:
-        problem = _("holds {size:,} bytes of EXIF data", size=len(image.info["exif"]))
+    exif = image.info.get("exif") or b""  # None in a HEIC without any
+    if len(exif) > _MAX_EXIF:
+        problem = _("holds {size:,} bytes of EXIF data", size=len(exif))
     elif image.format == "BMP" and len(content) > _MAX_RLE:
         if any(tile.codec_name == "bmp_rle" for tile in getattr(image, "tile", ())):
             problem = _("is a run-length encoded BMP of {size:,} bytes", size=len(content))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from urllib.parse import quote
 
-from cn_clip.errors import CNClipError, LibraryError
+from cn_clip.errors import CNClipError, LibraryError, UsageError
 from cn_clip.text import path_text
 from cn_clip.translation import _
 
@@ -22,6 +23,7 @@ _REMOTE = (
     "9p", "afs", "ceph", "cifs", "drvfs", "fuse", "gluster", "lustre", "ncpfs", "nfs", "smb",
     "vboxsf", "virtiofs", "vmhgfs",
 )  # fmt: skip
+_MOUNT_ESCAPE = re.compile(r"\\([0-7]{3})")  # of a space, tab, newline or backslash
 _LOCAL_FUSE = ("fuseblk", "fuse.ext", "fuse.ntfs", "fuse.exfat")
 
 
@@ -38,7 +40,7 @@ class Database:
         self._writable = writable
         self._local = threading.local()
         self._lock = threading.Lock()
-        self._open: list[sqlite3.Connection] = []
+        self._open: dict[threading.Thread, sqlite3.Connection] = {}
 
     @property
     def connection(self) -> sqlite3.Connection:
@@ -53,8 +55,14 @@ class Database:
                 found = _connect(self._folder, writable=self._writable)
             self._local.connection = found
             with self._lock:
-                self._open.append(found)
+                self._close_of_ended_threads()
+                self._open[threading.current_thread()] = found
         return found
+
+    def _close_of_ended_threads(self) -> None:
+        """Close what threads that have ended left: a server or --watch starts new ones for ever."""
+        for thread in [thread for thread in self._open if not thread.is_alive()]:
+            self._open.pop(thread).close()
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -78,7 +86,7 @@ class Database:
     def close(self) -> None:
         """Close the connections of all threads."""
         with self._lock:
-            for connection in self._open:
+            for connection in self._open.values():
                 connection.close()
             self._open.clear()
         self._local = threading.local()
@@ -105,10 +113,14 @@ def create(folder: Path) -> None:
 
 @contextmanager
 def map_errors(folder: Path) -> Iterator[None]:
-    """Turn SQLite's errors into ours."""
+    """Turn the errors of SQLite and its module into ours."""
     name = path_text(folder)
     try:
         yield
+    except OverflowError:  # of an integer; SQLite has 64 bits
+        raise UsageError(
+            _("a number is above 2^63, the limit of the database; give a smaller one")
+        ) from None
     except sqlite3.DatabaseError as error:
         code = getattr(error, "sqlite_errorcode", None)
         primary = None if code is None else code & 0xFF
@@ -195,7 +207,7 @@ def _file_system(folder: Path) -> str:
         fields = line.split(" ")
         if len(fields) < 3:
             continue
-        mount = fields[1].replace("\\040", " ")
+        mount = _MOUNT_ESCAPE.sub(lambda octal: chr(int(octal[1], 8)), fields[1])
         inside = real == mount or real.startswith(mount.rstrip("/") + "/")
         if inside and len(mount) >= len(best):  # the last mount on a point hides earlier ones
             best, kind = mount, fields[2]

@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 import re
 import sqlite3
+from calendar import monthrange
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date, timedelta
-from pathlib import Path
+from datetime import date
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from cn_clip.errors import UsageError
+from cn_clip.files import as_path
 from cn_clip.search.fulltext import match_expression
 from cn_clip.translation import _
 
+_MAX_INTEGER = 2**63 - 1  # of SQLite; sides and sizes of images are far below
 _DATE = re.compile(r"(\d{4})(?:-(\d{1,2}))?(?:-(\d{1,2}))?")
 
 
@@ -71,7 +73,7 @@ def allowed_images(connection: sqlite3.Connection, filters: Filters) -> npt.NDAr
 
 def _in_folder(connection: sqlite3.Connection, folder: Any) -> tuple[str, list[Any]]:
     """Names below a folder are a range of bytes, which the index on (root, name) serves."""
-    path = os.path.realpath(Path(folder).expanduser())
+    path = os.path.realpath(as_path(folder))
     clauses, values = [], list[Any]()
     for root, location in connection.execute("SELECT id, location FROM roots WHERE kind='folder'"):
         base = os.fsdecode(location)
@@ -98,7 +100,7 @@ def _after(_unused: sqlite3.Connection, given: Any) -> tuple[str, list[Any]]:
 
 
 def _before(_unused: sqlite3.Connection, given: Any) -> tuple[str, list[Any]]:
-    return f"{_TAKEN} < ?", [(_days(given)[1] + timedelta(days=1)).isoformat()]
+    return f"{_TAKEN} < ?", [f"{_days(given)[1].isoformat()}T24"]  # after each time of that day
 
 
 def _days(given: str) -> tuple[date, date]:
@@ -109,15 +111,22 @@ def _days(given: str) -> tuple[date, date]:
             raise ValueError
         year, month, day = (None if part is None else int(part) for part in match.groups())
         assert year is not None
-        first = date(year, month or 1, day or 1)
+        first = date(year, 1 if month is None else month, 1 if day is None else day)
         if day is not None:
             return first, first
-        after = date(year + 1, 1, 1) if month in (None, 12) else date(year, (month or 0) + 1, 1)
-        return first, after - timedelta(days=1)
-    except (ValueError, OverflowError):
+        last_month = 12 if month is None else month
+        return first, date(year, last_month, monthrange(year, last_month)[1])
+    except ValueError:
         raise UsageError(
             _("{given!r} is not a date; give 2024, 2024-05 or 2024-05-01", given=given)
         ) from None
+
+
+def _compared(expression: str, operator: str) -> _Condition:
+    return lambda _unused, value: (
+        f"{expression} {operator} ?",
+        [max(-_MAX_INTEGER, min(value, _MAX_INTEGER))],
+    )
 
 
 def _matching(table: str, key: str, given: str) -> tuple[str, list[Any]]:
@@ -132,9 +141,9 @@ _CONDITIONS: dict[str, _Condition] = {
     "folder": _in_folder,
     "after": _after,
     "before": _before,
-    "min_side": lambda _, value: ("MIN(images.width, images.height) >= ?", [value]),
-    "min_bytes": lambda _, value: ("images.bytes >= ?", [value]),
-    "max_bytes": lambda _, value: ("images.bytes <= ?", [value]),
+    "min_side": _compared("MIN(images.width, images.height)", ">="),
+    "min_bytes": _compared("images.bytes", ">="),
+    "max_bytes": _compared("images.bytes", "<="),
     "caption": lambda _, value: _matching("caption_words", "files.id", value),
     "text": lambda _, value: _matching("image_words", "images.id", value),
 }

@@ -6,6 +6,7 @@ import json
 import os
 import sqlite3
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -198,14 +199,15 @@ class LibraryFolder:
         return Snapshot(model, vectors, searchable)
 
     @contextmanager
-    def writing(self, task: str) -> Iterator[None]:
+    def writing(self, task: str, *, wait: bool = False) -> Iterator[None]:
         """Hold the lock of the writer: one process writes at a time.
 
         Args:
             task: what it does, for the message of a second process.
+            wait: whether to wait for another process, with a warning.
 
         Raises:
-            LibraryError: another process writes.
+            LibraryError: another process writes, and ``wait`` is false.
             CNClipError: the library is read-only.
         """
         with map_write_errors(path_text(self.path)):
@@ -213,7 +215,10 @@ class LibraryFolder:
             try:
                 lock.acquire()
             except Timeout:
-                raise LibraryError(self._held_by()) from None
+                if not wait:
+                    raise LibraryError(self._held_by()) from None
+                warnings.warn(self._held_by(), stacklevel=3)
+                lock.acquire(timeout=-1)
         try:
             about = {
                 "process": os.getpid(),

@@ -23,6 +23,7 @@ class Hit:
         caption: from the source, or None.
         text: recognised in the image, or None.
         copies: paths of other files with the same content.
+        uri: ``file://`` URI of the file, which names any bytes exactly; None for a source.
         width, height: in pixels, upright.
         taken: EXIF date such as ``2024-05-01T12:00:00``, or None.
     """
@@ -39,12 +40,14 @@ class Hit:
     text: str | None = None
     taken: str | None = None
     copies: tuple[str, ...] = field(default=())
+    uri: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the values for JSON."""
         return {
             "id": self.id,
             "path": self.path,
+            "uri": self.uri,
             "cosine": round(self.cosine, 6),
             "probability": None if self.probability is None else round(self.probability, 6),
             "matches": self.matches,

@@ -23,7 +23,7 @@ from PIL import Image
 from cn_clip.embedder import Embedder
 from cn_clip.embeddings.files import StoredEmbeddings, about_of, read_embeddings
 from cn_clip.errors import CNClipError, LibraryError, UsageError
-from cn_clip.image.decode import read_file
+from cn_clip.image.decode import formats_of, read_file
 from cn_clip.search.folder import LibraryFolder, add_model
 from cn_clip.search.library_model import MIN_COSINE
 from cn_clip.search.migration import remove_model
@@ -183,7 +183,7 @@ def _size(content: bytes) -> tuple[int, int]:
     """Return width and height, upright; zeros if the header is damaged."""
     # Untrusted bytes reach a third-party parser: Pillow raises nearly every kind of exception.
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=formats_of(content)) as image:
             turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
             return image.size[::-1] if turned else image.size
     except Exception:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -47,6 +47,7 @@ class Progress:
         failed: (path, reason) of each unreadable file.
         known_failures: files that were unreadable before and have not changed.
         unreadable: messages about folders that cannot be read, whose images are kept.
+        skipped: images in formats that cannot be decoded, by suffix.
         seconds: since the start.
     """
 
@@ -62,6 +63,7 @@ class Progress:
     failed: list[tuple[str, str]] = field(default_factory=list)
     known_failures: int = 0
     unreadable: list[str] = field(default_factory=list)
+    skipped: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 
     @property
@@ -190,6 +192,7 @@ class _Run:
         root.id = root_id
         listing = list_root(root, self._stamp(root_id), self._listed)
         self.progress.unreadable += listing.messages
+        self.progress.skipped = dict(Counter(self.progress.skipped) + listing.skipped)
         if listing.entries is None:  # unchanged, or not there
             counted = self.library.query(
                 "SELECT COUNT(*) FROM files WHERE root = ? AND present", (root_id,)

@@ -18,6 +18,7 @@ from cn_clip.errors import UsageError
 from cn_clip.image.decode import ImageInput
 from cn_clip.search.background import cache_of, query_tail
 from cn_clip.search.confidence import Confidence, calibration_of
+from cn_clip.search.database import map_errors
 from cn_clip.search.filters import Filters, allowed_images
 from cn_clip.search.folder import LibraryFolder, Snapshot, StoredModel
 from cn_clip.search.fulltext import match_expression
@@ -26,7 +27,7 @@ from cn_clip.search.hit import Hit
 from cn_clip.search.library_model import load_for
 from cn_clip.search.places import DEFAULT, library_path
 from cn_clip.search.query import Query, embed_query, parse_query
-from cn_clip.search.roots import display_path
+from cn_clip.search.roots import display_path, file_uri
 from cn_clip.search.vectors import search_vectors
 from cn_clip.translation import _
 
@@ -192,7 +193,8 @@ class Library:
     def _allowed(self, snapshot: Snapshot, filters: Filters | None) -> npt.NDArray[np.bool_] | None:
         if not filters:
             return snapshot.searchable
-        ids = allowed_images(self.folder.database.connection, filters)
+        with map_errors(self.folder.path):
+            ids = allowed_images(self.folder.database.connection, filters)
         allowed = np.zeros(len(snapshot.vectors), np.bool_)
         allowed[ids[ids <= len(allowed)] - 1] = True
         return allowed if snapshot.searchable is None else allowed & snapshot.searchable
@@ -238,6 +240,7 @@ class Library:
                 continue
             (width, height, taken, text) = facts[0]
             paths = [display_path(kind, location, name) for kind, location, name, _unused in files]
+            kind, location, name, _unused = files[0]
             captions = [caption for *_unused, caption in files if caption]
             cosine = -1.0 if result.cosine is None else result.cosine
             accepted = confidence.accepts(cosine)
@@ -258,6 +261,7 @@ class Library:
                     text=text or None,
                     taken=taken,
                     copies=tuple(paths[1:]),
+                    uri=file_uri(location, name) if kind == "folder" else None,
                 )
             )
         return hits

@@ -81,10 +81,18 @@ def check_library(path: Path) -> None:
             _(
                 "there is no library {library}; make one with: cn-clip index FOLDER --library "
                 "{library}",
-                library=path_text(path),
+                library=path_text(os.path.abspath(path)),  # without a separator, it is a name
             )
         )
     about = json_object_at(path / ABOUT)
+    if FIELD not in about and ((path / "img_emb").is_dir() or path.suffix in (".npz", ".jsonl")):
+        raise LibraryError(
+            _(
+                "{library} holds embeddings; make a library of them with: cn-clip library import "
+                "{library} --library NEW",
+                library=path_text(path),
+            )
+        )
     if FIELD not in about:
         raise LibraryError(
             _(

@@ -15,7 +15,7 @@ from PIL import ExifTags, Image
 from cn_clip.backends.pipeline import PreparedImage
 from cn_clip.config import ModelConfig
 from cn_clip.data.curate.perceptual_hash import hash_image
-from cn_clip.image.decode import MAX_PIXELS, decoded_image, to_pixels
+from cn_clip.image.decode import MAX_PIXELS, decoded_image, formats_of, to_pixels
 
 DIGEST_BYTES = 16
 THUMBNAIL_SIDE = 320  # pixels of the longer side
@@ -124,7 +124,7 @@ def _exif(content: bytes) -> tuple[str | None, tuple[float, float] | None, tuple
     Metadata of cameras is often damaged: anything unreadable is None.
     """
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=formats_of(content)) as image:
             size = image.size
             exif = image.getexif()
             details: dict[int, Any] = dict(exif.get_ifd(ExifTags.IFD.Exif))

@@ -11,17 +11,16 @@ import numpy as np
 from cn_clip.publish import map_write_errors
 from cn_clip.search import database
 from cn_clip.search.folder import LibraryFolder, StoredModel
-from cn_clip.search.fulltext import tokens
 from cn_clip.search.migration import remove_unused_vectors
 from cn_clip.search.purge import finish_erasures
 from cn_clip.search.thumbnails import stored_thumbnails
 from cn_clip.search.verify import (
-    WORDS,
     check_database,
     database_damage,
     miscounted_images,
     wrong_rows,
 )
+from cn_clip.search.words import rebuild_words
 from cn_clip.text import path_text
 
 
@@ -62,7 +61,7 @@ def repair(library: LibraryFolder) -> Repair:
                 library.database.connection.execute("VACUUM")
         check_database(library)
         done.indexes = True
-    _rebuild_words(library)
+    rebuild_words(library)
     done.recounted = miscounted_images(library)
     if done.recounted:
         with library.database.transaction() as connection:
@@ -81,22 +80,6 @@ def repair(library: LibraryFolder) -> Repair:
                 path.unlink(missing_ok=True)
             done.thumbnails += 1
     return done
-
-
-def _rebuild_words(library: LibraryFolder) -> None:
-    """Fill the full-text indexes anew from the texts."""
-    with library.database.transaction() as connection:
-        for words, statement in WORDS.items():
-            (definition,) = connection.execute(
-                "SELECT sql FROM sqlite_schema WHERE name = ?", (words,)
-            ).fetchone()
-            connection.execute(f"DROP TABLE {words}")
-            connection.execute(definition)
-            texts = connection.execute(statement).fetchall()
-            connection.executemany(
-                f"INSERT INTO {words} (rowid, words) VALUES (?, ?)",
-                ((row, tokens(text)) for row, text in texts),
-            )
 
 
 def _repair_vectors(library: LibraryFolder, model: StoredModel) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from cn_clip.data.sources.open import absolute_uri, open_source, paths_of
 from cn_clip.errors import DataError, UsageError
 from cn_clip.files import as_path
 from cn_clip.image.decode import SUFFIXES, read_file
+from cn_clip.search.places import is_library
 from cn_clip.search.scan import Scan, check_globs, scan_folder
 from cn_clip.text import path_text
 from cn_clip.translation import _
@@ -99,6 +101,8 @@ class Root:
         if not self.is_readable:
             raise DataError(_("only its vector was imported, from {name}", name=self.name))
         assert entry.position is not None
+        if entry.position >= len(self.source):  # it was changed since it was indexed
+            raise DataError(_("{name} has no row {row} now", name=self.name, row=entry.position))
         return self.source.image(entry.position)
 
     def path_of(self, entry: Entry) -> str:
@@ -113,12 +117,14 @@ class Listing:
     Attributes:
         entries: None if the root is unchanged, or cannot be read.
         messages: about what cannot be read.
+        skipped: images in formats that cannot be decoded, by suffix.
         may_hide: whether an image may exist that could not be listed.
         stamp: of a source.
     """
 
     entries: list[Entry] | None
     messages: list[str] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
     may_hide: Callable[[bytes], bool] = lambda name: False
     stamp: str | None = None
 
@@ -128,6 +134,11 @@ def display_path(kind: str, location: bytes, name: bytes) -> str:
     if kind == "folder":
         return path_text(os.fsdecode(os.path.join(location, name)))
     return path_text(f"{os.fsdecode(location)}#{os.fsdecode(name)}")
+
+
+def file_uri(location: bytes, name: bytes) -> str:
+    """Return the ``file://`` URI of a file in a folder."""
+    return Path(os.fsdecode(os.path.join(location, name))).as_uri()
 
 
 def parse_root(
@@ -147,6 +158,14 @@ def parse_root(
     path = as_path(given)
     if path.is_dir():
         real = Path(os.path.realpath(path))
+        if (library := next(filter(is_library, (real, *real.parents)), None)) is not None:
+            raise UsageError(
+                _(
+                    "{folder} is in the library {library}; give a folder of images outside it",
+                    folder=path_text(given),
+                    library=path_text(library),
+                )
+            )
         if real == Path(real.anchor):
             raise UsageError(
                 _("{folder} is the whole file system; name a folder in it", folder=given)
@@ -206,7 +225,7 @@ def _list_folder(root: Root, on_found: Callable[[int], None]) -> Listing:
     if any(not name for name, _reason in scan.unreadable):
         return Listing(None, messages)
     entries = [Entry(file.name, file.size, file.mtime) for file in scan.files]
-    return Listing(entries, messages, scan.may_hide)
+    return Listing(entries, messages, scan.skipped, scan.may_hide)
 
 
 def _list_source(root: Root, stamp: str | None, on_found: Callable[[int], None]) -> Listing:
@@ -235,7 +254,7 @@ def _list_source(root: Root, stamp: str | None, on_found: Callable[[int], None])
         Entry(os.fsencode(name), 0, 0, position, "\n".join(captions.get(name, [])) or None)
         for name, position in first.items()
     ]
-    return Listing(entries, messages, lambda name: bool(messages), new_stamp)
+    return Listing(entries, messages, may_hide=lambda name: bool(messages), stamp=new_stamp)
 
 
 def _stamp_of(uri: str) -> str | None:
@@ -253,7 +272,7 @@ def _stamp_of(uri: str) -> str | None:
         if time.time() - status.st_mtime < _NEW_SECONDS:
             return None
         parts.append(f"{path_text(path)}:{status.st_size}:{status.st_mtime_ns}")
-    return "\n".join(parts)
+    return "\n".join(parts) or None  # a remote source has no paths
 
 
 def check_nesting(roots: Sequence[Root]) -> None:

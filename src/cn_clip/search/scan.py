@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,11 @@ _SYSTEM_FOLDERS = frozenset((
     "$recycle.bin", "system volume information", "lost+found", "@eadir", "#recycle", "#snapshot",
     "@tmp", "__macosx", "__pycache__", "node_modules", "thumbs.db",
 ))  # fmt: skip
+# Of images that Pillow or its plugins cannot decode, or only some installations can.
+_OTHER_IMAGES = (
+    ".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".psd", ".svg", ".3fr", ".arw", ".cr2",
+    ".cr3", ".dng", ".nef", ".nrw", ".orf", ".pef", ".raf", ".rw2", ".srw",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +41,17 @@ class FoundFile:
 
 @dataclass(slots=True)
 class Scan:
-    """The image files of a folder, and the folders that cannot be read: (relative name, reason).
+    """The image files of a folder.
 
-    A name of ``b""`` is the root itself.
+    Attributes:
+        files: those that can be decoded, by their suffixes.
+        skipped: number of other images, by suffix.
+        unreadable: (relative name, reason) of folders that cannot be read; a name of ``b""`` is
+            the root itself.
     """
 
     files: list[FoundFile] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
     unreadable: list[tuple[bytes, str]] = field(default_factory=list)
 
     def may_hide(self, name: bytes) -> bool:
@@ -77,6 +88,7 @@ def scan_folder(
     wanted = _matcher(include) if include else None
     unwanted = _matcher(exclude) if exclude else None
     ends = tuple(suffixes)
+    image_ends = (*ends, *_OTHER_IMAGES)
     seen = {device_inode(parent) for parent in Path(os.path.realpath(root)).parents}
     folders, linked = [(os.fspath(root), "")], list[tuple[str, str]]()
     while folders or linked:  # real folders before links to them
@@ -107,9 +119,12 @@ def scan_folder(
                         below = linked if entry.is_symlink() else inside
                         below.append((entry.path, relative + "/"))
                     continue
-                if not name.lower().endswith(ends) or not entry.is_file():
+                if not name.lower().endswith(image_ends) or not entry.is_file():
                     continue
                 if wanted is not None and not wanted(relative):
+                    continue
+                if not name.lower().endswith(ends):
+                    scan.skipped[os.path.splitext(name)[1].lower()] += 1
                     continue
                 status = entry.stat()
             except OSError:  # a link to itself, or a file deleted meanwhile

@@ -83,6 +83,9 @@ END;
 CREATE VIRTUAL TABLE caption_words USING fts5 (words, tokenize = 'ascii');
 CREATE VIRTUAL TABLE image_words USING fts5 (words, tokenize = 'ascii');
 
+-- What derived tables were made with: when it changes, they are made again.
+CREATE TABLE versions (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+
 -- Images that were removed for good; their rows stay zero, and their ids are not used again.
 CREATE TABLE erasures (
     image INTEGER PRIMARY KEY,

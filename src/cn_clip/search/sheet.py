@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,11 +19,7 @@ def write_sheet(library: Library, query: str, hits: Sequence[Hit], path: Path) -
         "search/sheet.html",
         query or _("Similar images"),
         "search",
-        hits=[(hit, thumbnail_of(library.folder, hit.id), _link(hit)) for hit in hits],
+        hits=[(hit, thumbnail_of(library.folder, hit.id), hit.uri) for hit in hits],
         matches=any(hit.matches for hit in hits),
         count=len(library),
     )
-
-
-def _link(hit: Hit) -> str | None:
-    return Path(hit.path).as_uri() if os.path.isabs(hit.path) else None

@@ -17,6 +17,7 @@ from cn_clip.search.reading import digest_of
 from cn_clip.search.roots import Entry, Root, display_path
 from cn_clip.search.thumbnails import stored_thumbnails
 from cn_clip.search.vector_file import Rows
+from cn_clip.search.words import TEXTS
 from cn_clip.text import path_text
 from cn_clip.translation import N_, _, translate
 
@@ -27,6 +28,7 @@ _LENGTH_TOLERANCE = (
 _BLOCK = 1 << 16  # rows
 _TABLES = (
     "models", "missing", "roots", "images", "files", "caption_words", "image_words", "erasures",
+    "versions",
 )  # fmt: skip
 _LISTED = 20  # messages of SQLite
 
@@ -177,7 +179,7 @@ def _facts(library: LibraryFolder) -> Iterator[Problem]:
             ),
             translate(REPAIR),
         )
-    for words, statement in WORDS.items():
+    for words, statement in TEXTS.items():
         stored = {row for (row,) in library.query(f"SELECT rowid FROM {words}")}
         wanted = {row for (row, _text) in library.query(statement)}
         if stored != wanted:
@@ -189,13 +191,6 @@ def _facts(library: LibraryFolder) -> Iterator[Problem]:
                 ),
                 translate(REPAIR),
             )
-
-
-# Table of words -> the texts in it.
-WORDS = {
-    "caption_words": "SELECT id, caption FROM files WHERE caption IS NOT NULL AND caption != ''",
-    "image_words": "SELECT id, text FROM images WHERE text IS NOT NULL AND text != ''",
-}
 
 
 def _vectors(library: LibraryFolder, model: StoredModel) -> Iterator[Problem]:

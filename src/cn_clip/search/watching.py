@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 
-from cn_clip.errors import UsageError
+from cn_clip.errors import CNClipError, UsageError
 from cn_clip.search.roots import Root
 from cn_clip.translation import _
 
-_DEBOUNCE = 2000  # milliseconds that changes are collected before they are reported
+# In milliseconds.
+_DEBOUNCE = 2000  # that changes are collected before they are reported
+_TIMEOUT = 200  # that are waited for a change at a time, and so before the first run
 
 
 def check_watchfiles() -> None:
@@ -25,17 +28,49 @@ def check_watchfiles() -> None:
         )
 
 
-def changes_of(roots: Sequence[Root]) -> Iterator[None]:
-    """Yield each time that files of the folders have changed, until a signal.
+def changes_of(roots: Sequence[Root], library: Path) -> Iterator[None]:
+    """Yield once when the folders are watched, then each time that files in them have changed.
+
+    What changes while the caller is busy is reported afterwards.
+
+    Args:
+        roots: folders to watch; sources are left out.
+        library: the library, which may be in a watched folder: its own files do not count.
 
     Raises:
         UsageError: none of the roots is a folder that exists.
+        CNClipError: the system refuses to watch so many folders.
+        KeyboardInterrupt: on Ctrl-C.
     """
-    from watchfiles import watch
+    from watchfiles import Change, watch
+
+    own = os.path.join(os.path.realpath(library), "")
+
+    def is_of_user(_unused: Change, path: str) -> bool:
+        return not os.path.join(os.path.realpath(os.path.dirname(path)), "").startswith(own)
 
     folders = [os.fsdecode(root.location) for root in roots if root.kind == "folder"]
     folders = [folder for folder in folders if os.path.isdir(folder)]
     if not folders:
         raise UsageError(_("--watch needs a folder; sources such as csv: cannot be watched"))
-    for _unused in watch(*folders, debounce=_DEBOUNCE, raise_interrupt=True):
-        yield
+    is_first = True
+    try:
+        for changes in watch(
+            *folders,
+            watch_filter=is_of_user,
+            debounce=_DEBOUNCE,
+            rust_timeout=_TIMEOUT,
+            yield_on_timeout=True,
+            ignore_permission_denied=True,
+        ):
+            if changes or is_first:
+                is_first = False
+                yield
+    except OSError as error:  # such as the limit of inotify
+        raise CNClipError(
+            _(
+                "the folders cannot be watched ({reason}); run cn-clip index without --watch now "
+                "and then, or raise the limit of the system",
+                reason=error.strerror or error,
+            )
+        ) from None

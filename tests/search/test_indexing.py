@@ -5,6 +5,9 @@ import os
 import shutil
 import sys
 import tarfile
+import threading
+import time
+from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
@@ -23,9 +26,10 @@ from search.libraries import (
 )
 
 from cn_clip.errors import CNClipError, LibraryError, UsageError
-from cn_clip.search import roots, updating
+from cn_clip.search import roots, updating, watching
 from cn_clip.search.folder import create
 from cn_clip.search.images import image_bytes
+from cn_clip.search.purge import remove_images
 from cn_clip.search.reading import digest_of
 from cn_clip.search.roots import display_path
 
@@ -475,3 +479,101 @@ def test_images_of_a_source_are_read_by_one_that_stays_open_until_it_changes(lib
         assert image_bytes(folder, images["2"]) == jpeg(2)
         with pytest.raises(LibraryError, match="cannot be read"):
             image_bytes(folder, images["1"])
+
+
+def test_images_in_other_formats_are_counted_by_suffix(library, album):
+    for name in ("a.CR2", "b.cr2", "c.psd", "d.txt", ".hidden.cr2"):
+        (album / name).touch()
+    (album / "folder.psd").mkdir()
+    done = index(library, album).progress
+    assert done.skipped == {".cr2": 2, ".psd": 1} and done.new == 4 and not done.failed
+    assert asdict(index(library).progress)["skipped"] == done.skipped
+    assert index(library, album, globs={"exclude": ["*.CR2"]}).progress.skipped == {".psd": 1}
+
+
+def test_a_heic_is_indexed_with_the_date_of_its_camera(library, tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    image = make_image(0, (48, 40))
+    exif = image.getexif()
+    exif.get_ifd(0x8769)[0x9003] = "2024:05:01 12:00:00"
+    (tmp_path / "album").mkdir()
+    with (tmp_path / "album" / "IMG_0001.HEIC").open("wb") as stream:
+        pillow_heif.from_pillow(image).save(stream, format="HEIF", exif=exif.tobytes())
+    assert counts(index(library, tmp_path / "album")) == {"new": 1, "embedded": 1}
+    with opened(library) as folder:
+        facts = folder.query("SELECT width, height, taken FROM images")
+    assert facts == [(48, 40, "2024-05-01T12:00:00")]
+
+
+def test_the_files_of_a_library_are_no_images_to_index(library, album, tmp_path):
+    index(library, album)
+    for inside in (library, library / "thumbnails"):
+        with pytest.raises(UsageError, match="is in the library"):
+            index(tmp_path / "other", inside)
+        with pytest.raises(UsageError, match="is in the library"):
+            index(library, inside)
+    assert found_files(library).keys() == {f"{number}.jpg" for number in range(4)}
+
+
+def test_connections_of_ended_threads_are_closed(library, album):
+    index(library, album)
+    with opened(library) as folder:
+        folder.query("SELECT 1")
+        for _unused in range(20):
+            thread = threading.Thread(target=folder.query, args=("SELECT 1",))
+            thread.start()
+            thread.join()
+        assert len(folder.database._open) <= 2
+        assert folder.query("SELECT COUNT(*) FROM images") == [(4,)]
+
+
+def test_a_watch_reports_changes_of_images_but_not_of_the_library(album, monkeypatch):
+    pytest.importorskip("watchfiles")
+    monkeypatch.setattr(watching, "_DEBOUNCE", 50)
+    library = album / "library"
+    changes = watching.changes_of([roots.parse_root(str(album))], library)
+    next(changes)  # it watches now
+    index(library, album)  # writes to the library, in the watched folder
+    (album / "while the caller is busy.jpg").write_bytes(jpeg(7))
+    next(changes)
+    assert counts(index(library)) == {"new": 1, "unchanged": 4, "embedded": 1}
+    later_change = threading.Timer(0.5, (album / "0.jpg").unlink)
+    later_change.start()
+    start = time.perf_counter()
+    next(changes)
+    assert time.perf_counter() - start > 0.3  # its own writes were not reported
+    assert counts(index(library)) == {"deleted": 1, "unchanged": 4}
+    changes.close()
+
+
+def test_a_writer_that_waits_goes_on_when_the_other_ends(library, album):
+    index(library, album)
+    holds, done = threading.Event(), threading.Event()
+
+    def hold():
+        with opened(library, writable=True) as folder, folder.writing("merge"):
+            holds.set()
+            time.sleep(0.3)
+            done.set()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert holds.wait(10)
+    with (
+        opened(library, writable=True) as folder,
+        pytest.warns(UserWarning, match="is being written by `cn-clip merge`"),
+        folder.writing("index", wait=True),
+    ):
+        assert done.is_set()
+    thread.join()
+
+
+def test_a_number_above_the_integers_of_the_database_is_a_usage_error(library, album):
+    index(library, album)
+    with opened(library, writable=True) as folder:
+        for image in (2**63, -(2**70)):
+            with pytest.raises(UsageError, match="limit of the database"):
+                image_bytes(folder, image)
+            with pytest.raises(UsageError, match="limit of the database"):
+                remove_images(folder, [1, image])
+        assert folder.query("SELECT COUNT(*) FROM images") == [(4,)]
