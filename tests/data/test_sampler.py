@@ -3,7 +3,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from cn_clip.data.loading.sampler import Plan, batch_count, batches, permuted, plan_of
+from cn_clip.data.loading.permutation import permuted
+from cn_clip.data.loading.sampler import Plan, batch_count, batches, plan_of
 from cn_clip.data.sources.open import WeightedSource
 from cn_clip.errors import UsageError
 

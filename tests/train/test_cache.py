@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY, make_model
 from data.formats import PAIRS, jpeg, write_csv, write_jsonl
+from data.test_index import write_shards
+from data.test_sources import tar_bytes
 
 from cn_clip.data.loading.loader import Loader, Preparation, pixels_of, stack_pixels
 from cn_clip.data.loading.sampler import BatchPart
 from cn_clip.data.sources.base import Row
-from cn_clip.data.sources.open import WeightedSource, open_mix
+from cn_clip.data.sources.open import Chain, WeightedSource, open_mix
 from cn_clip.embedder import Embedder
 from cn_clip.errors import DataError, UsageError
 from cn_clip.train.batches import feature_cache as cache
@@ -259,6 +261,66 @@ def test_features_of_an_unreadable_image_are_nan(tower, tmp_path):
     assert features[3].isnan().all() and features[[0, 1, 2, 4]].isfinite().all()
 
 
+# Many images
+
+
+def tars(tmp_path, count):
+    write_shards(tmp_path, count)
+    return open_mix([f"tar:{tmp_path}/*.tar"])
+
+
+def test_many_images_are_in_few_files_and_their_rows_are_mapped(tower, tmp_path, monkeypatch):
+    mix = tars(tmp_path, 3)
+    part = part_of(range(15))
+    expected = cached(mix, tower, tmp_path / "small").features(part)
+    monkeypatch.setattr(cache, "_KEPT_ROWS", 10)
+    monkeypatch.setattr(cache, "_PER_LARGE_SHARD", 6)
+    torch.testing.assert_close(cached(mix, tower, tmp_path / "large").features(part), expected)
+    names = sorted(path.name for path in (tmp_path / "large").iterdir())
+    assert names == ["about.json", *(f"features-0000{n}.npy" for n in range(3)), "images.index"]
+    assert cache.FEATURES(tmp_path / "large") is None
+    tower.sizes.clear()
+    monkeypatch.setattr(cache, "unique_images", lambda mix: 1 / 0)  # they are not looked for again
+    torch.testing.assert_close(cached(mix, tower, tmp_path / "large").features(part), expected)
+    assert not tower.sizes
+
+
+def test_a_cache_of_small_shards_stays_in_use(tower, tmp_path, monkeypatch):
+    mix = tars(tmp_path, 3)
+    expected = cached(mix, tower, tmp_path / "small").features(part_of(range(15)))
+    monkeypatch.setattr(cache, "_PER_LARGE_SHARD", 6)
+    tower.sizes.clear()
+    found = cached(mix, tower, tmp_path / "small").features(part_of(range(15)))
+    assert torch.equal(found, expected) and not tower.sizes
+
+
+def test_changed_shards_have_other_images(tower, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "_KEPT_ROWS", 10)
+    cached(tars(tmp_path, 3), tower, tmp_path / "features")
+    (tmp_path / "00001.tar").write_bytes(tar_bytes([("z.jpg", jpeg(1)), ("z.txt", b"new")]))
+    with pytest.raises(UsageError, match="of another images; delete the folder"):
+        cached(open_mix([f"tar:{tmp_path}/*.tar"]), tower, tmp_path / "features")
+
+
+def test_features_stored_in_half_precision_are_the_rounded_ones(tower, tmp_path):
+    exact = cached(Made(broken={3}), tower, tmp_path / "exact").features(part_of(range(15)))
+    half = cached(Made(broken={3}), tower, tmp_path / "half", precision="fp16")
+    found, rounded = half.features(part_of(range(15))), exact.half().float()
+    assert torch.equal(found.nan_to_num(9), rounded.nan_to_num(9))
+    assert np.load(tmp_path / "half" / "features-00000.npy").dtype == np.float16
+    with pytest.raises(UsageError, match="of another stored as; delete the folder"):
+        cached(Made(broken={3}), tower, tmp_path / "half")
+
+
+def test_images_of_a_streamed_source_are_read_shard_by_shard(tower, tmp_path, monkeypatch):
+    write_shards(tmp_path, 3)
+    begun = []
+    monkeypatch.setattr(Chain, "read_ahead", lambda self, *span: begun.append(span))
+    mix = open_mix([f"tar:{tmp_path}/*.tar?order=stream"])
+    cached(mix, tower, tmp_path / "features", batch=2)
+    assert begun == sorted(begun) and sum(stop - first for first, stop in begun) == 15
+
+
 def loader_of(source, tower, folder, **options):
     mix = [WeightedSource(source)]
     return CachedLoader(mix, cached(mix, tower, folder), 4, context_length=52, seed=1, **options)
@@ -334,14 +396,14 @@ def test_unique_images_are_found_without_opening_any(pictures):
 
 
 def test_a_full_disk_is_reported_and_finished_shards_are_kept(tower, tmp_path, monkeypatch):
-    save = np.save
+    append = cache._append
 
-    def full(stream, array):
+    def full(stream, rows, shape):
         if stream.name.endswith("00001.npy"):
             raise OSError(28, "No space left on device")
-        save(stream, array)
+        append(stream, rows, shape)
 
-    monkeypatch.setattr(np, "save", full)
+    monkeypatch.setattr(cache, "_append", full)
     with pytest.raises(DataError, match=r"could not be written .*No space left.*--resume auto"):
         cached(Made(), tower, tmp_path / "features")
     assert [path.name for path in (tmp_path / "features").glob("*.npy")] == ["features-00000.npy"]

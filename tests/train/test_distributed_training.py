@@ -17,6 +17,8 @@ from train.runs import recipe_values, write_pairs, write_sentences, write_start
 
 from cn_clip import embedder, weights
 from cn_clip.backends.torch import TorchBackend
+from cn_clip.data.pack import pack
+from cn_clip.data.sources.open import open_source
 from cn_clip.train.loop import train
 from cn_clip.train.recipe.toml import build_recipe
 from cn_clip.train.run.log import read_log
@@ -79,6 +81,19 @@ def test_several_processes_give_the_losses_gradients_and_weights_of_one(
     together = weights.read(tmp_path / "run" / "final").tensors
     for name, tensor in alone[2].items():  # 20 steps of Adam: what gradients differ by, summed up
         assert (together[name] - tensor).abs().max() < 2e-4, name
+
+
+def test_two_processes_read_streamed_shards_in_the_order_of_one(pairs, start, tmp_path):
+    pack(open_source(pairs[0]), tmp_path / "shards", images_per_shard=7)
+    pairs = f"tar:{tmp_path}/shards/*.tar?order=stream", pairs[1]
+    out = {"log_every": 1}
+    train(build_recipe(recipe_values(pairs, start, tmp_path / "one", output=out)))
+    recipe = recipe_values(pairs, start, tmp_path / "two", output=out)
+    done = torchrun(2, recipe, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = logged(tmp_path / "two")
+    assert len(found) == 6
+    assert found == pytest.approx(logged(tmp_path / "one"), abs=1e-5)
 
 
 def test_sharded_weights_give_the_losses_and_norms_of_one_process(pairs, start, tmp_path):

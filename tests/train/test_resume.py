@@ -10,6 +10,8 @@ import time
 import pytest
 from train.runs import make_recipe, recipe_values, write_start
 
+from cn_clip.data.pack import pack
+from cn_clip.data.sources.open import open_source
 from cn_clip.train.loop import train
 from cn_clip.train.run import checkpoint
 from cn_clip.train.run.log import read_log
@@ -66,6 +68,23 @@ def test_a_stopped_run_resumes_bit_equal(pairs, dropping, stages, tmp_path, work
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert scores(tmp_path / "parts") == scores(tmp_path / "whole")
     assert outcome.scores == wanted.scores
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_run_of_streamed_shards_resumes_bit_equal(pairs, start, tmp_path, cached):
+    shards = tmp_path / "shards"
+    pack(open_source(pairs[0]), shards, images_per_shard=7)
+    pairs = f"tar:{shards}/*.tar?order=stream", pairs[1]
+    stage = {"cached": True, "freeze": ["visual.*"]} if cached else {"augment": True}
+    options = {"data": {"workers": 2}, "output": {"log_every": 1}}
+    train(make_recipe(pairs, start, tmp_path / "whole", stage, **options))
+    parts = make_recipe(pairs, start, tmp_path / "parts", stage, **options)
+    for step in (2, 4):  # within each epoch
+        with pytest.raises(InterruptedRun):
+            train(parts, resume=True, on_event=stopping_at(step))
+    train(parts, resume=True)
+    assert len(losses(tmp_path / "whole")) == 6
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
 def test_ctrl_c_saves_too(pairs, dropping, tmp_path):

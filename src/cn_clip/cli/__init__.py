@@ -43,6 +43,7 @@ _COMMANDS = (
     "index:index",
     "search:search",
     "library:library_app",
+    "serve:serve",
     "convert:convert",
     "export:export",
     "data:data",

@@ -92,7 +92,7 @@ def pack(
     inputs = paths_of(source)
     inputs += [] if without is None else [Path(without)]
     claim_pack(out, to=to, inputs=inputs, overwrite=overwrite)
-    opened = _open(source)
+    opened = _open(source, workers)
     with progress_bar(_("packing images")) as on_progress:
         done = pack(
             opened,
@@ -167,7 +167,7 @@ def check(
 
     if report is not None:
         claim_page(report, "data check", inputs=paths_of(source))
-    opened = open_source(source)
+    opened = open_source(source, workers=_worker_count(workers))
     with progress_bar("checking") as on_progress:
         result = check(
             opened,
@@ -271,7 +271,7 @@ def decontaminate(
     if report is not None:
         claim_page(report, "data decontaminate", inputs=inputs)
         check_different_paths(out, report)
-    train, test = _open(source), _open(against)
+    train, test = _open(source, workers), _open(against, workers)
     with progress_bar(_("comparing images")) as on_progress:
         result = decontaminate(
             train,
@@ -317,13 +317,13 @@ def _worker_count(workers: int | None) -> int:
     return usable_cpus() if workers is None else workers
 
 
-def _open(uri: str) -> Source:
+def _open(uri: str, workers: int | None) -> Source:
     """Open a source; warn of what is not in a pair, without repeating warnings of the opening."""
     from cn_clip.data.sources.open import open_source
 
     with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always", UserWarning)
-        source = open_source(uri)
+        source = open_source(uri, workers=_worker_count(workers))
     for warning in raised:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     known = {str(warning.message) for warning in raised}

@@ -90,6 +90,7 @@ def index(
                     folder,
                     roots,
                     loading.load_named,
+                    load_own=loading.load_own,
                     model=loading.model,
                     thumbnails=not no_thumbnails,
                     keep_old=not drop_old,

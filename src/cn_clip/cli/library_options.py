@@ -12,6 +12,7 @@ from cn_clip.config import BackendName, Precision
 
 if TYPE_CHECKING:
     from cn_clip.embedder import Embedder
+    from cn_clip.search.folder import LibraryFolder, StoredModel
 
 
 @Parameter(name="*")
@@ -51,6 +52,18 @@ class LibraryLoading:
             device=self.device,
             precision=self.precision,
             fast_decode=self.fast_decode,
+        )
+
+    def load_own(self, library: LibraryFolder, model: StoredModel) -> Embedder:
+        """Load the model of a library with these options."""
+        from cn_clip.search.library_model import load_for
+
+        return load_for(
+            library,
+            model,
+            backend=self.backend,
+            device=self.device,
+            precision=self.precision,
         )
 
 

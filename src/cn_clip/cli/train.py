@@ -24,7 +24,11 @@ def train(
     recipe: str | None = None,
     resume: str | None = None,
     allow_changes: Flag = False,
-    show: Literal["recipe", "parameters"] | None = None,
+    show: Literal["recipe", "parameters", "cost"] | None = None,
+    pairs: int | None = None,
+    gpus: int = 1,
+    tflops: float = 312.0,
+    efficiency: float = 0.4,
     json: Flag = False,
 ) -> int:
     """Train a model by a recipe, in stages. A run can be interrupted and resumed.
@@ -50,7 +54,16 @@ def train(
     allow_changes
         Resume a run although the recipe has changed.
     show
-        Print the resulting recipe, or the names of the model's parameters, without training.
+        Print the resulting recipe, the names of the model's parameters, or what the run costs
+        (steps, operations, bytes, time), without training.
+    pairs
+        For --show cost: number of pairs, if the data is not here yet.
+    gpus
+        For --show cost: number of GPUs.
+    tflops
+        For --show cost: peak of one GPU, in 10^12 operations per second.
+    efficiency
+        For --show cost: fraction of the peak that is reached.
     json
         Print JSON instead of text.
     """
@@ -73,6 +86,9 @@ def train(
         return 0
     if show == "parameters":
         _show_parameters(built)
+        return 0
+    if show == "cost":
+        _show_cost(built, pairs, gpus, gpus * tflops * 1e12 * efficiency, json)
         return 0
     from dataclasses import asdict
 
@@ -252,6 +268,64 @@ def _summary(outcome: Any) -> None:
         markup=False,
         soft_wrap=True,
     )
+
+
+def _show_cost(
+    recipe: Any, pairs: int | None, gpus: int, flops_per_second: float, json: bool
+) -> None:
+    from dataclasses import asdict
+
+    from cn_clip.data.sources.open import open_mix
+    from cn_clip.processes import usable_cpus
+    from cn_clip.train.cost import DataSize, data_size, run_cost
+
+    if flops_per_second <= 0:
+        raise UsageError(_("--gpus, --tflops and --efficiency must be above zero"))
+    if pairs is not None:
+        data = DataSize(pairs, pairs)
+    else:
+        data = data_size(open_mix(recipe.data.train, workers=usable_cpus()))
+    cost = run_cost(recipe, data, world_size=gpus)
+    seconds = [stage.seconds(flops_per_second) for stage in cost.stages]
+    if json:
+        print_json(asdict(cost) | {"seconds": seconds})
+        return
+    print(
+        _(
+            "{model}, {parameters:.1f} M parameters; {pairs:,} pairs, at most {images:,} images; "
+            "forwards {image:.1f} GFLOPs for an image, {text:.1f} for {tokens} tokens",
+            model=cost.model,
+            parameters=cost.parameters / 1e6,
+            pairs=data.pairs,
+            images=data.images,
+            image=cost.image_flops / 1e9,
+            text=cost.text_flops / 1e9,
+            tokens=cost.tokens,
+        )
+    )
+    table = Table(box=None, pad_edge=False)
+    for column in ("", *(stage.name for stage in cost.stages)):
+        table.add_column(column, justify="right" if column else "left")
+    unknown = _("unknown")
+    rows = {
+        _("steps"): [f"{stage.steps:,}" for stage in cost.stages],
+        _("pairs in a step"): [f"{stage.batch:,}" for stage in cost.stages],
+        _("operations"): [f"{stage.flops:.3g}" for stage in cost.stages],
+        _("operations of cached features"): [f"{s.feature_flops:.3g}" for s in cost.stages],
+        _("images read, GB"): [
+            unknown if stage.image_bytes is None else f"{stage.image_bytes / 1e9:,.1f}"
+            for stage in cost.stages
+        ],
+        _("cached features, GB"): [f"{stage.cache_bytes / 1e9:,.1f}" for stage in cost.stages],
+        _("memory without activations, GB"): [
+            f"{stage.memory_bytes / 1e9:,.1f}" for stage in cost.stages
+        ],
+        _("a saved state, GB"): [f"{stage.state_bytes / 1e9:,.1f}" for stage in cost.stages],
+        _("days on {gpus:,} GPUs", gpus=gpus): [f"{each / 86400:,.2f}" for each in seconds],
+    }
+    for name, values in rows.items():
+        table.add_row(name, *values)
+    console().print(table)
 
 
 def _show_parameters(recipe: Any) -> None:

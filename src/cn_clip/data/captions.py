@@ -10,8 +10,18 @@ from cn_clip.translation import N_
 
 def plain(text: str) -> str:
     """Return a caption for comparison: NFKC, lower case, no spaces or punctuation."""
-    folded = unicodedata.normalize("NFKC", text).lower()
-    return "".join(c for c in folded if unicodedata.category(c)[0] not in "ZPC")
+    return unicodedata.normalize("NFKC", text).lower().translate(_KEPT)
+
+
+class _Kept(dict[int, int | None]):
+    """What each character becomes: itself, or nothing; filled as characters come."""
+
+    def __missing__(self, code: int) -> int | None:
+        self[code] = None if unicodedata.category(chr(code))[0] in "ZPC" else code
+        return self[code]
+
+
+_KEPT = _Kept()
 
 
 def language_of(text: str) -> str:

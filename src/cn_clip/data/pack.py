@@ -25,7 +25,7 @@ from cn_clip.data.curate.grouping import RowGroups, first_equal, group_rows
 from cn_clip.data.encode import UNCHANGED, Encoding, encode_image
 from cn_clip.data.process_map import Progress, chunked, no_progress, parallel_map
 from cn_clip.data.shard import write_shard
-from cn_clip.data.sources.base import Row, Source, located
+from cn_clip.data.sources.base import Source, located
 from cn_clip.data.sources.lmdb import write_lmdb
 from cn_clip.data.sources.official import write_tsv
 from cn_clip.data.sources.open import id_digest
@@ -47,6 +47,7 @@ Target = Literal["tar", "tsv", "lmdb"]
 _MANIFEST, _PLAN = "manifest.json", ".plan.json"
 _SHARD_NAME = re.compile(r"\d{5,}\.tar")
 _HALF_WRITTEN = re.compile(r"\d{5,}\.(tar|json)|manifest\.json|\.plan\.json")
+_ROWS = 4096  # read by a worker at once
 _LMDB_LOCKS = ("imgs/lock.mdb", "pairs/lock.mdb")  # written by readers of an LMDB
 
 
@@ -112,7 +113,9 @@ def pack(
         )
     out = claim_pack(out, to=to, inputs=inputs, overwrite=overwrite)
     result = PackResult(str(out))
-    groups, digest = _group_images(source, without, result.skipped, unique_ids=to != "tar")
+    groups, digest = _group_images(
+        source, without, result.skipped, unique_ids=to != "tar", workers=workers
+    )
     if not len(groups):
         raise DataError(
             _(
@@ -202,7 +205,12 @@ _CHECK_OWN = own_folder("pack", _own_files, _HALF_WRITTEN)
 
 
 def _group_images(
-    source: Source, without: npt.NDArray[np.int64] | None, skipped: list[str], *, unique_ids: bool
+    source: Source,
+    without: npt.NDArray[np.int64] | None,
+    skipped: list[str],
+    *,
+    unique_ids: bool,
+    workers: int,
 ) -> tuple[RowGroups, str]:
     """Group the usable pairs by image, and return a digest of all ids and texts."""
     images, ids = (np.zeros(len(source), dtype=np.uint64) for _ in range(2))
@@ -210,16 +218,16 @@ def _group_images(
     digest = hashlib.blake2b(digest_size=16)
     if without is not None:
         usable[without] = False
-    for index in np.flatnonzero(usable).tolist():
-        try:
-            row = _usable_row(source, index)
-        except DataError as error:
-            usable[index] = False
-            skipped.append(str(error))
-            continue
-        images[index] = id_digest(source, index, row.image_id)
-        ids[index] = digest_of(row.image_id)
-        digest.update(json.dumps([row.image_id, row.text_id, row.text]).encode())
+    jobs = chunked(np.flatnonzero(usable), _ROWS)
+    with parallel_map(_ReadRows(source), workers if len(jobs) > 2 else 0) as run:
+        for indexes, read in zip(jobs, run(jobs), strict=True):
+            for index, row in zip(indexes.tolist(), read, strict=True):
+                if isinstance(row, str):
+                    usable[index] = False
+                    skipped.append(row)
+                else:
+                    images[index], ids[index], content = row
+                    digest.update(content)
     rows = np.flatnonzero(usable)
     groups = group_rows(rows, images[rows])
     if unique_ids:
@@ -239,11 +247,25 @@ def _group_images(
     return groups, digest.hexdigest()
 
 
-def _usable_row(source: Source, index: int) -> Row:
-    row = source.row(index)
-    if not row.text.strip():
-        raise DataError(_("{where}: its text is empty", where=source.where(index)))
-    return row
+@dataclass(frozen=True, slots=True)
+class _ReadRows:
+    """Reads rows, in a worker: for each (image key, digest of the image id, all of it in JSON), or
+    why it is not usable."""
+
+    source: Source
+
+    def __call__(self, indexes: npt.NDArray[np.int64]) -> list[tuple[int, int, bytes] | str]:
+        return [self._read(index) for index in indexes.tolist()]
+
+    def _read(self, index: int) -> tuple[int, int, bytes] | str:
+        try:
+            row = self.source.row(index)
+        except DataError as error:
+            return str(error)
+        if not row.text.strip():
+            return _("{where}: its text is empty", where=self.source.where(index))
+        content = json.dumps([row.image_id, row.text_id, row.text]).encode()
+        return id_digest(self.source, index, row.image_id), digest_of(row.image_id), content
 
 
 @dataclass(frozen=True, slots=True)

@@ -272,7 +272,7 @@ def _stamp_of(uri: str) -> str | None:
         if time.time() - status.st_mtime < _NEW_SECONDS:
             return None
         parts.append(f"{path_text(path)}:{status.st_size}:{status.st_mtime_ns}")
-    return "\n".join(parts)
+    return "\n".join(parts) or None  # a remote source has no paths
 
 
 def check_nesting(roots: Sequence[Root]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from cn_clip.embedder import Embedder
 from cn_clip.errors import UsageError
 from cn_clip.search.background import prepare_search
-from cn_clip.search.folder import CACHE, LibraryFolder, create
+from cn_clip.search.folder import CACHE, LibraryFolder, StoredModel, create
 from cn_clip.search.indexing import Progress, index
 from cn_clip.search.library_model import check_same, load_for, same_origin
 from cn_clip.search.migration import Migration, migrate
@@ -99,6 +99,7 @@ def update(
     roots: Sequence[Root],
     load: Callable[[str], Embedder],
     *,
+    load_own: Callable[[LibraryFolder, StoredModel], Embedder] = load_for,
     model: str | None = None,
     thumbnails: bool = True,
     keep_old: bool = True,
@@ -112,6 +113,7 @@ def update(
         library: opened for writing.
         roots: from ``roots_to_update``.
         load: loads a model by name.
+        load_own: loads the library's own model.
         model: by default that of the library.
         thumbnails: whether to make them.
         keep_old, without_unreadable: as in ``migrate``.
@@ -130,7 +132,7 @@ def update(
 
     @cache
     def load_model() -> Embedder:
-        return load(name) if active is None or model is not None else load_for(library, active)
+        return load(name) if active is None or model is not None else load_own(library, active)
 
     if active is not None and model is not None:
         embedder = load_model()

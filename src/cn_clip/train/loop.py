@@ -15,6 +15,7 @@ from cn_clip.data.loading.loader import map_worker_errors
 from cn_clip.data.sources.open import open_mix
 from cn_clip.errors import UsageError
 from cn_clip.eval.dataset import eval_set_of
+from cn_clip.processes import usable_cpus
 from cn_clip.train.batches.batch import CachedLoader, LocalBatch, local_batches
 from cn_clip.train.model.center import center_texts
 from cn_clip.train.model.freeze import batch_norm_mode
@@ -102,7 +103,11 @@ def train(
             score_dtype=_AUTOCAST[recipe.evaluation.score_precision or recipe.machine.precision],
             log=log,
             stop=stack.enter_context(catch_stop_signals()),
-            mix=open_mix(recipe.data.train),
+            mix=open_mix(
+                recipe.data.train,
+                workers=usable_cpus(),
+                on_progress=lambda done, of: log.tick(_("indexing shards"), done, of or 0),
+            ),
             validation=eval_set_of(open_mix(recipe.data.val)) if recipe.data.val else None,
             kept=eval_set_of(open_mix(recipe.data.keep_data)) if recipe.data.keep_data else None,
         )

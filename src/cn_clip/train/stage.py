@@ -242,6 +242,7 @@ def _loader(run: Run, progress: Progress, model: CLIP) -> Loader | CachedLoader:
             run.folder / "features" / stage.name if folder is None else Path(folder).expanduser(),
             views=stage.views,
             workers=data.workers,
+            precision=stage.features_stored_as,
             tick=lambda done, of: _report_features(run, done, of),
         )
         loader = CachedLoader(

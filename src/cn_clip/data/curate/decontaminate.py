@@ -23,6 +23,7 @@ from cn_clip.data.curate.perceptual_hash import (
     search,
     without_margins,
 )
+from cn_clip.data.curate.row_keys import keys_of_source
 from cn_clip.data.process_map import Progress, chunked, no_progress, parallel_map
 from cn_clip.data.sources.base import Source, located
 from cn_clip.data.sources.open import id_digest
@@ -120,7 +121,7 @@ def decontaminate(
                 if isinstance(hashes, str):
                     raise DataError(_("unreadable test image: {hashes}", hashes=hashes))
                 test_hashes.append(hashes)
-    groups = _train_rows(train, captions, result)
+    groups = _train_rows(train, captions, result, workers)
     done = 0
     if test_hashes:
         test = _joined(test_hashes)
@@ -317,24 +318,20 @@ def _test_rows(against: Source, min_caption: int) -> tuple[npt.NDArray[np.int64]
 
 
 def _train_rows(
-    train: Source, captions: dict[int, int], result: DecontaminationResult
+    train: Source, captions: dict[int, int], result: DecontaminationResult, workers: int
 ) -> RowGroups:
     """Group the training pairs by image; add those whose caption is in ``captions``."""
-    images = np.zeros(len(train), dtype=np.uint64)
+    keys = keys_of_source(train, workers=workers)
+    result.unreadable += keys.errors.values()
     readable = np.ones(len(train), dtype=bool)
-    for index in range(len(train)):
-        try:
-            row = train.row(index)
-        except DataError as error:
-            readable[index] = False
-            result.unreadable.append(str(error))
-            continue
-        images[index] = id_digest(train, index, row.image_id)
-        same = captions.get(digest(plain(row.text))) if captions else None
-        if same is not None:
-            result.removed.append(RemovedPair(index, "caption", same))
+    readable[list(keys.errors)] = False
+    # The key of a caption with letters is the digest that ``captions`` has.
+    wanted = np.fromiter(captions, np.uint64, len(captions))
+    for index in np.flatnonzero(readable & np.isin(keys.captions, wanted)).tolist():
+        same = captions[int(keys.captions[index])]
+        result.removed.append(RemovedPair(index, "caption", same))
     rows = np.flatnonzero(readable)
-    return group_rows(rows, images[rows])
+    return group_rows(rows, keys.images[rows])
 
 
 def _pair_json(source: Source, index: int) -> dict[str, str]:

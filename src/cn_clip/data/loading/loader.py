@@ -10,7 +10,7 @@ import signal
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import TypeVar
@@ -21,11 +21,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cn_clip.data.captions import digest, plain
+from cn_clip.data.captions import digest
 from cn_clip.data.loading.augment import augment, generator_for
-from cn_clip.data.loading.sampler import BatchPart, Plan, batch_count, batches, plan_of
+from cn_clip.data.loading.sampler import BatchPart, batch_count, batches, plan_of
+from cn_clip.data.loading.stream_plan import Span
 from cn_clip.data.sources.base import Row, Source, located
-from cn_clip.data.sources.open import WeightedSource, id_digest
+from cn_clip.data.sources.open import Chain, WeightedSource, id_digest, is_forkable
+from cn_clip.data.sources.row_keys import caption_key
 from cn_clip.errors import CNClipError, DataError
 from cn_clip.image.decode import read_image, read_pixels
 from cn_clip.processes import end_with_parent, ignore_signals_in_worker
@@ -37,6 +39,7 @@ _Item = TypeVar("_Item")
 # Texts are padded to one of these lengths, so that a compiled model sees few shapes.
 _PADDED_LENGTHS = (8, 12, 16, 24, 32, 40, 52, 64, 96, 128, 256, 512)
 _GRACE_SECONDS = 600.0
+_MAX_PREFETCH = 16  # batches per worker; all are planned before the first is yielded
 MAX_LISTED = 1000  # reasons of skipped pairs that are kept
 
 
@@ -110,7 +113,7 @@ class PlannedLoader:
             rank: of this process, among ``world_size`` processes.
             max_skipped_fraction: fraction of unreadable pairs above which loading fails.
         """
-        self.plan: Plan = plan_of(mix, seed)
+        self.plan = plan_of(mix, seed, global_batch_size)
         self.seen, self.skipped = 0, 0
         self.reasons: list[str] = []
         self.sources = [part.source for part in mix]
@@ -122,10 +125,20 @@ class PlannedLoader:
         return batch_count(self.plan, self._size, self._world_size)
 
     def parts(self, epoch: int, start: int) -> Iterator[BatchPart]:
-        """Yield the pairs of this process's batches of an epoch, from batch ``start`` on."""
-        return batches(
+        """Yield the pairs of this process's batches of an epoch, from batch ``start`` on.
+
+        What a batch needs of streamed sources is read ahead when it is yielded.
+        """
+        begun: set[Span] = set()
+        for part in batches(
             self.plan, epoch, self._size, rank=self._rank, world_size=self._world_size, start=start
-        )
+        ):
+            for span in part.spans:
+                source = self.sources[span.source]
+                if span not in begun and isinstance(source, Chain):
+                    source.read_ahead(span.first, span.stop)
+            begun = set(part.spans)
+            yield replace(part, spans=())
 
     def count(self, pairs: int, reasons: Sequence[str]) -> None:
         """Count the pairs of a batch; there is a reason for each that was skipped.
@@ -186,8 +199,10 @@ class Loader(PlannedLoader):
             max_skipped_fraction=max_skipped_fraction,
         )
         self._preparation, self._workers, self._pin = preparation, workers, pin_memory
+        self._context = worker_context(self.sources)
         batch_bytes = math.ceil(global_batch_size / world_size) * 3 * preparation.resolution**2
-        self._prefetch = max(1, prefetch_bytes // (batch_bytes * max(1, workers)))
+        fits = prefetch_bytes // (batch_bytes * max(1, workers))
+        self._prefetch = min(max(1, fits), _MAX_PREFETCH)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch from batch ``start`` on; earlier ones are not read.
@@ -204,11 +219,17 @@ class Loader(PlannedLoader):
             prefetch_factor=self._prefetch if self._workers else None,
             pin_memory=self._pin,
             worker_init_fn=init_worker,
+            multiprocessing_context=self._context if self._workers else None,
         )
         with map_worker_errors(), open_iterator(loader) as iterator:
             for batch in iterator:
                 self.count(len(batch.rows) + len(batch.skipped), batch.skipped)
                 yield batch
+
+
+def worker_context(sources: Sequence[Source]) -> str | None:
+    """Return the start method of workers that read sources; None for Python's default."""
+    return None if all(is_forkable(source) for source in sources) else "forkserver"
 
 
 @contextmanager
@@ -295,8 +316,8 @@ def keys_of(row: Row, source: Source, number: int, index: int) -> list[int]:
     without width, case, spaces and punctuation, unless nothing else is left.
     """
     ids = row.image_id, row.text_id
-    image_key, text_id_key = (digest(f"{number}\0{id_digest(source, index, id)}") for id in ids)
-    return [image_key, text_id_key, digest(plain(row.text) or row.text)]
+    image_id_key, text_id_key = (digest(f"{number}\0{id_digest(source, index, id)}") for id in ids)
+    return [image_id_key, text_id_key, caption_key(row.text)]
 
 
 def stack_keys(keys: Sequence[Sequence[int]]) -> Tensor:

@@ -6,18 +6,18 @@ of processes can start at any position and agree.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from cn_clip.data.sources.open import WeightedSource
+from cn_clip.data.loading.permutation import permuted
+from cn_clip.data.loading.stream_plan import Span, StreamPlan
+from cn_clip.data.sources.base import Source
+from cn_clip.data.sources.open import Chain, WeightedSource
 from cn_clip.errors import UsageError
 from cn_clip.translation import _
-
-_ROUNDS = 6  # of the Feistel network; 4 suffice to be pseudo-random (Luby and Rackoff, 1988)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +57,12 @@ class Plan:
         return sources, indexes
 
 
-def plan_of(mix: Sequence[WeightedSource], seed: int) -> Plan:
+def plan_of(
+    mix: Sequence[WeightedSource], seed: int, global_batch_size: int = 1
+) -> Plan | StreamPlan:
     """Plan the epochs of a mix: weight times length pairs of each source.
+
+    If a source is streamed, it is a ``StreamPlan``, which depends on the batch size.
 
     Raises:
         UsageError: an epoch would be empty.
@@ -67,21 +71,35 @@ def plan_of(mix: Sequence[WeightedSource], seed: int) -> Plan:
     counts = tuple(round(part.weight * size) for part, size in zip(mix, sizes, strict=True))
     if not sum(counts):
         raise UsageError(_("an epoch of these sources has no pairs; raise their weights"))
-    return Plan(sizes, counts, seed)
+    shards = [shard_sizes(part.source) for part in mix]
+    if all(lengths is None for lengths in shards):
+        return Plan(sizes, counts, seed)
+    return StreamPlan(sizes, counts, seed, shards=shards, global_batch_size=global_batch_size)
+
+
+def shard_sizes(source: Source) -> npt.NDArray[np.int64] | None:
+    """Return the number of pairs of each shard of a streamed source; None for other sources."""
+    if not isinstance(source, Chain) or not source.streamed:
+        return None
+    return np.array([len(part) for part in source.parts], np.int64)
 
 
 @dataclass(frozen=True, slots=True)
 class BatchPart:
-    """The pairs of one process's local batch: source numbers (B,) and indexes in them (B,)."""
+    """The pairs of one process's local batch: source numbers (B,) and indexes in them (B,).
+
+    ``spans`` are the streamed pairs that the batch needs at hand.
+    """
 
     epoch: int
     batch: int
     sources: npt.NDArray[np.int64]
     indexes: npt.NDArray[np.int64]
+    spans: tuple[Span, ...] = ()
 
 
 def batches(
-    plan: Plan,
+    plan: Plan | StreamPlan,
     epoch: int,
     global_batch_size: int,
     *,
@@ -111,41 +129,11 @@ def batches(
         first = batch * global_batch_size
         size = min(global_batch_size, len(plan) - first)
         mine = np.arange(first + size * rank // world_size, first + size * (rank + 1) // world_size)
-        yield BatchPart(epoch, batch, *plan.pairs_at(epoch, mine))
+        spans = tuple(plan.spans(epoch, mine)) if isinstance(plan, StreamPlan) else ()
+        yield BatchPart(epoch, batch, *plan.pairs_at(epoch, mine), spans)
 
 
-def batch_count(plan: Plan, global_batch_size: int, world_size: int = 1) -> int:
+def batch_count(plan: Plan | StreamPlan, global_batch_size: int, world_size: int = 1) -> int:
     """Return the number of batches in an epoch."""
     full, rest = divmod(len(plan), global_batch_size)
     return full + (rest >= world_size)
-
-
-def permuted(positions: npt.NDArray[np.int64], size: int, *key: int) -> npt.NDArray[np.int64]:
-    """Return the values of a keyed permutation of ``range(size)`` at ``positions`` (N,).
-
-    A Feistel network over the next even number of bits, repeated until the value is below ``size``
-    (cycle walking; Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002): constant time
-    and memory per position.
-    """
-    half = max(1, math.ceil((size - 1).bit_length() / 2))
-    mask = np.uint64((1 << half) - 1)
-    keys = np.random.SeedSequence(key).generate_state(_ROUNDS, np.uint64)
-    values = positions.astype(np.uint64)
-    out = np.empty_like(values)
-    left = np.arange(len(values))
-    while len(left):
-        high, low = values >> np.uint64(half), values & mask
-        for round_key in keys:
-            high, low = low, high ^ (_mixed(low ^ round_key) & mask)
-        values = (high << np.uint64(half)) | low
-        fits = values < np.uint64(size)
-        out[left[fits]] = values[fits]
-        left, values = left[~fits], values[~fits]
-    return out.astype(np.int64)
-
-
-def _mixed(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Mix 64 bits: the finaliser of SplitMix64 (Steele, Lea and Flood, 2014)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from cn_clip.cache import VARIABLE, cache_folder
+from cn_clip.data.sources.shard_file import FileState, file_state
 from cn_clip.errors import CNClipError, UsageError
 from cn_clip.publish import atomic_file
 from cn_clip.translation import _
@@ -22,7 +23,10 @@ _Index = TypeVar("_Index")
 
 
 def cached_index(
-    path: Path, suffix: str, write: Callable[[Path], None], read: Callable[[Path], _Index]
+    path: Path,
+    suffix: str,
+    write: Callable[[Path], None],
+    read: Callable[[Path], _Index],
 ) -> _Index:
     """Read the index of a file; build it first if it is missing or damaged.
 
@@ -38,37 +42,65 @@ def cached_index(
     Raises:
         CNClipError: no folder is writable; or any error of ``write``.
     """
-    name = _name(path, suffix)
-    failed: list[str] = []
-    for root in _cache_roots(failed):
-        index = root / "index" / name
+    name = index_name(path.name, os.fsencode(os.path.realpath(path)), file_state(path.stat()))
+    return named_index(path.name, name + suffix, write, read)
+
+
+def named_index(
+    label: str, name: str, write: Callable[[Path], None], read: Callable[[Path], _Index]
+) -> _Index:
+    """Read the index of a name; build it first if it is missing or damaged. See ``cached_index``.
+
+    Args:
+        label: the file that it is the index of, for messages.
+        name: of the index, from ``index_name``, with a suffix.
+    """
+
+    def read_or_write(folder: Path) -> _Index:
+        index = folder / name
         try:
             if index.is_file():
                 return read(index)
         except Exception:  # parsers of a damaged index raise many kinds
             pass
+        with atomic_file(index) as temporary:
+            write(temporary)
+        return read(index)
+
+    return in_index_folder(label, read_or_write)
+
+
+def in_index_folder(name: str, use: Callable[[Path], _Index]) -> _Index:
+    """Call ``use`` with the folder of indexes; with another if it raises an ``OSError``.
+
+    Args:
+        name: what the indexes are of, for messages.
+        use: reads and writes files of the folder, which may be missing; raises ``OSError`` only if
+            the folder is not writable.
+
+    Raises:
+        CNClipError: no folder is writable; or any error of ``use``.
+    """
+    failed: list[str] = []
+    for root in _cache_roots(failed):
         try:
-            with atomic_file(index) as temporary:
-                write(temporary)
-            return read(index)
+            return use(root / "index")
         except OSError as error:
             failed.append(f"{root} ({error.strerror or error})")
     raise CNClipError(
         _(
             "the index of {name} cannot be written: {failed}; set another folder with {variable}",
-            name=path.name,
+            name=name,
             failed="; ".join(failed),
             variable=VARIABLE,
         )
     )
 
 
-def _name(path: Path, suffix: str) -> str:
-    status = path.stat()
-    state = os.fsencode(os.path.realpath(path))
-    state += f"\0{status.st_size}\0{status.st_mtime_ns}".encode()
-    digest = hashlib.blake2b(state, digest_size=8).hexdigest()
-    return f"{path.name[:40]}-{digest}{suffix}"
+def index_name(label: str, identity: bytes, state: FileState) -> str:
+    """Return the name of the index of a file in a state."""
+    identity += f"\0{state.size}\0{state.version}".encode()
+    return f"{label[:40]}-{hashlib.blake2b(identity, digest_size=8).hexdigest()}"
 
 
 def _cache_roots(failed: list[str]) -> Iterator[Path]:

@@ -7,24 +7,32 @@ import itertools
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qsl, quote
 
-from cn_clip.data.captions import digest
+import numpy as np
+import numpy.typing as npt
+
+from cn_clip.data.process_map import Progress, no_progress
 from cn_clip.data.sources.base import Row, Source
 from cn_clip.data.sources.folder import Folder
 from cn_clip.data.sources.lmdb import Lmdb
 from cn_clip.data.sources.official import Tsv
 from cn_clip.data.sources.parquet import Parquet
+from cn_clip.data.sources.remote import SCHEMES, find_files, is_remote
+from cn_clip.data.sources.row_keys import image_key
+from cn_clip.data.sources.shard_file import LocalFile, ShardFile
 from cn_clip.data.sources.table import Csv, JsonLines, Manifest, Table
 from cn_clip.data.sources.tar import Tar
+from cn_clip.data.sources.tar_shards import check_no_folder, open_tars
 from cn_clip.errors import DataError, UnknownNameError, UsageError
 from cn_clip.files import as_path, find
 from cn_clip.outputs import is_within
 from cn_clip.text import path_text
-from cn_clip.translation import _
+from cn_clip.translation import _, _n
 
 _MAX_FILES = 1_000_000  # that braces may expand to
 _MAX_DEPTH = 16  # of nested braces
@@ -38,8 +46,10 @@ SOURCE_OPTIONS = {
     "parquet": (*_COLUMNS, "root"),
     "tsv": ("texts", "encoding", "unpaired"),
     "lmdb": (),
-    "tar": (),
+    "tar": ("order", "damaged"),
 }
+ORDERS = ("random", "stream")
+DAMAGED = ("stop", "skip")  # what damaged shards do
 # Suffixes of files that are no source -> what to do.
 _JSON_REMEDY = (
     "a JSON file; write one object per line (jq -c '.[]' FILE > NEW.jsonl), or give jsonl:{path} "
@@ -57,7 +67,7 @@ class WeightedSource:
     weight: float = 1.0
 
 
-def open_source(uri: str) -> Source:
+def open_source(uri: str, *, workers: int = 0, on_progress: Progress = no_progress) -> Source:
     """Open ``KIND:PATH?OPTION=VALUE&...``; KIND is optional if the path implies it.
 
     Args:
@@ -65,17 +75,56 @@ def open_source(uri: str) -> Source:
             braces, ``{000..099}`` or ``{a,b}``; the files are concatenated. Options: the columns
             ``image``, ``text``, ``image_id``, ``text_id`` of a manifest, its ``root`` for relative
             paths, the ``encoding`` of texts, the ``texts`` file of a tsv, and its
-            ``unpaired=yes``, which includes images without texts and texts without images.
+            ``unpaired=yes``, which includes images without texts and texts without images; the
+            ``order`` that training reads a tar in, ``random`` or ``stream``; ``damaged=skip``,
+            which leaves damaged shards of several tars out. PATH of a tar may be a
+            URL, which is read in the order ``stream`` unless told otherwise.
+        workers: processes that index tar shards which have no index yet; 0 indexes in this process.
+        on_progress: called with (done, total) shards while they are indexed.
 
     Raises:
         UsageError: the URI is invalid.
         DataError: the source does not exist or is damaged.
     """
     kind, path, options = _parse_uri(uri)
-    paths = _expand(path)
-    if not paths:
+    files: Sequence[ShardFile]
+    if is_remote(path):
+        if kind != "tar":
+            raise UsageError(
+                _("{uri}: only tar shards are read from remote places; download it first", uri=uri)
+            )
+        paths, files = [], find_files(path, _expand_braces(path))
+    else:
+        paths = _expand(path)
+        files = [LocalFile(file) for file in paths]
+    if not files:
         raise DataError(_("{uri}: no file matches {path}", uri=uri, path=path))
-    parts = [_open_one(kind, file, options) for file in paths]
+    if kind == "tar":
+        order = options.get("order", ORDERS[is_remote(path)])
+        if order not in ORDERS:
+            raise UnknownNameError(_("order of {uri}:", uri=uri), order, ORDERS)
+        skip = options.get("damaged", DAMAGED[0])
+        if skip not in DAMAGED:
+            raise UnknownNameError(_("damaged of {uri}:", uri=uri), skip, DAMAGED)
+        parts, left_out = open_tars(
+            files, skip_damaged=skip == "skip", workers=workers, on_progress=on_progress
+        )
+        if left_out:
+            warnings.warn(
+                _n(
+                    "{uri}: {count:,} of {total:,} shards is left out; the first: {first}",
+                    "{uri}: {count:,} of {total:,} shards are left out; the first: {first}",
+                    len(left_out),
+                    uri=uri,
+                    total=len(files),
+                    first=left_out[0],
+                ),
+                stacklevel=2,
+            )
+        if order == "stream" or left_out:
+            return Chain(uri, parts, streamed=order == "stream", left_out=left_out)
+    else:
+        parts = [_open_one(kind, file, options) for file in paths]
     return parts[0] if len(parts) == 1 else Chain(uri, parts)
 
 
@@ -108,8 +157,12 @@ def split_source(folder: str, split: str) -> str:
     )
 
 
-def open_mix(uris: Sequence[str]) -> list[WeightedSource]:
+def open_mix(
+    uris: Sequence[str], *, workers: int = 0, on_progress: Progress = no_progress
+) -> list[WeightedSource]:
     """Open several sources; ``0.5@tar:a.tar`` uses half of the source's pairs per epoch.
+
+    ``workers`` and ``on_progress`` are those of ``open_source``.
 
     Raises:
         UsageError, DataError: as ``open_source``, or a weight is not positive.
@@ -129,7 +182,8 @@ def open_mix(uris: Sequence[str]) -> list[WeightedSource]:
             raise UsageError(
                 _("{uri}: the weight {weight} is not a number above zero", uri=uri, weight=weight)
             )
-        mix.append(WeightedSource(open_source(alone), factor))
+        source = open_source(alone, workers=workers, on_progress=on_progress)
+        mix.append(WeightedSource(source, factor))
     return mix
 
 
@@ -145,7 +199,7 @@ def paths_of(uri: str) -> list[Path]:
     here = Path(os.path.realpath("."))
     named = [as_path(options[option]) for option in ("texts", "root") if option in options]
     return [
-        *_expand(path),
+        *([] if is_remote(path) else _expand(path)),
         *(path for path in named if not is_within(here, Path(os.path.realpath(path)))),
     ]
 
@@ -158,10 +212,11 @@ def absolute_uri(uri: str) -> str:
     """
     kind, path, options = _parse_uri(uri)
     for option in ("texts", "root"):
-        if option in options:
+        if option in options and not is_remote(options[option]):
             options[option] = os.path.abspath(as_path(options[option]))
     query = "&".join(f"{name}={quote(value)}" for name, value in options.items())
-    absolute = os.path.join(os.getcwd(), os.path.expanduser(path))
+    local = os.path.join(os.getcwd(), os.path.expanduser(path))
+    absolute = path if is_remote(path) else local
     return f"{kind}:{absolute}" + (f"?{query}" if query else "")
 
 
@@ -172,11 +227,21 @@ def _weight_of(uri: str) -> tuple[str, str]:
 
 
 class Chain:
-    """Concatenated sources."""
+    """Concatenated sources; with ``streamed``, they are shards that training reads one by one.
 
-    def __init__(self, name: str, parts: Sequence[Source]) -> None:
+    ``left_out`` has a message for each file that is not among them.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        parts: Sequence[Source],
+        *,
+        streamed: bool = False,
+        left_out: Sequence[str] = (),
+    ) -> None:
         self.name = path_text(name)
-        self._parts = parts
+        self.parts, self.streamed, self._left_out = parts, streamed, list(left_out)
         self._starts = list(itertools.accumulate((len(part) for part in parts), initial=0))
 
     def __len__(self) -> int:
@@ -195,7 +260,15 @@ class Chain:
         return part.where(offset)
 
     def unmatched(self) -> list[str]:
-        return [message for part in self._parts for message in part.unmatched()]
+        unmatched = [message for part in self.parts for message in part.unmatched()]
+        return [*self._left_out, *unmatched]
+
+    def read_ahead(self, first: int, stop: int) -> None:
+        """Start reading the pairs ``first`` to ``stop``, which are of one shard."""
+        number = self.part(first)
+        part, start = self.parts[number], self._starts[number]
+        if isinstance(part, Tar):
+            part.read_ahead(first - start, stop - start)
 
     def part(self, index: int) -> int:
         """Return the number of the source that a pair is in."""
@@ -203,7 +276,27 @@ class Chain:
 
     def _locate(self, index: int) -> tuple[Source, int]:
         number = self.part(index)
-        return self._parts[number], index - self._starts[number]
+        return self.parts[number], index - self._starts[number]
+
+
+def parts_of(source: Source) -> Sequence[Source]:
+    """Return the concatenated sources, or the source alone."""
+    return source.parts if isinstance(source, Chain) else [source]
+
+
+def read_ahead(source: Source, indexes: npt.NDArray[np.int64]) -> None:
+    """Start reading the pairs of a streamed source that are about to be read."""
+    if not isinstance(source, Chain) or not source.streamed:
+        return
+    numbers = np.array([source.part(index) for index in indexes.tolist()])
+    for number in np.unique(numbers).tolist():
+        own = indexes[numbers == number]
+        source.read_ahead(int(own.min()), int(own.max()) + 1)
+
+
+def is_forkable(source: Source) -> bool:
+    """Return whether a forked process can read a source; of remote files it cannot."""
+    return not any(isinstance(part, Tar) and part.is_remote for part in parts_of(source))
 
 
 def id_digest(source: Source, index: int, id: str) -> int:
@@ -212,16 +305,13 @@ def id_digest(source: Source, index: int, id: str) -> int:
     Ids are unique within one file only: img2dataset counts from 0 in every folder, and rows without
     an id use their number.
     """
-    part = source.part(index) if isinstance(source, Chain) else 0
-    return digest(f"{part}\0{id}")
+    return image_key(source.part(index) if isinstance(source, Chain) else 0, id)
 
 
 def _open_one(kind: str, path: Path, options: dict[str, str]) -> Source:
     name, encoding = path_text(f"{kind}:{path}"), options.get("encoding")
-    if kind in ("csv", "jsonl", "parquet", "tar") and path.is_dir():
-        raise DataError(
-            _("{name} is a folder; give the files in it: {name}/*.{kind}", name=name, kind=kind)
-        )
+    if kind in ("csv", "jsonl", "parquet"):
+        check_no_folder(path, kind)
     if kind in ("csv", "jsonl", "parquet"):
         if not path.exists():
             raise DataError(_("{name}: no such file: {path}", name=name, path=path))
@@ -232,7 +322,7 @@ def _open_one(kind: str, path: Path, options: dict[str, str]) -> Source:
             "parquet": lambda: Parquet(name, path, columns),
         }
         root = as_path(options["root"]) if "root" in options else path.parent
-        return Manifest(name, open_table[kind](), root)
+        return Manifest(name, open_table[kind](), root, path, encoding)
     if kind == "folder":
         return Folder(name, path, encoding)
     if kind == "tsv":
@@ -247,12 +337,13 @@ def _open_one(kind: str, path: Path, options: dict[str, str]) -> Source:
                 )
             )
         return Tsv(name, path, texts, encoding, unpaired=unpaired == "yes")
-    return Lmdb(name, path) if kind == "lmdb" else Tar(path, name)
+    return Lmdb(name, path)
 
 
 def _parse_uri(uri: str) -> tuple[str, str, dict[str, str]]:
     kind, colon, path = uri.partition(":")
-    if not colon or (len(kind) == 1 and not kind.islower()):  # C:\photos is a Windows path
+    windows = len(kind) == 1 and not kind.islower()  # C:\photos
+    if not colon or windows or (kind in SCHEMES and is_remote(uri)):
         kind, path = "", uri
     path, _unused, query = path.partition("?")
     if "=" not in query and query:  # "?" of a glob

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -74,10 +75,24 @@ class Manifest:
     paths written on Windows, ``\\`` means ``/``.
     """
 
-    def __init__(self, name: str, table: Table, root: Path) -> None:
-        self.name = name
+    def __init__(
+        self, name: str, table: Table, root: Path, path: Path, encoding: str | None = None
+    ) -> None:
+        """Name the pairs of a table.
+
+        Args:
+            name: URI of the source.
+            table: its records.
+            root: folder of the images.
+            path: of the table's file.
+            encoding: of its text.
+        """
+        self.name, self.path = name, path
         self._table, self._root = table, root
         self._columns = table.columns
+        layout = repr((table.columns, encoding)).encode(errors="surrogateescape")
+        self.layout = hashlib.blake2b(layout, digest_size=4).hexdigest()
+        """Distinguishes what may be read of the file in several ways."""
 
     def __len__(self) -> int:
         return len(self._table)

@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,29 +24,45 @@ from torch.utils.data import DataLoader, Dataset
 
 from cn_clip import distributed, weights
 from cn_clip.arrays import read_npy
-from cn_clip.data.captions import digest
 from cn_clip.data.loading.loader import (
     Preparation,
     init_worker,
     open_iterator,
     pixels_of,
     stack_pixels,
+    worker_context,
 )
-from cn_clip.data.loading.sampler import BatchPart
-from cn_clip.data.sources.open import WeightedSource, id_digest
+from cn_clip.data.loading.sampler import BatchPart, shard_sizes
+from cn_clip.data.sources.array_file import ArrayFile, smallest, write_arrays
+from cn_clip.data.sources.base import Source
+from cn_clip.data.sources.open import WeightedSource, parts_of, read_ahead
+from cn_clip.data.sources.row_index import index_of
+from cn_clip.data.sources.row_keys import image_key, unreadable_key
+from cn_clip.data.sources.tar import Tar
 from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.format_version import FIELD, Format
 from cn_clip.model.clip import CLIP
 from cn_clip.outputs import entries, json_object_at, own_folder
+from cn_clip.processes import usable_cpus
 from cn_clip.publish import atomic_file
 from cn_clip.translation import _
 
 _FORMAT = Format("feature cache", 1)
 _RENAMED = {"pictures": "images"}  # in stamps without a format version
-_PER_SHARD = 4096  # images
+_PER_SHARD, _PER_LARGE_SHARD = 4096, 1 << 20  # images
+_KEPT_ROWS = 100_000  # rows of a mix whose distinct images are kept in a file
+_IMAGES_FILE = "images.index"
 _STAMP_FILE = "about.json"
 _SHARD = re.compile(r"features-\d{5,}\.npy")
-_OWN_FILE = re.compile(rf"{_SHARD.pattern}|about\.json")
+_OWN_FILE = re.compile(rf"{_SHARD.pattern}|about\.json|images\.index")
+
+
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "fp32": np.dtype(np.float32),
+    "fp16": np.dtype(np.float16),
+}
+Precision = Literal["fp32", "fp16"]
+"""How features are stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,34 +70,103 @@ class UniqueImages:
     """The distinct images of a mix.
 
     Attributes:
-        of_rows: for each source, the image index of each row, (rows,).
+        of_rows: for each source, the image index of each row, (rows,) of any type of integers.
         first_rows: the first (source, row) of each image, (P, 2).
         fingerprint: digest of the image ids.
     """
 
-    of_rows: list[npt.NDArray[np.int64]]
+    of_rows: list[npt.NDArray[Any]]
     first_rows: npt.NDArray[np.int64]
     fingerprint: str
 
 
 def unique_images(mix: Sequence[WeightedSource]) -> UniqueImages:
-    """Find the distinct images of a mix by their ids, without opening images."""
-    of_rows: list[npt.NDArray[np.int64]] = []
+    """Find the distinct images of a mix by their ids, without opening images.
+
+    Sources with an index are not read. The images of a streamed source are in the order of their
+    first rows, so that their features are computed shard by shard; others in the order of keys.
+    """
+    of_rows: list[npt.NDArray[Any]] = []
     first_rows: list[npt.NDArray[np.int64]] = []
     digests = hashlib.sha256()
     for number, part in enumerate(mix):
-        ids = np.empty(len(part.source), np.uint64)
-        for index in range(len(ids)):
-            try:
-                image_id = part.source.row(index).image_id
-                ids[index] = id_digest(part.source, index, image_id)
-            except CNClipError:  # an unreadable row counts as an image of its own, never used
-                ids[index] = digest(f"\0{index}")
-        _, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
+        keys = _image_keys(part.source)
+        _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+        if shard_sizes(part.source) is not None:
+            order = np.argsort(first)
+            position = np.empty_like(order)
+            position[order] = np.arange(len(order))
+            first, inverse = first[order], position[inverse]
         of_rows.append(inverse.astype(np.int64) + sum(len(rows) for rows in first_rows))
         first_rows.append(np.stack([np.full_like(first, number), first], axis=1))
-        digests.update(ids.tobytes())
+        digests.update(keys.tobytes())
     return UniqueImages(of_rows, np.concatenate(first_rows), digests.hexdigest()[:32])
+
+
+def _shared_unique_images(
+    mix: Sequence[WeightedSource], folder: Path, claim: Callable[[UniqueImages], None]
+) -> UniqueImages:
+    """Return the distinct images of a mix, after ``claim`` in the main process.
+
+    Of many, the main process keeps them in a file of the folder, which all processes map into
+    memory; it is read again while the sources stay the same.
+    """
+    if sum(len(part.source) for part in mix) < _KEPT_ROWS:
+        images = unique_images(mix)
+        distributed.on_main(lambda: claim(images))
+        return images
+    path, state = folder / _IMAGES_FILE, _state_of(mix)
+
+    def find_and_keep() -> None:
+        with suppress(DataError):
+            if state is not None and ArrayFile(path).values["sources"] == state:
+                claim(_kept_images(path))
+                return
+        images = unique_images(mix)
+        claim(images)
+        arrays = {f"rows {n}": smallest(rows) for n, rows in enumerate(images.of_rows)}
+        values = {"sources": state, "fingerprint": images.fingerprint}
+        with _disk_errors(folder), atomic_file(path) as temporary:
+            write_arrays(temporary, arrays | {"first": images.first_rows}, values)
+
+    distributed.on_main(find_and_keep)
+    return _kept_images(path)
+
+
+def _kept_images(path: Path) -> UniqueImages:
+    file = ArrayFile(path)
+    of_rows = [rows for name, rows in file.arrays.items() if name != "first"]
+    return UniqueImages(of_rows, file["first"], file.values["fingerprint"])
+
+
+def _state_of(mix: Sequence[WeightedSource]) -> str | None:
+    """Return a digest of the files of a mix, by size and version; None if a source has no such."""
+    digest = hashlib.sha256()
+    for part in mix:
+        for shard in parts_of(part.source):
+            if not isinstance(shard, Tar):
+                return None
+            digest.update(repr((shard.name, *shard.state)).encode())
+        digest.update(b"|" if shard_sizes(part.source) is None else b"~")
+    return digest.hexdigest()
+
+
+def _image_keys(source: Source) -> npt.NDArray[np.uint64]:
+    """Return the key of each row's image, (rows,)."""
+    keys = np.empty(len(source), np.uint64)
+    first = 0
+    for number, part in enumerate(parts_of(source)):
+        stop = first + len(part)
+        if (own := index_of(part, workers=usable_cpus())) is not None:
+            keys[first:stop] = own.image_keys(number, first)
+        else:
+            for index in range(first, stop):
+                try:
+                    keys[index] = image_key(number, source.row(index).image_id)
+                except CNClipError:  # an image of its own, never used
+                    keys[index] = unreadable_key(index)
+        first = stop
+    return keys
 
 
 def tower_fingerprint(model: CLIP) -> str:
@@ -96,9 +182,18 @@ def tower_fingerprint(model: CLIP) -> str:
 class ImageFeatures:
     """Reads the cached features of the pairs of a mix."""
 
-    def __init__(self, folder: Path, images: UniqueImages, views: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        images: UniqueImages,
+        views: int,
+        *,
+        per_shard: int,
+        precision: Precision = "fp32",
+    ) -> None:
         self._folder, self._images, self._views = folder, images, views
-        self._shards: dict[int, npt.NDArray[np.float32]] = {}
+        self._per_shard, self._dtype = per_shard, _DTYPES[precision]
+        self._shards: dict[int, npt.NDArray[Any]] = {}
 
     def features(self, part: BatchPart) -> Tensor:
         """Return float32 (B, D) of a local batch; rows of unreadable images are NaN."""
@@ -106,7 +201,7 @@ class ImageFeatures:
         for number, of_rows in enumerate(self._images.of_rows):
             in_source = part.sources == number
             images[in_source] = of_rows[part.indexes[in_source]]
-        shards, within = np.divmod(images, _PER_SHARD)
+        shards, within = np.divmod(images, self._per_shard)
         view = part.epoch % self._views
         rows = np.empty((len(images), self._shard(0).shape[2]), np.float32)
         for shard in np.unique(shards).tolist():
@@ -114,10 +209,11 @@ class ImageFeatures:
             rows[in_shard] = self._shard(shard)[within[in_shard], view]
         return torch.from_numpy(rows)
 
-    def _shard(self, number: int) -> npt.NDArray[np.float32]:
+    def _shard(self, number: int) -> npt.NDArray[Any]:
         if number not in self._shards:
             path = _shard_path(self._folder, number)
-            rows = min(_PER_SHARD, len(self._images.first_rows) - number * _PER_SHARD)
+            first = number * self._per_shard
+            rows = min(self._per_shard, len(self._images.first_rows) - first)
             try:
                 shard = read_npy(path, mapped=True)
             except DataError as error:
@@ -126,13 +222,14 @@ class ImageFeatures:
                 ) from None
             fits = shard.ndim == 3 and shard.shape[:2] == (rows, self._views)
             width = shard.shape[2] if number == 0 or not fits else self._shard(0).shape[2]
-            if not fits or shard.dtype != np.float32 or shard.shape[2] != width or not width:
+            if not fits or shard.dtype != self._dtype or shard.shape[2] != width or not width:
                 raise DataError(
                     _(
-                        "{path} has {dtype} of shape {shape}; expected float32 of shape ({rows}, "
-                        "{views}, D); delete it, and it is computed again",
+                        "{path} has {dtype} of shape {shape}; expected {expected} of shape "
+                        "({rows}, {views}, D); delete it, and it is computed again",
                         path=path,
                         dtype=shard.dtype,
+                        expected=self._dtype,
                         shape=shard.shape,
                         rows=rows,
                         views=self._views,
@@ -152,6 +249,7 @@ def cache_image_features(
     views: int = 1,
     batch: int = 64,
     workers: int = 2,
+    precision: Precision = "fp32",
     tick: Callable[[int, int], None] = lambda done, of: None,
 ) -> ImageFeatures:
     """Compute the missing features of a mix's images, and open the cache.
@@ -168,34 +266,34 @@ def cache_image_features(
         views: augmented versions of each image; epoch ``e`` uses version ``e % views``.
         batch: images encoded at once.
         workers: processes that read and decode.
+        precision: of the stored features.
         tick: called with the number of images done and the total.
 
     Raises:
         UsageError: the folder has features of another tower, preparation or set of images.
         DataError: the features cannot be written.
     """
-    images = unique_images(mix)
-    about = (
-        {FIELD: str(_FORMAT)}
-        | stamp
-        | {
-            "preparation": {k: v for k, v in asdict(preparation).items() if k != "context_length"},
-            "images": images.fingerprint,
-            "views": views,
-        }
+    about: dict[str, Any] = {FIELD: str(_FORMAT)} | stamp
+    about["preparation"] = {k: v for k, v in asdict(preparation).items() if k != "context_length"}
+    about |= {"views": views} | ({} if precision == "fp32" else {"stored as": precision})
+    images = _shared_unique_images(
+        mix,
+        folder,
+        lambda images: _check_stamp(folder, about | {"images": images.fingerprint}),
     )
-    distributed.on_main(lambda: _check_stamp(folder, about))
     count = len(images.first_rows)
-    shards = range(-(-count // _PER_SHARD))
+    dtype: np.dtype[Any] = _DTYPES[precision]
+    per_shard = distributed.on_main(lambda: _images_per_shard(folder, count))
+    shards = range(-(-count // per_shard))
     missing = distributed.on_main(
         lambda: [number for number in shards if not _shard_path(folder, number).exists()]
     )
     own = missing[distributed.rank() :: distributed.world_size()]
-    done = count - sum(min(_PER_SHARD, count - n * _PER_SHARD) for n in own)
+    done = count - sum(min(per_shard, count - n * per_shard) for n in own)
     tick(done, count)
     sources = [part.source for part in mix]
     for number in own:
-        rows_of_shard = images.first_rows[number * _PER_SHARD : (number + 1) * _PER_SHARD]
+        rows_of_shard = images.first_rows[number * per_shard : (number + 1) * per_shard]
         jobs = [
             (view, rows_of_shard[at : at + batch])
             for at in range(0, len(rows_of_shard), batch)
@@ -204,34 +302,79 @@ def cache_image_features(
         loaded = DataLoader(
             _Views(sources, preparation, jobs),
             batch_size=None,
+            sampler=_read_ahead(sources, jobs),
             num_workers=workers,
             worker_init_fn=init_worker,
+            multiprocessing_context=worker_context(sources) if workers else None,
         )
-        rows: list[list[npt.NDArray[np.float32]]] = [[] for _ in range(views)]
-        with open_iterator(loaded) as loaded_jobs:
-            for (view, _unused), (pixels, kept, size) in zip(jobs, loaded_jobs, strict=True):
-                features = run(pixels).float().cpu().numpy()
-                padded = np.full((size, features.shape[1]), np.nan, np.float32)
-                padded[kept] = features
-                rows[view].append(padded)
-                if view == views - 1:
+        rows: list[npt.NDArray[Any]] = []  # of one batch, by view
+        with ExitStack() as stack:
+            with _disk_errors(folder):
+                path = stack.enter_context(atomic_file(_shard_path(folder, number)))
+                stream = stack.enter_context(path.open("wb"))
+            with open_iterator(loaded) as loaded_jobs:
+                for (view, _unused), (pixels, kept, size) in zip(jobs, loaded_jobs, strict=True):
+                    features = run(pixels).float().cpu().numpy()
+                    padded: npt.NDArray[Any] = np.full((size, features.shape[1]), np.nan, dtype)
+                    padded[kept] = features
+                    rows.append(padded)
+                    if view < views - 1:
+                        continue
+                    block = np.stack(rows, axis=1)  # (B, views, D)
+                    rows.clear()
+                    with _disk_errors(folder):
+                        _append(stream, block, (len(rows_of_shard), *block.shape[1:]))
                     done += size
                     tick(done, count)
-        shard = np.stack([np.concatenate(parts) for parts in rows], axis=1)  # (P, views, D)
-        try:
-            with atomic_file(_shard_path(folder, number)) as path, path.open("wb") as stream:
-                np.save(stream, shard)
-        except OSError as error:
-            raise DataError(
-                _(
-                    "features could not be written to {folder}: {error}; finished shards are "
-                    "kept; continue from them with --resume auto",
-                    folder=folder,
-                    error=error,
-                )
-            ) from error
+            with _disk_errors(folder):
+                stack.close()
     distributed.barrier()
-    return ImageFeatures(folder, images, views)
+    return ImageFeatures(folder, images, views, per_shard=per_shard, precision=precision)
+
+
+def _images_per_shard(folder: Path, count: int) -> int:
+    """Return how many images a shard has: many if there are many. Caches of earlier versions have
+    small shards only."""
+    if count <= _PER_LARGE_SHARD:
+        return _PER_SHARD
+    with suppress(DataError):
+        if len(read_npy(_shard_path(folder, 0), mapped=True)) == _PER_SHARD:
+            return _PER_SHARD
+    return _PER_LARGE_SHARD
+
+
+def _append(stream: BinaryIO, block: npt.NDArray[Any], shape: tuple[int, ...]) -> None:
+    """Append rows to an array of the given shape in a ``.npy`` file."""
+    if not stream.tell():
+        header = {"descr": block.dtype.str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(stream, header)
+    stream.write(block.tobytes())
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            _(
+                "features could not be written to {folder}: {error}; finished shards are "
+                "kept; continue from them with --resume auto",
+                folder=folder,
+                error=error,
+            )
+        ) from error
+
+
+def _read_ahead(
+    sources: Sequence[Source], jobs: Sequence[tuple[int, npt.NDArray[np.int64]]]
+) -> Iterator[int]:
+    """Yield the numbers of jobs; streamed pairs of a job are read ahead when it is yielded."""
+    for number, (view, rows) in enumerate(jobs):
+        if view == 0 and len(rows):
+            for source in np.unique(rows[:, 0]).tolist():
+                read_ahead(sources[source], rows[rows[:, 0] == source, 1])
+        yield number
 
 
 class _Views(Dataset[tuple[Tensor, list[int], int]]):
@@ -272,7 +415,7 @@ def _own_features(folder: Path) -> Collection[str]:
     if not {"preparation", "images", "views"} <= stamp.keys():
         return ()
     shards = (name for name in entries(folder) if _SHARD.fullmatch(name))
-    return {_STAMP_FILE, *shards}
+    return {_STAMP_FILE, _IMAGES_FILE, *shards}
 
 
 FEATURES = own_folder("train", _own_features, _OWN_FILE)

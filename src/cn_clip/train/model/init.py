@@ -108,6 +108,17 @@ def initial_model(start: Start, seed: int) -> tuple[CLIP, list[Origin]]:
     return model, [origin for origin in origins if origin.names]
 
 
+def initial_config(start: Start) -> ModelConfig:
+    """Return the config of the initial model; no weights are read.
+
+    Raises:
+        UsageError, UnknownModelError, MissingWeightsError, CheckpointError: as ``initial_model``.
+    """
+    if start.checkpoint is None or start.model is not None:
+        return _config(start, None)
+    return _config(start, weights.read_config(_locate(start.checkpoint)))
+
+
 def _config(start: Start, of_checkpoint: ModelConfig | None) -> ModelConfig:
     if start.model is not None:
         config = _named_config(start.model)

@@ -214,6 +214,9 @@ class Stage:
         False, "Compute the features of the frozen image tower once, and keep them on disk"
     )
     views: int = _option(1, "Augmented versions of each image in the feature cache", (1, 1000))
+    features_stored_as: Literal["fp32", "fp16"] = _option(
+        "fp32", "Precision of the feature cache on disk; fp16 takes half the space"
+    )
     center_texts: bool = _option(
         False,
         "Before the first step, project the mean image embedding of the training pairs out of "

@@ -1,0 +1,70 @@
+"""JSON responses, and how requests and errors appear in the OpenAPI description."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Response
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from pydantic_core import to_json
+
+from cn_clip.serve.schemas import ErrorResponse
+
+_REFERENCE = "#/components/schemas/{model}"
+_ERRORS = {
+    400: "The request is invalid.",
+    401: "An API key is needed.",
+    403: "Not from another site, or not allowed by the owner.",
+    404: "There is no such thing.",
+    408: "The body did not arrive in time.",
+    413: "The body is too large.",
+    429: "The server is busy; see Retry-After.",
+    503: "The server cannot answer now.",
+}
+
+
+def json_response(
+    values: Any, *, status: int = 200, headers: dict[str, str] | None = None
+) -> Response:
+    """Return a response of JSON values."""
+    return Response(to_json(values), status, headers, "application/json")
+
+
+def errors(*more: int) -> dict[int | str, dict[str, Any]]:
+    """Return the errors of a route for its description: those of all routes, and more."""
+    codes = sorted({401, 403, 503, *more})
+    return {code: {"model": ErrorResponse, "description": _ERRORS[code]} for code in codes}
+
+
+def body_of(model: type[BaseModel]) -> dict[str, Any]:
+    """Return the description of a body that the route itself parses."""
+    schema = {"$ref": _REFERENCE.format(model=model.__name__)}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def describe(app: FastAPI, bodies: list[type[BaseModel]], description: str) -> None:
+    """Make ``app.openapi`` complete: bodies that routes parse themselves, keys, no 422."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = get_openapi(
+                title=app.title, version=app.version, description=description, routes=app.routes
+            )
+            _key, parts = models_json_schema(
+                [(body, "validation") for body in bodies], ref_template=_REFERENCE
+            )
+            components = schema.setdefault("components", {})
+            components.setdefault("schemas", {}).update(parts["$defs"])
+            for name in ("HTTPValidationError", "ValidationError"):
+                components["schemas"].pop(name, None)
+            components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            schema["security"] = [{"key": []}]
+            for path in schema["paths"].values():
+                for operation in path.values():
+                    operation["responses"].pop("422", None)
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
