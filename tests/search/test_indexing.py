@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+import sqlite3
 import sys
 import tarfile
 import threading
@@ -26,7 +27,7 @@ from search.libraries import (
 )
 
 from cn_clip.errors import CNClipError, LibraryError, UsageError
-from cn_clip.search import roots, updating, watching
+from cn_clip.search import database, roots, updating, watching
 from cn_clip.search.folder import create
 from cn_clip.search.images import image_bytes
 from cn_clip.search.purge import remove_images
@@ -577,3 +578,39 @@ def test_a_number_above_the_integers_of_the_database_is_a_usage_error(library, a
             with pytest.raises(UsageError, match="limit of the database"):
                 remove_images(folder, [1, image])
         assert folder.query("SELECT COUNT(*) FROM images") == [(4,)]
+
+
+def test_what_a_library_has_lost_is_named_with_the_way_out(library, album):
+    index(library, album)
+    about, stored = library / "library.json", library / "library.db"
+    content = about.read_bytes()
+    about.write_text("{")
+    with pytest.raises(LibraryError, match=r"library\.json is damaged; copy it from a backup"):
+        index(library, album)
+    about.write_bytes(content)
+    stored.write_bytes(b"no database")
+    with pytest.raises(LibraryError, match="restore a backup, or index again"):
+        index(library, album)
+    stored.unlink()
+    with pytest.raises(LibraryError, match=r"has lost its library\.db; restore a backup"):
+        index(library, album)
+
+
+def test_a_lock_is_not_taken_for_damage(library, album, monkeypatch):
+    index(library, album)
+    monkeypatch.setattr(database, "_BUSY_SECONDS", 0.01)
+    with sqlite3.connect(library / "library.db", isolation_level=None) as other:
+        other.execute("PRAGMA journal_mode = DELETE")
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(LibraryError, match="busy"):
+            problems(library)
+        other.execute("ROLLBACK")
+    other.close()
+    assert problems(library) == []
+
+
+def test_a_folder_that_is_gone_counts_its_images_only(library, album):
+    (album / "broken.jpg").write_bytes(b"no image")
+    assert counts(index(library, album)) == {"new": 4, "embedded": 4}
+    shutil.rmtree(album)
+    assert counts(index(library)) == {"unchanged": 4}

@@ -122,13 +122,12 @@ def map_errors(folder: Path) -> Iterator[None]:
             _("a number is above 2^63, the limit of the database; give a smaller one")
         ) from None
     except sqlite3.DatabaseError as error:
-        code = getattr(error, "sqlite_errorcode", None)
-        primary = None if code is None else code & 0xFF
-        no_table = primary == sqlite3.SQLITE_ERROR and "no such table" in str(error)
-        if primary in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or no_table:
+        primary = _primary_code(error)
+        if is_damage(error):
             raise LibraryError(
                 _(
-                    "the database of {library} is damaged ({error}); see: cn-clip library verify",
+                    "the database of {library} is damaged ({error}); try cn-clip library repair, "
+                    "else restore a backup, or index again into a new library",
                     library=name,
                     error=error,
                 )
@@ -158,8 +157,29 @@ def map_errors(folder: Path) -> Iterator[None]:
         raise
 
 
+def is_damage(error: sqlite3.Error) -> bool:
+    """Return whether SQLite says that the database itself is damaged, or lacks a table."""
+    code = _primary_code(error)
+    no_table = code == sqlite3.SQLITE_ERROR and "no such table" in str(error)
+    return no_table or code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def _primary_code(error: sqlite3.Error) -> int | None:
+    code: int | None = getattr(error, "sqlite_errorcode", None)
+    return None if code is None else code & 0xFF
+
+
 def _connect(folder: Path, *, writable: bool, create: bool = False) -> sqlite3.Connection:
     path = folder / DATABASE
+    if not create and not os.path.lexists(path):
+        raise LibraryError(
+            _(
+                "{library} has lost its {file}; restore a backup, or index again into a new "
+                "library",
+                library=path_text(folder),
+                file=DATABASE,
+            )
+        )
     mode = "rwc" if create else "rw" if writable or _can_write(folder) else _read_only(path)
     # Not closed by `with`: that only commits.
     connection = sqlite3.connect(

@@ -195,7 +195,8 @@ class _Run:
         self.progress.skipped = dict(Counter(self.progress.skipped) + listing.skipped)
         if listing.entries is None:  # unchanged, or not there
             counted = self.library.query(
-                "SELECT COUNT(*) FROM files WHERE root = ? AND present", (root_id,)
+                "SELECT COUNT(*) FROM files WHERE root = ? AND present AND image IS NOT NULL",
+                (root_id,),
             )
             self.progress.unchanged += counted[0][0]
             return []

@@ -93,6 +93,13 @@ def check_library(path: Path) -> None:
                 library=path_text(path),
             )
         )
+    if FIELD not in about and (path / ABOUT).exists():
+        raise LibraryError(
+            _(
+                "{file} is damaged; copy it from a backup, or from another library",
+                file=path_text(path / ABOUT),
+            )
+        )
     if FIELD not in about:
         raise LibraryError(
             _(

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cn_clip.errors import CNClipError, LibraryError
+from cn_clip.search import database
 from cn_clip.search.folder import LibraryFolder, StoredModel
 from cn_clip.search.migration import unused_vectors
 from cn_clip.search.reading import digest_of
@@ -102,7 +103,11 @@ def verify(
 
 def database_damage(library: LibraryFolder) -> list[str]:
     """Return what SQLite finds wrong with the database; empty if nothing."""
-    connection = library.database.connection
+    with database.map_errors(library.path):
+        return _damage(library.database.connection)
+
+
+def _damage(connection: sqlite3.Connection) -> list[str]:
     try:
         rows = connection.execute(f"PRAGMA integrity_check({_LISTED})").fetchall()
         messages = [str(text) for (text,) in rows if text != "ok"]
@@ -119,8 +124,10 @@ def database_damage(library: LibraryFolder) -> list[str]:
                     parent=parent,
                 )
             )
-    except sqlite3.DatabaseError as error:  # damage that stops the check itself
-        return [str(error)]
+    except sqlite3.DatabaseError as error:
+        if not database.is_damage(error):  # such as a lock of another process
+            raise
+        return [str(error)]  # it stops the check itself
     return messages[:_LISTED]
 
 
