@@ -108,7 +108,7 @@ class Server:
         elif kind == "infinity":
             command = [infinity, "v2", "--model-id", str(folder / "hf"), "--device", "cpu"]
             command += ["--served-model-name", "default", "--port", str(self.port)]
-            command += ["--engine", "torch", "--no-bettertransformer"]
+            command += ["--engine", "torch", "--no-bettertransformer", "--no-model-warmup"]
         else:
             command = [sys.executable, __file__, "server", kind, model, str(self.port)]
         environment = dict(os.environ)
@@ -118,7 +118,7 @@ class Server:
         self.process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
         )
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not self.ready():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit(f"{kind} did not start: {' '.join(command)}")

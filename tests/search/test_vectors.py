@@ -3,15 +3,17 @@
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 import threading
 
 import numpy as np
 import pytest
 
 from cn_clip.errors import CNClipError, UsageError
-from cn_clip.search import exact
+from cn_clip.search import ann, exact
 from cn_clip.search import vectors as picker
-from cn_clip.search.ann import FILE, AnnIndex
+from cn_clip.search.ann import ABOUT, FILE, AnnIndex
 from cn_clip.search.codes import Codes, encode
 from cn_clip.search.exact import search_exact
 from cn_clip.search.kernels import float32_of
@@ -69,7 +71,7 @@ def gallery():
 @pytest.fixture(params=["numkong", "numpy"])
 def kernels(request, monkeypatch):
     if request.param == "numpy":
-        for module in ("kernels", "exact", "ann"):
+        for module in ("kernels", "exact"):
             monkeypatch.setattr(f"cn_clip.search.{module}.has_numkong", lambda: False)
     else:
         pytest.importorskip("numkong")
@@ -83,7 +85,13 @@ def small_blocks(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def built(gallery, tmp_path_factory):
+def faiss():
+    if ann.load_faiss() is None:
+        pytest.skip("needs faiss, on Linux")
+
+
+@pytest.fixture(scope="module")
+def built(gallery, tmp_path_factory, faiss):
     """An index of all but the last 500 rows."""
     folder = tmp_path_factory.mktemp("ann")
     AnnIndex.build(gallery[:-500], folder, draw_queries(100, seed=5))
@@ -152,7 +160,9 @@ def test_rows_that_are_not_finite_are_not_returned(gallery, kernels, tmp_path):
         agrees(search_exact(vectors, queries, 10, codes=codes), oracle(expected, queries, 10))
 
 
-def test_rows_that_were_purged_after_they_were_coded_hide_no_others(gallery, kernels, tmp_path):
+def test_rows_that_were_purged_after_they_were_coded_hide_no_others(
+    gallery, kernels, tmp_path, faiss
+):
     queries = draw_queries(3)
     codes = Codes.update(tmp_path, gallery)
     AnnIndex.build(gallery, tmp_path, draw_queries(30, seed=5))
@@ -267,7 +277,7 @@ def test_damaged_codes_are_not_used_and_are_made_again(gallery, tmp_path, damage
 def test_the_index_finds_what_it_was_tuned_for_and_appended_rows_exactly(gallery, built, kernels):
     index = AnnIndex.open(built, gallery)
     assert index.rows == ROWS - 500 and not index.is_outgrown
-    assert index.probes < len(index.centroids)
+    assert index.probes < index.lists
     queries = draw_queries(200, seed=8)
     expected = oracle(gallery, queries, 10)
     found = index.search(queries, 10)
@@ -301,7 +311,22 @@ def test_the_index_finds_rows_far_from_a_query_that_a_filter_leaves(built, galle
     assert recall(found, oracle(gallery, queries, 10, allowed)) >= 0.9
 
 
-def test_an_index_of_few_or_equal_rows_is_searched_too(tmp_path):
+@pytest.mark.parametrize("share", [0.5, 0.2])
+def test_the_index_finds_what_is_left_when_a_filter_excludes_all_that_is_near(
+    built, gallery, share
+):
+    index = AnnIndex.open(built, gallery)
+    reached = []
+    for query in draw_queries(20, seed=8):
+        scores = gallery.astype(np.float32) @ query
+        allowed = scores < np.quantile(scores, share)
+        found = index.search(query[None], 10, allowed=allowed)
+        assert allowed[found.indexes].all()
+        reached.append(recall(found, oracle(gallery, query[None], 10, allowed)))
+    assert np.mean(reached) >= 0.8
+
+
+def test_an_index_of_few_or_equal_rows_is_searched_too(tmp_path, faiss):
     for vectors in (draw(1), np.repeat(draw(1), 300, axis=0), draw(50)):
         index = AnnIndex.build(vectors, tmp_path, draw_queries(3))
         agrees(index.search(draw_queries(2), 5), oracle(vectors, draw_queries(2), 5))
@@ -314,6 +339,9 @@ def test_an_index_of_few_or_equal_rows_is_searched_too(tmp_path):
 def test_a_damaged_or_foreign_index_is_not_used(gallery, built, tmp_path, at):
     raw = bytearray((built / FILE).read_bytes())
     vectors = gallery
+    (tmp_path / ABOUT).write_bytes((built / ABOUT).read_bytes())
+    (tmp_path / FILE).write_bytes(raw)
+    assert AnnIndex.open(tmp_path, gallery) is not None
     if at == "cut":
         raw = raw[:-100]
     elif at == "empty":
@@ -327,35 +355,103 @@ def test_a_damaged_or_foreign_index_is_not_used(gallery, built, tmp_path, at):
     assert AnnIndex.open(built, gallery[:1000]) is None
 
 
-def test_positions_in_an_index_are_checked_even_if_its_checksum_is_right(
-    gallery, built, tmp_path, monkeypatch
-):
-    monkeypatch.setattr("cn_clip.search.ann._digest", lambda *_: "any")
-    raw = bytearray((built / FILE).read_bytes())
-    head = json.loads(raw[:4096].rstrip(b"\0")) | {"digest": "any"}
+def test_an_index_is_only_used_with_its_own_description(gallery, built, tmp_path):
+    about = json.loads((built / ABOUT).read_text())
 
-    def opened(place, value, **changed):
-        wrong = raw.copy()
-        wrong[:4096] = json.dumps(head | changed).encode().ljust(4096, b"\0")
-        wrong[place : place + len(value)] = value
-        (tmp_path / FILE).write_bytes(wrong)
+    def opened(text):
+        (tmp_path / ABOUT).write_text(text)
         return AnnIndex.open(tmp_path, gallery)
 
-    lists = head["lists"]
-    starts = 4096 + -(-lists * DIM * 2 // 4096) * 4096
-    ids = starts + -(-(lists + 1) * 8 // 4096) * 4096
-    assert opened(0, b"") is not None
-    for number in (-1, 1 << 40):
-        assert opened(starts + 16, number.to_bytes(8, "little", signed=True)) is None
-    for number in (-1, ROWS):
-        assert opened(ids + 4, number.to_bytes(4, "little", signed=True)) is None
+    (tmp_path / FILE).write_bytes((built / FILE).read_bytes())
+    assert opened(json.dumps(about)) is not None
+    for text in ("", "[]", "[" * 100_000, json.dumps(about)[:-1]):
+        assert opened(text) is None
     for name in ("probes", "rows", "lists", "members", "dim"):
         for value in (0, -1, 1 << 40, "1", None, 1.0, True):
-            assert opened(0, b"", **{name: value}) is None
+            assert opened(json.dumps(about | {name: value})) is None
+    for name in ("format", "faiss", "vectors", "index"):
+        assert opened(json.dumps(about | {name: "other"})) is None
+    AnnIndex.build(gallery[:4000], tmp_path, draw_queries(3))  # an index newer than a description
+    assert opened(json.dumps(about)) is None
+
+
+def test_wrong_rows_in_an_index_are_not_returned_even_if_its_checksum_is_right(
+    gallery, built, tmp_path
+):
+    queries = draw_queries(20, seed=8)
+    expected = AnnIndex.open(built, gallery[:-500]).search(queries, 10)
+    first = np.unique(expected.indexes[:, 0])
+    raw = (built / FILE).read_bytes()
+    for row, wrong in zip(first, (-2, ROWS - 400, ROWS, 1 << 40, -(1 << 63)), strict=False):
+        ids = [int(number).to_bytes(8, "little", signed=True) for number in (row, wrong)]
+        assert ids[0] in raw
+        raw = raw.replace(*ids)
+    (tmp_path / FILE).write_bytes(raw)
+    about = json.loads((built / ABOUT).read_text())
+    with (tmp_path / FILE).open("rb") as stream:
+        digest = ann._index_digest(stream, about["members"], about["dim"])
+    (tmp_path / ABOUT).write_text(json.dumps(about | {"index": digest}))
+    index = AnnIndex.open(tmp_path, gallery[:-500])
+    for allowed in (None, np.ones(ROWS - 500, bool)):
+        found = index.search(queries, 10, allowed=allowed)
+        assert ((found.indexes >= 0) & (found.indexes < ROWS - 500)).all()
+        assert not np.isin(found.indexes, first[:5]).any()
+        scores = (queries[:, None] * gallery[found.indexes].astype(np.float64)).sum(axis=2)
+        np.testing.assert_allclose(found.scores, scores, rtol=0, atol=1e-6)
+
+
+def test_an_index_may_be_in_a_folder_whose_name_is_not_utf_8(gallery, tmp_path, faiss):
+    folder = tmp_path / os.fsdecode(b"\xff")
+    queries = draw_queries(20, seed=8)
+    found = AnnIndex.build(gallery, folder, queries).search(queries, 10)
+    assert recall(found, oracle(gallery, queries, 10)) >= 0.97
+    assert AnnIndex.open(folder, gallery) is not None
+
+
+def test_rows_that_are_not_finite_are_not_indexed(gallery, tmp_path, faiss):
+    vectors = gallery.copy()
+    vectors[20, 3], vectors[21, 4] = np.inf, np.nan
+    index = AnnIndex.build(vectors, tmp_path, draw_queries(20, seed=5))
+    assert index.index.ntotal == ROWS - 5
+    found = index.search(vectors[[22]].astype(np.float32), 10)
+    assert found.indexes[0, 0] == 22 and not np.isin(found.indexes, (20, 21)).any()
+
+
+def test_a_large_library_without_faiss_is_searched_by_codes_and_a_warning_says_so_once(
+    gallery, built, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(picker, "ANN_ROWS", 1000)
+    for module in (picker, ann):
+        monkeypatch.setattr(module, "load_faiss", lambda: None)
+    picker._warn_of_missing_faiss.cache_clear()
+    queries = draw_queries(30, seed=8)
+    with pytest.warns(UserWarning, match="pip install faiss-cpu"):
+        prepare(gallery[:-100], tmp_path, queries)
+    prepare(gallery, tmp_path, queries)
+    assert Codes.open(tmp_path, gallery).rows == ROWS and not (tmp_path / FILE).exists()
+    found = search_vectors(gallery, queries, 10, cache=tmp_path)
+    assert recall(found, oracle(gallery, queries, 10)) >= 0.99
+    assert AnnIndex.open(built, gallery) is None
+    with pytest.raises(UsageError, match="pip install faiss-cpu"):
+        AnnIndex.build(gallery, tmp_path, queries)
+
+
+def test_a_small_library_never_imports_faiss(gallery, tmp_path, monkeypatch):
+    monkeypatch.setattr(picker, "load_faiss", lambda: pytest.fail("imported"))
+    monkeypatch.setattr(ann, "load_faiss", lambda: pytest.fail("imported"))
+    prepare(gallery, tmp_path, draw_queries(1))
+    search_vectors(gallery, draw_queries(1), 10, cache=tmp_path)
+    code = "import cn_clip.search.library, sys; sys.exit('faiss' in sys.modules)"
+    assert not subprocess.run([sys.executable, "-c", code]).returncode
+
+
+def test_faiss_is_not_loaded_where_it_may_end_the_process(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert ann.load_faiss.__wrapped__() is None
 
 
 def test_small_galleries_are_searched_exactly_and_large_ones_by_the_index(
-    gallery, tmp_path, monkeypatch
+    gallery, tmp_path, monkeypatch, faiss
 ):
     queries = draw_queries(30, seed=8)
     expected = oracle(gallery, queries, 10)
@@ -400,7 +496,7 @@ def test_caches_stay_open_until_a_file_changes(gallery, tmp_path, monkeypatch):
     assert len(opened) == 2
 
 
-def test_an_index_is_replaced_while_others_search_it(gallery, tmp_path, monkeypatch):
+def test_an_index_is_replaced_while_others_search_it(gallery, tmp_path, monkeypatch, faiss):
     monkeypatch.setattr(picker, "ANN_ROWS", 1000)
     queries = draw_queries(5, seed=8)
     prepare(gallery, tmp_path, queries)
@@ -421,7 +517,7 @@ def test_a_folder_that_is_not_writable_is_reported(gallery, tmp_path):
         Codes.update(tmp_path, gallery)
 
 
-def test_a_file_in_the_place_of_the_folder_is_reported(gallery, tmp_path):
+def test_a_file_in_the_place_of_the_folder_is_reported(gallery, tmp_path, faiss):
     (tmp_path / "cache").write_text("")
     with pytest.raises(CNClipError, match="could not write"):
         Codes.update(tmp_path / "cache", gallery)

@@ -1,15 +1,15 @@
-"""An approximate index of a vector file: cells of similar rows, scanned as int8 codes.
+"""An approximate index of a vector file, by faiss: cells of similar rows, scanned as int8 codes.
 
-An inverted file (Jegou et al., Product Quantization for Nearest Neighbor Search, 2011, section 4):
-spherical k-means splits the rows into cells, and a query scans the cells whose centroids are
-nearest to it. The codes of a cell lie together, so a cell is one read of consecutive bytes of a
-memory map. The best candidates are scored exactly, from the vectors. How many cells are scanned is
-chosen when the index is built, so that a sample of queries reaches a recall.
+The index is faiss's ``IVF{lists},SQ8`` (Douze et al., The Faiss library, arXiv:2401.08281): a query
+scans the codes of the cells whose centroids are nearest to it. The best candidates are scored
+exactly, from the vectors. How many cells are scanned is chosen when the index is built, so that a
+sample of queries reaches a recall.
 
-The index is one file in a folder that may be deleted at any time. It is written beside its place
-and renamed. It is only used for the vectors it was built from: its small parts have a checksum, a
-sample of its codes is compared with the vectors. Every value that is used as a position is checked,
-so a file of others can hide results but do nothing else.
+Files in the folder: ``ann.faiss``, and ``ann.json``, which is written last and says what the index
+was built from. Both may be deleted at any time. The codes are mapped into memory. A checksum of a
+sample of the vectors, and one of the size of the index, of all before its codes and of samples of
+those, are compared before faiss reads the file. Damage between the samples can hide results, but
+never returns a wrong score. A checksum is no signature: the folder must be the user's own.
 """
 
 from __future__ import annotations
@@ -18,22 +18,25 @@ import bisect
 import hashlib
 import json
 import math
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from cn_clip.errors import UsageError
+from cn_clip.files import read_file
 from cn_clip.format_version import FIELD, Format
 from cn_clip.processes import usable_cpus
-from cn_clip.publish import atomic_file, map_write_errors
-from cn_clip.search.codes import INT8_MAX, agree, encode
+from cn_clip.publish import atomic_file, map_write_errors, write_text
 from cn_clip.search.exact import best_of, checked_search, search_exact
-from cn_clip.search.kernels import float32_of, has_numkong, products_with
+from cn_clip.search.kernels import float32_of
 from cn_clip.topk import TopK
 from cn_clip.translation import _
 
@@ -41,16 +44,35 @@ Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
 Rows = npt.NDArray[np.int64]
 
-FORMAT = Format("search index", 1)
-FILE = "ann.index"
-_HEADER = 4096  # bytes; sections start at multiples of it
+FORMAT = Format("search index", 2)
+FILE, ABOUT = "ann.faiss", "ann.json"
 _TUNED_K = 10  # results per query that the recall is measured for
-_TRAINED = 40  # rows per cell that the centroids are fitted to
-_ITERATIONS = 10
-_BLOCK = 1 << 13
+_TRAINED = 40  # rows per cell that the centroids are fitted to; faiss advises 39 or more
+_BLOCK = 1 << 14  # rows added at a time
 _CANDIDATES = 100  # scored exactly, at least
 _EXACT_SHARE = 0.05  # of the rows: if fewer are allowed, they are searched exactly
 _GROWTH = 0.1  # of the rows: after as many new ones, an index is worth rebuilding
+_SAMPLE = 64  # rows of the vectors, and parts of the codes, in a checksum
+_SAMPLE_BYTES = 4096
+
+
+@cache
+def load_faiss() -> Any | None:
+    """Return the module faiss; None if it is not installed, or not on Linux.
+
+    Elsewhere, faiss-cpu and torch each load an OpenMP runtime of their own, and the second can end
+    the process (faiss-wheels, issue 73).
+    """
+    if sys.platform != "linux":
+        return None
+    try:
+        with warnings.catch_warnings():
+            # Of SWIG's types, on import, from Python 3.12 on.
+            warnings.filterwarnings("ignore", "builtin type (SwigPy|swigvar)", DeprecationWarning)
+            import faiss
+    except ImportError:
+        return None
+    return faiss
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,56 +82,32 @@ class AnnIndex:
     Attributes:
         vectors: float16 (N, D), with rows appended since the index was built.
         rows: number of indexed rows, those of zeros included.
+        lists: number of cells.
         probes: cells that a query scans.
-        centroids: float16 (L, D), unit vectors.
-        starts: int64 (L + 1,), where the rows of each cell start in the next three.
-        ids: int32 (M,), rows of ``vectors``.
-        scales: float32 (M,).
-        codes: int8 (M, D).
+        index: faiss's index; its ids are rows.
     """
 
     vectors: Array
     rows: int
+    lists: int
     probes: int
-    centroids: Array
-    starts: Rows
-    ids: npt.NDArray[np.int32]
-    scales: npt.NDArray[np.float32]
-    codes: npt.NDArray[np.int8]
+    index: Any
 
     @classmethod
     def open(cls, folder: Path, vectors: Array) -> AnnIndex | None:
-        """Return the index in a folder; None if there is none for these vectors, or a damaged one.
+        """Return the index in a folder; None if there is none for these vectors, a damaged one, or
+        no faiss.
 
         Args:
             folder: the cache of one vector file.
             vectors: float16 (N, D); rows after the indexed ones are allowed.
         """
         try:
+            about = json.loads(read_file(folder / ABOUT))
             with (folder / FILE).open("rb") as stream:
-                head = stream.read(_HEADER)
-            about = json.loads(head.rstrip(b"\0"))
-            layout = _Layout(*(_count(about[name]) for name in ("dim", "lists", "members")))
-            rows, probes = _count(about["rows"]), _count(about["probes"])
-            if about[FIELD] != str(FORMAT) or layout.dim != vectors.shape[1]:
-                return None
-            if not (layout.members <= rows <= len(vectors) and 0 < probes <= layout.lists):
-                return None
-            parts = layout.mapped(folder / FILE)
+                return cls._read(stream, about, vectors)
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
-        _unused, starts, ids, scales, codes = parts
-        if about.get("digest") != _digest(about, parts[:-1]):
-            return None
-        index = cls(vectors.view(np.ndarray), rows, probes, *parts)
-        valid = (
-            starts[0] == 0
-            and starts[-1] == layout.members
-            and bool((np.diff(starts) >= 0).all())
-            and ids.min(initial=0) >= 0
-            and ids.max(initial=0) < rows
-        )
-        return index if valid and agree(codes, scales, vectors, ids) else None
 
     @classmethod
     def build(
@@ -117,22 +115,27 @@ class AnnIndex:
     ) -> AnnIndex:
         """Build the index of a vector file, write it atomically, and return it.
 
-        It takes about a minute for a million rows on two cores; an index in use is not disturbed.
+        It takes minutes for a million rows on two cores, and up to twice the memory of its codes;
+        an index in use is not disturbed.
 
         Args:
-            vectors: float16 (N, D), unit vectors or rows of zeros, which are not indexed.
+            vectors: float16 (N, D), unit vectors; rows of zeros, and rows that are not finite, are
+                not indexed.
             folder: the cache of one vector file; made if missing.
             queries_sample: (S, D), unit vectors, of the kind that will be searched for: texts, not
                 images. A few hundred.
             recall: the share of the 10 best rows that the sample finds at least.
 
         Raises:
-            UsageError: there is no vector or no query, or a query does not fit.
+            UsageError: there is no vector or no query, a query does not fit, or no faiss.
             CNClipError: the folder is not writable, or the disk is full.
         """
+        faiss = load_faiss()
+        if faiss is None:
+            raise UsageError(_("an index needs faiss, on Linux: pip install faiss-cpu"))
         vectors = vectors.view(np.ndarray)
         queries = checked_search(vectors, queries_sample, _TUNED_K)
-        members = _nonzero_rows(vectors)
+        members = _indexed_rows(vectors)
         if not len(members) or not len(queries):
             raise UsageError(
                 _(
@@ -141,28 +144,60 @@ class AnnIndex:
                     queries=len(queries),
                 )
             )
-        centroids = _centroids(vectors, members)
-        cells = _assigned(vectors, members, centroids)
-        order = np.argsort(cells, kind="stable")
-        starts = np.searchsorted(cells[order], np.arange(len(centroids) + 1)).astype(np.int64)
-        ids = members[order].astype(np.int32)
-        cell_of = np.full(len(vectors), -1, np.int32)
-        cell_of[members] = cells
-        probes = _probes(vectors, queries, centroids, cell_of, recall)
-        about = {
-            FIELD: str(FORMAT),
-            "rows": len(vectors),
-            "members": len(members),
-            "dim": vectors.shape[1],
-            "lists": len(centroids),
-            "probes": probes,
-            "recall": recall,
-        }
         with map_write_errors(folder / FILE), atomic_file(folder / FILE) as temporary:
-            _write(temporary, about, vectors, centroids, starts, ids)
-        index = cls.open(folder, vectors)
-        assert index is not None, "an index just written is valid"
-        return index
+            index = _filled(faiss, vectors, members)
+            about = {
+                FIELD: str(FORMAT),
+                "faiss": faiss.__version__,
+                "rows": len(vectors),
+                "members": len(members),
+                "dim": vectors.shape[1],
+                "lists": index.nlist,
+                "probes": _probes(vectors, queries, index, recall),
+                "recall": recall,
+                "vectors": _vectors_digest(vectors),
+            }
+            with temporary.open("w+b") as stream:
+                faiss.write_index(index, faiss.PyCallbackIOWriter(stream.write))
+                del index
+                stream.flush()
+                about["index"] = _index_digest(stream, about["members"], about["dim"])
+                opened = cls._read(stream, about, vectors)
+            assert opened is not None, "an index just written is valid"
+        write_text(folder / ABOUT, json.dumps(about))
+        return opened
+
+    @classmethod
+    def _read(cls, stream: BinaryIO, about: dict[str, Any], vectors: Array) -> AnnIndex | None:
+        """Return the index in a file, if it is as described and of these vectors.
+
+        Raises:
+            OSError, ValueError, KeyError, TypeError: the description is not one, or the file fails.
+        """
+        names = ("rows", "members", "dim", "lists", "probes")
+        rows, members, dim, lists, probes = (_count(about[name]) for name in names)
+        if about[FIELD] != str(FORMAT) or dim != vectors.shape[1]:
+            return None
+        if not (members <= rows <= len(vectors) and lists <= members and probes <= lists):
+            return None
+        vectors = vectors.view(np.ndarray)
+        if about["vectors"] != _vectors_digest(vectors[:rows]):
+            return None
+        if about["index"] != _index_digest(stream, members, dim):
+            return None
+        faiss = load_faiss()
+        if faiss is None or about["faiss"] != faiss.__version__:
+            return None
+        try:
+            # By its number: the file that was checked, and no name that must be UTF-8.
+            index = faiss.read_index(f"/proc/self/fd/{stream.fileno()}", faiss.IO_FLAG_MMAP)
+        except RuntimeError:  # all that faiss raises
+            return None
+        if (index.d, index.ntotal, index.nlist) != (dim, members, lists):
+            return None
+        # By default a search starts 32 threads to read its cells.
+        faiss.downcast_InvertedLists(index.invlists).prefetch_nthread = 0
+        return cls(vectors, rows, lists, probes, index)
 
     @property
     def is_outgrown(self) -> bool:
@@ -180,22 +215,11 @@ class AnnIndex:
         Args, returns and raises as ``cn_clip.search.exact.search_exact``.
         """
         queries = checked_search(self.vectors, queries, k)
-        count = self.rows if allowed is None else np.count_nonzero(allowed[: self.rows])
+        count = self.rows if allowed is None else int(np.count_nonzero(allowed[: self.rows]))
         if count <= max(_EXACT_SHARE * self.rows, _CANDIDATES * k):
             return search_exact(self.vectors, queries, k, allowed=allowed, threads=threads)
-        # More results are in more cells.
-        probes = min(len(self.centroids), math.ceil(self.probes * max(1, (k / _TUNED_K) ** 0.5)))
-        wanted = max(_CANDIDATES, 4 * k)
-
-        def candidates(query: Array) -> Rows:
-            return self._candidates(query, probes, wanted, allowed)
-
-        threads = usable_cpus() if threads is None else threads
-        if threads > 1 and len(queries) > 1:
-            with ThreadPoolExecutor(threads) as pool:
-                found = list(pool.map(candidates, queries))
-        else:
-            found = [candidates(query) for query in queries]
+        with _openmp_threads(threads if len(queries) > 1 else 1):
+            found = self._candidates(queries, k, allowed)
         result, _invalid = best_of(self.vectors, queries, found, k)
         if result.indexes.shape[1] < k:  # too many rows were purged since the index was built
             return search_exact(self.vectors, queries, k, allowed=allowed, threads=threads)
@@ -206,112 +230,88 @@ class AnnIndex:
         newer = search_exact(tail, queries, k, allowed=rest, threads=threads)
         return _merged(result, TopK(newer.indexes + self.rows, newer.scores), k)
 
-    def _candidates(self, query: Array, probes: int, wanted: int, allowed: Mask | None) -> Rows:
-        """Return the ``wanted`` rows of the nearest cells whose codes have the highest scores."""
-        scores = _centroid_scores(self.centroids, query[None])[0]
-        if allowed is None:
-            spans = self._spans(np.argpartition(-scores, probes - 1)[:probes])
-            ids = np.concatenate([self.ids[span] for span in spans])
-            keep = None
-        else:
-            # As many allowed rows are scanned as rows without a filter, in however many cells.
-            order = np.argsort(-scores)
-            enough = probes * len(self.ids) / len(order)
-            while True:
-                spans = self._spans(order[:probes])
-                ids = np.concatenate([self.ids[span] for span in spans])
-                keep = np.flatnonzero(allowed[ids])
-                if len(keep) >= enough or probes >= len(order):
-                    break
-                probes = math.ceil(probes * min(8, max(1.2, 1.1 * enough / max(1, len(keep)))))
-            ids = ids[keep]
-        multiply = _products(query)
-        values = np.concatenate([multiply(self.codes[span]) for span in spans])
-        values = values * np.concatenate([self.scales[span] for span in spans])
-        values = values if keep is None else values[keep]
-        if len(values) > wanted:
-            ids = ids[np.argpartition(values, -wanted)[-wanted:]]
-        return ids.astype(np.int64)
-
-    def _spans(self, cells: Rows) -> list[slice]:
-        """Return where the rows of cells are in the index; neighbours are joined."""
-        cells = np.sort(cells)
-        first = np.flatnonzero(np.diff(cells, prepend=-2) != 1)
-        last = np.append(first[1:], len(cells)) - 1
-        starts, stops = self.starts[cells[first]].tolist(), self.starts[cells[last] + 1].tolist()
-        return [slice(a, b) for a, b in zip(starts, stops, strict=True)]
+    def _candidates(self, queries: Array, k: int, allowed: Mask | None) -> list[Rows]:
+        """Return for each query the rows of the nearest cells whose codes score best."""
+        faiss = load_faiss()
+        assert faiss is not None
+        wanted = max(_CANDIDATES, 4 * k)
+        # More results are in more cells.
+        probes = min(self.lists, math.ceil(self.probes * max(1, (k / _TUNED_K) ** 0.5)))
+        parameters = faiss.SearchParametersIVF(nprobe=probes)
+        if allowed is not None:
+            bits = np.packbits(allowed[: self.rows], bitorder="little")
+            parameters.sel = faiss.IDSelectorBitmap(bits)
+        ids = self.index.search(queries, wanted, params=parameters)[1]  # best first
+        if allowed is not None:
+            # A filter may leave little in the nearest cells: on, until twice as many add nothing.
+            pending = np.arange(len(queries))
+            while len(pending) and parameters.nprobe < self.lists:
+                parameters.nprobe = min(self.lists, 2 * parameters.nprobe)
+                more = self.index.search(queries[pending], wanted, params=parameters)[1]
+                changed = (more[:, :k] != ids[pending, :k]).any(axis=1) | (more[:, -1] < 0)
+                ids[pending] = more
+                pending = pending[changed]
+        return [np.unique(row[(row >= 0) & (row < self.rows)]) for row in ids]
 
 
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    """Where the parts of an index are in its file."""
-
-    dim: int
-    lists: int
-    members: int
-
-    def mapped(self, path: Path) -> tuple[Array, Array, Array, Array, Array]:
-        """Map the parts of a file into memory.
-
-        Raises:
-            OSError, ValueError: the file is too short.
-        """
-        shapes: list[tuple[type, tuple[int, ...]]] = [
-            (np.float16, (self.lists, self.dim)),
-            (np.int64, (self.lists + 1,)),
-            (np.int32, (self.members,)),
-            (np.float32, (self.members,)),
-            (np.int8, (self.members, self.dim)),
-        ]
-        parts, offset = [], _HEADER
-        for dtype, shape in shapes:
-            parts.append(np.memmap(path, dtype, "r", offset, shape).view(np.ndarray))
-            offset = _aligned(offset + parts[-1].nbytes)
-        first, second, third, fourth, fifth = parts
-        return first, second, third, fourth, fifth
+@contextmanager
+def _openmp_threads(threads: int | None) -> Iterator[None]:
+    """Set how many threads faiss uses in this thread; by default one per usable CPU."""
+    faiss = load_faiss()
+    assert faiss is not None
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(usable_cpus() if threads is None else threads)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
 
 
-def _write(
-    path: Path, about: dict[str, Any], vectors: Array, centroids: Array, starts: Rows, ids: Array
-) -> None:
-    """Write an index; the codes are made in the order of ``ids``."""
-    blocks = range(0, len(ids), _BLOCK)
-    scales = np.empty(len(ids), np.float32)
-    end = _HEADER
-    with path.open("wb") as stream, ThreadPoolExecutor(usable_cpus()) as pool:
-        parts: tuple[Array, ...] = (centroids, starts, ids, scales)
-        offsets = []
-        for part in parts:
-            offsets.append(end)
-            end = _aligned(end + part.nbytes)
-        stream.seek(end)
-        coded = pool.map(lambda at: encode(vectors[ids[at : at + _BLOCK]]), blocks)
-        for at, (codes, some) in zip(blocks, coded, strict=True):
-            scales[at : at + _BLOCK] = some
-            stream.write(codes.data)
-        for offset, part in zip(offsets, parts, strict=True):
-            stream.seek(offset)
-            stream.write(part.data)
-        head = json.dumps(about | {"digest": _digest(about, parts)}).encode()
-        stream.seek(0)
-        stream.write(head.ljust(_HEADER, b"\0"))
+def _indexed_rows(vectors: Array) -> Rows:
+    """Return the rows that are finite and not all zeros."""
+    found = [np.empty(0, np.int64)]
+    for at in range(0, len(vectors), _BLOCK):
+        block = vectors[at : at + _BLOCK]
+        found.append(np.flatnonzero(block.any(axis=1) & np.isfinite(block).all(axis=1)) + at)
+    return np.concatenate(found)
 
 
-def _aligned(offset: int) -> int:
-    return -(-offset // _HEADER) * _HEADER
+def _filled(faiss: Any, vectors: Array, members: Rows) -> Any:
+    """Return faiss's index of some rows of the vectors."""
+    lists = max(1, min(len(members), round(2 * math.sqrt(len(members)))))
+    index = faiss.index_factory(
+        vectors.shape[1], f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT
+    )  # its k-means is spherical
+    index.cp.min_points_per_centroid = 1  # no message on stderr
+    sample = np.random.default_rng(0).permutation(members)[: _TRAINED * lists]
+    with _openmp_threads(None):
+        index.train(float32_of(vectors[np.sort(sample)]))
+        for at in range(0, len(members), _BLOCK):
+            rows = members[at : at + _BLOCK]
+            index.add_with_ids(float32_of(vectors[rows]), rows)
+    return index
 
 
-def _digest(about: dict[str, Any], parts: tuple[Array, ...]) -> str:
-    """Return a checksum of the header and of all parts but the codes."""
-    facts = {name: value for name, value in about.items() if name != "digest"}
-    digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16)
-    for part in parts:
-        digest.update(np.ascontiguousarray(part).data)
-    return digest.hexdigest()
+def _probes(vectors: Array, queries: Array, index: Any, recall: float) -> int:
+    """Return the number of cells in which the queries find their best rows: the share found, less
+    two standard errors, is at least ``recall``."""
+    best = search_exact(vectors, queries, _TUNED_K).indexes  # (Q, k)
+    order = index.quantizer.search(queries, index.nlist)[1]  # (Q, L), nearest first
+    ranks = np.empty_like(order)
+    np.put_along_axis(ranks, order, np.arange(index.nlist)[None], axis=1)
+    cells = index.quantizer.search(float32_of(vectors[best.ravel()]), 1)[1].reshape(best.shape)
+    needed = np.take_along_axis(ranks, cells, axis=1)  # (Q, k): probes before it is found
+
+    def is_enough(probes: int) -> bool:
+        found = (needed < probes).mean(axis=1)
+        return bool(found.mean() - 2 * found.std() / math.sqrt(len(found)) >= recall)
+
+    choices = range(1, index.nlist)
+    return choices[0] + bisect.bisect_left(choices, True, key=is_enough) if choices else 1
 
 
 def _count(value: Any) -> int:
-    """Return a number from a header.
+    """Return a number from a description.
 
     Raises:
         ValueError: it is not a positive integer below 2^31.
@@ -321,87 +321,23 @@ def _count(value: Any) -> int:
     return value
 
 
-def _nonzero_rows(vectors: Array) -> Rows:
-    """Return the rows that are not all zeros."""
-    blocks = range(0, len(vectors), _BLOCK)
-    found = [np.flatnonzero(vectors[at : at + _BLOCK].any(axis=1)) + at for at in blocks]
-    return np.concatenate(found) if found else np.empty(0, np.int64)
+def _vectors_digest(vectors: Array) -> str:
+    """Return a checksum of a sample of the rows."""
+    sample = np.unique(np.linspace(0, len(vectors) - 1, _SAMPLE).astype(np.int64))
+    return hashlib.blake2b(vectors[sample].tobytes(), digest_size=16).hexdigest()
 
 
-def _centroids(vectors: Array, members: Rows) -> npt.NDArray[np.float16]:
-    """Return centroids (L, D) of spherical k-means of a sample of the rows."""
-    rng = np.random.default_rng(0)
-    lists = max(1, min(len(members), round(4 * math.sqrt(len(members)))))
-    sample = rng.permutation(members)[: _TRAINED * lists]
-    centroids = _unit(float32_of(vectors[sample[:lists]]))  # in random order
-    sample = np.sort(sample)
-    rows = float32_of(vectors[sample])
-    for _unused in range(_ITERATIONS):
-        cells = _assigned(vectors, sample, centroids)
-        order = np.argsort(cells, kind="stable")
-        used, first = np.unique(cells[order], return_index=True)
-        centroids[used] = _unit(np.add.reduceat(rows[order], first, axis=0))
-        empty = np.setdiff1d(np.arange(lists), used)
-        centroids[empty] = _unit(rows[rng.integers(len(rows), size=len(empty))])
-    return centroids.astype(np.float16)
-
-
-def _unit(rows: Array) -> Array:
-    norms: Array = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
-
-
-def _assigned(vectors: Array, rows: Rows, centroids: Array) -> npt.NDArray[np.int32]:
-    """Return the nearest centroid of each row (n,), as far as int8 codes show."""
-    step = np.abs(centroids).max().astype(np.float32) / INT8_MAX  # one scale: products compare
-    coded = np.rint(centroids.astype(np.float32) / step).astype(np.int8)
-    size = max(1, (1 << 22) // len(centroids))  # 16 MiB of products
-    multiply = _products(coded, encoded=True)
-
-    def nearest(at: int) -> Rows:
-        codes, _unused = encode(vectors[rows[at : at + size]])
-        found: Rows = np.argmax(multiply(codes).reshape(len(codes), -1), axis=1)
-        return found
-
-    with ThreadPoolExecutor(usable_cpus()) as pool:
-        cells = list(pool.map(nearest, range(0, len(rows), size)))
-    return np.concatenate(cells).astype(np.int32)
-
-
-def _products(queries: Array, *, encoded: bool = False) -> Callable[[Array], Array]:
-    """Return a function from codes int8 (B, D) to their products (B * Q,) with queries."""
-    queries = np.atleast_2d(queries)
-    coded = queries if encoded else encode(queries)[0]
-    if has_numkong():
-        multiply = products_with(coded)
-        return lambda codes: multiply(codes).reshape(-1)
-    transposed = coded.T.astype(np.float32)
-    return lambda codes: (codes.astype(np.float32) @ transposed).reshape(-1)
-
-
-def _centroid_scores(centroids: Array, queries: Array) -> Array:
-    """Return the scores (Q, L) that rank cells for queries."""
-    if has_numkong():
-        return products_with(queries.astype(np.float16))(centroids).T
-    products: Array = float32_of(centroids) @ queries.T
-    return products.T
-
-
-def _probes(vectors: Array, queries: Array, centroids: Array, cell_of: Array, recall: float) -> int:
-    """Return the number of cells in which the queries find their best rows: the share found, less
-    two standard errors, is at least ``recall``."""
-    best = search_exact(vectors, queries, _TUNED_K).indexes  # (Q, k)
-    order = np.argsort(-_centroid_scores(centroids, queries), axis=1)
-    ranks = np.empty_like(order)
-    np.put_along_axis(ranks, order, np.arange(len(centroids))[None], axis=1)
-    needed = np.take_along_axis(ranks, cell_of[best], axis=1)  # (Q, k): probes before it is found
-
-    def is_enough(probes: int) -> bool:
-        found = (needed < probes).mean(axis=1)
-        return bool(found.mean() - 2 * found.std() / math.sqrt(len(found)) >= recall)
-
-    choices = range(1, len(centroids))
-    return choices[0] + bisect.bisect_left(choices, True, key=is_enough) if choices else 1
+def _index_digest(stream: BinaryIO, members: int, dim: int) -> str:
+    """Return a checksum of an index file: its size, all before its codes, and samples of those."""
+    size = stream.seek(0, 2)
+    start = max(0, size - members * (dim + 8))  # a code and an id of 64 bits per row
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    stream.seek(0)
+    digest.update(stream.read(start))
+    for at in np.linspace(start, max(start, size - _SAMPLE_BYTES), _SAMPLE).astype(int).tolist():
+        stream.seek(at)
+        digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def _merged(first: TopK, second: TopK, k: int) -> TopK:

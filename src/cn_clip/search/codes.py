@@ -30,7 +30,7 @@ from cn_clip.search.kernels import Scan, float32_of, products_with
 Array = npt.NDArray[Any]
 
 FORMAT = Format("search codes", 1)
-INT8_MAX = 127
+_INT8_MAX = 127
 _SAMPLE = 64  # rows compared with the vectors
 _BLOCK = 1 << 14  # rows coded at a time
 _DEVIATIONS = 4  # of the rounding error of a score
@@ -67,7 +67,7 @@ class Codes:
             scales = _mapped(folder / "scales.f32", np.float32, (rows,))
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
-        return cls(codes, scales) if agree(codes, scales, vectors) else None
+        return cls(codes, scales) if _agree(codes, scales, vectors) else None
 
     @classmethod
     def update(cls, folder: Path, vectors: Array) -> Codes | None:
@@ -123,18 +123,17 @@ def encode(vectors: Array) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32
     values = float32_of(vectors)
     peaks = np.maximum(values.max(axis=1, initial=0), -values.min(axis=1, initial=0))
     peaks[~np.isfinite(peaks)] = 0
-    scales = peaks / INT8_MAX
+    scales = peaks / _INT8_MAX
     inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
     values *= inverse[:, None]
     values[peaks == 0] = 0
     return np.rint(values, out=values).astype(np.int8), scales
 
 
-def agree(codes: Array, scales: Array, vectors: Array, rows: Array | None = None) -> bool:
-    """Return whether codes are those of ``rows`` of the vectors, on a sample; by default of the
-    first rows."""
+def _agree(codes: Array, scales: Array, vectors: Array) -> bool:
+    """Return whether codes are those of the first rows of the vectors, on a sample."""
     sample = np.unique(np.linspace(0, len(codes) - 1, _SAMPLE).astype(np.int64))
-    expected, expected_scales = encode(vectors[sample if rows is None else rows[sample]])
+    expected, expected_scales = encode(vectors[sample])
     return np.array_equal(codes[sample], expected) and np.array_equal(
         scales[sample], expected_scales
     )

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+import warnings
 from dataclasses import dataclass, field, replace
+from functools import cache as once
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cn_clip.search.ann import FILE, AnnIndex
+from cn_clip.search.ann import ABOUT, FILE, AnnIndex, load_faiss
 from cn_clip.search.codes import Codes
 from cn_clip.search.exact import search_exact
 from cn_clip.topk import TopK
+from cn_clip.translation import _
 
 Array = npt.NDArray[Any]
 
@@ -55,7 +59,8 @@ def prepare(vectors: Array, cache: Path, queries_sample: Array, *, recall: float
     """Make what ``search_vectors`` uses for a vector file of this size, unless it is up to date.
 
     It may run in a thread or process of its own while others search: files are replaced when
-    complete. The folder may be deleted at any time.
+    complete. The folder may be deleted at any time. Without faiss, there is no index, and a warning
+    says so once; such a library is searched exactly, by codes.
 
     Args:
         vectors: float16 (N, D).
@@ -67,12 +72,22 @@ def prepare(vectors: Array, cache: Path, queries_sample: Array, *, recall: float
         UsageError: a query does not fit.
         CNClipError: the folder is not writable, or the disk is full.
     """
-    if len(vectors) < ANN_ROWS:
+    if len(vectors) < ANN_ROWS or load_faiss() is None:
+        if len(vectors) >= ANN_ROWS and sys.platform == "linux":
+            _warn_of_missing_faiss()
         Codes.update(cache, vectors)
         return
     index = AnnIndex.open(cache, vectors)
     if index is None or index.is_outgrown:
         AnnIndex.build(vectors, cache, queries_sample, recall=recall)
+
+
+@once
+def _warn_of_missing_faiss() -> None:
+    warnings.warn(
+        _("a library of this size is searched faster with faiss: pip install faiss-cpu"),
+        stacklevel=3,
+    )
 
 
 @dataclass(slots=True)
@@ -86,7 +101,7 @@ class _Caches:
 
     def opened(self, cache: Path, vectors: Array) -> tuple[AnnIndex | None, Codes | None]:
         """Return the index and the codes in a folder, opened again if a file or vectors changed."""
-        names = (FILE, "codes.json") if len(vectors) >= ANN_ROWS else ("codes.json",)
+        names = (FILE, ABOUT, "codes.json") if len(vectors) >= ANN_ROWS else ("codes.json",)
         source = getattr(vectors, "filename", None)  # of a memory map, which may be opened anew
         place = vectors.ctypes.data if source is None else _state(Path(source))
         state = (place, vectors.shape, *(_state(cache / name) for name in names))

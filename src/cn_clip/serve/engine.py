@@ -63,7 +63,7 @@ class Engine:
             text_bound: tokens of all texts inside, beyond which requests are refused.
             image_bound: images inside.
             image_batch: images per batch, see ``best_image_batch``.
-            max_wait: estimated seconds in a queue, beyond which requests are refused.
+            max_wait: estimated seconds in the queue of images, beyond which requests are refused.
             timeout: seconds until a request fails.
             cached_texts: number of embeddings of texts that are kept.
             on_batch: called after each batch with the tower, its number of items and its seconds.
@@ -75,7 +75,7 @@ class Engine:
             budget=_TOKENS_PER_BATCH,
             max_items=_TEXTS_PER_BATCH,
             bound=text_bound,
-            max_wait=max_wait,
+            max_wait=timeout,  # larger batches are faster: the estimate from small ones is too long
             on_batch=lambda items, seconds: on_batch("texts", items, seconds),
         )
         self.images = Batcher[PreparedImage, Vector](

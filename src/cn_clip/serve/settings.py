@@ -33,7 +33,7 @@ class Settings:
         max_results: of a search.
         text_bound: tokens of all texts inside one process.
         image_bound: images inside one process.
-        max_wait: estimated seconds in the queue of a tower, beyond which requests are refused.
+        max_wait: estimated seconds in the queue of images, beyond which requests are refused.
         search_bound: searches inside one process.
         image_batch: images per batch; None measures what pays.
         cached_texts: embeddings of texts that are kept.
