@@ -26,7 +26,7 @@ from search.libraries import (
     vectors_of,
 )
 
-from cn_clip.errors import CNClipError, LibraryError, UsageError
+from cn_clip.errors import CNClipError, DataError, LibraryError, UsageError
 from cn_clip.search import database, roots, updating, watching
 from cn_clip.search.folder import create
 from cn_clip.search.images import image_bytes
@@ -614,3 +614,14 @@ def test_a_folder_that_is_gone_counts_its_images_only(library, album):
     assert counts(index(library, album)) == {"new": 4, "embedded": 4}
     shutil.rmtree(album)
     assert counts(index(library)) == {"unchanged": 4}
+
+
+@pytest.mark.parametrize("source", ["nowhere", "csv:nowhere.csv", "kind:x", "/"])
+def test_a_source_that_does_not_exist_is_not_kept(library, album, source):
+    with pytest.raises((UsageError, DataError)):
+        index(library, source)
+    assert not library.exists()
+    index(library, album)
+    with pytest.raises((UsageError, DataError)):
+        index(library, source)
+    assert counts(index(library)) == {"unchanged": 4}  # it is not looked for again

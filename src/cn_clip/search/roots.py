@@ -152,7 +152,6 @@ def parse_root(
 
     Raises:
         UsageError: there is no such folder, or the URI is invalid.
-        DataError: the source does not exist.
     """
     check_globs([*include, *exclude])
     path = as_path(given)
@@ -189,6 +188,18 @@ def parse_root(
     if ":" not in given and not any(c in given for c in "*?[{") and not path.exists():
         raise UsageError(_("no such folder: {given}", given=path_text(given)))
     return Root("source", os.fsencode(absolute_uri(given)))
+
+
+def check_exists(root: Root) -> None:
+    """Check that the files of a source exist; those of a folder were checked by ``parse_root``.
+
+    Raises:
+        DataError: one does not.
+    """
+    if root.kind == "source":
+        for path in paths_of(os.fsdecode(root.location)):
+            if not path.exists():
+                raise DataError(_("no such file: {path}", path=path_text(path)))
 
 
 def list_root(root: Root, stamp: str | None, on_found: Callable[[int], None]) -> Listing:

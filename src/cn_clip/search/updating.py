@@ -18,7 +18,7 @@ from cn_clip.search.library_model import check_same, load_for, same_origin
 from cn_clip.search.migration import Migration, migrate
 from cn_clip.search.places import is_library
 from cn_clip.search.purge import finish_erasures
-from cn_clip.search.roots import Root, check_nesting, parse_root
+from cn_clip.search.roots import Root, check_exists, check_nesting, parse_root
 from cn_clip.search.words import refresh_words
 from cn_clip.text import path_text
 from cn_clip.translation import _
@@ -39,7 +39,9 @@ def open_for_update(path: Path, sources: Sequence[str]) -> LibraryFolder:
     """Open a library for writing; create it if it is new.
 
     Raises:
-        UsageError: it is new, and no source is given; or the folder holds other files.
+        UsageError: it is new, and no source is given, or one that does not exist; or the folder
+            holds other files.
+        DataError: it is new, and a source does not exist.
     """
     if not is_library(path):
         if not sources:
@@ -50,6 +52,8 @@ def open_for_update(path: Path, sources: Sequence[str]) -> LibraryFolder:
                     library=path_text(path),
                 )
             )
+        for source in sources:  # a mistake in one leaves no empty library
+            check_exists(parse_root(source))
         create(path)
     return LibraryFolder(path, writable=True)
 
@@ -68,6 +72,7 @@ def roots_to_update(
 
     Raises:
         UsageError: a root is invalid, is the library itself, or lies in another root.
+        DataError: a new source does not exist.
     """
     stored = {
         bytes(location): Root(kind, bytes(location), json.loads(inc), json.loads(exc), bool(hid))
@@ -87,8 +92,10 @@ def roots_to_update(
     given = []
     for source in sources:
         root = parse_root(source, include=include, exclude=exclude, hidden=hidden)
-        if not (include or exclude or hidden):
-            root = stored.get(root.location, root)
+        if root.location not in stored:  # it would be looked for in every later run
+            check_exists(root)
+        elif not (include or exclude or hidden):
+            root = stored[root.location]
         given.append(root)
     check_nesting([*stored.values(), *given])
     return list({root.location: root for root in given}.values())
