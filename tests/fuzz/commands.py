@@ -377,6 +377,9 @@ def _quick(path: tuple[str, ...], arguments: list[str], rng: Random, process: bo
         return ["--rounds", "0"]
     if path == ("export",) and not process:
         return rng.choice((["--precision", "x"], ["--no-such-option", "1"], ["--to", "x"]))
+    endless = ("--watch", "--open")  # it would go on for ever, or open a browser
+    if any(each.startswith(endless) for each in arguments):
+        return ["--no-such-option", "1"]
     names = {option.name for option in commands().get(path, ())}
     for at, each in enumerate(arguments):  # no pool of a million processes
         if each == "--workers" and arguments[at + 1 : at + 2]:
