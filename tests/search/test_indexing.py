@@ -625,3 +625,18 @@ def test_a_source_that_does_not_exist_is_not_kept(library, album, source):
     with pytest.raises((UsageError, DataError)):
         index(library, source)
     assert counts(index(library)) == {"unchanged": 4}  # it is not looked for again
+
+
+def test_a_folder_that_is_replaced_is_watched_again(library, album, monkeypatch):
+    pytest.importorskip("watchfiles")
+    monkeypatch.setattr(watching, "_DEBOUNCE", 50)
+    changes = watching.changes_of([roots.parse_root(str(album))], library)
+    next(changes)
+    album.rename(album.with_name("elsewhere"))
+    photos(album, [7])
+    next(changes)
+    write = threading.Timer(0.3, (album / "8.jpg").write_bytes, (jpeg(8),))
+    write.start()
+    next(changes)
+    write.join()
+    changes.close()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -31,7 +33,8 @@ def check_watchfiles() -> None:
 def changes_of(roots: Sequence[Root], library: Path) -> Iterator[None]:
     """Yield once when the folders are watched, then each time that files in them have changed.
 
-    What changes while the caller is busy is reported afterwards.
+    What changes while the caller is busy is reported afterwards. A folder that is replaced, as when
+    its disk is mounted again, is watched again.
 
     Args:
         roots: folders to watch; sources are left out.
@@ -53,19 +56,28 @@ def changes_of(roots: Sequence[Root], library: Path) -> Iterator[None]:
     folders = [folder for folder in folders if os.path.isdir(folder)]
     if not folders:
         raise UsageError(_("--watch needs a folder; sources such as csv: cannot be watched"))
-    is_first = True
+    known: dict[str, tuple[int, int]] = {}
     try:
-        for changes in watch(
-            *folders,
-            watch_filter=is_of_user,
-            debounce=_DEBOUNCE,
-            rust_timeout=_TIMEOUT,
-            yield_on_timeout=True,
-            ignore_permission_denied=True,
-        ):
-            if changes or is_first:
-                is_first = False
-                yield
+        while True:
+            watched = _identities(folders)
+            is_new = not watched.items() <= known.items()
+            known = watched
+            if not watched:
+                time.sleep(1)
+                continue
+            for changes in watch(
+                *watched,
+                watch_filter=is_of_user,
+                debounce=_DEBOUNCE,
+                rust_timeout=_TIMEOUT,
+                yield_on_timeout=True,
+                ignore_permission_denied=True,
+            ):
+                if changes or is_new:
+                    is_new = False
+                    yield
+                if _identities(folders) != watched:  # a disk was mounted, or is gone
+                    break
     except OSError as error:  # such as the limit of inotify
         raise CNClipError(
             _(
@@ -74,3 +86,13 @@ def changes_of(roots: Sequence[Root], library: Path) -> Iterator[None]:
                 reason=error.strerror or error,
             )
         ) from None
+
+
+def _identities(folders: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Return the device and inode of each folder that exists."""
+    found = {}
+    for folder in folders:
+        with suppress(OSError):
+            status = os.stat(folder)
+            found[folder] = status.st_dev, status.st_ino
+    return found
