@@ -21,10 +21,12 @@ from cn_clip.cli import app, run
 from cn_clip.train.recipe import schema as recipes
 
 # Options of strings that are not outputs; --download-root receives files, but replaces none, and
-# --library takes a library or a new folder, see tests/search.
+# --library takes a library or a new folder, see tests/search; --keys gets lines added, see
+# tests/serve.
 READ = {
     "--after", "--base", "--before", "--caption", "--collection", "--exclude", "--folder",
-    "--image", "--include", "--library", "--like", "--max-size", "--min-size", "--text",
+    "--host", "--image", "--keys", "--new-key", "--include", "--library", "--like", "--max-size",
+    "--min-size", "--text",
     "EMBEDDINGS", "MODEL", "NEW",
     "OLD", "OTHER", "PATHS", "QUERY", "SOURCES",
     "--against", "--calibration", "--compare", "--data", "--dataset", "--device",

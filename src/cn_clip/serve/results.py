@@ -86,6 +86,7 @@ def filters_of(given: SearchFilters | None, places: Places) -> Filters | None:
 def found(hit: Hit, places: Places) -> dict[str, Any]:
     """Return a result for JSON."""
     values = hit.to_dict()
+    del values["uri"]  # it has the whole path
     values["path"] = places.shown(hit.path)
     values["copies"] = [places.shown(path) for path in hit.copies]
     values["image"] = f"/v1/images/{hit.id}"
