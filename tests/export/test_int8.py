@@ -20,7 +20,7 @@ from cn_clip.backends.exported import read_exported
 from cn_clip.cli import run
 from cn_clip.errors import CheckpointError, CNClipError, ImageError, UsageError
 from cn_clip.eval.zeroshot import read_templates
-from cn_clip.export import choose, export
+from cn_clip.export import export, fastest
 from cn_clip.export.int8_inputs import calibration_of
 from cn_clip.export.layers import ConvolutionQuantizer, Layer, float_layers
 from cn_clip.export.parity import Parity
@@ -37,7 +37,7 @@ def known_graphs(tiny_export, monkeypatch):
         for file in tiny_export.glob("*.onnx*"):
             shutil.copy(file, folder)
 
-    for module in (export_module, choose):
+    for module in (export_module, fastest):
         monkeypatch.setattr(module, "write_graphs", copy)
 
 
@@ -224,35 +224,35 @@ def test_an_alpha_without_use_is_refused(options, message, tiny_checkpoint, tmp_
 
 def trial(precision, images, megabytes, holds=True):
     parity = Parity(1, 1, (1.0, 1.0), (1.0, 1.0), 1.0)
-    return choose.Trial("int8", precision, images, 1000, megabytes, parity, 0.0, holds)
+    return fastest.Trial("int8", precision, images, 1000, megabytes, parity, 0.0, holds)
 
 
 def test_the_fastest_that_holds_is_picked_and_the_smallest_of_equals():
     slow, fast, lossy = trial("a", 10, 9), trial("b", 20, 9), trial("c", 90, 1, holds=False)
-    assert choose.pick([slow, fast, lossy]) == fast
+    assert fastest.pick([slow, fast, lossy]) == fast
     as_fast = trial("d", 19.9, 5)
-    assert choose.pick([slow, fast, as_fast]) == as_fast
-    assert choose.pick([lossy]) is None
+    assert fastest.pick([slow, fast, as_fast]) == as_fast
+    assert fastest.pick([lossy]) is None
 
 
 @pytest.mark.usefixtures("known_graphs")
 def test_every_precision_is_tried_and_the_chosen_one_written(
     tiny_checkpoint, photos, tmp_path, monkeypatch
 ):
-    monkeypatch.setitem(choose.REQUIRED_COSINE, "float16", 1.1)
+    monkeypatch.setitem(fastest.REQUIRED_COSINE, "float16", 1.1)
     spec = f"csv:{photos / 'captions.csv'}"
-    choice = choose.export_fastest(
+    choice = fastest.export_fastest(
         tiny_checkpoint, tmp_path / "there/out", dataset=spec, max_recall_drop=100
     )
     assert [trial.precision for trial in choice.trials] == ["float32", "float16", "int8"]
     assert [trial.holds for trial in choice.trials] == [True, False, True]
-    assert choice.chosen == choose.pick(choice.trials)
+    assert choice.chosen == fastest.pick(choice.trials)
     assert read_exported(tmp_path / "there/out").precision == choice.chosen.stored
     assert [path.name for path in (tmp_path / "there").iterdir()] == ["out"]
     for precision, measured in zip(("float32", "int8"), choice.trials[::2], strict=True):
         folder = tmp_path / precision
         export(tiny_checkpoint, folder, precision=precision)
-        recall = choose.ScoredSet(spec).score(cn_clip.load(folder, backend="onnx"))
+        recall = fastest.ScoredSet(spec).score(cn_clip.load(folder, backend="onnx"))
         assert measured.drop == pytest.approx(100 * (choice.score - recall))
 
 
@@ -266,7 +266,7 @@ def refuse(monkeypatch):
                 raise CheckpointError(f"{exported.precision} is wrong")
             return export_module.as_embedder(folder, exported, config, precision)
 
-        monkeypatch.setattr(choose, "as_embedder", open_unless_refused)
+        monkeypatch.setattr(fastest, "as_embedder", open_unless_refused)
 
     return refuse
 
@@ -277,12 +277,12 @@ def test_drops_are_relative_to_the_original_even_if_float32_is_refused(
 ):
     refuse("float32")
     spec = f"csv:{photos / 'captions.csv'}"
-    choice = choose.export_fastest(
+    choice = fastest.export_fastest(
         tiny_checkpoint, tmp_path / "out", dataset=spec, max_recall_drop=100
     )
     assert choice.refused == ["float32 is wrong"]
     assert [trial.precision for trial in choice.trials] == ["float16", "int8"]
-    original = choose.ScoredSet(spec).score(cn_clip.load(tiny_checkpoint, device="cpu"))
+    original = fastest.ScoredSet(spec).score(cn_clip.load(tiny_checkpoint, device="cpu"))
     assert choice.score == pytest.approx(original)
     exported = read_exported(tmp_path / "out")
     assert choice.result.fingerprint == exported.fingerprint
@@ -295,7 +295,7 @@ def test_nothing_is_written_or_left_if_every_precision_is_refused(
 ):
     refuse("float32", "float16", "int8")
     with pytest.raises(CheckpointError, match="works on this CPU: float32 is wrong"):
-        choose.export_fastest(
+        fastest.export_fastest(
             tiny_checkpoint,
             tmp_path / "out",
             dataset=f"csv:{photos / 'captions.csv'}",
@@ -311,9 +311,9 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(choose, "finish_export", full)
+    monkeypatch.setattr(fastest, "finish_export", full)
     with pytest.raises(CNClipError, match=r"could not write .*out: No space left on device"):
-        choose.export_fastest(
+        fastest.export_fastest(
             tiny_checkpoint,
             tmp_path / "out",
             dataset=f"csv:{photos / 'captions.csv'}",
@@ -324,7 +324,7 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(
 
 def test_the_chosen_precision_has_the_official_names(tiny_checkpoint, photos, tmp_path, refuse):
     refuse("float32", "float16")
-    choose.export_fastest(
+    fastest.export_fastest(
         tiny_checkpoint,
         tmp_path / "out",
         dataset=f"csv:{photos / 'captions.csv'}",
@@ -339,13 +339,13 @@ def test_the_chosen_precision_has_the_official_names(tiny_checkpoint, photos, tm
 
 
 def test_an_unreadable_image_for_calibration_is_named(photos, tmp_path):
-    scored = choose.ScoredSet(f"csv:{photos / 'captions.csv'}")
+    scored = fastest.ScoredSet(f"csv:{photos / 'captions.csv'}")
     with pytest.raises(ImageError, match=r"missing\.png cannot be read: No such file"):
         scored.check_unseen([tmp_path / "missing.png"])
 
 
 def test_without_images_for_calibration_the_set_is_not_read(photos, monkeypatch):
-    scored = choose.ScoredSet(f"csv:{photos / 'captions.csv'}")
+    scored = fastest.ScoredSet(f"csv:{photos / 'captions.csv'}")
     monkeypatch.setattr(scored, "_contents", lambda: pytest.fail("it was read"))
     scored.check_unseen([])
 
@@ -396,7 +396,7 @@ def test_labelled_images_are_scored_by_accuracy(tiny_checkpoint, tmp_path):
         for n in range(3):
             make_image(n + 3 * int(name)).save(tmp_path / f"set/test/{name}/{n}.png")
     (tmp_path / "set/label_cn.txt").write_text("猫\n狗\n", encoding="utf-8")
-    scored = choose.ScoredSet(str(tmp_path / "set"))
+    scored = fastest.ScoredSet(str(tmp_path / "set"))
     assert scored.metric == "accuracy"
     embedder = cn_clip.load(tiny_checkpoint)
     images = [make_image(n) for n in range(6)]
@@ -410,7 +410,7 @@ def test_labelled_images_are_scored_by_accuracy(tiny_checkpoint, tmp_path):
 def test_calibration_images_of_the_evaluation_set_are_refused(tiny_checkpoint, photos, tmp_path):
     images = sorted(photos.glob("*.png"))[:33]
     with pytest.raises(UsageError, match="33 of the images for calibration are in the eval"):
-        choose.export_fastest(
+        fastest.export_fastest(
             tiny_checkpoint,
             tmp_path / "out",
             dataset=f"csv:{photos}/captions.csv",
