@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from cn_clip.errors import CNClipError, UsageError
+from cn_clip.files import variable_folder
 from cn_clip.publish import write_text
-from cn_clip.translation import _
 
 VARIABLE = "CN_CLIP_CACHE"
 
@@ -23,17 +22,7 @@ def cache_folder() -> Path:
     Raises:
         UsageError: the home folder is unknown.
     """
-    given = os.environ.get(VARIABLE) or "~/.cache/cn_clip"
-    try:
-        return Path(given).expanduser()
-    except RuntimeError:
-        raise UsageError(
-            _(
-                "the home folder of {path} is unknown; set {variable} to a folder",
-                path=given,
-                variable=VARIABLE,
-            )
-        ) from None
+    return variable_folder(VARIABLE, "~/.cache/cn_clip")
 
 
 def record_path(kind: str, key: Sequence[Any]) -> Path | None:

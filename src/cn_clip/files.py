@@ -76,6 +76,26 @@ def as_path(given: str | os.PathLike[str]) -> Path:
     return path
 
 
+def variable_folder(variable: str, default: str) -> Path:
+    """Return the folder that an environment variable names, else the default, with ``~`` expanded.
+    It may not exist.
+
+    Raises:
+        UsageError: the home folder is unknown.
+    """
+    given = os.environ.get(variable) or default
+    try:
+        return Path(given).expanduser()
+    except RuntimeError:
+        raise UsageError(
+            _(
+                "the home folder of {path} is unknown; set {variable} to a folder",
+                path=given,
+                variable=variable,
+            )
+        ) from None
+
+
 def resolve_in(root: Path, name: str) -> Path:
     """Return ``root / name``, with ``\\`` of a Windows path replaced if only that file exists."""
     path = root / name

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from cn_clip.errors import LibraryError, UsageError
-from cn_clip.files import as_path
+from cn_clip.files import as_path, variable_folder
 from cn_clip.format_version import FIELD, Format
 from cn_clip.outputs import json_object_at
 from cn_clip.text import path_text
@@ -28,17 +28,7 @@ def libraries_folder() -> Path:
         UsageError: the home folder is unknown.
     """
     data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
-    given = os.environ.get(VARIABLE) or os.path.join(data, "cn_clip", "libraries")
-    try:
-        return Path(given).expanduser()
-    except RuntimeError:
-        raise UsageError(
-            _(
-                "the home folder of {path} is unknown; set {variable} to a folder",
-                path=given,
-                variable=VARIABLE,
-            )
-        ) from None
+    return variable_folder(VARIABLE, os.path.join(data, "cn_clip", "libraries"))
 
 
 def library_path(name_or_path: str | os.PathLike[str] = DEFAULT) -> Path:
