@@ -131,11 +131,13 @@ def _with_lists(trained: Trained, sizes: npt.NDArray[np.int64], path: Path) -> A
         lists = faiss.OnDiskInvertedLists()
         lists.nlist, lists.code_size, lists.read_only = index.nlist, index.code_size, True
         lists.lists.resize(index.nlist)
-        lists.set_all_lists_sizes(faiss.swig_ptr(np.ascontiguousarray(sizes, np.uint64)))
+        unsigned = sizes.astype(np.uint64)  # named: a pointer keeps no array alive
+        lists.set_all_lists_sizes(faiss.swig_ptr(unsigned))
         lists.totsize = wanted
         # By its number: the file that was measured, and no name that must be UTF-8.
         lists.filename = f"/proc/self/fd/{stream.fileno()}"
         lists.do_mmap()
+    index.parallel_mode = 1  # threads share the lists of one query
     lists.prefetch_nthread = 0  # by default a search starts 32 threads to read its lists
     index.replace_invlists(lists, True)
     lists.this.disown()
