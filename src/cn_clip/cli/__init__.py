@@ -44,6 +44,7 @@ _COMMANDS = (
     "search:search",
     "library:library_app",
     "serve:serve",
+    "bulk:bulk",
     "convert:convert",
     "export:export",
     "data:data",

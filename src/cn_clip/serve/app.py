@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 
 from cn_clip import __version__
 from cn_clip.errors import CNClipError
-from cn_clip.serve import library_routes, model_routes, page_routes
+from cn_clip.serve import library_routes, model_routes, page_routes, shard_routes
 from cn_clip.serve.guard import Guard
 from cn_clip.serve.problems import error_body, problem_of
 from cn_clip.serve.responses import describe, json_response
@@ -52,15 +52,23 @@ def create_app(settings: Settings) -> Guard:
     app.state.service = service
     pages = page_routes.page_files()
     app.include_router(model_routes.model_routes(service))
-    app.include_router(library_routes.library_routes(service))
+    if service.shards is not None:
+        app.include_router(shard_routes.shard_routes(service, service.shards))
+    else:
+        app.include_router(library_routes.library_routes(service))
     app.include_router(page_routes.page_routes(service, pages))
     describe(app, [*model_routes.BODIES, *library_routes.BODIES, *page_routes.BODIES], _DESCRIPTION)
-    app.add_exception_handler(CNClipError, _refuse)
-    app.add_exception_handler(HTTPException, _refuse_path)
-    app.add_exception_handler(RequestValidationError, _refuse_parameters)
+    answer_errors(app)
     return Guard(
         app, settings=settings, keys=service.keys, metrics=service.metrics, open_paths=pages
     )
+
+
+def answer_errors(app: FastAPI) -> None:
+    """Answer errors in the shape of OpenAI's API."""
+    app.add_exception_handler(CNClipError, _refuse)
+    app.add_exception_handler(HTTPException, _refuse_path)
+    app.add_exception_handler(RequestValidationError, _refuse_parameters)
 
 
 async def _refuse(request: Request, error: Exception) -> Response:

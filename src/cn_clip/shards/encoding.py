@@ -23,7 +23,7 @@ from cn_clip.publish import atomic_file, map_write_errors
 from cn_clip.search.ann import openmp_threads
 from cn_clip.search.kernels import float32_of
 from cn_clip.shards.folder import ShardFolder, ids_of
-from cn_clip.shards.training import Trained
+from cn_clip.shards.training import Trained, has_direction
 from cn_clip.text import path_text
 from cn_clip.translation import _
 
@@ -214,7 +214,7 @@ def _encoded(
         vectors = folder.vectors(shard).view(np.ndarray)
         for at in range(0, len(vectors), _BLOCK):
             stored = vectors[at : at + _BLOCK]
-            valid = np.flatnonzero(np.isfinite(stored).all(axis=1) & stored.any(axis=1))
+            valid = np.flatnonzero(has_direction(stored))
             values = float32_of(stored[valid])
             new = slice(done, done + len(valid))
             rows["id"][new] = ids_of(shard, valid + at)

@@ -38,10 +38,13 @@ class ShardIndex:
 
     Attributes:
         folder: the shards that are searched.
+        trained: what their index shares with those of other ranges; None without one.
         lists: an index of some of them; None without one.
+        reader: of the vectors of all shards of the folder.
     """
 
     folder: ShardFolder
+    trained: Trained | None
     lists: Lists | None
     reader: RowReader = field(repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -55,14 +58,21 @@ class ShardIndex:
             UsageError: there is no finished shard.
             DataError: the folder is damaged.
         """
-        folder = ShardFolder.open(path, shards)
+        whole = ShardFolder.open(path)
+        folder = whole if shards is None else ShardFolder.open(path, shards)
         trained = Trained.open(path / INDEX) if load_faiss() is not None else None
         found = None
         if trained is not None:
             ranges = [None] if shards is None else [shards, None]
             opened = (Lists.open(lists_folder(path / INDEX, each), trained) for each in ranges)
             found = next((lists for lists in opened if lists is not None), None)
-        return cls(folder, found, RowReader(folder))
+        return cls(folder, trained, found, RowReader(whole))
+
+    def __len__(self) -> int:
+        """Number of vectors."""
+        rows = {} if self.lists is None else dict(self.lists.shards.tolist())
+        new = sum(len(self.folder.vectors(shard)) for shard in self.unindexed)
+        return new + sum(rows.get(shard, 0) for shard in self.folder.numbers)
 
     @property
     def is_outgrown(self) -> bool:

@@ -29,6 +29,7 @@ from cn_clip.processes import usable_cpus
 from cn_clip.publish import map_write_errors
 from cn_clip.search.ann import load_faiss, openmp_threads
 from cn_clip.search.codes import encode
+from cn_clip.search.confidence import SAMPLE
 from cn_clip.search.kernels import float32_of, has_numkong, products_with
 from cn_clip.shards.folder import ShardFolder
 from cn_clip.text import path_text
@@ -43,7 +44,8 @@ CodeName = Literal["int8", "int4", "pq"]
 
 FORMAT = Format("shard index training", 1)
 TRAINED = "trained"
-_INDEX, _QUERIES, _ABOUT = "centroids.faiss", "queries.npy", "trained.json"
+_INDEX, _QUERIES, _SAMPLE, _ABOUT = "centroids.faiss", "queries.npy", "sample.npy", "trained.json"
+_TUNED_FOR = 256  # texts
 _PER_LIST = 40  # rows that a centroid is fitted to; faiss advises 39 or more
 _MAX_SAMPLE = 1 << 20  # rows
 _READ_TOGETHER = 64  # neighbouring rows of the sample, which cost one read of the disk
@@ -59,12 +61,14 @@ class Trained:
     Attributes:
         index: faiss's.
         queries: float32 (Q, D), texts that the index is tuned for.
-        digest: of all this; parts of another one do not fit.
+        sample: float16 (S, D), random rows, from which the confidence of results is estimated.
+        digest: of index and queries; parts of another training do not fit.
         sampled_of: number of rows when it was trained.
     """
 
     index: Any
     queries: Floats
+    sample: Array
     digest: str
     sampled_of: int
 
@@ -84,7 +88,10 @@ class Trained:
             if faiss is None or _digest(content, queries) != about["digest"]:
                 return None
             index = faiss.deserialize_index(np.frombuffer(content, np.uint8))
-            return cls(index, queries, about["digest"], int(about["rows"]))
+            sample = read_npy(folder / TRAINED / _SAMPLE)
+            if index.d != queries.shape[1] or sample.shape[1:] != queries.shape[1:]:
+                return None
+            return cls(index, queries, sample, about["digest"], int(about["rows"]))
         except (OSError, ValueError, KeyError, TypeError, RecursionError, CNClipError):
             return None
         except RuntimeError:  # all that faiss raises: of another version
@@ -140,7 +147,8 @@ def train(
         folder: the shards.
         rows: the number of rows of each shard, in order.
         out: the folder of the index.
-        queries: unit vectors (Q, D) of texts such as will be searched for; a few hundred.
+        queries: unit vectors (Q, D) of texts such as will be searched for; a few hundred of them
+            are used.
         codes: ``int8`` takes D bytes for a row, ``int4`` half, ``pq`` a quarter.
         lists: their number; by default twice the root of the number of rows.
 
@@ -152,6 +160,7 @@ def train(
     if faiss is None:
         raise UsageError(_("an index needs faiss, on Linux: pip install faiss-cpu"))
     queries = checked_vectors(queries, "queries").astype(np.float32, copy=False)
+    queries = np.ascontiguousarray(_some(queries, _TUNED_FOR))
     dim, total = folder.dim, sum(rows)
     if queries.shape[1] != dim or not len(queries):
         raise UsageError(
@@ -182,7 +191,7 @@ def train(
     with openmp_threads(usable_cpus()):
         index.train(sample)
     content = faiss.serialize_index(index).tobytes()
-    digest = _digest(content, queries)
+    digest, kept = _digest(content, queries), _some(sample, SAMPLE).astype(np.float16)
     about = {
         FIELD: str(FORMAT),
         "faiss": faiss.__version__,
@@ -196,8 +205,9 @@ def train(
     with map_write_errors(out), atomic_folder(out / TRAINED, "bulk index") as temporary:
         (temporary / _INDEX).write_bytes(content)
         np.save(temporary / _QUERIES, queries)
+        np.save(temporary / _SAMPLE, kept)
         (temporary / _ABOUT).write_text(json.dumps(about), encoding="utf-8")
-    return Trained(index, queries, digest, total)
+    return Trained(index, queries, kept, digest, total)
 
 
 def sample_rows(folder: ShardFolder, rows: list[int], wanted: int) -> Floats:
@@ -216,10 +226,20 @@ def sample_rows(folder: ShardFolder, rows: list[int], wanted: int) -> Floats:
             continue
         vectors = folder.vectors(shard)
         for at in inside.tolist():
-            found.append(float32_of(vectors[at : at + _READ_TOGETHER]))
-    sample = np.concatenate(found)
-    valid = np.isfinite(sample).all(axis=1) & sample.any(axis=1)
-    return sample[valid][:wanted]
+            stored = vectors[at : at + _READ_TOGETHER]
+            found.append(float32_of(stored[has_direction(stored)]))
+    return np.concatenate(found)[:wanted]
+
+
+def has_direction(stored: Array) -> npt.NDArray[np.bool_]:
+    """Return which rows (N,) are finite and not all zeros."""
+    result: npt.NDArray[np.bool_] = np.isfinite(stored).all(axis=1) & stored.any(axis=1)
+    return result
+
+
+def _some(rows: Floats, count: int) -> Floats:
+    """Return at most ``count`` random rows, the same ones each time."""
+    return rows[np.sort(np.random.default_rng(0).permutation(len(rows))[:count])]
 
 
 def _digest(content: bytes, queries: Array) -> str:
