@@ -183,7 +183,9 @@ def measure(folder: Path, dim: int) -> None:
     )
     for name, some in times.items():
         low, middle, high = np.percentile(some, (10, 50, 95))
-        print(f"  one query, {name:<20}{middle:8.1f} ms, 10 % {low:.1f}, 95 % {high:.1f}", flush=True)
+        print(
+            f"  one query, {name:<20}{middle:8.1f} ms, 10 % {low:.1f}, 95 % {high:.1f}", flush=True
+        )
 
 
 def main() -> None:

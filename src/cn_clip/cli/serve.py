@@ -24,9 +24,7 @@ Optional = Annotated[float | None, Parameter(validator=Number(gt=0, lte=31_536_0
 Megabytes = Annotated[int, Parameter(validator=Number(gte=1, lte=1024))]
 
 # `--parts URL URL`, and `--parts URL --parts URL`
-Urls = Annotated[
-    tuple[str, ...], Parameter(negative=(), show_default=False, consume_multiple=True)
-]
+Urls = Annotated[tuple[str, ...], Parameter(negative=(), show_default=False, consume_multiple=True)]
 
 
 def serve(

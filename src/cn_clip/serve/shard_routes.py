@@ -95,9 +95,7 @@ def shard_routes(service: Service, shards: ServedShards) -> APIRouter:
         """Find images, as clients of clip-retrieval ask."""
         given = parse(KnnRequest, await request.body())
         vector = await knn_vector(service, given)
-        return json_response(
-            await service.searches.run(_nearest, shards, vector, given.num_images)
-        )
+        return json_response(await service.searches.run(_nearest, shards, vector, given.num_images))
 
     @router.get("/indices-list", responses=errors(404), tags=["clip-retrieval"])
     async def indices() -> list[str]:

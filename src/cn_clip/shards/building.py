@@ -247,7 +247,6 @@ def _tuned(index: Any, trained: Trained, best: Best, recall: float) -> dict[str,
     return {"probes": probes, "candidates": candidates, "recall": round(float(hits.mean()), 4)}
 
 
-
 @contextmanager
 def _locked(index: Path) -> Iterator[None]:
     """Hold the lock of an index.

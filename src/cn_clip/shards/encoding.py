@@ -236,5 +236,3 @@ def _mapped(path: Path, code_bytes: int) -> Array:
     if rows.dtype != row_type(code_bytes) or rows.ndim != 1:
         raise ValueError(rows.dtype)
     return rows.view(np.ndarray)
-
-

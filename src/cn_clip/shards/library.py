@@ -108,7 +108,10 @@ class ShardLibrary:
         name = self._model or self.folder.about.get("model")
         if not isinstance(name, str):
             raise UsageError(
-                _("{path} does not name the model that made it; give --model", path=self.folder.path)
+                _(
+                    "{path} does not name the model that made it; give --model",
+                    path=self.folder.path,
+                )
             )
         return name
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cn_clip.errors import DataError, UsageError
+from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.files import check_regular
 from cn_clip.shards.folder import ShardFolder, shards_and_rows
 from cn_clip.text import path_text, valid_text
 from cn_clip.translation import _
 
 _PATHS = ("image_path", "url", "path", "key", "id")
+_ITEMS = ("id", "key")
 _CAPTION = "caption"
 _NUMBERS = ("width", "height")
 _OPEN_FILES = 64
@@ -25,12 +28,14 @@ _OPEN_FILES = 64
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a row says: where the image is, or the nearest that is known; and its caption."""
+    """What a row says: where the image is, or the nearest that is known; its caption; the id that
+    it had where it comes from."""
 
     path: str
     caption: str | None = None
     width: int = 0
     height: int = 0
+    item: str = ""
 
 
 class MetadataReader:
@@ -63,17 +68,8 @@ class MetadataReader:
         return found
 
     def _of_shard(self, shard: int, rows: list[int]) -> dict[int, Facts]:
-        path = self._folder.metadata_path(shard)
-        try:
-            with self._lock:  # a ParquetFile is not made for threads
-                return _facts(self._opened(shard), rows)
-        except UsageError:
-            raise
-        # pyarrow raises many kinds on damaged files: OSError, ArrowInvalid, KeyError, TypeError, ...
-        except Exception as error:
-            raise DataError(
-                _("{path} is not Parquet: {error}", path=path_text(path), error=error)
-            ) from None
+        with _damage(self._folder.metadata_path(shard)), self._lock:  # not made for threads
+            return _facts_of_rows(self._opened(shard), rows)
 
     def _opened(self, shard: int) -> Any:
         file = self._files.pop(shard, None)
@@ -101,24 +97,82 @@ def parquet() -> Any:
         ) from None
 
 
-def _facts(file: Any, rows: list[int]) -> dict[int, Facts]:
+def facts_in_batches(folder: ShardFolder, shard: int, size: int) -> Iterator[list[Facts]]:
+    """Yield what all rows of a shard say, in order, ``size`` at a time.
+
+    Raises:
+        UsageError: pyarrow is missing.
+        DataError: the file is missing or damaged.
+    """
+    path = folder.metadata_path(shard)
+    with _damage(path):
+        check_regular(path)
+        file = parquet().ParquetFile(path)
+        batches = file.iter_batches(size, columns=_columns(file))
+    waiting: list[Facts] = []
+    while True:
+        with _damage(path):
+            batch = next(batches, None)
+            rows = [] if batch is None else [_facts(values) for values in batch.to_pylist()]
+        waiting += rows  # batches end at row groups
+        while len(waiting) >= size or (batch is None and waiting):
+            yield waiting[:size]
+            del waiting[:size]
+        if batch is None:
+            return
+
+
+def check_rows(folder: ShardFolder, shard: int, agree: bool) -> None:
+    """Raise a ``DataError`` if the files of a shard have other numbers of rows."""
+    if not agree:
+        raise DataError(
+            _(
+                "shard {shard} of {path} has other numbers of vectors and of rows in metadata; "
+                "see: cn-clip bulk verify",
+                shard=shard,
+                path=path_text(folder.path),
+            )
+        )
+
+
+def _facts_of_rows(file: Any, rows: list[int]) -> dict[int, Facts]:
     """Return what rows say; only the groups that have them are read."""
-    names = file.schema_arrow.names
-    path = next((name for name in _PATHS if name in names), None)
-    columns = [name for name in (path, _CAPTION, *_NUMBERS) if name in names]
     found: dict[int, Facts] = {}
     first = 0
     for group in range(file.num_row_groups):
         count = file.metadata.row_group(group).num_rows
         inside = [row for row in rows if first <= row < first + count]
         if inside:
-            table = file.read_row_group(group, columns=columns)
+            table = file.read_row_group(group, columns=_columns(file))
             table = table.take([row - first for row in inside]).to_pylist()
-            for row, values in zip(inside, table, strict=True):
-                found[row] = Facts(
-                    valid_text(str(values.get(path))),
-                    valid_text(caption) if isinstance(caption := values.get(_CAPTION), str) else None,
-                    *(number if type(number := values.get(name)) is int else 0 for name in _NUMBERS),
-                )
+            found |= {row: _facts(values) for row, values in zip(inside, table, strict=True)}
         first += count
     return found
+
+
+def _columns(file: Any) -> list[str]:
+    names = file.schema_arrow.names
+    return [name for name in (*_PATHS, _CAPTION, *_NUMBERS) if name in names]
+
+
+def _facts(values: dict[str, Any]) -> Facts:
+    path = next((values[name] for name in _PATHS if values.get(name) is not None), "")
+    item = next((values[name] for name in _ITEMS if values.get(name) is not None), path)
+    caption = values.get(_CAPTION)
+    width, height = (number if type(number := values.get(name)) is int else 0 for name in _NUMBERS)
+    caption = valid_text(caption) if isinstance(caption, str) else None
+    return Facts(valid_text(str(path)), caption, width, height, valid_text(str(item)))
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Turn what pyarrow raises on a damaged file into a ``DataError``."""
+    try:
+        yield
+    except CNClipError:
+        raise
+    # OSError, ArrowInvalid, KeyError, TypeError, ...: nearly every kind.
+    except Exception as error:
+        raise DataError(
+            _("{path} is not Parquet: {error}", path=path_text(path), error=error)
+        ) from None
