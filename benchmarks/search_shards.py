@@ -7,11 +7,11 @@ Images and text queries are drawn by `embedding_generator.py`, into shards of 10
 `cn-clip bulk` writes them. What is in DIR is used again, and each step continues after an
 interruption: `--step draw`, `build`, `measure` run one. Delete DIR afterwards.
 
-Memory is the highest sum, over this process and its workers, of the pages that are theirs (anonymous
-ones), and of those with the mapped files (the resident set), sampled ten times a second. Recall is
-of the 10 best rows, found exactly, of queries that the index was not tuned for. Queries are run one
-by one, each once. "Vectors not cached" drops all shards from the page cache before every query, so
-that each row that is scored exactly is read from the disk.
+Memory is the highest sum, over this process and its workers, of the pages that are theirs
+(anonymous ones), and of those with the mapped files (the resident set), sampled ten times a second.
+Recall is of the 10 best rows, found exactly, of queries that the index was not tuned for. Queries
+are run one by one, each once. "Vectors not cached" drops all shards from the page cache before
+every query, so that each row that is scored exactly is read from the disk.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def test_an_index_finds_the_best_rows_with_their_exact_scores(folder, codes):
     assert index.lists is not None and not index.unindexed and len(index) == COUNT
     found = index.search(QUERIES, 10)
     assert recall(found.indexes, best_ids(VECTORS, QUERIES, 10, OF)) >= 0.95
-    exact = ShardIndex.open(folder, range(0, 99)).reader
+    exact = ShardIndex.open(folder, range(99)).reader
     for query, row, scores in zip(QUERIES, found.indexes, found.scores, strict=True):
         order = np.argsort(row)
         assert np.allclose(exact.read(row[order]) @ query, scores[order], atol=1e-6)
@@ -215,7 +215,7 @@ def test_a_shard_without_a_manifest_does_not_count(folder):
     (folder / "manifests" / "00003.json").unlink()
     assert 3 not in ShardFolder.open(folder).numbers
     (folder / "img_emb" / "img_emb_00005.npy").unlink()
-    with pytest.raises(DataError, match="shard 5 .* is finished, but its file is missing"):
+    with pytest.raises(DataError, match=r"shard 5 .* is finished, but its file is missing"):
         ShardFolder.open(folder)
 
 
@@ -237,7 +237,7 @@ def test_an_id_that_does_not_exist_has_no_vector(folder):
 
 
 def test_ranges():
-    assert parse_range("0:250") == range(0, 250)
+    assert parse_range("0:250") == range(250)
     for text in ("", "3", "3:3", "5:2", "-1:3", "a:b", "0:99999999999"):
         with pytest.raises(UsageError, match="--shards"):
             parse_range(text)

@@ -134,9 +134,9 @@ def _trained(
 ) -> Trained:
     rows = [len(folder.vectors(shard)) for shard in folder.numbers]
     trained = None if options.retrain else Trained.open(index)
-    if trained is not None and trained.index.d == folder.dim:
-        if sum(rows) <= _TRAINED_AGAIN * trained.sampled_of:
-            return trained
+    fits = trained is not None and trained.index.d == folder.dim
+    if fits and trained is not None and sum(rows) <= _TRAINED_AGAIN * trained.sampled_of:
+        return trained
     return train(folder, rows, index, queries(), codes=options.codes, lists=options.lists)
 
 

@@ -235,4 +235,4 @@ def _mapped(path: Path, code_bytes: int) -> Array:
     rows = np.load(path, mmap_mode="r", allow_pickle=False)
     if rows.dtype != row_type(code_bytes) or rows.ndim != 1:
         raise ValueError(rows.dtype)
-    return rows.view(np.ndarray)
+    return np.asarray(rows)

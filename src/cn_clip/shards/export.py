@@ -9,9 +9,9 @@ import numpy as np
 
 from cn_clip.search.export import to_database
 from cn_clip.search.export_rows import TOGETHER, Batch, Existing, ExportRows, OnProgress
-from cn_clip.shards.training import has_direction
 from cn_clip.shards.folder import ShardFolder, ids_of
 from cn_clip.shards.metadata import check_rows, facts_in_batches
+from cn_clip.shards.training import has_direction
 
 _TEXTS = ("path", "caption")
 
@@ -50,7 +50,7 @@ def _batches(folder: ShardFolder) -> Iterator[Batch]:
             check_rows(folder, shard, len(stored) == len(facts))
             valid = np.flatnonzero(has_direction(stored))
             rows = stored[valid].astype(np.float32)
-            columns = {
+            columns: dict[str, list[str | None]] = {
                 "path": [facts[row].path for row in valid.tolist()],
                 "caption": [facts[row].caption for row in valid.tolist()],
             }

@@ -70,7 +70,7 @@ class ShardIndex:
 
     def __len__(self) -> int:
         """Number of vectors."""
-        rows = {} if self.lists is None else dict(self.lists.shards.tolist())
+        rows: dict[int, int] = {} if self.lists is None else dict(self.lists.shards.tolist())
         new = sum(len(self.folder.vectors(shard)) for shard in self.unindexed)
         return new + sum(rows.get(shard, 0) for shard in self.folder.numbers)
 
@@ -110,7 +110,8 @@ class ShardIndex:
         """Return the vector (D,) of an id; zeros if there is none."""
         if image < 1:
             return np.zeros(self.folder.dim, np.float32)
-        return self.reader.read(np.array([image], np.int64))[0]
+        vectors = self.reader.read(np.array([image], np.int64))
+        return vectors.reshape(-1)
 
     def _by_lists(self, queries: Array, k: int, threads: int) -> TopK:
         with openmp_threads(threads):

@@ -1,8 +1,9 @@
 """The list of the images of shards that are kept, which training and later runs read.
 
-One JSON object per line: ``image`` (its path, or ``KIND:PATH#ID`` of a source), ``text``,
-``image_id``, and ``id`` in the shards. So the list is a source of pairs (``jsonl:KEPT.jsonl``) for
-`cn-clip train` and `cn-clip data`, and a list of images for `cn-clip embed` and `cn-clip bulk plan`.
+One JSON object per line: ``id`` in the shards, ``image`` (its path, or ``KIND:PATH#ID`` of a
+source), ``text`` and ``image_id``. So the list is a source of pairs, ``jsonl:KEPT.jsonl``, for
+`cn-clip train` and `cn-clip data`, and a list of images for `cn-clip embed` and `cn-clip bulk
+plan`.
 """
 
 from __future__ import annotations

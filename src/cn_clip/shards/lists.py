@@ -73,7 +73,7 @@ def merge_parts(parts: Sequence[Part], code_bytes: int, out: Path) -> npt.NDArra
     Raises:
         OSError: the disk is full.
     """
-    sizes = np.sum([part.sizes for part in parts], axis=0)
+    sizes: npt.NDArray[np.int64] = np.sum([part.sizes for part in parts], axis=0)
     starts = [np.concatenate([[0], np.cumsum(part.sizes)]) for part in parts]
     with out.open("wb") as stream:
         for first, last in _blocks(sizes, _BLOCK_BYTES // (code_bytes + _ID_BYTES)):

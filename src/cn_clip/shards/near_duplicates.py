@@ -159,8 +159,8 @@ class CompareLists:
                     best, scores, near + at, other_ids[top],
                     np.take_along_axis(products[near], top, axis=1),
                 )  # fmt: skip
-        at, column = np.nonzero(scores >= limit)
-        return np.stack([ids[at], best[at, column]], axis=1)
+        row, column = np.nonzero(scores >= limit)
+        return np.stack([ids[row], best[row, column]], axis=1)
 
     def _verified(self, index: ShardIndex, pairs: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return one pair for each image that is near enough to a lower one: the nearest."""

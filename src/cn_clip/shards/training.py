@@ -233,8 +233,7 @@ def sample_rows(folder: ShardFolder, rows: list[int], wanted: int) -> Floats:
 
 def has_direction(stored: Array) -> npt.NDArray[np.bool_]:
     """Return which rows (N,) are finite and not all zeros."""
-    result: npt.NDArray[np.bool_] = np.isfinite(stored).all(axis=1) & stored.any(axis=1)
-    return result
+    return np.asarray(np.isfinite(stored).all(axis=1) & stored.any(axis=1))
 
 
 def _some(rows: Floats, count: int) -> Floats:
