@@ -148,13 +148,13 @@ def drop(folder: ShardFolder) -> None:
         os.close(handle)
 
 
-def timed(index: ShardIndex, queries: np.ndarray, threads: int, cold: bool) -> np.ndarray:
+def timed(index: ShardIndex, queries: np.ndarray, cold: bool) -> np.ndarray:
     times = []
     for at in range(len(queries)):
         if cold:
             drop(index.folder)
         start = time.perf_counter()
-        index.search(queries[at : at + 1], K, threads=threads)
+        index.search(queries[at : at + 1], K)
         times.append(1000 * (time.perf_counter() - start))
     return np.array(times)
 
@@ -172,10 +172,9 @@ def measure(folder: Path, dim: int) -> None:
         found = [index.search(query[None], K).indexes[0] for query in queries]
         hits = [len(np.intersect1d(a, b)) / K for a, b in zip(found, best.indexes, strict=True)]
         times = {
-            f"{threads} thread(s)": timed(index, queries, threads, False)
-            for threads in (1, usable_cpus())
+            "one thread": timed(index, queries, False),
+            "vectors not cached": timed(index, queries[:COLD], True),
         }
-        times["vectors not cached"] = timed(index, queries[:COLD], 1, True)
     print(
         f"  recall@10 of {QUERIES} other queries {np.mean(hits):.4f} "
         f"(standard error {np.std(hits) / np.sqrt(len(hits)):.4f}); opened in {opening:.2f} s; "

@@ -46,7 +46,8 @@ FORMAT = Format("shard index training", 1)
 TRAINED = "trained"
 _INDEX, _QUERIES, _SAMPLE, _ABOUT = "centroids.faiss", "queries.npy", "sample.npy", "trained.json"
 _TUNED_FOR = 256  # texts
-_PER_LIST = 40  # rows that a centroid is fitted to; faiss advises 39 or more
+_PER_LIST = 32  # rows that a centroid is fitted to
+_ROUNDS = 8  # of k-means
 _MAX_SAMPLE = 1 << 20  # rows
 _READ_TOGETHER = 64  # neighbouring rows of the sample, which cost one read of the disk
 _ASSIGNED = 1 << 10  # rows compared with all centroids at once
@@ -185,6 +186,7 @@ def train(
         kind = "SQ8"
     index = faiss.index_factory(dim, f"IVF{count},{kind}", faiss.METRIC_INNER_PRODUCT)
     index.cp.min_points_per_centroid = 1  # no message on stderr
+    index.cp.niter = _ROUNDS
     index.cp.max_points_per_centroid = 1 << 20  # all that was sampled
     if codes == "pq" and kind != "SQ8":
         index.pq.cp.min_points_per_centroid = 1
