@@ -10,6 +10,14 @@ import pyarrow.parquet
 from cn_clip.shards.folder import SPAN
 
 
+def use_one_thread(monkeypatch) -> None:
+    """Let faiss use one thread, as its threads wait for each other on a busy machine."""
+    from cn_clip.shards import building, training
+
+    for module in (building, training):
+        monkeypatch.setattr(module, "usable_cpus", lambda: 1)
+
+
 def unit(rows) -> np.ndarray:
     rows = np.asarray(rows, np.float32)
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)

@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from shard_folders import best_ids, clustered, ids, write_shard, write_shards
+from shard_folders import best_ids, clustered, ids, use_one_thread, write_shard, write_shards
 
 from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.shards import building, encoding
@@ -20,6 +20,11 @@ from cn_clip.shards.index import INDEX, ShardIndex
 COUNT, OF = 6000, 500
 VECTORS = clustered(COUNT)
 QUERIES = clustered(40, seed=1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    use_one_thread(monkeypatch)
 
 
 def texts():

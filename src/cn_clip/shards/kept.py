@@ -9,6 +9,7 @@ plan`.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import numpy.typing as npt
 
 from cn_clip.data.sources.lines import line_end, stream_lines
 from cn_clip.errors import DataError, UsageError
-from cn_clip.outputs import claim, own_file, starts_with
+from cn_clip.outputs import claim, own_file, reads_as
 from cn_clip.publish import atomic_file, map_write_errors
 from cn_clip.shards.folder import Rows, ShardFolder, ids_of
 from cn_clip.shards.metadata import check_rows, facts_in_batches
@@ -26,7 +27,7 @@ from cn_clip.text import path_text
 from cn_clip.translation import _
 
 _TOGETHER = 4096  # rows
-_START = b'{"id": '
+_IS_LIST = reads_as(re.compile(rb'\{"id": \d+, "image": "'), b"}\n")
 
 Mask = npt.NDArray[np.bool_]
 
@@ -41,7 +42,7 @@ def claim_kept(
     """
     if Path(out).suffix != ".jsonl":
         raise UsageError(_("--out is {out}; give X.jsonl", out=out))
-    return claim(out, own_file(command, starts_with(_START)), inputs=inputs, overwrite=overwrite)
+    return claim(out, own_file(command, _IS_LIST), inputs=inputs, overwrite=overwrite)
 
 
 def write_kept(
