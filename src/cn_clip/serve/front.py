@@ -17,14 +17,13 @@ from pydantic import BaseModel
 
 from cn_clip import __version__
 from cn_clip.serve import page_routes
-from cn_clip.serve.app import answer_errors
 from cn_clip.serve.guard import Guard
 from cn_clip.serve.inputs import parse
 from cn_clip.serve.keys import Keys
 from cn_clip.serve.library_routes import ImageId, check_search
 from cn_clip.serve.metrics import Metrics
 from cn_clip.serve.parts import Answer, Parts, good_answers, merged_hits, parts_state
-from cn_clip.serve.responses import body_of, describe, errors, json_response
+from cn_clip.serve.responses import answer_errors, body_of, describe, errors, json_response
 from cn_clip.serve.schemas import KnnRequest, KnnResult, MergedResponse, SearchRequest
 from cn_clip.serve.settings import Settings
 from cn_clip.translation import _

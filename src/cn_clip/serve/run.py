@@ -82,13 +82,9 @@ def address(settings: Settings, listening: socket.socket) -> str:
 
 
 def _create_app(settings: Settings) -> object:
-    log_to_stderr()
-    if settings.parts:
-        from cn_clip.serve.front import create_front
-
-        return create_front(settings)
     from cn_clip.serve.app import create_app  # imports prometheus_client
 
+    log_to_stderr()
     return create_app(settings)
 
 

@@ -37,12 +37,14 @@ class ShardIndex:
     """Search of a folder of shards, by an index where there is one, else exactly.
 
     Attributes:
+        whole: all shards of the folder.
         folder: the shards that are searched.
         trained: what their index shares with those of other ranges; None without one.
         lists: an index of some of them; None without one.
         reader: of the vectors of all shards of the folder.
     """
 
+    whole: ShardFolder
     folder: ShardFolder
     trained: Trained | None
     lists: Lists | None
@@ -66,13 +68,19 @@ class ShardIndex:
             ranges = [None] if shards is None else [shards, None]
             opened = (Lists.open(lists_folder(path / INDEX, each), trained) for each in ranges)
             found = next((lists for lists in opened if lists is not None), None)
-        return cls(folder, trained, found, RowReader(whole))
+        return cls(whole, folder, trained, found, RowReader(whole))
 
     def __len__(self) -> int:
-        """Number of vectors."""
-        rows: dict[int, int] = {} if self.lists is None else dict(self.lists.shards.tolist())
-        new = sum(len(self.folder.vectors(shard)) for shard in self.unindexed)
-        return new + sum(rows.get(shard, 0) for shard in self.folder.numbers)
+        """Number of vectors that are searched."""
+        return sum(self.rows_of(self.folder))
+
+    def rows_of(self, folder: ShardFolder) -> list[int]:
+        """Return the number of vectors of each shard; those in the index are not opened."""
+        known: dict[int, int] = {} if self.lists is None else dict(self.lists.shards.tolist())
+        return [
+            known[shard] if shard in known else len(folder.vectors(shard))
+            for shard in folder.numbers
+        ]
 
     @property
     def is_outgrown(self) -> bool:

@@ -209,12 +209,11 @@ class ShardLibrary:
             return make_thumbnail(self.content(image))
         return None
 
-    @property
+    @cached_property
     def _images(self) -> int:
-        """The number of images that a query is compared with: those of all parts of an index, so
-        that each gives the same probability."""
-        trained = self.index.trained
-        return max(len(self), 0 if trained is None else trained.sampled_of)
+        """The number of images that a query is compared with: those of the whole folder, so that a
+        part of it gives the same probabilities."""
+        return sum(self.index.rows_of(self.index.whole))
 
     def _tail(self, embedder: Embedder, query: Query) -> Tail:
         """Return how frequent high cosines are for queries of this form."""
@@ -236,8 +235,8 @@ class ShardLibrary:
         trained = self.index.trained
         if trained is not None:
             return trained.sample.astype(np.float32)
-        rows = [len(self.folder.vectors(shard)) for shard in self.folder.numbers]
-        return sample_rows(self.folder, rows, SAMPLE)
+        whole = self.index.whole
+        return sample_rows(whole, self.index.rows_of(whole), SAMPLE)
 
 
 def _hit(image: int, facts: Facts | None, cosine: float, confidence: Confidence) -> Hit:
