@@ -429,8 +429,7 @@ def export(
     """
     from cn_clip.search.export import claim_database, claim_export, export, is_database
     from cn_clip.search.export_rows import Existing
-    from cn_clip.search.places import library_path
-    from cn_clip.shards.folder import is_shard_folder
+    from cn_clip.search.places import is_shard_folder, library_path
 
     path = library_path(library)
     if update and not is_database(to):

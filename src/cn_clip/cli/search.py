@@ -139,8 +139,7 @@ def search(
 
 def _opened(name: str, loading: LibraryLoading, calibration: str | None) -> Library | ShardLibrary:
     """Open a library, or a folder of embedding shards."""
-    from cn_clip.search.places import library_path
-    from cn_clip.shards.folder import is_shard_folder
+    from cn_clip.search.places import is_shard_folder, library_path
 
     options = {
         "model": loading.model,

@@ -17,7 +17,7 @@ from cn_clip.search.background import prepare_search
 from cn_clip.search.folder import StoredModel
 from cn_clip.search.library import Library
 from cn_clip.search.library_model import load_for
-from cn_clip.search.places import ABOUT, library_path
+from cn_clip.search.places import ABOUT, is_shard_folder, library_path
 from cn_clip.serve.engine import Engine, QueuedEmbedder, best_image_batch
 from cn_clip.serve.fetch import fetch_image
 from cn_clip.serve.gate import Gate
@@ -26,7 +26,6 @@ from cn_clip.serve.keys import Keys
 from cn_clip.serve.metrics import Metrics
 from cn_clip.serve.problems import RequestError, problem_of, unavailable
 from cn_clip.serve.settings import Settings
-from cn_clip.shards.folder import is_shard_folder
 from cn_clip.shards.library import ShardLibrary
 from cn_clip.text import path_text
 from cn_clip.translation import _

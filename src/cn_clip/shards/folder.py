@@ -26,7 +26,7 @@ from cn_clip.embeddings.files import check_format
 from cn_clip.errors import DataError, LibraryError, UsageError
 from cn_clip.files import read_file
 from cn_clip.outputs import json_object_at
-from cn_clip.search.places import is_library
+from cn_clip.search.places import is_shard_folder
 from cn_clip.text import path_text
 from cn_clip.translation import _
 
@@ -48,11 +48,6 @@ def shards_and_rows(ids: Rows) -> tuple[Rows, Rows]:
     """Return the shards (N,) and the rows (N,) of ids (N,)."""
     shards, rows = np.divmod(ids - 1, SPAN)
     return shards, rows
-
-
-def is_shard_folder(path: Path) -> bool:
-    """Return whether a folder holds embedding shards, and is no library."""
-    return (path / "img_emb").is_dir() and not is_library(path)
 
 
 @dataclass(frozen=True)

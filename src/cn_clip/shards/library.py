@@ -211,9 +211,11 @@ class ShardLibrary:
 
     @cached_property
     def _images(self) -> int:
-        """The number of images that a query is compared with: those of the whole folder, so that a
-        part of it gives the same probabilities."""
-        return sum(self.index.rows_of(self.index.whole))
+        """The number of images that a query is compared with: those of the whole folder, or of the
+        one that the index was trained on, so that a part gives the same probabilities."""
+        trained = self.index.trained
+        own = sum(self.index.rows_of(self.index.whole))
+        return own if trained is None else max(own, trained.sampled_of)
 
     def _tail(self, embedder: Embedder, query: Query) -> Tail:
         """Return how frequent high cosines are for queries of this form."""
