@@ -36,7 +36,7 @@ from cn_clip.shards.index import INDEX, ShardIndex, merged
 from cn_clip.topk import TopK
 
 SHARD_ROWS = 10_000
-TUNED, QUERIES, COLD = 256, 200, 50
+TUNED, QUERIES, COLD = 256, 100, 50
 K = 10
 
 

@@ -50,7 +50,7 @@ def test_without_an_index_the_search_is_exact(folder):
     assert np.array_equal(found.indexes, best_ids(VECTORS, QUERIES, 10, OF))
 
 
-@pytest.mark.parametrize("codes", ["int8", "int4", "pq"])
+@pytest.mark.parametrize("codes", ["int8", "int4", pytest.param("pq", marks=pytest.mark.full)])
 def test_an_index_finds_the_best_rows_with_their_exact_scores(folder, codes):
     done = built(folder, codes=codes, recall=0.95)
     assert (done.rows, done.shards) == (COUNT, COUNT // OF)

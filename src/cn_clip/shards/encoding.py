@@ -31,7 +31,7 @@ Array = npt.NDArray[Any]
 
 TUNED_K = 10  # results per query that the recall is measured for
 PARTS = "parts"
-_PART_ROWS = 1 << 20
+_PART_ROWS = 1 << 19
 _BLOCK = 1 << 14  # rows read at a time
 _ARRAYS = ("sizes", "shards", "trained", "best_ids", "best_scores", "best_lists")
 
@@ -133,7 +133,7 @@ def row_type(code_bytes: int) -> np.dtype[Any]:
 
 
 def planned_parts(folder: ShardFolder) -> list[PartPlan]:
-    """Return the parts of a folder, of about a million rows each.
+    """Return the parts of a folder, of about half a million rows each.
 
     Raises:
         DataError: a file is missing or damaged.

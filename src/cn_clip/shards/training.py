@@ -3,8 +3,9 @@
 It is trained once, on a sample of the rows, and kept when shards are added. A row belongs to the
 list of its nearest centroid, and is stored there as a code of its difference from it (faiss's
 ``IVF{lists},SQ4`` and others; Douze et al., The Faiss library, arXiv:2401.08281). Only faiss knows
-the codes; which centroid is nearest is computed in int8 if numkong is installed, several times
-faster: a row in the second-nearest list is found as well, because lists are counted as they are.
+the codes; which centroid is nearest, here and in k-means, is computed in int8 if numkong is
+installed, several times faster: a row in the second-nearest list is found as well, because lists
+are counted as they are.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +42,7 @@ Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 Lists = npt.NDArray[np.int64]
 
+Nearest = Callable[[npt.NDArray[np.int8]], Lists]
 CodeName = Literal["int8", "int4", "pq"]
 
 FORMAT = Format("shard index training", 1)
@@ -99,28 +102,15 @@ class Trained:
             return None
 
     @cached_property
-    def _centroids(self) -> Floats:
-        centroids: Floats = self.index.quantizer.reconstruct_n(0, self.index.nlist)
-        return centroids
-
-    @cached_property
-    def _products(self) -> Any:
-        """Return a function from int8 codes to their products with all centroids."""
-        # One scale for all, so that products compare as they are.
-        step = np.abs(self._centroids).max() / _INT8_MAX
-        return products_with(np.rint(self._centroids / step).astype(np.int8))
+    def _nearest(self) -> Nearest:
+        return nearest_of(self.index.quantizer.reconstruct_n(0, self.index.nlist))
 
     def lists_of(self, vectors: Floats) -> Lists:
         """Return the list (N,) of each unit vector (N, D)."""
-        if not has_numkong():
-            nearest: Lists = self.index.quantizer.search(vectors, 1)[1][:, 0]
-            return nearest
-        codes, _scales = encode(vectors)
-        found = [
-            self._products(codes[at : at + _ASSIGNED]).argmax(axis=1)
-            for at in range(0, len(codes), _ASSIGNED)
-        ]
-        return np.concatenate(found) if found else np.empty(0, np.int64)
+        if has_numkong():
+            return self._nearest(encode(vectors)[0])
+        nearest: Lists = self.index.quantizer.search(vectors, 1)[1][:, 0]
+        return nearest
 
     def encode(self, vectors: Floats, lists: Lists) -> npt.NDArray[np.uint8]:
         """Return the codes (N, B) of vectors (N, D) in their lists (N,)."""
@@ -188,6 +178,8 @@ def train(
     index.cp.min_points_per_centroid = 1  # no message on stderr
     index.cp.niter = _ROUNDS
     index.cp.max_points_per_centroid = 1 << 20  # all that was sampled
+    if has_numkong():
+        index.quantizer.add(fitted_centroids(sample, count))  # faiss then trains the codes alone
     if codes == "pq" and kind != "SQ8":
         index.pq.cp.min_points_per_centroid = 1
     with openmp_threads(usable_cpus()):
@@ -210,6 +202,39 @@ def train(
         np.save(temporary / _SAMPLE, kept)
         (temporary / _ABOUT).write_text(json.dumps(about), encoding="utf-8")
     return Trained(index, queries, kept, digest, total)
+
+
+def nearest_of(centroids: Floats) -> Nearest:
+    """Return a function from int8 codes (N, D) of unit vectors to their nearest centroids (N,)."""
+    # One scale for all, so that products compare as they are.
+    step = max(float(np.abs(centroids).max()), 1e-12) / _INT8_MAX
+    multiply = products_with(np.rint(centroids / step).astype(np.int8))
+
+    def nearest(codes: npt.NDArray[np.int8]) -> Lists:
+        found = [
+            multiply(codes[at : at + _ASSIGNED]).argmax(axis=1)
+            for at in range(0, len(codes), _ASSIGNED)
+        ]
+        return np.concatenate(found) if found else np.empty(0, np.int64)
+
+    return nearest
+
+
+def fitted_centroids(sample: Floats, count: int) -> Floats:
+    """Return centroids, unit vectors (count, D), by spherical k-means; that of an empty cluster
+    becomes a random row."""
+    rng = np.random.default_rng(0)
+    centroids = sample[np.sort(rng.permutation(len(sample))[:count])]
+    codes, _scales = encode(sample)
+    for _round in range(_ROUNDS):
+        lists = nearest_of(centroids)(codes)
+        order = np.argsort(lists, kind="stable")
+        used, starts = np.unique(lists[order], return_index=True)
+        centroids = sample[rng.integers(len(sample), size=count)]
+        centroids[used] = np.add.reduceat(sample[order], starts, axis=0)
+        lengths = np.linalg.norm(centroids, axis=1, keepdims=True)
+        centroids /= np.maximum(lengths, 1e-12)
+    return centroids
 
 
 def sample_rows(folder: ShardFolder, rows: list[int], wanted: int) -> Floats:
