@@ -13,8 +13,9 @@ model alone on batches of 64 texts, in a process of its own. INFINITY serves the
 Hugging Face folder; 0.0.78 needs transformers 4.49, and with 4.57 no text of Chinese-CLIP is
 answered while /health says 200.
 
-`overload`: images that arrive at half, twice and ten times the rate that the server reaches, whether
-it answers or not: beyond the rate, the time of accepted requests is that of the full queue. `mixed`: requests of all kinds, every hundredth with a damaged image.
+`overload`: images that arrive at half, twice and ten times the rate that the server reaches,
+whether it answers or not. Beyond that rate, accepted requests wait in a full queue. `mixed`:
+requests of all kinds, every hundredth with a damaged image.
 
 Weights: ViT-B-16 gets random ones, whose speed is that of trained ones.
 """
