@@ -23,6 +23,7 @@ from cn_clip.serve.keys import Keys
 from cn_clip.serve.library_routes import ImageId, check_search
 from cn_clip.serve.metrics import Metrics
 from cn_clip.serve.parts import Answer, Parts, good_answers, merged_hits, parts_state
+from cn_clip.serve.problems import unavailable
 from cn_clip.serve.responses import answer_errors, body_of, describe, errors, json_response
 from cn_clip.serve.schemas import KnnRequest, KnnResult, MergedResponse, SearchRequest
 from cn_clip.serve.settings import Settings
@@ -180,17 +181,20 @@ async def _search(front: Front, given: SearchRequest, request: Request) -> dict[
     body = asked.model_dump_json(exclude_defaults=True).encode()
     answers = await front.parts.ask_all("POST", "/v1/search", body=body)
     found = [answer.values() for answer in good_answers(answers)]
-    hits = [hit for values in found for hit in values["hits"]]
-    merged = merged_hits(hits, "cosine", offset=0, end=wanted)
-    more = len(hits) > wanted or any(values["more"] for values in found)
-    return {
-        "query": found[0]["query"],
-        "images": sum(values["images"] for values in found),
-        "nothing_matches": not any(hit["matches"] for hit in merged),
-        "more": more and wanted < front.settings.max_results,
-        "hits": merged[given.offset :],
-        "parts": parts_state(answers),
-    }
+    try:
+        hits = [hit for values in found for hit in values["hits"]]
+        merged = merged_hits(hits, "cosine", offset=0, end=wanted)
+        more = len(hits) > wanted or any(values["more"] for values in found)
+        return {
+            "query": found[0]["query"],
+            "images": sum(values["images"] for values in found),
+            "nothing_matches": not any(hit["matches"] for hit in merged),
+            "more": more and wanted < front.settings.max_results,
+            "hits": merged[given.offset :],
+            "parts": parts_state(answers),
+        }
+    except (KeyError, TypeError):
+        raise unavailable(_("a part answers as another program does")) from None
 
 
 def _state(answers: list[Answer]) -> dict[str, Any]:

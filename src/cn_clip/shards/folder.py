@@ -94,7 +94,7 @@ class ShardFolder:
             )
         return cls(path, kept, about)
 
-    @property
+    @cached_property
     def numbers(self) -> list[int]:
         """The shards in order."""
         return list(self.names)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ class ShardIndex:
         indexed = 0 if self.lists is None else int(self.lists.shards[:, 1].sum())
         return sum(len(self.folder.vectors(n)) for n in self.unindexed) > _GROWTH * indexed
 
-    @property
+    @cached_property
     def unindexed(self) -> list[int]:
         """The shards that are searched exactly."""
         known = set() if self.lists is None else set(self.lists.shards[:, 0].tolist())
