@@ -202,6 +202,18 @@ def test_without_any_part_the_front_is_not_ready():
             assert answer.status_code == 503
 
 
+def test_a_part_that_is_another_program_is_no_crash(tiny_checkpoint):
+    with contextlib.ExitStack() as stack:
+        model = Settings(model=str(tiny_checkpoint), device="cpu", image_batch=1)
+        other = stack.enter_context(serving(model))  # no library
+        urls = (str(other.base_url),)
+        front = stack.enter_context(serving(Settings(parts=urls)))
+        assert front.post("/v1/search", json={"query": "猫"}).status_code == 404
+        assert front.get("/v1/library").status_code == 404
+        front.service.parts.urls = [f"{urls[0]}/v1/models#"]  # answers other JSON
+        assert front.get("/v1/library").status_code == 503
+
+
 def test_what_is_no_address_of_a_part_is_refused(folder, capsys):
     for urls in (("x",), ("ftp://a",), ("http://",), ("http://a:b",), ("http://a", "http://a/")):
         with pytest.raises(UsageError, match="--parts"):

@@ -7,8 +7,8 @@ passed to one of them.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Annotated, Any
 
 import httpx
@@ -133,8 +133,9 @@ def _search_routes(front: Front) -> APIRouter:
         body = await request.body()
         given = parse(KnnRequest, body)
         answers = await front.parts.ask_all("POST", "/knn-service", body=body)
-        results = [hit for answer in good_answers(answers) for hit in answer.values()]
-        merged = merged_hits(results, "similarity", offset=0, end=given.num_images)
+        with _understood():
+            results = [hit for answer in good_answers(answers) for hit in answer.values()]
+            merged = merged_hits(results, "similarity", offset=0, end=given.num_images)
         missing = len(parts_state(answers)["missing"])
         return json_response(merged, headers={"x-missing-parts": str(missing)})
 
@@ -180,8 +181,8 @@ async def _search(front: Front, given: SearchRequest, request: Request) -> dict[
     asked = given.model_copy(update={"offset": 0, "k": wanted})
     body = asked.model_dump_json(exclude_defaults=True).encode()
     answers = await front.parts.ask_all("POST", "/v1/search", body=body)
-    found = [answer.values() for answer in good_answers(answers)]
-    try:
+    with _understood():
+        found = [answer.values() for answer in good_answers(answers)]
         hits = [hit for values in found for hit in values["hits"]]
         merged = merged_hits(hits, "cosine", offset=0, end=wanted)
         more = len(hits) > wanted or any(values["more"] for values in found)
@@ -193,28 +194,33 @@ async def _search(front: Front, given: SearchRequest, request: Request) -> dict[
             "hits": merged[given.offset :],
             "parts": parts_state(answers),
         }
-    except (KeyError, TypeError):
-        raise unavailable(_("a part answers as another program does")) from None
 
 
 def _state(answers: list[Answer]) -> dict[str, Any]:
-    found = [answer.values() | {"part": answer.part} for answer in good_answers(answers)]
-    return {
-        "name": found[0]["name"],
-        "images": sum(values["images"] for values in found),
-        "unreadable": 0,
-        "model": found[0]["model"],
-        "roots": [],
-        "may_index": False,
-        "index": None,
-        "parts": parts_state(answers)
-        | {
-            "found": [
-                {name: values.get(name) for name in ("part", "images", "shards")}
-                for values in found
-            ]
-        },
-    }
+    with _understood():
+        found = [answer.values() | {"part": answer.part} for answer in good_answers(answers)]
+        shown = [
+            {name: values.get(name) for name in ("part", "images", "shards")} for values in found
+        ]
+        return {
+            "name": found[0]["name"],
+            "images": sum(values["images"] for values in found),
+            "unreadable": 0,
+            "model": found[0]["model"],
+            "roots": [],
+            "may_index": False,
+            "index": None,
+            "parts": parts_state(answers) | {"found": shown},
+        }
+
+
+@contextmanager
+def _understood() -> Iterator[None]:
+    """Refuse with 503 if a part does not answer as this program does."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError):
+        raise unavailable(_("a part answers as another program does")) from None
 
 
 def _passed(response: httpx.Response) -> Response:
