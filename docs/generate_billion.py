@@ -42,7 +42,7 @@ def embedding(v: dict[str, Any]) -> list[str]:
     rows = []
     for name, model in v["models"].items():
         total = v["images"]["count"] * model["image"] * 1e9
-        cells = [f"{model['image']:g}", f"{total / 1e18:,.2g}"]
+        cells = [f"{model['image']:g}", f"{total / 1e18:,.{0 if total >= 1e19 else 1}f}"]
         for device in v["devices"].values():
             for bits in BITS:
                 cells.append(hours(total / (device[bits] * 1e12 * device["share"])))

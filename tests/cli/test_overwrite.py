@@ -28,7 +28,7 @@ from cn_clip.train.recipe import schema as recipes
 READ = {
     "--after", "--base", "--before", "--caption", "--collection", "--exclude", "--folder",
     "--host", "--image", "--keys", "--new-key", "--include", "--library", "--like", "--max-size",
-    "--min-size", "--parts", "--shards", "--text", "--within",
+    "--keep", "--min-size", "--parts", "--shards", "--text", "--within",
     "EMBEDDINGS", "FOLDER", "MODEL", "NEW",
     "OLD", "OTHER", "PATHS", "QUERY", "SOURCES",
     "--against", "--calibration", "--compare", "--data", "--dataset", "--device",

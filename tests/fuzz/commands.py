@@ -220,6 +220,7 @@ _OWN: dict[str, tuple[str, ...]] = {
                     "{i}/damaged/tr_predictions/tr_predictions.jsonl"),
     "FOLDER": ("{i}/features_folder/features", "{i}/features_folder/features",
                "{i}/damaged/features_folder/features", "{i}/empty", "{i}/photos/photos"),
+    "--keep": ("{i}/jsonl/pairs.jsonl", "{i}/empty.txt", "{i}/removed/removed.jsonl"),
     "--within": ("{i}/removed/removed.jsonl", "{i}/jsonl/pairs.jsonl", "{i}/empty.txt"),
     "--shards": ("0:1", "0:250", "1:2", "1:0", "x", "0:99999999999"),
     "--parts": ("http://127.0.0.1:9", "x", "http://"),

@@ -217,6 +217,30 @@ def test_the_list_is_a_source_of_pairs_and_a_list_of_images(tmp_path, capsys):
     assert run([*words, "--workers", "0", "--overwrite"]) == 0
 
 
+def test_a_list_of_images_in_tar_shards_is_packed(tmp_path, capsys, monkeypatch):
+    source = tmp_path / "source"
+    source.mkdir()
+    for number in range(6):
+        make_image(number, (40, 40)).save(source / f"{number}.png")
+        (source / f"{number}.txt").write_text(f"第{number}张图", encoding="utf-8")
+    packed = tmp_path / "tars"
+    words = ["data", "pack", f"folder:{source}", "--out", str(packed), "--images-per-shard", "4"]
+    assert run([*words, "--workers", "0"]) == 0
+    source = open_source(f"tar:{packed}/*.tar")
+    labels = [f"tar:{packed}/{n // 4:05d}.tar#{source.row(n).image_id}" for n in range(6)]
+    kept = tmp_path / "kept.jsonl"
+    chosen = [labels[n] for n in (0, 3, 5)]
+    kept.write_text("".join(json.dumps({"id": 1, "image": each}) + "\n" for each in chosen))
+    monkeypatch.chdir(tmp_path)
+    words = ["data", "pack", "tar:tars/*.tar", "--keep", "kept.jsonl", "--workers", "0"]
+    assert run([*words, "--out", "again"]) == 0
+    again = open_source("tar:again/*.tar")
+    assert [again.row(n).text for n in range(len(again))] == [source.row(n).text for n in (0, 3, 5)]
+    kept.write_text('{"id": 1, "image": "tar:/elsewhere/0.tar#1"}\n')
+    assert run([*words, "--out", "other"]) == 1
+    assert "has no image of" in capsys.readouterr().err
+
+
 def test_other_files_are_no_lists(tmp_path, capsys):
     path = tmp_path / "notes.jsonl"
     for content in (b"mine", b'{"id": "a"}', b'{"id": true}', b"[]", b"\xff\n", b'{"id": 1e400}'):

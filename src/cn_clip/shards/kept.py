@@ -8,7 +8,9 @@ plan`.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -17,7 +19,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cn_clip.data.sources.base import Source
 from cn_clip.data.sources.lines import line_end, stream_lines
+from cn_clip.data.sources.open import parts_of
+from cn_clip.data.sources.remote import is_remote
 from cn_clip.errors import DataError, UsageError
 from cn_clip.outputs import claim, own_file, reads_as
 from cn_clip.publish import atomic_file, map_write_errors
@@ -97,8 +102,14 @@ def read_kept(path: Path) -> Rows:
     Raises:
         DataError: the file is missing or no such list.
     """
+    return _values(path, "id", _checked_id, np.int64)
+
+
+def _values(path: Path, key: str, convert: Callable[[Any], int], kind: Any) -> npt.NDArray[Any]:
+    """Return one value of each line, sorted. Errors as ``read_kept``."""
     try:
-        ids = np.fromiter((_id(line) for line in _lines(path)), np.int64)
+        lines = (json.loads(line)[key] for line in _lines(path))
+        values = np.fromiter((convert(value) for value in lines), kind)
     except OSError as error:
         raise DataError(
             _("{path} cannot be read: {reason}", path=path_text(path), reason=error.strerror)
@@ -110,7 +121,37 @@ def read_kept(path: Path) -> Rows:
                 path=path_text(path),
             )
         ) from None
-    return np.sort(ids)
+    return np.sort(values)
+
+
+def rows_left_out(path: Path, source: Source) -> Rows:
+    """Return the indexes (N,) of the pairs of a source whose images are not in a list.
+
+    The list is of shards that were embedded from this source: ``image`` is ``KIND:PATH#ID`` there.
+    Memory: 8 bytes for each image of the list.
+
+    Raises:
+        DataError: the file is no such list, or has no image of the source.
+    """
+    kept = _values(path, "image", _digest, np.uint64)
+    left_out, first = [np.empty(0, np.int64)], 0
+    for part in parts_of(source):
+        place = _place(part)
+        labels = (_digest(f"{place}#{_image_id(part, row)}") for row in range(len(part)))
+        found = np.isin(np.fromiter(labels, np.uint64, len(part)), kept)
+        left_out.append(first + np.flatnonzero(~found))
+        first += len(part)
+    indexes = np.concatenate(left_out)
+    if len(indexes) == first:
+        raise DataError(
+            _(
+                "{path} has no image of {source}; give the source that the shards were embedded "
+                "from",
+                path=path_text(path),
+                source=source.name,
+            )
+        )
+    return indexes
 
 
 def mask_of(shard: int, count: int, kept: Rows | None) -> Mask:
@@ -128,8 +169,26 @@ def _lines(path: Path) -> Iterator[bytes]:
     return stream_lines(path, 0, line_end(path))
 
 
-def _id(line: bytes) -> int:
-    values: Any = json.loads(line)
-    if type(values["id"]) is not int:
-        raise ValueError(values)
-    return int(values["id"])
+def _checked_id(value: Any) -> int:
+    if type(value) is not int:
+        raise ValueError(value)
+    return value
+
+
+def _digest(label: Any) -> int:
+    if not isinstance(label, str):
+        raise ValueError(label)
+    return int.from_bytes(hashlib.blake2b(label.encode(), digest_size=8).digest(), "little")
+
+
+def _place(part: Source) -> str:
+    """Return ``KIND:PATH`` of one file of a source, its path absolute."""
+    kind, _colon, path = part.name.partition("?")[0].partition(":")
+    return f"{kind}:{path if is_remote(path) else os.path.abspath(path)}"
+
+
+def _image_id(part: Source, row: int) -> str:
+    try:
+        return part.row(row).image_id
+    except DataError:  # reported by what reads the row
+        return ""
