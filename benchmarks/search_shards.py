@@ -29,11 +29,11 @@ from embedding_generator import Generator
 
 from cn_clip.bench import processor_name
 from cn_clip.processes import usable_cpus
-from cn_clip.search.exact import search_exact
+from cn_clip.search.kernels import float32_of
 from cn_clip.shards.building import Options, build_index
+from cn_clip.shards.encoding import Best
 from cn_clip.shards.folder import ShardFolder, ids_of
-from cn_clip.shards.index import INDEX, ShardIndex, merged
-from cn_clip.topk import TopK
+from cn_clip.shards.index import INDEX, ShardIndex
 
 SHARD_ROWS = 10_000
 TUNED, QUERIES, COLD = 256, 100, 50
@@ -127,17 +127,29 @@ def build(folder: Path, dim: int, codes: str, lists: int | None) -> None:
     )
 
 
-def exact(folder: ShardFolder, queries: np.ndarray, cache: Path) -> TopK:
-    """Return the best rows, which are found once and kept."""
-    if cache.exists():
-        with np.load(cache) as known:
-            return TopK(known["ids"], known["scores"])
-    best = TopK(np.empty((len(queries), 0), np.int64), np.empty((len(queries), 0), np.float32))
+def exact_part(folder: ShardFolder, queries: np.ndarray) -> Best:
+    best = Best.none(len(queries))
     for shard in folder.numbers:
-        found = search_exact(folder.vectors(shard), queries, K)
-        best = merged([best, TopK(ids_of(shard, found.indexes), found.scores)], K)
-    np.savez(cache, ids=best.indexes, scores=best.scores)
+        vectors = float32_of(np.asarray(folder.vectors(shard)))
+        ids = ids_of(shard, np.arange(len(vectors)))
+        best.update(ids, vectors @ queries.T, ids)
     return best
+
+
+def exact(folder: ShardFolder, queries: np.ndarray, cache: Path) -> np.ndarray:
+    """Return the ids of the best rows (Q, 10), which are found once and kept."""
+    if not cache.exists():
+        parts = [folder.with_shards(part.tolist()) for part in np.array_split(folder.numbers, 8)]
+        best = Best.none(len(queries))
+        with ProcessPoolExecutor(usable_cpus()) as pool:
+            for more in pool.map(exact_part, parts, [queries] * len(parts)):
+                best.keep(
+                    np.concatenate([best.ids, more.ids], axis=1),
+                    np.concatenate([best.scores, more.scores], axis=1),
+                    np.concatenate([best.lists, more.lists], axis=1),
+                )
+        np.save(cache, best.ids)
+    return np.load(cache)
 
 
 def drop(folder: ShardFolder) -> None:
@@ -163,14 +175,14 @@ def measure(folder: Path, dim: int) -> None:
     queries = Generator(dim=dim).queries(QUERIES, seed=2)
     shards = ShardFolder.open(folder)
     start = time.perf_counter()
-    best = exact(shards, queries, folder / "best.npz")
+    best = exact(shards, queries, folder / "best.npy")
     print(f"  exact search of {QUERIES} queries: {time.perf_counter() - start:.0f} s")
     with Memory() as memory:
         start = time.perf_counter()
         index = ShardIndex.open(folder)
         opening = time.perf_counter() - start
         found = [index.search(query[None], K).indexes[0] for query in queries]
-        hits = [len(np.intersect1d(a, b)) / K for a, b in zip(found, best.indexes, strict=True)]
+        hits = [len(np.intersect1d(a, b)) / K for a, b in zip(found, best, strict=True)]
         times = {
             "one thread": timed(index, queries, False),
             "vectors not cached": timed(index, queries[:COLD], True),
