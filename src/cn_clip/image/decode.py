@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -55,7 +55,12 @@ MAX_PIXELS = 2**27  # 134 million, 537 MB decoded; above common cameras
 # decoded in threads, and warning filters are not thread-safe.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
-ImageInput = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[Any]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    ImageInput = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[Any] | Tensor
+else:
+    ImageInput = str | os.PathLike | bytes | Image.Image | np.ndarray
 
 _BUDGET = MemoryBudget(MAX_DECODED)
 _HEIC_STARTS = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"heim", b"heis"))
