@@ -57,7 +57,7 @@ def test_progress_true_shows_a_bar_on_stderr(embedder, capsys):
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
 def test_the_batch_size_changes_no_embedding(embedder, batch_size):
     images = [make_image(seed) for seed in range(5)]
-    texts = ["猫", "一只在草地上奔跑的棕色小狗", "", "火箭", "长" * 60]
+    texts = ["猫", "一只在草地上奔跑的棕色小狗", "", "火箭", "长" * 45]
     np.testing.assert_allclose(
         embedder.embed_images(images, batch_size=batch_size),
         embedder.embed_images(images),
@@ -223,7 +223,7 @@ def test_a_trainable_model_learns_and_leaves_the_embedder_as_it_was(folder):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0]
     np.testing.assert_array_equal(embedder.embed_images(images), before)
     trained = Embedder.from_model(model.eval())
@@ -240,9 +240,10 @@ def test_an_embedder_is_pickled_with_its_model(folder):
     assert again.fingerprint == embedder.fingerprint
 
 
-def test_an_export_cannot_be_trained(tiny_export):
+def test_an_export_cannot_be_trained(embedder):
+    export = Embedder(embedder.backend, embedder.config, fingerprint=lambda: None)
     with pytest.raises(UsageError, match="is an export, which cannot be trained"):
-        cn_clip.load(tiny_export).trainable_model()
+        export.trainable_model()
 
 
 @pytest.mark.parametrize(("short", "full"), [("fp32", "float32"), ("bf16", "bfloat16")])

@@ -21,6 +21,7 @@ from cn_clip.install import NAME, install_command, installation, other_version, 
 from cn_clip.translation import N_, _, translate
 
 _TIMEOUT_S = 3.0
+_CPU_INDEX = "--index-url https://download.pytorch.org/whl/cpu"
 # extra -> what it is for, and the modules of its packages
 _EXTRAS = {
     "data": (N_("Parquet and LMDB"), ("pyarrow", "lmdb")),
@@ -166,7 +167,7 @@ def _check_package(requirement: Requirement) -> Finding:
     problem = _("{version} is too old", version=version) if version else _("missing")
     remedy = f"pip install '{requirement}'"
     if requirement.name == "torch":
-        remedy += _(", or a smaller build for the CPU: see constraints.txt")
+        remedy += _(", or for the CPU alone: {command}", command=f"{remedy} {_CPU_INDEX}")
     return Finding(
         requirement.name,
         "fail",

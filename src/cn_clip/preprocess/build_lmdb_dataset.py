@@ -13,6 +13,8 @@ from cn_clip.cli.official import parser_of, run_script
 from cn_clip.errors import UsageError
 from cn_clip.translation import _
 
+_SMALL = 1000  # rows, for which starting processes takes longer than the work
+
 
 def main(arguments: Sequence[str]) -> int:
     """Write the LMDBs of all splits; return the exit code."""
@@ -50,7 +52,7 @@ def _write_split(data: Path, split: str, out: Path) -> int:
             out,
             to="lmdb",
             without=np.array(without, np.int64),
-            workers=usable_cpus(),
+            workers=usable_cpus() if len(source) > _SMALL else 0,
             inputs=[images, data / f"{split}_texts.jsonl"],
             overwrite=True,
             on_progress=on_progress,

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cn_clip.config import model_config
 from cn_clip.errors import UsageError
 from cn_clip.translation import _
 
@@ -57,6 +58,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     given, checkpoint = _without_resume(arguments)
     flags = [*_defaults(given, checkpoint), *given]
+    model_config(f"{_value(given, 'vision-model')}@{_value(given, 'text-model')}")  # fail early
     if checkpoint is not None:
         flags += ["--start.checkpoint", checkpoint]
     recipe = build_recipe(apply_flags({}, flags, processes()))
