@@ -574,6 +574,8 @@ def _existing_path(reference: str) -> Path:
         raise UsageError(
             _("{reference!r:.80} is not a valid path: {error}", reference=reference, error=error)
         ) from None
+    if hub.is_openai_name(reference):
+        raise UnknownModelError(_("model"), reference, hub.names())
     if path.suffix or "/" in reference or os.sep in reference:
         raise UsageError(_("no such file or folder: {reference!r}", reference=reference))
     raise UnknownModelError(_("model"), reference, hub.names())

@@ -38,7 +38,7 @@ class Preprocess:
         mean, std = (
             torch.tensor(values)[:, None, None] for values in (config.image_mean, config.image_std)
         )
-        return (pixels.float() / 255 - mean) / std  # type: ignore[no-any-return]
+        return (pixels.float() / 255 - mean) / std
 
 
 @dataclass(frozen=True, slots=True)

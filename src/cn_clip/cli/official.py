@@ -6,10 +6,13 @@ Each script has the arguments and files of the official one, and calls the funct
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn
 
+import cn_clip
 from cn_clip import cli
 from cn_clip.config import TEXT_TOWERS, VISION_TOWERS, model_config
 from cn_clip.errors import UsageError
@@ -31,7 +34,27 @@ class Arguments(argparse.ArgumentParser):
 
 def run_script(main: Callable[[Sequence[str]], int]) -> None:
     """Run a script with the arguments of the process, and exit."""
+    _leave_package_folder()
     exit_after(lambda: cli.end(lambda arguments: cli.guarded(main, arguments)))
+
+
+def _leave_package_folder() -> None:
+    """Remove the folders of this package from the module path, of child processes too.
+
+    The official run_scripts put them there; their modules would be imported instead of others of
+    the same name, such as ``html``.
+    """
+    inside = os.path.dirname(os.path.realpath(cn_clip.__file__)) + os.sep
+
+    def outside(paths: list[str]) -> list[str]:
+        real = ((path, os.path.realpath(path)) for path in paths)
+        return [path for path, place in real if not f"{place}{os.sep}".startswith(inside)]
+
+    sys.path[:] = outside(sys.path)
+    if "PYTHONPATH" in os.environ:
+        os.environ["PYTHONPATH"] = os.pathsep.join(
+            outside(os.environ["PYTHONPATH"].split(os.pathsep))
+        )
 
 
 def parser_of(script: str, command: str) -> Arguments:

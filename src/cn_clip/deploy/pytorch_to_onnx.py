@@ -45,8 +45,8 @@ def main(arguments: Sequence[str]) -> int:
     weights.check_model(weights.read(checkpoint, mapped=True).config, expected, checkpoint)
     prefix.parent.mkdir(parents=True, exist_ok=True)
     with map_write_errors(prefix):
-        for name in _export(str(checkpoint), prefix, towers):
-            print(_("wrote {path}", path=name))
+        for path in _export(str(checkpoint), prefix, towers):
+            print(_("wrote {path}", path=path))
     return 0
 
 

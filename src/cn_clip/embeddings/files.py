@@ -190,9 +190,8 @@ def read(path: str | os.PathLike[str]) -> EmbeddingsFile:
     """
     file = as_path(path)
     about = about_of(file) if file.exists() else {}
-    kind = about.get("kind")
-    if kind not in get_args(Kind):
-        kind = _kind_of(file)
+    stated = about.get("kind")
+    kind: Kind = stated if stated in get_args(Kind) else _kind_of(file)
     stored = read_embeddings(file, kind)
     return EmbeddingsFile(kind, stored.ids, stored.vectors, about)
 
