@@ -125,7 +125,16 @@ def _package() -> Iterator[Finding]:
         "repository": _("from {place}", place=found.place),
         "index": _("from a package index"),
     }[found.kind]
-    yield Finding(NAME, "ok", f"{__version__}, Python {platform.python_version()}, {origin}")
+    yield Finding(
+        NAME,
+        "ok",
+        _(
+            "{version}, Python {python}, {origin}",
+            version=__version__,
+            python=platform.python_version(),
+            origin=origin,
+        ),
+    )
     if other := other_version():
         yield Finding(
             NAME,

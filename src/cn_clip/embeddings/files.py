@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -191,7 +191,7 @@ def read(path: str | os.PathLike[str]) -> EmbeddingsFile:
     file = as_path(path)
     about = about_of(file) if file.exists() else {}
     stated = about.get("kind")
-    kind: Kind = stated if stated in get_args(Kind) else _kind_of(file)
+    kind = cast(Kind, stated) if stated in get_args(Kind) else _kind_of(file)
     stored = read_embeddings(file, kind)
     return EmbeddingsFile(kind, stored.ids, stored.vectors, about)
 
