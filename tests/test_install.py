@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -124,7 +125,7 @@ def test_every_extra_that_a_message_names_exists():
 
 def test_doctor_names_the_origin_and_the_extras(capsys, monkeypatch):
     real = __import__("importlib.util").util.find_spec
-    doctor = sys.modules["cn_clip.cli.doctor"]
+    doctor = import_module("cn_clip.cli.doctor")
     monkeypatch.setattr(
         doctor.importlib.util, "find_spec", lambda name: None if name == "lmdb" else real(name)
     )

@@ -414,3 +414,21 @@ def test_training_starts_as_the_run_scripts_start_it(script, datapath, launch):
     done = python(*launch.split(), *line, "--max-steps=2", folder=SOURCE.parent, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
     assert (datapath / "experiments" / "run" / "checkpoints" / "epoch_latest.pt").is_file()
+
+
+def test_annotations_are_never_replaced_by_predictions(script, tmp_path):
+    rows = [{"image_id": n, "feature": [1.0, n]} for n in range(12)]
+    text = [{"text_id": n, "feature": [1.0, n]} for n in range(3)]
+    for name, lines in (("i.jsonl", rows), ("t.jsonl", text)):
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    annotations = tmp_path / "texts.jsonl"
+    annotations.write_bytes((GOLDEN / "eval" / "texts.jsonl").read_bytes())
+    feats = ["--image-feats", tmp_path / "i.jsonl", "--text-feats", tmp_path / "t.jsonl"]
+    code, _, err = script(make_topk_predictions, *feats, "--output", annotations)
+    assert code == 2 and "was not written by" in err
+    assert annotations.read_bytes() == (GOLDEN / "eval" / "texts.jsonl").read_bytes()
+    for module in (make_topk_predictions, make_topk_predictions_tr, make_topk_predictions):
+        assert script(module, *feats, "--output", tmp_path / "p.jsonl")[0] == 0
+    official = GOLDEN / "eval" / "predictions.jsonl"
+    (tmp_path / "p.jsonl").write_bytes(official.read_bytes())
+    assert script(make_topk_predictions, *feats, "--output", tmp_path / "p.jsonl")[0] == 0

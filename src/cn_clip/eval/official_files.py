@@ -39,7 +39,8 @@ _METRICS = re.compile(
     )
 )
 _FAILURE = b'{"errorDetail": "'
-_QUERY = (b'{"text_id": ', b'{"image_id": ')  # starts of annotations and predictions
+# A line of ``write_predictions`` and ``write_image_annotations``; annotations of texts have a text.
+_LINE = re.compile(rb'\{"(text|image)_id": ("(?:[^"\\]|\\.)*"|-?\d+), "(image|text)_ids": \[')
 _PLURALS = {"image_id": N_("images"), "text_id": N_("texts")}
 
 
@@ -86,12 +87,13 @@ def claim_metrics(out: str | Path, *, inputs: Iterable[str | Path] = ()) -> Path
 def claim_lines(
     out: str | Path, *, option: str = "--output", inputs: Iterable[str | Path] = ()
 ) -> Path:
-    """Return a path if predictions or annotations may be written there, over such a file too.
+    """Return a path if predictions or annotations of images may be written there, over such a file
+    too.
 
     Raises:
         UsageError: see ``outputs.claim``.
     """
-    own = own_file("eval", starts_with(*_QUERY))
+    own = own_file("eval", reads_as(_LINE, b"]}\n"))
     return claim(out, own, option=option, inputs=inputs)
 
 
