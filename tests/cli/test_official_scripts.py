@@ -1,8 +1,11 @@
 """The official scripts with the argument lines of the official run_scripts, on small data."""
 
 import base64
+import importlib
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -33,6 +36,7 @@ from cn_clip.preprocess import build_lmdb_dataset
 from cn_clip.training import main as training
 
 SOURCE = Path(cn_clip.__file__).parent
+ROOT = Path(__file__).parent.parent.parent
 SPLITS = {"train": range(24), "valid": range(100, 112), "test": range(120, 132)}
 
 
@@ -58,13 +62,10 @@ def small_official(monkeypatch):
     return make_model(tiny)
 
 
-@pytest.fixture(scope="session")
-def muge(tmp_path_factory):
-    """Return a folder in the official layout, with its LMDBs; its test split has two images
-    without a text, and a text without an image."""
-    dataset = tmp_path_factory.mktemp("muge") / "MUGE"
-    dataset.mkdir()
-    for split, numbers in SPLITS.items():
+def write_official(dataset, splits):
+    """Write the TSV and the texts of each split."""
+    dataset.mkdir(parents=True)
+    for split, numbers in splits.items():
         extra = [900, 901] if split == "test" else []
         images = [
             f"{n}\t{base64.b64encode(encoded(make_image(n, (40, 40)), 'PNG')).decode()}"
@@ -76,6 +77,14 @@ def muge(tmp_path_factory):
             texts.append({"text_id": 999, "text": "没有图片", "image_ids": []})
         lines = [json.dumps(text, ensure_ascii=False) for text in texts]
         (dataset / f"{split}_texts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def muge(tmp_path_factory):
+    """Return a folder in the official layout, with its LMDBs; its test split has two images
+    without a text, and a text without an image."""
+    dataset = tmp_path_factory.mktemp("muge") / "MUGE"
+    write_official(dataset, SPLITS)
     line = ["--data_dir", str(dataset), "--splits", ",".join(SPLITS)]
     assert guarded(build_lmdb_dataset.main, line) == 0
     return dataset
@@ -432,3 +441,22 @@ def test_annotations_are_never_replaced_by_predictions(script, tmp_path):
     official = GOLDEN / "eval" / "predictions.jsonl"
     (tmp_path / "p.jsonl").write_bytes(official.read_bytes())
     assert script(make_topk_predictions, *feats, "--output", tmp_path / "p.jsonl")[0] == 0
+
+
+@pytest.mark.full
+def test_the_commands_of_the_migration_page_run(script, tmp_path, small_official, monkeypatch):
+    """In this process, so that ViT-B-16 is a tiny model; torchrun is tested above."""
+    page = next(ROOT.glob("docs/coming-from.md"), ROOT / "docs" / "migrating.md")
+    blocks = re.findall(r"^```sh\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+    (block,) = (block for block in blocks if "cn_clip.training.main" in block)
+    monkeypatch.chdir(tmp_path)
+    write_official(tmp_path / "datasets" / "MUGE", SPLITS | {"train": range(130)})
+    weights.save_official(small_official, tmp_path / "clip_cn_vit-b-16.pt")
+    commands = block.replace("\\\n", " ").splitlines()
+    assert len(commands) == 3
+    for command in commands:
+        words = shlex.split(command)
+        (at,) = (n for n, word in enumerate(words) if word.startswith("cn_clip."))
+        code, _out, err = script(importlib.import_module(words[at]), *words[at + 1 :])
+        assert code == 0, err
+    assert (tmp_path / "datasets" / "MUGE" / "valid_imgs.img_feat.jsonl").is_file()
