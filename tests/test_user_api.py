@@ -254,6 +254,9 @@ def test_short_names_of_precisions_are_the_full_ones(folder, short, full, capsys
     assert run(["models", "--json"]) == 0
     assert run(["embed", "texts", "nothing.txt", "--out", "x.npz", "--precision", short]) == 2
     assert "nothing.txt" in capsys.readouterr().err  # and not the precision
+    if short == "fp32":
+        assert run(["export", "--model", "nothing", "--out", "x", "--precision", short]) == 2
+        assert "unknown model 'nothing'" in capsys.readouterr().err
 
 
 def test_classifications_are_indexed_and_turned_into_dicts(embedder):
