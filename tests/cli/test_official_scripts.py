@@ -409,7 +409,7 @@ def test_a_script_runs_as_a_module_and_as_a_file_with_the_official_pythonpath(tm
 @pytest.mark.parametrize(
     "launch",
     [
-        # Python 3.11's argparse takes --logs for an abbreviated option of the launcher.
+        # Without --, the launcher takes --logs for an abbreviation of its own options.
         "-m torch.distributed.run --nproc-per-node=2 -m -- cn_clip.training.main",
         "-m torch.distributed.launch --use_env --nproc_per_node=2 -- cn_clip/training/main.py",
         "cn_clip/training/main.py",
