@@ -161,6 +161,8 @@ def fields(v: dict[str, Any]) -> dict[str, Any]:
         "build_hours": f"{s['build_hours']:,.0f}",
         "sample": size((1 << 20) * 4 * 384),
         "machine": v["index"]["machine"],
+        "quick": f"{v['index']['large']['quick_ms']:g}",
+        "quick_small": f"{v['index']['small']['quick_ms']:g}",
         "cpu_rate": f"{1e3 * v['cpu']['bf16']:,.0f}",
         "cpu_share": f"{100 * v['cpu']['share_bf16']:.0f}",
     }
