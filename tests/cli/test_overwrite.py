@@ -22,11 +22,11 @@ from cn_clip.train.recipe import schema as recipes
 
 # Options of strings that are not outputs; --download-root receives files, but replaces none, and
 # --library takes a library or a new folder, see tests/search; --keys gets lines added, see
-# tests/serve.
+# tests/serve; DEST is an output that must hold a plan, see tests/bulk.
 READ = {
-    "--after", "--base", "--before", "--caption", "--collection", "--exclude", "--folder",
+    "--address", "--after", "--base", "--before", "--caption", "--collection", "--exclude", "--folder",
     "--host", "--image", "--keys", "--new-key", "--include", "--library", "--like", "--max-size",
-    "--min-size", "--text",
+    "--min-size", "--part", "--text", "DEST",
     "EMBEDDINGS", "MODEL", "NEW",
     "OLD", "OTHER", "PATHS", "QUERY", "SOURCES",
     "--against", "--calibration", "--compare", "--data", "--dataset", "--device",
@@ -57,7 +57,7 @@ class Output:
     @property
     def command(self) -> str:
         words = self.arguments
-        return " ".join(words[: 2 if words[0] in ("data", "eval", "library") else 1])
+        return " ".join(words[: 2 if words[0] in ("bulk", "data", "eval", "library") else 1])
 
 
 MODEL = "--model model --device cpu"
@@ -66,6 +66,7 @@ OUTPUTS = [
     Output(f"embed images photos --out {{out}} {MODEL} --overwrite", ".npz"),
     Output(f"embed images photos --out {{out}} {MODEL} --overwrite", ".jsonl"),
     Output(f"embed images photos --out {{out}} {MODEL} --overwrite"),
+    Output(f"bulk plan photos --out {{out}} {MODEL}"),
     Output("convert model {out} --to official --overwrite", ".pt", "model"),
     Output("convert model {out} --to hf --overwrite", "", "model"),
     Output("convert model {out} --to safetensors --overwrite", "", "model"),

@@ -16,7 +16,7 @@ import numpy as np
 from cn_clip.bulk.plan import Embed
 from cn_clip.data.curate.grouping import RowGroups, group_rows
 from cn_clip.data.process_map import Progress, no_progress
-from cn_clip.data.sources.base import Source
+from cn_clip.data.sources.base import Row, Source
 from cn_clip.data.sources.folder import Folder
 from cn_clip.data.sources.open import SOURCE_OPTIONS
 from cn_clip.data.sources.parts import Part, parts_in
@@ -40,8 +40,10 @@ class Input:
     """An input of a shard: an image, its texts, or both.
 
     Attributes:
-        id: of its row; unique within one file of a source.
-        label: path of the image, or ``URI#ID`` of one in a source.
+        id: of its row: the path of the image, or ``URI#ID`` of one in a file of a source, with
+            ``#ID`` of its text if texts are embedded; or the id that a list gives.
+        label: path of the image, or ``URI#ID``.
+        own_id: of the image in its source.
         text: its texts, one per line; empty without any.
         image: equal inputs of one shard have the same image, which is embedded once.
         read: returns the path or the bytes of the image.
@@ -53,6 +55,7 @@ class Input:
 
     id: str
     label: str
+    own_id: str
     text: str
     image: str
     read: Callable[[], Content]
@@ -115,7 +118,7 @@ def list_lines(
         raise UsageError(_("{given}: only tar shards are read from remote places", given=given))
     items = images_below(as_path(given)) if os.path.isdir(given) else read_images([given])
     for item in items:
-        yield Line(_item_line(item, None), 1)
+        yield Line(_item_line(item), 1)
 
 
 def _captioned_lines(given: str, embed: Embed) -> Iterator[Line]:
@@ -129,16 +132,22 @@ def _captioned_lines(given: str, embed: Embed) -> Iterator[Line]:
             except DataError as error:
                 warnings.warn(_("{error}; it is left out", error=error), stacklevel=2)
                 continue
-            name = rows[0].text_id if embed != "images" else rows[0].image_id
             path = Path(os.path.abspath(source.image_path(int(group[0]))))
-            item = Item(name, path, file_stamp(path), "")
-            yield Line(_item_line(item, "\n".join(row.text for row in rows)), 1)
+            item = Item(_row_id(path_text(path), rows[0], embed), path, file_stamp(path), "")
+            text = "\n".join(row.text for row in rows)
+            yield Line(_item_line(item, rows[0].image_id, text), 1)
 
 
-def _item_line(item: Item, text: str | None) -> bytes:
+def _item_line(item: Item, *more: str) -> bytes:
+    """Return the line of an image: id, path, stamp; then its own id and text, if it has them."""
     assert not isinstance(item.content, bytes)
-    path = os.path.abspath(item.content)
-    return _dumped([str(item.id), path, item.stamp] + ([] if text is None else [text]))
+    return _dumped([str(item.id), os.path.abspath(item.content), item.stamp, *more])
+
+
+def _row_id(label: str, row: Row, embed: Embed) -> str:
+    """Return a unique id of a row of pairs."""
+    same = embed == "images" or row.text_id == row.image_id
+    return label if same else f"{label}#{row.text_id}"
 
 
 def _dumped(value: Any) -> bytes:
@@ -168,7 +177,7 @@ def inputs_of(
         skip, count = 0, count - taken
 
 
-def _listed(id: str, path: str, stamp: str, text: str = "") -> Input:
+def _listed(id: str, path: str, stamp: str, own_id: str | None = None, text: str = "") -> Input:
     def read() -> Content:
         now = file_stamp(Path(path))
         if now == "missing":
@@ -177,7 +186,7 @@ def _listed(id: str, path: str, stamp: str, text: str = "") -> Input:
             raise DataError(_("{path} has changed since it was planned", path=path_text(path)))
         return Path(path)
 
-    return Input(id, path_text(path), text, path, read)
+    return Input(id, path_text(path), id if own_id is None else own_id, text, path, read)
 
 
 def _of_part(line: bytes, embed: Embed, first: int, stop: int) -> Iterator[Input | Unreadable]:
@@ -197,13 +206,14 @@ def _of_rows(part: Part, source: Source, indexes: list[int], embed: Embed) -> In
         raise
     except DataError as error:
         return Unreadable(source.where(indexes[0]), str(error))
-    image_id, text_id = rows[0].image_id, rows[0].text_id
-    own_id = embed == "images" or text_id == image_id
+    own_id = rows[0].image_id
+    label = path_text(f"{part.kind}:{part.path}#{own_id}")
     return Input(
-        image_id if own_id else f"{image_id}#{text_id}",
-        path_text(f"{part.kind}:{part.path}#{image_id}"),
+        _row_id(label, rows[0], embed),
+        label,
+        own_id,
         "\n".join(row.text for row in rows),
-        f"{part.path}\0{image_id}",
+        f"{part.path}\0{own_id}",
         partial(source.image, indexes[0]),
     )
 

@@ -295,6 +295,7 @@ def _write(
             "id": [each.id for each in kept],
             "image_path": [each.label for each in kept],
             "caption": [each.text for each in kept],
+            "image_id": [each.own_id for each in kept],
         },
     )
     names = [*arrays, metadata]

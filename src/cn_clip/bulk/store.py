@@ -109,6 +109,8 @@ def open_store(given: str) -> Store:
     Raises:
         UsageError: the URL cannot be written to, or obstore is missing.
     """
+    if not given or "\0" in given:
+        raise UsageError(_("--out is {given!r}; give a folder, or a URL", given=given))
     if not is_remote(given):
         return FolderStore(Path(os.path.abspath(os.path.expanduser(given))))
     scheme = given.partition("://")[0]

@@ -42,7 +42,7 @@ def plan(
 ) -> int:
     """Fix which inputs each shard has, and the model that embeds them.
 
-    Nothing is embedded yet: `cn-clip bulk run OUT` does that. A plan is never changed. The same
+    Nothing is embedded yet: `cn-clip bulk run DEST` does that. A plan is never changed. The same
     command with more inputs, or with other sources, adds a plan of those that OUT does not have.
 
     Parameters
@@ -51,7 +51,7 @@ def plan(
         Images: folders (recursive), globs, image files, .txt and .jsonl lists. Pairs: KIND:PATH,
         with KIND folder, csv, jsonl, parquet, tsv, lmdb or tar; tar shards may be behind a URL.
     out
-        A folder that all machines see at the same path, or a URL such as s3://bucket/name.
+        DEST: a folder that all machines see at the same path, or a URL such as s3://bucket/name.
     shards_of
         Inputs of a shard, which is computed as a whole.
     embed
@@ -98,7 +98,7 @@ def plan(
 
 @bulk.command
 def run(
-    out: str,
+    dest: str,
     /,
     *,
     engine: EngineName = "local",
@@ -118,7 +118,7 @@ def run(
 
     Parameters
     ----------
-    out
+    dest
         The folder or URL of a plan.
     engine
         local: processes of this machine. ray: a Ray cluster, or Ray on this machine.
@@ -143,12 +143,12 @@ def run(
     from cn_clip.bulk.store import open_store
 
     options = _EngineOptions(engine, workers, cpus, gpus, address)
-    return _run(open_store(out), options, retries, part, accept_missing, json)
+    return _run(open_store(dest), options, retries, part, accept_missing, json)
 
 
 @bulk.command
 def resume(
-    out: str,
+    dest: str,
     /,
     *,
     engine: EngineName = "local",
@@ -164,7 +164,7 @@ def resume(
 
     Parameters
     ----------
-    out
+    dest
         The folder or URL of a plan.
     engine
         local: processes of this machine. ray: a Ray cluster, or Ray on this machine.
@@ -187,7 +187,7 @@ def resume(
     from cn_clip.bulk.store import open_store
     from cn_clip.bulk.verify import verify as check
 
-    store = open_store(out)
+    store = open_store(dest)
     with store.lock("driver.lock"):
         checked = check(store, discard=True)
     print_some(_damages(checked.damaged), _("cn-clip bulk verify lists them"))
@@ -196,14 +196,14 @@ def resume(
 
 
 @bulk.command
-def status(out: str, /, *, json: Flag = False) -> int:
+def status(dest: str, /, *, json: Flag = False) -> int:
     """Show how far a run is, also while it runs.
 
     The exit code is 1 if shards have failed.
 
     Parameters
     ----------
-    out
+    dest
         The folder or URL of a plan.
     json
         Print JSON instead of a table.
@@ -213,7 +213,7 @@ def status(out: str, /, *, json: Flag = False) -> int:
     from cn_clip.bulk.status import status_of
     from cn_clip.bulk.store import open_store
 
-    store = open_store(out)
+    store = open_store(dest)
     with progress_bar(_("reading manifests")) as on_progress:
         now = status_of(store, on_progress)
     if json:
@@ -241,7 +241,7 @@ def status(out: str, /, *, json: Flag = False) -> int:
 
 @bulk.command
 def verify(
-    out: str, /, *, checksums: Flag = False, discard: Flag = False, json: Flag = False
+    dest: str, /, *, checksums: Flag = False, discard: Flag = False, json: Flag = False
 ) -> int:
     """Check that every input is in a shard or in its quarantine, and every file as it was written.
 
@@ -249,7 +249,7 @@ def verify(
 
     Parameters
     ----------
-    out
+    dest
         The folder or URL of a plan.
     checksums
         Read all files, and compare their checksums; otherwise their sizes are compared.
@@ -263,7 +263,7 @@ def verify(
     from cn_clip.bulk.store import open_store
     from cn_clip.bulk.verify import verify as check
 
-    store = open_store(out)
+    store = open_store(dest)
     lock = store.lock("driver.lock") if discard else nullcontext()
     with lock, progress_bar(_("checking shards")) as on_progress:
         found = check(store, checksums=checksums, discard=discard, on_read=on_progress)
