@@ -87,7 +87,7 @@ def test_an_unchanged_folder_with_one_new_image_is_a_plan_of_one(tmp_path, tiny_
     assert plan_in(tmp_path / "out", tiny_checkpoint, images).rows == 1
 
 
-def test_a_plan_of_another_model_or_kind_is_refused(tmp_path, tiny_checkpoint, tiny_export):
+def test_a_plan_of_another_model_or_kind_is_refused(tmp_path, tiny_checkpoint):
     uri = write_shards(tmp_path, 2)
     out = tmp_path / "out"
     plan_in(out, tiny_checkpoint, uri)
@@ -123,9 +123,10 @@ def test_a_damaged_plan_is_refused(tmp_path, tiny_checkpoint, damage):
     plan_in(tmp_path / "out", tiny_checkpoint, write_images(tmp_path / "a", 9))
     path = next((tmp_path / "out").glob(f"plan_*{damage}"))
     content = path.read_bytes()
-    for bad in (b"", content[: len(content) // 2], content.replace(b"0", b"1")):
+    flipped = content[:-1] + bytes([content[-1] ^ 1])
+    for bad in (b"", content[: len(content) // 2], flipped):
         path.write_bytes(bad)
-        with pytest.raises(CNClipError, match=r"damaged|not"):
+        with pytest.raises(CNClipError, match="damaged"):
             inputs_in(tmp_path / "out" if damage == "json" else link(tmp_path))
 
 

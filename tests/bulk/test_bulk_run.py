@@ -66,9 +66,11 @@ def test_a_run_holds_the_vectors_of_embed_images(images, out, tiny_checkpoint):
     stored = read_embeddings(out, "images")  # what `cn-clip library import` opens
     assert stored.ids == list(rows)
     assert verify(open_store(str(out)), checksums=True).complete
-    assert not [path for path in (out / ".work").rglob("*") if path.is_file()]
+    work = [path.name for path in (out / ".work").rglob("*") if path.is_file()]
+    assert work == ["driver.lock"]
 
 
+@pytest.mark.full
 def test_worker_processes_write_what_one_process_writes(images, out, tmp_path, tiny_checkpoint):
     for place, workers in ((out, 2), (tmp_path / "alone", 0)):
         plan_in(place, tiny_checkpoint, images, stored="float16")
@@ -233,6 +235,7 @@ def test_leftovers_of_a_killed_process_are_replaced(images, out, tiny_checkpoint
     assert not (out / "quarantine/00001.jsonl").exists()
 
 
+@pytest.mark.full
 def test_two_drivers_at_once_compute_each_shard_once(images, out, tiny_checkpoint):
     """As in a network where a driver is believed dead and is not."""
     plan_in(out, tiny_checkpoint, images, shards_of=1)
@@ -245,7 +248,14 @@ def test_two_drivers_at_once_compute_each_shard_once(images, out, tiny_checkpoin
     assert {each["attempt"] for each in manifests_in(out).values()} == {1}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGINT,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.full),
+        pytest.param(signal.SIGKILL, marks=pytest.mark.full),
+    ],
+)
 def test_an_interrupted_driver_leaves_done_shards_and_no_workers(
     images, out, tiny_checkpoint, number
 ):
@@ -276,6 +286,7 @@ def _group_lives(group):
     return True
 
 
+@pytest.mark.full
 def test_a_killed_worker_costs_its_shard_one_more_attempt(images, out, tiny_checkpoint):
     plan_in(out, tiny_checkpoint, images, shards_of=1)
     killed = []

@@ -24,9 +24,9 @@ from cn_clip.train.recipe import schema as recipes
 # --library takes a library or a new folder, see tests/search; --keys gets lines added, see
 # tests/serve; DEST is an output that must hold a plan, see tests/bulk.
 READ = {
-    "--address", "--after", "--base", "--before", "--caption", "--collection", "--exclude", "--folder",
-    "--host", "--image", "--keys", "--new-key", "--include", "--library", "--like", "--max-size",
-    "--min-size", "--part", "--text", "DEST",
+    "--address", "--after", "--base", "--before", "--caption", "--collection", "--exclude",
+    "--folder", "--host", "--image", "--keys", "--new-key", "--include", "--library", "--like",
+    "--max-size", "--min-size", "--part", "--text", "DEST",
     "EMBEDDINGS", "MODEL", "NEW",
     "OLD", "OTHER", "PATHS", "QUERY", "SOURCES",
     "--against", "--calibration", "--compare", "--data", "--dataset", "--device",

@@ -84,9 +84,11 @@ class Handler(BaseHTTPRequestHandler):
             server.uploads[query["uploadId"][0]][int(query["partNumber"][0])] = content
             return 200, b"", {"ETag": f'"{hashlib.sha1(content).hexdigest()}"'}
         if self.command == "POST" and "delete" in query:
+            deleted = b""
             for key in re.findall(rb"<Key>([^<]*)</Key>", content):
                 (server.folder / unquote(key.decode())).unlink(missing_ok=True)
-            return 200, b"<DeleteResult></DeleteResult>", {}
+                deleted += b"<Deleted><Key>" + key + b"</Key></Deleted>"
+            return 200, b"<DeleteResult>" + deleted + b"</DeleteResult>", {}
         if self.command == "DELETE":
             file.unlink(missing_ok=True)
             return 204, b"", {}

@@ -17,8 +17,8 @@ import numpy.typing as npt
 from cn_clip import __version__
 from cn_clip.bulk.inputs import Line, is_pairs, list_lines
 from cn_clip.bulk.plan import (
+    OWN_FOLDERS,
     OWN_NAME,
-    PLAN_NAME,
     ROW,
     Embed,
     Plan,
@@ -35,7 +35,7 @@ from cn_clip.data.process_map import Progress, no_progress
 from cn_clip.data.sources.open import absolute_uri, paths_of
 from cn_clip.embeddings.files import with_format
 from cn_clip.errors import CNClipError, DataError, UsageError
-from cn_clip.outputs import claim, entries
+from cn_clip.outputs import claim
 from cn_clip.publish import map_write_errors
 from cn_clip.translation import _
 
@@ -77,11 +77,13 @@ def claim_output(out: Store, sources: Sequence[str], inputs: Sequence[str] = ())
 
 
 def _check_own(folder: Path) -> str | None:
-    if any(PLAN_NAME.fullmatch(name) for name in os.listdir(folder)):
-        return None
-    for name in entries(folder):  # of an interrupted plan
-        if not OWN_NAME.fullmatch(name) and not name.startswith(f"{WORK}/"):
-            return _("holds {other}, and no plan of `cn-clip bulk plan`", other=name)
+    # Only the names at the top, as there may be millions below.
+    names = sorted(os.listdir(folder))
+    other = next((n for n in names if n not in OWN_FOLDERS and not OWN_NAME.fullmatch(n)), None)
+    if other is not None:
+        return _("holds {other}, not written by {command}", other=other, command="bulk")
+    if any(name in OWN_FOLDERS and name != WORK for name in names) and _ABOUT not in names:
+        return _("holds embeddings, and no plan")
     return None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +18,8 @@ from cn_clip.translation import _
 _MAX_LISTED = 1000  # failed shards whose errors a report keeps
 
 
-class Portion(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Portion:
     """The shards whose number modulo ``of`` is ``index``, as of one task of an array of jobs."""
 
     index: int = 0

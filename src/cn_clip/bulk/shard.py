@@ -111,6 +111,9 @@ def run_shard(
         except (CNClipError, OSError) as error:
             store.note(note, _note(attempt, str(error)))
             raise
+        except KeyboardInterrupt:
+            store.remove(note)
+            raise
         store.remove(note)
     return manifest
 

@@ -338,7 +338,7 @@ class BucketStore:
 
     def _locate(self, name: str) -> tuple[Any, str]:
         store, path = locate(f"{self.location}/{name}")
-        return store, re.sub(r"/+", "/", path)
+        return store, re.sub(r"/+", "/", path).rstrip("/")
 
 
 def _page(store: Any, prefix: str, after: str | None) -> list[Any]:

@@ -9,11 +9,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
+from types import FrameType
 
 from cn_clip.bulk.engines.base import Outcome, Task, Waiting, attempt
 from cn_clip.data.process_map import WorkerProcess, terminate
 from cn_clip.errors import CNClipError
-from cn_clip.processes import Interrupted, usable_cpus
+from cn_clip.processes import Interrupted, ignore_signals_in_worker, usable_cpus
 from cn_clip.translation import _
 
 _CPUS_PER_WORKER = 4  # more threads hardly help one process
@@ -163,6 +164,7 @@ class _Pool:
 
 def _serve(pipe: Connection, task: Task, slot: Slot) -> None:
     """Compute shards in a worker process, until the pipe is closed."""
+    ignore_signals_in_worker(_interrupt)
     try:
         _confine(slot)
         while True:
@@ -171,6 +173,10 @@ def _serve(pipe: Connection, task: Task, slot: Slot) -> None:
         return
     except Interrupted as error:
         os._exit(error.code)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise Interrupted(number)
 
 
 def _confine(slot: Slot) -> None:
