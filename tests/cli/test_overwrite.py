@@ -66,7 +66,6 @@ OUTPUTS = [
     Output(f"embed images photos --out {{out}} {MODEL} --overwrite", ".npz"),
     Output(f"embed images photos --out {{out}} {MODEL} --overwrite", ".jsonl"),
     Output(f"embed images photos --out {{out}} {MODEL} --overwrite"),
-    Output(f"bulk plan photos --out {{out}} {MODEL}"),
     Output("convert model {out} --to official --overwrite", ".pt", "model"),
     Output("convert model {out} --to hf --overwrite", "", "model"),
     Output("convert model {out} --to safetensors --overwrite", "", "model"),
@@ -113,6 +112,7 @@ OUTPUTS = [
         ".parquet",
         "library",
     ),
+    Output(f"bulk plan photos --out {{out}} {MODEL}"),
 ]
 every_output = pytest.mark.parametrize(
     "output", OUTPUTS, ids=lambda o: o.words.partition(" --w")[0]

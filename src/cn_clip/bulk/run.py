@@ -56,7 +56,7 @@ def run(
     engine: Engine,
     task: Task,
     *,
-    portion: Portion = Portion(),  # noqa: B008
+    portion: Portion = Portion(),
     on_progress: OnProgress = lambda report: None,
 ) -> Report:
     """Compute all shards that are not done.
