@@ -1,19 +1,20 @@
 """Bulk runs: engines, growth with the number of images, a million manifests, and kills.
 
-    python benchmarks/bulk.py engines [--photos 2000]     # local engine, `embed`, a plain pipeline
+    python benchmarks/bulk.py engines [--photos 2000]     # against `embed` and clip-retrieval
     python benchmarks/bulk.py ray                         # Ray against the local engine
     python benchmarks/bulk.py growth [--images 200000]    # cost per image, tiny model
     python benchmarks/bulk.py manifests [--shards 1000000]
     python benchmarks/bulk.py kills [--workers 100] [--drivers 20]
 
 Each prints the ratio of what it compares, measured in turns. ``--folder`` keeps large files on
-another disk. The "plain pipeline" reads and writes as clip-retrieval does: a torch DataLoader with
-the same preparation, batches of 256, one `.npy` and one Parquet file per 10,000 rows, no checks.
+another disk. The peer of ``engines`` is clip-retrieval's reader and writer around the same model
+(``pip install --no-deps clip-retrieval pandas fsspec``).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import json
 import os
@@ -25,6 +26,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +50,7 @@ from cn_clip.bulk.store import open_store
 from cn_clip.bulk.verify import verify
 from cn_clip.config import ModelConfig, TextConfig, VisionConfig
 
+PEER = "clip-retrieval's reader, writer"
 TEXT = TextConfig(hidden_size=64, layers=1, heads=1, intermediate_size=128)
 TINY = ModelConfig("tiny", 32, VisionConfig("vit", 32, 64, (1,), 16), TEXT)
 
@@ -148,16 +151,16 @@ def engines(options: argparse.Namespace, work: Path) -> None:
 
     candidates: dict[str, Callable[[], float]] = {
         "embed": lambda: by_embed(embedder, work, options.photos),
-        "plain pipeline": lambda: plain_pipeline(embedder, work, options.photos),
+        PEER: lambda: by_clip_retrieval(embedder, work, options.photos),
         "local, 1 worker": local(1),
         "local, 2 workers": local(2),
     }
     rates = in_turns(candidates, options.rounds)
     for name, values in rates.items():
-        ratios = [a / b for a, b in zip(values, rates["plain pipeline"], strict=True)]
+        ratios = [a / b for a, b in zip(values, rates[PEER], strict=True)]
         print(
-            f"{name:20} {statistics.median(values):8.1f} images/s, "
-            f"{statistics.median(ratios):.2f} x the plain pipeline"
+            f"{name:32} {statistics.median(values):8.1f} images/s, "
+            f"{statistics.median(ratios):.2f} x the peer"
         )
 
 
@@ -171,33 +174,38 @@ def by_embed(embedder: Any, work: Path, count: int) -> float:
     return count / done.seconds
 
 
-def plain_pipeline(embedder: Any, work: Path, count: int) -> float:
-    import pyarrow
-    import pyarrow.parquet
-    import torch
+def by_clip_retrieval(embedder: Any, work: Path, count: int) -> float:
+    """Embed with clip-retrieval's reader, loop and writer, and our preparation and model."""
+    reader = imported("reader").FilesReader
+    writer = imported("writer").NumpyWriter
 
-    class Photos(torch.utils.data.Dataset[Any]):
-        def __init__(self, paths: list[Path]) -> None:
-            self.paths = paths
+    def prepare(image: Image.Image) -> Any:
+        return embedder.prepare_image(image)
 
-        def __len__(self) -> int:
-            return len(self.paths)
-
-        def __getitem__(self, index: int) -> Any:
-            return torch.from_numpy(embedder.prepare_image(self.paths[index]))
-
-    paths = sorted((work / "photos").iterdir())
-    loader = torch.utils.data.DataLoader(Photos(paths), batch_size=256, num_workers=2)
-    out = _made(work / f"plain{time.monotonic_ns()}")
+    out = work / f"peer{time.monotonic_ns()}"
     start = time.perf_counter()
-    vectors = []
-    for batch in loader:
-        features = embedder.backend.run_images(batch.numpy())
-        vectors.append(features / np.linalg.norm(features, axis=-1, keepdims=True))
-    np.save(out / "img_emb_0.npy", np.concatenate(vectors).astype(np.float16))
-    table = pyarrow.table({"image_path": [str(path) for path in paths]})
-    pyarrow.parquet.write_table(table, out / "metadata_0.parquet")
+    batches = reader(
+        lambda keys: keys, prepare, None, str(work / "photos"), 256, 2, enable_text=False
+    )
+    sink = writer(0, str(out), False, True, False, 1)
+    for batch in batches:
+        vectors = embedder.embed_prepared_images(batch["image_tensor"].numpy())
+        names = batch["image_filename"]
+        sink({"image_embs": vectors.astype(np.float16), "image_filename": names})
+    sink.flush()
     return count / (time.perf_counter() - start)
+
+
+def imported(name: str) -> Any:
+    """Import a module of clip-retrieval, without its server and all that it needs."""
+    if "clip_retrieval" not in sys.modules:
+        spec = importlib.util.find_spec("clip_retrieval")
+        assert spec is not None, "pip install --no-deps clip-retrieval pandas fsspec"
+        folder = next(iter(spec.submodule_search_locations or ()))
+        for at in ("clip_retrieval", "clip_retrieval.clip_inference"):
+            sys.modules[at] = types.ModuleType(at)
+            sys.modules[at].__path__ = [str(Path(folder, *at.split(".")[1:]))]
+    return importlib.import_module(f"clip_retrieval.clip_inference.{name}")
 
 
 # Ray
@@ -258,17 +266,18 @@ def manifests(options: argparse.Namespace, work: Path) -> None:
     (work / "x.jpg").write_bytes(b"x")
     with source.open("w") as stream:
         stream.writelines(f"{number}.jpg\n" for number in range(options.shards))
-    commands = {
-        "plan": ["plan", str(source), "--out", str(out), "--shards-of", "1", "--device", "cpu"],
-        "status": ["status", str(out), "--json"],
-        "verify": ["verify", str(out), "--json"],
-    }
-    measured("plan", commands["plan"])
+    one = work / "one.txt"
+    one.write_text("x.jpg\n")
+    words = ["--shards-of", "1", "--device", "cpu"]
+    idle = _child(["plan", str(one), "--out", str(work / "small"), *words])
+    measured("plan", ["plan", str(source), "--out", str(out), *words], idle)
     start = time.perf_counter()
     write_manifests(out)
     print(f"simulating took {time.perf_counter() - start:.0f} s")
-    for name in ("status", "verify"):
-        measured(name, commands[name])
+    idle = _child(["status", str(work / "small")])
+    measured("status", ["status", str(out), "--json"], idle)
+    measured("verify", ["verify", str(out), "--json"], idle)
+    measured("driver, all done", ["run", str(out), "--part", "8/1000"], idle)
 
 
 def write_manifests(out: Path) -> None:
@@ -300,17 +309,18 @@ def _simulated(made: Plan, planned: Planned, number: int) -> Manifest:
     )  # fmt: skip
 
 
-def measured(name: str, words: list[str]) -> None:
-    """Run a command; print its time and its peak memory, without what the start takes."""
-    idle = _child([sys.executable, "-c", "import cn_clip.cli.bulk, numpy, cn_clip.bulk.verify"])
+def measured(name: str, words: list[str], idle: float) -> None:
+    """Run a command; print its time, its peak memory, and that of the same with one shard."""
     start = time.perf_counter()
-    peak = _child([sys.executable, "-m", "cn_clip", "bulk", *words])
+    peak = _child(words)
     seconds = time.perf_counter() - start
-    print(f"{name}: {seconds:.1f} s, {peak:.0f} MB at its peak ({idle:.0f} MB of it modules)")
+    print(f"{name}: {seconds:.1f} s, peak {peak:.0f} MB ({idle:.0f} MB for one shard)", flush=True)
 
 
 def _child(words: list[str]) -> float:
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+    """Run a command; return its peak memory in MB."""
+    command = [sys.executable, "-m", "cn_clip", "bulk", *words]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _pid, _status, usage = os.wait4(process.pid, 0)
     return usage.ru_maxrss / 1e3
 
@@ -335,7 +345,7 @@ def kills(options: argparse.Namespace, work: Path) -> None:
         time.sleep(random.uniform(0.01, 0.15))
         done = len(list((out / "manifests").glob("*.json"))) / (options.images / 200)
         notes = sorted((out / ".work" / "notes").glob("*.json"))
-        if not notes or sum(killed.values()) > done * total:  # kill as fast as shards end
+        if not notes or sum(killed.values()) > (done + 0.2) * total:  # as fast as shards end
             continue
         if killed["drivers"] < options.drivers and random.random() < options.drivers / total:
             driver.kill()

@@ -374,9 +374,10 @@ def test_a_second_plan_is_run_with_the_first(images, out, tiny_checkpoint):
     run_in(out)
     write_images(images.with_name("more"), 3)
     plan_in(out, tiny_checkpoint, images.with_name("more"))
-    planned_shards.cache_clear()
+    with pytest.raises(CNClipError, match="no shard 4"):
+        run_shard(str(out), 4)
     assert len(existing_plans(open_store(str(out)))) == 2
-    assert run_in(out).rows == 3 and len(rows_in(out)) == 13
+    assert run_shard(str(out), 3).rows_out == 3 and len(rows_in(out)) == 13
     assert len(read_embeddings(out, "images").ids) == 13
 
 

@@ -34,7 +34,15 @@ from cn_clip.bulk.manifest import (
     parse_manifest,
     quarantine_name,
 )
-from cn_clip.bulk.plan import Plan, Planned, Shard, check_version, existing_plans, plan_of
+from cn_clip.bulk.plan import (
+    Plan,
+    Planned,
+    Shard,
+    check_version,
+    existing_plans,
+    plan_of,
+    shard_count,
+)
 from cn_clip.bulk.store import Store, open_store
 from cn_clip.embedder import Embedder, load
 from cn_clip.errors import CNClipError, DataError, UnavailableError, UsageError
@@ -91,8 +99,7 @@ def run_shard(
         BusyError: another process computes the shard.
         OSError: the output is full.
     """
-    store, plans = planned_shards(place)
-    plan = plan_of(plans, number)
+    store, plan = _plan_of(place, number)
     check_version(plan, store.name)
     done = _manifest(store, number)
     if done is not None:
@@ -116,6 +123,14 @@ def run_shard(
             raise
         store.remove(note)
     return manifest
+
+
+def _plan_of(place: str, number: int) -> tuple[Store, Plan]:
+    store, plans = planned_shards(place)
+    if number >= shard_count(plans):  # a plan may have been added since
+        planned_shards.cache_clear()
+        store, plans = planned_shards(place)
+    return store, plan_of(plans, number)
 
 
 def _manifest(store: Store, number: int) -> Manifest | None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
+from pathlib import Path
 from types import FrameType
 
 from cn_clip.bulk.engines.base import Outcome, Task, Waiting, attempt
 from cn_clip.data.process_map import WorkerProcess, terminate
 from cn_clip.errors import CNClipError
-from cn_clip.processes import Interrupted, ignore_signals_in_worker, usable_cpus
+from cn_clip.processes import GRACE, Interrupted, ignore_signals_in_worker, usable_cpus
 from cn_clip.translation import _
 
 _CPUS_PER_WORKER = 4  # more threads hardly help one process
@@ -88,6 +90,8 @@ def _slots(workers: int | None, device: str) -> list[Slot]:
 
 
 def _gpu_count() -> int:
+    if sys.platform == "linux" and not any(Path("/dev").glob("nvidia[0-9]*")):
+        return 0  # without torch, whose 200 MB the driver does not need
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -119,10 +123,11 @@ class _Pool:
     def stop(self) -> None:
         """End all workers; shards that are not done have to be computed again."""
         for worker in self._workers:
-            worker.pipe.close()
-        terminate([worker.process for worker in self._workers])
+            worker.pipe.close()  # ends those that wait for a shard
+        terminate([worker.process for worker in self._workers if worker.shard is not None])
         for worker in self._workers:
-            worker.process.join()
+            worker.process.join(GRACE)
+        terminate([worker.process for worker in self._workers if worker.process.is_alive()])
 
     def _start(self, slot: Slot) -> _Worker:
         ours, theirs = get_context("spawn").Pipe()
