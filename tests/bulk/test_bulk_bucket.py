@@ -1,15 +1,17 @@
 """A bucket as the output: exactly once, though requests fail and stall."""
 
 import json
+import subprocess
 import threading
 import time
 from random import Random
 
 import numpy as np
 import pytest
-from bulk.runs import request_of, run_in, write_images
+from bulk.runs import command, request_of, run_in, write_images
 from data.object_server import serving
 from data.test_index import write_shards
+from pyarrow import parquet
 
 from cn_clip.bulk import lease, run
 from cn_clip.bulk import shard as module
@@ -69,8 +71,6 @@ def test_a_run_into_a_bucket_is_whole_though_requests_fail_and_stall(
     assert verify(open_store(OUT), checksums=True).complete
     server.random = None
     ids = []
-    from pyarrow import parquet
-
     for path in sorted((server.folder / "run" / "metadata").glob("*.parquet")):
         ids += parquet.read_table(path)["caption"].to_pylist()
     assert ids == [f"第{shard}片第{n}张图" for shard in range(6) for n in range(5)]
@@ -167,3 +167,24 @@ def test_a_bucket_that_does_not_answer_is_an_error(server, tiny_checkpoint, monk
     assert cli(["bulk", "status", OUT]) == 1
     assert "s3://bucket/run" in capsys.readouterr().err
     assert run.missing_shards is not None
+
+
+@pytest.mark.full
+def test_worker_processes_into_a_bucket_that_fails_are_exactly_once(
+    server, tmp_path, tiny_checkpoint
+):
+    (server.folder / "in").mkdir()
+    write_shards(server.folder / "in", 40)
+    plan_in(tiny_checkpoint, "tar:s3://bucket/in/*.tar", shards_of=7)
+    server.stall = 2.0
+    server.random, server.failure_rate = Random(1), 0.02
+    words = command("run", OUT, "--workers", 2, "--retries", 0)
+    assert subprocess.run(words, timeout=300).returncode == 0
+    assert subprocess.run(command("verify", OUT, "--checksums"), timeout=300).returncode == 0
+    server.random = None
+    texts = []
+    for path in sorted((server.folder / "run" / "metadata").glob("*.parquet")):
+        texts += parquet.read_table(path)["caption"].to_pylist()
+    assert texts == [f"第{shard}片第{n}张图" for shard in range(40) for n in range(5)]
+    manifests = (server.folder / "run" / "manifests").glob("*.json")
+    assert {json.loads(path.read_text())["attempt"] for path in manifests} == {1}

@@ -212,17 +212,21 @@ class FolderStore:
         path = self.root / WORK / name
         path.parent.mkdir(parents=True, exist_ok=True)
         note = path.with_name(f"{path.name}.holder")
+        lock = FileLock(path, timeout=0)
         try:
-            with FileLock(path, timeout=0):
-                note.write_text(this_process(), encoding="utf-8")
-                yield
-                note.unlink(missing_ok=True)
+            lock.acquire()
         except Timeout:
-            with suppress(OSError):
-                raise BusyError(holder_of(self.name, note.read_text(encoding="utf-8"))) from None
-            raise BusyError(holder_of(self.name, "")) from None
+            holder = self.read(f"{WORK}/{note.name}") or b""
+            raise BusyError(holder_of(self.name, holder.decode(errors="replace"))) from None
         except NotImplementedError:  # a file system without locks
             yield
+            return
+        try:
+            note.write_text(this_process(), encoding="utf-8")
+            yield
+        finally:
+            note.unlink(missing_ok=True)
+            lock.release()
 
     @contextmanager
     def _temporary(self) -> Iterator[Path]:
