@@ -28,6 +28,7 @@ import tempfile
 import time
 import types
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -342,25 +343,34 @@ def kills(options: argparse.Namespace, work: Path) -> None:
     while driver.poll() != 0:
         if driver.poll() is not None:  # killed
             driver = subprocess.Popen(words)
-        time.sleep(random.uniform(0.01, 0.15))
+        time.sleep(0.01)
         done = len(list((out / "manifests").glob("*.json"))) / (options.images / 200)
-        notes = sorted((out / ".work" / "notes").glob("*.json"))
-        if not notes or sum(killed.values()) > (done + 0.2) * total:  # as fast as shards end
+        busy = _workers_at_work(out)
+        if not busy or sum(killed.values()) > (done + 0.1) * total:  # as fast as shards end
             continue
+        time.sleep(random.uniform(0, 0.1))
         if killed["drivers"] < options.drivers and random.random() < options.drivers / total:
             driver.kill()
             driver.wait()
             killed["drivers"] += 1
         elif killed["workers"] < options.workers:
-            killed["workers"] += _kill_worker(random.choice(notes))
+            killed["workers"] += _kill(random.choice(busy))
     _report_kills(out, killed, options.images, time.monotonic() - start)
 
 
-def _kill_worker(note: Path) -> bool:
+def _workers_at_work(out: Path) -> list[int]:
+    """Return the process ids of the workers that compute a shard."""
+    pids = []
+    for note in (out / ".work" / "notes").glob("*.json"):
+        with suppress(OSError, ValueError):  # it ended meanwhile
+            pids.append(int(json.loads(note.read_text())["pid"]))
+    return [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
+
+
+def _kill(pid: int) -> bool:
     try:
-        pid = int(json.loads(note.read_text())["pid"])
         os.kill(pid, signal.SIGKILL)
-    except (OSError, ValueError):  # it ended meanwhile
+    except OSError:  # it ended meanwhile
         return False
     return True
 

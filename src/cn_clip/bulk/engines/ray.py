@@ -8,6 +8,7 @@ add machines.
 from __future__ import annotations
 
 import importlib
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,9 @@ from cn_clip.errors import CNClipError, UsageError
 from cn_clip.translation import _
 
 _POLL = 0.5  # seconds between looks at shards of other processes
-_MAX_DEATHS = 10  # of an actor in a row
+_MAX_DEATHS = 10  # of an actor in a row, each with a shard
+_PING_PAUSE = 1.0  # seconds until an actor that does not answer is asked again
+_MAX_PINGS = 120  # without an answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +98,13 @@ class _Worker:
 
 @dataclass(slots=True)
 class _Slot:
-    """An actor, what it does now, and how often it died in a row."""
+    """An actor, what it does now, and how often it died or did not answer in a row."""
 
     actor: Any
     shard: int | None = None
     deaths: int = 0
+    pings: int = 0
+    ask_at: float = 0.0
 
 
 class _Actors:
@@ -112,16 +117,17 @@ class _Actors:
         )(_Worker)
         self._task = task
         self._waits: dict[Any, _Slot] = {}  # a future -> its actor
+        self._absent: list[_Slot] = []  # actors that are asked whether they are ready
         self._idle: list[_Slot] = []
         self._slots = [
             _Slot(self._class.remote(task)) for _each in range(engine.workers or engine.room(ray))
         ]
-        for slot in self._slots:
-            self._waits[slot.actor.ready.remote()] = slot
+        self._absent += self._slots
 
     def run(self, waiting: Waiting) -> Iterator[Outcome]:
         """Give every idle actor a shard, until none is left."""
         while True:
+            self._ask()
             while self._idle and (number := waiting.next()) is not None:
                 slot = self._idle.pop()
                 slot.shard = number
@@ -129,10 +135,7 @@ class _Actors:
             running = any(slot.shard is not None for slot in self._waits.values())
             if self._idle and not running and waiting.is_empty:
                 return
-            done, _rest = (
-                self._ray.wait(list(self._waits), timeout=_POLL) if self._waits else ([], [])
-            )
-            for future in done:
+            for future in self._ended():
                 slot = self._waits.pop(future)
                 outcome = self._take(slot, future)
                 if outcome is not None and waiting.settle(outcome):
@@ -143,29 +146,55 @@ class _Actors:
         for slot in self._slots:
             self._ray.kill(slot.actor)
 
+    def _ask(self) -> None:
+        """Ask the absent actors whether they are ready."""
+        now = time.monotonic()
+        due = [slot for slot in self._absent if slot.ask_at <= now]
+        self._absent = [slot for slot in self._absent if slot.ask_at > now]
+        for slot in due:
+            self._waits[slot.actor.ready.remote()] = slot
+
+    def _ended(self) -> list[Any]:
+        """Wait a moment; return what has ended."""
+        if not self._waits:
+            time.sleep(_POLL)
+            return []
+        ended: list[Any] = self._ray.wait(list(self._waits), timeout=_POLL)[0]
+        return ended
+
     def _take(self, slot: _Slot, future: Any) -> Outcome | None:
         """Return the outcome of an actor's shard; None if it had none."""
         number, slot.shard = slot.shard, None
         try:
             outcome: Outcome | None = self._ray.get(future)
         except self._ray.exceptions.RayError as error:
-            slot.deaths += 1
-            if slot.deaths > _MAX_DEATHS:
-                raise CNClipError(
-                    _(
-                        "an actor of Ray died {count} times in a row: {reason}",
-                        count=slot.deaths,
-                        reason=str(error).partition("\n")[0],
-                    )
-                ) from None
-            self._waits[slot.actor.ready.remote()] = slot  # Ray starts it again
+            self._lose(slot, number, error)
             if number is None:
                 return None
             return Outcome(number, error=_("its worker died, possibly out of memory"))
+        slot.pings = 0
         if number is not None:
             slot.deaths = 0
         self._idle.append(slot)
         return outcome
+
+    def _lose(self, slot: _Slot, number: int | None, error: Exception) -> None:
+        """Ask an actor again later, which Ray starts again; or give up."""
+        if number is None:
+            slot.pings += 1
+            slot.ask_at = time.monotonic() + _PING_PAUSE
+        else:
+            slot.deaths += 1
+        if slot.deaths > _MAX_DEATHS or slot.pings > _MAX_PINGS:
+            raise CNClipError(
+                _(
+                    "an actor of Ray dies again and again: {reason}",
+                    reason=str(error).partition("\n")[0],
+                )
+            )
+        if isinstance(error, self._ray.exceptions.ActorDiedError):  # Ray does not start it again
+            slot.actor = self._class.remote(self._task)
+        self._absent.append(slot)
 
 
 def _ray() -> Any:
