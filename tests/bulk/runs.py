@@ -13,7 +13,7 @@ from cn_clip.bulk.engines.local import LocalEngine
 from cn_clip.bulk.planning import Request, make_plan
 from cn_clip.bulk.run import run
 from cn_clip.bulk.store import open_store
-from cn_clip.cli.bulk import _planned_model
+from cn_clip.cli.bulk_run import _planned_model
 from cn_clip.cli.loading import Loading
 
 

@@ -64,6 +64,34 @@ def test_every_kind_of_source_gives_its_images_or_its_pairs(
         assert each.read()
 
 
+def test_folders_globs_lists_and_captioned_folders_name_the_same_images(tmp_path, tiny_checkpoint):
+    images = write_images(tmp_path / "a", 3)
+    (images / "deeper").mkdir()
+    (images / "0002.jpg").rename(images / "deeper" / "0002.jpg")
+    paths = sorted(images.rglob("*.jpg"))
+    for n, path in enumerate(paths):
+        path.with_suffix(".txt").write_text(f"一\n{n}")
+    names = "\n".join(str(path.relative_to(tmp_path)) for path in paths)
+    (tmp_path / "list.txt").write_text(names)
+    rows = [{"image": str(path), "image_id": n} for n, path in enumerate(paths)]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = (images, tmp_path / "list.txt", tmp_path / "list.jsonl", f"{images}/**/*.jpg")
+    for number, source in enumerate((*given, f"folder:{images}")):
+        out = tmp_path / f"out{number}"
+        plan_in(out, tiny_checkpoint, source)
+        (shard,) = inputs_in(out)
+        assert sorted(each.label for each in shard) == sorted(map(str, paths)), source
+        if number == 4:
+            assert [each.text for each in shard] == ["一\n0", "一\n1", "一\n2"]
+            assert [each.own_id for each in shard] == ["0000", "0001", "deeper/0002"]
+    plan_in(tmp_path / "pairs", tiny_checkpoint, f"folder:{images}", embed="both", shards_of=9)
+    (shard,) = inputs_in(tmp_path / "pairs")
+    assert [each.text for each in shard] == ["一", "0", "一", "1", "一", "2"]
+    assert len({each.id for each in shard}) == 6 and len({each.image for each in shard}) == 3
+    with pytest.raises(UsageError, match="without texts"):
+        plan_in(tmp_path / "none", tiny_checkpoint, images, embed="both")
+
+
 def test_more_inputs_are_another_plan_and_the_first_one_stays(tmp_path, tiny_checkpoint):
     images = write_images(tmp_path / "images", 6)
     out = tmp_path / "out"

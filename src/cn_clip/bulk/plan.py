@@ -33,7 +33,7 @@ Stored = Literal["float16", "float32"]
 PLAN = Format("bulk-plan", 1)
 PLAN_NAME = re.compile(r"plan_(\d{5,})\.json")
 OWN_NAME = re.compile(r"plan_\d{5,}(\.json|-[0-9a-f]{16}\.(inputs|shards\.npy))|about\.json")
-OWN_FOLDERS = (WORK, "img_emb", "text_emb", "metadata", "manifests", "quarantine")
+OWN_FOLDERS = (WORK, "index", "img_emb", "text_emb", "metadata", "manifests", "quarantine")
 # A row of the table of shards: bytes of its lines in the inputs, inputs of its first line that
 # belong to earlier shards, inputs, and the digest of all this with the lines themselves.
 ROW = np.dtype([

@@ -74,7 +74,12 @@ def attempt(task: Task, number: int, device: str | None = None) -> Outcome:
         return Outcome(number, error=str(error))
     except OSError as error:
         reason = error.strerror or str(error)
-        message = _("could not write {path}: {reason}", path=task.place, reason=reason)
+        message = _(
+            "could not write {path}: {reason}; finished shards stay. Free some space and run the "
+            "same command again",
+            path=task.place,
+            reason=reason,
+        )
         return Outcome(number, error=message, fatal=error.errno in _FULL)
     # A runtime raises any kind of exception, such as that memory is exhausted. The worker goes on.
     except Exception as error:

@@ -36,7 +36,7 @@ class Part:
         kind: of the source.
         path: absolute path, or URL.
         options: of the source.
-        states: of the file; of an LMDB or TSV those of its two files.
+        states: of the file; of an LMDB or TSV those of its two files, of a folder none.
         pairs: how many it has.
     """
 
@@ -120,7 +120,9 @@ def _shard_file(path: str) -> ShardFile:
 
 def _states(kind: str, path: Path, options: Mapping[str, str]) -> tuple[FileState, ...]:
     files = [path]
-    if kind == "lmdb":
+    if kind == "folder":  # each of its files has a state of its own
+        files = []
+    elif kind == "lmdb":
         files = [path / name for name in _LMDB_FILES]
     elif kind == "tsv":
         beside = path.with_name(f"{path.name.removesuffix('_imgs.tsv')}_texts.jsonl")
