@@ -220,7 +220,7 @@ def ray(options: argparse.Namespace, work: Path) -> None:
             out = work / f"out-{time.monotonic_ns()}"
             plan(out, options.model, str(work / "photos"), options.photos // 40)
             timed = timed_run(out, engine)
-            print(f"  {name}: {timed.start_up:.1f} s to the first shard, {timed.rate:.1f} images/s")
+            print(f"  {name}: {timed.start_up:.1f} s to the first shard")
             return timed.rate
 
         return once
@@ -407,6 +407,7 @@ def in_turns(candidates: dict[str, Callable[[], float]], rounds: int) -> dict[st
     for _round in range(rounds):
         for name, measure in candidates.items():
             rates[name].append(measure())
+            print(f"  {name}: {rates[name][-1]:.1f} images/s", flush=True)
     return rates
 
 

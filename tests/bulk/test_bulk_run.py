@@ -28,7 +28,7 @@ from cn_clip.bulk import shard as module
 from cn_clip.bulk.plan import existing_plans
 from cn_clip.bulk.run import Portion, run
 from cn_clip.bulk.shard import planned_shards, run_shard
-from cn_clip.bulk.store import BusyError, open_store
+from cn_clip.bulk.store import BusyError, FolderStore, open_store
 from cn_clip.bulk.verify import verify
 from cn_clip.cli import run as cli
 from cn_clip.data.sources.open import open_source
@@ -204,7 +204,7 @@ def test_portions_of_an_array_of_jobs_make_the_whole(images, out, tiny_checkpoin
         assert cli(words) == 0
         done.append(len(manifests_in(out)))
     assert done == [4, 7, 10] and len(rows_in(out)) == 10
-    for part in ("3/3", "x", "1", "-1/3", "0/0", "1/"):
+    for part in ("3/3", "x", "1", "-1/3", "0/0", "1/", "1/²", "1/2/3"):
         assert cli(["bulk", "run", str(out), "--part", part]) == 2, part
 
 
@@ -342,6 +342,21 @@ def test_a_flipped_bit_is_seen_by_checksums_alone(images, out, tiny_checkpoint):
     assert verify(store).complete
     found = verify(store, checksums=True)
     assert list(found.damaged) == [1] and "img_emb_00001.npy" in found.damaged[1]
+
+
+def test_a_shard_that_ends_while_files_are_listed_is_not_damaged(images, out, tiny_checkpoint):
+    plan_in(out, tiny_checkpoint, images)
+    run_shard(str(out), 0)
+
+    class Busy(FolderStore):
+        def entries(self, folder):
+            yield from list(super().entries(folder))
+            if folder in ("img_emb", "metadata"):
+                run_shard(str(out), 1 if folder == "img_emb" else 2)
+
+    found = verify(Busy(out), discard=True)
+    assert (found.damages, found.discarded, found.done) == (0, 0, 1)
+    assert verify(open_store(str(out))).complete
 
 
 def test_status_counts_what_is_done_running_and_failed(images, out, tiny_checkpoint, capsys):

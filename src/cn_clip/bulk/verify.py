@@ -17,6 +17,7 @@ from cn_clip.bulk.manifest import (
     quarantine_name,
 )
 from cn_clip.bulk.plan import Plan, Planned, existing_plans, plan_of, shard_count
+from cn_clip.bulk.run import done_shards
 from cn_clip.bulk.status import OnRead, manifests
 from cn_clip.bulk.store import Store
 from cn_clip.errors import DataError
@@ -84,10 +85,11 @@ def verify(
     """
     plans = existing_plans(store)
     result = Verified(shard_count(plans), sum(plan.rows for plan in plans))
+    done = done_shards(store, plans)  # before the files: a manifest is written after its files
     sizes = {folder: _sizes(store, folder, result) for folder in _FOLDERS}
-    seen = np.zeros(result.shards, np.bool_)
     for read, (number, _entry, content) in enumerate(manifests(store, result.shards), 1):
-        seen[number] = True
+        if not done[number]:  # it was finished meanwhile
+            continue
         plan = plan_of(plans, number)
         try:
             manifest = parse_manifest(content, f"{store.name}/{manifest_name(number)}")
@@ -104,9 +106,8 @@ def verify(
             _add_damage(result, store, number, problem, discard)
         if not read % 1000:
             on_read(read, result.shards)
-    result.missing = ranges_of(np.flatnonzero(~seen))
-    lacking = ~seen
-    result.leftovers = sum(int((size[lacking] != _ABSENT).sum()) for size in sizes.values())
+    result.missing = ranges_of(np.flatnonzero(~done))
+    result.leftovers = sum(int((size[~done] != _ABSENT).sum()) for size in sizes.values())
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -395,10 +396,10 @@ def _planned_model(loading: Loading) -> PlannedModel:
 def _portion(part: str) -> Portion:
     from cn_clip.bulk.run import Portion
 
-    index, slash, of = part.partition("/")
-    if not slash or not index.isascii() or not index.isdigit() or not of.isdigit():
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", part)
+    if match is None:
         raise UsageError(_("--part is {part!r}; give INDEX/OF, such as 0/100", part=part))
-    return Portion(int(index), int(of))
+    return Portion(int(match[1]), int(match[2]))
 
 
 def _damages(reasons: dict[int, str]) -> list[str]:
