@@ -3,7 +3,7 @@
     python benchmarks/bulk.py engines [--photos 2000]     # against `embed` and clip-retrieval
     python benchmarks/bulk.py ray                         # Ray against the local engine
     python benchmarks/bulk.py growth [--images 200000]    # cost per image, tiny model
-    python benchmarks/bulk.py manifests [--shards 1000000]
+    python benchmarks/bulk.py simulate OUT [--shards 1000000]    # then: manifests OUT
     python benchmarks/bulk.py kills [--workers 100] [--drivers 20]
 
 Each prints the ratio of what it compares, measured in turns. ``--folder`` keeps large files on
@@ -260,54 +260,65 @@ def growth(options: argparse.Namespace, work: Path) -> None:
 # manifests
 
 
-def manifests(options: argparse.Namespace, work: Path) -> None:
-    """Simulate the manifests of many shards; measure each command in a process of its own."""
-    out = work / "out"
-    source = work / "list.txt"
-    (work / "x.jpg").write_bytes(b"x")
+def simulate(options: argparse.Namespace, work: Path) -> None:
+    """Plan many shards, and write manifests and empty files of all but every thousandth."""
+    out = Path(options.out)
+    source = out.with_name("list.txt")
+    (source.parent / "x.jpg").write_bytes(b"x")
     with source.open("w") as stream:
         stream.writelines(f"{number}.jpg\n" for number in range(options.shards))
+    words = ["--shards-of", "1", "--device", "cpu"]
     one = work / "one.txt"
     one.write_text("x.jpg\n")
-    words = ["--shards-of", "1", "--device", "cpu"]
     idle = _child(["plan", str(one), "--out", str(work / "small"), *words])
     measured("plan", ["plan", str(source), "--out", str(out), *words], idle)
     start = time.perf_counter()
-    write_manifests(out)
-    print(f"simulating took {time.perf_counter() - start:.0f} s")
-    idle = _child(["status", str(work / "small")])
-    measured("status", ["status", str(out), "--json"], idle)
-    measured("verify", ["verify", str(out), "--json"], idle)
-    measured("driver, all done", ["run", str(out), "--part", "8/1000"], idle)
-
-
-def write_manifests(out: Path) -> None:
-    """Write manifests and empty files of all shards but every thousandth."""
     store = open_store(str(out))
     (made,) = existing_plans(store)
     planned = Planned(store, made)
     for folder in ("manifests", "img_emb", "metadata"):
         (out / folder).mkdir(exist_ok=True)
+    content = _simulated(made)
     for number in made.numbers:
         if number % 1000 == 7:
             continue
         for name in data_names(number, made.embed):
             os.close(os.open(out / name, os.O_CREAT | os.O_WRONLY))
-        content = _simulated(made, planned, number).to_json()
         handle = os.open(out / manifest_name(number), os.O_CREAT | os.O_WRONLY)
-        os.write(handle, content)
+        own = content.replace(_NUMBER, f"{number:05}").replace("KEY", _key(planned, number))
+        os.write(handle, own.replace('"SHARD"', str(number)).encode())
         os.close(handle)
+    print(f"simulating took {time.perf_counter() - start:.0f} s")
 
 
-def _simulated(made: Plan, planned: Planned, number: int) -> Manifest:
-    shard = planned.shard(number)
-    return Manifest(
-        shard=number, plan=made.digest, key=f"{shard.key:016x}", rows_in=1, rows_out=1,
-        quarantined=0,
-        files={name: Written("0" * 64, 0) for name in data_names(number, made.embed)},
-        seconds=1.0, attempt=1, host="host", model=made.model.fingerprint,
+_NUMBER = "87654321"  # stands for a number in names
+
+
+def _key(planned: Planned, number: int) -> str:
+    return f"{planned.shard(number).key:016x}"
+
+
+def _simulated(made: Plan) -> str:
+    """Return a manifest with placeholders."""
+    names = data_names(int(_NUMBER), made.embed)
+    manifest = Manifest(
+        shard=0, plan=made.digest, key="KEY", rows_in=1, rows_out=1, quarantined=0,
+        files={name: Written("0" * 64, 0) for name in names}, seconds=1.0, attempt=1,
+        host="host", model=made.model.fingerprint,
         versions={"cn_clip": "1", "python": "3", "numpy": "2", "torch": "2"},
     )  # fmt: skip
+    values = json.loads(manifest.to_json())
+    return json.dumps(values | {"shard": "SHARD"})
+
+
+def manifests(options: argparse.Namespace, work: Path) -> None:
+    """Measure what reads the manifests of ``simulate``, each in a process of its own."""
+    (work / "x.jpg").write_bytes(b"x")
+    _child(["plan", str(work / "x.jpg"), "--out", str(work / "small"), "--device", "cpu"])
+    idle = _child(["status", str(work / "small")])
+    measured("status", ["status", options.out, "--json"], idle)
+    measured("verify", ["verify", options.out, "--json"], idle)
+    measured("driver, all done", ["run", options.out, "--part", "8/1000"], idle)
 
 
 def measured(name: str, words: list[str], idle: float) -> None:
@@ -418,7 +429,8 @@ def _made(folder: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("engines", "ray", "growth", "manifests", "kills", "drive"))
+    names = ("engines", "ray", "growth", "simulate", "manifests", "kills", "drive")
+    parser.add_argument("what", choices=names)
     parser.add_argument("out", nargs="?")
     parser.add_argument("--photos", type=int, default=2000)
     parser.add_argument("--images", type=int)

@@ -41,6 +41,7 @@ from cn_clip.translation import _
 
 _ABOUT = "about.json"
 _MAX_SHARD = 1_000_000  # inputs: the vectors of a shard are in memory
+_OFTEN = 1000  # images between two calls of ``on_progress``
 _NEW = "planning"  # folder of an unfinished plan
 
 
@@ -124,7 +125,8 @@ def make_plan(
         with writer.path.open("wb") as stream:
             for given in request.sources:
                 for line in list_lines(given, request.embed, workers=workers):
-                    if writer.add(line, stream):
+                    writer.add(line, stream)
+                    if line.inputs > 1 or not writer.rows % _OFTEN:
                         on_progress(writer.rows, None)
         writer.finish()
         if not writer.rows:
@@ -176,12 +178,12 @@ class _Writer:
         self._lines: list[bytes] = []  # of the open shard
         self._start = self._skip = self._count = 0  # of the open shard
 
-    def add(self, line: Line, stream: BinaryIO) -> bool:
-        """Write a line; return False if another plan has it."""
+    def add(self, line: Line, stream: BinaryIO) -> None:
+        """Write a line, unless another plan has it."""
         key = line_key(line.text)
         at = int(np.searchsorted(self._known, key))
         if not line.inputs or (at < len(self._known) and self._known[at] == key):
-            return False
+            return
         self._line_keys.append(key)
         stream.write(line.text)
         taken = 0
@@ -196,7 +198,6 @@ class _Writer:
                 self._close(self._at + len(line.text))
         self._at += len(line.text)
         self.rows += line.inputs
-        return True
 
     def finish(self) -> None:
         """End the last shard.
