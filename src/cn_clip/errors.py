@@ -58,6 +58,11 @@ class DataError(CNClipError, ValueError):
     """A dataset is unreadable, or one of its rows is invalid."""
 
 
+class UnavailableError(DataError):
+    """A file of a dataset cannot be read as a whole: it is missing, was changed, or its server does
+    not answer. Later it may be readable again."""
+
+
 class LibraryError(CNClipError, RuntimeError):
     """A search library is damaged, of another model, or being written by another process."""
 

@@ -200,8 +200,8 @@ def walk(root: Path) -> Listing:
     if os.path.realpath(root) == os.path.abspath(os.sep):
         raise UsageError(_("{folder} is the whole file system; name a folder in it", folder=root))
     listing = Listing()
-    for _unused, entries in _walk_folders(root, listing.unreadable):
-        listing.files += [Path(entry.path) for entry in entries if not _is_dir(entry)]
+    for _unused, entries in walk_folders(root, listing.unreadable):
+        listing.files += [Path(entry.path) for entry in entries if not is_folder(entry)]
     listing.files.sort()
     return listing
 
@@ -218,7 +218,7 @@ def find(pattern: str) -> list[Path]:
                 walked
                 for base in matches
                 if base.is_dir()
-                for walked in _walk_folders(base, [], hidden=False)
+                for walked in walk_folders(base, [], hidden=False)
             ]
             matches = [folder for folder, _ in below]
             if at == len(parts):
@@ -231,7 +231,7 @@ def find(pattern: str) -> list[Path]:
     return sorted(matches)
 
 
-def _walk_folders(
+def walk_folders(
     root: Path, unreadable: list[str], *, hidden: bool = True
 ) -> Iterator[tuple[Path, list[os.DirEntry[str]]]]:
     """Yield (folder, entries) for a folder and all below it, each once, real ones before links."""
@@ -249,7 +249,7 @@ def _walk_folders(
             if hidden or not entry.name.startswith(".")
         ]
         yield folder, entries
-        below = [entry for entry in entries if _is_dir(entry)]
+        below = [entry for entry in entries if is_folder(entry)]
         real += [Path(entry.path) for entry in reversed(below) if not entry.is_symlink()]
         linked += [Path(entry.path) for entry in below if entry.is_symlink()]
 
@@ -314,7 +314,8 @@ def _list_folder(folder: Path, unreadable: list[str]) -> list[os.DirEntry[str]]:
         return []
 
 
-def _is_dir(entry: os.DirEntry[str]) -> bool:
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a folder, or a link to one."""
     try:
         return entry.is_dir()
     except OSError:  # such as a link to itself

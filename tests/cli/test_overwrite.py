@@ -24,12 +24,12 @@ from cn_clip.train.recipe import schema as recipes
 
 # Options of strings that are not outputs; --download-root receives files, but replaces none, and
 # --library takes a library or a new folder, see tests/search; --keys gets lines added, see
-# tests/serve.
+# tests/serve; DEST is an output that must hold a plan, see tests/bulk.
 READ = {
-    "--after", "--base", "--before", "--caption", "--collection", "--exclude", "--folder",
-    "--host", "--image", "--keys", "--new-key", "--include", "--library", "--like", "--max-size",
-    "--keep", "--min-size", "--parts", "--shards", "--text", "--within",
-    "EMBEDDINGS", "FOLDER", "MODEL", "NEW",
+    "--address", "--after", "--base", "--before", "--caption", "--collection", "--exclude",
+    "--folder", "--host", "--image", "--keys", "--new-key", "--include", "--library", "--like",
+    "--keep", "--max-size", "--min-size", "--part", "--parts", "--shards", "--text", "--within",
+    "DEST", "EMBEDDINGS", "FOLDER", "MODEL", "NEW",
     "OLD", "OTHER", "PATHS", "QUERY", "SOURCES",
     "--against", "--calibration", "--compare", "--data", "--dataset", "--device",
     "--download-root", "--images", "--labels", "--labels-file", "--model", "--normalize",
@@ -117,6 +117,7 @@ OUTPUTS = [
     Output("bulk filter shards --min-cosine 0 --workers 0 --out {out} --overwrite", ".jsonl",
            "shards"),
     Output("bulk dedupe shards --workers 0 --out {out} --overwrite", ".jsonl", "shards"),
+    Output(f"bulk plan photos --out {{out}} {MODEL}"),
 ]  # fmt: skip
 every_output = pytest.mark.parametrize(
     "output", OUTPUTS, ids=lambda o: o.words.partition(" --w")[0]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from cyclopts import App
 
+from cn_clip.cli.bulk_curate import dedupe, filter
+from cn_clip.cli.bulk_index import index
+from cn_clip.cli.bulk_run import plan, resume, run, status, verify
+
 bulk = App(name="bulk", help="Embed many images in shards, and search and curate them.")
-# Each is imported when it is run, or its help is shown.
-for _command in ("bulk_index:index", "bulk_curate:dedupe", "bulk_curate:filter"):
-    bulk.command(f"cn_clip.cli.{_command}", name=_command.partition(":")[2])
+for _command in (plan, run, resume, status, verify, index, dedupe, filter):
+    bulk.command(_command)

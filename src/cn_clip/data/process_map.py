@@ -82,7 +82,7 @@ def parallel_map(
     try:
         yield run
     except BaseException as error:
-        _terminate(context.started)
+        terminate(context.started)
         if isinstance(error, BrokenProcessPool):
             raise DataError(
                 _("a worker died, possibly out of memory; use fewer with --workers")
@@ -96,15 +96,17 @@ class _Context(SpawnContext):
     """Start workers, and keep a list of them."""
 
     def __init__(self) -> None:
-        self.started: list[_Worker] = []
+        self.started: list[WorkerProcess] = []
 
-    def Process(self, *args: Any, **options: Any) -> _Worker:  # type: ignore[override]
-        worker = _Worker(*args, **options)
+    def Process(self, *args: Any, **options: Any) -> WorkerProcess:  # type: ignore[override]
+        worker = WorkerProcess(*args, **options)
         self.started.append(worker)
         return worker
 
 
-class _Worker(SpawnProcess):
+class WorkerProcess(SpawnProcess):
+    """A worker that leaves signals to its parent, and ends with it."""
+
     def start(self) -> None:
         with blocked_signals():
             super().start()
@@ -115,7 +117,7 @@ class _Worker(SpawnProcess):
         super().run()
 
 
-def _terminate(workers: Sequence[_Worker]) -> None:
+def terminate(workers: Sequence[WorkerProcess]) -> None:
     """Terminate workers, and kill those that do not clean up in time."""
     alive = {worker.sentinel: worker for worker in workers if worker.pid is not None}
     for worker in alive.values():

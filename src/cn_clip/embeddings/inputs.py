@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,8 +13,16 @@ from typing import Any, Literal
 from cn_clip.data.sources.lines import json_object, line_end, stream_lines
 from cn_clip.data.sources.lmdb import is_lmdb, lmdb_images
 from cn_clip.data.sources.official import decode_base64, parse_id
-from cn_clip.errors import DataError, UsageError
-from cn_clip.files import MAX_TEXT, as_path, resolve_in
+from cn_clip.errors import DataError, ImageError, UsageError
+from cn_clip.files import (
+    MAX_TEXT,
+    as_path,
+    is_folder,
+    of_suffixes,
+    resolve_in,
+    skipped_files,
+    walk_folders,
+)
 from cn_clip.image.decode import SUFFIXES, find_images
 from cn_clip.image.limits import MAX_BASE64
 from cn_clip.text import path_text
@@ -74,6 +83,27 @@ def read_images(inputs: Sequence[str]) -> Iterator[Item]:
             )
         else:
             yield from (_file_item(file, str(file), str(file)) for file in find_images([given]))
+
+
+def images_below(folder: Path) -> Iterator[Item]:
+    """Yield the images of a folder and of all folders in it, folder by folder: only the names of
+    one folder are in memory.
+
+    Raises:
+        ImageError: there is none.
+    """
+    empty, notes = True, list[str]()
+    for _unused, entries in walk_folders(folder, notes):
+        files = [Path(entry.path) for entry in entries if not is_folder(entry)]
+        for file in of_suffixes(files, SUFFIXES):
+            empty = False
+            yield _file_item(file, str(file), str(file))
+        if skipped := skipped_files(files, SUFFIXES, folder):
+            notes.append(skipped)
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    if empty:
+        raise ImageError(_("the folder {given!r} holds no image", given=path_text(folder)))
 
 
 def read_texts(inputs: Sequence[str]) -> Iterator[Item]:
@@ -143,12 +173,16 @@ def _json_item(values: dict[str, Any], path: Path, where: str) -> Item:
 
 
 def _file_item(path: Path, name: str, where: str) -> Item:
+    return Item(path_text(name), path, file_stamp(path), path_text(where))
+
+
+def file_stamp(path: Path) -> str:
+    """Return what changes when a file changes; ``missing`` if it does not exist."""
     try:
         status = path.stat()
-        stamp = f"{status.st_size}-{status.st_mtime_ns}"
+        return f"{status.st_size}-{status.st_mtime_ns}"
     except (OSError, ValueError):
-        stamp = "missing"  # reported when the image is read
-    return Item(path_text(name), path, stamp, path_text(where))
+        return "missing"  # reported when the image is read
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

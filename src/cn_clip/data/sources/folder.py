@@ -89,13 +89,17 @@ class Folder:
         return Row(text.strip(), image_id, image_id if not at else f"{image_id}#{at}")
 
     def image(self, index: int) -> bytes:
-        image = self._images[self._pairs[index][0]]
+        image = self.image_path(index)
         try:
             return read_file(image, MAX_ENCODED)
         except OSError as error:
             raise DataError(
                 _("{image} cannot be read: {reason}", image=image, reason=error.strerror)
             ) from None
+
+    def image_path(self, index: int) -> Path:
+        """Return the path of a pair's image."""
+        return self._images[self._pairs[index][0]]
 
     def where(self, index: int) -> str:
         number, at = self._pairs[index]

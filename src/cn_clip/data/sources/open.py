@@ -8,7 +8,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qsl, quote
@@ -86,7 +86,7 @@ def open_source(uri: str, *, workers: int = 0, on_progress: Progress = no_progre
         UsageError: the URI is invalid.
         DataError: the source does not exist or is damaged.
     """
-    kind, path, options = _parse_uri(uri)
+    kind, path, options = parse_uri(uri)
     files: Sequence[ShardFile]
     if is_remote(path):
         if kind != "tar":
@@ -95,7 +95,7 @@ def open_source(uri: str, *, workers: int = 0, on_progress: Progress = no_progre
             )
         paths, files = [], find_files(path, _expand_braces(path))
     else:
-        paths = _expand(path)
+        paths = expand(path)
         files = [LocalFile(file) for file in paths]
     if not files:
         raise DataError(_("{uri}: no file matches {path}", uri=uri, path=path))
@@ -124,7 +124,7 @@ def open_source(uri: str, *, workers: int = 0, on_progress: Progress = no_progre
         if order == "stream" or left_out:
             return Chain(uri, parts, streamed=order == "stream", left_out=left_out)
     else:
-        parts = [_open_one(kind, file, options) for file in paths]
+        parts = [open_file(kind, file, options) for file in paths]
     return parts[0] if len(parts) == 1 else Chain(uri, parts)
 
 
@@ -195,11 +195,11 @@ def paths_of(uri: str) -> list[Path]:
     Raises:
         UsageError: the URI is invalid.
     """
-    _, path, options = _parse_uri(_weight_of(uri)[1])
+    _, path, options = parse_uri(_weight_of(uri)[1])
     here = Path(os.path.realpath("."))
     named = [as_path(options[option]) for option in ("texts", "root") if option in options]
     return [
-        *([] if is_remote(path) else _expand(path)),
+        *([] if is_remote(path) else expand(path)),
         *(path for path in named if not is_within(here, Path(os.path.realpath(path)))),
     ]
 
@@ -210,7 +210,7 @@ def absolute_uri(uri: str) -> str:
     Raises:
         UsageError: the URI is invalid.
     """
-    kind, path, options = _parse_uri(uri)
+    kind, path, options = parse_uri(uri)
     for option in ("texts", "root"):
         if option in options and not is_remote(options[option]):
             options[option] = os.path.abspath(as_path(options[option]))
@@ -308,7 +308,12 @@ def id_digest(source: Source, index: int, id: str) -> int:
     return image_key(source.part(index) if isinstance(source, Chain) else 0, id)
 
 
-def _open_one(kind: str, path: Path, options: dict[str, str]) -> Source:
+def open_file(kind: str, path: Path, options: Mapping[str, str]) -> Source:
+    """Open one file of a source, or one folder; tar shards are opened by ``open_tars``.
+
+    Raises:
+        UsageError, DataError: as ``open_source``.
+    """
     name, encoding = path_text(f"{kind}:{path}"), options.get("encoding")
     if kind in ("csv", "jsonl", "parquet"):
         check_no_folder(path, kind)
@@ -340,7 +345,12 @@ def _open_one(kind: str, path: Path, options: dict[str, str]) -> Source:
     return Lmdb(name, path)
 
 
-def _parse_uri(uri: str) -> tuple[str, str, dict[str, str]]:
+def parse_uri(uri: str) -> tuple[str, str, dict[str, str]]:
+    """Return the kind, the path and the options of a source URI.
+
+    Raises:
+        UsageError: it is invalid.
+    """
     kind, colon, path = uri.partition(":")
     windows = len(kind) == 1 and not kind.islower()  # C:\photos
     if not colon or windows or (kind in SCHEMES and is_remote(uri)):
@@ -394,7 +404,7 @@ def _detect_kind(path: str, uri: str) -> str:
     )
 
 
-def _expand(pattern: str) -> list[Path]:
+def expand(pattern: str) -> list[Path]:
     """Expand braces, then globs. Brace names must exist; glob matches are sorted."""
     literal = os.path.lexists(os.path.expanduser(pattern))
     paths: list[Path] = []

@@ -22,7 +22,7 @@ from urllib.parse import quote, urlsplit
 from cn_clip.data.captions import digest
 from cn_clip.data.sources.block_cache import BLOCK_SIZE, BlockCache, default_cache
 from cn_clip.data.sources.shard_file import FileState, ReadAt, changed_message
-from cn_clip.errors import DataError, UsageError
+from cn_clip.errors import DataError, UnavailableError, UsageError
 from cn_clip.install import install_command
 from cn_clip.text import path_text
 from cn_clip.translation import _
@@ -54,8 +54,8 @@ class RemoteFile:
 
     def state(self) -> FileState:
         if self._state is None:
-            store, path = _locate(self.url)
-            self._state = _state_of(_request(self.name, lambda: _obstore().head(store, path)))
+            store, path = locate(self.url)
+            self._state = _state_of(request(self.name, lambda: obstore().head(store, path)))
         return self._state
 
     def read(self, state: FileState, offset: int, length: int) -> bytes:
@@ -67,7 +67,7 @@ class RemoteFile:
             fetch = partial(self._fetch, state, number)
             part = _blocks().read(self._key(state), number, within, taken, fetch)
             if len(part) != taken:
-                raise DataError(changed_message(self.name))
+                raise UnavailableError(changed_message(self.name))
             parts.append(part)
             offset += taken
         return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -89,19 +89,19 @@ class RemoteFile:
         return f"{digest(f'{self.url}|{state.size}|{state.version}'):016x}"
 
     def _fetch(self, state: FileState, number: int) -> bytes:
-        store, path = _locate(self.url)
+        store, path = locate(self.url)
         start, stop = number * BLOCK_SIZE, min((number + 1) * BLOCK_SIZE, state.size)
 
         def get() -> bytes:
-            result = _obstore().get(store, path, options={"range": (start, stop)})
+            result = obstore().get(store, path, options={"range": (start, stop)})
             if _state_of(result.meta) != state:
-                raise DataError(changed_message(self.name))
+                raise UnavailableError(changed_message(self.name))
             content = bytes(result.bytes())
             if len(content) != stop - start:
                 raise OSError(_("the connection ended early"))
             return content
 
-        return _request(self.name, get)
+        return request(self.name, get)
 
 
 class _InSequence(ReadAt):
@@ -178,14 +178,14 @@ def _can_list(url: str) -> bool:
 
 
 def _list(folder: str) -> dict[str, FileState]:
-    store, prefix = _locate(folder)
+    store, prefix = locate(folder)
     root = folder[: len(folder) - len(prefix)].rstrip("/") if prefix else folder.rstrip("/")
 
     def collect() -> dict[str, FileState]:
-        pages: Iterable[Any] = _obstore().list(store, prefix or None, chunk_size=1000)
+        pages: Iterable[Any] = obstore().list(store, prefix or None, chunk_size=1000)
         return {f"{root}/{meta['path']}": _state_of(meta) for page in pages for meta in page}
 
-    return _request(path_text(folder), collect)
+    return request(path_text(folder), collect)
 
 
 def _state_of(meta: Any) -> FileState:
@@ -194,11 +194,11 @@ def _state_of(meta: Any) -> FileState:
     return FileState(meta["size"], version)
 
 
-def _request(name: str, send: Callable[[], _Result]) -> _Result:
+def request(name: str, send: Callable[[], _Result]) -> _Result:
     """Return the result of a request, which is sent again after errors that may pass.
 
     Raises:
-        DataError: it fails for good; the message names the file.
+        UnavailableError: it fails for good; the message names the file.
     """
     errors = import_module("obstore.exceptions")
     refused = errors.PermissionDeniedError, errors.UnauthenticatedError
@@ -207,9 +207,9 @@ def _request(name: str, send: Callable[[], _Result]) -> _Result:
         try:
             return send()
         except (errors.NotFoundError, FileNotFoundError):
-            raise DataError(_("{path}: no such file", path=name)) from None
+            raise UnavailableError(_("{path}: no such file", path=name)) from None
         except refused:
-            raise DataError(
+            raise UnavailableError(
                 _(
                     "{path}: access is refused; give the credentials that its store needs, such as "
                     "AWS_ACCESS_KEY_ID, or AWS_SKIP_SIGNATURE=true for a public bucket",
@@ -219,7 +219,7 @@ def _request(name: str, send: Callable[[], _Result]) -> _Result:
         except (errors.BaseError, OSError) as error:
             reason = str(error).partition("\n")[0]
             if attempt + 1 == _ATTEMPTS or _is_final(reason):
-                raise DataError(
+                raise UnavailableError(
                     _("{path} cannot be read: {reason}", path=name, reason=reason)
                 ) from None
             time.sleep(pause)
@@ -232,8 +232,8 @@ def _is_final(reason: str) -> bool:
     return re.search(r"redirect|status(?: code)?:? ?4(?!08|29)\d\d", reason) is not None
 
 
-def _locate(url: str) -> tuple[Any, str]:
-    """Return the store of a URL, and the path in it."""
+def locate(url: str) -> tuple[Any, str]:
+    """Return the store of a URL, a store of obstore, and the path in it."""
     parts = urlsplit(url)
     if parts.scheme == "hf":
         endpoint = os.environ.get("HF_ENDPOINT", _HUB).rstrip("/")
@@ -241,7 +241,7 @@ def _locate(url: str) -> tuple[Any, str]:
         if len(names) < 4 or not names[-1]:
             raise UsageError(_("{url}: write hf://datasets/OWNER/NAME/PATH", url=url))
         repository, path = "/".join(names[:3]), "/".join(names[3:])
-        return _locate(f"{endpoint}/{repository}/resolve/main/{path}")
+        return locate(f"{endpoint}/{repository}/resolve/main/{path}")
     root = f"{parts.scheme}://{parts.netloc}"
     if parts.scheme in ("http", "https"):
         if parts.netloc != urlsplit(os.environ.get("HF_ENDPOINT", _HUB)).netloc:
@@ -292,7 +292,7 @@ def _refuse_redirects(root: str, path: str) -> None:
 def _store(root: str, _process: int) -> Any:
     """Return the store of a bucket or a web server. Its credentials are those that obstore finds:
     variables of the environment, or of the machine."""
-    stores = import_module("obstore.store") if _obstore() else None
+    stores = import_module("obstore.store") if obstore() else None
     assert stores is not None
     options: dict[str, Any] = {
         "client_options": {
@@ -300,7 +300,7 @@ def _store(root: str, _process: int) -> Any:
             "connect_timeout": f"{min(10.0, _TIMEOUT):g}s",
             "allow_http": root.startswith("http:") or _endpoint_is_plain(),
         },
-        "retry_config": {"max_retries": 0},  # retried by ``_request``
+        "retry_config": {"max_retries": 0},  # retried by ``request``
     }
     if root.startswith("oss://"):
         endpoint = os.environ.get("OSS_ENDPOINT")
@@ -323,7 +323,7 @@ def _endpoint_is_plain() -> bool:
 
 
 @cache
-def _obstore() -> Any:
+def obstore() -> Any:
     try:
         return import_module("obstore")
     except ImportError:

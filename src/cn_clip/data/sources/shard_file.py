@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
-from cn_clip.errors import DataError
+from cn_clip.errors import UnavailableError
 from cn_clip.files import check_regular
 from cn_clip.text import path_text
 from cn_clip.translation import _
@@ -97,7 +97,7 @@ class LocalFile:
             raise _unreadable(self.name, error) from None
         if file_state(os.fstat(stream.fileno())) != state:
             stream.close()
-            raise DataError(changed_message(self.name))
+            raise UnavailableError(changed_message(self.name))
         return stream
 
 
@@ -136,5 +136,5 @@ def changed_message(name: str) -> str:
     return _("{path} has changed since it was opened; start again", path=name)
 
 
-def _unreadable(name: str, error: OSError) -> DataError:
-    return DataError(_("{path} cannot be read: {reason}", path=name, reason=error.strerror))
+def _unreadable(name: str, error: OSError) -> UnavailableError:
+    return UnavailableError(_("{path} cannot be read: {reason}", path=name, reason=error.strerror))

@@ -41,7 +41,7 @@ from cn_clip.data.sources.tar_scan import (
     member_name,
     members,
 )
-from cn_clip.errors import DataError
+from cn_clip.errors import DataError, UnavailableError
 from cn_clip.files import is_apple_double, skipped_files
 from cn_clip.image.decode import SUFFIXES
 from cn_clip.text import decode_utf8, path_text, read_json
@@ -85,16 +85,16 @@ class Tar:
             DataError: the tar is incomplete (perhaps still being written) or has no sample.
             CNClipError: the index cannot be written.
         """
-        self._file = LocalFile(file) if isinstance(file, Path) else file
-        self.name = path_text(name or f"tar:{self._file.name}")
+        self.file = LocalFile(file) if isinstance(file, Path) else file
+        self.name = path_text(name or f"tar:{self.file.name}")
         self._index_path: Path | None = None
-        self.state = self._file.state() if state is None else state
+        self.state = self.file.state() if state is None else state
         self._pairs: int = self._index().values["pairs"] if pairs is None else pairs
         if not self._pairs:
             raise DataError(
                 _(
                     "{path} holds no image with a text or JSON of the same name",
-                    path=self._file.name,
+                    path=self.file.name,
                 )
             )
 
@@ -104,7 +104,7 @@ class Tar:
     @property
     def is_remote(self) -> bool:
         """Whether the shard is behind a URL."""
-        return not isinstance(self._file, LocalFile)
+        return not isinstance(self.file, LocalFile)
 
     def row(self, index: int) -> Row:
         arrays = self._index()
@@ -140,7 +140,7 @@ class Tar:
             key = self._key(arrays, _sample_of(arrays, index)[0])
         except DataError:  # the shard is gone
             key = _("of pair {index}", index=index)
-        return _("{path}, member {key}", path=self._file.name, key=key)
+        return _("{path}, member {key}", path=self.file.name, key=key)
 
     def unmatched(self) -> list[str]:
         messages: list[str] = self._index().values["unmatched"]
@@ -153,7 +153,7 @@ class Tar:
             samples = [_sample_of(arrays, index)[0] for index in (first, stop - 1)]
             begin = int(arrays["image_at"][samples[0]]) * BLOCK
             size = max(sum(_span(arrays, samples[1], part)) for part in ("image", "text", "json"))
-            self._file.read_ahead(min(begin, size), abs(size - begin))
+            self.file.read_ahead(min(begin, size), abs(size - begin))
 
     def image_keys(self, part: int, first: int) -> npt.NDArray[np.uint64]:
         arrays = self._index()
@@ -174,7 +174,7 @@ class Tar:
         if self._index_path is not None:
             with suppress(DataError):  # deleted: it is built again
                 return mapped(self._index_path)
-        file, state = self._file, self.state
+        file, state = self.file, self.state
         self._index_path = named_index(
             file.short_name,
             index_name(file.short_name, file.identity, state) + _INDEX_SUFFIX,
@@ -193,7 +193,7 @@ class Tar:
         return member_name(header).rpartition(".")[0]
 
     def _read(self, offset: int, length: int) -> bytes:
-        return self._file.read(self.state, offset, length)
+        return self.file.read(self.state, offset, length)
 
 
 def _row(
@@ -324,7 +324,7 @@ def _write_index(file: ShardFile, state: FileState, to: Path) -> None:
         samples, alone = _match_samples(_collect_members(file, state, unmatched))
         pairs, rows = _read_samples(file, state, samples)
     if file.state() != state:
-        raise DataError(changed_message(file.name))
+        raise UnavailableError(changed_message(file.name))
     for member in alone:
         missing = _("no image") if member.image is None else _("neither text nor JSON")
         unmatched.append(

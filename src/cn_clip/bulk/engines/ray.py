@@ -1,0 +1,204 @@
+"""Shards on a Ray cluster: one actor per model, started again when it or its machine dies.
+
+Ray schedules; what is done is told by the manifests alone, so neither its task retries nor its
+checkpoints are used. More actors than the cluster has room for wait, which makes Ray's autoscaler
+add machines.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from cn_clip.bulk.engines.base import Outcome, Task, Waiting, attempt
+from cn_clip.errors import CNClipError, UsageError
+from cn_clip.translation import _
+
+_POLL = 0.5  # seconds between looks at shards of other processes
+_MAX_DEATHS = 10  # of an actor in a row, each with a shard
+_PING_PAUSE = 1.0  # seconds until an actor that does not answer is asked again
+_MAX_PINGS = 120  # without an answer
+
+
+@dataclass(frozen=True, slots=True)
+class RayEngine:
+    """Actors of a Ray cluster.
+
+    Attributes:
+        workers: actors; None takes as many as the cluster has room for now.
+        cpus: of each actor.
+        gpus: of each actor; 0.25 shares a GPU among four.
+        address: of the cluster; None takes RAY_ADDRESS, or starts Ray on this machine.
+    """
+
+    workers: int | None = None
+    cpus: float = 1
+    gpus: float = 0
+    address: str | None = None
+
+    def __call__(self, task: Task, shards: Iterable[int]) -> Iterator[Outcome]:
+        """Yield the outcomes of shards.
+
+        Raises:
+            UsageError: Ray is not installed.
+            CNClipError: the cluster cannot be reached, no shard can succeed, or actors die.
+        """
+        ray = _ray()
+        own = not ray.is_initialized()
+        if own:
+            self._connect(ray)
+        actors = _Actors(ray, self, task)
+        try:
+            yield from actors.run(Waiting(shards, task.retries))
+        finally:
+            actors.stop()
+            if own:
+                ray.shutdown()
+
+    def _connect(self, ray: Any) -> None:
+        try:
+            ray.init(
+                address=self.address, logging_level="ERROR", log_to_driver=False,
+                include_dashboard=False if self.address is None else None,
+            )  # fmt: skip
+        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+            raise CNClipError(
+                _(
+                    "the Ray cluster {address} cannot be used: {reason}",
+                    address=self.address or "RAY_ADDRESS",
+                    reason=str(error).partition("\n")[0],
+                )
+            ) from None
+
+    def room(self, ray: Any) -> int:
+        """Return how many actors the cluster has room for now."""
+        free = ray.available_resources()
+        by_cpu = free.get("CPU", 0) / self.cpus if self.cpus else float("inf")
+        by_gpu = free.get("GPU", 0) / self.gpus if self.gpus else float("inf")
+        room = min(by_cpu, by_gpu)
+        return max(1, int(room)) if room != float("inf") else 1
+
+
+class _Worker:
+    """An actor: a process with a model."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+
+    def ready(self) -> None:
+        """Return once this actor has been started."""
+
+    def run(self, number: int) -> Outcome:
+        """Try a shard."""
+        return attempt(self._task, number)
+
+
+@dataclass(slots=True)
+class _Slot:
+    """An actor, what it does now, and how often it died or did not answer in a row."""
+
+    actor: Any
+    shard: int | None = None
+    deaths: int = 0
+    pings: int = 0
+    ask_at: float = 0.0
+
+
+class _Actors:
+    """Actors, each with at most one shard: no more is lost with one of them."""
+
+    def __init__(self, ray: Any, engine: RayEngine, task: Task) -> None:
+        self._ray = ray
+        self._class = ray.remote(
+            num_cpus=engine.cpus, num_gpus=engine.gpus, max_restarts=-1, max_task_retries=0
+        )(_Worker)
+        self._task = task
+        self._waits: dict[Any, _Slot] = {}  # a future -> its actor
+        self._absent: list[_Slot] = []  # actors that are asked whether they are ready
+        self._idle: list[_Slot] = []
+        self._slots = [
+            _Slot(self._class.remote(task)) for _each in range(engine.workers or engine.room(ray))
+        ]
+        self._absent += self._slots
+
+    def run(self, waiting: Waiting) -> Iterator[Outcome]:
+        """Give every idle actor a shard, until none is left."""
+        while True:
+            self._ask()
+            while self._idle and (number := waiting.next()) is not None:
+                slot = self._idle.pop()
+                slot.shard = number
+                self._waits[slot.actor.run.remote(number)] = slot
+            running = any(slot.shard is not None for slot in self._waits.values())
+            if self._idle and not running and waiting.is_empty:
+                return
+            for future in self._ended():
+                slot = self._waits.pop(future)
+                outcome = self._take(slot, future)
+                if outcome is not None and waiting.settle(outcome):
+                    yield outcome
+
+    def stop(self) -> None:
+        """End all actors; shards that are not done have to be computed again."""
+        for slot in self._slots:
+            self._ray.kill(slot.actor)
+
+    def _ask(self) -> None:
+        """Ask the absent actors whether they are ready."""
+        now = time.monotonic()
+        due = [slot for slot in self._absent if slot.ask_at <= now]
+        self._absent = [slot for slot in self._absent if slot.ask_at > now]
+        for slot in due:
+            self._waits[slot.actor.ready.remote()] = slot
+
+    def _ended(self) -> list[Any]:
+        """Wait a moment; return what has ended."""
+        if not self._waits:
+            time.sleep(_POLL)
+            return []
+        ended: list[Any] = self._ray.wait(list(self._waits), timeout=_POLL)[0]
+        return ended
+
+    def _take(self, slot: _Slot, future: Any) -> Outcome | None:
+        """Return the outcome of an actor's shard; None if it had none."""
+        number, slot.shard = slot.shard, None
+        try:
+            outcome: Outcome | None = self._ray.get(future)
+        except self._ray.exceptions.RayError as error:
+            self._lose(slot, number, error)
+            if number is None:
+                return None
+            return Outcome(number, error=_("its worker died, possibly out of memory"))
+        slot.pings = 0
+        if number is not None:
+            slot.deaths = 0
+        self._idle.append(slot)
+        return outcome
+
+    def _lose(self, slot: _Slot, number: int | None, error: Exception) -> None:
+        """Ask an actor again later, which Ray starts again; or give up."""
+        if number is None:
+            slot.pings += 1
+            slot.ask_at = time.monotonic() + _PING_PAUSE
+        else:
+            slot.deaths += 1
+        if slot.deaths > _MAX_DEATHS or slot.pings > _MAX_PINGS:
+            raise CNClipError(
+                _(
+                    "an actor of Ray dies again and again: {reason}",
+                    reason=str(error).partition("\n")[0],
+                )
+            )
+        if isinstance(error, self._ray.exceptions.ActorDiedError):  # Ray does not start it again
+            slot.actor = self._class.remote(self._task)
+        self._absent.append(slot)
+
+
+def _ray() -> Any:
+    try:
+        return importlib.import_module("ray")
+    except ImportError:
+        raise UsageError(_("--engine ray needs Ray: pip install 'cn-clip[ray]'")) from None
