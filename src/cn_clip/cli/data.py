@@ -1,4 +1,4 @@
-"""``cn-clip data``: pack, check and decontaminate training data."""
+"""``cn-clip data``: pack, check and decontaminate training data; the split is in its own file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from cn_clip.translation import _, translate
 if TYPE_CHECKING:
     from cn_clip.data.sources.base import Source
 
-data = App(name="data", help="Pack, check and decontaminate training data.")
+data = App(name="data", help="Pack, check, split and decontaminate training data.")
+data.command("cn_clip.cli.data_split:split", name="split")
 
 
 @data.command
@@ -168,7 +169,7 @@ def check(
     if report is not None:
         claim_page(report, "data check", inputs=paths_of(source))
     opened = open_source(source, workers=_worker_count(workers))
-    with progress_bar("checking") as on_progress:
+    with progress_bar(_("checking")) as on_progress:
         result = check(
             opened,
             context_length=context_length,
