@@ -47,7 +47,7 @@ _COMMANDS = (
     "convert:convert",
     "export:export",
     "data:data",
-    "train:train",
+    "train:train_app",
     "eval:eval_app",
     "bench:bench",
     "doctor:doctor",
@@ -126,7 +126,14 @@ def _interrupted(number: int) -> int:
 def _failed(error: Exception, arguments: Sequence[str]) -> int:
     """Print an error as one sentence; return the exit code."""
     if isinstance(error, CycloptsError):
-        return _fail(_("{error} See: cn-clip --help", error=str(error).strip()), 2)
+        return _fail(
+            _(
+                "{error} See: {command} --help",
+                error=str(error).strip(),
+                command=_command_of(arguments),
+            ),
+            2,
+        )
     if isinstance(error, CNClipError):
         return _fail(str(error), 2 if isinstance(error, UsageError) else 1)
     if isinstance(error, BrokenPipeError) and _reader_is_gone():  # such as `head`
@@ -144,6 +151,17 @@ def _failed(error: Exception, arguments: Sequence[str]) -> int:
             _("{file} cannot be read or written: {reason}", file=file, reason=error.strerror), 1
         )
     return _fail(report_crash(error, arguments), 1)
+
+
+def _command_of(arguments: Sequence[str]) -> str:
+    """Return the command in a command line, such as ``cn-clip data pack``."""
+    words, group = ["cn-clip"], app
+    for argument in arguments:
+        if argument.startswith("-") or argument not in group:
+            break
+        words.append(argument)
+        group = group[argument]
+    return " ".join(words)
 
 
 def _fail(sentence: str, code: int) -> int:

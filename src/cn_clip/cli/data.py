@@ -113,16 +113,22 @@ def pack(
         print_json(asdict(done))
     else:
         shards = _(" in {shards:,} shards", shards=done.shards) if to == "tar" else ""
+        left_out = (
+            ""
+            if without is None
+            else _(", {count:,} left out by {file}", count=done.left_out, file=without)
+        )
         console().print(
             _(
                 "{pairs:,} pairs of {images:,} images, {megabytes:,.1f} MB{shards}, in {out}; "
-                "{skipped_count:,} skipped",
+                "{skipped_count:,} skipped{left_out}",
                 pairs=done.pairs,
                 images=done.images,
                 megabytes=done.bytes / 1e6,
                 shards=shards,
                 out=done.out,
                 skipped_count=len(done.skipped),
+                left_out=left_out,
             ),
             markup=False,
         )

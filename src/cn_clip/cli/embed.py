@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-import time
 from typing import Literal
 
 from cn_clip.cli.loading import DEFAULT, Loading
-from cn_clip.cli.show import Flag, console, print_json, progress
+from cn_clip.cli.show import Flag, Rate, console, print_json, progress
 from cn_clip.errors import UsageError
 from cn_clip.translation import _
 
@@ -59,14 +58,13 @@ def embed(
         task = bars.add_task(
             _("embedding {kind}", kind=kind), total=len(listed) if listed else None
         )
-        start = time.perf_counter()
+        rate = Rate()
 
         def on_progress(done: int, total: int | None) -> None:
-            per_second = done / (time.perf_counter() - start)
             status = _(
                 "embedding {kind}, {per_second:,.0f} per second, {memory:,.0f} MB",
                 kind=kind,
-                per_second=per_second,
+                per_second=rate.update(done),
                 memory=_memory(),
             )
             bars.update(task, completed=done, total=total, description=status)

@@ -9,6 +9,7 @@ from cn_clip.errors import UsageError
 from cn_clip.train.recipe.schema import Recipe, Stage
 from cn_clip.translation import _
 
+_NO_LIMIT = 1 << 30  # an upper limit that no sensible value reaches
 _MAX_NAME_LENGTH = 64  # folders are named after stages
 
 
@@ -58,15 +59,17 @@ def _check_ranges(table: Any, where: str = "") -> None:
         elif isinstance(value, int | float) and not isinstance(value, bool):
             low, high = option.metadata["within"]
             if not low <= value <= high:
-                raise UsageError(
-                    _(
-                        "{name} is {value}; give {low} to {high}",
-                        name=name,
-                        value=value,
-                        low=low,
-                        high=high,
-                    )
-                )
+                raise out_of_range(name, value, low, high)
+
+
+def out_of_range(name: str, value: float, low: float, high: float) -> UsageError:
+    """Return the error about a number of an option or a flag."""
+    within = (
+        _("{low} to {high}", low=low, high=high)
+        if high < _NO_LIMIT
+        else _("{low} or more", low=low)
+    )
+    return UsageError(_("{name} is {value}; give {within}", name=name, value=value, within=within))
 
 
 def _check_stage(stage: Stage, recipe: Recipe) -> None:
@@ -159,8 +162,8 @@ def parse_lr_multiplier(entry: str) -> tuple[str, float]:
     if not pattern or not 0 <= value <= 1000:
         raise UsageError(
             _(
-                "stages.NAME.optimizer.lr_multipliers has the entry {entry!r}; give "
-                "PATTERN=FACTOR, such as visual.backbone.*=0.1",
+                "lr_multipliers has the entry {entry!r}; give PATTERN=FACTOR, such as "
+                "visual.backbone.*=0.1",
                 entry=entry,
             )
         )
