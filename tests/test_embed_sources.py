@@ -123,7 +123,7 @@ LISTS = {
     "captions with commas": "红色的杯子,大号\n蓝色的杯子,小号\n",
     "one word that is a column": "文本\n图片\n标题\n",
     "a comma in the first alone": "title, caption\n" + "红色的杯子\n" * 20,
-    "a sentence about a file": "see a.jpg, please\nsee b.jpg, too\n",
+    "a sentence about a file": "see a.jpg for this, please\nsee b.jpg as well, too\n",
     "names of images": "a.jpg\nb.jpg\n",
     "empty": "",
     "line ends": "\n\n",

@@ -154,7 +154,7 @@ def test_the_command_counts_and_lists_what_it_leaves_out(tmp_path, capsys):
     )  # fmt: skip
     out, err = capsys.readouterr()
     assert code == 1
-    assert "9.jpg" in err and "none.jpg" in err and "its text is empty" in err
+    assert "products.csv, line 11: " in err and "none.jpg" in err and "its text is empty" in err
     assert "1 near-duplicate" in out and "2 captions" in out and "3 pairs left out" in out
     assert len(ids_of(f"{tmp_path}/out/val.csv")) == 5
     assert len(ids_of(f"{tmp_path}/out/train.csv")) == 24
@@ -193,12 +193,12 @@ def test_images_that_all_hang_together_cannot_be_split(tmp_path):
 def test_a_full_disk_leaves_nothing(tmp_path, full_disk):
     folder = tmp_path / "shop"
     folder.mkdir()
-    for n in range(8):
-        (folder / f"{n}.jpg").write_bytes(jpeg(n, (300, 300)))
-    write_rows(folder / "products.csv", [(f"{n}.jpg", chr(0x4E00 + n) * 9000) for n in range(8)])
+    for n in range(30):
+        (folder / f"{n}.jpg").write_bytes(jpeg(n, (500, 400)))
+    write_rows(folder / "products.csv", [(f"{n}.jpg", chr(0x4E00 + n)) for n in range(30)])
     source = open_source(f"csv:{folder}/products.csv")
     with pytest.raises(CNClipError, match="could not write"):
-        split(source, tmp_path / "out", sizes=Sizes(1), threshold=0)
+        split(source, tmp_path / "out", to="tar", threshold=0)
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != ".cache") == ["shop"]
 
 

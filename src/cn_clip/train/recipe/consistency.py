@@ -9,7 +9,6 @@ from cn_clip.errors import UsageError
 from cn_clip.train.recipe.schema import Recipe, Stage
 from cn_clip.translation import _
 
-_NO_LIMIT = 1 << 30  # an upper limit that no sensible value reaches
 _MAX_NAME_LENGTH = 64  # folders are named after stages
 
 
@@ -64,12 +63,9 @@ def _check_ranges(table: Any, where: str = "") -> None:
 
 def out_of_range(name: str, value: float, low: float, high: float) -> UsageError:
     """Return the error about a number of an option or a flag."""
-    within = (
-        _("{low} to {high}", low=low, high=high)
-        if high < _NO_LIMIT
-        else _("{low} or more", low=low)
+    return UsageError(
+        _("{name} is {value}; give {low} to {high}", name=name, value=value, low=low, high=high)
     )
-    return UsageError(_("{name} is {value}; give {within}", name=name, value=value, within=within))
 
 
 def _check_stage(stage: Stage, recipe: Recipe) -> None:

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from cn_clip.errors import UnknownNameError, UsageError
 from cn_clip.train.recipe.consistency import out_of_range
@@ -403,6 +403,8 @@ def _parsed(kind: Any, text: str, flag: str) -> Any:
         kind, *literals = (arg for arg in get_args(kind) if arg is not type(None))
         if any(text in get_args(literal) for literal in literals):  # such as auto
             return text
+    if get_origin(kind) is Literal and text not in get_args(kind):
+        raise UnknownNameError(flag, text, map(str, get_args(kind)))
     if kind is bool:
         if text.lower() in (*_ON, *_OFF):
             return text.lower() in _ON
