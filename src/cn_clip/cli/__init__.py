@@ -130,7 +130,7 @@ def _failed(error: Exception, arguments: Sequence[str]) -> int:
             _(
                 "{error} See: {command} --help",
                 error=str(error).strip(),
-                command=_command_of(arguments),
+                command=" ".join(["cn-clip", *(error.command_chain or ())]),
             ),
             2,
         )
@@ -151,17 +151,6 @@ def _failed(error: Exception, arguments: Sequence[str]) -> int:
             _("{file} cannot be read or written: {reason}", file=file, reason=error.strerror), 1
         )
     return _fail(report_crash(error, arguments), 1)
-
-
-def _command_of(arguments: Sequence[str]) -> str:
-    """Return the command in a command line, such as ``cn-clip data pack``."""
-    words, group = ["cn-clip"], app
-    for argument in arguments:
-        if argument.startswith("-") or argument not in group:
-            break
-        words.append(argument)
-        group = group[argument]
-    return " ".join(words)
 
 
 def _fail(sentence: str, code: int) -> int:
