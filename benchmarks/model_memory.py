@@ -125,7 +125,7 @@ def training_gb(name: str, batch: int, parameters: int) -> tuple[float, float]:
 
 def peak_mb() -> float:
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM"))
 
 
 def measure_one(name: str, what: str, folder: str) -> None:

@@ -28,6 +28,9 @@ def commands(page):
 def invalid(words):
     """Return why a command line is invalid; None if it is valid."""
     if words[:1] == ["train"]:
+        if "--show" in words:
+            at = words.index("--show")
+            words = [*words[:at], *words[at + 2 :]]
         return None if run([*words, "--show", "recipe"]) == 0 else "the recipe is refused"
     try:
         app.parse_args(words, exit_on_error=False, print_error=False)

@@ -112,6 +112,7 @@ OUTPUTS = [
         ".parquet",
         "library",
     ),
+    Output("data split photos --out {out} --workers 0 --overwrite"),
 ]
 every_output = pytest.mark.parametrize(
     "output", OUTPUTS, ids=lambda o: o.words.partition(" --w")[0]

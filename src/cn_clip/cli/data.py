@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from cyclopts import App
 from rich.table import Table
 
+from cn_clip.cli.data_split import split
 from cn_clip.cli.show import (
     Amount,
     ContextLength,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from cn_clip.data.sources.base import Source
 
 data = App(name="data", help="Pack, check, split and decontaminate training data.")
-data.command("cn_clip.cli.data_split:split", name="split")
+data.command(split)
 
 
 @data.command
