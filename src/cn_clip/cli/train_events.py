@@ -9,9 +9,9 @@ from rich.table import Table
 
 from cn_clip.cli.show import console
 from cn_clip.train.run.events import FINAL, interpolated
+from cn_clip.train.run.report import score_name
 from cn_clip.translation import N_, _, translate
 
-_SCORE_NAMES = {"before": N_("before training"), FINAL: N_("final weights")}
 _LATEST = 0.3  # weight of the latest speed in the mean
 
 
@@ -172,7 +172,7 @@ def print_summary(outcome: Any) -> None:
         first = outcome.scores[0][1]
         for name, value in outcome.scores:
             gain = "" if name == "before" else f"{100 * (value - first):+.2f}"
-            table.add_row(_score_name(name), f"{100 * value:.2f} %", gain)
+            table.add_row(score_name(name), f"{100 * value:.2f} %", gain)
         out.print(table)
     out.print(
         _(
@@ -184,13 +184,3 @@ def print_summary(outcome: Any) -> None:
         markup=False,
         soft_wrap=True,
     )
-
-
-def _score_name(name: str) -> str:
-    """Return the name of a score of ``Outcome.scores`` in words."""
-    if name in _SCORE_NAMES:
-        return translate(_SCORE_NAMES[name])
-    stage = name.removesuffix(interpolated(""))
-    if stage != name:
-        return _("{stage}, interpolated with its initial weights", stage=stage)
-    return _("{stage}, best weights", stage=stage)

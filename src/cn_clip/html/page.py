@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Iterable
 from functools import cache
 from numbers import Number
@@ -16,10 +17,10 @@ from PIL import Image
 from cn_clip.errors import UsageError
 from cn_clip.html.charts import histogram, overlaid_histograms
 from cn_clip.image.decode import read_image
-from cn_clip.outputs import claim, own_file, starts_with
+from cn_clip.outputs import claim, own_file, reads_as
 from cn_clip.publish import write_text
 from cn_clip.text import path_text
-from cn_clip.translation import _, translate
+from cn_clip.translation import _, shown_language, translate
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -92,14 +93,23 @@ def claim_page(
                 path=path_text(path),
             )
         )
-    own = own_file(command, starts_with(_start(command).encode()))
+    own = own_file(command, reads_as(_start_of(command), b""))
     return claim(path, own, option=option, inputs=inputs)
 
 
 def _start(command: str) -> str:
     return (
-        '<!doctype html>\n<html lang="en"><head>'
+        f'<!doctype html>\n<html lang="{shown_language()}"><head>'
         f'<meta name="generator" content="cn-clip {command}">'
+    )
+
+
+def _start_of(command: str) -> re.Pattern[bytes]:
+    """Return the pattern of the start of a command's pages, in any language."""
+    return re.compile(
+        rb'<!doctype html>\n<html lang="[\w-]+"><head><meta name="generator" content="cn-clip '
+        + re.escape(command.encode())
+        + rb'">'
     )
 
 
