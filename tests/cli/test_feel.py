@@ -83,6 +83,7 @@ def test_the_help_of_train_has_the_flags_that_people_need(capsys):
             for flag in flags.split():
                 value = "cpu" if flag == "--device" else values.get(placeholder, "a.csv")
                 given = [*MUGE, "--val-data", "a.csv", flag, *([value] if value else [])]
+                given += ["--interpolate", "auto"] if flag == "--keep-data" else []
                 assert run(given) == 0, capsys.readouterr().err
 
 
