@@ -190,6 +190,15 @@ def test_images_that_all_hang_together_cannot_be_split(tmp_path):
     assert len(split(source, tmp_path / "out", min_caption=20).parts) == 2
 
 
+def test_a_source_without_usable_pairs_is_refused(tmp_path, capsys):
+    for rows, words in (([], "holds no pair"), ([("none.jpg", "猫")], "no usable pair; the first")):
+        write_rows(tmp_path / "products.csv", rows)
+        command = ["data", "split", f"{tmp_path}/products.csv", "--out", f"{tmp_path}/out"]
+        assert run([*command, "--workers", "0"]) in (1, 2)
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
 def test_a_full_disk_leaves_nothing(tmp_path, full_disk):
     folder = tmp_path / "shop"
     folder.mkdir()

@@ -154,6 +154,8 @@ def split(
         raise UsageError(
             _("the threshold is {threshold} bits of 256; give 0 to 128", threshold=threshold)
         )
+    if not len(source):
+        raise UsageError(_("{name} holds no pair", name=source.name))
     out = claim_split(out, inputs=inputs, overwrite=overwrite)
     leaks = group_leaks(
         source,
@@ -167,7 +169,7 @@ def split(
             _(
                 "{name} has no usable pair; the first: {first}",
                 name=source.name,
-                first=next(iter(leaks.skipped), _("it is empty")),
+                first=leaks.skipped[0],
             )
         )
     parts = _assign(leaks, sizes.images(len(leaks.rows)), seed)
