@@ -93,12 +93,12 @@ def classify(
             result = zeroshot.classify_embeddings(
                 embedder, embeddings, names, prototypes, calibration=fitted
             )
-            ranking = result.ranking(top).tolist()
-            for row, (label, columns) in enumerate(zip(readable, ranking, strict=True)):
-                if json:
-                    results.append(_as_json(label, result, row, columns))
-                else:
-                    out.print(_table(label, result, row, columns, fitted))
+            if json:
+                rows = zip(readable, result.to_dicts(top), strict=True)
+                results += [{"image": label} | row for label, row in rows]
+            else:
+                for row, label in enumerate(readable):
+                    out.print(_table(label, result, row, top, fitted))
             failed += [
                 {"image": chunk[i].label, "error": chunk[i].reason(e)} for i, e in errors.items()
             ]
@@ -181,29 +181,11 @@ def _read_labels(given: str | None, file: str | None) -> list[str]:
     return [line for line in lines if line.strip()]
 
 
-def _as_json(label: str, result: Classification, row: int, columns: list[int]) -> dict[str, Any]:
-    predictions: list[dict[str, Any]] = []
-    for column in columns:
-        prediction: dict[str, Any] = {
-            "label": result.labels[column],
-            "probability": float(result.probabilities[row, column]),
-            "cosine": float(result.cosines[row, column]),
-        }
-        if result.match_probabilities is not None:
-            prediction["match"] = float(result.match_probabilities[row, column])
-        predictions.append(prediction)
-    values: dict[str, Any] = {"image": label}
-    if result.match_probabilities is not None:
-        none = result.none_of_these
-        values["none_of_these"] = None if none is None else bool(none[row])
-    return values | {"predictions": predictions}
-
-
 def _table(
     label: str,
     result: Classification,
     row: int,
-    columns: list[int],
+    top: int,
     calibration: Calibration | None,
 ) -> Table:
     title = escape(label)
@@ -217,11 +199,7 @@ def _table(
     table.add_column(_("cosine"), justify="right")
     if result.match_probabilities is not None:
         table.add_column(_("match"), justify="right")
-    for column in columns:
-        probability = float(result.probabilities[row, column])
-        cells = [escape(result.labels[column]), f"{probability:.1%}", bar(probability)]
-        cells.append(f"{result.cosines[row, column]:.3f}")
-        if result.match_probabilities is not None:
-            cells.append(f"{result.match_probabilities[row, column]:.1%}")
-        table.add_row(*cells)
+    for label, probability, cosine, match in result[row][:top]:
+        cells = [escape(label), f"{probability:.1%}", bar(probability), f"{cosine:.3f}"]
+        table.add_row(*cells, *([] if match is None else [f"{match:.1%}"]))
     return table

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from cn_clip.data.sources.lines import json_object, line_end, stream_lines
 from cn_clip.data.sources.list_or_table import refuse_table
+from cn_clip.data.sources.lmdb import is_lmdb, lmdb_images
 from cn_clip.data.sources.official import decode_base64, parse_id
 from cn_clip.data.sources.open import paths_of
 from cn_clip.data.sources.table import read_head
@@ -26,8 +27,8 @@ Kind = Literal["images", "texts"]
 
 def read_images(inputs: Sequence[str]) -> Iterator[Item]:
     """Yield the images of folders, globs, image files, ``.txt`` (one path per line), ``.jsonl``
-    (``{"image": path, "image_id": id}``), the official ``.tsv`` (id, tab, base64), and sources of
-    pairs such as ``csv:products.csv``.
+    (``{"image": path, "image_id": id}``), the official ``.tsv`` (id, tab, base64), the official
+    LMDB ``imgs``, and sources of pairs such as ``csv:products.csv``.
 
     Paths in a file are relative to its folder. The id of an image given by its path is that path.
 
@@ -44,6 +45,9 @@ def read_images(inputs: Sequence[str]) -> Iterator[Item]:
         suffix = path.suffix.lower()
         if suffix == ".tsv" and path.is_file():
             yield from _tsv(path)
+        elif is_lmdb(path):
+            for image_id, content, where in lmdb_images(path):
+                yield Item(parse_id(path_text(image_id)), content, stamp_of(content), where)
         elif suffix in (".jsonl", ".json") and path.is_file():
             yield from (_json_item(line, path, where) for where, line in _json_lines(path))
         elif suffix == ".txt" and path.is_file():

@@ -415,7 +415,12 @@ def _detect_kind(path: str, uri: str) -> str:
             _("{uri} is {format}", uri=uri, format=_REMEDIES[suffix].format(path=path))
         )
     if not any(c in path for c in "*?[{") and not os.path.lexists(folder):
-        raise UsageError(_("no such file or folder: {path}", path=path_text(path)))
+        raise UsageError(
+            _(
+                "no such file or folder: {path}; a source is KIND:PATH, such as folder:photos",
+                path=path_text(path),
+            )
+        )
     raise UsageError(
         _(
             "{uri}: unknown kind of source; write KIND:PATH, KIND one of {kinds}",
