@@ -28,6 +28,7 @@ def commands(page):
 def invalid(words):
     """Return why a command line is invalid; None if it is valid."""
     if words[:1] == ["train"]:
+        words = ["finetune-muge" if word.endswith(".toml") else word for word in words]
         if "--show" in words:
             at = words.index("--show")
             words = [*words[:at], *words[at + 2 :]]

@@ -40,6 +40,7 @@ _COMMANDS = (
     "models:models",
     "classify:classify",
     "embed:embed",
+    "bulk:bulk",
     "index:index",
     "search:search",
     "library:library_app",
