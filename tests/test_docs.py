@@ -18,7 +18,7 @@ DOCS = ROOT / "docs"
 READMES = (ROOT / "README.md", ROOT / "README.zh.md")
 GUIDES = (DOCS / "guide.md", DOCS / "zh" / "guide.md")
 TRAINING = (DOCS / "training.md", DOCS / "zh" / "training.md")
-COMING = (DOCS / "coming-from.md", DOCS / "zh" / "coming-from.md")
+COMING = (DOCS / "migrating.md", DOCS / "zh" / "migrating.md")
 DATA = (DOCS / "data.md", DOCS / "zh" / "data.md")
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
 

@@ -17,9 +17,18 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import cn_clip
 
-SIDE, FRAME, GAP, LABEL = 96, 4, 6, 190
+SIDE, FRAME, GAP, LABEL, TITLE = 96, 4, 6, 190, 64
+TITLES = ("首个结果正确\nfirst result correct", "前五个都不对\nnone of the first five correct")
 SHOWN, ROWS = 5, 7
 RIGHT, WRONG = "#2e9e44", "#dddddd"
+
+
+def draw_titles(sheet: Image.Image, width: int, font: str) -> None:
+    """Write what the two halves of the sheet are, above their first results."""
+    draw = ImageDraw.Draw(sheet)
+    for column, title in enumerate(TITLES):
+        place = column * width + LABEL, 4
+        draw.multiline_text(place, title, "black", ImageFont.truetype(font, 20), spacing=2)
 
 
 def main() -> None:
@@ -43,12 +52,13 @@ def main() -> None:
     correct = [n for n, name in enumerate(names) if first[n, 0] in by_text[name]]
     failed = [n for n, name in enumerate(names) if not by_text[name] & set(first[n].tolist())]
     rng = random.Random(0)
-    width, height = LABEL + SHOWN * (SIDE + GAP), ROWS * (SIDE + GAP)
+    width, height = LABEL + SHOWN * (SIDE + GAP), TITLE + ROWS * (SIDE + GAP)
     sheet = Image.new("RGB", (2 * width, height), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.truetype(options.font, 20)
+    draw_titles(sheet, width, options.font)
     for column, chosen in enumerate((rng.sample(correct, ROWS), rng.sample(failed, ROWS))):
         for row, query in enumerate(chosen):
-            left, top = column * width, row * (SIDE + GAP)
+            left, top = column * width, TITLE + row * (SIDE + GAP)
             draw.text((left + 8, top + SIDE // 2 - 14), names[query][:9], "black", font)
             for place, number in enumerate(first[query].tolist()):
                 colour = RIGHT if number in by_text[names[query]] else WRONG

@@ -356,12 +356,13 @@ EMBED_DIMS = {
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A published model: official tower names, repository and weights file."""
+    """A published model: official tower names, repository, weights file, number of parameters."""
 
     vision: str
     text: str
     repository: str
     filename: str
+    parameters: int
 
     @property
     def struct(self) -> str:
@@ -376,26 +377,30 @@ PUBLISHED: dict[str, Published] = {
         "RoBERTa-wwm-ext-base-chinese",
         "chinese-clip-vit-base-patch16",
         "clip_cn_vit-b-16.pt",
+        188_262_913,
     ),
     "ViT-L-14": Published(
         "ViT-L-14",
         "RoBERTa-wwm-ext-base-chinese",
         "chinese-clip-vit-large-patch14",
         "clip_cn_vit-l-14.pt",
+        406_233_089,
     ),
     "ViT-L-14-336": Published(
         "ViT-L-14-336",
         "RoBERTa-wwm-ext-base-chinese",
         "chinese-clip-vit-large-patch14-336px",
         "clip_cn_vit-l-14-336.pt",
+        406_560_769,
     ),
     "ViT-H-14": Published(
         "ViT-H-14",
         "RoBERTa-wwm-ext-large-chinese",
         "chinese-clip-vit-huge-patch14",
         "clip_cn_vit-h-14.pt",
+        957_598_209,
     ),
-    "RN50": Published("RN50", "RBT3-chinese", "chinese-clip-rn50", "clip_cn_rn50.pt"),
+    "RN50": Published("RN50", "RBT3-chinese", "chinese-clip-rn50", "clip_cn_rn50.pt", 76_989_537),
 }
 
 

@@ -150,7 +150,7 @@ class Tokenizer:
                 _(
                     "{count} text(s) longer than {context_length} tokens were truncated; shorten "
                     "them, or raise context_length if the model was trained with more. Further "
-                    "texts are only counted, in Tokenizer.truncated",
+                    "ones are not announced",
                     count=count,
                     context_length=context_length,
                 ),

@@ -77,6 +77,14 @@ def languages() -> list[str]:
     return wanted
 
 
+def shown_language() -> str:
+    """Return the language of messages as in HTML: ``zh-CN``, or ``en`` without a catalogue."""
+    catalogue = _catalogue()
+    if catalogue is None:
+        return "en"
+    return (catalogue.info().get("language") or languages()[0]).replace("_", "-")
+
+
 @cache
 def _catalogue() -> NullTranslations | None:
     return _read_catalogue(languages()) if os.path.isdir(LOCALES) else None

@@ -130,7 +130,8 @@ def classify(
         templates: sentences with ``{}`` in place of the label, such as ``"一张{}的照片"``; a
             label's embedding is the mean over the templates.
         calibration: of this model, or its file: adds match probabilities and ``none_of_these``.
-        batch_size, progress: as for ``Embedder.embed_images``.
+        batch_size: as for ``Embedder.embed_images``.
+        progress: as for ``Embedder.embed_images``.
 
     Raises:
         UsageError: fewer than two distinct labels, an empty label, a template without ``{}``, or a

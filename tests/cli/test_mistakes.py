@@ -69,7 +69,7 @@ MISTAKES = [
     (f"{TRAIN} --train-data csv:pairs.csv --lr fast", 2, "fast", "give a number"),
     (f"{TRAIN} --train-data csv:pairs.csv --learning-rat 1", 2, "learning-rat", "did you mean"),
     (f"{TRAIN} --train-data csv:pairs.csv --epochs 0", 2, "epochs", "give 1 to"),
-    (f"{TRAIN} --train-data csv:pairs.csv --batch-size 1", 2, "batch_size", "give 2 to"),
+    (f"{TRAIN} --train-data csv:pairs.csv --batch-size 1", 2, "--batch-size", "give 2 to"),
     (f"{TRAIN} --train-data csv:pairs.csv --start.checkpoint none.pt", 1, "none.pt", ""),
     (f"{TRAIN} --train-data csv:pairs.csv --output.folder photos", 2, "photos", "another place"),
     (f"{TRAIN} --train-data csv:pairs.csv --machine.device cuda", 2, "cuda", "cpu"),

@@ -446,7 +446,7 @@ def test_annotations_are_never_replaced_by_predictions(script, tmp_path):
 @pytest.mark.full
 def test_the_commands_of_the_migration_page_run(script, tmp_path, small_official, monkeypatch):
     """In this process, so that ViT-B-16 is a tiny model; torchrun is tested above."""
-    page = next(ROOT.glob("docs/coming-from.md"), ROOT / "docs" / "migrating.md")
+    page = next(ROOT.glob("docs/migrating.md"), ROOT / "docs" / "migrating.md")
     blocks = re.findall(r"^```sh\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
     (block,) = (block for block in blocks if "cn_clip.training.main" in block)
     monkeypatch.chdir(tmp_path)

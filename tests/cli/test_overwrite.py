@@ -114,6 +114,7 @@ OUTPUTS = [
         ".parquet",
         "library",
     ),
+    Output("data split photos --out {out} --workers 0 --overwrite"),
     Output("bulk filter shards --min-cosine 0 --workers 0 --out {out} --overwrite", ".jsonl",
            "shards"),
     Output("bulk dedupe shards --workers 0 --out {out} --overwrite", ".jsonl", "shards"),

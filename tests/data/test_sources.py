@@ -102,7 +102,7 @@ def test_several_files_are_one_source_and_sources_mix(pictures):
     ("uri", "sentence"),
     [
         ("tars:x", "unknown kind of source 'tars'; did you mean tar"),
-        ("nothing/here", "unknown kind of source"),
+        ("nothing/here", "no such file or folder: nothing/here"),
         ("csv:none.csv", "no such file"),
         ("tar:none-*.tar", "no file matches none-"),
         ("tar:none.tar", "cannot be read"),

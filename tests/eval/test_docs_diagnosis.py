@@ -1,4 +1,4 @@
-"""docs/diagnosis.md and docs/flickr30k-gap.md: code the same in both languages, and true."""
+"""docs/diagnosis.md, docs/research/flickr30k-gap.md: the same code in both languages, and true."""
 
 import re
 
@@ -10,7 +10,7 @@ from cn_clip.eval.robustness.rewrites import all_rewrites
 from cn_clip.normalize import NORMALIZERS
 
 
-@pytest.mark.parametrize("page", ["diagnosis.md", "flickr30k-gap.md"])
+@pytest.mark.parametrize("page", ["diagnosis.md", "research/flickr30k-gap.md"])
 def test_both_languages_hold_the_same_code_and_figures(page):
     english, chinese = DOCS / page, DOCS / "zh" / page
     assert code_in(english) == code_in(chinese)
@@ -30,7 +30,7 @@ def test_the_normalizer_does_what_the_page_says():
     exec(compile(snippet, "docs/diagnosis.md", "exec"), {})
 
 
-@pytest.mark.parametrize("page", ["diagnosis.md", "flickr30k-gap.md"])
+@pytest.mark.parametrize("page", ["diagnosis.md", "research/flickr30k-gap.md"])
 def test_the_options_of_its_commands_exist(page):
     for language, block in code_in(DOCS / page):
         for line in block.splitlines() if language == "sh" else ():

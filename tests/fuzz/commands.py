@@ -419,10 +419,23 @@ def run_here(case: Case, root: Path) -> Ran:
             raised = f"SystemExit {error.code!r}"
         except BaseException as error:
             raised = f"Traceback: {_last(traceback.format_exc(), error)}"
+        finally:
+            _forget_consoles()
     out.flush()
     err.flush()
     shown, text = (each.buffer.getvalue().decode("utf-8", "replace") for each in (out, err))
     return _judged(case, code, shown, text, time.monotonic() - begin, raised)
+
+
+def _forget_consoles() -> None:
+    """Drop the consoles for help, which cyclopts keeps: they have the COLUMNS of this case."""
+    from cn_clip.cli import app
+
+    apps = [app]
+    while apps:
+        group = apps.pop()
+        group._fallback_console = group._fallback_error_console = None
+        apps += [group[name] for name in group if not name.startswith("-")]
 
 
 def run_process(case: Case, root: Path) -> Ran:

@@ -114,6 +114,9 @@ def _fingerprint(config: ModelConfig, state: Mapping[str, torch.Tensor]) -> str:
     return fingerprint_of(config, default_tokenizer().vocab, tensors)
 
 
+_USUAL_NAMES = {"gpu": "cuda", "nvidia": "cuda", "rocm": "cuda", "metal": "mps", "apple": "mps"}
+
+
 def pick_device(device: str | torch.device) -> torch.device:
     """Return the device of this name; ``"auto"`` is CUDA, then Apple's MPS, then the CPU.
 
@@ -130,10 +133,15 @@ def pick_device(device: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError):
         usable = False  # each device type raises its own error
     if not usable:
+        kind, colon, index = str(device).lower().partition(":")
+        usual = _USUAL_NAMES.get(kind)
         raise UsageError(
             _(
-                "device {device!r} is not available; torch {version} has: {devices}",
+                "device {device!r} is not available; {hint}torch {version} has: {devices}",
                 device=str(device),
+                hint=""
+                if usual is None
+                else _("did you mean {name}? ", name=usual + colon + index),
                 version=torch.__version__,
                 devices=", ".join(_devices()),
             )

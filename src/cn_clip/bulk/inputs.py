@@ -24,7 +24,8 @@ from cn_clip.data.sources.remote import is_remote
 from cn_clip.data.sources.row_index import index_of
 from cn_clip.data.sources.row_keys import image_key, unreadable_key
 from cn_clip.data.sources.tar import Tar
-from cn_clip.embeddings.inputs import Item, file_stamp, images_below, read_images
+from cn_clip.embeddings.inputs import images_below, read_images
+from cn_clip.embeddings.item import Item, file_stamp
 from cn_clip.errors import DataError, UnavailableError, UsageError
 from cn_clip.files import as_path
 from cn_clip.text import path_text

@@ -48,7 +48,7 @@ _COMMANDS = (
     "convert:convert",
     "export:export",
     "data:data",
-    "train:train",
+    "train:train_app",
     "eval:eval_app",
     "bench:bench",
     "doctor:doctor",
@@ -141,7 +141,14 @@ def _interrupted(number: int) -> int:
 def _failed(error: Exception, arguments: Sequence[str]) -> int:
     """Print an error as one sentence; return the exit code."""
     if isinstance(error, CycloptsError):
-        return _fail(_("{error} See: cn-clip --help", error=str(error).strip()), 2)
+        return _fail(
+            _(
+                "{error} See: {command} --help",
+                error=str(error).strip(),
+                command=" ".join(["cn-clip", *(error.command_chain or ())]),
+            ),
+            2,
+        )
     if isinstance(error, CNClipError):
         return _fail(str(error), 2 if isinstance(error, UsageError) else 1)
     if isinstance(error, BrokenPipeError) and _reader_is_gone():  # such as `head`

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,14 +17,16 @@ from cn_clip.cli.loading import DEFAULT, Loading
 from cn_clip.cli.show import BAR_WIDTH, Flag, bar, console, print_json, progress
 from cn_clip.errors import UsageError
 from cn_clip.files import MAX_TEXT, as_path, lines_of
-from cn_clip.text import path_text, valid_text
+from cn_clip.text import valid_text
 from cn_clip.translation import _
 
 if TYPE_CHECKING:
     from cn_clip.calibration import Calibration
+    from cn_clip.embeddings.item import Item
     from cn_clip.zeroshot import Classification
 
 _CHUNK = 32
+_HEAD = 1 << 16  # bytes that tell a table from a list
 
 
 def classify(
@@ -48,7 +52,8 @@ def classify(
     Parameters
     ----------
     images
-        Files, folders (searched recursively) or globs.
+        Files, folders (searched recursively) or globs; or a source of pairs, as for
+        `cn-clip train`, such as csv:products.csv.
     labels
         The labels, separated by commas: 猫,狗,火箭
     labels_file
@@ -65,12 +70,11 @@ def classify(
     """
     from cn_clip import zeroshot
     from cn_clip.calibration import check_model, read_calibration
-    from cn_clip.image.decode import find_images
 
     if top < 1:
         raise UsageError(_("--top {top} is below 1; give 1 or more", top=top))
     names = zeroshot.distinct(_read_labels(labels, labels_file))
-    paths = find_images(images)
+    items, count = _items(images)
     fitted = None if calibration is None else read_calibration(Path(calibration))
     embedder = loading.load()
     if fitted is not None:
@@ -80,22 +84,25 @@ def classify(
     results: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
     out = console()
+    total = 0
     with progress() as bars:
-        task = bars.add_task(_("classifying"), total=len(paths))
-        for start in range(0, len(paths), _CHUNK):
-            chunk = paths[start : start + _CHUNK]
-            embeddings, errors = embedder.embed_readable(chunk)
-            readable = [path for index, path in enumerate(chunk) if index not in errors]
+        task = bars.add_task(_("classifying"), total=count)
+        while chunk := list(islice(items, _CHUNK)):
+            embeddings, errors = embedder.embed_readable([item.content for item in chunk])
+            readable = [item.label for index, item in enumerate(chunk) if index not in errors]
             result = zeroshot.classify_embeddings(
                 embedder, embeddings, names, prototypes, calibration=fitted
             )
             if json:
                 rows = zip(readable, result.to_dicts(top), strict=True)
-                results += [{"image": path_text(path)} | row for path, row in rows]
+                results += [{"image": label} | row for label, row in rows]
             else:
-                for row, path in enumerate(readable):
-                    out.print(_table(path, result, row, top, fitted))
-            failed += [{"image": path_text(chunk[i]), "error": str(e)} for i, e in errors.items()]
+                for row, label in enumerate(readable):
+                    out.print(_table(label, result, row, top, fitted))
+            failed += [
+                {"image": chunk[i].label, "error": chunk[i].reason(e)} for i, e in errors.items()
+            ]
+            total += len(chunk)
             bars.advance(task, len(chunk))
 
     if json:
@@ -111,16 +118,28 @@ def classify(
         )
     for failure in failed:
         print(f"cn-clip: {failure['error']}", file=sys.stderr)
-    if len(paths) > 1 and failed:
+    if total > 1 and failed:
         print(
             _(
                 "cn-clip: {failed_count} of {count} images failed",
                 failed_count=len(failed),
-                count=len(paths),
+                count=total,
             ),
             file=sys.stderr,
         )
     return 1 if failed else 0
+
+
+def _items(images: list[str]) -> tuple[Iterator[Item], int | None]:
+    """Return the images of files, folders, globs and sources, and their number if it is known."""
+    from cn_clip.embeddings.item import file_item
+    from cn_clip.embeddings.pairs import holds_images, images_of
+    from cn_clip.image.decode import find_images
+
+    sources = [images_of(given) for given in images if holds_images(given)]
+    paths = [given for given in images if not holds_images(given)]
+    files = [file_item(path, str(path), str(path)) for path in find_images(paths)]
+    return chain(files, *sources), None if sources else len(files)
 
 
 def _read_labels(given: str | None, file: str | None) -> list[str]:
@@ -129,6 +148,8 @@ def _read_labels(given: str | None, file: str | None) -> list[str]:
     if given is not None:
         return re.split("[,，、]", given)
     assert file is not None
+    from cn_clip.data.sources.list_or_table import refuse_table
+
     try:
         if file == "-":
             raw = sys.stdin.buffer.read(MAX_TEXT + 1)
@@ -143,6 +164,7 @@ def _read_labels(given: str | None, file: str | None) -> list[str]:
                     limit=MAX_TEXT,
                 )
             )
+        refuse_table(raw[:_HEAD], file)
         lines = lines_of(raw)
     except OSError as error:
         raise UsageError(
@@ -160,13 +182,13 @@ def _read_labels(given: str | None, file: str | None) -> list[str]:
 
 
 def _table(
-    path: Path,
+    label: str,
     result: Classification,
     row: int,
     top: int,
     calibration: Calibration | None,
 ) -> Table:
-    title = escape(path_text(path))
+    title = escape(label)
     if calibration and result.none_of_these is not None and result.none_of_these[row]:
         threshold = calibration.thresholds["labels"]
         title += _("\n[red]none of these[/red]: cosine below {threshold:.3f}", threshold=threshold)

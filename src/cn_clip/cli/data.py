@@ -1,4 +1,4 @@
-"""``cn-clip data``: pack, check and decontaminate training data."""
+"""``cn-clip data``: pack, check and decontaminate training data; the split is in its own file."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from cyclopts import App
 from rich.table import Table
 
+from cn_clip.cli.data_split import split
 from cn_clip.cli.show import (
     Amount,
     ContextLength,
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 
     from cn_clip.data.sources.base import Source
 
-data = App(name="data", help="Pack, check and decontaminate training data.")
+data = App(name="data", help="Pack, check, split and decontaminate training data.")
+data.command(split)
 
 
 @data.command
@@ -118,16 +120,22 @@ def pack(
         print_json(asdict(done))
     else:
         shards = _(" in {shards:,} shards", shards=done.shards) if to == "tar" else ""
+        left_out = (
+            ""
+            if without is None
+            else _(", {count:,} left out by {file}", count=done.left_out, file=without)
+        )
         console().print(
             _(
                 "{pairs:,} pairs of {images:,} images, {megabytes:,.1f} MB{shards}, in {out}; "
-                "{skipped_count:,} skipped",
+                "{skipped_count:,} skipped{left_out}",
                 pairs=done.pairs,
                 images=done.images,
                 megabytes=done.bytes / 1e6,
                 shards=shards,
                 out=done.out,
                 skipped_count=len(done.skipped),
+                left_out=left_out,
             ),
             markup=False,
         )
@@ -174,7 +182,7 @@ def check(
     if report is not None:
         claim_page(report, "data check", inputs=paths_of(source))
     opened = open_source(source, workers=_worker_count(workers))
-    with progress_bar("checking") as on_progress:
+    with progress_bar(_("checking")) as on_progress:
         result = check(
             opened,
             context_length=context_length,

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-import time
 from typing import Literal
 
 from cn_clip.cli.loading import DEFAULT, Loading
-from cn_clip.cli.show import Flag, console, print_json, progress
+from cn_clip.cli.show import Flag, Rate, console, print_json, progress
 from cn_clip.errors import UsageError
 from cn_clip.translation import _
 
@@ -33,7 +32,8 @@ def embed(
     inputs
         For images: folders (recursive), globs, image files, .txt (one path per line), .jsonl
         ({"image": path, "image_id": id}) or the official .tsv (id, tab, base64). For texts: .txt
-        (one text per line) or .jsonl ({"text": ..., "text_id": id}).
+        (one text per line) or .jsonl ({"text": ..., "text_id": id}). For both: a source of pairs,
+        as for `cn-clip train`: csv:products.csv, parquet:pairs.parquet, tar:shards/*.tar, ...
     out
         X.npz (embeddings, ids, about), X.jsonl (official features), or a folder (clip-retrieval's
         layout: img_emb and metadata).
@@ -43,29 +43,28 @@ def embed(
         Print JSON instead of a sentence.
     """
     from cn_clip.embeddings.extract import claim_out, extract
-    from cn_clip.embeddings.inputs import read_images, read_texts
+    from cn_clip.embeddings.inputs import is_quick_to_list, paths_of_inputs, read_images, read_texts
 
     if not inputs:
         raise UsageError(
             _("nothing to embed; give the {kind} after `cn-clip embed {kind}`", kind=kind)
         )
     read = read_images if kind == "images" else read_texts
-    listed = list(read(inputs)) if _is_quick_to_list(inputs) else None
-    sources = (*inputs, *loading.paths)
+    listed = list(read(inputs)) if is_quick_to_list(inputs) else None
+    sources = (*paths_of_inputs(kind, inputs), *loading.paths)
     claim_out(out, inputs=sources, overwrite=overwrite)
     embedder = loading.load()
     with progress() as bars:
         task = bars.add_task(
             _("embedding {kind}", kind=kind), total=len(listed) if listed else None
         )
-        start = time.perf_counter()
+        rate = Rate()
 
         def on_progress(done: int, total: int | None) -> None:
-            per_second = done / (time.perf_counter() - start)
             status = _(
                 "embedding {kind}, {per_second:,.0f} per second, {memory:,.0f} MB",
                 kind=kind,
-                per_second=per_second,
+                per_second=rate.update(done),
                 memory=_memory(),
             )
             bars.update(task, completed=done, total=total, description=status)
@@ -114,11 +113,6 @@ def embed(
             markup=False,
         )
     return 1 if done.failed else 0
-
-
-def _is_quick_to_list(inputs: tuple[str, ...]) -> bool:
-    """Return whether listing all inputs first, for the progress bar, is cheap: not for a TSV."""
-    return not any(path.lower().endswith(".tsv") for path in inputs)
 
 
 def _memory() -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ def models(
     console().print(table)
 
 
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of BatchNorm
 _RIGHT_ALIGNED = ("parameters", "pixels", "dim")
 _KINDS = {"vit": "ViT", "resnet": "ResNet", "efficientnet_lite": "EfficientNet-Lite0"}
 
@@ -70,7 +72,7 @@ def _describe(name: str, path: Path | None) -> dict[str, Any]:
         "name": name,
         "image_tower": published.vision if published else _KINDS[config.vision.kind],
         "text_tower": published.text if published else f"BERT {text.layers}x{text.hidden_size}",
-        "parameters": _count_parameters(config),
+        "parameters": published.parameters if published else _embedded_parameters(path),
         "resolution": config.vision.resolution,
         "dim": config.embed_dim,
         "file": published.filename if published else None,
@@ -85,10 +87,11 @@ def _embedded_config(path: Path | None) -> ModelConfig:
     return read_config(path)
 
 
-def _count_parameters(config: ModelConfig) -> int:
-    import torch
+def _embedded_parameters(path: Path | None) -> int:
+    """Count the parameters in the weights' header, without torch."""
+    from safetensors import safe_open
 
-    from cn_clip.model.clip import CLIP
-
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in CLIP(config).parameters())
+    assert path is not None
+    with safe_open(path / "model.safetensors", "numpy") as tensors:
+        names = [name for name in tensors.keys() if not name.endswith(_STATISTICS)]  # noqa: SIM118
+        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)

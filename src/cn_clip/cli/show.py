@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -19,6 +21,7 @@ from cn_clip.format_version import FIELD, Format
 from cn_clip.translation import _
 
 BAR_WIDTH = 20
+_RATE_SECONDS = 10.0  # after which an item counts 1 / e of a new one
 _MAX_PRINTED = 20  # messages about rows
 _JSON = Format("json", 1)  # of --json; raised when a key is renamed or removed
 
@@ -57,6 +60,24 @@ def progress() -> Progress:
         transient=True,
         disable=not sys.stderr.isatty(),
     )
+
+
+class Rate:
+    """The items per second of the last seconds, smooth from the first report on."""
+
+    def __init__(self) -> None:
+        self._items = self._seconds = 0.0
+        self._done, self._since = 0, time.perf_counter()
+
+    def update(self, done: int) -> float:
+        """Return the rate, when ``done`` items are done."""
+        now = time.perf_counter()
+        passed = now - self._since
+        kept = math.exp(-passed / _RATE_SECONDS)
+        self._items = self._items * kept + done - self._done
+        self._seconds = self._seconds * kept + passed
+        self._done, self._since = done, now
+        return self._items / max(self._seconds, 1e-3)
 
 
 @contextmanager

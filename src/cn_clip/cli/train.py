@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import Parameter
+from cyclopts import App, Parameter
 from rich.console import Console
 from rich.table import Table
 
 from cn_clip.cli.show import Flag, console, print_json, progress
+from cn_clip.cli.train_help import TrainHelp
 from cn_clip.errors import UsageError
 from cn_clip.processes import drop_dead_terminal
-from cn_clip.translation import N_, _, translate
+from cn_clip.translation import _
 
 if TYPE_CHECKING:
     from cn_clip.train.recipe.schema import Recipe
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 Flags = Annotated[str, Parameter(show=False, allow_leading_hyphen=True)]
 
 
+train_app = App(name="train", help_formatter=TrainHelp())
+
+
+@train_app.default
 def train(
     *flags: Flags,
     recipe: str | None = None,
@@ -37,10 +42,13 @@ def train(
 ) -> int:
     """Train a model by a recipe, in stages. A run can be interrupted and resumed.
 
+    Example: cn-clip train --recipe finetune-small --train-data csv:train.csv
+    --val-data csv:val.csv --output.folder run
+
     Every option of a recipe is also a flag, by its full name or its last part, for one stage or for
-    all: --stages.locked.epochs 3, --epochs 3, --learning-rate 1e-5, --global-batch-size 256; see
-    docs/recipe.md. The official package's flags work too: --train-data, --val-data, --lr,
-    --batch-size, and so on. Several processes: torchrun --nproc-per-node 8 -m cn_clip train ...
+    all: --stages.locked.epochs 3, --epochs 3. The usual ones are below; --show recipe prints all.
+    The official package's flags work too: --lr, --batch-size, --max-epochs, and so on. Several
+    processes: torchrun --nproc-per-node 8 -m cn_clip train ...
 
     Exit codes 130, 143 and 129: the run was stopped by Ctrl-C, SIGTERM or the end of its terminal,
     and its state is saved.
@@ -118,6 +126,7 @@ def run_training(
     """
     from dataclasses import asdict
 
+    from cn_clip.cli.train_events import print_summary
     from cn_clip.train.loop import train as run_recipe
     from cn_clip.train.run.signals import InterruptedRun
 
@@ -141,7 +150,7 @@ def run_training(
     if json and is_main:
         print_json(asdict(outcome))
     elif not quiet:
-        _summary(outcome)
+        print_summary(outcome)
     return 0
 
 
@@ -161,8 +170,11 @@ def _event_printer(quiet: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
     if quiet:
         yield lambda event: None
         return
+    from cn_clip.cli.train_events import EventLines
+
     with progress() as bars:
         tasks: dict[str, Any] = {}
+        lines = EventLines()
         out = console() if bars.disable else bars.console
 
         def print_event(event: dict[str, Any]) -> None:
@@ -176,127 +188,10 @@ def _event_printer(quiet: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
                     tasks[label] = bars.add_task(label, total=event["of"])
                 bars.update(tasks[label], completed=event["done"])
                 return
-            for line in _lines(event):
+            for line in lines.of(event):
                 out.print(line, markup=False, highlight=False, soft_wrap=True)
 
         yield print_event
-
-
-def _lines(event: dict[str, Any]) -> Iterator[str]:
-    from cn_clip.train.run.events import FINAL
-
-    kind, total = event["kind"], event["total"]
-    if kind == "start":
-        yield (
-            _(
-                "{recipe}: {model}, {parameters:,.1f} M parameters, {pairs:,} pairs, {device}, "
-                "{processes} process(es)",
-                recipe=event["recipe"],
-                model=event["model"],
-                parameters=event["parameters"] / 1e6,
-                pairs=event["pairs"],
-                device=event["device"],
-                processes=event["processes"],
-            )
-        )
-        yield from (f"  {line}" for line in event["origins"])
-    elif kind == "warning":
-        yield _("warning: {text}", text=event["text"])
-    elif kind == "resumed":
-        yield _("resumed from step {total:,}", total=total)
-    elif kind == "stage":
-        yield (
-            _(
-                "stage {stage}: {steps:,} steps of {batch:,} pairs, {trainable:,.1f} M trainable "
-                "parameters, peak learning rate {lr:.2e} after {warmup:,} warm-up steps",
-                stage=event["stage"],
-                steps=event["steps"],
-                batch=event["batch"],
-                trainable=event["trainable"] / 1e6,
-                lr=event["lr"],
-                warmup=event["warmup"],
-            )
-            + (
-                _(", BatchNorm statistics: {batch_norm}", batch_norm=event["batch_norm"])
-                if event["batch_norm"]
-                else ""
-            )
-        )
-    elif kind == "step":
-        yield (
-            _(
-                "  step {step:,}: loss {mean_loss}, lr {lr:.2e}, logit scale {logit_scale:.1f}, "
-                "{pairs_per_second:,.0f} pairs/s",
-                step=event["step"],
-                mean_loss=_number(event["mean_loss"]),
-                lr=event["lr"],
-                logit_scale=event["logit_scale"],
-                pairs_per_second=event["pairs_per_second"],
-            )
-            + (
-                _(", {skipped:,} pairs skipped", skipped=event["skipped"])
-                if event["skipped"]
-                else ""
-            )
-        )
-    elif kind == "mixtures":
-        for row in event["mixtures"]:
-            kept = "" if row["kept"] is None else _(", kept {kept:.2f} %", kept=100 * row["kept"])
-            chosen = _(", chosen") if row["weight"] == event["weight"] else ""
-            yield _(
-                "  weight {weight:g}: {score:.2f} %{kept}{chosen}",
-                weight=row["weight"],
-                score=100 * row["score"],
-                kept=kept,
-                chosen=chosen,
-            )
-    elif kind == "score":
-        when = _("before training") if total == 0 else _("at step {step:,}", step=event["step"])
-        when = _("of the final weights") if event["stage"] == FINAL else when
-        earlier = "".join(
-            _(", {name} {recall:.2f} %", name=translate(name), recall=100 * event[name])
-            for name in (N_("before"), N_("best"))
-            if total and event[name] is not None
-        )
-        yield (
-            _(
-                "  mean recall {when}: {mean_recall:.2f} %{earlier} (text to image R@1 "
-                "{t2i_r1:.1f}, R@10 {t2i_r10:.1f}; image to text R@1 {i2t_r1:.1f}, R@10 "
-                "{i2t_r10:.1f})",
-                when=when,
-                mean_recall=100 * event["mean_recall"],
-                earlier=earlier,
-                t2i_r1=100 * event["t2i_r1"],
-                t2i_r10=100 * event["t2i_r10"],
-                i2t_r1=100 * event["i2t_r1"],
-                i2t_r10=100 * event["i2t_r10"],
-            )
-        )
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def _summary(outcome: Any) -> None:
-    out = console()
-    if outcome.scores:
-        table = Table("", _("mean recall"), _("gain"), box=None)
-        first = outcome.scores[0][1]
-        for name, value in outcome.scores:
-            gain = "" if name == "before" else f"{100 * (value - first):+.2f}"
-            table.add_row(translate(name), f"{100 * value:.2f} %", gain)
-        out.print(table)
-    out.print(
-        _(
-            "{steps:,} steps; weights in {weights}, report in {folder}/report.html",
-            steps=outcome.steps,
-            weights=outcome.weights,
-            folder=outcome.folder,
-        ),
-        markup=False,
-        soft_wrap=True,
-    )
 
 
 def _show_cost(

@@ -53,9 +53,11 @@ _LMDB_LOCKS = ("imgs/lock.mdb", "pairs/lock.mdb")  # written by readers of an LM
 
 @dataclass(slots=True)
 class PackResult:
-    """Counts of what was written; ``skipped`` has a message for each skipped pair."""
+    """Counts of what was written; ``skipped`` has a message for each skipped pair, ``left_out``
+    is the number of pairs that ``without`` names."""
 
     out: str
+    left_out: int = 0
     shards: int = 0
     images: int = 0
     pairs: int = 0
@@ -112,7 +114,7 @@ def pack(
             _("the split {split!r} is not a file name; give one such as train", split=split)
         )
     out = claim_pack(out, to=to, inputs=inputs, overwrite=overwrite)
-    result = PackResult(str(out))
+    result = PackResult(str(out), 0 if without is None else len(np.unique(without)))
     groups, digest = _group_images(
         source, without, result.skipped, unique_ids=to != "tar", workers=workers
     )

@@ -28,12 +28,13 @@ from cn_clip.embeddings.files import (
     with_format,
     writer_for,
 )
-from cn_clip.embeddings.inputs import Item, Kind
-from cn_clip.errors import CNClipError, DataError, ImageError, UsageError
+from cn_clip.embeddings.inputs import Kind
+from cn_clip.embeddings.item import Item
+from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.format_version import FIELD
 from cn_clip.outputs import claim, entries, json_object_at, own_folder, remove
 from cn_clip.publish import LOCK, atomic_file, sweep
-from cn_clip.text import path_text, read_json
+from cn_clip.text import read_json
 from cn_clip.translation import _
 
 _PER_PART = {"images": 128, "texts": 16_384}
@@ -204,7 +205,7 @@ def _embed_all(
         if kind == "images":
             contents = (item.content for item in _counted(chunk, advance))
             vectors, errors = embedder.embed_readable(contents)
-            report.failed += [(chunk[i].id, _reason(chunk[i], e)) for i, e in errors.items()]
+            report.failed += [(chunk[i].id, chunk[i].reason(e)) for i, e in errors.items()]
         else:
             errors = {}
             vectors = embedder.embed_texts([str(item.content) for item in chunk])
@@ -228,8 +229,7 @@ def _embed_all(
             )
         seen[item.id] = item.where
         key = f"{item.id}\t{item.stamp}"
-        label = path_text(str(item.id if isinstance(item.content, bytes) else item.content))
-        rows.append(_Item(item.id, key, label))
+        rows.append(_Item(item.id, key, item.label))
         if store.find(key):
             report.resumed += 1
             advance(1)
@@ -248,10 +248,6 @@ def _counted(items: list[Item], advance: Callable[[int], None]) -> Iterator[Item
     for item in items:
         yield item
         advance(1)
-
-
-def _reason(item: Item, error: ImageError) -> str:
-    return f"{item.where}: {error}" if isinstance(item.content, bytes) else str(error)
 
 
 class _PartStore:

@@ -1,18 +1,21 @@
-"""Read images and texts to embed from folders, globs, text files, JSONL and TSV, one at a time."""
+"""Read images and texts to embed from folders, globs, lists and sources of pairs, one at a time."""
 
 from __future__ import annotations
 
 import os
 import warnings
-import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from cn_clip.data.sources.lines import json_object, line_end, stream_lines
+from cn_clip.data.sources.list_or_table import refuse_table
 from cn_clip.data.sources.lmdb import is_lmdb, lmdb_images
 from cn_clip.data.sources.official import decode_base64, parse_id
+from cn_clip.data.sources.open import paths_of
+from cn_clip.data.sources.table import read_head
+from cn_clip.embeddings.item import Item, file_item, stamp_of
+from cn_clip.embeddings.pairs import holds_images, holds_texts, images_of, texts_of
 from cn_clip.errors import DataError, ImageError, UsageError
 from cn_clip.files import (
     MAX_TEXT,
@@ -31,58 +34,46 @@ from cn_clip.translation import _
 Kind = Literal["images", "texts"]
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One image or text.
-
-    Attributes:
-        content: the path of an image, its bytes, or a text.
-        stamp: changes when the content changes.
-        where: location for messages.
-    """
-
-    id: str | int
-    content: str | Path | bytes
-    stamp: str
-    where: str
-
-
 def read_images(inputs: Sequence[str]) -> Iterator[Item]:
     """Yield the images of folders, globs, image files, ``.txt`` (one path per line), ``.jsonl``
-    (``{"image": path, "image_id": id}``), the official ``.tsv`` (id, tab, base64) and the official
-    LMDB ``imgs``.
+    (``{"image": path, "image_id": id}``), the official ``.tsv`` (id, tab, base64), the official
+    LMDB ``imgs``, and sources of pairs such as ``csv:products.csv``.
 
     Paths in a file are relative to its folder. The id of an image given by its path is that path.
 
     Raises:
         ImageError: a path does not exist, or a folder or glob holds no image.
-        UsageError: a line is invalid.
-        DataError: a line is too long, or the file cannot be read.
+        UsageError: a line is invalid, or a list is a table.
+        DataError: a line is too long, or the file or source cannot be read.
     """
     for given in inputs:
+        if holds_images(given):
+            yield from images_of(given)
+            continue
         path = as_path(given)
         suffix = path.suffix.lower()
         if suffix == ".tsv" and path.is_file():
             yield from _tsv(path)
         elif is_lmdb(path):
             for image_id, content, where in lmdb_images(path):
-                yield Item(parse_id(path_text(image_id)), content, _crc(content), where)
+                yield Item(parse_id(path_text(image_id)), content, stamp_of(content), where)
         elif suffix in (".jsonl", ".json") and path.is_file():
             yield from (_json_item(line, path, where) for where, line in _json_lines(path))
         elif suffix == ".txt" and path.is_file():
+            refuse_table(read_head(path), path_text(path))
             for where, raw in _lines(path):
                 line = _listed_path(path, raw, where)
-                yield _file_item(resolve_in(path.parent, line), line, where)
+                yield file_item(resolve_in(path.parent, line), line, where)
         elif path.is_file() and suffix not in SUFFIXES:
             raise UsageError(
                 _(
-                    "{given} is neither an image nor a list of images (.txt, .jsonl, .tsv); "
+                    "{given} is neither an image nor a list of images (.txt, .jsonl, .tsv, .csv); "
                     "convert it to JPEG or PNG, or rename it",
                     given=given,
                 )
             )
         else:
-            yield from (_file_item(file, str(file), str(file)) for file in find_images([given]))
+            yield from (file_item(file, str(file), str(file)) for file in find_images([given]))
 
 
 def images_below(folder: Path) -> Iterator[Item]:
@@ -97,7 +88,7 @@ def images_below(folder: Path) -> Iterator[Item]:
         files = [Path(entry.path) for entry in entries if not is_folder(entry)]
         for file in of_suffixes(files, SUFFIXES):
             empty = False
-            yield _file_item(file, str(file), str(file))
+            yield file_item(file, str(file), str(file))
         if skipped := skipped_files(files, SUFFIXES, folder):
             notes.append(skipped)
     for note in notes:
@@ -107,19 +98,23 @@ def images_below(folder: Path) -> Iterator[Item]:
 
 
 def read_texts(inputs: Sequence[str]) -> Iterator[Item]:
-    """Yield the texts of ``.txt`` files (one text per line, the line number as its id) and
-    ``.jsonl`` files (``{"text": ..., "text_id": ...}``, as the official ``*_texts.jsonl``).
+    """Yield the texts of ``.txt`` files (one text per line, the line number as its id),
+    ``.jsonl`` files (``{"text": ..., "text_id": ...}``, as the official ``*_texts.jsonl``), and
+    sources of pairs such as ``csv:products.csv``.
 
     Raises:
-        UsageError: a file is missing or of another format, or a line is invalid.
-        DataError: a line is too long, or the file cannot be read.
+        UsageError: a file is missing or of another format, a line is invalid, or a list is a table.
+        DataError: a line is too long, or the file or source cannot be read.
     """
     several = len(inputs) > 1
     for given in inputs:
+        if holds_texts(given):
+            yield from texts_of(given)
+            continue
         path = as_path(given)
         if not path.is_file():
             raise UsageError(
-                _("no such file: {given}; texts come from .txt and .jsonl files", given=given)
+                _("no such file: {given}; texts come from .txt, .jsonl and .csv files", given=given)
             )
         if path.suffix.lower() in (".jsonl", ".json"):
             for where, values in _json_lines(path):
@@ -128,19 +123,39 @@ def read_texts(inputs: Sequence[str]) -> Iterator[Item]:
                     raise UsageError(
                         _('{where}: expected {{"text_id": 1, "text": "..."}}', where=where)
                     )
-                yield Item(_id(values, "text_id", where), text, _crc(text.encode()), where)
+                yield Item(_id(values, "text_id", where), text, stamp_of(text.encode()), where)
         elif path.suffix.lower() in (".txt", ""):
+            refuse_table(read_head(path), path_text(path))
             for number, (where, raw) in enumerate(_lines(path), 1):
                 name = f"{path_text(path)}:{number}" if several else number
                 line = _decoded(raw, where)
-                yield Item(name, line, _crc(line.encode()), where)
+                yield Item(name, line, stamp_of(line.encode()), where)
         else:
             raise UsageError(
                 _(
-                    "{given} is not a list of texts (.txt, .jsonl); rename or convert it",
+                    "{given} is not a list of texts (.txt, .jsonl, .csv); convert it",
                     given=given,
                 )
             )
+
+
+def is_quick_to_list(inputs: Sequence[str]) -> bool:
+    """Return whether all inputs can be listed first, for a progress bar: not those whose images are
+    inside of the file."""
+    return not any(
+        path.lower().partition("?")[0].endswith((".tsv", ".parquet", ".tar"))
+        or path.startswith(("tsv:", "parquet:", "tar:", "lmdb:"))
+        for path in inputs
+    )
+
+
+def paths_of_inputs(kind: Kind, inputs: Sequence[str]) -> list[str | Path]:
+    """Return the files and folders of inputs, which no output may overwrite."""
+    is_source = holds_images if kind == "images" else holds_texts
+    paths: list[str | Path] = []
+    for given in inputs:
+        paths += paths_of(given) if is_source(given) else [given]
+    return paths
 
 
 def _tsv(path: Path) -> Iterator[Item]:
@@ -159,30 +174,17 @@ def _tsv(path: Path) -> Iterator[Item]:
             content = decode_base64(encoded, where)
         except DataError:
             content = b""  # counted as unreadable when it is decoded
-        yield Item(parse_id(_decoded(name, where)), content, _crc(content), where)
+        yield Item(parse_id(_decoded(name, where)), content, stamp_of(content), where)
 
 
 def _json_item(values: dict[str, Any], path: Path, where: str) -> Item:
     given = next((values[k] for k in ("image", "image_path", "path") if k in values), None)
     if not isinstance(given, str):
         raise UsageError(_('{where}: expected {{"image": "path", "image_id": 1}}', where=where))
-    item = _file_item(resolve_in(path.parent, given), given, where)
+    item = file_item(resolve_in(path.parent, given), given, where)
     if "image_id" not in values:
         return item
     return Item(_id(values, "image_id", where), item.content, item.stamp, where)
-
-
-def _file_item(path: Path, name: str, where: str) -> Item:
-    return Item(path_text(name), path, file_stamp(path), path_text(where))
-
-
-def file_stamp(path: Path) -> str:
-    """Return what changes when a file changes; ``missing`` if it does not exist."""
-    try:
-        status = path.stat()
-        return f"{status.st_size}-{status.st_mtime_ns}"
-    except (OSError, ValueError):
-        return "missing"  # reported when the image is read
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -231,7 +233,3 @@ def _id(values: dict[str, Any], key: str, where: str) -> str | int:
             )
         )
     return value
-
-
-def _crc(content: bytes) -> str:
-    return f"{len(content)}-{zlib.crc32(content):08x}"

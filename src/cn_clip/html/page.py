@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Iterable
 from functools import cache
 from numbers import Number
@@ -13,16 +14,18 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup, escape
 from PIL import Image
 
+from cn_clip.errors import UsageError
 from cn_clip.html.charts import histogram, overlaid_histograms
 from cn_clip.image.decode import read_image
-from cn_clip.outputs import claim, own_file, starts_with
+from cn_clip.outputs import claim, own_file, reads_as
 from cn_clip.publish import write_text
 from cn_clip.text import path_text
-from cn_clip.translation import translate
+from cn_clip.translation import _, shown_language, translate
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
+_SUFFIXES = (".html", ".htm")
 _THUMBNAIL_SIDE = 128  # pixels of the longer side
 
 
@@ -80,16 +83,33 @@ def claim_page(
     """Check that a command may write its report to ``path``, without touching it. Return the path.
 
     Raises:
-        UsageError: see ``outputs.claim``.
+        UsageError: the path names another format; see also ``outputs.claim``.
     """
-    own = own_file(command, starts_with(_start(command).encode()))
+    if Path(path).suffix.lower() not in _SUFFIXES:
+        raise UsageError(
+            _(
+                "{option} {path} is not the name of a web page; give a name that ends in .html",
+                option=option,
+                path=path_text(path),
+            )
+        )
+    own = own_file(command, reads_as(_start_of(command), b""))
     return claim(path, own, option=option, inputs=inputs)
 
 
 def _start(command: str) -> str:
     return (
-        '<!doctype html>\n<html lang="en"><head>'
+        f'<!doctype html>\n<html lang="{shown_language()}"><head>'
         f'<meta name="generator" content="cn-clip {command}">'
+    )
+
+
+def _start_of(command: str) -> re.Pattern[bytes]:
+    """Return the pattern of the start of a command's pages, in any language."""
+    return re.compile(
+        rb'<!doctype html>\n<html lang="[\w-]+"><head><meta name="generator" content="cn-clip '
+        + re.escape(command.encode())
+        + rb'">'
     )
 
 

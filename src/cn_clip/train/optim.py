@@ -97,7 +97,7 @@ def parameter_groups(
 def _factors(names: list[str], multipliers: Sequence[str]) -> dict[str, float]:
     factors: dict[str, float] = {}
     for pattern, factor in map(parse_lr_multiplier, multipliers):
-        matches = match_names([pattern], names, "stages.NAME.optimizer.lr_multipliers")
+        matches = match_names([pattern], names, "lr_multipliers")
         factors |= dict.fromkeys(matches, factor)
     return factors
 

@@ -256,7 +256,7 @@ def write_official_checkpoint(model: CLIP, path: Path) -> None:
         raise CheckpointError(
             _(
                 "{name} cannot be written as an official .pt file: its config cannot be inferred "
-                "from the shapes of its tensors; use save_folder",
+                "from the shapes of its tensors; write a folder instead (--to safetensors)",
                 name=model.config.name,
             )
         )

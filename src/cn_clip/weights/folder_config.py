@@ -280,6 +280,8 @@ def suggest_weights(folder: Path) -> str:
         entries = sorted(os.listdir(folder))
     except (OSError, ValueError):  # not a readable folder, or not a valid name
         return ""
+    if "recipe.toml" in entries and os.path.isfile(folder / "final" / CONFIG):
+        return _("; it is a training run: give {final}, its result", final=folder / "final")
     models = [n for n in entries if n.endswith(_SUFFIXES) or os.path.isfile(folder / n / CONFIG)]
     return _("; give one of these in it: {models}", models=", ".join(models[:3])) if models else ""
 

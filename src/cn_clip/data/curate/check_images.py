@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from hashlib import blake2b
-from tempfile import TemporaryFile
 from typing import IO
 
 import numpy as np
 import numpy.typing as npt
 
 from cn_clip.data.curate.check_result import CheckResult
-from cn_clip.data.curate.grouping import first_equal
-from cn_clip.data.curate.perceptual_hash import HASH_WORDS, Hashes, hash_image, near_pairs
+from cn_clip.data.curate.near_duplicates import near_duplicates
+from cn_clip.data.curate.perceptual_hash import HASH_WORDS, Hashes, hash_image
 from cn_clip.data.sources.base import Source, located
 from cn_clip.errors import CNClipError
 from cn_clip.image.decode import read_image
 from cn_clip.translation import _
 
-_BLOCK = 1 << 14  # hashes in memory at once
 _SMALL = 64  # pixels of the shorter side
 
 
@@ -86,20 +83,10 @@ def add_near_duplicates(
     """Add near-duplicate images; ``hash_file`` holds the hashes of the pairs ``indexes``."""
     if len(indexes) < 2:
         return
-    hashes = _memory_map(hash_file, len(indexes))
-    # First by equality: an image repeated a thousand times would make a million near pairs.
-    before = first_equal(
-        np.concatenate([_short_digests(hashes[at]) for at in _blocks(len(indexes))])
-    )
-    positions = np.arange(len(indexes))
-    distinct = np.flatnonzero(before == positions)
-    with TemporaryFile() as distinct_file:
-        for at in _blocks(len(distinct)):
-            distinct_file.write(hashes[distinct[at]].tobytes())
-        distinct_hashes = _memory_map(distinct_file, len(distinct))
-        later, earlier = (distinct[rows] for rows in near_pairs(distinct_hashes, threshold))
+    before = np.arange(len(indexes))
+    later, earlier = near_duplicates(hash_file, len(indexes), threshold)
     np.minimum.at(before, later, earlier)
-    duplicates = np.flatnonzero(before != positions)
+    duplicates = np.flatnonzero(before != np.arange(len(indexes)))
 
     def same(index: int) -> str:
         first = indexes[before[np.searchsorted(indexes, index)]]
@@ -110,19 +97,3 @@ def add_near_duplicates(
         )
 
     result.add_all("same image", indexes[duplicates], same)
-
-
-def _memory_map(hash_file: IO[bytes], count: int) -> Hashes:
-    """Map the hashes in a file into memory."""
-    hash_file.flush()
-    return np.memmap(hash_file, np.uint64, "r", shape=(count, HASH_WORDS))
-
-
-def _blocks(count: int) -> list[slice]:
-    return [slice(at, min(at + _BLOCK, count)) for at in range(0, count, _BLOCK)]
-
-
-def _short_digests(hashes: Hashes) -> npt.NDArray[np.uint64]:
-    """Return a 64-bit digest of each of N hashes (N, 36)."""
-    short = b"".join(blake2b(row.tobytes(), digest_size=8).digest() for row in hashes)
-    return np.frombuffer(short, dtype=np.uint64)

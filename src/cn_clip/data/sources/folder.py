@@ -88,6 +88,10 @@ class Folder:
         image_id = self._ids[number]
         return Row(text.strip(), image_id, image_id if not at else f"{image_id}#{at}")
 
+    def file(self, index: int) -> Path:
+        """Return the path of an image."""
+        return self._images[self._pairs[index][0]]
+
     def image(self, index: int) -> bytes:
         image = self.image_path(index)
         try:

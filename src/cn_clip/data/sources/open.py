@@ -25,7 +25,7 @@ from cn_clip.data.sources.parquet import Parquet
 from cn_clip.data.sources.remote import SCHEMES, find_files, is_remote
 from cn_clip.data.sources.row_keys import image_key
 from cn_clip.data.sources.shard_file import LocalFile, ShardFile
-from cn_clip.data.sources.table import Csv, JsonLines, Manifest, Table
+from cn_clip.data.sources.table import PAIR, Csv, JsonLines, Manifest, Table
 from cn_clip.data.sources.tar import Tar
 from cn_clip.data.sources.tar_shards import check_no_folder, open_tars
 from cn_clip.errors import DataError, UnknownNameError, UsageError
@@ -67,7 +67,13 @@ class WeightedSource:
     weight: float = 1.0
 
 
-def open_source(uri: str, *, workers: int = 0, on_progress: Progress = no_progress) -> Source:
+def open_source(
+    uri: str,
+    *,
+    workers: int = 0,
+    required: Sequence[str] = PAIR,
+    on_progress: Progress = no_progress,
+) -> Source:
     """Open ``KIND:PATH?OPTION=VALUE&...``; KIND is optional if the path implies it.
 
     Args:
@@ -80,6 +86,8 @@ def open_source(uri: str, *, workers: int = 0, on_progress: Progress = no_progre
             which leaves damaged shards of several tars out. PATH of a tar may be a
             URL, which is read in the order ``stream`` unless told otherwise.
         workers: processes that index tar shards which have no index yet; 0 indexes in this process.
+        required: the columns that a table must have: "image", "text". What a table lacks is empty
+            in its rows.
         on_progress: called with (done, total) shards while they are indexed.
 
     Raises:
@@ -124,7 +132,7 @@ def open_source(uri: str, *, workers: int = 0, on_progress: Progress = no_progre
         if order == "stream" or left_out:
             return Chain(uri, parts, streamed=order == "stream", left_out=left_out)
     else:
-        parts = [open_file(kind, file, options) for file in paths]
+        parts = [open_file(kind, file, options, required) for file in paths]
     return parts[0] if len(parts) == 1 else Chain(uri, parts)
 
 
@@ -185,6 +193,15 @@ def open_mix(
         source = open_source(alone, workers=workers, on_progress=on_progress)
         mix.append(WeightedSource(source, factor))
     return mix
+
+
+def names_source(given: str, *suffixes: str) -> bool:
+    """Return whether a user means a source: ``KIND:PATH``, or a path with one of the suffixes."""
+    kind, colon, _path = given.partition(":")
+    if colon and kind in SOURCE_OPTIONS:
+        return True
+    path = given.partition("?")[0]
+    return path.lower().endswith(suffixes) and not os.path.isdir(os.path.expanduser(path))
 
 
 def paths_of(uri: str) -> list[Path]:
@@ -248,15 +265,15 @@ class Chain:
         return self._starts[-1]
 
     def row(self, index: int) -> Row:
-        part, offset = self._locate(index)
+        part, offset = self.locate(index)
         return part.row(offset)
 
     def image(self, index: int) -> bytes:
-        part, offset = self._locate(index)
+        part, offset = self.locate(index)
         return part.image(offset)
 
     def where(self, index: int) -> str:
-        part, offset = self._locate(index)
+        part, offset = self.locate(index)
         return part.where(offset)
 
     def unmatched(self) -> list[str]:
@@ -274,9 +291,21 @@ class Chain:
         """Return the number of the source that a pair is in."""
         return bisect.bisect_right(self._starts, index) - 1
 
-    def _locate(self, index: int) -> tuple[Source, int]:
+    def locate(self, index: int) -> tuple[Source, int]:
+        """Return the source that a pair is in, and its index there."""
         number = self.part(index)
         return self.parts[number], index - self._starts[number]
+
+
+def image_file(source: Source, index: int) -> Path | None:
+    """Return the path of a pair's image if it is a file of its own, and not part of another.
+
+    Raises:
+        DataError: the row is invalid.
+    """
+    if isinstance(source, Chain):
+        return image_file(*source.locate(index))
+    return source.file(index) if isinstance(source, Folder | Manifest) else None
 
 
 def parts_of(source: Source) -> Sequence[Source]:
@@ -308,7 +337,9 @@ def id_digest(source: Source, index: int, id: str) -> int:
     return image_key(source.part(index) if isinstance(source, Chain) else 0, id)
 
 
-def open_file(kind: str, path: Path, options: Mapping[str, str]) -> Source:
+def open_file(
+    kind: str, path: Path, options: Mapping[str, str], required: Sequence[str] = PAIR
+) -> Source:
     """Open one file of a source, or one folder; tar shards are opened by ``open_tars``.
 
     Raises:
@@ -322,9 +353,9 @@ def open_file(kind: str, path: Path, options: Mapping[str, str]) -> Source:
             raise DataError(_("{name}: no such file: {path}", name=name, path=path))
         columns = {column: options.get(column) for column in _COLUMNS}
         open_table: dict[str, Callable[[], Table]] = {
-            "csv": lambda: Csv(name, path, columns, encoding),
-            "jsonl": lambda: JsonLines(name, path, columns, encoding),
-            "parquet": lambda: Parquet(name, path, columns),
+            "csv": lambda: Csv(name, path, columns, encoding, required),
+            "jsonl": lambda: JsonLines(name, path, columns, encoding, required),
+            "parquet": lambda: Parquet(name, path, columns, required),
         }
         root = as_path(options["root"]) if "root" in options else path.parent
         return Manifest(name, open_table[kind](), root, path, encoding)
@@ -394,6 +425,13 @@ def _detect_kind(path: str, uri: str) -> str:
     if suffix in _REMEDIES:
         raise UsageError(
             _("{uri} is {format}", uri=uri, format=_REMEDIES[suffix].format(path=path))
+        )
+    if not any(c in path for c in "*?[{") and not os.path.lexists(folder):
+        raise UsageError(
+            _(
+                "no such file or folder: {path}; a source is KIND:PATH, such as folder:photos",
+                path=path_text(path),
+            )
         )
     raise UsageError(
         _(

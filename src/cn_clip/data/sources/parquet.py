@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from cn_clip.data.sources.index_cache import cached_index
 from cn_clip.data.sources.lines import read_at
-from cn_clip.data.sources.table import NamedColumns, choose_columns
+from cn_clip.data.sources.table import PAIR, NamedColumns, choose_columns
 from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.files import HEAD, check_regular, wrong_format
 from cn_clip.install import install_command
@@ -45,7 +45,9 @@ class Parquet:
     Face's ``struct<bytes, path>``; the id of an image of bytes is its row number.
     """
 
-    def __init__(self, name: str, path: Path, named: NamedColumns) -> None:
+    def __init__(
+        self, name: str, path: Path, named: NamedColumns, required: Sequence[str] = PAIR
+    ) -> None:
         self._path = path
         arrow = _import("pyarrow")
         try:
@@ -64,6 +66,7 @@ class Parquet:
             name,
             [field.name for field in fields],
             named,
+            required,
             lambda role, column: kinds[column] in _ACCEPTED[role],
         )
         self._kinds: dict[str, str] = {}
@@ -103,7 +106,7 @@ class Parquet:
         table.validate()
         self._table = table
         self._ends: npt.NDArray[np.int64] | None = None
-        if self._kinds["text"] == _LIST:
+        if self._kinds.get("text") == _LIST:
             lengths = _import("pyarrow.compute").list_value_length(table.column("text"))
             counts = lengths.fill_null(0).to_numpy()
             # A row without a text is a pair too: reading it reports the error.
@@ -127,17 +130,18 @@ class Parquet:
             values["text"] = texts[text_number]
             if text_number and values.get("text_id") is not None:
                 values["text_id"] = f"{values['text_id']}#{text_number}"
-        if self._kinds["image"] == _STRING:
+        image = self._kinds.get("image")
+        if image == _STRING:
             values["image"] = self._value("image", row)
-        elif self._kinds["image"] == _STRUCT and not self._holds_bytes(row):
+        elif image == _STRUCT and not self._holds_bytes(row):
             values["image"] = self._value("image_path", row)
-        else:
+        elif image is not None:
             values["image"] = str(row)
         return {getattr(self.columns, role): value for role, value in values.items()}
 
     def content(self, index: int) -> bytes | None:
         row, _ = self._locate(index)
-        if self._kinds["image"] == _STRING or not self._holds_bytes(row):
+        if self._kinds.get("image") in (None, _STRING) or not self._holds_bytes(row):
             return None
         content = self._value("image", row)
         assert isinstance(content, bytes)
@@ -206,7 +210,7 @@ def _write_index(path: Path, layout: Mapping[str, tuple[str, str]], index: Path)
         _LIST: arrow.large_list(arrow.large_string()),
     }
     fields = [arrow.field(role, types[kind]) for role, (_, kind) in layout.items()]
-    if layout["image"][1] == _STRUCT:
+    if _image_kind(layout) == _STRUCT:
         fields.append(arrow.field("image_path", types[_STRING]))
     schema = arrow.schema(fields)
     with (
@@ -221,17 +225,21 @@ def _write_index(path: Path, layout: Mapping[str, tuple[str, str]], index: Path)
 def _batches(path: Path, layout: Mapping[str, tuple[str, str]]) -> Iterator[dict[str, Any]]:
     parquet = _import("pyarrow.parquet")
     names = list(dict.fromkeys(column for column, _ in layout.values()))
-    size = _ROWS if layout["image"][1] == _STRING else _ROWS_OF_IMAGES
+    size = _ROWS if _image_kind(layout) in (None, _STRING) else _ROWS_OF_IMAGES
     file = _map_parse_errors(path, lambda: parquet.ParquetFile(path, buffer_size=1 << 20))
     batches = _map_parse_errors(path, lambda: file.iter_batches(batch_size=size, columns=names))
     while (batch := _map_parse_errors(path, lambda: next(batches, None))) is not None:
         columns = {role: batch.column(column) for role, (column, _) in layout.items()}
-        if layout["image"][1] == _STRUCT:
+        if _image_kind(layout) == _STRUCT:
             structs = columns["image"]
             members = dict(zip([f.name for f in structs.type], structs.flatten(), strict=True))
             columns["image"] = members["bytes"]
             columns["image_path"] = members.get("path", _import("pyarrow").nulls(len(structs)))
         yield columns
+
+
+def _image_kind(layout: Mapping[str, tuple[str, str]]) -> str | None:
+    return layout["image"][1] if "image" in layout else None
 
 
 def _cast(path: Path, column: Any, type: Any) -> Any:

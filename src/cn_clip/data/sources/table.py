@@ -30,12 +30,32 @@ IMAGE = (
     "path",
     "img",
     "url",
-    "URL",
+    "图片",
+    "图像",
+    "图片路径",
+    "图片文件",
+    "文件名",
+    "图片链接",
 )
-TEXT = ("text", "caption", "title", "TEXT", "sentence", "query_text")
+TEXT = (
+    "text",
+    "caption",
+    "title",
+    "sentence",
+    "query_text",
+    "description",
+    "文本",
+    "描述",
+    "标题",
+    "图片描述",
+    "商品标题",
+    "商品名称",
+)
 IMAGE_ID, TEXT_ID = ("image_id", "img_id", "photo_id"), ("text_id", "caption_id", "query_id")
 COLUMN_NAMES = {"image": IMAGE, "text": TEXT, "image_id": IMAGE_ID, "text_id": TEXT_ID}
-_DELIMITERS = (",", "\t", ";", "|")
+PAIR = ("image", "text")
+"""The columns that a table of pairs must have."""
+DELIMITERS = (",", "\t", ";", "|")
 _HEAD = 1 << 16  # bytes read to detect the separator
 
 NamedColumns = Mapping[str, str | None]
@@ -99,11 +119,26 @@ class Manifest:
 
     def row(self, index: int) -> Row:
         record, columns = self._table[index], self._columns
+        image_id = columns.image_id or columns.image
         return Row(
-            self._string(record, columns.text, index),
-            self._id(record, columns.image_id or columns.image, index),
+            self._string(record, columns.text, index) if columns.text else "",
+            self._id(record, image_id, index) if image_id else "",
             self._id(record, columns.text_id, index) if columns.text_id else str(index),
         )
+
+    def file(self, index: int) -> Path | None:
+        """Return the path of an image; None if the table holds its bytes, or the path is invalid.
+
+        Raises:
+            DataError: the row is invalid.
+        """
+        if self._table.content(index) is not None:
+            return None
+        value = self._string(self._table[index], self._columns.image, index)
+        try:
+            return resolve_in(self._root, _downloaded_name(value))
+        except ValueError:  # an invalid URL
+            return None
 
     def image(self, index: int) -> bytes:
         content = self._table.content(index)
@@ -174,10 +209,16 @@ class JsonLines:
     """``.jsonl``: one JSON object per line."""
 
     def __init__(
-        self, name: str, path: Path, named: NamedColumns, encoding: str | None = None
+        self,
+        name: str,
+        path: Path,
+        named: NamedColumns,
+        encoding: str | None = None,
+        required: Sequence[str] = PAIR,
     ) -> None:
         self._lines = Lines(path, encoding=encoding)
-        self.columns = choose_columns(name, tuple(self[0]) if len(self._lines) else (), named)
+        columns = tuple(self[0]) if len(self._lines) else ()
+        self.columns = choose_columns(name, columns, named, required)
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -200,14 +241,19 @@ class Csv:
     """
 
     def __init__(
-        self, name: str, path: Path, named: NamedColumns, encoding: str | None = None
+        self,
+        name: str,
+        path: Path,
+        named: NamedColumns,
+        encoding: str | None = None,
+        required: Sequence[str] = PAIR,
     ) -> None:
-        self._delimiter, skip = _dialect(path, named, encoding)
+        self._delimiter, skip = _dialect(path, named, encoding, required)
         self._lines = Lines(path, encoding=encoding, delimiter=self._delimiter, skip=skip)
         if not len(self._lines):
             raise DataError(_("{path} is empty; expected a header in the first line", path=path))
         self._names = tuple(field.strip() for field in self._fields(0))
-        self.columns = choose_columns(name, self._names, named)
+        self.columns = choose_columns(name, self._names, named, required)
 
     def __len__(self) -> int:
         return len(self._lines) - 1
@@ -253,7 +299,9 @@ class Csv:
         return fields
 
 
-def _dialect(path: Path, named: NamedColumns, encoding: str | None) -> tuple[str, int]:
+def _dialect(
+    path: Path, named: NamedColumns, encoding: str | None, required: Sequence[str]
+) -> tuple[str, int]:
     """Return the separator of a CSV file, and the number of lines before its header."""
     default = "\t" if path.suffix.lower() == ".tsv" else ","
     try:
@@ -265,7 +313,7 @@ def _dialect(path: Path, named: NamedColumns, encoding: str | None) -> tuple[str
         return default, 0
     if separator := re.fullmatch(r"sep=(.)\s*", lines[0], re.IGNORECASE | re.DOTALL):
         return separator[1], 1
-    fitting = [d for d in _DELIMITERS if _has_columns(_header(lines[0], d), named)]
+    fitting = [d for d in DELIMITERS if _has_columns(header_fields(lines[0], d), named, required)]
     return (fitting[0] if len(fitting) == 1 and default not in fitting else default), 0
 
 
@@ -278,33 +326,48 @@ def read_head(path: Path) -> bytes:
     return read_at(path, 0, _HEAD)
 
 
-def _header(line: str, delimiter: str) -> list[str]:
+def header_fields(line: str, delimiter: str) -> list[str]:
+    """Return the fields of one line of a CSV file, without spaces around them."""
     try:
         return [field.strip() for field in next(csv.reader([line], delimiter=delimiter), [])]
     except csv.Error:
         return []
 
 
-def _has_columns(columns: Sequence[str], named: NamedColumns) -> bool:
+def _has_columns(columns: Sequence[str], named: NamedColumns, required: Sequence[str]) -> bool:
     return all(
-        named[role] in columns
-        if named.get(role)
-        else any(name in columns for name in COLUMN_NAMES[role])
-        for role in ("image", "text")
+        named[role] in columns if named.get(role) else bool(common_columns(role, columns))
+        for role in required
     )
+
+
+def common_columns(role: str, columns: Sequence[str]) -> list[str]:
+    """Return the columns with a common name of a role, in order of preference.
+
+    Case, spaces and hyphens are ignored: ``Image Path`` is ``image_path``.
+    """
+    by_plain_name: dict[str, list[str]] = {}
+    for column in columns:
+        by_plain_name.setdefault(_plain_name(column), []).append(column)
+    return [column for name in COLUMN_NAMES[role] for column in by_plain_name.get(name, [])]
+
+
+def _plain_name(column: str) -> str:
+    return re.sub(r"[\s-]+", "_", column.strip().lower())
 
 
 def choose_columns(
     name: str,
     columns: Sequence[str],
     named: NamedColumns,
+    required: Sequence[str] = PAIR,
     usable: Callable[[str, str], bool] = lambda role, column: True,
 ) -> Columns:
     """Choose the columns of a table: named ones, otherwise those with a common name, ``usable``
     ones first.
 
     Raises:
-        DataError: there is no image or text column, or its name is not unique.
+        DataError: there is no ``required`` column, or the name of one is not unique.
     """
     chosen: dict[str, str] = {}
     for role, common in COLUMN_NAMES.items():
@@ -319,17 +382,17 @@ def choose_columns(
                 )
             )
         if column is None:
-            candidates = [known for known in common if known in columns]
+            candidates = common_columns(role, columns)
             candidates.sort(key=lambda known: not usable(role, known))
             column = next(iter(candidates), "")
-        if not column and role in ("image", "text"):
+        if not column and role in required:
             raise DataError(
                 _(
-                    "{name}: no column for the {role} ({common}) among {columns}; name it with "
-                    "?{role}=COLUMN",
+                    "{name}: no column for the {role} ({common}, ...) among {columns}; name it "
+                    "with ?{role}=COLUMN",
                     name=name,
                     role=role,
-                    common=", ".join(common),
+                    common=", ".join(_examples(common)),
                     columns=", ".join(columns) or _("none"),
                 )
             )
@@ -343,6 +406,12 @@ def choose_columns(
             )
         chosen[role] = column
     return Columns(**chosen)
+
+
+def _examples(common: Sequence[str]) -> list[str]:
+    """Return some common names of a column, English and Chinese."""
+    chinese = next(name for name in common if not name.isascii())
+    return [*common[:2], chinese]
 
 
 def _downloaded_name(path: str) -> str:

@@ -58,15 +58,14 @@ def _check_ranges(table: Any, where: str = "") -> None:
         elif isinstance(value, int | float) and not isinstance(value, bool):
             low, high = option.metadata["within"]
             if not low <= value <= high:
-                raise UsageError(
-                    _(
-                        "{name} is {value}; give {low} to {high}",
-                        name=name,
-                        value=value,
-                        low=low,
-                        high=high,
-                    )
-                )
+                raise out_of_range(name, value, low, high)
+
+
+def out_of_range(name: str, value: float, low: float, high: float) -> UsageError:
+    """Return the error about a number of an option or a flag."""
+    return UsageError(
+        _("{name} is {value}; give {low} to {high}", name=name, value=value, low=low, high=high)
+    )
 
 
 def _check_stage(stage: Stage, recipe: Recipe) -> None:
@@ -159,8 +158,8 @@ def parse_lr_multiplier(entry: str) -> tuple[str, float]:
     if not pattern or not 0 <= value <= 1000:
         raise UsageError(
             _(
-                "stages.NAME.optimizer.lr_multipliers has the entry {entry!r}; give "
-                "PATTERN=FACTOR, such as visual.backbone.*=0.1",
+                "lr_multipliers has the entry {entry!r}; give PATTERN=FACTOR, such as "
+                "visual.backbone.*=0.1",
                 entry=entry,
             )
         )

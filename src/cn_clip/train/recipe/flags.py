@@ -6,10 +6,11 @@ import difflib
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from cn_clip.errors import UnknownNameError, UsageError
+from cn_clip.train.recipe.consistency import out_of_range
 from cn_clip.train.recipe.renamed import RENAMED, refuse_renamed
 from cn_clip.train.recipe.schema import Recipe, Stage, nested_class, options, type_text
 from cn_clip.translation import _
@@ -75,7 +76,9 @@ OFFICIAL: dict[str, Official] = {
     "logs": Official(_logs),
     "log-interval": _same("output.log_every"),
     "report-training-batch-acc": _ignored(),  # easily mistaken for recall, which is logged
-    "batch-size": Official(lambda value, world: [("*batch", f"{_whole(value) * world}")]),
+    "batch-size": Official(
+        lambda value, world: [("*batch", f"{_whole(value, '--batch-size') * world}")]
+    ),
     "accum-freq": _same("*accumulate"),
     "valid-batch-size": _ignored(takes_value=True),  # chosen by the embedder
     "max-steps": _same("steps"),
@@ -138,13 +141,17 @@ def apply_flags(
     if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
         raise UsageError(_("the recipe's stages are not a list of tables; write [[stages]]"))
     settings: dict[str, list[str]] = {}
+    typed: dict[str, str] = {}  # option -> the flag that sets it
     for name, value in _parse(flags):
         for option, text in _settings_of(name, value, world_size):
             settings.setdefault(option, []).append(text)
+            typed[option] = f"--{name}"
     distillation = settings.pop("*distillation", None)
     _combine_official(settings, world_size)
+    typed["stages.NAME.global_batch_size"] = typed.get("*batch", "--global-batch-size")
     for name, texts in settings.items():
-        _set(changed, name, texts)
+        flag = typed.get(name, f"--{name.rpartition('.')[2].replace('_', '-')}")
+        _set(changed, _Setting(name, texts, flag))
     if distillation and not any(_has_teacher(stage) for stage in changed["stages"]):
         raise UsageError(
             _("--distillation needs a teacher; give --teacher-model-name or --teacher")
@@ -239,7 +246,7 @@ def _full_name(name: str, flag: str) -> str:
             _(
                 "--{flag} could be {matches}; write the whole name",
                 flag=flag,
-                matches=_(" or ").join(matches),
+                matches=_(" or ").join(map(_as_flag, matches)),
             )
         )
     new = ".".join(RENAMED.get(part, part) for part in name.split("."))
@@ -249,18 +256,19 @@ def _full_name(name: str, flag: str) -> str:
         )
     names = {*known, *OFFICIAL, *(full.split(".")[-1] for full in known)}
     close = difflib.get_close_matches(name, {each.replace("-", "_") for each in names}, n=2)
-    hint = (
-        _("did you mean {flags}? ", flags=_(" or ").join(f"--{match}" for match in close))
-        if close
-        else ""
-    )
+    hint = _("did you mean {flags}? ", flags=_(" or ").join(map(_as_flag, close))) if close else ""
     raise UsageError(
         _(
-            "unknown flag --{flag}; {hint}All flags are listed in docs/recipe.md",
+            "unknown flag --{flag}; {hint}See: cn-clip train --help. All options: --show recipe",
             flag=flag,
             hint=hint,
         )
     )
+
+
+def _as_flag(name: str) -> str:
+    """Return the flag of an option, for all stages."""
+    return f"--{name.removeprefix('stages.NAME.').replace('_', '-')}"
 
 
 def _combine_official(settings: dict[str, list[str]], world_size: int) -> None:
@@ -270,10 +278,11 @@ def _combine_official(settings: dict[str, list[str]], world_size: int) -> None:
         settings.setdefault("output.folder", [folder])
     batch, accumulation = settings.pop("*batch", None), settings.pop("*accumulate", None)
     if batch is not None:
-        accumulated = _whole((accumulation or ["1"])[-1])
-        settings["stages.NAME.global_batch_size"] = [f"{_whole(batch[-1]) * accumulated}"]
+        accumulated = _whole((accumulation or ["1"])[-1], "--accum-freq")
+        of_step = int(batch[-1])
+        settings["stages.NAME.global_batch_size"] = [f"{of_step * accumulated}"]
         if accumulated > 1:  # one accumulation step is in memory at once
-            settings["stages.NAME.micro_batch_size"] = [f"{_whole(batch[-1]) // world_size}"]
+            settings["stages.NAME.micro_batch_size"] = [f"{of_step // world_size}"]
     elif accumulation is not None:
         raise UsageError(
             _("--accum-freq multiplies --batch-size; give both, or --global-batch-size")
@@ -285,11 +294,21 @@ def _combine_official(settings: dict[str, list[str]], world_size: int) -> None:
         settings["start.model"] = [f"{vision[-1]}@{text[-1]}"]
 
 
-def _set(values: dict[str, Any], name: str, texts: list[str]) -> None:
+@dataclass(frozen=True, slots=True)
+class _Setting:
+    """An option, its texts, and the flag as the user typed it, for messages."""
+
+    name: str
+    texts: list[str]
+    flag: str
+
+
+def _set(values: dict[str, Any], setting: _Setting) -> None:
     """Set one option, for stages in every stage that its name selects."""
+    name = setting.name
     if not name.startswith("stages.") and name not in _STAGE_TABLES:
         table, *rest = name.split(".")
-        _set_in(values, Recipe, [table, *rest], texts, name)
+        _set_in(values, Recipe, [table, *rest], setting)
         return
     _unused, which, *rest = name.split(".") if name.startswith("stages.") else ("", "NAME", name)
     stages = values["stages"]
@@ -303,47 +322,58 @@ def _set(values: dict[str, Any], name: str, texts: list[str]) -> None:
     else:
         raise UnknownNameError(_("stage"), which, names)
     if not rest:
-        raise UsageError(_("--{name} names a stage; its options are --{name}.NAME", name=name))
+        raise UsageError(
+            _(
+                "{flag} names a stage; give one of its options, such as {flag}.epochs",
+                flag=setting.flag,
+            )
+        )
     for stage in chosen:
-        _set_in(stage, Stage, rest, texts, name)
+        _set_in(stage, Stage, rest, setting)
 
 
-def _set_in(table: dict[str, Any], cls: type, path: list[str], texts: list[str], name: str) -> None:
+def _set_in(table: dict[str, Any], cls: type, path: list[str], setting: _Setting) -> None:
+    flag, texts = setting.flag, setting.texts
     hints = get_type_hints(cls)
     key, *rest = path
     if key not in hints:
-        refuse_renamed(key, hints, f"--{name.rpartition(key)[0]}")
-        raise UnknownNameError(_("option in --{name}:", name=name), key, hints)
+        refuse_renamed(key, hints, f"--{setting.name.rpartition(key)[0]}")
+        raise UnknownNameError(_("option in {flag}:", flag=flag), key, hints)
     inner = nested_class(hints[key])
     if rest and inner is not None:
         if not isinstance(table.setdefault(key, {}), dict):
             raise UsageError(
                 _(
-                    "the recipe's {key} is {table!r:.60}; --{name} needs it to be a table",
+                    "the recipe's {key} is {table!r:.60}; {flag} needs it to be a table",
                     key=key,
                     table=table[key],
-                    name=name,
+                    flag=flag,
                 )
             )
-        _set_in(table[key], inner, rest, texts, name)
+        _set_in(table[key], inner, rest, setting)
         return
     if rest:
-        raise UsageError(_("--{name}: {key} has no options", name=name, key=key))
+        raise UsageError(_("{flag}: {key} has no options", flag=flag, key=key))
     if inner is not None:  # a table is switched off, or on with its defaults
         if texts[-1] in _NONE:
             table.pop(key, None)
         elif texts[-1] in _ON:
             table.setdefault(key, {})
         else:
-            flag = f"--{name.replace('_', '-')}"
-            raise UsageError(_("{flag} is on or off; its options are {flag}.NAME", flag=flag))
+            some = fields(inner)[0].name.replace("_", "-")
+            raise UsageError(
+                _(
+                    "{flag} is on or off; its options are such as {flag}.{some}",
+                    flag=flag,
+                    some=some,
+                )
+            )
         return
-    _assign(table, key, hints[key], texts, name, cls)
+    _assign(table, key, hints[key], setting, cls)
 
 
-def _assign(
-    table: dict[str, Any], key: str, kind: Any, texts: list[str], name: str, cls: type
-) -> None:
+def _assign(table: dict[str, Any], key: str, kind: Any, setting: _Setting, cls: type) -> None:
+    texts = setting.texts
     optional = type(None) in get_args(kind)
     if optional and texts[-1] in _NONE:
         table.pop(key, None)
@@ -351,29 +381,42 @@ def _assign(
     if _is_tuple(kind):
         table[key] = [] if texts[-1] in _NONE else texts
         return
-    table[key] = _parsed(kind, texts[-1], name)
+    table[key] = _parsed(kind, texts[-1], setting.flag)
+    _check_range(table[key], cls, key, setting.flag)
     if cls is Stage and key in ("steps", "epochs"):  # one replaces the other
         table.pop({"steps": "epochs", "epochs": "steps"}[key], None)
 
 
-def _parsed(kind: Any, text: str, name: str) -> Any:
+def _check_range(value: Any, cls: type, key: str, flag: str) -> None:
+    """Check a number before the whole recipe is, whose message names its option, not the flag."""
+    within = next(option for option in fields(cls) if option.name == key).metadata.get("within")
+    if within is None or isinstance(value, bool | str):
+        return
+    low, high = within
+    if not low <= value <= high:
+        raise out_of_range(flag, value, low, high)
+
+
+def _parsed(kind: Any, text: str, flag: str) -> Any:
     expected = type_text(kind)
     if type(None) in get_args(kind):
         kind, *literals = (arg for arg in get_args(kind) if arg is not type(None))
         if any(text in get_args(literal) for literal in literals):  # such as auto
             return text
+    if get_origin(kind) is Literal and text not in get_args(kind):
+        raise UnknownNameError(flag, text, map(str, get_args(kind)))
     if kind is bool:
         if text.lower() in (*_ON, *_OFF):
             return text.lower() in _ON
-        raise UsageError(_("--{name} is {text!r}; give true or false", name=name, text=text))
+        raise UsageError(_("{flag} is {text!r}; give true or false", flag=flag, text=text))
     if kind in (int, float):
         try:
             return kind(text)
         except ValueError:
             raise UsageError(
                 _(
-                    "--{name} is {text!r}; give a {expected}",
-                    name=name,
+                    "{flag} is {text!r}; give a {expected}",
+                    flag=flag,
                     text=text,
                     expected=expected,
                 )
@@ -381,11 +424,13 @@ def _parsed(kind: Any, text: str, name: str) -> Any:
     return text
 
 
-def _whole(text: str) -> int:
+def _whole(text: str, flag: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise UsageError(_("{text!r} is not a whole number; give one", text=text)) from None
+        raise UsageError(
+            _("{flag} is {text!r}; give a whole number", flag=flag, text=text)
+        ) from None
 
 
 def _copied(value: Any) -> Any:

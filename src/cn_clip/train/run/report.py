@@ -13,7 +13,18 @@ from markupsafe import Markup
 from cn_clip.arrays import read_npz
 from cn_clip.errors import CNClipError, DataError
 from cn_clip.eval.dataset import EvalSet
-from cn_clip.html.charts import Point, circle, linear_scale, no_chart, polyline, svg
+from cn_clip.html.charts import (
+    Axis,
+    Point,
+    axes,
+    circle,
+    linear_scale,
+    no_chart,
+    number,
+    polyline,
+    round_ticks,
+    svg,
+)
 from cn_clip.html.page import thumbnail, write_page
 from cn_clip.train.recipe.schema import Recipe
 from cn_clip.train.run.events import (
@@ -30,11 +41,12 @@ from cn_clip.train.run.events import (
 )
 from cn_clip.train.run.log import read_events
 from cn_clip.train.validation import Vectors
-from cn_clip.translation import N_, _
+from cn_clip.translation import N_, _, translate
 
 _QUERIES, _TOP_K = 8, 5  # queries in the report, and images of each
 _MAX_POINTS = 600  # of a curve
-_WIDTH, _HEIGHT, _MARGIN = 860, 220, 64
+_SCORE_NAMES = {"before": N_("before training"), FINAL: N_("final weights")}
+_WIDTH, _HEIGHT, _MARGIN = 860, 250, 64
 
 
 def write_report(
@@ -50,7 +62,9 @@ def write_report(
     steps = [event for event in events if isinstance(event, StepEvent)]
     marks = [(e.total, e.stage) for e in events if isinstance(e, StageEvent) and e.step == 0]
     scored = [e for e in events if isinstance(e, ScoreEvent) and e.stage != FINAL]
-    recalls = [(e.total, 100 * e.mean_recall) for e in scored]
+    mixed = [e for e in scored if e.stage.endswith(interpolated(""))]
+    recalls = [(e.total, 100 * e.mean_recall) for e in scored if e not in mixed]
+    after_mixing = [(e.total, 100 * e.mean_recall, _("interpolated")) for e in mixed]
     write_page(
         folder / "report.html",
         "train/run/report.html",
@@ -60,7 +74,8 @@ def write_report(
         first=next((e for e in events if isinstance(e, StartEvent)), None),
         end=next((e for e in events if isinstance(e, EndEvent)), None),
         scores=_chosen(events, recipe),
-        recall_curve=curve(recalls, marks, _("mean recall, %"), dots=True),
+        score_name=score_name,
+        recall_curve=curve(recalls, marks, _("mean recall, %"), dots=True, extra=after_mixing),
         mixtures=[(sweep, _mixture_curve(sweep)) for sweep in mixtures(events)],
         step_curves={
             _("Loss"): curve([(e.total, e.mean_loss) for e in steps], marks, _("loss")),
@@ -79,6 +94,16 @@ def write_report(
 def headline(events: Sequence[RunEvent], recipe: Recipe) -> list[tuple[str, float]]:
     """Return the scores before training, of each stage (best and interpolated), and final."""
     return [(name, event.mean_recall) for name, event in _chosen(events, recipe)]
+
+
+def score_name(name: str) -> str:
+    """Return the name of a score of ``headline`` in words."""
+    if name in _SCORE_NAMES:
+        return translate(_SCORE_NAMES[name])
+    stage = name.removesuffix(interpolated(""))
+    if stage != name:
+        return _("{stage}, interpolated with its initial weights", stage=stage)
+    return _("{stage}, best weights", stage=stage)
 
 
 def _chosen(events: Sequence[RunEvent], recipe: Recipe) -> list[tuple[str, ScoreEvent]]:
@@ -107,6 +132,7 @@ def curve(
     dots: bool = False,
     *,
     second: Sequence[Point] = (),
+    extra: Sequence[tuple[float, float, str]] = (),
     x_label: str | None = None,
 ) -> Markup:
     """Return an SVG of a curve.
@@ -114,53 +140,52 @@ def curve(
     Args:
         points: (x, y); a ``y`` that is not a finite number is left out.
         marks: (x, text) of vertical lines, such as the starts of stages.
-        label: the y axis, for screen readers.
+        label: title of the y axis, with the unit.
         dots: draw the points.
         second: another curve, drawn dashed.
-        x_label: the x axis; by default the step.
+        extra: (x, y, text) of points that are not on the curve.
+        x_label: title of the x axis; by default the step.
     """
     points = [(x, y) for x, y in points if isinstance(y, int | float) and math.isfinite(y)]
     if not points:
         return no_chart()
     x_label = _("step") if x_label is None else x_label
     points = points[:: max(1, len(points) // _MAX_POINTS)]
-    xs, ys = zip(*points, *second, strict=True)
-    left, right = 0.0, max(1.0, max(xs))
-    low, high = min(ys), max(ys)
-    if high == low:
-        low, high = low - 0.5, high + 0.5
-
-    to_pixels = linear_scale(
-        ((left, low), (right, high)), (_MARGIN, 10), (_WIDTH - _MARGIN - 10, _HEIGHT - 40)
-    )
-    shapes = []
+    xs, ys = zip(*points, *second, *((x, y) for x, y, _text in extra), strict=True)
+    right = max(1.0, max(xs))
+    x_ticks = [tick for tick in round_ticks(0.0, right, 7) if tick <= right]
+    x = Axis(0.0, right, x_label, x_ticks)
+    y = Axis.of(min(ys), max(ys), label)
+    corner, size = (_MARGIN, 24), (_WIDTH - _MARGIN - 20, _HEIGHT - 24 - 40)
+    to_pixels = linear_scale(((x.low, y.low), (x.high, y.high)), corner, size)
+    shapes = axes(x, y, corner, size)
     for curve_points, dashes in ((points, ""), (second, ' stroke-dasharray="6 4"')):
         if curve_points:
             options = f' stroke-width="1.5"{dashes}'
             shapes.append(polyline(map(to_pixels, curve_points), options=options))
-    for value in (low, (low + high) / 2, high):
-        _unused, y = to_pixels((0, value))
-        shapes.append(
-            f'<line x1="{_MARGIN}" x2="{_WIDTH - 10}" y1="{y:.1f}" y2="{y:.1f}" '
-            'stroke="var(--line)"/>'
-            f'<text x="{_MARGIN - 4}" y="{y + 4:.1f}" text-anchor="end">{_short(value)}</text>'
-        )
     for at, name in marks:
-        x, _unused = to_pixels((at, low))
+        left, _unused = to_pixels((at, y.low))
         shapes.append(
-            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="6" y2="{_HEIGHT - 28}" stroke="currentColor" '
-            'stroke-dasharray="3 3"/>'
-            f'<text x="{x + 4:.1f}" y="{_HEIGHT - 16}">{escape(name)}</text>'
+            f'<line x1="{left:.1f}" x2="{left:.1f}" y1="18" y2="{corner[1] + size[1]}" '
+            'stroke="currentColor" stroke-dasharray="3 3"/>'
         )
+        shapes.append(_text(left, 14, name))
     if dots:
         for point in (*points, *second):
-            title = f"{x_label} {_short(point[0])}: {_short(point[1])}"
+            title = f"{x_label} {number(point[0])}: {number(point[1])}"
             shapes.append(circle(to_pixels(point), title))
-    shapes.append(
-        f'<text x="{_WIDTH - 10}" y="{_HEIGHT - 2}" text-anchor="end">'
-        f"{x_label} {_short(right)}</text>"
-    )
+    for at, value, text in extra:
+        place = to_pixels((at, value))
+        title = f"{text}: {number(round(value, 2))}"
+        shapes.append(circle(place, title, radius=5, hollow=True))
+        shapes.append(_text(place[0] - 10, place[1] + 18, text))
     return svg(_WIDTH, _HEIGHT, shapes, label)
+
+
+def _text(x: float, y: float, text: str) -> str:
+    """Return a text that begins at ``x``, or ends there if it would leave the chart."""
+    anchor = "end" if x > 0.8 * _WIDTH else "start"
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def mixtures(events: Sequence[RunEvent]) -> list[MixturesEvent]:
@@ -184,7 +209,12 @@ def _mixture_curve(sweep: MixturesEvent) -> Markup:
     ]
     marks = [(sweep.weight, _("chosen"))]
     return curve(
-        score, marks, _("points of mean recall"), dots=True, second=kept, x_label=_("weight")
+        score,
+        marks,
+        _("points of mean recall"),
+        dots=True,
+        second=kept,
+        x_label=_("weight of the new weights"),
     )
 
 
@@ -233,7 +263,3 @@ def _top_images(
             continue
         mark = " ✓" if image in correct else ""
         yield jpeg, f"{cosines[image]:.3f}{mark}"
-
-
-def _short(value: float) -> str:
-    return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
