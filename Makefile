@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test bench docs
+.PHONY: help setup check test bench docs catalogue
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)$$/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -27,3 +27,6 @@ bench: ## run the core benchmark
 docs: ## regenerate docs/cli.md and docs/recipe.md
 	$(BIN)/python docs/generate_cli.py
 	$(BIN)/python docs/generate_recipe.py
+
+catalogue: ## add new messages to the Chinese catalogue, and compile it
+	$(BIN)/python docs/generate_catalogue.py

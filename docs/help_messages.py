@@ -1,6 +1,6 @@
-"""Print texts that are no literals as marked messages, for extraction: see CONTRIBUTING.md.
+"""Messages that are no literals of the code, for extraction: see generate_catalogue.py.
 
-The help comes from docstrings, and the titles of protocols from a TOML file.
+The help comes from docstrings, titles of protocols from a TOML file, some reasons from the system.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from generate_cli import commands, help_text
 
 from cn_clip.cli import app
 from cn_clip.eval.protocols import protocols
+from cn_clip.translation import SYSTEM_REASONS
 
 
 def help_messages() -> list[str]:
@@ -24,9 +25,5 @@ def help_messages() -> list[str]:
     with mock.patch("cn_clip.cli.help.translate", record):
         for words in commands(app):
             help_text(words)
-    return list(messages | dict.fromkeys(spec.title for spec in protocols().values()))
-
-
-if __name__ == "__main__":
-    for message in help_messages():
-        print(f"_({message!r})")
+    titles = (spec.title for spec in protocols().values())
+    return [*dict.fromkeys((*messages, *titles, *SYSTEM_REASONS))]

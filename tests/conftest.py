@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+os.environ["CN_CLIP_LANG"] = "en"  # of the messages that tests compare, whatever the locale
 
 from cn_clip import weights
 from cn_clip.config import ModelConfig, TextConfig, VisionConfig
