@@ -96,10 +96,40 @@ def _filled(translated: str, english: str, values: Mapping[str, object]) -> str:
         if isinstance(reason, str) and reason:  # often one of the system, see SYSTEM_REASONS
             values = {**values, "reason": translate(reason)}
         try:
-            return translated.format(**values)
+            return _spaced(translated, values)
         except _FORMAT_ERRORS:  # the English message has the right placeholders
             pass
     return english.format(**values)
+
+
+def _spaced(message: str, values: Mapping[str, object]) -> str:
+    """Return a message with its values, and a space between Chinese and Latin where they meet.
+
+    A value may be either, so a message such as 未知的{kind} cannot have the space itself.
+    """
+    from string import Formatter  # not needed in English
+
+    formatter, text = Formatter(), ""
+    for literal, name, form, conversion in formatter.parse(message):
+        parts = [literal]
+        if name is not None:
+            value = formatter.convert_field(values[name], conversion)
+            parts.append(formatter.format_field(value, (form or "").format(**values)))
+        for part in parts:
+            text += " " + part if _needs_space(text[-1:], part[:1]) else part
+    return text
+
+
+def _needs_space(before: str, after: str) -> bool:
+    return (_is_chinese(before) and _is_latin(after)) or (_is_latin(before) and _is_chinese(after))
+
+
+def _is_chinese(character: str) -> bool:
+    return "\u4e00" <= character <= "\u9fff"
+
+
+def _is_latin(character: str) -> bool:
+    return character.isascii() and (character.isalnum() or character in ("'", '"', "/", "~", "-"))
 
 
 def languages() -> list[str]:
