@@ -25,6 +25,7 @@ torch.set_num_threads(1)  # more threads do not help tiny models
 
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))  # for fill.py
+sys.path.insert(0, str(GOLDEN.parent.parent / "docs"))  # for the generators of pages
 
 TEXT = TextConfig(hidden_size=64, layers=2, heads=1, intermediate_size=128)
 TINY = {

@@ -3,15 +3,12 @@
 import gettext
 import re
 import string
-import sys
 from pathlib import Path
 
+import generate_catalogue as generate
 import pytest
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "docs"))
-import generate_catalogue as generate  # noqa: E402
-
 CHINESE = "\u4e00-\u9fff"
 # Parts of the command line, which keep Latin punctuation.
 SYNTAX = ("猫,狗,火箭", "猫,狗", "2:猫")

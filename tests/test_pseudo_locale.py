@@ -2,13 +2,18 @@
 
 import io
 import re
+from html import unescape
 
+import generate_catalogue as generate
+import numpy as np
 import pytest
+from conftest import TINY, make_model
 from generate_cli import commands
+from PIL import Image
 from rich.console import Console
-from test_catalogue import generate
 
-from cn_clip import cli, translation
+from cn_clip import cli, translation, weights
+from cn_clip.eval.protocols import protocols
 
 MARKED = re.compile(r"⟦[^⟦⟧]*⟧")
 COMMANDS = [tuple(words) for words in commands(cli.app)]
@@ -159,3 +164,69 @@ def test_every_error_is_translated(pseudo, folder, capsys, line):
     error = capsys.readouterr().err
     for shown in error.splitlines():
         assert not re.search("[A-Za-z]", outside(shown).replace("cn-clip:", "")), shown
+
+
+OUTPUT = """
+models
+data check csv:pairs.csv --workers 0 --report check.html
+data decontaminate csv:pairs.csv --against pairs.csv --workers 0 --out x.jsonl --report x.html
+data pack csv:pairs.csv --workers 0 --out shards
+embed images csv:pairs.csv --model tiny.pt --out images.npz
+classify 0.png --model tiny.pt --labels 猫,狗
+eval retrieval --model tiny.pt --data csv:pairs.csv
+eval robustness --model tiny.pt --data csv:pairs.csv
+eval diagnose --model tiny.pt --data csv:pairs.csv --compare tiny.pt --report diagnosis.html
+eval zeroshot --model tiny.pt --data kinds
+eval protocol --list
+index csv:pairs.csv --model tiny.pt
+search 猫 --out sheet.html
+library info
+library list
+library verify
+library duplicates
+train --recipe finetune-small --train-data pairs.csv --val-data pairs.csv --show cost
+""".strip().splitlines()
+# Names and formats of output, which are the same in every language.
+NAMES = {"mini", "tiny-vit", "vit", "default", "wal", "delete", "finetune", "tiny", "cat", "px"}
+NAMES |= {"torch", "cn-clip", "shards", "kinds", "jpeg", *protocols()}
+
+
+def random_image(seed):
+    pixels = np.random.default_rng(seed).integers(0, 255, (80, 80, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def plain_words(text):
+    """Return the words outside of all messages that are no names, paths, ids or formats."""
+    words = re.findall(r"(?<![\w./:#-])[A-Za-z][a-z-]{2,}(?![\w./:#-])", outside(text))
+    return sorted(set(words) - NAMES)
+
+
+def shown_text(html):
+    """Return what a page shows, with what is read out instead of images."""
+    html = re.sub(r"(?s)<style.*?</style>|<script.*?</script>", "", html)
+    attributes = re.findall(r' (?:alt|title|aria-label)="([^"]*)"', html)
+    return unescape("\n".join([re.sub("<[^>]*>", "\n", html), *attributes]))
+
+
+def test_every_text_of_the_output_and_of_the_pages_is_translated(pseudo, folder, capsys):
+    weights.save_official(make_model(TINY["vit"]), folder / "tiny.pt")
+    rows = ["image,text"]
+    for n, name in enumerate(["猫", "一只狗", "红色的车", "海边的日落", "cat", "花"]):
+        random_image(n).save(folder / f"{n}.png")
+        rows.append(f"{n}.png,{name}")
+    (folder / "pairs.csv").write_text("\n".join(rows), encoding="utf-8")
+    for n in (0, 1):
+        (folder / "kinds" / "test" / str(n)).mkdir(parents=True)
+        random_image(n).save(folder / "kinds" / "test" / str(n) / "a.png")
+    (folder / "kinds" / "label_cn.txt").write_text("猫\n狗\n", encoding="utf-8")
+    found = {}
+    for line in OUTPUT:
+        assert cli.run(line.split()) in (0, 1), capsys.readouterr().err
+        out = capsys.readouterr()
+        found[line] = plain_words(out.out + out.err)
+    pages = sorted(folder.glob("*.html"))
+    assert len(pages) == 4
+    for page in pages:
+        found[page.name] = plain_words(shown_text(page.read_text(encoding="utf-8")))
+    assert not {name: words for name, words in found.items() if words}

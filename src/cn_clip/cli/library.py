@@ -548,7 +548,9 @@ def _print_facts(facts: LibraryFacts) -> None:
         (_("journal"), facts.journal),
         (
             _("size"),
-            ", ".join(f"{name} {_megabytes(size)} MB" for name, size in facts.sizes.items()),
+            ", ".join(
+                f"{translate(name)} {_megabytes(size)} MB" for name, size in facts.sizes.items()
+            ),
         ),
     ]
     for root in facts.roots:
