@@ -13,8 +13,9 @@ model alone on batches of 64 texts, in a process of its own. INFINITY serves the
 Hugging Face folder; 0.0.78 needs transformers 4.49, and with 4.57 no text of Chinese-CLIP is
 answered while /health says 200.
 
-`overload`: images that arrive at ten times the rate that the server reaches, whether it answers or
-not. `mixed`: requests of all kinds, every hundredth with a damaged image.
+`overload`: images that arrive at half, twice and ten times the rate that the server reaches,
+whether it answers or not. Beyond that rate, accepted requests wait in a full queue. `mixed`:
+requests of all kinds, every hundredth with a damaged image.
 
 Weights: ViT-B-16 gets random ones, whose speed is that of trained ones.
 """
@@ -417,12 +418,13 @@ def measure_overload(options: argparse.Namespace, folder: Path) -> None:
     probe = load_from_another_process("open", server.port, options.seconds / 4, 1000)
     capacity = probe["rate"]
     half = load_from_another_process("open", server.port, options.seconds / 4, capacity / 2)
+    twice = load_from_another_process("open", server.port, options.seconds, 2 * capacity)
     before = server.megabytes
     found = load_from_another_process("open", server.port, options.seconds, 10 * capacity)
     print(f"{options.model}: {capacity:.1f} images/s accepted when flooded")
     print("| | accepted/s | p50 ms | p99 ms | refused p50 ms | refused p99 ms |")
     print("|---|---:|---:|---:|---:|---:|")
-    for name, values in (("half of it", half), ("ten times", found)):
+    for name, values in (("half of it", half), ("twice", twice), ("ten times", found)):
         refused = values["refused"]
         print(
             f"| {name} | {values['rate']:.1f} | {values['p50']:.0f} | {values['p99']:.0f} | "

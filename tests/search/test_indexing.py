@@ -26,6 +26,7 @@ from search.libraries import (
     vectors_of,
 )
 
+from cn_clip.cli import run
 from cn_clip.errors import CNClipError, DataError, LibraryError, UsageError
 from cn_clip.search import database, roots, updating, watching
 from cn_clip.search.folder import create
@@ -640,3 +641,20 @@ def test_a_folder_that_is_replaced_is_watched_again(library, album, monkeypatch)
     next(changes)
     write.join()
     changes.close()
+
+
+def test_a_folder_without_images_says_which_files_are_images(library, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    words = ["index", str(tmp_path / "empty"), "--library", str(library), "--model", "mini"]
+    assert run(words) == 1
+    printed = capsys.readouterr().err
+    assert "no image was found" in printed and ".jpg" in printed
+
+
+def test_a_source_that_cannot_be_read_is_not_remembered(library, album, tmp_path):
+    index(library, album)
+    (tmp_path / "t").mkdir()
+    with pytest.raises(DataError, match="is a folder"):
+        index(library, f"tar:{tmp_path / 't'}")
+    with opened(library) as folder:
+        assert len(folder.query("SELECT id FROM roots")) == 1

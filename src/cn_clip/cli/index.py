@@ -103,7 +103,7 @@ def index(
                     texts = index_text(folder, reader, on_progress=bars.show_texts)
             _print(path_text(folder.path), done, texts, json=json)
             failed = done.progress.failed or done.progress.unreadable
-            return 1 if failed or _is_unfinished(done) else 0
+            return 1 if failed or _is_unfinished(done) or not done.progress.files else 0
 
         if not watch:
             return run()
@@ -197,6 +197,17 @@ def _print(library: str, done: Update, texts: TextProgress | None, *, json: bool
                 "model; connect their disk and run the same command again, or give "
                 "--without-unreadable",
                 count=len(migration.unreadable),
+            ),
+            file=sys.stderr,
+        )
+    if not (state.files or state.unreadable):
+        from cn_clip.image.decode import SUFFIXES
+
+        print(
+            _(
+                "cn-clip: no image was found; files end in {suffixes}, and names that begin with a "
+                "dot need --hidden",
+                suffixes=", ".join(SUFFIXES),
             ),
             file=sys.stderr,
         )

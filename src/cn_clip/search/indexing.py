@@ -67,6 +67,12 @@ class Progress:
     seconds: float = 0.0
 
     @property
+    def files(self) -> int:
+        """Number of files of the folders and sources, those that are gone included."""
+        known = self.unchanged + self.returned + self.deleted + self.known_failures
+        return (self.total or 0) + known
+
+    @property
     def rate(self) -> float:
         """Files read per second."""
         return self.done / self.seconds if self.seconds else 0.0

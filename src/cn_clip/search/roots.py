@@ -190,16 +190,17 @@ def parse_root(
     return Root("source", os.fsencode(absolute_uri(given)))
 
 
-def check_exists(root: Root) -> None:
-    """Check that the files of a source exist; those of a folder were checked by ``parse_root``.
+def check_readable(root: Root) -> None:
+    """Open a source; folders were checked by ``parse_root``.
 
     Raises:
-        DataError: one does not.
+        DataError: a file of it does not exist, or it cannot be read.
     """
     if root.kind == "source":
         for path in paths_of(os.fsdecode(root.location)):
             if not path.exists():
                 raise DataError(_("no such file: {path}", path=path_text(path)))
+        _opened = root.source
 
 
 def list_root(root: Root, stamp: str | None, on_found: Callable[[int], None]) -> Listing:

@@ -18,7 +18,7 @@ from cn_clip.search.library_model import check_same, load_for, same_origin
 from cn_clip.search.migration import Migration, migrate
 from cn_clip.search.places import is_library
 from cn_clip.search.purge import finish_erasures
-from cn_clip.search.roots import Root, check_exists, check_nesting, parse_root
+from cn_clip.search.roots import Root, check_nesting, check_readable, parse_root
 from cn_clip.search.words import refresh_words
 from cn_clip.text import path_text
 from cn_clip.translation import _
@@ -53,7 +53,7 @@ def open_for_update(path: Path, sources: Sequence[str]) -> LibraryFolder:
                 )
             )
         for source in sources:  # a mistake in one leaves no empty library
-            check_exists(parse_root(source))
+            check_readable(parse_root(source))
         create(path)
     return LibraryFolder(path, writable=True)
 
@@ -72,7 +72,7 @@ def roots_to_update(
 
     Raises:
         UsageError: a root is invalid, is the library itself, or lies in another root.
-        DataError: a new source does not exist.
+        DataError: a new source does not exist, or cannot be read.
     """
     stored = {
         bytes(location): Root(kind, bytes(location), json.loads(inc), json.loads(exc), bool(hid))
@@ -93,7 +93,7 @@ def roots_to_update(
     for source in sources:
         root = parse_root(source, include=include, exclude=exclude, hidden=hidden)
         if root.location not in stored:  # it would be looked for in every later run
-            check_exists(root)
+            check_readable(root)
         elif not (include or exclude or hidden):
             root = stored[root.location]
         given.append(root)
