@@ -24,7 +24,6 @@ from cn_clip import __version__
 from cn_clip.cli.crash import DEBUG, report_crash
 from cn_clip.cli.empty import refuse_empty
 from cn_clip.cli.help import TranslatedHelp
-from cn_clip.cli.usage import usage_message
 from cn_clip.errors import CNClipError, UsageError, one_line
 from cn_clip.processes import Interrupted, received_signal
 from cn_clip.translation import _
@@ -127,6 +126,8 @@ def _interrupted(number: int) -> int:
 def _failed(error: Exception, arguments: Sequence[str]) -> int:
     """Print an error as one sentence; return the exit code."""
     if isinstance(error, CycloptsError):
+        from cn_clip.cli.usage import usage_message  # for errors alone
+
         return _fail(usage_message(error), 2)
     if isinstance(error, CNClipError):
         return _fail(str(error), 2 if isinstance(error, UsageError) else 1)
