@@ -29,8 +29,8 @@ HUBS = ("huggingface", "modelscope")
 _OWNERS = {"huggingface": "OFA-Sys", "modelscope": "AI-ModelScope"}
 _TITLES = {"huggingface": "Hugging Face", "modelscope": "ModelScope"}
 _OTHERS = {  # what to try where a hub cannot be reached, as often in mainland China
-    "huggingface": N_("ModelScope (CN_CLIP_HUB=modelscope) or a mirror (HF_ENDPOINT)"),
-    "modelscope": N_("Hugging Face (CN_CLIP_HUB=huggingface) or a mirror of it (HF_ENDPOINT)"),
+    "huggingface": N_("CN_CLIP_HUB=modelscope or HF_ENDPOINT (a mirror)"),
+    "modelscope": N_("CN_CLIP_HUB=huggingface"),
 }
 _INCOMPLETE = ".fetching"  # folder of incomplete downloads, in the target folder
 _INDEX = ".index.json"  # suffix of an index of shards
@@ -322,6 +322,7 @@ def _disk_full(name: str, root: Path, error: OSError) -> MissingWeightsError:
 
 def _missing(name: str, hub: str, root: Path, error: Exception) -> MissingWeightsError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = re.sub(r"(https?://[^/\s]+)/[^\s:]*", r"\1", reason)  # the host is enough
     if len(reason) > _MAX_REASON:
         reason = f"{reason[:_MAX_REASON]}…"
     if name in PUBLISHED:
