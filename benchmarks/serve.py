@@ -4,6 +4,7 @@
                                      [--infinity OTHER/bin/infinity_emb]
     python benchmarks/serve.py overload [--model mini] [--seconds 60]
     python benchmarks/serve.py mixed [--model mini] [--requests 100000]
+    python benchmarks/serve.py sizes --models mini EXPORT ViT-B-16 ... [--seconds 20]
 
 `texts`: 64 clients, each of which sends a text that nobody sent before, waits for its embedding,
 and sends the next. Contestants run in turn: `serve`; the same server with batches of one; the same
@@ -15,7 +16,8 @@ answered while /health says 200.
 
 `overload`: images that arrive at half, twice and ten times the rate that the server reaches,
 whether it answers or not. Beyond that rate, accepted requests wait in a full queue. `mixed`:
-requests of all kinds, every hundredth with a damaged image.
+requests of all kinds, every hundredth with a damaged image. `sizes`: memory and throughput of
+models and exports, one after the other: 64 clients send texts, then 8 send a photo.
 
 Weights: ViT-B-16 gets random ones, whose speed is that of trained ones.
 """
@@ -197,8 +199,10 @@ def text_request(rng: random.Random) -> bytes:
     return json.dumps(values, ensure_ascii=False).encode()
 
 
-async def closed_loop(port: int, seconds: float, clients: int, path: str) -> dict[str, Any]:
-    """Let each client ask again as soon as it has its answer."""
+async def closed_loop(
+    port: int, seconds: float, clients: int, path: str, content: bytes = b""
+) -> dict[str, Any]:
+    """Let each client ask again as soon as it has its answer: new texts, or always the content."""
     end = time.perf_counter() + seconds
     latencies: list[float] = []
     statuses: collections.Counter[int] = collections.Counter()
@@ -207,7 +211,7 @@ async def closed_loop(port: int, seconds: float, clients: int, path: str) -> dic
         connection = await connect(port)
         rng = random.Random(f"{port} {number}")
         while (start := time.perf_counter()) < end:
-            status, _body = await connection.ask(text_request(rng), path)
+            status, _body = await connection.ask(content or text_request(rng), path)
             latencies.append(time.perf_counter() - start)
             statuses[status] += 1
 
@@ -316,6 +320,9 @@ def run_load(kind: str, arguments: list[str]) -> None:
     work: Any
     if kind == "closed":
         work = closed_loop(port, float(arguments[1]), int(arguments[2]), arguments[3])
+    elif kind == "images":
+        content = image_request(photo())
+        work = closed_loop(port, float(arguments[1]), int(arguments[2]), arguments[3], content)
     elif kind == "open":
         content = image_request(photo())
         work = open_loop(port, float(arguments[1]), float(arguments[2]), content)
@@ -447,6 +454,21 @@ def measure_mixed(options: argparse.Namespace, folder: Path) -> None:
     server.stop()
 
 
+def measure_sizes(options: argparse.Namespace, folder: Path) -> None:
+    print("| model | ready, MB | texts/s | p99 ms | images/s | p99 ms | then, MB |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    for name in options.models:
+        server = Server("serve", model_file(name, folder), folder)
+        ready = server.megabytes
+        cells = []
+        for kind, clients in (("closed", CLIENTS), ("images", 8)):
+            arguments = (kind, server.port, options.seconds, clients, server.path)
+            found = load_from_another_process(*arguments)
+            cells.append(f"{found['rate']:,.0f} | {found['p99']:.0f}")
+        print(f"| {Path(name).name} | {ready:.0f} | {' | '.join(cells)} | {server.megabytes:.0f} |")
+        server.stop()
+
+
 def median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
 
@@ -463,9 +485,11 @@ def main() -> None:
         "texts": measure_texts,
         "overload": measure_overload,
         "mixed": measure_mixed,
+        "sizes": measure_sizes,
     }
     parser.add_argument("measure", choices=measures)
     parser.add_argument("--model", default="mini")
+    parser.add_argument("--models", nargs="+", default=["mini"])
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=100_000)
