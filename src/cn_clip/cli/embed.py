@@ -9,7 +9,7 @@ from typing import Literal
 from cn_clip.cli.loading import DEFAULT, Loading
 from cn_clip.cli.show import Flag, console, print_json, progress
 from cn_clip.errors import UsageError
-from cn_clip.translation import _
+from cn_clip.translation import _, translate
 
 
 def embed(
@@ -56,7 +56,7 @@ def embed(
     embedder = loading.load()
     with progress() as bars:
         task = bars.add_task(
-            _("embedding {kind}", kind=kind), total=len(listed) if listed else None
+            _("embedding {kind}", kind=translate(kind)), total=len(listed) if listed else None
         )
         start = time.perf_counter()
 
@@ -64,7 +64,7 @@ def embed(
             per_second = done / (time.perf_counter() - start)
             status = _(
                 "embedding {kind}, {per_second:,.0f} per second, {memory:,.0f} MB",
-                kind=kind,
+                kind=translate(kind),
                 per_second=per_second,
                 memory=_memory(),
             )
@@ -107,7 +107,7 @@ def embed(
                 resumed=resumed,
                 out=done.out,
                 rate=done.rate,
-                kind=kind,
+                kind=translate(kind),
                 memory=_memory(),
                 failed_count=len(done.failed),
             ),
