@@ -55,7 +55,7 @@ def _extracted() -> Iterator[tuple[str, str | tuple[str, ...]]]:
 
 def read_catalogue() -> Catalog:
     with PO.open("rb") as stream:
-        return read_po(stream, locale="zh", domain=DOMAIN, ignore_obsolete=True)
+        return read_po(stream, locale="zh_CN", domain=DOMAIN, ignore_obsolete=True)
 
 
 def updated(catalog: Catalog) -> Catalog:
@@ -65,6 +65,7 @@ def updated(catalog: Catalog) -> Catalog:
     catalog.obsolete.clear()
     catalog.creation_date = creation_date  # else each run would change the file
     catalog.header_comment = HEADER
+    catalog.project, catalog.version, catalog.msgid_bugs_address = DOMAIN, "2", ""
     for message in catalog:
         message.flags.discard("python-format")  # "95 % interval" is no placeholder
     return catalog
