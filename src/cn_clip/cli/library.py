@@ -548,7 +548,7 @@ def _print_facts(facts: LibraryFacts) -> None:
         (_("journal"), facts.journal),
         (
             _("size"),
-            ", ".join(
+            _(", ").join(
                 f"{translate(name)} {_megabytes(size)} MB" for name, size in facts.sizes.items()
             ),
         ),

@@ -172,7 +172,7 @@ def _print(hits: list[Hit]) -> None:
         probability = "" if hit.probability is None else f"{hit.probability:.0%}"
         reason = Text("")
         if hit.why != ("image",):
-            reason = Text("  " + ", ".join(map(translate, hit.why)), style="cyan")
+            reason = Text("  " + _(", ").join(map(translate, hit.why)), style="cyan")
         path = Text(hit.path, style=f"link {hit.uri}" if hit.uri and sys.stdout.isatty() else "")
         table.add_row(
             probability,
