@@ -132,6 +132,17 @@ def _is_latin(character: str) -> bool:
     return character.isascii() and (character.isalnum() or character in ("'", '"', "/", "~", "-"))
 
 
+def _windows_language() -> str:
+    """Return the language of Windows, which sets no variable for it; empty on other systems."""
+    if sys.platform != "win32":
+        return ""
+    import ctypes
+    import locale
+
+    language = ctypes.windll.kernel32.GetUserDefaultUILanguage()
+    return locale.windows_locale.get(language, "")
+
+
 def languages() -> list[str]:
     """Return the user's languages such as ``zh_CN``, the preferred first, up to English."""
     value = next((value for name in _VARIABLES if (value := os.environ.get(name))), "")
@@ -143,17 +154,6 @@ def languages() -> list[str]:
             break
         wanted += [language] if language else []
     return wanted
-
-
-def _windows_language() -> str:
-    """Return the language of Windows, which sets no variable for it; empty on other systems."""
-    if sys.platform != "win32":
-        return ""
-    import ctypes
-    import locale
-
-    language = ctypes.windll.kernel32.GetUserDefaultUILanguage()
-    return locale.windows_locale.get(language, "")
 
 
 @cache
