@@ -58,7 +58,7 @@ def test_every_text_of_the_help_is_translated(pseudo, words):
     cli.app.help_print(list(words), console=Console(file=stream, width=4000, color_system=None))
     text = stream.getvalue()
     assert "⟦" in text
-    names = {"cn-clip", *words, *(name for command in COMMANDS for name in command)}
+    names = {"cn-clip", "on", *words, *(name for command in COMMANDS for name in command)}
     left = outside(text).translate(str.maketrans("", "", "│╭╮╰╯─*(),[]⟦⟧")).split()
     # options, and names of values such as STR...
     unknown = [
