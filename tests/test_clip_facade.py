@@ -48,14 +48,12 @@ def test_exported_names_and_signatures_are_the_official_ones():
 @pytest.mark.parametrize(
     ("statement", "successor"),
     [
-        ("from cn_clip.clip.model import CLIP, convert_weights", "cn_clip.clip.create_model"),
-        ("from cn_clip.clip.bert_tokenizer import FullTokenizer", "cn_clip.clip.tokenize"),
         ("from cn_clip.clip.configuration_bert import BertConfig", "cn_clip.clip.create_model"),
-        ("from cn_clip.training.main import convert_models_to_fp32", "cn-clip train"),
+        ("from cn_clip.clip.modeling_bert import BertModel", "cn_clip.clip.create_model"),
+        ("from cn_clip.training.data import get_data", "cn-clip train"),
         ("from cn_clip.eval.data import get_zeroshot_dataset", "cn-clip eval"),
-        ("import cn_clip.eval.extract_features", "cn-clip embed"),
-        ("import cn_clip.deploy.pytorch_to_onnx", "torch.onnx.export"),
-        ("import cn_clip.preprocess.build_lmdb_dataset", "cn-clip data"),
+        ("import cn_clip.eval.extract_features_onnx", "cn-clip embed"),
+        ("import cn_clip.deploy.onnx_to_tensorrt", "cn-clip export --to tensorrt"),
     ],
 )
 def test_importing_a_removed_official_module_names_its_replacement(statement, successor):

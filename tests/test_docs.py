@@ -136,6 +136,7 @@ def test_the_readme_table_matches_the_models_command(capsys, readme):
 
 def test_the_snippets_of_the_guide_run(clone):
     scope = {}
+    assert run(["embed", "images", "examples/cat.jpg", "--out", "embeddings.npz"]) == 0
     for language, block in FENCE.findall(read(GUIDES[0])):
         if language == "python":
             exec(compile(block, "docs/guide.md", "exec"), scope)

@@ -82,6 +82,8 @@ def test_the_public_names():
         "UsageError",
         "__version__",
         "classify",
+        "embeddings",
+        "find_images",
         "load",
     ]
     for name in cn_clip.__all__:

@@ -29,10 +29,13 @@ __all__ = [
     "UsageError",
     "__version__",
     "classify",
+    "embeddings",
+    "find_images",
     "load",
 ]
 
 if TYPE_CHECKING:
+    from cn_clip import embeddings
     from cn_clip.embedder import Embedder, load
     from cn_clip.errors import (
         CheckpointError,
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
         UnknownModelError,
         UsageError,
     )
+    from cn_clip.image.decode import find_images
     from cn_clip.zeroshot import Classification, classify
 
 sys.meta_path.append(Successors)
@@ -57,11 +61,14 @@ _MODULES = {
     "UnknownModelError": "errors",
     "UsageError": "errors",
     "classify": "zeroshot",
+    "find_images": "image.decode",
     "load": "embedder",
 }
 
 
 def __getattr__(name: str) -> object:
+    if name == "embeddings":
+        return import_module("cn_clip.embeddings")
     if name not in _MODULES:
         raise AttributeError(f"module 'cn_clip' has no attribute {name!r}")
     value: object = getattr(import_module(f"cn_clip.{_MODULES[name]}"), name)

@@ -9,15 +9,24 @@ from typing import Any, Literal, get_args
 
 from cn_clip.errors import CheckpointError, UnknownModelError, UsageError
 from cn_clip.files import read_file
+from cn_clip.install import update_command
 from cn_clip.text import read_json
 from cn_clip.translation import _
 
 BackendName = Literal["auto", "torch", "onnx", "openvino"]
-Precision = Literal["auto", "float32", "bfloat16", "float16", "int8", "int8+bfloat16"]
+Precision = Literal[
+    "auto", "float32", "bfloat16", "float16", "int8", "int8+bfloat16", "fp32", "bf16", "fp16"
+]
+_SHORT_PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 VisionKind = Literal["vit", "resnet", "efficientnet_lite"]
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def full_precision(name: str) -> str:
+    """Return the full name of a precision: ``"float16"`` of ``"fp16"``."""
+    return _SHORT_PRECISIONS.get(name, name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,9 +293,10 @@ def _checked_keys(cls: type, values: Any, where: str) -> dict[str, Any]:
         raise CheckpointError(
             _(
                 "{where}: unknown key {unknown!r}; was it written by a newer cn_clip? Update "
-                "with: pip install -U cn-clip",
+                "with: {command}",
                 where=where,
                 unknown=unknown[0],
+                command=update_command(),
             )
         )
     return dict(values)

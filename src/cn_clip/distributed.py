@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from cn_clip.translation import _
 _TIMEOUT = timedelta(hours=2)  # one process may write or scan the data while others wait
 _T = TypeVar("_T")
 _TORCHRUN_ID = "TORCHELASTIC_RUN_ID"
+_AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
 _SET_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -55,14 +56,54 @@ def start(device_type: str) -> Iterator[None]:
     if device_type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    backend = "nccl" if device else "gloo"
-    dist.init_process_group(backend, device_id=device, timeout=_TIMEOUT)
-    yield
+    with _lost_processes_named():
+        dist.init_process_group(
+            "nccl" if device else "gloo", device_id=device, timeout=_TIMEOUT, **_store_of_attempt()
+        )
+        yield
     # Not after an error: the barrier would wait for processes that wait elsewhere. The exit code
     # makes torchrun end them.
     gc.collect()  # sharded models have reference cycles to the group, and must be freed first
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _store_of_attempt() -> dict[str, Any]:
+    """Return the store of this attempt, as arguments of ``init_process_group``.
+
+    torchrun keeps its store when it starts the processes again, and with it the addresses of those
+    that died. On several nodes, the attempts may be counted differently.
+    """
+    count, local = os.environ["WORLD_SIZE"], os.environ.get("LOCAL_WORLD_SIZE")
+    if os.environ.get(_AGENT_STORE) != "True" or local != count:
+        return {}
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        host, port, int(count), is_master=False, timeout=_TIMEOUT
+    )
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return {
+        "store": dist.PrefixStore(f"attempt {attempt}", store),  # type: ignore[attr-defined]
+        "rank": int(os.environ["RANK"]),
+        "world_size": int(count),
+    }
+
+
+@contextmanager
+def _lost_processes_named() -> Iterator[None]:
+    """Turn the errors about a connection to another process into a sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
+            raise
+        raise CNClipError(
+            _(
+                "the connection to another process of the run was lost; its message says why it "
+                "ended. With torchrun --max-restarts=10 and --resume auto, all start again from "
+                "the last state"
+            )
+        ) from error
 
 
 def rank() -> int:
@@ -115,12 +156,20 @@ def all_reduce_max(x: Tensor) -> Tensor:
     return _reduced(x, "max")
 
 
-def broadcast_object(value: _T) -> _T:
+def new_group() -> dist.ProcessGroup | None:
+    """Create another group of all processes, for a thread of its own; None with one process.
+
+    In one group, all ranks must communicate in the same order, which threads do not keep.
+    """
+    return dist.new_group(backend="gloo", timeout=_TIMEOUT) if world_size() > 1 else None
+
+
+def broadcast_object(value: _T, group: dist.ProcessGroup | None = None) -> _T:
     """Return the value of the main process, by pickle; those of other ranks are ignored."""
     if world_size() == 1:
         return value
     values = [value]
-    dist.broadcast_object_list(values, src=0)
+    dist.broadcast_object_list(values, src=0, group=group)
     return values[0]
 
 
@@ -151,10 +200,10 @@ def on_main(work: Callable[[], _T]) -> _T:
     return cast(_T, value)
 
 
-def barrier() -> None:
+def barrier(group: dist.ProcessGroup | None = None) -> None:
     """Wait for all ranks."""
     if world_size() > 1:
-        dist.barrier()
+        dist.barrier(group)
 
 
 def _initialized() -> bool:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from functools import cached_property
+from copy import deepcopy
+from functools import cached_property, partial
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, cast, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -28,19 +29,25 @@ from cn_clip.backends.pipeline import (
     ImagePreparation,
     PreparedImage,
     batches_by_length,
+    is_tensor,
     iter_images,
     prepare_ahead,
+    tensor_values,
     unit_length,
 )
-from cn_clip.config import MODELS, BackendName, ModelConfig, Precision
+from cn_clip.config import MODELS, BackendName, ModelConfig, Precision, full_precision
 from cn_clip.errors import ImageError, UnknownModelError, UsageError
 from cn_clip.fingerprint import Fingerprint, derived
 from cn_clip.image.decode import MAX_PIXELS, ImageInput
+from cn_clip.preprocessing import Preprocess, Tokenize
 from cn_clip.processes import usable_cpus
+from cn_clip.progress import ProgressOption, counted
 from cn_clip.tokenizer import Tokenizer, default_tokenizer
 from cn_clip.translation import _
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from cn_clip.model.clip import CLIP
 
 Embeddings = npt.NDArray[np.float32]
@@ -80,6 +87,7 @@ class Embedder:
         fast_decode: bool = False,
         max_pixels: int = MAX_PIXELS,
         batch_size: int = 32,
+        trainable: Callable[[], CLIP] | None = None,
     ) -> None:
         """Create an embedder from a backend.
 
@@ -91,11 +99,9 @@ class Embedder:
             fast_decode: decode large JPEG files at reduced size.
             max_pixels: larger images are refused before they are decoded.
             batch_size: images per batch.
+            trainable: returns a new float32 copy of the model, for ``trainable_model``.
         """
-        if batch_size < 1:
-            raise UsageError(
-                _("batch_size {batch_size} is below 1; the default is 32", batch_size=batch_size)
-            )
+        _check_batch_size(batch_size)
         if max_pixels < 1:
             raise UsageError(
                 _(
@@ -112,6 +118,7 @@ class Embedder:
             config, fast_decode, max_pixels
         )
         self._fingerprint = fingerprint
+        self._trainable = trainable
         self._threads: ThreadPoolExecutor | None = None
         self._process = os.getpid()
 
@@ -130,11 +137,15 @@ class Embedder:
         return cls(
             TorchBackend(model),
             model.config,
-            fingerprint=lambda: model_fingerprint(model, fast_decode=fast_decode),
+            fingerprint=partial(model_fingerprint, model, fast_decode=fast_decode),
             fast_decode=fast_decode,
             max_pixels=max_pixels,
             batch_size=batch_size,
+            trainable=partial(_float32_copy, model),
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_threads": None}
 
     @property
     def name(self) -> str:
@@ -175,40 +186,136 @@ class Embedder:
     def _fingerprints(self) -> Fingerprint:
         return self._fingerprint()
 
-    def embed_images(self, images: ImageInput | Iterable[ImageInput]) -> Embeddings:
-        """Return unit vectors, float32 (N, D), of paths, bytes, PIL images or uint8 arrays.
+    @cached_property
+    def preprocess(self) -> Preprocess:
+        """The function from one image to the pixels that the model takes, a float32 tensor
+        (3, S, S). It can be pickled, for the workers of a ``DataLoader``."""
+        return Preprocess(ImagePreparation(self.config, self.fast_decode, self.max_pixels))
 
-        ``images`` is one image or any number of them. EXIF orientation is applied.
+    @cached_property
+    def tokenize(self) -> Tokenize:
+        """The function from texts to token ids, an int64 tensor (N, ``context_length``). It can be
+        pickled, for the workers of a ``DataLoader``."""
+        return Tokenize(self.tokenizer, self.context_length)
+
+    def trainable_model(self) -> CLIP:
+        """Return a new float32 copy of the model, in eval mode, whose parameters have gradients.
+
+        Training it changes nothing here; ``Embedder.from_model`` embeds with it.
+
+        Raises:
+            UsageError: the model is an export.
+        """
+        if self._trainable is None:
+            raise UsageError(
+                _(
+                    "{name} is an export, which cannot be trained; load the original checkpoint",
+                    name=self.name,
+                )
+            )
+        return self._trainable().eval().requires_grad_(True)
+
+    def embed_images(
+        self,
+        images: ImageInput | Iterable[ImageInput],
+        *,
+        batch_size: int | None = None,
+        progress: ProgressOption = False,
+    ) -> Embeddings:
+        """Return unit vectors, float32 (N, D), of images. EXIF orientation is applied.
+
+        Args:
+            images: one image or any number of them: paths, bytes, PIL images, arrays (H, W, 3) or
+                uint8 tensors (3, H, W). A folder is all images in it, in the order of
+                ``cn_clip.find_images(folder)``. Float tensors (3, S, S) or (N, 3, S, S) are
+                outputs of ``preprocess``.
+            batch_size: images per batch; the default is that of the embedder.
+            progress: True shows a bar on stderr; a function is called with (done, total).
 
         Raises:
             ImageError: an image is unreadable; the message names it.
+            UsageError: ``batch_size`` is below 1.
         """
-        return self._embed_images(images, raise_errors=True)[0]
+        return self._embed_images(images, batch_size, progress, raise_errors=True)[0]
 
     def embed_readable(
-        self, images: ImageInput | Iterable[ImageInput]
+        self,
+        images: ImageInput | Iterable[ImageInput],
+        *,
+        batch_size: int | None = None,
+        progress: ProgressOption = False,
     ) -> tuple[Embeddings, dict[int, ImageError]]:
         """Embed the readable images; return their embeddings (N, D) and the errors by index.
 
-        Embeddings are in the order of ``images``, without those that have an error.
+        Embeddings are in the order of ``images``, without those that have an error. Arguments as
+        for ``embed_images``.
         """
-        return self._embed_images(images, raise_errors=False)
+        return self._embed_images(images, batch_size, progress, raise_errors=False)
 
-    def embed_texts(self, texts: str | Iterable[str]) -> Embeddings:
-        """Return unit vectors, float32 (N, D), of one text or any number of them.
+    def embed_texts(
+        self,
+        texts: str | Iterable[str] | Tensor,
+        *,
+        batch_size: int | None = None,
+        progress: ProgressOption = False,
+    ) -> Embeddings:
+        """Return unit vectors, float32 (N, D), of texts.
+
+        Args:
+            texts: one text or any number of them, or token ids (N, L) from ``tokenize``.
+            batch_size: texts per batch; by default they are batched by length.
+            progress: True shows a bar on stderr; a function is called with (done, total).
 
         Raises:
-            UsageError: a text is not a string.
+            UsageError: a text is not a string, an id is not in the vocabulary, or ``batch_size``
+                is below 1.
         """
         if not isinstance(texts, Iterable):
             raise UsageError(
                 _("{texts!r:.60} is neither a string nor a list of strings", texts=texts)
             )
-        remaining = iter([texts] if isinstance(texts, str) else texts)
+        given = [texts] if isinstance(texts, str) else texts
         embeddings = [np.empty((0, self.dim), dtype=np.float32)]
-        while chunk := list(islice(remaining, _TEXTS_PER_CHUNK)):
-            embeddings.append(self.embed_prepared_texts(self.prepare_texts(chunk)))
+        total = len(given) if isinstance(given, Sized) else None
+        with counted(progress, _("embedding texts"), total) as advance:
+            for chunk in self._prepared_chunks(given):
+                embeddings.append(self._embed_ids(chunk, batch_size, advance))
         return np.concatenate(embeddings)
+
+    def _prepared_chunks(self, texts: Iterable[str] | Tensor) -> Iterator[list[list[int]]]:
+        """Yield the token ids of many texts at a time."""
+        if is_tensor(texts):
+            yield self._ids_of(tensor_values(texts))
+            return
+        remaining = iter(cast(Iterable[str], texts))
+        while chunk := list(islice(remaining, _TEXTS_PER_CHUNK)):
+            yield self.prepare_texts(chunk)
+
+    def _ids_of(self, ids: npt.NDArray[np.int64]) -> list[list[int]]:
+        """Return the rows (N, L) of a tensor of token ids, without padding."""
+        limit = len(self.tokenizer.vocab)
+        if ids.ndim != 2 or ids.dtype.kind not in "iu" or ids.min(initial=0) < 0:
+            raise UsageError(
+                _(
+                    "a tensor of {dtype} and shape {shape} is not token ids (N, L); give the "
+                    "output of tokenize",
+                    dtype=ids.dtype,
+                    shape=ids.shape,
+                )
+            )
+        if ids.shape[1] > self.config.text.max_positions or ids.max(initial=0) >= limit:
+            raise UsageError(
+                _(
+                    "the token ids reach {largest} in {length} columns; the model has {limit} "
+                    "tokens and {positions} positions",
+                    largest=int(ids.max(initial=0)),
+                    length=ids.shape[1],
+                    limit=limit,
+                    positions=self.config.text.max_positions,
+                )
+            )
+        lengths = np.where(ids != 0, np.arange(1, ids.shape[1] + 1), 1).max(axis=1, initial=1)
+        return [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
 
     def prepare_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text, without padding, for ``embed_prepared_texts``."""
@@ -220,38 +327,61 @@ class Embedder:
 
     def embed_prepared_texts(self, ids: Sequence[Sequence[int]]) -> Embeddings:
         """Return unit vectors (N, D) of texts from ``prepare_texts``, in batches by length."""
+        return self._embed_ids(ids)
+
+    def _embed_ids(
+        self,
+        ids: Sequence[Sequence[int]],
+        batch_size: int | None = None,
+        advance: Callable[[int], None] = lambda count: None,
+    ) -> Embeddings:
+        rows, tokens = _TEXTS_PER_BATCH, _TOKENS_PER_BATCH
+        if batch_size is not None:
+            _check_batch_size(batch_size)
+            rows, tokens = batch_size, batch_size * self.config.text.max_positions
         out = np.empty((len(ids), self.dim), dtype=np.float32)
         lengths = [len(text_ids) for text_ids in ids]
-        for batch, length in batches_by_length(
-            lengths, max_rows=_TEXTS_PER_BATCH, max_tokens=_TOKENS_PER_BATCH
-        ):
+        for batch, length in batches_by_length(lengths, max_rows=rows, max_tokens=tokens):
             padded = self.tokenizer.pad([ids[i] for i in batch], length)
             mask = np.arange(length) < np.array([lengths[i] for i in batch])[:, None]
             out[batch] = unit_length(self.backend.run_texts(padded, mask))
+            advance(len(batch))
         return out
 
     def _embed_images(
-        self, images: ImageInput | Iterable[ImageInput], *, raise_errors: bool
+        self,
+        images: ImageInput | Iterable[ImageInput],
+        batch_size: int | None,
+        progress: ProgressOption,
+        *,
+        raise_errors: bool,
     ) -> tuple[Embeddings, dict[int, ImageError]]:
+        size = self.batch_size if batch_size is None else batch_size
+        _check_batch_size(size)
         embeddings = [np.empty((0, self.dim), dtype=np.float32)]
         batch: list[PreparedImage] = []
         errors: dict[int, ImageError] = {}
-        depth = 2 * self.batch_size
-        with closing(
-            prepare_ahead(self._pool(), self.prepare_image, iter_images(images), depth)
-        ) as ahead:
+        sources, total = iter_images(images)
+        with (
+            counted(progress, _("embedding images"), total) as advance,
+            closing(prepare_ahead(self._pool(), self.prepare_image, sources, 2 * size)) as ahead,
+        ):
             for index, prepared in enumerate(ahead):
-                if not isinstance(prepared, ImageError):
-                    batch.append(prepared)
-                elif raise_errors:
-                    raise prepared
-                else:
+                if isinstance(prepared, ImageError):
+                    if raise_errors:
+                        raise prepared
                     errors[index] = prepared
-                if len(batch) == self.batch_size:
+                    advance(1)
+                    continue
+                # Pixels and normalised pixels cannot be in one array.
+                if len(batch) == size or (batch and batch[0].dtype != prepared.dtype):
                     embeddings.append(self.embed_prepared_images(batch))
+                    advance(len(batch))
                     batch = []
-        if batch:
-            embeddings.append(self.embed_prepared_images(batch))
+                batch.append(prepared)
+            if batch:
+                embeddings.append(self.embed_prepared_images(batch))
+                advance(len(batch))
         return np.concatenate(embeddings), errors
 
     def _pool(self) -> ThreadPoolExecutor:
@@ -261,6 +391,17 @@ class Embedder:
             self._threads = ThreadPoolExecutor(workers, thread_name_prefix="cn_clip-decode")
             self._process = os.getpid()
         return self._threads
+
+
+def _float32_copy(model: CLIP) -> CLIP:
+    return deepcopy(model).float()
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise UsageError(
+            _("batch_size {batch_size} is below 1; the default is 32", batch_size=batch_size)
+        )
 
 
 def load(
@@ -284,7 +425,9 @@ def load(
             ``cn_clip.export``. ``"auto"`` is the fastest installed one for an export.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; ``"auto"`` takes a GPU if there is
             one.
-        precision: ``"auto"`` is float16 on CUDA and float32 elsewhere.
+        precision: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"fp32"``, ``"bf16"``,
+            ``"fp16"``; for exports ``"int8"`` too. ``"auto"`` is float16 on CUDA and float32
+            elsewhere.
         fast_decode: decode large JPEG files at reduced size. Faster; embeddings differ slightly.
         max_pixels: images with more pixels are refused before they are decoded; 2**27 by default.
         download_root: the folder that is searched first, and downloaded to.
@@ -300,6 +443,7 @@ def load(
         raise UsageError(
             _("unknown backend {backend!r}; available: {known}", backend=backend, known=known)
         )
+    precision = cast(Precision, full_precision(precision))
     in_torch = backend in ("auto", "torch") and not is_export(
         Path(os.path.expanduser(name_or_path))
     )
@@ -323,17 +467,18 @@ def load(
     model = load_model(path, expected=expected, device=device, precision=precision)
     torch_backend = TorchBackend(model)
 
-    def fingerprint() -> Fingerprint:
-        if torch_backend.precision == "float32":
-            return model_fingerprint(model, fast_decode=fast_decode)
-        return file_fingerprint(path, torch_backend.precision, fast_decode=fast_decode)
-
+    fingerprint: Callable[[], Fingerprint] = (
+        partial(model_fingerprint, model, fast_decode=fast_decode)
+        if torch_backend.precision == "float32"
+        else partial(file_fingerprint, path, torch_backend.precision, fast_decode=fast_decode)
+    )
     return Embedder(
         torch_backend,
         model.config,
         fingerprint=fingerprint,
         fast_decode=fast_decode,
         max_pixels=max_pixels,
+        trainable=partial(load_model, path, expected=expected, device=device, precision="float32"),
     )
 
 
@@ -429,6 +574,8 @@ def _existing_path(reference: str) -> Path:
         raise UsageError(
             _("{reference!r:.80} is not a valid path: {error}", reference=reference, error=error)
         ) from None
+    if hub.is_openai_name(reference):
+        raise UnknownModelError(_("model"), reference, hub.names())
     if path.suffix or "/" in reference or os.sep in reference:
         raise UsageError(_("no such file or folder: {reference!r}", reference=reference))
     raise UnknownModelError(_("model"), reference, hub.names())

@@ -52,9 +52,14 @@ def names() -> list[str]:
 def is_repository(name: str) -> bool:
     """Whether a name has the form of a repository, ``org/name``, and not of a file."""
     match = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name)
-    if name.replace("/", "-") in names():  # OpenAI writes ViT-B/16
+    if is_openai_name(name):
         return False
     return match is not None and not re.search(r"\.(pth?|bin|safetensors|onnx)$", name)
+
+
+def is_openai_name(name: str) -> bool:
+    """Whether a name has the form that OpenAI writes, ``ViT-B/16``."""
+    return re.match(r"ViT-\w/\d", name) is not None
 
 
 def find(name: str, download_root: str | os.PathLike[str] | None = None) -> Path | None:

@@ -11,6 +11,7 @@ from functools import cache
 from importlib import import_module
 
 from cn_clip.errors import UnknownNameError, UsageError
+from cn_clip.install import install_command
 from cn_clip.translation import _
 
 
@@ -64,7 +65,10 @@ def opencc_converter(config: str) -> Callable[[str], str]:
         opencc = import_module("opencc")
     except ImportError:
         raise UsageError(
-            _("simplified and traditional characters need OpenCC: pip install 'cn-clip[eval]'")
+            _(
+                "simplified and traditional characters need OpenCC: {command}",
+                command=install_command("eval"),
+            )
         ) from None
     convert: Callable[[str], str] = opencc.OpenCC(config).convert
     return convert

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from cn_clip.translation import _
 
@@ -134,6 +134,21 @@ def drop_dead_terminal() -> None:
 def exit_on_signals() -> None:
     """From now on, exit at once on SIGINT, SIGTERM and SIGHUP: there is nothing to clean up."""
     _on_signals(lambda number, frame: os._exit(128 + number))
+
+
+def exit_after(run: Callable[[], None]) -> NoReturn:
+    """Run the main function of a process, which ends in ``sys.exit``, and exit; a signal ends it
+    with 128 plus its number."""
+    code = 0
+    raise_on_signals()
+    try:
+        run()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except Interrupted as error:  # before or after the command runs
+        code = error.code
+    exit_on_signals()
+    sys.exit(code)
 
 
 def _on_signals(handler: Callable[[int, FrameType | None], None]) -> None:

@@ -10,7 +10,7 @@ import os
 import threading
 import warnings
 from collections.abc import Iterable, Sequence
-from functools import cache
+from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
 
@@ -130,8 +130,16 @@ class Tokenizer:
 
     def convert_ids_to_tokens(self, ids: Iterable[int]) -> list[str]:
         """Return tokens of ids, as the official tokenizer; ``KeyError`` if one is unknown."""
-        tokens = {index: token for token, index in self.vocab.items()}
-        return [tokens[int(index)] for index in ids]
+        return [self.inv_vocab[int(index)] for index in ids]
+
+    @cached_property
+    def inv_vocab(self) -> dict[int, str]:
+        """Id to token, as in the official tokenizer."""
+        return {index: token for token, index in self.vocab.items()}
+
+    def vocab_size(self) -> int:
+        """Return the number of tokens, as the official tokenizer."""
+        return len(self.vocab)
 
     def _count_truncated(self, count: int, context_length: int) -> None:
         with self._lock:

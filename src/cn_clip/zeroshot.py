@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,13 +17,25 @@ from cn_clip.calibration import Calibration, check_model, probability, read_cali
 from cn_clip.embedder import Embedder
 from cn_clip.errors import UsageError
 from cn_clip.image.decode import ImageInput
+from cn_clip.progress import ProgressOption
 from cn_clip.text import valid_text
 from cn_clip.translation import _
+
+
+class Prediction(NamedTuple):
+    """The scores of one image for one label; ``match`` is None without a calibration."""
+
+    label: str
+    probability: float
+    cosine: float
+    match: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Classification:
     """Scores of N images against M labels.
+
+    ``result[i]`` has the predictions of image i, best first: ``result[0][0].label``.
 
     Attributes:
         labels: the M distinct labels.
@@ -41,6 +53,48 @@ class Classification:
     cosines: npt.NDArray[np.float32]
     match_probabilities: npt.NDArray[np.float64] | None = None
     none_of_these: npt.NDArray[np.bool_] | None = None
+
+    def __len__(self) -> int:
+        return len(self.probabilities)
+
+    def __getitem__(self, index: int) -> list[Prediction]:
+        row = range(len(self))[index]  # a negative index counts from the end
+        best_first = np.argsort(-self.probabilities[row], kind="stable")
+        return [self._prediction(row, column) for column in best_first]
+
+    def __iter__(self) -> Iterator[list[Prediction]]:
+        return (self[row] for row in range(len(self)))
+
+    def to_dicts(self, top: int | None = None) -> list[dict[str, Any]]:
+        """Return JSON values for each image: ``{"predictions": [{"label": ..., ...}, ...]}``.
+
+        Args:
+            top: number of predictions of an image; the default is all.
+
+        With a calibration, a prediction has ``match``, and an image ``none_of_these``, None without
+        a threshold.
+        """
+        calibrated, none = self.match_probabilities is not None, self.none_of_these
+        rows = []
+        for number, predictions in enumerate(self):
+            values = [prediction._asdict() for prediction in predictions[:top]]
+            row: dict[str, Any] = {"predictions": values}
+            if calibrated:
+                row["none_of_these"] = None if none is None else bool(none[number])
+            else:
+                for value in values:
+                    del value["match"]
+            rows.append(row)
+        return rows
+
+    def _prediction(self, row: int, column: int) -> Prediction:
+        match = self.match_probabilities
+        return Prediction(
+            self.labels[column],
+            float(self.probabilities[row, column]),
+            float(self.cosines[row, column]),
+            None if match is None else float(match[row, column]),
+        )
 
     def ranking(self, count: int) -> npt.NDArray[np.int64]:
         """Return the label indexes (N, min(count, M)) of each image, best first."""
@@ -64,6 +118,8 @@ def classify(
     *,
     templates: Sequence[str] = ("{}",),
     calibration: Calibration | str | os.PathLike[str] | None = None,
+    batch_size: int | None = None,
+    progress: ProgressOption = False,
 ) -> Classification:
     """Score images against labels (Radford et al., arXiv:2103.00020, section 3.1).
 
@@ -74,6 +130,7 @@ def classify(
         templates: sentences with ``{}`` in place of the label, such as ``"一张{}的照片"``; a
             label's embedding is the mean over the templates.
         calibration: of this model, or its file: adds match probabilities and ``none_of_these``.
+        batch_size, progress: as for ``Embedder.embed_images``.
 
     Raises:
         UsageError: fewer than two distinct labels, an empty label, a template without ``{}``, or a
@@ -86,9 +143,8 @@ def classify(
     if calibration is not None:
         check_model(calibration, embedder)
     prototypes = label_embeddings(embedder, names, templates)
-    return classify_embeddings(
-        embedder, embedder.embed_images(images), names, prototypes, calibration=calibration
-    )
+    embeddings = embedder.embed_images(images, batch_size=batch_size, progress=progress)
+    return classify_embeddings(embedder, embeddings, names, prototypes, calibration=calibration)
 
 
 def classify_embeddings(

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError
 
 import pytest
@@ -169,13 +170,13 @@ def test_doctor_works_without_an_installed_distribution(cn_clip, monkeypatch):
     def requires(name):
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(sys.modules["cn_clip.cli.doctor"].metadata, "requires", requires)
+    monkeypatch.setattr(import_module("cn_clip.cli.doctor").metadata, "requires", requires)
     code, out, _ = cn_clip("doctor", "--offline")
-    assert code == 0 and "cn-clip is not installed; pip install -e ." in out
+    assert code == 0 and "cn-clip is not installed; pip install -e " in out
 
 
 def test_doctor_names_missing_and_old_packages_with_the_command(cn_clip, monkeypatch):
-    module = sys.modules["cn_clip.cli.doctor"]  # the package's attribute is the command
+    module = import_module("cn_clip.cli.doctor")  # the package's attribute is the command
     versions = {"torch": None, "pillow": "9.5.0"}
     real = module._version
     monkeypatch.setattr(module, "_version", lambda name: versions.get(name, real(name)))

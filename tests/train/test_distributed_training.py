@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tomli_w
@@ -101,7 +102,8 @@ def test_sharded_weights_give_the_losses_and_norms_of_one_process(pairs, start, 
     for parallel, processes in (("fsdp", 2), ("ddp", 1)):
         run = tmp_path / parallel
         machine = {"device": "cpu", "precision": "fp32", "parallel": parallel}
-        recipe = values(pairs, start, run, output={"log_every": 1}, machine=machine)
+        output = {"log_every": 1, "save_every": 4, "background_saves": True}
+        recipe = values(pairs, start, run, output=output, machine=machine)
         for stage in recipe["stages"]:
             stage["optimizer"] |= {"ema": 0.9, "max_grad_norm": 1.0}
         done = torchrun(processes, recipe, tmp_path)
@@ -143,7 +145,8 @@ def test_sharded_weights_are_evaluated_on_any_number_of_images(start, tmp_path):
 def test_a_run_resumes_in_the_same_order_with_another_number_of_processes(pairs, start, tmp_path):
     """Two processes do four steps, one does the rest: the losses are those of one alone."""
     run = tmp_path / "run"
-    recipe = values(pairs, start, run, output={"log_every": 1, "save_every": 1})
+    output = {"log_every": 1, "save_every": 1, "background_saves": True}
+    recipe = values(pairs, start, run, output=output)
     recipe["stages"] = [recipe["stages"][1] | {"steps": 8}]
     recipe["stages"][0]["optimizer"]["schedule"] = "constant"  # so that the length decides nothing
     whole = copy.deepcopy(recipe)
@@ -219,3 +222,14 @@ def test_a_signal_to_one_process_stops_the_evaluation_of_all(pairs, start, tmp_p
         code, batches = json.loads((tmp_path / f"{index}.json").read_text())
         assert code == 128 + signal.SIGTERM
         assert len(batches) == own_texts[index] + 2  # not one more batch
+
+
+@pytest.mark.full
+def test_killed_processes_start_again_and_end_as_if_they_had_not_been(tmp_path):
+    script = Path(__file__).parents[2] / "benchmarks" / "long_run.py"
+    options = ["--steps", "60", "--save-every", "10", "--kills", "2"]
+    done = subprocess.run(
+        [sys.executable, script, "--folder", tmp_path, *options], capture_output=True, text=True
+    )
+    assert "60 steps, 2 kills" in done.stdout, done.stdout + done.stderr
+    assert "equal losses: 60 of 60" in done.stdout and "equal weights: True" in done.stdout

@@ -13,6 +13,7 @@ from train.runs import from_toml
 
 from cn_clip.config import MODELS, model_config
 from cn_clip.errors import UnknownNameError, UsageError
+from cn_clip.install import update_command
 from cn_clip.train.optim import peak_lr
 from cn_clip.train.recipe.flags import apply_flags
 from cn_clip.train.recipe.renamed import RENAMED
@@ -263,7 +264,7 @@ def test_a_renamed_option_is_refused_with_its_new_name(old, new):
 
 
 def test_a_recipe_of_a_newer_version_is_refused_before_its_unknown_keys():
-    with pytest.raises(UsageError, match=r"has version 99, .* pip install -U cn-clip"):
+    with pytest.raises(UsageError, match=f"has version 99, .* {re.escape(update_command())}"):
         build_recipe({"version": 99, "inventions": {"of": "tomorrow"}})
 
 

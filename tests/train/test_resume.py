@@ -6,12 +6,18 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from train.runs import make_recipe, recipe_values, write_start
 
 from cn_clip.data.pack import pack
 from cn_clip.data.sources.open import open_source
+from cn_clip.errors import CheckpointError
 from cn_clip.train.loop import train
 from cn_clip.train.run import checkpoint
 from cn_clip.train.run.log import read_log
@@ -182,3 +188,66 @@ def test_ctrl_c_for_the_process_group_saves_the_run(pairs, dropping, tmp_path):
         _, told = process.communicate(timeout=60)
         assert process.returncode == 130, told
     assert "the state is saved" in told and "Traceback" not in told
+
+
+def test_a_state_written_in_the_background_is_that_of_its_step(
+    pairs, dropping, tmp_path, monkeypatch
+):
+    saved, during = checkpoint.save, []
+
+    def slowly(*arguments, **options):
+        time.sleep(0.2)
+        during.append(len(losses(tmp_path / "run")))
+        saved(*arguments, **options)
+
+    monkeypatch.setattr(checkpoint, "save", slowly)
+    found = {}
+    for name, background in (("whole", False), ("run", True)):
+        options = {"log_every": 1, "save_every": 2, "keep": 100, "background_saves": background}
+        stage = {"optimizer": AVERAGED}
+        train(make_recipe(pairs, dropping, tmp_path / name, stage, output=options))
+        states = checkpoint.states(tmp_path / name)
+        found[name] = {state.name: tensors_of(state) for state in states}
+        assert {event["total"] for event in read_log(tmp_path / name) if event["kind"] == "saved"}
+    assert max(during[:-1]) > 2  # steps went on while a state was written
+    assert found["run"].keys() == found["whole"].keys()
+    for state, tensors in found["whole"].items():
+        for name, values in tensors.items():
+            assert torch.equal(found["run"][state][name], values), (state, name)
+
+
+def test_a_state_that_cannot_be_written_in_the_background_ends_the_run(
+    pairs, dropping, tmp_path, monkeypatch
+):
+    def full(*unused, **also_unused):
+        raise OSError(28, "No space left on device")
+
+    options = {"save_every": 2, "background_saves": True}
+    recipe = make_recipe(pairs, dropping, tmp_path / "run", {"epochs": 1}, output=options)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", full)
+        with pytest.raises(CheckpointError, match=r"was not saved .*No space left"):
+            train(recipe)
+    assert train(recipe, resume=True).steps == 3
+
+
+def tensors_of(state):
+    """Return the tensors of a state by name, read without knowledge of the model."""
+    tensors = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _load_state_dict(
+            tensors,
+            storage_reader=FileSystemReader(state / "tensors"),
+            planner=_EmptyStateDictLoadPlanner(),
+            no_dist=True,
+        )
+    return dict(flatten(tensors))
+
+
+def flatten(values, prefix=""):
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

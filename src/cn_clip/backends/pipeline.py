@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,13 +17,13 @@ from PIL import Image
 
 from cn_clip.config import ModelConfig
 from cn_clip.errors import ImageError
-from cn_clip.image.decode import MAX_PIXELS, ImageInput, read_image, read_pixels
+from cn_clip.image.decode import MAX_PIXELS, ImageInput, find_images, read_image, read_pixels
 from cn_clip.translation import _
 
 _MAX_PADDING = 4  # tokens; fewer are not worth a batch of their own
 _MAX_COPIED_PIXELS = 1 << 22  # a larger PIL image is prepared at once instead of copied
 
-PreparedImage = npt.NDArray[np.uint8]  # (3, S, S)
+PreparedImage = npt.NDArray[Any]  # (3, S, S): uint8, or float32 if it is normalised already
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +35,16 @@ class ImagePreparation:
     max_pixels: int = MAX_PIXELS
 
     def __call__(self, source: ImageInput) -> PreparedImage:
-        """Return uint8 pixels (3, S, S).
+        """Return uint8 pixels (3, S, S); of a float tensor, its values as float32.
 
         Raises:
             ImageError: the image is unreadable or refused.
         """
+        if is_tensor(source):
+            array = tensor_values(source)
+            if array.dtype.kind == "f":
+                return self._normalised(array)
+            source = _channels_last(array)
         pixels = read_pixels(
             source,
             self.config.vision.resolution,
@@ -48,19 +54,64 @@ class ImagePreparation:
         )
         return np.ascontiguousarray(np.moveaxis(pixels, -1, 0))
 
+    def _normalised(self, array: npt.NDArray[Any]) -> PreparedImage:
+        side = self.config.vision.resolution
+        if array.shape != (3, side, side):
+            raise ImageError(
+                _(
+                    "a float tensor of shape {shape} is not an output of preprocess, which has "
+                    "the shape {expected}; give that, or a uint8 tensor of pixels",
+                    shape=array.shape,
+                    expected=(3, side, side),
+                )
+            )
+        return np.ascontiguousarray(array, dtype=np.float32)
 
-def iter_images(images: ImageInput | Iterable[ImageInput]) -> Iterator[ImageInput]:
-    """Yield one image, or each of several; a 4-dimensional array is a batch of images."""
-    if isinstance(images, np.ndarray):
-        yield from [images] if images.ndim < 4 else images
+
+def is_tensor(value: object) -> bool:
+    """Return whether a value is a ``torch.Tensor``; torch is not imported for it."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def tensor_values(tensor: Any) -> npt.NDArray[Any]:
+    """Return the values of a ``torch.Tensor`` on any device; numpy has no bfloat16."""
+    tensor = tensor.detach().cpu()
+    values: npt.NDArray[Any] = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    return values
+
+
+def _channels_last(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return pixels (C, H, W), as torchvision reads them, as (H, W, C) or (H, W)."""
+    if array.ndim == 3 and array.shape[0] in (1, 3, 4):
+        array = np.moveaxis(array, 0, -1)
+        return array[:, :, 0] if array.shape[2] == 1 else array
+    return array
+
+
+def iter_images(
+    images: ImageInput | Iterable[ImageInput],
+) -> tuple[Iterator[ImageInput], int | None]:
+    """Return one image, or each of several, and their number if it is known.
+
+    A 4-dimensional array or tensor is a batch of images, a folder all images in it, as
+    ``find_images`` lists them.
+    """
+    several: Iterable[ImageInput]
+    if isinstance(images, np.ndarray) or is_tensor(images):
+        array: Any = images
+        several = [array] if array.ndim < 4 else array
+    elif isinstance(images, str | os.PathLike) and os.path.isdir(os.path.expanduser(images)):
+        several = find_images([images])
     elif isinstance(images, str | os.PathLike | bytes | bytearray | Image.Image):
-        yield images
+        several = [images]
     elif not isinstance(images, Iterable):
         raise ImageError(
             _("{images!r:.60} is neither an image nor a list of images", images=images)
         )
     else:
-        yield from images
+        several = images
+    return iter(several), len(several) if isinstance(several, Sized) else None
 
 
 def prepare_ahead(

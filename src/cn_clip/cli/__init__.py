@@ -13,7 +13,7 @@ import select
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
@@ -64,11 +64,15 @@ _SYSTEM_ERRORS = (
 _NO_MEMORY = ("out of memory", "allocate memory", "not enough memory")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Run the command line and exit."""
+    end(run)
+
+
+def end(run: Callable[[Sequence[str]], int]) -> None:
+    """Run a function with the arguments of the process, and exit with its code."""
     _open_streams()
-    code = run(sys.argv[1:] if arguments is None else arguments)
-    sys.exit(_flush(code))
+    sys.exit(_flush(run(sys.argv[1:])))
 
 
 def load_commands() -> None:
@@ -79,20 +83,30 @@ def load_commands() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command line; return its exit code."""
+    return guarded(_dispatch, arguments)
+
+
+def guarded(work: Callable[[Sequence[str]], object], arguments: Sequence[str]) -> int:
+    """Run a function as a command: errors and warnings are sentences on stderr. Return the exit
+    code."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("once", UserWarning)
         warnings.showwarning = _print_warning
-        return _run(arguments)
+        return _guarded(work, arguments)
 
 
-def _run(arguments: Sequence[str]) -> int:
+def _dispatch(arguments: Sequence[str]) -> object:
+    refuse_empty(arguments)
+    if not arguments or arguments[0] in ("--help", "-h"):
+        load_commands()
+    return app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+
+
+def _guarded(work: Callable[[Sequence[str]], object], arguments: Sequence[str]) -> int:
     try:
-        refuse_empty(arguments)
         _check_folder()
-        if not arguments or arguments[0] in ("--help", "-h"):
-            load_commands()
-        code = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+        code = work(arguments)
     except KeyboardInterrupt as error:
         return _interrupted(error.number if isinstance(error, Interrupted) else signal.SIGINT)
     except Exception as error:

@@ -89,12 +89,12 @@ def classify(
             result = zeroshot.classify_embeddings(
                 embedder, embeddings, names, prototypes, calibration=fitted
             )
-            ranking = result.ranking(top).tolist()
-            for row, (path, columns) in enumerate(zip(readable, ranking, strict=True)):
-                if json:
-                    results.append(_as_json(path, result, row, columns))
-                else:
-                    out.print(_table(path, result, row, columns, fitted))
+            if json:
+                rows = zip(readable, result.to_dicts(top), strict=True)
+                results += [{"image": path_text(path)} | row for path, row in rows]
+            else:
+                for row, path in enumerate(readable):
+                    out.print(_table(path, result, row, top, fitted))
             failed += [{"image": path_text(chunk[i]), "error": str(e)} for i, e in errors.items()]
             bars.advance(task, len(chunk))
 
@@ -159,29 +159,11 @@ def _read_labels(given: str | None, file: str | None) -> list[str]:
     return [line for line in lines if line.strip()]
 
 
-def _as_json(path: Path, result: Classification, row: int, columns: list[int]) -> dict[str, Any]:
-    predictions: list[dict[str, Any]] = []
-    for column in columns:
-        prediction: dict[str, Any] = {
-            "label": result.labels[column],
-            "probability": float(result.probabilities[row, column]),
-            "cosine": float(result.cosines[row, column]),
-        }
-        if result.match_probabilities is not None:
-            prediction["match"] = float(result.match_probabilities[row, column])
-        predictions.append(prediction)
-    values: dict[str, Any] = {"image": path_text(path)}
-    if result.match_probabilities is not None:
-        none = result.none_of_these
-        values["none_of_these"] = None if none is None else bool(none[row])
-    return values | {"predictions": predictions}
-
-
 def _table(
     path: Path,
     result: Classification,
     row: int,
-    columns: list[int],
+    top: int,
     calibration: Calibration | None,
 ) -> Table:
     title = escape(path_text(path))
@@ -195,11 +177,7 @@ def _table(
     table.add_column(_("cosine"), justify="right")
     if result.match_probabilities is not None:
         table.add_column(_("match"), justify="right")
-    for column in columns:
-        probability = float(result.probabilities[row, column])
-        cells = [escape(result.labels[column]), f"{probability:.1%}", bar(probability)]
-        cells.append(f"{result.cosines[row, column]:.3f}")
-        if result.match_probabilities is not None:
-            cells.append(f"{result.match_probabilities[row, column]:.1%}")
-        table.add_row(*cells)
+    for label, probability, cosine, match in result[row][:top]:
+        cells = [escape(label), f"{probability:.1%}", bar(probability), f"{cosine:.3f}"]
+        table.add_row(*cells, *([] if match is None else [f"{match:.1%}"]))
     return table

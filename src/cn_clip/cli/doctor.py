@@ -18,10 +18,26 @@ from rich.markup import escape
 
 from cn_clip import __version__, hub
 from cn_clip.cli.show import Flag, console, print_json
+from cn_clip.install import NAME, install_command, installation, other_version, reinstall_command
 from cn_clip.translation import N_, _, translate
 
 _TIMEOUT_S = 3.0
-_OPTIONAL = {"modelscope": (N_("downloads from ModelScope"), "pip install 'cn-clip[modelscope]'")}
+_CPU_INDEX = "--index-url https://download.pytorch.org/whl/cpu"
+# extra -> what it is for, and the modules of its packages
+_EXTRAS = {
+    "data": (N_("Parquet and LMDB"), ("pyarrow", "lmdb")),
+    "eval": (N_("traditional characters"), ("opencc",)),
+    "search": (N_("large libraries, --watch"), ("numkong", "watchfiles")),
+    "serve": (N_("the server"), ("fastapi", "uvicorn", "httptools", "prometheus_client")),
+    "onnx": (N_("exports in ONNX Runtime"), ("onnxruntime",)),
+    "openvino": (N_("exports in OpenVINO"), ("openvino",)),
+    "export": (N_("writing exports"), ("onnx", "onnxscript", "onnxruntime")),
+    "ocr": (N_("text in images"), ("rapidocr",)),
+    "heif": (N_("HEIC images"), ("pillow_heif",)),
+    "remote": (N_("training data in object stores"), ("obstore",)),
+    "train": (N_("TensorBoard"), ("tensorboard",)),
+    "modelscope": (N_("downloads from ModelScope"), ("modelscope",)),
+}
 _COLOURS = {N_("ok"): "green", N_("note"): "yellow", N_("fail"): "red"}
 
 
@@ -59,7 +75,7 @@ def doctor(
             # Rich reads square brackets as markup; details may have some, as in cn-clip[extra].
             state = f"[{_COLOURS[finding.state]}]{_padded(finding.state, 6)}[/]"
             what = _padded(finding.what, 17)
-            out.print(f"{state}{what}{escape(finding.detail)}", soft_wrap=True)
+            out.print(state + escape(f"{what}{finding.detail}"), soft_wrap=True)
     ready = all(finding.state != "fail" for finding in findings)
     if json:
         print_json({"ready": ready, "findings": [asdict(finding) for finding in findings]})
@@ -75,30 +91,21 @@ def _padded(message: str, width: int) -> str:
 
 
 def _check_all(offline: bool) -> Iterator[Finding]:
-    yield Finding("cn-clip", "ok", f"{__version__}, Python {platform.python_version()}")
+    yield from _package()
     requirements = _requirements()
     if requirements is None:
         yield Finding(
             N_("packages"),
             "note",
-            _("only torch is checked, because cn-clip is not installed; pip install -e ."),
+            _(
+                "only torch is checked, because cn-clip is not installed; pip install -e {place}",
+                place=installation().place,
+            ),
         )
         requirements = [Requirement("torch")]
     required = [_check_package(requirement) for requirement in requirements]
     yield from required
-    for name, (purpose, command) in _OPTIONAL.items():
-        if importlib.util.find_spec(name):
-            yield Finding(name, "ok", _version(name) or _("installed"))
-        else:
-            yield Finding(
-                name,
-                "note",
-                _(
-                    "not installed; for {purpose}: {command}",
-                    purpose=translate(purpose),
-                    command=command,
-                ),
-            )
+    yield from _extras()
     if any(finding.state == "fail" for finding in required):
         return
     yield from _devices()
@@ -112,6 +119,51 @@ def _check_all(offline: bool) -> Iterator[Finding]:
         yield Finding(name, "ok" if path else "note", str(path or missing))
     if not offline:
         yield from _hubs()
+
+
+def _package() -> Iterator[Finding]:
+    """Report the version, and where it came from."""
+    found = installation()
+    origin = {
+        "clone": _("from the source tree {place}", place=found.place),
+        "folder": _("from the folder {place}", place=found.place),
+        "file": _("from {place}", place=found.place),
+        "repository": _("from {place}", place=found.place),
+        "index": _("from a package index"),
+    }[found.kind]
+    yield Finding(
+        NAME,
+        "ok",
+        _(
+            "{version}, Python {python}, {origin}",
+            version=__version__,
+            python=platform.python_version(),
+            origin=origin,
+        ),
+    )
+    if other := other_version():
+        yield Finding(
+            NAME,
+            "note",
+            _(
+                "{version} is installed too, and would be imported without PYTHONPATH; remove it "
+                "with: pip uninstall cn-clip",
+                version=other,
+            ),
+        )
+
+
+def _extras() -> Iterator[Finding]:
+    for extra, (purpose, modules) in _EXTRAS.items():
+        missing = [module for module in modules if importlib.util.find_spec(module) is None]
+        detail = translate(purpose)
+        if missing:
+            detail = _(
+                "not installed; for {purpose}: {command}",
+                purpose=detail,
+                command=install_command(extra),
+            )
+        yield Finding(f"[{extra}]", "note" if missing else "ok", detail)
 
 
 def _requirements() -> list[Requirement] | None:
@@ -130,7 +182,7 @@ def _check_package(requirement: Requirement) -> Finding:
     problem = _("{version} is too old", version=version) if version else _("missing")
     remedy = f"pip install '{requirement}'"
     if requirement.name == "torch":
-        remedy += _(", or a smaller build for the CPU: see constraints.txt")
+        remedy += _(", or for the CPU alone: {command}", command=f"{remedy} {_CPU_INDEX}")
     return Finding(
         requirement.name,
         "fail",
@@ -194,11 +246,13 @@ def _embedded_model() -> Finding:
         return Finding(
             N_("embedded model"),
             "fail",
-            _("{error}; reinstall: pip install -I cn-clip", error=error),
+            _("{error}; restore it: {command}", error=error, command=reinstall_command()),
         )
     if not works:
         return Finding(
-            N_("embedded model"), "fail", _("wrong embeddings; reinstall: pip install -I cn-clip")
+            N_("embedded model"),
+            "fail",
+            _("wrong embeddings; restore it: {command}", command=reinstall_command()),
         )
     return Finding(
         N_("embedded model"),

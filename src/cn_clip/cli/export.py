@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from rich.markup import escape
 from rich.table import Table
 
 from cn_clip.cli.show import Flag, console, list_failed, print_json
+from cn_clip.config import full_precision
 from cn_clip.errors import UsageError
 from cn_clip.translation import _, translate
 
 if TYPE_CHECKING:
+    from cn_clip.backends.exported import GraphPrecision
     from cn_clip.export import ExportResult
     from cn_clip.export.fastest import Choice
 
@@ -24,7 +26,7 @@ def export(
     model: str = "mini",
     to: Literal["onnx", "openvino", "tensorrt", "coreml"] = "onnx",
     out: str | None = None,
-    precision: Literal["float32", "float16", "int8"] | None = None,
+    precision: Literal["float32", "float16", "int8", "fp32", "fp16"] | None = None,
     max_recall_drop: float | None = None,
     dataset: str | None = None,
     images: str | None = None,
@@ -116,7 +118,7 @@ def export(
         model,
         out,
         to=to,
-        precision=precision or "float32",
+        precision=cast("GraphPrecision", full_precision(precision or "float32")),
         images=files,
         smooth_quant_alpha=smooth_quant_alpha,
         official_names=official_names,

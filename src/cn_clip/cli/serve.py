@@ -12,6 +12,7 @@ from cyclopts.validators import Number
 from cn_clip.cli.library_options import DEFAULT, LibraryLoading
 from cn_clip.cli.show import Flag
 from cn_clip.errors import UsageError
+from cn_clip.install import install_command
 from cn_clip.translation import _
 
 KEY_VARIABLE = "CN_CLIP_API_KEY"
@@ -147,7 +148,11 @@ def _check_installed() -> None:
         del fastapi, httptools, prometheus_client, uvicorn
     except ImportError as error:
         raise UsageError(
-            _("{name} is not installed; run: pip install 'cn-clip[serve]'", name=error.name)
+            _(
+                "{name} is not installed; run: {command}",
+                name=error.name,
+                command=install_command("serve"),
+            )
         ) from None
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 from rich.console import Console
@@ -15,6 +15,10 @@ from cn_clip.cli.show import Flag, console, print_json, progress
 from cn_clip.errors import UsageError
 from cn_clip.processes import drop_dead_terminal
 from cn_clip.translation import N_, _, translate
+
+if TYPE_CHECKING:
+    from cn_clip.train.recipe.schema import Recipe
+    from cn_clip.train.run.run_dir import Outcome
 
 Flags = Annotated[str, Parameter(show=False, allow_leading_hyphen=True)]
 
@@ -80,7 +84,7 @@ def train(
     all_flags = list(flags)
     if resume not in (None, "auto"):
         all_flags += ["--start.checkpoint", str(resume)]
-    built = build_recipe(apply_flags(read_recipe(recipe), all_flags, _world_size()))
+    built = build_recipe(apply_flags(read_recipe(recipe), all_flags, processes()))
     if show == "recipe":
         print(built.to_toml(), end="")
         return 0
@@ -90,33 +94,58 @@ def train(
     if show == "cost":
         _show_cost(built, pairs, gpus, gpus * tflops * 1e12 * efficiency, json)
         return 0
+    return run_training(
+        built,
+        resume=resume == "auto",
+        allow_changes=allow_changes,
+        inputs=[] if recipe in shipped() else [recipe],
+        json=json,
+    )
+
+
+def run_training(
+    recipe: Recipe,
+    *,
+    resume: bool,
+    allow_changes: bool = False,
+    inputs: Sequence[str] = (),
+    json: bool = False,
+    on_outcome: Callable[[Outcome], None] = lambda outcome: None,
+) -> int:
+    """Train and print what happens; return the exit code.
+
+    ``on_outcome`` is called in the main process at the end of the run.
+    """
     from dataclasses import asdict
 
     from cn_clip.train.loop import train as run_recipe
     from cn_clip.train.run.signals import InterruptedRun
 
-    quiet = json or os.environ.get("RANK", "0") != "0"
+    is_main = os.environ.get("RANK", "0") == "0"
+    quiet = json or not is_main
     try:
         with _event_printer(quiet) as on_event:
             outcome = run_recipe(
-                built,
-                resume=resume == "auto",
+                recipe,
+                resume=resume,
                 allow_changes=allow_changes,
-                inputs=[] if recipe in shipped() else [recipe],
+                inputs=inputs,
                 on_event=on_event,
             )
     except InterruptedRun as error:
-        if os.environ.get("RANK", "0") == "0":
+        if is_main:
             Console(stderr=True).print(f"cn-clip: {error}", markup=False, soft_wrap=True)
         return error.code
-    if json and os.environ.get("RANK", "0") == "0":
+    if is_main:
+        on_outcome(outcome)
+    if json and is_main:
         print_json(asdict(outcome))
     elif not quiet:
         _summary(outcome)
     return 0
 
 
-def _world_size() -> int:
+def processes() -> int:
     """Return the number of processes, from torchrun's WORLD_SIZE."""
     value = os.environ.get("WORLD_SIZE") or "1"
     if not value.isdecimal() or int(value) < 1:

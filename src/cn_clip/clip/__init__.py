@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from cn_clip import hub, weights
 from cn_clip.backends.torch import pick_device
-from cn_clip.clip.transforms import Normalize, Resize, ToTensor, convert_to_rgb
+from cn_clip.clip.transforms import Normalize, OnBackground, Resize, ToTensor, convert_to_rgb
 from cn_clip.config import PUBLISHED, ModelConfig, model_config
 from cn_clip.errors import CheckpointError, UnknownModelError, UsageError
 from cn_clip.image.modes import DEEP
@@ -44,6 +44,7 @@ __all__ = [
 ]
 
 _tokenizer = default_tokenizer()  # scripts use this name
+_OFFICIAL_TOWERS = ("vit", "resnet")
 
 
 class ImageTransform:
@@ -53,9 +54,14 @@ class ImageTransform:
     ``transforms`` is the list of steps, as in torchvision's ``Compose``.
     """
 
-    def __init__(self, image_size: int, normalize: Normalize) -> None:
+    def __init__(
+        self, image_size: int, normalize: Normalize, background: str | None = None
+    ) -> None:
         self.image_size = image_size
+        # A model with a background was not trained by the official code: its images are upright.
+        first = [] if background is None else [OnBackground(background)]
         self.transforms: list[Callable[[Any], Any]] = [
+            *first,
             Resize((image_size, image_size)),
             convert_to_rgb,
             ToTensor(),
@@ -63,7 +69,7 @@ class ImageTransform:
         ]
 
     def __call__(self, image: Image.Image) -> Tensor:
-        if image.mode in DEEP:
+        if image.mode in DEEP and not isinstance(self.transforms[0], OnBackground):
             _warn_of_clipping(image.mode)
         value: Any = image
         for transform in self.transforms:
@@ -94,7 +100,11 @@ def available_models() -> list[str]:
 
 
 def image_transform(image_size: int = 224) -> ImageTransform:
-    """Return the preprocessing: bicubic squash, RGB, ``/255``, CLIP mean and std."""
+    """Return the preprocessing of the published models: bicubic squash, RGB, ``/255``, CLIP mean
+    and std.
+
+    Other models may have another mean and std: use the transform that ``load_from_name`` returns.
+    """
     return ImageTransform(image_size, Normalize())
 
 
@@ -121,8 +131,8 @@ def load_from_name(
     """Return ``(model, preprocess)`` of a published model or of a checkpoint file.
 
     Args:
-        name: one of ``available_models()``, a path, or ``org/name`` of a repository. The model is
-            detected from the file; the names below are optional and checked.
+        name: one of ``available_models()``, ``"mini"``, a path, or ``org/name`` of a repository.
+            The model is detected from the file; the names below are optional and checked.
         device: the default is CUDA if available, else the CPU.
         download_root: searched first and downloaded to; the default is ``~/.cache/clip``.
         vision_model_name: such as ``"ViT-B-16"``.
@@ -142,6 +152,8 @@ def load_from_name(
     if name in PUBLISHED:
         path = hub.locate(name, download_root=download_root, use_modelscope=use_modelscope or None)
         expected = model_config(PUBLISHED[name].struct)
+    elif name == hub.EMBEDDED:
+        path = hub.EMBEDDED_FOLDER
     elif os.path.exists(name) or hub.is_repository(name):
         path = Path(name)
         if not path.exists():
@@ -155,7 +167,7 @@ def load_from_name(
         elif vision_model_name or text_model_name:
             raise UsageError(_("give both vision_model_name and text_model_name, or neither"))
     else:
-        raise UnknownModelError(_("model"), name, available_models())
+        raise UnknownModelError(_("model"), name, [*available_models(), hub.EMBEDDED])
     checkpoint = weights.read(path)
     if expected is not None:
         weights.check_model(checkpoint.config, expected, path)
@@ -168,7 +180,9 @@ def load_from_name(
                 input_resolution=input_resolution,
             )
         )
-    model = _round_as_official(weights.build(checkpoint))
+    model = weights.build(checkpoint)
+    if model.config.vision.kind in _OFFICIAL_TOWERS:
+        _round_as_official(model)
     model.to(target_device)
     return model, _transform_for(model.config)
 
@@ -256,9 +270,8 @@ def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return weights.unfuse_attention(state_dict)
 
 
-@torch.no_grad()
-def _round_as_official(model: CLIP) -> CLIP:
-    """Round to float16, in place, the parameters that the official ``convert_weights`` rounds."""
+def halved_parameters(model: CLIP) -> list[nn.Parameter]:
+    """Return the parameters that the official package holds in float16."""
     halved = [*model.bert.parameters(), model.text_projection]
     for module in model.visual.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
@@ -267,7 +280,13 @@ def _round_as_official(model: CLIP) -> CLIP:
             halved += [module.in_proj_weight, module.in_proj_bias]
         elif isinstance(module, VisionTransformer):
             halved.append(module.proj)
-    for parameter in halved:
+    return halved
+
+
+@torch.no_grad()
+def _round_as_official(model: CLIP) -> CLIP:
+    """Round these parameters to float16, in place; they stay float32."""
+    for parameter in halved_parameters(model):
         for chunk in torch.split(parameter.view(-1), 1 << 18):  # small chunks stay in the cache
             chunk.copy_(chunk.half())
     return model
@@ -280,4 +299,5 @@ def _device(device: str | torch.device | None) -> torch.device:
 
 
 def _transform_for(config: ModelConfig) -> ImageTransform:
-    return ImageTransform(config.vision.resolution, Normalize(config.image_mean, config.image_std))
+    normalize = Normalize(config.image_mean, config.image_std)
+    return ImageTransform(config.vision.resolution, normalize, config.background)

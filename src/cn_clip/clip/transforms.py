@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from cn_clip.config import CLIP_MEAN, CLIP_STD
+from cn_clip.image.decode import read_image
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,16 @@ class Resize:
 
     def __call__(self, image: Image.Image) -> Image.Image:
         return image.resize(self.size[::-1], self.interpolation)
+
+
+@dataclass(frozen=True, slots=True)
+class OnBackground:
+    """Apply the EXIF orientation, and put transparent images on a colour."""
+
+    background: str
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return read_image(image, background=self.background)
 
 
 def convert_to_rgb(image: Image.Image) -> Image.Image:

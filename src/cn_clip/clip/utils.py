@@ -1,6 +1,7 @@
 """The official module path of the same functions, for scripts that import it."""
 
 from cn_clip import hub
+from cn_clip.clip import _tokenizer as _tokenizer
 from cn_clip.clip import (
     available_models,
     create_model,
@@ -8,9 +9,14 @@ from cn_clip.clip import (
     load,
     load_from_name,
     tokenize,
+    transforms,
 )
+from cn_clip.clip.model import CLIP as CLIP
+from cn_clip.clip.model import convert_weights as convert_weights
+from cn_clip.clip.model import restore_model as restore_model
 from cn_clip.config import MODELS, PUBLISHED
 
+_convert_to_rgb = transforms.convert_to_rgb
 _MODELS = {name: (model.repository, model.filename) for name, model in PUBLISHED.items()}
 _MODEL_INFO = {
     name: {"struct": model.struct, "input_resolution": MODELS[name].vision.resolution}

@@ -262,7 +262,8 @@ class _ReadRows:
             row = self.source.row(index)
         except DataError as error:
             return str(error)
-        if not row.text.strip():
+        alone = not row.text and not row.text_id  # an image without texts, of a test set
+        if not row.text.strip() and not alone:
             return _("{where}: its text is empty", where=self.source.where(index))
         content = json.dumps([row.image_id, row.text_id, row.text]).encode()
         return id_digest(self.source, index, row.image_id), digest_of(row.image_id), content
@@ -288,7 +289,8 @@ class _Packer:
                 else ""
             )
             return located(self.source, first, error) + more
-        return Sample(image, suffix, rows[0].image_id, [(row.text_id, row.text) for row in rows])
+        texts = [(row.text_id, row.text) for row in rows if row.text]
+        return Sample(image, suffix, rows[0].image_id, texts)
 
     def shard(self, job: tuple[Path, RowGroups]) -> dict[str, Any]:
         """Write a shard, then its record: name, size, checksum and counts."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ from cn_clip.arrays import read_npy, read_npz
 from cn_clip.data.sources.lines import Lines, json_object
 from cn_clip.embeddings.inputs import Kind
 from cn_clip.errors import DataError, UsageError
-from cn_clip.files import check_regular
+from cn_clip.files import as_path, check_regular
 from cn_clip.format_version import FIELD, Format
 from cn_clip.outputs import atomic_folder, claim, json_object_at, own_file, own_folder, starts_with
 from cn_clip.publish import atomic_file
@@ -157,6 +158,51 @@ def with_format(about: dict[str, Any]) -> dict[str, Any]:
 def check_format(about: dict[str, Any], path: Path) -> None:
     """Raise a ``DataError`` for metadata of a newer version."""
     EMBEDDINGS.check(about.get(FIELD), path, DataError, _("embed again"))
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingsFile:
+    """A file of embeddings.
+
+    Attributes:
+        kind: ``"images"`` or ``"texts"``.
+        ids: N unique ids, as strings.
+        vectors: float32 (N, D).
+        about: how they were made: model, fingerprint, whether normalised, ``logit_scale``. Empty
+            for files of other programs.
+    """
+
+    kind: Kind
+    ids: list[str]
+    vectors: npt.NDArray[np.float32]
+    about: dict[str, Any]
+
+
+def read(path: str | os.PathLike[str]) -> EmbeddingsFile:
+    """Read embeddings of ``cn-clip embed``, the official package or clip-retrieval.
+
+    Args:
+        path: ``.npz``, ``.jsonl``, or a folder with ``img_emb`` or ``text_emb``, and ``metadata``.
+
+    Raises:
+        UsageError: there is no such file, or a library for its format is missing.
+        DataError: the file is damaged, or of another format.
+    """
+    file = as_path(path)
+    about = about_of(file) if file.exists() else {}
+    stated = about.get("kind")
+    kind = cast(Kind, stated) if stated in get_args(Kind) else _kind_of(file)
+    stored = read_embeddings(file, kind)
+    return EmbeddingsFile(kind, stored.ids, stored.vectors, about)
+
+
+def _kind_of(path: Path) -> Kind:
+    """Return the kind of embeddings without metadata."""
+    if path.suffix == ".jsonl" and path.is_file():
+        lines = Lines(path)
+        first = json_object(lines[0], lines.where(0)) if len(lines) else {}
+        return "texts" if "text_id" in first else "images"
+    return "texts" if (path / "text_emb").is_dir() else "images"
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cn_clip.data.sources.lines import json_object, line_end, stream_lines
+from cn_clip.data.sources.lmdb import is_lmdb, lmdb_images
 from cn_clip.data.sources.official import decode_base64, parse_id
 from cn_clip.errors import DataError, UsageError
 from cn_clip.files import MAX_TEXT, as_path, resolve_in
@@ -39,7 +40,8 @@ class Item:
 
 def read_images(inputs: Sequence[str]) -> Iterator[Item]:
     """Yield the images of folders, globs, image files, ``.txt`` (one path per line), ``.jsonl``
-    (``{"image": path, "image_id": id}``) and the official ``.tsv`` (id, tab, base64).
+    (``{"image": path, "image_id": id}``), the official ``.tsv`` (id, tab, base64) and the official
+    LMDB ``imgs``.
 
     Paths in a file are relative to its folder. The id of an image given by its path is that path.
 
@@ -53,6 +55,9 @@ def read_images(inputs: Sequence[str]) -> Iterator[Item]:
         suffix = path.suffix.lower()
         if suffix == ".tsv" and path.is_file():
             yield from _tsv(path)
+        elif is_lmdb(path):
+            for image_id, content, where in lmdb_images(path):
+                yield Item(parse_id(path_text(image_id)), content, _crc(content), where)
         elif suffix in (".jsonl", ".json") and path.is_file():
             yield from (_json_item(line, path, where) for where, line in _json_lines(path))
         elif suffix == ".txt" and path.is_file():

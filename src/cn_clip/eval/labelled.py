@@ -53,18 +53,40 @@ def read_labelled(root: Path, *, split: str = "test", truth: Path | None = None)
         DataError: a file or folder is missing, a class has no image, the numbers of labels and
             folders differ, or ``index.json`` or ``truth`` does not match the images.
     """
-    labels = _read_labels(root / LABELS)
-    split_folder = root / split
+    order = root / "index.json" if split == "test" else None
+    return read_split(
+        root / split,
+        root / LABELS,
+        truth=truth,
+        order=order if order is not None and order.exists() else None,
+    )
+
+
+def read_split(
+    split_folder: Path, labels_file: Path, *, truth: Path | None = None, order: Path | None = None
+) -> LabelledImages:
+    """Read a folder with one folder of images per class; no image is opened.
+
+    Args:
+        split_folder: the folder.
+        labels_file: the labels, one per line.
+        truth: as for ``read_labelled``.
+        order: JSON list of the numbers of all images, in the order of a submission.
+
+    Raises:
+        DataError: see ``read_labelled``.
+    """
+    labels = _read_labels(labels_file)
     if not split_folder.is_dir():
         raise DataError(
             _(
                 "no folder {split_folder}; create it with one folder per class, such as "
                 "{split}/000",
                 split_folder=split_folder,
-                split=split,
+                split=split_folder.name,
             )
         )
-    folders = _class_folders(split_folder, len(labels))
+    folders = _class_folders(split_folder, len(labels), labels_file)
     images: list[Path] = []
     files: list[Path] = []
     classes: list[int] = []
@@ -92,7 +114,7 @@ def read_labelled(root: Path, *, split: str = "test", truth: Path | None = None)
         images,
         np.array(classes, np.int64),
         None if truth is None else _read_truth(truth, images, len(labels)),
-        _read_order(root / "index.json", len(images)) if split == "test" else None,
+        None if order is None else _read_order(order, len(images)),
     )
 
 
@@ -152,7 +174,7 @@ def _read_labels(path: Path) -> list[str]:
     return labels
 
 
-def _class_folders(split_folder: Path, count: int) -> list[Path]:
+def _class_folders(split_folder: Path, count: int, labels_file: Path) -> list[Path]:
     """Return the folders in the order of their labels: by number if all are numbers."""
     folders = sorted((f for f in split_folder.iterdir() if f.is_dir()), key=lambda f: f.name)
     if len(folders) != count:
@@ -163,7 +185,7 @@ def _class_folders(split_folder: Path, count: int) -> list[Path]:
                 "line n, counted from 0, is the label of folder n",
                 more=more,
                 count=count,
-                file=LABELS,
+                file=labels_file.name,
                 folder_count=len(folders),
                 split_folder=split_folder,
             )
@@ -183,9 +205,7 @@ def _class_folders(split_folder: Path, count: int) -> list[Path]:
     return folders
 
 
-def _read_order(path: Path, count: int) -> npt.NDArray[np.int64] | None:
-    if not path.exists():
-        return None
+def _read_order(path: Path, count: int) -> npt.NDArray[np.int64]:
     try:
         rows = read_json(read_file(path, MAX_TEXT))
     except (OSError, ValueError) as error:

@@ -12,12 +12,13 @@ from typing import Any, Literal
 import numpy as np
 
 from cn_clip.data.sources.lines import Lines, json_object
-from cn_clip.embeddings.files import EmbeddingsToWrite, write_jsonl
+from cn_clip.data.sources.official import parse_id
+from cn_clip.embeddings.files import EmbeddingsToWrite, StoredEmbeddings, write_jsonl
 from cn_clip.embeddings.inputs import Kind
 from cn_clip.errors import DataError, UsageError
 from cn_clip.eval.metrics.recall import Recall, recall_of
 from cn_clip.eval.retrieval import Id, RetrievalResult
-from cn_clip.outputs import claim, own_file, own_folder, reads_as, stamp
+from cn_clip.outputs import claim, own_file, own_folder, reads_as, stamp, starts_with
 from cn_clip.publish import atomic_file, map_write_errors, write_text
 from cn_clip.topk import top_k
 from cn_clip.translation import N_, _, translate
@@ -30,13 +31,16 @@ _KEYS: dict[Direction, tuple[str, str]] = {
     "text_to_image": ("text_id", "image_ids"),
     "image_to_text": ("image_id", "text_ids"),
 }
-# What ``write_metrics`` writes, whole.
+# What ``write_metrics`` writes, whole, and the start of what ``write_failure`` writes.
 _METRICS = re.compile(
     rb'\{"success": true, "score": (N), "scoreJson": '
     rb'\{"score": \1, "mean_recall": \1, "r1": N, "r5": N, "r10": N\}\}\Z'.replace(
         b"N", rb"[\d.e-]+"
     )
 )
+_FAILURE = b'{"errorDetail": "'
+# A line of ``write_predictions`` and ``write_image_annotations``; annotations of texts have a text.
+_LINE = re.compile(rb'\{"(text|image)_id": ("(?:[^"\\]|\\.)*"|-?\d+), "(image|text)_ids": \[')
 _PLURALS = {"image_id": N_("images"), "text_id": N_("texts")}
 
 
@@ -75,8 +79,22 @@ def claim_metrics(out: str | Path, *, inputs: Iterable[str | Path] = ()) -> Path
     Raises:
         UsageError: see ``outputs.claim``.
     """
-    own = own_file("eval predictions", reads_as(_METRICS, b"}}"))
+    is_metrics, is_failure = reads_as(_METRICS, b"}}"), starts_with(_FAILURE)
+    own = own_file("eval predictions", lambda path: is_metrics(path) or is_failure(path))
     return claim(out, own, inputs=inputs)
+
+
+def claim_lines(
+    out: str | Path, *, option: str = "--output", inputs: Iterable[str | Path] = ()
+) -> Path:
+    """Return a path if predictions or annotations of images may be written there, over such a file
+    too.
+
+    Raises:
+        UsageError: see ``outputs.claim``.
+    """
+    own = own_file("eval", reads_as(_LINE, b"]}\n"))
+    return claim(out, own, option=option, inputs=inputs)
 
 
 def write_official_files(result: RetrievalResult, folder: Path) -> list[Path]:
@@ -133,8 +151,7 @@ def write_official_files(result: RetrievalResult, folder: Path) -> list[Path]:
         _write_features(result, "images", folder / "imgs.img_feat.jsonl")
         _write_features(result, "texts", folder / "texts.txt_feat.jsonl")
         for name, objects in files.items():
-            with atomic_file(folder / name) as path, path.open("w", encoding="utf-8") as stream:
-                stream.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in objects)
+            _write_lines(folder / name, objects)
         write_metrics(result.recall.text_to_image, folder / "metrics.json")
         write_metrics(result.recall.image_to_text, folder / "tr_metrics.json")
     return [folder / name for name in names]
@@ -148,6 +165,79 @@ def write_metrics(recall: Recall, out: Path) -> None:
         for name, value in (("r1", recall.r1), ("r5", recall.r5), ("r10", recall.r10))
     }
     write_text(out, json.dumps({"success": True, "score": mean, "scoreJson": scores}))
+
+
+def write_failure(message: str, out: Path) -> None:
+    """Write the official metrics of an evaluation that failed."""
+    values = {"errorDetail": message, "errorMsg": message, "score": 0, "scoreJson": {}}
+    write_text(out, json.dumps(values | {"success": False}))
+
+
+def write_predictions(
+    direction: Direction,
+    queries: StoredEmbeddings,
+    results: StoredEmbeddings,
+    out: Path,
+    *,
+    k: int = K,
+) -> None:
+    """Write the ids of the ``k`` best results of each query, best first, as official predictions.
+
+    Args:
+        direction: of the search.
+        queries: embeddings of the queries.
+        results: embeddings of what is searched.
+        out: the ``.jsonl`` file.
+        k: results per query, at most all.
+
+    Raises:
+        UsageError: ``k`` is below 1.
+        DataError: queries and results have different widths.
+    """
+    if k < 1:
+        raise UsageError(_("{k} results per query; give 1 or more", k=k))
+    query_key, result_key = _KEYS[direction]
+    if queries.vectors.shape[1] != results.vectors.shape[1]:
+        raise DataError(
+            _(
+                "{queries} has vectors of width {width}, {results} of width {other}; give "
+                "embeddings of one model",
+                queries=queries.path,
+                width=queries.vectors.shape[1],
+                results=results.path,
+                other=results.vectors.shape[1],
+            )
+        )
+    best = top_k(queries.vectors, results.vectors, min(k, len(results.ids))).indexes
+    ids = [parse_id(id) for id in results.ids]
+    _write_lines(
+        out,
+        (
+            {query_key: parse_id(query), result_key: [ids[row] for row in rows]}
+            for query, rows in zip(queries.ids, best.tolist(), strict=True)
+        ),
+    )
+
+
+def write_image_annotations(truth: Iterable[tuple[str, str]], out: Path) -> None:
+    """Write pairs of image and text ids as ``{"image_id", "text_ids"}`` lines, images in the order
+    of their first text."""
+    texts_of: dict[str, list[int | str]] = {}
+    for image, text in truth:
+        if image:
+            texts_of.setdefault(image, []).append(parse_id(text))
+    _write_lines(
+        out, ({"image_id": parse_id(image), "text_ids": ids} for image, ids in texts_of.items())
+    )
+
+
+def _write_lines(out: Path, objects: Iterable[dict[str, Any]]) -> None:
+    with (
+        map_write_errors(out),
+        atomic_file(out) as path,
+        path.open("w", encoding="utf-8") as stream,
+    ):
+        stream.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in objects)
 
 
 def read_truth(path: Path) -> list[tuple[str, str]]:

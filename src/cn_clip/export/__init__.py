@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import numpy as np
 from PIL import Image
@@ -28,7 +28,7 @@ from cn_clip.backends.exported import (
 )
 from cn_clip.backends.self_test import golden_deviation
 from cn_clip.backends.torch import TorchBackend
-from cn_clip.config import ModelConfig
+from cn_clip.config import ModelConfig, full_precision
 from cn_clip.embedder import Embedder, load, locate
 from cn_clip.errors import CheckpointError, UsageError
 from cn_clip.export import coreml, tensorrt
@@ -131,6 +131,7 @@ def export(
         UsageError: an option is unknown, or ``out`` exists or holds other files.
         CheckpointError: the model cannot be exported, or the export differs from the original.
     """
+    precision = cast(GraphPrecision, full_precision(precision))
     for option, value, known in (
         ("format", to, get_args(Format)),
         ("precision", precision, get_args(GraphPrecision)),

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -55,7 +55,12 @@ MAX_PIXELS = 2**27  # 134 million, 537 MB decoded; above common cameras
 # decoded in threads, and warning filters are not thread-safe.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
-ImageInput = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[Any]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    ImageInput = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[Any] | Tensor
+else:
+    ImageInput = str | os.PathLike | bytes | Image.Image | np.ndarray
 
 _BUDGET = MemoryBudget(MAX_DECODED)
 _HEIC_STARTS = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"heim", b"heis"))
@@ -148,8 +153,7 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
         ImageError: the file is missing, unreadable or too large.
     """
     name = str(path)
-    if name.startswith(("http://", "https://")):
-        raise ImageError(_("{name} is a URL; download the image and give its path", name=name))
+    _refuse_url(name)
     if not name.strip():
         raise ImageError(_("the path of an image is empty; give the path of a file"))
     if name.startswith("data:"):
@@ -160,6 +164,11 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
         return files.read_file(path, MAX_ENCODED)
     except (OSError, ValueError) as error:
         raise ImageError(_unreadable(name, error)) from None
+
+
+def _refuse_url(name: str) -> None:
+    if name.startswith(("http://", "https://")):
+        raise ImageError(_("{name} is a URL; download the image and give its path", name=name))
 
 
 def to_pixels(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:
@@ -200,6 +209,7 @@ def find_images(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
     for given in paths:
         if not str(given).strip():
             raise ImageError(_("a path is empty; give a file, a folder or a glob"))
+        _refuse_url(str(given))
         try:
             path = as_path(given)
         except UsageError as error:

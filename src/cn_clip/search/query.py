@@ -126,7 +126,7 @@ def parse_query(
     terms += _terms(joined)
     query = Query(
         tuple(terms),
-        tuple(map(_weighted_image, iter_images(images))),
+        tuple(map(_weighted_image, iter_images(images)[0])),
         tuple(map(_weighted_id, like)),
     )
     weights = _weights(query)

@@ -27,7 +27,7 @@ from cn_clip.train.parallel import (
     pick,
 )
 from cn_clip.train.recipe.schema import Recipe
-from cn_clip.train.run.checkpoint import Progress, load_tensors, read_progress, save_state, states
+from cn_clip.train.run.checkpoint import Progress, load_tensors, read_progress, states
 from cn_clip.train.run.events import ResumedEvent, SavedEvent, StageEvent
 from cn_clip.train.run.log import Event, Log
 from cn_clip.train.run.loss_watchdog import LossWatchdog
@@ -39,6 +39,7 @@ from cn_clip.train.run.run_dir import (
     prepare_folder,
 )
 from cn_clip.train.run.signals import InterruptedRun, catch_stop_signals
+from cn_clip.train.run.state_writer import StateWriter
 from cn_clip.train.scoring import evaluate, evaluate_and_keep_best, stage_finished
 from cn_clip.train.stage import Run, Training, set_up
 from cn_clip.train.stage_weights import finish, next_stage, save_start
@@ -95,6 +96,9 @@ def train(
         stack.callback(log.close)
         dtype = _AUTOCAST[recipe.machine.precision]
         scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+        output = recipe.output
+        writer = StateWriter(folder, keep=output.keep, background=output.background_saves)
+        stack.callback(writer.close)
         run = Run(
             recipe=recipe,
             folder=folder,
@@ -103,6 +107,7 @@ def train(
             score_dtype=_AUTOCAST[recipe.evaluation.score_precision or recipe.machine.precision],
             log=log,
             stop=stack.enter_context(catch_stop_signals()),
+            states=writer,
             mix=open_mix(
                 recipe.data.train,
                 workers=usable_cpus(),
@@ -208,7 +213,7 @@ def _evaluate_start(run: Run, training: Training, progress: Progress) -> None:
     )
     progress.before = recall.mean_recall
     progress.early_stopping.add(recall.mean_recall, 0, training.stage.early_stopping)
-    save_state(run.folder, progress, training.tensors(), keep=run.recipe.output.keep)
+    _save(run, training, progress, wait=False)
 
 
 def _train_step(
@@ -275,8 +280,7 @@ def _evaluate_and_save(run: Run, training: Training, progress: Progress) -> None
     progress.evaluation_pending = evaluate_now and stop != 0
     if stop or _save_due(run.recipe, progress, epoch_ended):
         progress.scaler = run.precision.scaler.state_dict()
-        save_state(run.folder, progress, training.tensors(), keep=run.recipe.output.keep)
-        run.log.record(SavedEvent(progress.total, training.stage.name, progress.step))
+        _save(run, training, progress, wait=bool(stop) or progress.finished)
     if stop:
         raise InterruptedRun(
             _(
@@ -285,6 +289,20 @@ def _evaluate_and_save(run: Run, training: Training, progress: Progress) -> None
             ),
             128 + stop,
         )
+
+
+def _save(run: Run, training: Training, progress: Progress, *, wait: bool) -> None:
+    """Save a state; without ``wait``, it may be complete later."""
+    _log_saved(run, run.states.wait())
+    run.states.save(progress, training.tensors())
+    if wait or not run.recipe.output.background_saves:
+        _log_saved(run, run.states.wait())
+
+
+def _log_saved(run: Run, saved: Progress | None) -> None:
+    if saved is not None and saved.step:  # not the one before the first step
+        stage = run.recipe.stages[saved.stage].name
+        run.log.record(SavedEvent(saved.total, stage, saved.step))
 
 
 def _evaluation_due(

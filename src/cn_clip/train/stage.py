@@ -30,6 +30,7 @@ from cn_clip.train.run.checkpoint import Progress, tensors_of
 from cn_clip.train.run.events import WarningEvent
 from cn_clip.train.run.log import Log
 from cn_clip.train.run.signals import InterruptedRun, StopRequest
+from cn_clip.train.run.state_writer import StateWriter
 from cn_clip.train.step import Heads, MixedPrecision, Towers
 from cn_clip.train.validation import Vectors
 from cn_clip.translation import _
@@ -52,6 +53,7 @@ class Run:
     score_dtype: torch.dtype | None
     log: Log
     stop: StopRequest
+    states: StateWriter
     mix: list[WeightedSource]
     validation: EvalSet | None
     kept: EvalSet | None = None

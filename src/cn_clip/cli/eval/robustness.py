@@ -12,6 +12,7 @@ from rich.table import Table
 from cn_clip.cli.eval.retrieval import fractions
 from cn_clip.cli.loading import DEFAULT, Loading
 from cn_clip.cli.show import Amount, ContextLength, Flag, console, print_json, progress
+from cn_clip.install import install_command
 from cn_clip.translation import N_, _, translate
 
 if TYPE_CHECKING:
@@ -102,8 +103,9 @@ def robustness(
     if omitted:
         print(
             _(
-                "cn-clip: omitted {omitted}, which need OpenCC: pip install 'cn-clip[eval]'",
+                "cn-clip: omitted {omitted}, which need OpenCC: {command}",
                 omitted=", ".join(omitted),
+                command=install_command("eval"),
             ),
             file=sys.stderr,
         )

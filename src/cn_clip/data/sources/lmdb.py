@@ -17,6 +17,7 @@ from cn_clip.data.sources.official import decode_base64, parse_id
 from cn_clip.data.sources.pickled_pair import parse_pickled_pair
 from cn_clip.data.sources.tar import Sample
 from cn_clip.errors import DataError, UsageError
+from cn_clip.install import install_command
 from cn_clip.translation import _
 
 _IMAGES, _SAMPLES = "num_images", "num_samples"  # keys of the counts
@@ -129,6 +130,29 @@ class Lmdb:
         return value
 
 
+def is_lmdb(folder: Path) -> bool:
+    """Return whether a folder is one LMDB, such as ``imgs``."""
+    return (folder / "data.mdb").is_file()
+
+
+def lmdb_images(folder: Path) -> Iterator[tuple[str, bytes, str]]:
+    """Yield the id, the bytes and the location of every image of an LMDB ``imgs``, whether it has
+    a text or not. The bytes are empty if they are not base64.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    for key, value in LmdbFile(folder / "data.mdb").items():
+        image_id = key.decode(errors="surrogateescape")
+        where = _("{root}, key {index}", root=folder, index=image_id)
+        if image_id == _IMAGES:
+            continue
+        try:
+            yield image_id, decode_base64(value, where), where
+        except DataError:
+            yield image_id, b"", where
+
+
 def write_lmdb(folder: Path, samples: Iterable[Sample]) -> None:
     """Write the LMDBs ``imgs`` and ``pairs`` into a folder."""
     images, pairs = (_Writer(folder / part) for part in ("imgs", "pairs"))
@@ -218,4 +242,6 @@ def _library() -> Any:
     try:
         return import_module("lmdb")
     except ImportError:
-        raise UsageError(_("writing an LMDB needs lmdb: pip install 'cn-clip[data]'")) from None
+        raise UsageError(
+            _("writing an LMDB needs lmdb: {command}", command=install_command("data"))
+        ) from None

@@ -64,6 +64,17 @@ class LmdbFile:
         with _opened(self.path) as pages:
             return pages.value(key)
 
+    def items(self) -> Iterator[tuple[bytes, bytes]]:
+        """Yield the keys and their values, in the order of the keys.
+
+        Raises:
+            DataError: a page is damaged.
+        """
+        with _opened(self.path) as pages:
+            for number, page in pages.leaves(pages.main):
+                for node in page.nodes:
+                    yield page.key(node), pages.node_value(number, page.content, node)
+
 
 class _Tree(NamedTuple):
     flags: int
@@ -150,17 +161,22 @@ class _Pages:
         at = bisect_left(leaf.nodes, key, key=leaf.key)
         if at == len(leaf.nodes) or leaf.key(leaf.nodes[at]) != key:
             return None
-        return self._node_value(number, leaf.content, leaf.nodes[at])
+        return self.node_value(number, leaf.content, leaf.nodes[at])
 
     def _values(self, tree: _Tree) -> Iterator[bytes]:
-        """Yield the values of a tree, in any order."""
+        """Yield the values of a tree."""
+        for number, page in self.leaves(tree):
+            yield from (self.node_value(number, page.content, node) for node in page.nodes)
+
+    def leaves(self, tree: _Tree) -> Iterator[tuple[int, _Page]]:
+        """Yield the leaf pages of a tree and their numbers, in the order of the keys."""
         waiting = [(tree.root, tree.depth)] if tree.depth else []
         known = {tree.root}
         while waiting:
             number, depth = waiting.pop()
             page = self._page(number, _BRANCH if depth > 1 else _LEAF)
             if depth == 1:
-                yield from (self._node_value(number, page.content, node) for node in page.nodes)
+                yield number, page
                 continue
             children = [page.child(node) for node in page.nodes]
             if known.intersection(children) or len(set(children)) < len(children):
@@ -168,9 +184,9 @@ class _Pages:
                     _("page {number} refers to a page that is already in the tree", number=number)
                 )
             known.update(children)
-            waiting += [(child, depth - 1) for child in children]
+            waiting += [(child, depth - 1) for child in reversed(children)]
 
-    def _node_value(self, number: int, content: bytes, node: int) -> bytes:
+    def node_value(self, number: int, content: bytes, node: int) -> bytes:
         low, high, flags, key_length = _NODE.unpack_from(content, node)
         start, size = node + _NODE.size + key_length, low | high << 16
         stored = 8 if flags == _ON_OVERFLOW_PAGES else size

@@ -16,6 +16,7 @@ from cn_clip.data.sources.lines import read_at
 from cn_clip.data.sources.table import NamedColumns, choose_columns
 from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.files import HEAD, check_regular, wrong_format
+from cn_clip.install import install_command
 from cn_clip.text import path_text
 from cn_clip.translation import N_, _, translate
 
@@ -263,4 +264,6 @@ def _import(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError:
-        raise UsageError(_("Parquet files need pyarrow: pip install 'cn-clip[data]'")) from None
+        raise UsageError(
+            _("Parquet files need pyarrow: {command}", command=install_command("data"))
+        ) from None

@@ -23,6 +23,7 @@ from cn_clip.data.captions import digest
 from cn_clip.data.sources.block_cache import BLOCK_SIZE, BlockCache, default_cache
 from cn_clip.data.sources.shard_file import FileState, ReadAt, changed_message
 from cn_clip.errors import DataError, UsageError
+from cn_clip.install import install_command
 from cn_clip.text import path_text
 from cn_clip.translation import _
 
@@ -326,7 +327,9 @@ def _obstore() -> Any:
     try:
         return import_module("obstore")
     except ImportError:
-        raise UsageError(_("remote files need obstore: pip install 'cn-clip[remote]'")) from None
+        raise UsageError(
+            _("remote files need obstore: {command}", command=install_command("remote"))
+        ) from None
 
 
 @cache

@@ -277,6 +277,9 @@ class Output:
         (1, 1 << 30),
     )
     keep: int = _option(2, "Number of states kept", (1, 1000))
+    background_saves: bool = _option(
+        False, "Write states while training goes on; needs memory for a copy of a state"
+    )
     features: str | None = _option(
         None, "Folder of cached features; by default in the folder of the run"
     )

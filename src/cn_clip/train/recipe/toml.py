@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from cn_clip.errors import UnknownNameError, UsageError
+from cn_clip.install import update_command
 from cn_clip.text import path_text
 from cn_clip.train.recipe.consistency import check_recipe
 from cn_clip.train.recipe.renamed import refuse_renamed
@@ -128,9 +129,10 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
         raise UsageError(
             _(
                 "the recipe has version {version}, this cn_clip reads up to {supported_version}; "
-                "update with: pip install -U cn-clip",
+                "update with: {command}",
                 version=version,
                 supported_version=VERSION,
+                command=update_command(),
             )
         )
     recipe: Recipe = _build(Recipe, values, "")

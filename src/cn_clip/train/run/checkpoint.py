@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
@@ -89,10 +90,18 @@ class Progress:
     finished: bool = False
 
 
-def save_state(folder: Path, progress: Progress, tensors: Mapping[str, Any], *, keep: int) -> Path:
+def save_state(
+    folder: Path,
+    progress: Progress,
+    tensors: Mapping[str, Any],
+    *,
+    keep: int,
+    group: ProcessGroup | None = None,
+) -> Path:
     """Save a state, then remove all but the newest ``keep``.
 
-    Every process calls this. A state of the same step is replaced.
+    Every process calls this. A state of the same step is replaced. ``group`` is that of the thread;
+    by default the main one.
 
     Raises:
         CheckpointError: the state cannot be written; earlier states are unchanged.
@@ -103,19 +112,20 @@ def save_state(folder: Path, progress: Progress, tensors: Mapping[str, Any], *, 
             temporary = None
             if distributed.is_main():
                 temporary = stack.enter_context(atomic_folder(path, "train", check=_objection))
-            temporary = distributed.broadcast_object(temporary)
+            temporary = distributed.broadcast_object(temporary, group)
             assert temporary is not None
-            with warnings.catch_warnings():  # that there is only one process
-                warnings.simplefilter("ignore")
-                save(
-                    dict(tensors),
-                    checkpoint_id=temporary / _TENSORS,
-                    no_dist=distributed.world_size() == 1,
-                )
+            # Not catch_warnings, which threads must not use.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            save(
+                dict(tensors),
+                checkpoint_id=temporary / _TENSORS,
+                no_dist=distributed.world_size() == 1,
+                process_group=group,
+            )
             if distributed.is_main():
                 text = json.dumps({FIELD: str(_FORMAT), **asdict(progress)}, indent=2)
                 (temporary / _PROGRESS).write_text(text + "\n", encoding="utf-8")
-            distributed.barrier()
+            distributed.barrier(group)
     except (OSError, RuntimeError, CheckpointException) as error:
         last = states(folder)
         kept = (
@@ -136,7 +146,7 @@ def save_state(folder: Path, progress: Progress, tensors: Mapping[str, Any], *, 
         for old in states(folder)[:-keep]:
             if _objection(old) is None:
                 shutil.rmtree(old, ignore_errors=True)
-    distributed.barrier()
+    distributed.barrier(group)
     return path
 
 

@@ -1,0 +1,1 @@
+"""The official export script, under its official module path."""

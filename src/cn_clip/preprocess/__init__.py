@@ -1,0 +1,1 @@
+"""The official preprocessing scripts, under their official module paths."""

@@ -1,0 +1,1 @@
+"""The official training script, under its official module path."""
