@@ -14,10 +14,12 @@ import pytest
 import tomli_w
 from conftest import TINY, make_image, make_model
 from eval.labelled_folder import write_labelled
+from shards.shard_folders import clustered, write_shards
 from train.runs import CAPTIONS, recipe_values
 
 from cn_clip import weights
 from cn_clip.cli import app, run
+from cn_clip.shards.building import build_index
 from cn_clip.train.recipe import schema as recipes
 
 # Options of strings that are not outputs; --download-root receives files, but replaces none, and
@@ -26,8 +28,8 @@ from cn_clip.train.recipe import schema as recipes
 READ = {
     "--after", "--base", "--before", "--caption", "--collection", "--exclude", "--folder",
     "--host", "--image", "--keys", "--new-key", "--include", "--library", "--like", "--max-size",
-    "--min-size", "--text",
-    "EMBEDDINGS", "MODEL", "NEW",
+    "--keep", "--min-size", "--parts", "--shards", "--text", "--within",
+    "EMBEDDINGS", "FOLDER", "MODEL", "NEW",
     "OLD", "OTHER", "PATHS", "QUERY", "SOURCES",
     "--against", "--calibration", "--compare", "--data", "--dataset", "--device",
     "--download-root", "--images", "--labels", "--labels-file", "--model", "--normalize",
@@ -57,7 +59,7 @@ class Output:
     @property
     def command(self) -> str:
         words = self.arguments
-        return " ".join(words[: 2 if words[0] in ("data", "eval", "library") else 1])
+        return " ".join(words[: 2 if words[0] in ("bulk", "data", "eval", "library") else 1])
 
 
 MODEL = "--model model --device cpu"
@@ -112,7 +114,10 @@ OUTPUTS = [
         ".parquet",
         "library",
     ),
-]
+    Output("bulk filter shards --min-cosine 0 --workers 0 --out {out} --overwrite", ".jsonl",
+           "shards"),
+    Output("bulk dedupe shards --workers 0 --out {out} --overwrite", ".jsonl", "shards"),
+]  # fmt: skip
 every_output = pytest.mark.parametrize(
     "output", OUTPUTS, ids=lambda o: o.words.partition(" --w")[0]
 )
@@ -141,6 +146,9 @@ def inputs(tmp_path_factory) -> Path:
     del values["stages"][0]["epochs"]
     words = ["index", f"{root}/photos", "--library", f"{root}/library"]
     assert run([*words, "--model", f"{root}/model", "--device", "cpu"]) == 0
+    vectors = clustered(20)
+    write_shards(root / "shards", vectors, 8, text_emb=vectors)
+    build_index(root / "shards", lambda: vectors)
     (root / "project").mkdir()
     (root / "project" / "recipe.toml").write_text("# my notes\n" + tomli_w.dumps(values))
     return root

@@ -40,6 +40,7 @@ _COMMANDS = (
     "models:models",
     "classify:classify",
     "embed:embed",
+    "bulk:bulk",
     "index:index",
     "search:search",
     "library:library_app",
@@ -75,10 +76,11 @@ def end(run: Callable[[Sequence[str]], int]) -> None:
     sys.exit(_flush(run(sys.argv[1:])))
 
 
-def load_commands() -> None:
+def load_commands(group: App = app) -> None:
     """Import all commands, so that a list of them has their descriptions."""
-    for command in app:
-        _unused = app[command]
+    for name in group:
+        if not name.startswith("-"):
+            load_commands(group[name])
 
 
 def run(arguments: Sequence[str]) -> int:

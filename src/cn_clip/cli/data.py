@@ -26,6 +26,9 @@ from cn_clip.processes import usable_cpus
 from cn_clip.translation import _, translate
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from cn_clip.data.sources.base import Source
 
 data = App(name="data", help="Pack, check and decontaminate training data.")
@@ -42,6 +45,7 @@ def pack(
     format: Literal["jpeg", "webp"] | None = None,
     quality: int = 92,
     without: str | None = None,
+    keep: str | None = None,
     images_per_shard: int = 5000,
     split: str = "train",
     workers: Workers = None,
@@ -70,6 +74,9 @@ def pack(
         Of JPEG and WebP.
     without
         Leave out the pairs listed in this file by `cn-clip data decontaminate`.
+    keep
+        Keep only the images listed in this file by `cn-clip bulk dedupe` or `bulk filter`, of
+        shards that were embedded from SOURCE.
     images_per_shard
         Images per tar.
     split
@@ -83,14 +90,13 @@ def pack(
     """
     from dataclasses import asdict
 
-    from cn_clip.data.curate.decontaminate import read_removed
     from cn_clip.data.encode import Encoding
     from cn_clip.data.pack import claim_pack, pack
     from cn_clip.data.sources.open import paths_of
 
     encodings = {None: None, "jpeg": "JPEG", "webp": "WEBP"}
     inputs = paths_of(source)
-    inputs += [] if without is None else [Path(without)]
+    inputs += [Path(given) for given in (without, keep) if given is not None]
     claim_pack(out, to=to, inputs=inputs, overwrite=overwrite)
     opened = _open(source, workers)
     with progress_bar(_("packing images")) as on_progress:
@@ -99,7 +105,7 @@ def pack(
             out,
             to=to,
             encoding=Encoding(max_side, encodings[format], quality),  # type: ignore[arg-type]
-            without=None if without is None else read_removed(Path(without), opened),
+            without=_left_out(opened, without, keep),
             images_per_shard=images_per_shard,
             split=split,
             workers=_worker_count(workers),
@@ -311,6 +317,20 @@ def decontaminate(
             markup=False,
         )
     return 1 if result.unreadable else 0
+
+
+def _left_out(
+    source: Source, without: str | None, keep: str | None
+) -> npt.NDArray[np.int64] | None:
+    """Return the indexes of the pairs that are not packed."""
+    import numpy as np
+
+    from cn_clip.data.curate.decontaminate import read_removed
+    from cn_clip.shards.kept import rows_left_out
+
+    found = [] if without is None else [read_removed(Path(without), source)]
+    found += [] if keep is None else [rows_left_out(Path(keep), source)]
+    return np.unique(np.concatenate(found)) if found else None
 
 
 def _worker_count(workers: int | None) -> int:

@@ -400,10 +400,11 @@ def switch(model: str, /, *, library: str = "default", json: Flag = False) -> in
 def export(
     *,
     library: str = "default",
-    to: Literal["clip-retrieval", "npz", "parquet", "milvus"],
+    to: Literal["clip-retrieval", "npz", "parquet", "milvus", "pgvector"],
     out: str,
     collection: str = "cn_clip",
     overwrite: Flag = False,
+    update: Flag = False,
     json: Flag = False,
 ) -> int:
     """Write the vectors and facts of all searchable images for other programs.
@@ -411,27 +412,49 @@ def export(
     Parameters
     ----------
     library
-        A name, or the path of a folder.
+        A name, or the path of a folder; for milvus and pgvector also embedding shards.
     to
-        clip-retrieval (a folder), npz or parquet (a file), or milvus (a server).
+        clip-retrieval (a folder), npz or parquet (a file), milvus or pgvector (a server).
     out
         The folder, X.npz, X.parquet; for milvus an address such as http://localhost:19530, with the
-        token in MILVUS_TOKEN, or X.db for milvus-lite.
+        token in MILVUS_TOKEN, or X.db for milvus-lite; for pgvector postgresql://user@host/name,
+        with the password in PGPASSWORD.
     collection
-        Of milvus.
+        Of milvus; the table of pgvector.
     overwrite
         Replace OUT, or the collection, if this command wrote it.
+    update
+        Write all images into a collection that this command wrote, each under its id.
     json
         Print JSON instead of a sentence.
     """
-    from cn_clip.search.export import claim_export, export
-    from cn_clip.search.places import library_path
+    from cn_clip.search.export import claim_database, claim_export, export, is_database
+    from cn_clip.search.export_rows import Existing
+    from cn_clip.search.places import is_shard_folder, library_path
 
-    target = claim_export(library_path(library), to, out, overwrite=overwrite)
-    with _opened(library) as folder, progress_bar(_("exporting")) as on_progress:
-        images = export(
-            folder, to, target, collection=collection, overwrite=overwrite, on_progress=on_progress
-        )
+    path = library_path(library)
+    if update and not is_database(to):
+        raise UsageError(_("--update is for milvus and pgvector; give --overwrite"))
+    if is_database(to) and is_shard_folder(path):
+        from cn_clip.shards.export import export_shards
+
+        claim_database(to, out)
+        with progress_bar(_("exporting")) as on_progress:
+            images = export_shards(
+                path, to, out, collection, Existing(overwrite, update), on_progress
+            )
+    else:
+        target = claim_export(path, to, out, overwrite=overwrite)
+        with _opened(library) as folder, progress_bar(_("exporting")) as on_progress:
+            images = export(
+                folder,
+                to,
+                target,
+                collection=collection,
+                overwrite=overwrite,
+                update=update,
+                on_progress=on_progress,
+            )
     if json:
         print_json({"out": out, "to": to, "images": images})
     else:

@@ -21,6 +21,8 @@ from cn_clip.translation import _, translate
 
 if TYPE_CHECKING:
     from cn_clip.search.hit import Hit
+    from cn_clip.search.library import Library
+    from cn_clip.shards.library import ShardLibrary
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?", re.IGNORECASE)
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -61,7 +63,7 @@ def search(
     query
         A description such as 海边的日落; or terms with signs and weights: "2:猫" -室内
     library
-        A name, or the path of a folder.
+        A name, or the path of a folder: a library, or embedding shards of `cn-clip bulk`.
     image
         An image to resemble; repeat for several. May be combined with a description.
     like
@@ -108,14 +110,7 @@ def search(
         text=text,
     )
     words = " ".join(query)
-    with searching.open(
-        library,
-        model=loading.model,
-        backend=loading.backend,
-        device=loading.device,
-        precision=loading.precision,
-        calibration=calibration,
-    ) as opened:
+    with _opened(library, loading, calibration) as opened:
         hits = opened.search(query, images=image, like=like, k=top, filters=filters)
         if page is not None:
             from cn_clip.search.sheet import write_sheet
@@ -140,6 +135,27 @@ def search(
     if out is not None:
         print(_("written: {out}", out=out))
     return 0
+
+
+def _opened(name: str, loading: LibraryLoading, calibration: str | None) -> Library | ShardLibrary:
+    """Open a library, or a folder of embedding shards."""
+    from cn_clip.search.places import is_shard_folder, library_path
+
+    options = {
+        "model": loading.model,
+        "backend": loading.backend,
+        "device": loading.device,
+        "precision": loading.precision,
+        "calibration": calibration,
+    }
+    path = library_path(name)
+    if is_shard_folder(path):
+        from cn_clip.shards.library import ShardLibrary
+
+        return ShardLibrary(path, **options)  # type: ignore[arg-type]
+    from cn_clip.search.library import Library
+
+    return Library(name, **options)  # type: ignore[arg-type]
 
 
 def _claimed_page(out: str | None, library: str, *, open: bool) -> Path | None:

@@ -16,6 +16,7 @@ from cn_clip.install import install_command
 from cn_clip.translation import _
 
 KEY_VARIABLE = "CN_CLIP_API_KEY"
+PARTS_KEY_VARIABLE = "CN_CLIP_PARTS_KEY"
 
 Port = Annotated[int, Parameter(validator=Number(gte=0, lte=65535))]
 Count = Annotated[int, Parameter(validator=Number(gte=1, lte=1024))]
@@ -23,10 +24,15 @@ Seconds = Annotated[float, Parameter(validator=Number(gt=0, lte=86400))]
 Optional = Annotated[float | None, Parameter(validator=Number(gt=0, lte=31_536_000))]
 Megabytes = Annotated[int, Parameter(validator=Number(gte=1, lte=1024))]
 
+# `--parts URL URL`, and `--parts URL --parts URL`
+Urls = Annotated[tuple[str, ...], Parameter(negative=(), show_default=False, consume_multiple=True)]
+
 
 def serve(
     *,
     library: str | None = None,
+    shards: str | None = None,
+    parts: Urls = (),
     host: str = "127.0.0.1",
     port: Port = 8000,
     keys: str | None = None,
@@ -50,13 +56,19 @@ def serve(
     describes it. Only programs on this machine can connect, unless --host is another address; then
     API keys are needed. Ctrl-C or SIGTERM ends the server once it has answered what it received.
 
-    The environment variable CN_CLIP_API_KEY is one more key.
+    The environment variable CN_CLIP_API_KEY is one more key. CN_CLIP_PARTS_KEY is the key for the
+    servers of --parts.
 
     Parameters
     ----------
     library
-        A name, or the path of a folder made by `cn-clip index`. By default the library "default",
-        if there is one and no --model is given.
+        A name, or the path of a folder made by `cn-clip index`, or of embedding shards of `cn-clip
+        bulk`. By default the library "default", if there is one and no --model is given.
+    shards
+        Of embedding shards, serve only these: the first, and the one after the last, such as 0:250.
+    parts
+        Merge the results of these servers, which have a part of the shards each. No model and no
+        library are loaded here.
     host
         Address to listen on; 0.0.0.0 is all of this machine.
     port
@@ -97,13 +109,22 @@ def serve(
     from cn_clip.serve.keys import warn_if_readable
     from cn_clip.serve.run import serve as run_server
     from cn_clip.serve.settings import Settings
+    from cn_clip.shards.folder import parse_range
 
+    if parts and (library is not None or shards is not None or loading.model is not None):
+        raise UsageError(_("--parts has no library, shards or model of its own; leave them out"))
+    if shards is not None and library is None:
+        raise UsageError(_("--shards needs the folder of the shards: --library FOLDER"))
     if keys is not None:
         warn_if_readable(keys)
-    if library is None and loading.model is None and is_library(library_path(DEFAULT_LIBRARY)):
+    is_default = library is None and loading.model is None and not parts
+    if is_default and is_library(library_path(DEFAULT_LIBRARY)):
         library = DEFAULT_LIBRARY
     settings = Settings(
         library=library,
+        shards=None if shards is None else parse_range(shards),
+        parts=parts,
+        parts_key=os.environ.get(PARTS_KEY_VARIABLE) or None,
         model=loading.model,
         backend=loading.backend,
         device=loading.device,
@@ -142,10 +163,11 @@ def _check_installed() -> None:
     try:
         import fastapi
         import httptools
+        import httpx
         import prometheus_client
         import uvicorn
 
-        del fastapi, httptools, prometheus_client, uvicorn
+        del fastapi, httptools, httpx, prometheus_client, uvicorn
     except ImportError as error:
         raise UsageError(
             _(

@@ -218,7 +218,7 @@ class AnnIndex:
         count = self.rows if allowed is None else int(np.count_nonzero(allowed[: self.rows]))
         if count <= max(_EXACT_SHARE * self.rows, _CANDIDATES * k):
             return search_exact(self.vectors, queries, k, allowed=allowed, threads=threads)
-        with _openmp_threads(threads if len(queries) > 1 else 1):
+        with openmp_threads(threads if len(queries) > 1 else 1):
             found = self._candidates(queries, k, allowed)
         result, _invalid = best_of(self.vectors, queries, found, k)
         if result.indexes.shape[1] < k:  # too many rows were purged since the index was built
@@ -255,7 +255,7 @@ class AnnIndex:
 
 
 @contextmanager
-def _openmp_threads(threads: int | None) -> Iterator[None]:
+def openmp_threads(threads: int | None) -> Iterator[None]:
     """Set how many threads faiss uses in this thread; by default one per usable CPU."""
     faiss = load_faiss()
     assert faiss is not None
@@ -284,7 +284,7 @@ def _filled(faiss: Any, vectors: Array, members: Rows) -> Any:
     )  # its k-means is spherical
     index.cp.min_points_per_centroid = 1  # no message on stderr
     sample = np.random.default_rng(0).permutation(members)[: _TRAINED * lists]
-    with _openmp_threads(None):
+    with openmp_threads(None):
         index.train(float32_of(vectors[np.sort(sample)]))
         for at in range(0, len(members), _BLOCK):
             rows = members[at : at + _BLOCK]

@@ -1,9 +1,9 @@
-"""The vectors and facts of a library for other programs: files, or a Milvus server."""
+"""The vectors and facts of a library for other programs: files, Milvus, PostgreSQL."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -19,24 +19,29 @@ from cn_clip.embeddings.files import (
     write_clip_retrieval,
     write_npz,
 )
-from cn_clip.errors import CNClipError, LibraryError, UsageError
+from cn_clip.errors import LibraryError, UsageError
 from cn_clip.outputs import claim, own_file
 from cn_clip.publish import atomic_file, map_write_errors
+from cn_clip.search.export_rows import (
+    COMMAND,
+    TOGETHER,
+    Batch,
+    Existing,
+    ExportRows,
+    OnProgress,
+)
 from cn_clip.search.folder import LibraryFolder, Snapshot
+from cn_clip.search.milvus import to_milvus
+from cn_clip.search.pgvector import to_pgvector
 from cn_clip.search.roots import display_path
 from cn_clip.text import path_text
 from cn_clip.translation import _
 
-Target = Literal["clip-retrieval", "npz", "parquet", "milvus"]
-OnProgress = Callable[[int, int | None], None]
+Target = Literal["clip-retrieval", "npz", "parquet", "milvus", "pgvector"]
 
-_COMMAND = "library export"
-_TOGETHER = 1000  # images sent or written together
-_TOKEN = "MILVUS_TOKEN"
 _WRITER = b"cn-clip writer"
-_MILVUS_TEXTS = ("path", "caption", "text", "taken")
-_MILVUS_NUMBERS = ("width", "height", "bytes")
-_TEXT_BYTES = 60_000  # of a text in Milvus, below its limit of 65,535
+_TEXTS = ("path", "caption", "text", "taken")  # columns in a database
+_NUMBERS = ("width", "height", "bytes")
 
 # Column -> how a row of `_ROWS` gives it.
 _FACTS = ("width", "height", "bytes", "taken", "latitude", "longitude", "text", "caption")
@@ -69,8 +74,8 @@ class _Table:
         return unit
 
     def spans(self) -> Iterator[tuple[int, int]]:
-        for start in range(0, len(self), _TOGETHER):
-            yield start, min(len(self), start + _TOGETHER)
+        for start in range(0, len(self), TOGETHER):
+            yield start, min(len(self), start + TOGETHER)
 
 
 def claim_export(library: Path, to: Target, out: str, *, overwrite: bool = False) -> str:
@@ -79,14 +84,8 @@ def claim_export(library: Path, to: Target, out: str, *, overwrite: bool = False
     Raises:
         UsageError: as ``outputs.claim``; the suffix does not fit; or a package is missing.
     """
-    if to == "milvus":
-        if find_spec("pymilvus") is None:
-            raise UsageError(
-                _("--to milvus needs pymilvus, which is not installed: pip install pymilvus")
-            )
-        if not out.strip():
-            raise UsageError(_("--out is empty; give the address of a server, or X.db"))
-        return out
+    if is_database(to):
+        return claim_database(to, out)
     suffix = {"clip-retrieval": "", "npz": ".npz", "parquet": ".parquet"}[to]
     if Path(out).suffix != suffix:
         raise UsageError(
@@ -99,9 +98,55 @@ def claim_export(library: Path, to: Target, out: str, *, overwrite: bool = False
         )
     if to == "parquet":
         _parquet()
-        check = own_file(_COMMAND, _is_own_parquet)
+        check = own_file(COMMAND, _is_own_parquet)
         return os.fspath(claim(out, check, inputs=[library], overwrite=overwrite))
-    return os.fspath(claim_embeddings(out, command=_COMMAND, inputs=[library], overwrite=overwrite))
+    return os.fspath(claim_embeddings(out, command=COMMAND, inputs=[library], overwrite=overwrite))
+
+
+def is_database(to: str) -> bool:
+    """Return whether a target is a server, and not a file."""
+    return to in ("milvus", "pgvector")
+
+
+def claim_database(to: str, out: str) -> str:
+    """Check that a database can be written to, without connecting. Return its address.
+
+    Raises:
+        UsageError: a package is missing, or the address is empty.
+    """
+    package, extra = {"milvus": ("pymilvus", "milvus"), "pgvector": ("psycopg", "pgvector")}[to]
+    if find_spec(package) is None:
+        raise UsageError(
+            _(
+                "--to {to} needs {package}, which is not installed: pip install 'cn-clip[{extra}]'",
+                to=to,
+                package=package,
+                extra=extra,
+            )
+        )
+    if not out.strip():
+        raise UsageError(_("--out is empty; give the address of a server, or X.db for milvus-lite"))
+    return out
+
+
+def to_database(
+    rows: ExportRows,
+    to: str,
+    out: str,
+    collection: str,
+    existing: Existing,
+    on_progress: OnProgress,
+) -> None:
+    """Write rows into a collection of Milvus, or a table of PostgreSQL.
+
+    Raises:
+        UsageError: both or neither of what may be done with an existing one; or it is not ours.
+        CNClipError: the server does not answer, or refuses.
+    """
+    if existing.overwrite and existing.update:
+        raise UsageError(_("--overwrite and --update are both given; give one of them"))
+    write = to_milvus if to == "milvus" else to_pgvector
+    write(rows, out, collection, existing, on_progress)
 
 
 def export(
@@ -111,16 +156,19 @@ def export(
     *,
     collection: str = "cn_clip",
     overwrite: bool = False,
+    update: bool = False,
     on_progress: OnProgress = lambda done, total: None,
 ) -> int:
     """Write the images that a search can find; return their number.
 
     Args:
         library: only read.
-        to: ``clip-retrieval`` (a folder), ``npz``, ``parquet``, or ``milvus``.
-        out: from ``claim_export``; for Milvus the address of a server, or a file of milvus-lite.
-        collection: of Milvus.
+        to: ``clip-retrieval`` (a folder), ``npz``, ``parquet``, ``milvus`` or ``pgvector``.
+        out: from ``claim_export``; for a database the address of a server, or a file of
+            milvus-lite.
+        collection: of Milvus; a table of PostgreSQL.
         overwrite: replace a collection that this function made.
+        update: write all rows into a collection that this function made.
         on_progress: called with the number of images so far and in total.
 
     Raises:
@@ -129,8 +177,9 @@ def export(
         CNClipError: the output cannot be written, or the server does not answer.
     """
     table = _read(library)
-    if to == "milvus":
-        _to_milvus(table, out, collection, overwrite, on_progress)
+    if to in ("milvus", "pgvector"):
+        rows = _export_rows(table)
+        to_database(rows, to, out, collection, Existing(overwrite, update), on_progress)
     elif to == "parquet":
         _to_parquet(table, Path(out), on_progress)
     else:
@@ -154,6 +203,18 @@ def _read(library: LibraryFolder) -> _Table:
     return _Table(snapshot, columns)
 
 
+def _export_rows(table: _Table) -> ExportRows:
+    def batches() -> Iterator[Batch]:
+        for start, end in table.spans():
+            columns = {name: values[start:end] for name, values in table.columns.items()}
+            yield Batch(columns["image_id"], table.vectors(start, end), columns)
+
+    model = table.snapshot.model
+    return ExportRows(
+        model.name, model.fingerprint, model.dim, len(table), _TEXTS, _NUMBERS, batches
+    )
+
+
 def _to_embeddings(table: _Table, to: Target, out: Path) -> None:
     model = table.snapshot.model
     about = {
@@ -170,7 +231,7 @@ def _to_embeddings(table: _Table, to: Target, out: Path) -> None:
     if to == "npz":
         write_npz(embeddings, out)
     else:
-        write_clip_retrieval(embeddings, out, command=_COMMAND)
+        write_clip_retrieval(embeddings, out, command=COMMAND)
 
 
 def _to_parquet(table: _Table, out: Path, on_progress: OnProgress) -> None:
@@ -185,7 +246,7 @@ def _to_parquet(table: _Table, out: Path, on_progress: OnProgress) -> None:
             ("vector", arrow.list_(arrow.float32(), model.dim)),
         ],
         {
-            _WRITER: _COMMAND.encode(),
+            _WRITER: COMMAND.encode(),
             b"model": model.name.encode(errors="replace"),
             b"fingerprint": model.fingerprint.encode(),
         },
@@ -202,89 +263,6 @@ def _to_parquet(table: _Table, out: Path, on_progress: OnProgress) -> None:
             on_progress(end, len(table))
 
 
-def _to_milvus(
-    table: _Table, uri: str, collection: str, overwrite: bool, on_progress: OnProgress
-) -> None:
-    """A collection with the ids of the library as primary key; searched by inner product.
-
-    A token is read from the environment variable ``MILVUS_TOKEN``.
-    """
-    pymilvus = import_module("pymilvus")
-    kinds, model = pymilvus.DataType, table.snapshot.model
-    about = f"cn-clip {_COMMAND}: {model.name} {model.fingerprint}"
-    # pymilvus raises MilvusException for most failures, and ValueError, OSError, ConnectionError
-    # or grpc.RpcError for others.
-    client = None
-    try:
-        client = pymilvus.MilvusClient(uri, token=os.environ.get(_TOKEN, ""))
-        if client.has_collection(collection):
-            _check_replaceable(client, collection, overwrite)
-            client.drop_collection(collection)
-        schema = client.create_schema(description=about)
-        schema.add_field("id", kinds.INT64, is_primary=True)
-        schema.add_field("vector", kinds.FLOAT_VECTOR, dim=model.dim)
-        for name in _MILVUS_TEXTS:
-            schema.add_field(name, kinds.VARCHAR, max_length=65_535)
-        for name in _MILVUS_NUMBERS:
-            schema.add_field(name, kinds.INT64)
-        index = client.prepare_index_params()
-        index.add_index("vector", index_type="AUTOINDEX", metric_type="IP")
-        client.create_collection(collection, schema=schema, index_params=index)
-        for start, end in table.spans():
-            client.insert(collection, _milvus_rows(table, start, end))
-            on_progress(end, len(table))
-        client.flush(collection)
-        client.load_collection(collection)
-    except CNClipError:
-        raise
-    # Boundary to a third-party client, whose errors have no common base class.
-    except Exception as error:
-        raise CNClipError(
-            _("Milvus at {uri} refused the export: {error}", uri=uri, error=error)
-        ) from error
-    finally:
-        if client is not None:
-            client.close()
-
-
-def _check_replaceable(client: Any, collection: str, overwrite: bool) -> None:
-    if not overwrite:
-        raise UsageError(
-            _(
-                "the collection {collection} exists; give another --collection, or --overwrite to "
-                "replace it",
-                collection=collection,
-            )
-        )
-    about = client.describe_collection(collection)
-    # milvus-lite keeps no descriptions.
-    names = [field["name"] for field in about.get("fields", ())]
-    ours = str(about.get("description")).startswith(f"cn-clip {_COMMAND}")
-    if not ours and names != ["id", "vector", *_MILVUS_TEXTS, *_MILVUS_NUMBERS]:
-        raise UsageError(
-            _(
-                "the collection {collection} was not written by `cn-clip {command}`; give another "
-                "--collection",
-                collection=collection,
-                command=_COMMAND,
-            )
-        )
-
-
-def _milvus_rows(table: _Table, start: int, end: int) -> list[dict[str, Any]]:
-    rows = []
-    for row, vector in zip(range(start, end), table.vectors(start, end), strict=True):
-        values = {name: column[row] for name, column in table.columns.items()}
-        texts = {name: _cut(values[name]) for name in _MILVUS_TEXTS}
-        numbers = {name: values[name] for name in _MILVUS_NUMBERS}
-        rows.append({"id": values["image_id"], "vector": vector} | texts | numbers)
-    return rows
-
-
-def _cut(text: str | None) -> str:
-    return (text or "").encode()[:_TEXT_BYTES].decode(errors="ignore")
-
-
 def _is_own_parquet(path: Path) -> bool:
     _arrow, parquet = _parquet()
     # pyarrow raises many kinds on files that are no Parquet.
@@ -292,7 +270,7 @@ def _is_own_parquet(path: Path) -> bool:
         metadata = parquet.read_schema(path).metadata or {}
     except Exception:
         return False
-    return bool(metadata.get(_WRITER) == _COMMAND.encode())
+    return bool(metadata.get(_WRITER) == COMMAND.encode())
 
 
 def _parquet() -> tuple[Any, Any]:

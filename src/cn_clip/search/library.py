@@ -24,6 +24,7 @@ from cn_clip.search.folder import LibraryFolder, Snapshot, StoredModel
 from cn_clip.search.fulltext import match_expression
 from cn_clip.search.fusion import CANDIDATES, Field, Fused, TextMatch, fuse, match_text
 from cn_clip.search.hit import Hit
+from cn_clip.search.images import thumbnail_of
 from cn_clip.search.library_model import load_for
 from cn_clip.search.places import DEFAULT, library_path
 from cn_clip.search.query import Query, embed_query, parse_query
@@ -130,6 +131,10 @@ class Library:
                 found = load_for(self.folder, model, **self._given)
                 self._embedders = {model.id: found}  # that of a replaced model is released
         return found
+
+    def thumbnail(self, image: int) -> bytes | None:
+        """Return the thumbnail of an image (WebP), or None if its file cannot be read."""
+        return thumbnail_of(self.folder, image)
 
     def search(
         self,

@@ -35,14 +35,16 @@ def library_path(name_or_path: str | os.PathLike[str] = DEFAULT) -> Path:
     """Return the folder of a library; it may not exist.
 
     A name such as ``photos`` is a folder in ``libraries_folder()``; anything with a separator, or
-    an existing library in the current folder, is a path.
+    an existing library or folder of embeddings in the current folder, is a path.
 
     Raises:
         UsageError: it is neither a name nor a path.
     """
     path = as_path(name_or_path)
     text = os.fspath(name_or_path)
-    if os.sep in text or "/" in text or text.startswith(("~", ".")) or is_library(path):
+    if os.sep in text or "/" in text or text.startswith(("~", ".")):
+        return path
+    if is_library(path) or is_shard_folder(path):
         return path
     if not _NAME.fullmatch(text):
         raise UsageError(
@@ -60,6 +62,11 @@ def is_library(path: Path) -> bool:
     return str(json_object_at(path / ABOUT).get(FIELD, "")).startswith(f"cn-clip {LIBRARY.name} ")
 
 
+def is_shard_folder(path: Path) -> bool:
+    """Return whether a folder holds embedding shards, and is no library."""
+    return (path / "img_emb").is_dir() and not is_library(path)
+
+
 def check_library(path: Path) -> None:
     """Check that a folder is a library of this version.
 
@@ -75,7 +82,7 @@ def check_library(path: Path) -> None:
             )
         )
     about = json_object_at(path / ABOUT)
-    if FIELD not in about and ((path / "img_emb").is_dir() or path.suffix in (".npz", ".jsonl")):
+    if FIELD not in about and (is_shard_folder(path) or path.suffix in (".npz", ".jsonl")):
         raise LibraryError(
             _(
                 "{library} holds embeddings; make a library of them with: cn-clip library import "

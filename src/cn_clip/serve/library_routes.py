@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import numpy.typing as npt
 from fastapi import APIRouter, Query, Request, Response
 from fastapi import Path as PathParameter
 from pydantic import BaseModel
@@ -30,6 +31,7 @@ from cn_clip.serve.schemas import (
     SearchResponse,
 )
 from cn_clip.serve.service import ServedLibrary, Service
+from cn_clip.serve.settings import Settings
 from cn_clip.translation import _
 
 BODIES: list[type[BaseModel]] = [KnnRequest, SearchRequest]
@@ -160,19 +162,8 @@ async def _search(service: Service, given: SearchRequest, request: Request) -> d
     library = service.opened_library()
     query = text_of(given.query, "query", settings.max_text) if given.query.strip() else ""
     request.scope["cn_clip.query"] = query
-    wanted = given.offset + given.k
-    if wanted > settings.max_results:
-        raise RequestError(
-            _(
-                "offset + k is {wanted:,}, above the limit of {limit:,}",
-                wanted=wanted,
-                limit=settings.max_results,
-            ),
-            param="k",
-        )
-    if not (query or given.images or given.like):
-        raise RequestError(_("give a query, images, or like"), param="query")
-    images = await _contents(service, given.images)
+    wanted = check_search(given, settings)
+    images = await contents_of(service, given.images)
     places = await service.searches.run(Places, library.folder, absolute=settings.show_paths)
     filters = filters_of(given.filters, places)
 
@@ -196,7 +187,29 @@ async def _search(service: Service, given: SearchRequest, request: Request) -> d
     }
 
 
-async def _contents(service: Service, images: list[Any]) -> list[bytes]:
+def check_search(given: SearchRequest, settings: Settings) -> int:
+    """Return how many results a search needs, with those that are skipped.
+
+    Raises:
+        RequestError: they are too many, or there is nothing to search for.
+    """
+    wanted = given.offset + given.k
+    if wanted > settings.max_results:
+        raise RequestError(
+            _(
+                "offset + k is {wanted:,}, above the limit of {limit:,}",
+                wanted=wanted,
+                limit=settings.max_results,
+            ),
+            param="k",
+        )
+    if not (given.query.strip() or given.images or given.like):
+        raise RequestError(_("give a query, images, or like"), param="query")
+    return wanted
+
+
+async def contents_of(service: Service, images: list[Any]) -> list[bytes]:
+    """Return the bytes of the images of a request."""
     contents = [image_content(value, f"images[{i}]") for i, value in enumerate(images)]
     good = []
     for content in await service.contents(contents):
@@ -208,6 +221,16 @@ async def _contents(service: Service, images: list[Any]) -> list[bytes]:
 
 async def _knn(service: Service, given: KnnRequest) -> list[dict[str, Any]]:
     library = service.opened_library()
+    vector = await knn_vector(service, given)
+    return await service.searches.run(_nearest, library, vector, given.num_images)
+
+
+async def knn_vector(service: Service, given: KnnRequest) -> npt.NDArray[np.float32]:
+    """Return the unit vector (D,) that a client of clip-retrieval searches with.
+
+    Raises:
+        RequestError: the request gives none.
+    """
     engine = await service.engine()
     vectors = []
     if given.text:
@@ -215,7 +238,7 @@ async def _knn(service: Service, given: KnnRequest) -> list[dict[str, Any]]:
         vectors.append((await engine.embed_texts([text]))[0].vector)
     image = given.image or given.image_url
     if image:
-        contents = await _contents(service, [image])
+        contents = await contents_of(service, [image])
         embedded = (await engine.embed_images(contents))[0]
         if isinstance(embedded, Exception):
             raise embedded
@@ -233,7 +256,8 @@ async def _knn(service: Service, given: KnnRequest) -> list[dict[str, Any]]:
     norm = float(np.linalg.norm(mean))
     if not (np.isfinite(norm) and norm > 0):
         raise RequestError(_("the query has no direction"), param="embedding_input")
-    return await service.searches.run(_nearest, library, mean / norm, given.num_images)
+    unit: npt.NDArray[np.float32] = (mean / norm).astype(np.float32)
+    return unit
 
 
 def _nearest(library: ServedLibrary, vector: Any, k: int) -> list[dict[str, Any]]:

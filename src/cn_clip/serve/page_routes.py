@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from importlib.resources import files
+from typing import Protocol
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
 from cn_clip.serve.guard import COOKIE
 from cn_clip.serve.inputs import parse
-from cn_clip.serve.keys import SESSION_SECONDS
-from cn_clip.serve.metrics import CONTENT_TYPE
+from cn_clip.serve.keys import SESSION_SECONDS, Keys
+from cn_clip.serve.metrics import CONTENT_TYPE, Metrics
 from cn_clip.serve.problems import RequestError
 from cn_clip.serve.responses import body_of, errors, json_response
 from cn_clip.serve.schemas import LoginRequest
-from cn_clip.serve.service import Service
+from cn_clip.serve.settings import Settings
 from cn_clip.translation import _
 
 _TYPES = {
@@ -38,7 +39,19 @@ def page_files() -> dict[str, tuple[bytes, str]]:
     return found
 
 
-def page_routes(service: Service, pages: dict[str, tuple[bytes, str]]) -> APIRouter:
+class Served(Protocol):
+    """What the page needs of a server."""
+
+    settings: Settings
+    metrics: Metrics
+    keys: Keys | None
+
+    def not_ready(self) -> str | None:
+        """Return why requests cannot be answered now; None if they can."""
+        ...
+
+
+def page_routes(service: Served, pages: dict[str, tuple[bytes, str]]) -> APIRouter:
     """Return the routes."""
     router = APIRouter(tags=["server"])
 

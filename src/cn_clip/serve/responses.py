@@ -1,16 +1,21 @@
-"""JSON responses, and how requests and errors appear in the OpenAPI description."""
+"""JSON responses, errors as responses, and how both appear in the OpenAPI description."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from pydantic_core import to_json
+from starlette.exceptions import HTTPException
 
+from cn_clip.errors import CNClipError
+from cn_clip.serve.problems import error_body, problem_of
 from cn_clip.serve.schemas import ErrorResponse
+from cn_clip.translation import _
 
 _REFERENCE = "#/components/schemas/{model}"
 _ERRORS = {
@@ -68,3 +73,40 @@ def describe(app: FastAPI, bodies: list[type[BaseModel]], description: str) -> N
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def answer_errors(app: FastAPI) -> None:
+    """Answer errors in the shape of OpenAI's API."""
+    app.add_exception_handler(CNClipError, _refuse)
+    app.add_exception_handler(HTTPException, _refuse_path)
+    app.add_exception_handler(RequestValidationError, _refuse_parameters)
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    assert isinstance(error, CNClipError)
+    problem = problem_of(error)
+    headers = {} if problem.retry_after is None else {"retry-after": str(problem.retry_after)}
+    content = error_body(str(problem), problem.status, param=problem.param, code=problem.code)
+    return json_response(content, status=problem.status, headers=headers)
+
+
+async def _refuse_path(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = (
+        _("there is nothing at {path}", path=request.url.path)
+        if error.status_code == 404
+        else str(error.detail)
+    )
+    return json_response(
+        error_body(message, error.status_code),
+        status=error.status_code,
+        headers=dict(error.headers or {}),
+    )
+
+
+async def _refuse_parameters(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    name = str(first["loc"][-1])
+    message = _("{name}: {reason}", name=name, reason=first["msg"])
+    return json_response(error_body(message, 400, param=name), status=400)

@@ -176,6 +176,27 @@ class SearchResponse(BaseModel):
     hits: list[Found]
 
 
+class MissingPart(BaseModel):
+    """A part whose images are missing from an answer."""
+
+    part: int
+    reason: str
+
+
+class PartsState(BaseModel):
+    """Which of the parts answered; they are numbered from 1."""
+
+    asked: int
+    answered: int
+    missing: list[MissingPart]
+
+
+class MergedResponse(SearchResponse):
+    """Results of several servers, each with a part of the images."""
+
+    parts: PartsState
+
+
 class RootState(BaseModel):
     """A folder or source of the library."""
 

@@ -8,16 +8,16 @@ import os
 import subprocess
 import time
 from contextlib import suppress
-from typing import cast
+from typing import Any, cast
 
 from cn_clip.backends.pipeline import ImagePreparation
 from cn_clip.embedder import Embedder, load
-from cn_clip.errors import CNClipError
+from cn_clip.errors import CNClipError, UsageError
 from cn_clip.search.background import prepare_search
 from cn_clip.search.folder import StoredModel
 from cn_clip.search.library import Library
 from cn_clip.search.library_model import load_for
-from cn_clip.search.places import ABOUT
+from cn_clip.search.places import ABOUT, is_shard_folder, library_path
 from cn_clip.serve.engine import Engine, QueuedEmbedder, best_image_batch
 from cn_clip.serve.fetch import fetch_image
 from cn_clip.serve.gate import Gate
@@ -26,6 +26,7 @@ from cn_clip.serve.keys import Keys
 from cn_clip.serve.metrics import Metrics
 from cn_clip.serve.problems import RequestError, problem_of, unavailable
 from cn_clip.serve.settings import Settings
+from cn_clip.shards.library import ShardLibrary
 from cn_clip.text import path_text
 from cn_clip.translation import _
 
@@ -51,6 +52,19 @@ class ServedLibrary(Library):
         return cast(Embedder, QueuedEmbedder(engine, service.loop))
 
 
+class ServedShards(ShardLibrary):
+    """Embedding shards whose queries join the queues of the server's model."""
+
+    service: Service
+
+    def embedder(self) -> Embedder:
+        """Return the model of the shards; a search calls this in a thread."""
+        service = self.service
+        assert service.loop is not None
+        engine = asyncio.run_coroutine_threadsafe(service.engine(), service.loop).result()
+        return cast(Embedder, QueuedEmbedder(engine, service.loop))
+
+
 class Service:
     """What the routes share. Used from one event loop, once started.
 
@@ -58,6 +72,7 @@ class Service:
         settings, metrics: of the server.
         keys: None lets everyone in.
         library: None without one.
+        shards: None unless the library is a folder of embedding shards.
         searches, renderings: threads for blocking work.
         started: Unix time.
         index_process: the last index run that was started here.
@@ -73,15 +88,9 @@ class Service:
         self.metrics = Metrics()
         self.keys = Keys(settings.keys, settings.key) if settings.needs_key else None
         self.library: ServedLibrary | None = None
+        self.shards: ServedShards | None = None
         if settings.library is not None:
-            self.library = ServedLibrary(
-                settings.library,
-                model=settings.model,
-                backend=settings.backend,
-                device=settings.device,
-                precision=settings.precision,
-            )
-            self.library.service = self
+            self._open(settings.library)
         timeout = settings.timeout
         self.searches = Gate(
             "search", threads=_SEARCH_THREADS, bound=settings.search_bound, timeout=timeout
@@ -104,6 +113,26 @@ class Service:
         self._ticker: asyncio.Task[None] | None = None
         self._preparing: asyncio.Task[None] | None = None
         self._closing: set[asyncio.Task[None]] = set()
+
+    def _open(self, name: str) -> None:
+        """Open the library, or the folder of embedding shards."""
+        settings, path = self.settings, library_path(name)
+        options: dict[str, Any] = {
+            "model": settings.model,
+            "backend": settings.backend,
+            "device": settings.device,
+            "precision": settings.precision,
+        }
+        if is_shard_folder(path):
+            self.shards = ServedShards(path, shards=settings.shards, **options)
+            self.shards.service = self
+            return
+        if settings.shards is not None:
+            raise UsageError(
+                _("--shards is for embedding shards, and {library} is a library", library=name)
+            )
+        self.library = ServedLibrary(name, **options)
+        self.library.service = self
 
     async def start(self) -> None:
         """Start the queues in the current event loop."""
@@ -182,6 +211,8 @@ class Service:
             return _("a batch does not end")
         if self.library is not None and not self.library_exists():
             return _("the library {library} is gone", library=path_text(self.library.folder.path))
+        if self.shards is not None and not is_shard_folder(self.shards.folder.path):
+            return _("the library {library} is gone", library=path_text(self.shards.folder.path))
         return None
 
     def library_exists(self) -> bool:
@@ -248,6 +279,8 @@ class Service:
                 device=settings.device,
                 precision=settings.precision,
             )
+        elif self.shards is not None:
+            embedder = self.shards.load_model()
         else:
             embedder = load(
                 settings.model or DEFAULT_MODEL,

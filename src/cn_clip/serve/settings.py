@@ -13,7 +13,10 @@ class Settings:
     """Options of a server.
 
     Attributes:
-        library: name or path; None serves a model alone.
+        library: name or path, of embedding shards too; None serves a model alone.
+        shards: those of embedding shards that are searched; None is all.
+        parts: addresses of servers whose results are merged; no model and no library then.
+        parts_key: API key for these.
         model: name or path; None is the library's own, or mini.
         backend, device, precision, fast_decode: as ``cn_clip.load``.
         host, port: where it listens.
@@ -46,6 +49,9 @@ class Settings:
     """
 
     library: str | None = None
+    shards: range | None = None
+    parts: tuple[str, ...] = ()
+    parts_key: str | None = field(default=None, repr=False)
     model: str | None = None
     backend: BackendName = "auto"
     device: str = "auto"

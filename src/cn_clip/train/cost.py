@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from cn_clip.config import ModelConfig
 from cn_clip.data.sources.open import WeightedSource, parts_of
 from cn_clip.data.sources.tar import Tar
 from cn_clip.model.clip import CLIP
@@ -124,17 +125,24 @@ def run_cost(recipe: Recipe, data: DataSize, *, world_size: int = 1) -> RunCost:
     length = config.context_length
     # A Chinese character is a token; so are the two ends.
     tokens = length if data.characters is None else min(length, round(data.characters) + 2)
+    model, image, text = tower_operations(config, tokens)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    stages = [
+        _stage_cost(recipe, stage, model, data, image, text, world_size) for stage in recipe.stages
+    ]
+    return RunCost(config.name, parameters, image, text, tokens, data, stages)
+
+
+def tower_operations(config: ModelConfig, tokens: int) -> tuple[CLIP, float, float]:
+    """Return a model without weights, and the operations of its towers for one image and for one
+    text of so many tokens, forwards: a multiplication and an addition are two."""
     with torch.device("meta"):
         model = CLIP(config).eval()
         side = config.vision.resolution
         image = _operations(lambda: model.encode_image(torch.zeros(1, 3, side, side)))
         # Not encode_text: what it cuts depends on values, which there are none of here.
         text = _operations(lambda: model.bert(torch.ones(1, tokens, dtype=torch.long)))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    stages = [
-        _stage_cost(recipe, stage, model, data, image, text, world_size) for stage in recipe.stages
-    ]
-    return RunCost(config.name, parameters, image, text, tokens, data, stages)
+    return model, image, text
 
 
 def _stage_cost(

@@ -143,6 +143,7 @@ async function run() {
   try {
     const answer = await ask("/v1/search", { body: request(0), signal: loading.signal });
     Object.assign(state, { hits: [], more: answer.more, loading: null, divided: answer.nothing_matches });
+    state.missing = answer.parts?.missing.length ?? 0; // of a server in front of parts
     byId("grid").replaceChildren();
     if (answer.nothing_matches) showNothing(answer.hits.length > 0);
     append(answer.hits);
@@ -161,6 +162,7 @@ async function loadMore() {
   try {
     const answer = await ask("/v1/search", { body: request(state.hits.length), signal: loading.signal });
     state.more = answer.more && answer.hits.length > 0;
+    state.missing = answer.parts?.missing.length ?? 0;
     append(answer.hits);
     showStatus();
   } catch (error) {
@@ -206,7 +208,9 @@ const reasonOf = (reason) => t(`why${reason[0].toUpperCase()}${reason.slice(1)}`
 const score = (hit) => (hit.probability === null ? hit.cosine.toFixed(2) : `${Math.round(100 * hit.probability)}%`);
 
 function showStatus() {
-  byId("status").textContent = state.hits.length ? t("found", number(state.hits.length), state.more) : "";
+  const found = state.hits.length ? t("found", number(state.hits.length), state.more) : "";
+  const missing = state.missing ? t("missingParts", state.missing) : "";
+  byId("status").textContent = [found, missing].filter(Boolean).join(" · ");
 }
 
 function showNothing(some) {

@@ -1,0 +1,226 @@
+"""Servers that each have a part of the shards, asked together, and their results merged."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from json import JSONDecodeError
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from cn_clip.errors import UsageError
+from cn_clip.serve.problems import RequestError, unavailable
+from cn_clip.translation import _
+
+_CONNECTIONS = 64  # to each part
+_PROBE_SECONDS = 2.0
+
+log = logging.getLogger("cn_clip.serve")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a part answered.
+
+    Attributes:
+        part: its number, from 1 in the order in which the parts are given.
+        response: None if there was none.
+        reason: why there was none.
+    """
+
+    part: int
+    response: httpx.Response | None
+    reason: str = ""
+
+    @property
+    def is_good(self) -> bool:
+        """Whether the part did what it was asked."""
+        return self.response is not None and self.response.status_code == 200
+
+    @property
+    def is_refusal(self) -> bool:
+        """Whether the request itself is at fault."""
+        # 401 and 403 are about the key that this server has for its parts, and 429 passes.
+        return self.response is not None and self.response.status_code in (400, 404, 413)
+
+    @property
+    def missing(self) -> dict[str, Any]:
+        """What clients are told of a part that did not answer."""
+        reason = self.reason or _("it refused ({status})", status=self._status)
+        return {"part": self.part, "reason": reason}
+
+    @property
+    def _status(self) -> int:
+        return 0 if self.response is None else self.response.status_code
+
+    def values(self) -> Any:
+        """Return the JSON of the response.
+
+        Raises:
+            RequestError: it is none (503).
+        """
+        assert self.response is not None
+        try:
+            return self.response.json()
+        except (JSONDecodeError, UnicodeDecodeError, RecursionError):
+            raise unavailable(_("part {part} does not answer in JSON", part=self.part)) from None
+
+
+class Parts:
+    """The servers. Used from one event loop."""
+
+    def __init__(self, urls: Sequence[str], *, key: str | None, timeout: float) -> None:
+        """Check the addresses; nothing is sent.
+
+        Raises:
+            UsageError: one is no address of a server, or two are equal.
+        """
+        self.urls = [_checked(url) for url in urls]
+        if len(set(self.urls)) < len(self.urls):
+            raise UsageError(_("--parts has an address twice; its images would count twice"))
+        headers = {} if key is None else {"authorization": f"Bearer {key}"}
+        self._client = httpx.AsyncClient(
+            headers=headers,
+            timeout=httpx.Timeout(timeout, connect=min(timeout, 5.0)),
+            limits=httpx.Limits(max_connections=_CONNECTIONS * len(self.urls)),
+            trust_env=False,
+            follow_redirects=False,
+        )
+        self.reasons: dict[int, str] = {}  # of the parts that are not ready
+        self._next = 0
+        self._watch: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Begin to watch whether the parts are ready."""
+        await self._probe()
+        self._watch = asyncio.get_running_loop().create_task(self._keep_probing())
+
+    async def close(self) -> None:
+        """Close all connections."""
+        if self._watch is not None:
+            self._watch.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._watch
+        await self._client.aclose()
+
+    async def ask_all(
+        self, method: str, path: str, *, body: bytes | None = None, query: str = ""
+    ) -> list[Answer]:
+        """Ask every part, at once."""
+        numbers = range(1, len(self.urls) + 1)
+        return list(
+            await asyncio.gather(*(self._ask(n, method, path, body, query) for n in numbers))
+        )
+
+    async def ask_one(
+        self, method: str, path: str, *, body: bytes | None = None, query: str = ""
+    ) -> httpx.Response:
+        """Ask the parts in turn, until one answers.
+
+        Raises:
+            RequestError: none does (503).
+        """
+        self._next += 1
+        for offset in range(len(self.urls)):
+            number = (self._next + offset) % len(self.urls) + 1
+            answer = await self._ask(number, method, path, body, query)
+            if answer.response is not None and answer.response.status_code != 503:
+                return answer.response
+        raise unavailable(_("no part answers"))
+
+    async def ask_for(self, path: str, query: str) -> httpx.Response:
+        """Return the response of the part that has something.
+
+        Raises:
+            RequestError: none has it (404), or a part that may have it does not answer (503).
+        """
+        answers = await self.ask_all("GET", path, query=query)
+        found = next((answer.response for answer in answers if answer.is_good), None)
+        if found is not None:
+            return found
+        if all(answer.response is not None for answer in answers):
+            raise RequestError(_("no part has {path}", path=path), status=404)
+        raise unavailable(_("no part that answers has {path}", path=path))
+
+    async def _ask(
+        self, number: int, method: str, path: str, body: bytes | None, query: str
+    ) -> Answer:
+        url = self.urls[number - 1] + path + (f"?{query}" if query else "")
+        headers = {} if body is None else {"content-type": "application/json"}
+        try:
+            return Answer(
+                number,
+                await self._client.request(method, url, content=body, headers=headers),
+            )
+        except httpx.TimeoutException:
+            reason = _("no answer in time")
+        except (httpx.HTTPError, httpx.InvalidURL):
+            reason = _("no connection")
+        log.warning("part %d (%s): %s", number, self.urls[number - 1], reason)
+        return Answer(number, None, reason)
+
+    async def _keep_probing(self) -> None:
+        while True:
+            await asyncio.sleep(_PROBE_SECONDS)
+            await self._probe()
+
+    async def _probe(self) -> None:
+        answers = await self.ask_all("GET", "/readyz")
+        self.reasons = {a.part: a.missing["reason"] for a in answers if not a.is_good}
+
+
+def good_answers(answers: Sequence[Answer]) -> list[Answer]:
+    """Return the answers of the parts that did what they were asked.
+
+    Raises:
+        RequestError: none did; with the message of a part that refused the request itself.
+    """
+    good = [answer for answer in answers if answer.is_good]
+    if good:
+        return good
+    refusal = next((answer for answer in answers if answer.is_refusal), None)
+    if refusal is None or refusal.response is None:
+        raise unavailable(_("no part answers"))
+    error = refusal.values()
+    error = error.get("error") if isinstance(error, dict) else None
+    error = error if isinstance(error, dict) else {}
+    raise RequestError(
+        str(error.get("message")),
+        status=refusal.response.status_code,
+        param=error.get("param"),
+        code=error.get("code"),
+    )
+
+
+def parts_state(answers: Sequence[Answer]) -> dict[str, Any]:
+    """Return what clients are told about the parts."""
+    missing = [answer.missing for answer in answers if not answer.is_good]
+    return {"asked": len(answers), "answered": len(answers) - len(missing), "missing": missing}
+
+
+def merged_hits(
+    results: Sequence[Mapping[str, Any]], score: str, *, offset: int, end: int
+) -> list[Mapping[str, Any]]:
+    """Return results of all parts in one order: by score, ties by id."""
+    ordered = sorted(results, key=lambda hit: (-hit[score], hit["id"]))
+    return ordered[offset:end]
+
+
+def _checked(url: str) -> str:
+    url = url.rstrip("/")
+    try:
+        split = urlsplit(url)
+        good = split.scheme in ("http", "https") and split.hostname and not split.query
+        good = good and split.port != 0
+    except ValueError:
+        good = False
+    if not good:
+        raise UsageError(
+            _("--parts has {url!r}; give addresses such as http://10.0.0.7:8000", url=url)
+        )
+    return url

@@ -1,0 +1,1 @@
+"""Folders of embedding shards, of any size: search, duplicates, filters."""
