@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test bench docs site
+.PHONY: help setup check test bench docs catalogue site
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)$$/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -27,6 +27,9 @@ bench: ## run the core benchmark
 docs: ## regenerate docs/cli.md and docs/recipe.md
 	$(BIN)/python docs/generate_cli.py
 	$(BIN)/python docs/generate_recipe.py
+
+catalogue: ## add new messages to the Chinese catalogue, and compile it
+	$(BIN)/python docs/generate_catalogue.py
 
 site: ## build the documentation as a site in build/site
 	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'

@@ -6,11 +6,14 @@ Run it after any change to a command: ``make docs``, or ``python docs/generate_c
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cyclopts import App
 from rich.console import Console
+
+os.environ["CN_CLIP_LANG"] = "en"  # whatever the locale; read at the first message
 
 from cn_clip.cli import app, load_commands
 

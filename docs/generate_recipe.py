@@ -5,8 +5,11 @@ Run it after any change to a recipe: ``make docs``, or ``python docs/generate_re
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+os.environ["CN_CLIP_LANG"] = "en"  # whatever the locale; read at the first message
 
 from cn_clip.train.recipe.flags import OFFICIAL
 from cn_clip.train.recipe.schema import options, type_text

@@ -1,6 +1,6 @@
-"""Print texts that are no literals as marked messages, for extraction: see CONTRIBUTING.md.
+"""Messages that are no literals of the code, for extraction: see generate_catalogue.py.
 
-The help comes from docstrings, and the titles of protocols from a TOML file.
+The help comes from docstrings, titles and metrics from TOML files, some reasons from the system.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from generate_cli import commands, help_text
 
 from cn_clip.cli import app
 from cn_clip.eval.protocols import protocols
+from cn_clip.eval.zeroshot import datasets
+from cn_clip.translation import SYSTEM_REASONS
 
 
 def help_messages() -> list[str]:
-    """Return each text that the help of a command passes to ``translate``, and the titles."""
+    """Return each text that the help of a command passes to ``translate``, and the others."""
     messages: dict[str, None] = {}
 
     def record(message: str) -> str:
@@ -24,9 +26,7 @@ def help_messages() -> list[str]:
     with mock.patch("cn_clip.cli.help.translate", record):
         for words in commands(app):
             help_text(words)
-    return list(messages | dict.fromkeys(spec.title for spec in protocols().values()))
-
-
-if __name__ == "__main__":
-    for message in help_messages():
-        print(f"_({message!r})")
+    specs = protocols().values()
+    titles = [text for spec in specs for text in (spec.title, spec.metric)]
+    metrics = [info.metric for info in datasets().values()]
+    return [*dict.fromkeys((*messages, *titles, *metrics, *SYSTEM_REASONS))]

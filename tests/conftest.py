@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+os.environ["CN_CLIP_LANG"] = "en"  # of the messages that tests compare, whatever the locale
 
 from cn_clip import weights
 from cn_clip.config import ModelConfig, TextConfig, VisionConfig
@@ -22,6 +25,7 @@ torch.set_num_threads(1)  # more threads do not help tiny models
 
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))  # for fill.py
+sys.path.insert(0, str(GOLDEN.parent.parent / "docs"))  # for the generators of pages
 
 TEXT = TextConfig(hidden_size=64, layers=2, heads=1, intermediate_size=128)
 TINY = {

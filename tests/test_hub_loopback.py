@@ -212,6 +212,7 @@ def test_404_names_the_file_repository_and_folder(tmp_path, server):
     for words in (published.filename, f"OFA-Sys/{published.repository} on Hugging Face", "404"):
         assert words in error
     assert f"put it into {tmp_path / 'root'}" in error
+    assert "CN_CLIP_HUB=modelscope" in error and "HF_ENDPOINT" in error
 
 
 def test_offline_fails_at_once(tmp_path, server):

@@ -26,7 +26,8 @@ def test_every_page_is_in_the_menu_once():
 def test_every_chinese_page_is_the_twin_of_an_english_one_and_links_to_it():
     english = PAGES - {"api.md", "cli.md", "recipe.md"}  # of code
     english = {page for page in english if not page.startswith(("zh/", "adr/"))}
-    assert english == {page.removeprefix("zh/") for page in PAGES if page.startswith("zh/")}
+    chinese = {page.removeprefix("zh/") for page in PAGES if page.startswith("zh/")}
+    assert english == chinese - {"glossary.md"}
     for page in sorted(english):
         up = "../" * page.count("/")
         head = (DOCS / page).read_text(encoding="utf-8")[:300]

@@ -1,6 +1,7 @@
 """What a person reads passes through one function, and comes out in the language of the user."""
 
 import ast
+import ctypes
 import os
 import re
 import string
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from jinja2 import Environment
@@ -276,6 +278,39 @@ def test_the_language_is_the_override_else_that_of_the_locale(monkeypatch, varia
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert languages() == expected
+
+
+def test_windows_tells_its_language_itself(monkeypatch):
+    for name in ("CN_CLIP_LANG", "LANGUAGE", "LC_ALL", "LC_MESSAGES", "LANG"):
+        monkeypatch.delenv(name, raising=False)
+    kernel = SimpleNamespace(GetUserDefaultUILanguage=lambda: 0x0804)
+    monkeypatch.setattr(ctypes, "windll", SimpleNamespace(kernel32=kernel), raising=False)
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert languages() == ["zh_CN"]
+    monkeypatch.setenv("CN_CLIP_LANG", "en")
+    assert languages() == []
+
+
+def test_a_reason_of_the_system_is_translated_with_its_message(use_catalogue):
+    message = "{path} cannot be read: {reason}"
+    use_catalogue({message: "无法读取 {path}：{reason}", "Permission denied": "权限不足"})
+    assert _(message, path="x", reason="Permission denied") == "无法读取 x：权限不足"
+    assert _(message, path="Permission denied", reason="") == "无法读取 Permission denied："
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("模型", "未知的模型，共 3 个"),
+        ("--backend", "未知的 --backend，共 3 个"),
+        ("'a'", "未知的 'a'，共 3 个"),
+        ("（空）", "未知的（空），共 3 个"),
+        ("", "未知的，共 3 个"),
+    ],
+)
+def test_chinese_and_latin_have_a_space_where_a_value_joins_them(use_catalogue, value, expected):
+    use_catalogue({"unknown {kind}, {count} in all": "未知的{kind}，共{count}个"})
+    assert _("unknown {kind}, {count} in all", kind=value, count=3) == expected
 
 
 def test_a_locale_with_a_country_uses_the_catalogue_of_its_language(use_catalogue, monkeypatch):

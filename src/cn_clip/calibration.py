@@ -27,7 +27,7 @@ from cn_clip.translation import N_, _, translate
 
 CurveKind = Literal["logistic", "isotonic"]
 CURVE_KINDS: tuple[CurveKind, ...] = ("logistic", "isotonic")
-USES = ("search", "labels")
+USES = (N_("search"), N_("labels"))
 COUNTS = ("images", "texts", "pairs", "non_pairs")
 _FORMAT = Format("calibration", 1)
 _MAX_VALUE = 1e30  # of any number in the file: products of two stay finite

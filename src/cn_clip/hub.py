@@ -18,7 +18,7 @@ from typing import Any
 
 from cn_clip.config import PUBLISHED, read_config_json, shard_names
 from cn_clip.errors import CheckpointError, MissingWeightsError, UnknownModelError, UsageError
-from cn_clip.translation import _
+from cn_clip.translation import N_, _, translate
 
 EMBEDDED = "mini"
 _MAX_REASON = 60  # characters of a hub's error message in ours
@@ -28,6 +28,10 @@ HUBS = ("huggingface", "modelscope")
 
 _OWNERS = {"huggingface": "OFA-Sys", "modelscope": "AI-ModelScope"}
 _TITLES = {"huggingface": "Hugging Face", "modelscope": "ModelScope"}
+_OTHERS = {  # what to try where a hub cannot be reached, as often in mainland China
+    "huggingface": N_("CN_CLIP_HUB=modelscope or HF_ENDPOINT (a mirror)"),
+    "modelscope": N_("CN_CLIP_HUB=huggingface"),
+}
 _INCOMPLETE = ".fetching"  # folder of incomplete downloads, in the target folder
 _INDEX = ".index.json"  # suffix of an index of shards
 _WEIGHTS = (
@@ -323,31 +327,33 @@ def _disk_full(name: str, root: Path, error: OSError) -> MissingWeightsError:
 
 def _missing(name: str, hub: str, root: Path, error: Exception) -> MissingWeightsError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = re.sub(r"(https?://[^/\s]+)/[^\s:]*", r"\1", reason)  # the host is enough
     if len(reason) > _MAX_REASON:
         reason = f"{reason[:_MAX_REASON]}…"
     if name in PUBLISHED:
         published = PUBLISHED[name]
         return MissingWeightsError(
             _(
-                "{name} needs {filename}, not found and not downloaded ({reason}). Get it from "
-                "{huggingface}/{repository} on Hugging Face ({modelscope} on ModelScope) and put "
-                "it into {folder}",
+                "{name} needs {filename}, not found and not downloaded ({reason}). Try {other}, or "
+                "get it from {owner}/{repository} on {title} and put it into {folder}",
                 name=name,
                 filename=published.filename,
                 reason=reason,
-                huggingface=_OWNERS["huggingface"],
+                other=translate(_OTHERS[hub]),
+                owner=_OWNERS[hub],
                 repository=published.repository,
-                modelscope=_OWNERS["modelscope"],
+                title=_TITLES[hub],
                 folder=root,
             )
         )
     return MissingWeightsError(
         _(
             "{name} is not a file or folder, and could not be downloaded from {title} ({reason}). "
-            "Download config.json and model.safetensors (or pytorch_model.bin) of {name} and put "
-            "them into {folder}",
+            "Try {other}, or put its config.json and model.safetensors (or pytorch_model.bin) into "
+            "{folder}",
             name=name,
             title=_TITLES[hub],
+            other=translate(_OTHERS[hub]),
             reason=reason,
             folder=root / name.replace("/", "--"),
         )

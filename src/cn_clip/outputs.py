@@ -60,7 +60,12 @@ def claim(
     given = os.fspath(out)
     if not given or "\0" in given:
         raise UsageError(
-            _("{option} is {given!r}; give a {kind}", option=option, given=given, kind=kind)
+            _(
+                "{option} is {given!r}; give a {kind}",
+                option=option,
+                given=given,
+                kind=_("file") if kind == "file" else _("folder"),
+            )
         )
     try:
         target = Path(os.path.realpath(given))  # writes go through a link

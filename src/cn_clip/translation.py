@@ -8,6 +8,7 @@ are literals, so that they can be extracted. The catalogue is read at the first 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
@@ -17,6 +18,39 @@ if TYPE_CHECKING:
 
 DOMAIN = "cn_clip"
 LANGUAGE = "CN_CLIP_LANG"  # environment variable; overrides the locale
+SYSTEM_REASONS = (  # as ``OSError.strerror`` has them
+    "No such file or directory",
+    "Permission denied",
+    "Operation not permitted",
+    "No space left on device",
+    "Disk quota exceeded",
+    "Read-only file system",
+    "File exists",
+    "Is a directory",
+    "Not a directory",
+    "Directory not empty",
+    "File name too long",
+    "File too large",
+    "Too many open files",
+    "Too many levels of symbolic links",
+    "Input/output error",
+    "Invalid argument",
+    "Invalid cross-device link",
+    "Device or resource busy",
+    "Text file busy",
+    "Stale file handle",
+    "Broken pipe",
+    "Cannot allocate memory",
+    "Connection refused",
+    "Connection reset by peer",
+    "Connection timed out",
+    "Network is unreachable",
+    "No route to host",
+    "Address already in use",
+    "Cannot assign requested address",
+    "Name or service not known",
+    "Temporary failure in name resolution",
+)
 LOCALES = os.path.join(os.path.dirname(__file__), "locale")
 
 _VARIABLES = (LANGUAGE, "LANGUAGE", "LC_ALL", "LC_MESSAGES", "LANG")  # the first that is set counts
@@ -58,16 +92,61 @@ def _filled(translated: str, english: str, values: Mapping[str, object]) -> str:
     if not values:
         return translated
     if translated != english:
+        reason = values.get("reason")
+        if isinstance(reason, str) and reason:  # often one of the system, see SYSTEM_REASONS
+            values = {**values, "reason": translate(reason)}
         try:
-            return translated.format(**values)
+            return _spaced(translated, values)
         except _FORMAT_ERRORS:  # the English message has the right placeholders
             pass
     return english.format(**values)
 
 
+def _spaced(message: str, values: Mapping[str, object]) -> str:
+    """Return a message with its values, and a space between Chinese and Latin where they meet.
+
+    A value may be either, so a message such as 未知的{kind} cannot have the space itself.
+    """
+    from string import Formatter  # not needed in English
+
+    formatter, text = Formatter(), ""
+    for literal, name, form, conversion in formatter.parse(message):
+        parts = [literal]
+        if name is not None:
+            value = formatter.convert_field(values[name], conversion)
+            parts.append(formatter.format_field(value, (form or "").format(**values)))
+        for part in parts:
+            text += " " + part if _needs_space(text[-1:], part[:1]) else part
+    return text
+
+
+def _needs_space(before: str, after: str) -> bool:
+    return (_is_chinese(before) and _is_latin(after)) or (_is_latin(before) and _is_chinese(after))
+
+
+def _is_chinese(character: str) -> bool:
+    return "\u4e00" <= character <= "\u9fff"
+
+
+def _is_latin(character: str) -> bool:
+    return character.isascii() and (character.isalnum() or character in ("'", '"', "/", "~", "-"))
+
+
+def _windows_language() -> str:
+    """Return the language of Windows, which sets no variable for it; empty on other systems."""
+    if sys.platform != "win32":
+        return ""
+    import ctypes
+    import locale
+
+    language = ctypes.windll.kernel32.GetUserDefaultUILanguage()
+    return locale.windows_locale.get(language, "")
+
+
 def languages() -> list[str]:
     """Return the user's languages such as ``zh_CN``, the preferred first, up to English."""
     value = next((value for name in _VARIABLES if (value := os.environ.get(name))), "")
+    value = value or _windows_language()
     wanted: list[str] = []
     for locale in value.split(":"):  # such as zh_CN.UTF-8, de@euro and zh-CN
         language = locale.partition(".")[0].partition("@")[0].replace("-", "_")

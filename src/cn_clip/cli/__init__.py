@@ -76,10 +76,11 @@ def end(run: Callable[[Sequence[str]], int]) -> None:
     sys.exit(_flush(run(sys.argv[1:])))
 
 
-def load_commands() -> None:
+def load_commands(group: App = app) -> None:
     """Import all commands, so that a list of them has their descriptions."""
-    for command in app:
-        _unused = app[command]
+    for name in group:
+        if not name.startswith("-"):
+            load_commands(group[name])
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -141,14 +142,9 @@ def _interrupted(number: int) -> int:
 def _failed(error: Exception, arguments: Sequence[str]) -> int:
     """Print an error as one sentence; return the exit code."""
     if isinstance(error, CycloptsError):
-        return _fail(
-            _(
-                "{error} See: {command} --help",
-                error=str(error).strip(),
-                command=" ".join(["cn-clip", *(error.command_chain or ())]),
-            ),
-            2,
-        )
+        from cn_clip.cli.usage import usage_message  # for errors alone
+
+        return _fail(usage_message(error), 2)
     if isinstance(error, CNClipError):
         return _fail(str(error), 2 if isinstance(error, UsageError) else 1)
     if isinstance(error, BrokenPipeError) and _reader_is_gone():  # such as `head`

@@ -12,22 +12,22 @@ from rich.markup import escape
 from rich.table import Table
 
 from cn_clip.cli.show import Flag, console, print_json, progress
-from cn_clip.translation import _, translate
+from cn_clip.translation import N_, _, translate
 
 if TYPE_CHECKING:
     from cn_clip.bench import BackendSpeed, BenchResult
 
 _HEADINGS = (
-    "backend",
-    "precision",
-    "images/s",
-    "of floor",
-    "texts/s",
-    "of floor",
-    "one image p50, p95",
-    "one text p50, p95",
-    "load",
-    "peak memory",
+    N_("backend"),
+    N_("precision"),
+    N_("images/s"),
+    N_("of floor"),
+    N_("texts/s"),
+    N_("of floor"),
+    N_("one image p50, p95"),
+    N_("one text p50, p95"),
+    N_("load"),
+    N_("peak memory"),
 )
 _Positive = Annotated[int, Parameter(validator=Number(gte=1, lte=4096))]
 
@@ -80,7 +80,7 @@ def _print(out: Console, result: BenchResult) -> None:
     )
     table = Table(box=None, header_style="dim")
     for index, heading in enumerate(_HEADINGS):
-        table.add_column(heading, justify="left" if index < 2 else "right")
+        table.add_column(translate(heading), justify="left" if index < 2 else "right")
     for speed in result.backends:
         table.add_row(*_cells(speed))
     out.print(table)

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cn_clip.cli.show import Flag, console, print_json
-from cn_clip.translation import _
+from cn_clip.translation import _, translate
 
 
 def convert(
@@ -55,7 +55,8 @@ def convert(
     table.add_column()
     dropped = ", ".join(result.dropped[:8]) + (" ..." if len(result.dropped) > 8 else "")
     for key, value in {
-        _("read"): f"{result.source} ({result.source_format}, {result.size_before / 1e6:,.1f} MB)",
+        _("read"): f"{result.source} ({translate(result.source_format)}, "
+        f"{result.size_before / 1e6:,.1f} MB)",
         _(
             "wrote"
         ): f"{result.out} ({result.to}, {result.dtype}, {result.size_after / 1e6:,.1f} MB)",

@@ -13,6 +13,7 @@ from importlib import metadata
 from typing import Literal
 
 from packaging.requirements import Requirement
+from rich.cells import cell_len
 from rich.markup import escape
 
 from cn_clip import __version__, hub
@@ -37,7 +38,7 @@ _EXTRAS = {
     "train": (N_("TensorBoard"), ("tensorboard",)),
     "modelscope": (N_("downloads from ModelScope"), ("modelscope",)),
 }
-_COLOURS = {"ok": "green", "note": "yellow", "fail": "red"}
+_COLOURS = {N_("ok"): "green", N_("note"): "yellow", N_("fail"): "red"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +73,21 @@ def doctor(
         findings.append(finding)
         if not json:
             # Rich reads square brackets as markup; details may have some, as in cn-clip[extra].
-            state = f"[{_COLOURS[finding.state]}]{finding.state:<6}[/]"
-            out.print(
-                state + escape(f"{translate(finding.what):<17}{finding.detail}"), soft_wrap=True
-            )
+            state = f"[{_COLOURS[finding.state]}]{_padded(finding.state, 6)}[/]"
+            what = _padded(finding.what, 17)
+            out.print(state + escape(f"{what}{finding.detail}"), soft_wrap=True)
     ready = all(finding.state != "fail" for finding in findings)
     if json:
         print_json({"ready": ready, "findings": [asdict(finding) for finding in findings]})
     else:
         out.print(_("ready") if ready else _("[red]not ready[/]: fix the checks marked fail"))
     return 0 if ready else 1
+
+
+def _padded(message: str, width: int) -> str:
+    """Translate a message, with spaces up to a width in cells: a Chinese character takes two."""
+    text = translate(message)
+    return text + " " * (width - cell_len(text))
 
 
 def _check_all(offline: bool) -> Iterator[Finding]:

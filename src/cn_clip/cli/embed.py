@@ -8,7 +8,7 @@ from typing import Literal
 from cn_clip.cli.loading import DEFAULT, Loading
 from cn_clip.cli.show import Flag, Rate, console, print_json, progress
 from cn_clip.errors import UsageError
-from cn_clip.translation import _
+from cn_clip.translation import _, translate
 
 
 def embed(
@@ -56,14 +56,14 @@ def embed(
     embedder = loading.load()
     with progress() as bars:
         task = bars.add_task(
-            _("embedding {kind}", kind=kind), total=len(listed) if listed else None
+            _("embedding {kind}", kind=translate(kind)), total=len(listed) if listed else None
         )
         rate = Rate()
 
         def on_progress(done: int, total: int | None) -> None:
             status = _(
                 "embedding {kind}, {per_second:,.0f} per second, {memory:,.0f} MB",
-                kind=kind,
+                kind=translate(kind),
                 per_second=rate.update(done),
                 memory=_memory(),
             )
@@ -106,7 +106,7 @@ def embed(
                 resumed=resumed,
                 out=done.out,
                 rate=done.rate,
-                kind=kind,
+                kind=translate(kind),
                 memory=_memory(),
                 failed_count=len(done.failed),
             ),

@@ -13,7 +13,7 @@ from rich.table import Table
 from cn_clip.cli.show import Flag, console, list_failed, print_json
 from cn_clip.config import full_precision
 from cn_clip.errors import UsageError
-from cn_clip.translation import _
+from cn_clip.translation import _, translate
 
 if TYPE_CHECKING:
     from cn_clip.backends.exported import GraphPrecision
@@ -139,7 +139,7 @@ def _trials(choice: Choice, max_drop: float) -> Table:
         _("texts/s"),
         "MB",
         _("least cosine"),
-        choice.metric,
+        translate(choice.metric),
         _("drop, at most {drop:g}", drop=max_drop),
         _("holds"),
     ):
@@ -163,7 +163,7 @@ def _trials(choice: Choice, max_drop: float) -> Table:
 
 def _recall(choice: Choice) -> str:
     chosen = choice.chosen
-    score = f"{choice.metric} {100 * choice.score - chosen.drop:.1f} %"
+    score = f"{translate(choice.metric)} {100 * choice.score - chosen.drop:.1f} %"
     if chosen.precision == chosen.stored:
         return score
     return _('{score}, loaded with precision "bfloat16"', score=score)
@@ -175,28 +175,28 @@ def _table(result: ExportResult, recall: str) -> Table:
     table.add_column(style="dim")
     table.add_column()
     for key, value in {
-        "model": result.model,
-        "wrote": f"{os.path.normpath(result.out)} ({result.runtime}, {result.precision}, "
+        _("model"): result.model,
+        _("wrote"): f"{os.path.normpath(result.out)} ({result.runtime}, {result.precision}, "
         f"{result.bytes / 1e6:,.1f} MB)",
-        "images": _(
+        _("images"): _(
             "cosine to the original at least {image_cosine:.6f}, mean {parity_image_cosine:.6f}, "
             "of {images}",
             image_cosine=parity.image_cosine[0],
             parity_image_cosine=parity.image_cosine[1],
             images=parity.images,
         ),
-        "texts": _(
+        _("texts"): _(
             "cosine to the original at least {text_cosine:.6f}, mean {parity_text_cosine:.6f}, of "
             "{texts}",
             text_cosine=parity.text_cosine[0],
             parity_text_cosine=parity.text_cosine[1],
             texts=parity.texts,
         ),
-        "top 10": _(
+        _("top 10"): _(
             "{top10_agreement:.1%} of the 10 best images of a text are the same",
             top10_agreement=parity.top10_agreement,
         ),
-        "recall": recall,
+        _("recall"): recall,
     }.items():
         table.add_row(key, escape(value))
     if result.never_run:

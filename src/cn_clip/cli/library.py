@@ -14,13 +14,14 @@ from rich.table import Table
 from cn_clip.cli.library_options import DEFAULT, LibraryLoading
 from cn_clip.cli.show import Flag, console, print_json, print_some, progress_bar
 from cn_clip.errors import UsageError
-from cn_clip.translation import _
+from cn_clip.translation import N_, _, translate
 
 if TYPE_CHECKING:
     from cn_clip.search.folder import LibraryFolder
     from cn_clip.search.info import LibraryFacts
     from cn_clip.search.purge import Removal
 
+_STATES = (N_("active"), N_("building"), N_("kept"))  # of models, as the database has them
 library_app = App(name="library", help="Look after libraries: check, back up, merge, remove.")
 
 Ids = Annotated[tuple[int, ...], Parameter(negative=(), show_default=False, consume_multiple=True)]
@@ -570,7 +571,9 @@ def _print_facts(facts: LibraryFacts) -> None:
         (_("journal"), facts.journal),
         (
             _("size"),
-            ", ".join(f"{name} {_megabytes(size)} MB" for name, size in facts.sizes.items()),
+            _(", ").join(
+                f"{translate(name)} {_megabytes(size)} MB" for name, size in facts.sizes.items()
+            ),
         ),
     ]
     for root in facts.roots:
@@ -596,7 +599,7 @@ def _print_facts(facts: LibraryFacts) -> None:
                     fingerprint=model.fingerprint,
                     precision=model.precision,
                     rows=model.rows,
-                    state=model.state,
+                    state=translate(model.state),
                 ),
             )
         )

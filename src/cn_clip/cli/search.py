@@ -17,7 +17,7 @@ from rich.text import Text
 from cn_clip.cli.library_options import DEFAULT, LibraryLoading
 from cn_clip.cli.show import Flag, console, print_json
 from cn_clip.errors import UsageError
-from cn_clip.translation import _
+from cn_clip.translation import _, translate
 
 if TYPE_CHECKING:
     from cn_clip.search.hit import Hit
@@ -188,7 +188,7 @@ def _print(hits: list[Hit]) -> None:
         probability = "" if hit.probability is None else f"{hit.probability:.0%}"
         reason = Text("")
         if hit.why != ("image",):
-            reason = Text("  " + ", ".join(hit.why), style="cyan")
+            reason = Text("  " + _(", ").join(map(translate, hit.why)), style="cyan")
         path = Text(hit.path, style=f"link {hit.uri}" if hit.uri and sys.stdout.isatty() else "")
         table.add_row(
             probability,

@@ -35,7 +35,7 @@ from cn_clip.format_version import FIELD
 from cn_clip.outputs import claim, entries, json_object_at, own_folder, remove
 from cn_clip.publish import LOCK, atomic_file, sweep
 from cn_clip.text import read_json
-from cn_clip.translation import _
+from cn_clip.translation import _, translate
 
 _PER_PART = {"images": 128, "texts": 16_384}
 _ABOUT = "about.json"
@@ -240,7 +240,7 @@ def _embed_all(
     if pending:
         flush()
     if not rows:
-        raise UsageError(_("the inputs hold no {kind}", kind=kind))
+        raise UsageError(_("the inputs hold no {kind}", kind=translate(kind)))
     return rows
 
 

@@ -22,7 +22,7 @@ from cn_clip.format_version import FIELD, Format
 from cn_clip.outputs import atomic_folder, claim, json_object_at, own_file, own_folder, starts_with
 from cn_clip.publish import atomic_file
 from cn_clip.text import path_text, valid_text
-from cn_clip.translation import _
+from cn_clip.translation import _, translate
 
 EMBEDDINGS = Format("embeddings", 1)  # of the metadata
 _ROWS_PER_FILE = 100_000
@@ -334,8 +334,8 @@ def _read_npz(path: Path, kind: Kind) -> StoredEmbeddings:
             _(
                 "{path} holds {kind}, not {expected_kind}",
                 path=path,
-                kind=about["kind"],
-                expected_kind=kind,
+                kind=translate(str(about["kind"])),
+                expected_kind=translate(kind),
             )
         )
     if arrays["ids"].ndim != 1:

@@ -41,15 +41,18 @@ from cn_clip.image.decode import ImageInput
 from cn_clip.outputs import atomic_folder, claim, entries, own_folder
 from cn_clip.publish import map_write_errors
 from cn_clip.sample import embedded_sample, golden_sample
-from cn_clip.translation import _
+from cn_clip.translation import N_, _, translate
 from cn_clip.weights.folder_config import preprocessor_config
 
 Format = Literal["onnx", "openvino", "tensorrt", "coreml"]
 """What is written. The last two come with ONNX graphs, which are verified in their place."""
 
-_NEVER_RUN: dict[Format, str] = {
-    "tensorrt": f"{tensorrt.FOLDER}/{tensorrt.SCRIPT}, which builds the TensorRT engines",
-    "coreml": f"the Core ML models in {coreml.FOLDER}",
+_NEVER_RUN: dict[Format, tuple[str, str]] = {
+    "tensorrt": (
+        N_("{path}, which builds the TensorRT engines"),
+        f"{tensorrt.FOLDER}/{tensorrt.SCRIPT}",
+    ),
+    "coreml": (N_("the Core ML models in {path}"), coreml.FOLDER),
 }
 _TOKENIZER = "tokenizer.json"
 _TOKENIZER_CONFIG = {  # of transformers and transformers.js
@@ -196,7 +199,7 @@ def export(
         derived_from=exported.derived_from,
         bytes=sum(file.bytes for file in exported.files.values()),
         parity=parity,
-        never_run=_NEVER_RUN.get(to),
+        never_run=_never_run(to),
     )
 
 
@@ -373,3 +376,10 @@ def _rounded(embeddings: np.ndarray) -> list[list[float]]:
 
 def _write_json(path: Path, values: object) -> None:
     path.write_text(json.dumps(values, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _never_run(to: Format) -> str | None:
+    if to not in _NEVER_RUN:
+        return None
+    message, path = _NEVER_RUN[to]
+    return translate(message, path=path)

@@ -15,7 +15,7 @@ from cn_clip.eval.dataset import EvalSet, eval_set_of
 from cn_clip.eval.labelled import LABELS, LabelledImages, read_labelled
 from cn_clip.eval.retrieval import measure
 from cn_clip.eval.zeroshot import DatasetInfo, datasets, evaluate_zeroshot, read_templates
-from cn_clip.translation import _
+from cn_clip.translation import N_, _
 
 
 class ScoredSet:
@@ -39,10 +39,10 @@ class ScoredSet:
             self._data = read_labelled(Path(spec))
             info = datasets().get(Path(spec).resolve().name, DatasetInfo())
             self._templates = read_templates(info.templates)
-            self.metric = "accuracy"
+            self.metric = N_("accuracy")
         else:
             self._data = eval_set_of(open_mix([spec]))
-            self.metric = "mean recall"
+            self.metric = N_("mean recall")
 
     def score(self, embedder: Embedder) -> float:
         """Return the score of a model, from 0 to 1."""

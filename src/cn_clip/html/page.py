@@ -54,7 +54,12 @@ def _environment() -> Environment:
         trim_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters |= {"data_uri": data_uri, "fmt": format, "points": points}
+    environment.filters |= {
+        "data_uri": data_uri,
+        "fmt": format,
+        "points": points,
+        "translated": translate,
+    }
     environment.globals |= {
         "_": message,
         "histogram": histogram,

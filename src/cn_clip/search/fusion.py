@@ -19,10 +19,11 @@ import numpy.typing as npt
 
 from cn_clip.errors import UsageError
 from cn_clip.search.fulltext import MAX_QUERY, fold, is_character, units, units_of_folded
-from cn_clip.translation import _
+from cn_clip.translation import N_, _
 
 Field = Literal["text", "caption"]  # text in the image, or its caption
 Reason = Literal["image", "text", "caption"]
+_SHOWN_REASONS = (N_("image"), N_("text"), N_("caption"))  # translated where they are shown
 
 CANDIDATES = 200  # texts, by bm25, that are worth a call of ``match_text``
 WEIGHT = 40.0  # logits of a text match of strength 1

@@ -13,6 +13,7 @@ from cn_clip.search.folder import CACHE, LibraryFolder, StoredModel
 from cn_clip.search.places import named_libraries
 from cn_clip.search.thumbnails import THUMBNAILS
 from cn_clip.text import path_text
+from cn_clip.translation import N_
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +122,8 @@ def library_facts(library: LibraryFolder) -> LibraryFacts:
 
 def sizes(path: Path) -> dict[str, int]:
     """Return the bytes that the parts of a library take."""
-    found = dict.fromkeys(("database", "vectors", "thumbnails", "cache"), 0)
+    parts = (N_("database"), N_("vectors"), N_("thumbnails"), N_("cache"))
+    found = dict.fromkeys(parts, 0)
     for folder, _folders, names in os.walk(path):
         top = (*Path(folder).relative_to(path).parts, "")[0]
         for name in names:

@@ -27,7 +27,7 @@ from cn_clip.errors import CheckpointError, MissingWeightsError
 from cn_clip.model.clip import CLIP
 from cn_clip.outputs import STAMP, atomic_folder
 from cn_clip.publish import atomic_file
-from cn_clip.translation import _
+from cn_clip.translation import N_, _
 from cn_clip.weights.folder_config import (
     CONFIG,
     WEIGHTS,
@@ -58,7 +58,7 @@ class Checkpoint:
     config: ModelConfig
     tensors: dict[str, Tensor]
     dropped: tuple[str, ...] = ()
-    format: str = "weights"
+    format: str = N_("weights")
 
 
 def read(path: str | os.PathLike[str], *, mapped: bool = False) -> Checkpoint:
@@ -79,9 +79,9 @@ def _read_file(path: Path, mapped: bool) -> Checkpoint:
     tensors = plain_names(read_tensors(path, mapped=mapped))
     if any(name.startswith("vision_model.") for name in tensors):
         tensors, dropped = from_hugging_face(tensors)
-        return Checkpoint(infer_config(tensors, path), tensors, dropped, "Hugging Face weights")
+        return Checkpoint(infer_config(tensors, path), tensors, dropped, N_("Hugging Face weights"))
     kept, dropped = official_names(tensors)
-    return Checkpoint(infer_config(kept, path), kept, dropped, "official weights")
+    return Checkpoint(infer_config(kept, path), kept, dropped, N_("official weights"))
 
 
 def build(checkpoint: Checkpoint, *, dtype: torch.dtype | None = torch.float32) -> CLIP:
@@ -120,8 +120,8 @@ def build(checkpoint: Checkpoint, *, dtype: torch.dtype | None = torch.float32) 
 def check_fit(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], model: str) -> None:
     """Raise a ``CheckpointError`` that lists all differences of ``actual`` from ``expected``."""
     problems = [
-        *_listed("missing", [name for name in expected if name not in actual]),
-        *_listed("unexpected", [name for name in actual if name not in expected]),
+        *_listed(_("missing"), [name for name in expected if name not in actual]),
+        *_listed(_("unexpected"), [name for name in actual if name not in expected]),
         *_listed(
             _("wrongly shaped"),
             [
@@ -292,8 +292,8 @@ def _read_folder(path: Path, mapped: bool) -> Checkpoint:
         )
     tensors = plain_names(read_tensors(find_weights_file(path), mapped=mapped))
     if is_hugging_face:
-        return Checkpoint(config, *from_hugging_face(tensors), "Hugging Face folder")
-    return Checkpoint(config, *official_names(tensors), "safetensors folder")
+        return Checkpoint(config, *from_hugging_face(tensors), N_("Hugging Face folder"))
+    return Checkpoint(config, *official_names(tensors), N_("safetensors folder"))
 
 
 class _SmallWrites(io.FileIO):

@@ -130,7 +130,7 @@ def calibrate(
                 _(
                     "cn-clip: warning: no threshold for {use} reaches a precision of "
                     "{precision:.0%}; give a lower --precision",
-                    use=use,
+                    use=translate(use),
                     precision=precision,
                 ),
                 file=sys.stderr,
@@ -203,7 +203,7 @@ def _print(calibration: Calibration, held_out: HeldOut, out: str) -> None:
             (_("rejected if none does"), (effect.rejection, fixed_effect.rejection)),
         ):
             cells = [_("none") if value is None else f"{value:.1%}" for value in values]
-            table.add_row(f"{use}: {name}", *cells)
+            table.add_row(f"{translate(use)}: {name}", *cells)
     counts = calibration.counts
     console().print(table)
     console().print(

@@ -169,7 +169,7 @@ def _print(
             limits = _(
                 "{low:+.1f} to {high:+.1f}", low=100 * interval.low, high=100 * interval.high
             )
-            table.add_row(row.metric, f"{100 * interval.value:+.1f}", limits)
+            table.add_row(translate(row.metric), f"{100 * interval.value:+.1f}", limits)
         out.print(table)
     if report is not None:
         out.print(_("report: {report}", report=report), markup=False, soft_wrap=True)

@@ -58,7 +58,7 @@ def protocol(
             _(
                 "{name} is zero-shot classification, by {metric}; run: cn-clip eval zeroshot",
                 name=name,
-                metric=spec.metric,
+                metric=translate(spec.metric),
             )
         )
     if data is None:
@@ -128,7 +128,9 @@ def _print_list(specs: list[Protocol], json: bool) -> None:
         table.add_column(translate(column))
     for spec in specs:
         counts = (f"{count:,}" if count else "-" for count in (spec.images, spec.texts))
-        table.add_row(spec.name, translate(spec.title), *counts, spec.metric, _published(spec))
+        table.add_row(
+            spec.name, translate(spec.title), *counts, translate(spec.metric), _published(spec)
+        )
     console().print(table)
 
 

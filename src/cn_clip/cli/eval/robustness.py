@@ -131,7 +131,7 @@ def _print(result: Robustness, model: str, images: int) -> None:
         markup=False,
         soft_wrap=True,
     )
-    out.print(_table("rewrite", result.results))
+    out.print(_table(_("rewrite"), result.results))
     if result.normalized:
         out.print(
             _table(

@@ -162,7 +162,9 @@ def _print(scores: ZeroshotScores, name: str, model: str) -> None:
     table.add_column(_("{name}, {images:,} images", name=name, images=scores.images), no_wrap=True)
     table.add_column(model, justify="right")
     value = _("not measured") if scores.value is None else f"{scores.value:.2%}"
-    table.add_row(_("{metric} (metric of the dataset)", metric=scores.metric), value, style="bold")
+    table.add_row(
+        _("{metric} (metric of the dataset)", metric=translate(scores.metric)), value, style="bold"
+    )
     for row, score in (
         ("top-1", scores.top1),
         ("top-5", scores.top5),

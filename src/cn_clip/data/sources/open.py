@@ -32,7 +32,7 @@ from cn_clip.errors import DataError, UnknownNameError, UsageError
 from cn_clip.files import as_path, find
 from cn_clip.outputs import is_within
 from cn_clip.text import path_text
-from cn_clip.translation import _, _n
+from cn_clip.translation import N_, _, _n, translate
 
 _MAX_FILES = 1_000_000  # that braces may expand to
 _MAX_DEPTH = 16  # of nested braces
@@ -51,11 +51,13 @@ SOURCE_OPTIONS = {
 ORDERS = ("random", "stream")
 DAMAGED = ("stop", "skip")  # what damaged shards do
 # Suffixes of files that are no source -> what to do.
-_JSON_REMEDY = (
+_JSON_REMEDY = N_(
     "a JSON file; write one object per line (jq -c '.[]' FILE > NEW.jsonl), or give jsonl:{path} "
     "if it has them"
 )
-_SHEET_REMEDY = "a spreadsheet; save it as CSV (UTF-8), with a column of images and one of captions"
+_SHEET_REMEDY = N_(
+    "a spreadsheet; save it as CSV (UTF-8), with a column of images and one of captions"
+)
 _REMEDIES = {".json": _JSON_REMEDY} | dict.fromkeys((".xlsx", ".xls", ".ods"), _SHEET_REMEDY)
 
 
@@ -424,7 +426,7 @@ def _detect_kind(path: str, uri: str) -> str:
         return "folder"
     if suffix in _REMEDIES:
         raise UsageError(
-            _("{uri} is {format}", uri=uri, format=_REMEDIES[suffix].format(path=path))
+            _("{uri} is {format}", uri=uri, format=translate(_REMEDIES[suffix], path=path))
         )
     if not any(c in path for c in "*?[{") and not os.path.lexists(folder):
         raise UsageError(

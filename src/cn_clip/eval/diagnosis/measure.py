@@ -19,11 +19,24 @@ from cn_clip.eval.metrics.recall import (
     recall_of,
 )
 from cn_clip.topk import TopK, Vectors, top_k
+from cn_clip.translation import N_
 
 K = 10  # results per query in which hubs are counted
 _LENGTH_EDGES = (1, 3, 5, 7, 9, 12, 16, 24, 32, 48)  # lower edges of the length bins, in characters
 _SAMPLE = 2_000  # texts whose cosines to all images are counted
 _BLOCK = 1 << 22  # cosines in memory at a time, 16 MiB
+_TEXT_TO_IMAGE = (
+    N_("text to image, R@1"),
+    N_("text to image, R@5"),
+    N_("text to image, R@10"),
+    N_("text to image, mean recall"),
+)
+_IMAGE_TO_TEXT = (
+    N_("image to text, R@1"),
+    N_("image to text, R@5"),
+    N_("image to text, R@10"),
+    N_("image to text, mean recall"),
+)
 _MAX_SIMILAR = 1_000_000  # pairs of similar captions in memory, 16 MB
 BINS = np.linspace(-1, 1, 201)  # edges of the cosine histograms
 
@@ -184,17 +197,14 @@ def compare_models(ours: Diagnosis, theirs: Diagnosis, *, seed: int = 0) -> tupl
         UsageError: the queries differ.
     """
     rows = []
-    for direction, first, second in (
-        ("text to image", ours.image_ranks, theirs.image_ranks),
-        ("image to text", ours.text_ranks, theirs.text_ranks),
+    for metrics, first, second in (
+        (_TEXT_TO_IMAGE, ours.image_ranks, theirs.image_ranks),
+        (_IMAGE_TO_TEXT, ours.text_ranks, theirs.text_ranks),
     ):
-        values: list[tuple[str, Values, Values]] = [
-            (f"R@{k}", first < k, second < k) for k in (1, 5, 10)
-        ]
-        values.append(("mean recall", mean_recall_by_query(first), mean_recall_by_query(second)))
-        for name, a, b in values:
+        values: list[tuple[Values, Values]] = [(first < k, second < k) for k in (1, 5, 10)]
+        values.append((mean_recall_by_query(first), mean_recall_by_query(second)))
+        for metric, (a, b) in zip(metrics, values, strict=True):
             interval = paired_interval(a, b, seed=seed)
-            metric = f"{direction}, {name}"
             rows.append(Difference(metric, float(a.mean()), float(b.mean()), interval))
     return tuple(rows)
 

@@ -23,6 +23,7 @@ from cn_clip.eval.robustness.rewrites import Rewrite
 from cn_clip.normalize import normalized
 from cn_clip.tokenizer import TruncationWarning
 from cn_clip.topk import Vectors
+from cn_clip.translation import N_
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +129,7 @@ def robustness(
             return lambda text: normalize(new) if (new := rewrite.apply(text)) != text else text
 
         normalized_results = (
-            measure("plain", "the original text", normalize),
+            measure(N_("plain"), N_("the original text"), normalize),
             *(measure(r.name, r.description, rewrite_and_normalize(r)) for r in rewrites),
         )
     return Robustness(len(texts), recall_of(ranks), results, tuple(normalizers), normalized_results)

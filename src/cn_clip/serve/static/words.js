@@ -5,7 +5,7 @@ const WORDS = {
     title: "图片搜索 · cn-clip", brand: "cn-clip", skip: "跳到内容", views: "视图",
     tabSearch: "搜索", tabCompare: "图文对比", otherLanguage: "English", logout: "退出",
     query: "描述要找的图片", placeholder: "描述要找的图片，例如：海边的日落", pick: "用图片搜索",
-    search: "搜索", filters: "筛选", folder: "文件夹", anywhere: "全部", after: "不早于",
+    search: "搜索", filters: "筛选", folder: "目录", anywhere: "全部", after: "不早于",
     before: "不晚于", minSide: "尺寸", anySize: "不限", clear: "清除",
     lead: "用一句话，找到你的图片", hint: "也可以拖入或粘贴一张图片。用权重和减号细调：2:猫 -室内",
     results: "搜索结果", dropHere: "松开即可用这张图片搜索", details: "图片详情",

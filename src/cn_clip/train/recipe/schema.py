@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
 
-from cn_clip.translation import _
+from cn_clip.translation import N_, _, translate
 
 VERSION = 1  # incremented by changes that an older cn_clip would misread
 
@@ -349,8 +349,13 @@ def type_text(kind: Any) -> str:
         return ", ".join(map(str, get_args(kind)))
     if get_origin(kind) is tuple:
         return _("list of {kind}s", kind=type_text(get_args(kind)[0]))
-    names = {bool: _("true or false"), int: _("whole number"), float: "number", str: "text"}
-    return names.get(kind) or "table"
+    names = {
+        bool: N_("true or false"),
+        int: N_("whole number"),
+        float: N_("number"),
+        str: N_("text"),
+    }
+    return translate(names.get(kind, N_("table")))
 
 
 def _without_none(value: Any) -> Any:
