@@ -46,6 +46,7 @@ from cn_clip.bulk.plan import (
 from cn_clip.bulk.store import Store, open_store
 from cn_clip.embedder import Embedder, load
 from cn_clip.errors import CNClipError, DataError, UnavailableError, UsageError
+from cn_clip.install import install_command
 from cn_clip.translation import _
 
 NOTES = ".work/notes"  # of shards that are running or have failed
@@ -349,7 +350,9 @@ def _write_metadata(path: Path, columns: dict[str, list[str]]) -> None:
     try:
         arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
     except ImportError:
-        raise UsageError(_("bulk runs need pyarrow: pip install 'cn-clip[data]'")) from None
+        raise UsageError(
+            _("bulk runs need pyarrow: {command}", command=install_command("data"))
+        ) from None
     types = {name: arrow.array(values, arrow.string()) for name, values in columns.items()}
     parquet.write_table(arrow.table(types), path)
 

@@ -20,6 +20,7 @@ from cn_clip.embeddings.files import (
     write_npz,
 )
 from cn_clip.errors import LibraryError, UsageError
+from cn_clip.install import install_command
 from cn_clip.outputs import claim, own_file
 from cn_clip.publish import atomic_file, map_write_errors
 from cn_clip.search.export_rows import (
@@ -118,10 +119,10 @@ def claim_database(to: str, out: str) -> str:
     if find_spec(package) is None:
         raise UsageError(
             _(
-                "--to {to} needs {package}, which is not installed: pip install 'cn-clip[{extra}]'",
+                "--to {to} needs {package}, which is not installed: {command}",
                 to=to,
                 package=package,
-                extra=extra,
+                command=install_command(extra),
             )
         )
     if not out.strip():

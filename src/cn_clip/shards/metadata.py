@@ -15,6 +15,7 @@ import numpy as np
 
 from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.files import check_regular
+from cn_clip.install import install_command
 from cn_clip.shards.folder import ShardFolder, shards_and_rows
 from cn_clip.text import path_text, valid_text
 from cn_clip.translation import _
@@ -93,7 +94,7 @@ def parquet() -> Any:
         return import_module("pyarrow.parquet")
     except ImportError:
         raise UsageError(
-            _("the metadata of shards needs pyarrow: pip install 'cn-clip[data]'")
+            _("the metadata of shards needs pyarrow: {command}", command=install_command("data"))
         ) from None
 
 

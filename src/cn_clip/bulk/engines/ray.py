@@ -15,6 +15,7 @@ from typing import Any
 
 from cn_clip.bulk.engines.base import Outcome, Task, Waiting, attempt
 from cn_clip.errors import CNClipError, UsageError
+from cn_clip.install import install_command
 from cn_clip.translation import _
 
 _POLL = 0.5  # seconds between looks at shards of other processes
@@ -201,4 +202,6 @@ def _ray() -> Any:
     try:
         return importlib.import_module("ray")
     except ImportError:
-        raise UsageError(_("--engine ray needs Ray: pip install 'cn-clip[ray]'")) from None
+        raise UsageError(
+            _("--engine ray needs Ray: {command}", command=install_command("ray"))
+        ) from None
