@@ -272,7 +272,7 @@ def test_saving_replaces_a_model_folder_but_no_folder_with_other_files(tiny_mode
 def test_a_config_that_shapes_do_not_show_is_not_written_as_an_official_file(config, tmp_path):
     # Shapes do not show the number of heads: two heads of 32 would become one of 64.
     two_heads = replace(TINY["vit"], text=replace(TINY["vit"].text, heads=2))
-    with pytest.raises(CheckpointError, match="use save_folder"):
+    with pytest.raises(CheckpointError, match="write a folder instead"):
         weights.save_official(make_model(config or two_heads), tmp_path / "model.pt")
     assert list(tmp_path.iterdir()) == []
 

@@ -29,7 +29,7 @@ HUBS = ("huggingface", "modelscope")
 _OWNERS = {"huggingface": "OFA-Sys", "modelscope": "AI-ModelScope"}
 _TITLES = {"huggingface": "Hugging Face", "modelscope": "ModelScope"}
 _OTHERS = {  # what to try where a hub cannot be reached, as often in mainland China
-    "huggingface": N_("CN_CLIP_HUB=modelscope or HF_ENDPOINT (a mirror)"),
+    "huggingface": N_("CN_CLIP_HUB=modelscope or HF_ENDPOINT"),
     "modelscope": N_("CN_CLIP_HUB=huggingface"),
 }
 _INCOMPLETE = ".fetching"  # folder of incomplete downloads, in the target folder
@@ -334,7 +334,7 @@ def _missing(name: str, hub: str, root: Path, error: Exception) -> MissingWeight
         published = PUBLISHED[name]
         return MissingWeightsError(
             _(
-                "{name} needs {filename}, not found and not downloaded ({reason}). Try {other}, or "
+                "{name} needs {filename}, not downloaded ({reason}). Try {other}, or "
                 "get it from {owner}/{repository} on {title} and put it into {folder}",
                 name=name,
                 filename=published.filename,

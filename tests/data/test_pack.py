@@ -1,3 +1,4 @@
+import base64
 import errno
 import hashlib
 import io
@@ -279,3 +280,15 @@ def test_two_files_may_use_the_same_image_ids(pictures, tmp_path):
     for to in ("tsv", "lmdb"):
         with pytest.raises(DataError, match=r"'0' names one image in .*a/0.txt.* and another in"):
             pack(source, tmp_path / to, to=to)
+
+
+@pytest.mark.parametrize("to", ["tar", "tsv"])
+def test_an_image_without_texts_is_kept_where_the_format_can_say_so(tmp_path, to):
+    image = base64.urlsafe_b64encode(jpeg(3)).decode()
+    (tmp_path / "a_imgs.tsv").write_text(f"1\t{image}\n2\t{image}\n", encoding="utf-8")
+    row = {"text_id": 7, "text": "一只猫", "image_ids": [1]}
+    (tmp_path / "a_texts.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    source = open_source(f"tsv:{tmp_path / 'a_imgs.tsv'}?unpaired=yes")
+    result = pack(source, tmp_path / "out", to=to)
+    assert (result.images, result.pairs) == ((1, 1) if to == "tar" else (2, 1))
+    assert len(result.skipped) == (1 if to == "tar" else 0)

@@ -161,7 +161,7 @@ def test_what_is_missing_is_named(monkeypatch):
 
     monkeypatch.setattr(export, "find_spec", lambda name: None)
     for to, extra in (("milvus", "milvus"), ("pgvector", "pgvector")):
-        with pytest.raises(UsageError, match=rf"pip install 'cn-clip\[{extra}\]'"):
+        with pytest.raises(UsageError, match=rf"pip install .*\[{extra}\]"):
             claim_database(to, "x")
     monkeypatch.setattr(export, "find_spec", lambda name: name)
     with pytest.raises(UsageError, match="--out is empty"):

@@ -223,7 +223,7 @@ def test_the_curve_says_the_weight_and_both_scores(pairs, start, tmp_path):
     write_report(tmp_path / "run", recipe, None)
     text = (tmp_path / "run" / "report.html").read_text("utf-8")
     assert "Interpolated weights of stage a&lt;b" in text
-    curves = "weight 0.5: 12.5", "weight 0.5: -0.79"
+    curves = "new weights 0.5: 12.5", "new weights 0.5: -0.79"
     for each in ("37.5", "50.0", "49.2", "1.438", *curves, "chosen"):
         assert each in text
 

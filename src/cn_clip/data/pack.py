@@ -116,7 +116,7 @@ def pack(
     out = claim_pack(out, to=to, inputs=inputs, overwrite=overwrite)
     result = PackResult(str(out), 0 if without is None else len(np.unique(without)))
     groups, digest = _group_images(
-        source, without, result.skipped, unique_ids=to != "tar", workers=workers
+        source, without, result.skipped, official=to != "tar", workers=workers
     )
     if not len(groups):
         raise DataError(
@@ -211,17 +211,20 @@ def _group_images(
     without: npt.NDArray[np.int64] | None,
     skipped: list[str],
     *,
-    unique_ids: bool,
+    official: bool,
     workers: int,
 ) -> tuple[RowGroups, str]:
-    """Group the usable pairs by image, and return a digest of all ids and texts."""
+    """Group the usable pairs by image, and return a digest of all ids and texts.
+
+    In the official formats, image ids are unique, and an image may have no text.
+    """
     images, ids = (np.zeros(len(source), dtype=np.uint64) for _ in range(2))
     usable = np.ones(len(source), dtype=bool)
     digest = hashlib.blake2b(digest_size=16)
     if without is not None:
         usable[without] = False
     jobs = chunked(np.flatnonzero(usable), _ROWS)
-    with parallel_map(_ReadRows(source), workers if len(jobs) > 2 else 0) as run:
+    with parallel_map(_ReadRows(source, official), workers if len(jobs) > 2 else 0) as run:
         for indexes, read in zip(jobs, run(jobs), strict=True):
             for index, row in zip(indexes.tolist(), read, strict=True):
                 if isinstance(row, str):
@@ -232,7 +235,7 @@ def _group_images(
                     digest.update(content)
     rows = np.flatnonzero(usable)
     groups = group_rows(rows, images[rows])
-    if unique_ids:
+    if official:
         firsts = groups.firsts
         before = first_equal(ids[firsts])
         for repeated in np.flatnonzero(before != np.arange(len(firsts)))[:1].tolist():
@@ -255,6 +258,7 @@ class _ReadRows:
     why it is not usable."""
 
     source: Source
+    without_texts: bool
 
     def __call__(self, indexes: npt.NDArray[np.int64]) -> list[tuple[int, int, bytes] | str]:
         return [self._read(index) for index in indexes.tolist()]
@@ -264,7 +268,8 @@ class _ReadRows:
             row = self.source.row(index)
         except DataError as error:
             return str(error)
-        alone = not row.text and not row.text_id  # an image without texts, of a test set
+        # An image of a test set that has no text.
+        alone = self.without_texts and not row.text and not row.text_id
         if not row.text.strip() and not alone:
             return _("{where}: its text is empty", where=self.source.where(index))
         content = json.dumps([row.image_id, row.text_id, row.text]).encode()
