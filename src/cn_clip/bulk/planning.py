@@ -181,7 +181,7 @@ class _Writer:
     def add(self, line: Line, stream: BinaryIO) -> None:
         """Write a line, unless another plan has it."""
         key = line_key(line.text)
-        at = int(np.searchsorted(self._known, key))
+        at = int(np.searchsorted(self._known, np.uint64(key)))
         if not line.inputs or (at < len(self._known) and self._known[at] == key):
             return
         self._line_keys.append(key)

@@ -91,13 +91,15 @@ def verify(
         if not done[number]:  # it was finished meanwhile
             continue
         plan = plan_of(plans, number)
+        problem: str | None
         try:
             manifest = parse_manifest(content, f"{store.name}/{manifest_name(number)}")
+        except DataError as error:
+            problem = str(error)
+        else:  # not above: a lost plan, or a store that does not answer, is no damage of a shard
             problem = _problem(Planned(store, plan), number, manifest, sizes)
             if problem is None and checksums:
                 problem = _wrong_checksum(store, manifest)
-        except DataError as error:
-            problem = str(error)
         if problem is None:
             result.done += 1
             result.rows_out += manifest.rows_out
