@@ -72,7 +72,7 @@ class Unreadable:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line of the inputs, and how many inputs it stands for."""
+    """A line of the file of inputs, and how many inputs it has."""
 
     text: bytes
     inputs: int
@@ -115,8 +115,6 @@ def list_lines(
                 embed=embed,
             )
         )
-    if is_remote(given):
-        raise UsageError(_("{given}: only tar shards are read from remote places", given=given))
     items = images_below(as_path(given)) if os.path.isdir(given) else read_images([given])
     for item in items:
         yield Line(_item_line(item), 1)

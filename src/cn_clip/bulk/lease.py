@@ -1,7 +1,7 @@
 """A lock in a bucket: an object that its holder renews, written under conditions on its ETag.
 
-Whether a holder is gone is told by its renewals alone, on the clock of the process that waits: the
-clocks of two machines are never compared.
+A holder is gone if it does not renew the lock for a while, by the clock of the process that waits:
+the clocks of two machines are never compared.
 """
 
 from __future__ import annotations

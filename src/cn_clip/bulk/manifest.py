@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from cn_clip.bulk.plan import Embed
 from cn_clip.errors import DataError
@@ -100,8 +99,3 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
         raise DataError(
             _("{path} is damaged; cn-clip bulk verify --discard removes it", path=where)
         ) from None
-
-
-def summary_of(manifest: Manifest) -> dict[str, Any]:
-    """Return the counts of a manifest, for messages between processes."""
-    return {"rows_out": manifest.rows_out, "quarantined": manifest.quarantined}

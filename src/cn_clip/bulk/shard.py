@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -44,9 +43,9 @@ from cn_clip.bulk.plan import (
     shard_count,
 )
 from cn_clip.bulk.store import Store, open_store
+from cn_clip.data.sources.parquet import import_pyarrow
 from cn_clip.embedder import Embedder, load
 from cn_clip.errors import CNClipError, DataError, UnavailableError, UsageError
-from cn_clip.install import install_command
 from cn_clip.translation import _
 
 NOTES = ".work/notes"  # of shards that are running or have failed
@@ -347,12 +346,7 @@ def _written(path: Path) -> Written:
 
 
 def _write_metadata(path: Path, columns: dict[str, list[str]]) -> None:
-    try:
-        arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
-    except ImportError:
-        raise UsageError(
-            _("bulk runs need pyarrow: {command}", command=install_command("data"))
-        ) from None
+    arrow, parquet = import_pyarrow("pyarrow"), import_pyarrow("pyarrow.parquet")
     types = {name: arrow.array(values, arrow.string()) for name, values in columns.items()}
     parquet.write_table(arrow.table(types), path)
 

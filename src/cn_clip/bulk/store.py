@@ -10,7 +10,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -197,7 +197,8 @@ class FolderStore:
     def working(self, name: str) -> Iterator[Path]:
         folder = self.root / WORK / name
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_name(f"{folder.name}.lock"), name) as lock:
+        lock = folder.with_name(f"{folder.name}.lock")
+        with _locked(lock, lambda: _("another process works on {name}", name=name)):
             shutil.rmtree(folder, ignore_errors=True)  # of a killed process
             folder.mkdir()
             try:
@@ -212,21 +213,17 @@ class FolderStore:
         path = self.root / WORK / name
         path.parent.mkdir(parents=True, exist_ok=True)
         note = path.with_name(f"{path.name}.holder")
-        lock = FileLock(path, timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
+
+        def busy() -> str:
             holder = self.read(f"{WORK}/{note.name}") or b""
-            raise BusyError(holder_of(self.name, holder.decode(errors="replace"))) from None
-        except NotImplementedError:  # a file system without locks
-            yield
-            return
-        try:
-            note.write_text(this_process(), encoding="utf-8")
-            yield
-        finally:
-            note.unlink(missing_ok=True)
-            lock.release()
+            return holder_of(self.name, holder.decode(errors="replace"))
+
+        with _locked(path, busy):
+            try:
+                note.write_text(this_process(), encoding="utf-8")
+                yield
+            finally:
+                note.unlink(missing_ok=True)
 
     @contextmanager
     def _temporary(self) -> Iterator[Path]:
@@ -241,17 +238,22 @@ class FolderStore:
 
 
 @contextmanager
-def _locked(path: Path, name: str) -> Iterator[Path]:
+def _locked(path: Path, busy: Callable[[], str]) -> Iterator[None]:
+    """Hold the lock of a file, where the file system has locks.
+
+    Raises:
+        BusyError: another process holds it; with the message that ``busy`` returns.
+    """
     lock = FileLock(path, timeout=0)
     try:
         lock.acquire()
     except Timeout:
-        raise BusyError(_("another process works on {name}", name=name)) from None
+        raise BusyError(busy()) from None
     except NotImplementedError:
-        yield path
+        yield
         return
     try:
-        yield path
+        yield
     finally:
         lock.release()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
@@ -12,7 +13,16 @@ from cyclopts.validators import Number
 from rich.table import Table
 
 from cn_clip.cli.loading import DEFAULT, Loading
-from cn_clip.cli.show import Amount, Flag, Workers, console, print_json, print_some, progress_bar
+from cn_clip.cli.show import (
+    Amount,
+    Flag,
+    Workers,
+    console,
+    duration,
+    print_json,
+    print_some,
+    progress_bar,
+)
 from cn_clip.errors import UsageError
 from cn_clip.processes import usable_cpus
 from cn_clip.translation import _
@@ -26,6 +36,60 @@ if TYPE_CHECKING:
 EngineName = Literal["local", "ray"]
 Share = Annotated[float, Parameter(validator=Number(gte=0))]
 _SHOWN = 20  # shards that are listed
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Running:
+    """What runs the shards, and how.
+
+    Parameters
+    ----------
+    engine
+        local: processes of this machine. ray: a Ray cluster, or Ray on this machine.
+    workers
+        Processes, each with its own model. local: by default one per GPU, or per four CPUs; 0 uses
+        the main process. ray: by default as many as there is room for.
+    retries
+        How often a failed shard is tried again.
+    cpus
+        Of each Ray worker.
+    gpus
+        Of each Ray worker; 0.25 shares a GPU among four.
+    address
+        Of the Ray cluster, by default RAY_ADDRESS.
+    accept_missing
+        Finish shards of which no input can be read, too.
+    """
+
+    engine: EngineName = "local"
+    workers: Workers = None
+    retries: Amount = 2
+    cpus: Share = 1
+    gpus: Share = 0
+    address: str | None = None
+    accept_missing: Flag = False
+
+    def check(self) -> None:
+        """Refuse options of another engine.
+
+        Raises:
+            UsageError: one is given.
+        """
+        if self.engine == "local" and (self.gpus or self.address is not None or self.cpus != 1):
+            raise UsageError(_("--cpus, --gpus and --address are for --engine ray"))
+
+    def opened(self) -> Engine:
+        """Return the engine."""
+        from cn_clip.bulk.engines.local import LocalEngine
+        from cn_clip.bulk.engines.ray import RayEngine
+
+        if self.engine == "local":
+            return LocalEngine(self.workers)
+        return RayEngine(self.workers or None, self.cpus, self.gpus, self.address)
+
+
+DEFAULT_RUNNING = Running()
 
 
 def plan(
@@ -98,14 +162,8 @@ def run(
     dest: str,
     /,
     *,
-    engine: EngineName = "local",
-    workers: Workers = None,
-    retries: Amount = 2,
     part: str = "0/1",
-    cpus: Share = 1,
-    gpus: Share = 0,
-    address: str | None = None,
-    accept_missing: Flag = False,
+    running: Running = DEFAULT_RUNNING,
     json: Flag = False,
 ) -> int:
     """Compute all shards that are not done.
@@ -117,43 +175,22 @@ def run(
     ----------
     dest
         The folder or URL of a plan.
-    engine
-        local: processes of this machine. ray: a Ray cluster, or Ray on this machine.
-    workers
-        Processes, each with its own model. local: by default one per GPU, or per four CPUs; 0 uses
-        the main process. ray: by default as many as there is room for.
-    retries
-        How often a failed shard is tried again.
     part
         INDEX/OF: compute only the shards whose number modulo OF is INDEX, as one job of an array.
-    cpus
-        Of each Ray worker.
-    gpus
-        Of each Ray worker; 0.25 shares a GPU among four.
-    address
-        Of the Ray cluster, by default RAY_ADDRESS.
-    accept_missing
-        Finish shards of which no input can be read, too.
     json
         Print JSON instead of a sentence.
     """
     from cn_clip.bulk.store import open_store
 
-    options = _EngineOptions(engine, workers, cpus, gpus, address)
-    return _run(open_store(dest), options, retries, part, accept_missing, json)
+    running.check()
+    return _run(open_store(dest), running, part, json)
 
 
 def resume(
     dest: str,
     /,
     *,
-    engine: EngineName = "local",
-    workers: Workers = None,
-    retries: Amount = 2,
-    cpus: Share = 1,
-    gpus: Share = 0,
-    address: str | None = None,
-    accept_missing: Flag = False,
+    running: Running = DEFAULT_RUNNING,
     json: Flag = False,
 ) -> int:
     """Compute what `cn-clip bulk verify` finds missing or damaged.
@@ -162,33 +199,18 @@ def resume(
     ----------
     dest
         The folder or URL of a plan.
-    engine
-        local: processes of this machine. ray: a Ray cluster, or Ray on this machine.
-    workers
-        Processes, each with its own model. local: by default one per GPU, or per four CPUs; 0 uses
-        the main process. ray: by default as many as there is room for.
-    retries
-        How often a failed shard is tried again.
-    cpus
-        Of each Ray worker.
-    gpus
-        Of each Ray worker; 0.25 shares a GPU among four.
-    address
-        Of the Ray cluster, by default RAY_ADDRESS.
-    accept_missing
-        Finish shards of which no input can be read, too.
     json
         Print JSON instead of a sentence.
     """
     from cn_clip.bulk.store import open_store
     from cn_clip.bulk.verify import verify as check
 
+    running.check()
     store = open_store(dest)
     with store.lock("driver.lock"):
         checked = check(store, discard=True)
     print_some(_damages(checked.damaged), _("cn-clip bulk verify lists them"))
-    options = _EngineOptions(engine, workers, cpus, gpus, address)
-    return _run(store, options, retries, "0/1", accept_missing, json)
+    return _run(store, running, "0/1", json)
 
 
 def status(dest: str, /, *, json: Flag = False) -> int:
@@ -203,8 +225,6 @@ def status(dest: str, /, *, json: Flag = False) -> int:
     json
         Print JSON instead of a table.
     """
-    from dataclasses import asdict
-
     from cn_clip.bulk.status import status_of
     from cn_clip.bulk.store import open_store
 
@@ -226,7 +246,7 @@ def status(dest: str, /, *, json: Flag = False) -> int:
         (_("quarantined"), f"{now.quarantined:,}"),
         (_("megabytes"), f"{now.bytes / 1e6:,.1f}"),
         (_("inputs per second"), f"{now.rate:,.1f}" if now.rate else _("unknown")),
-        (_("time left"), _("unknown") if left is None else _duration(left)),
+        (_("time left"), _("unknown") if left is None else duration(left)),
     ):
         table.add_row(label, value)
     console().print(table, markup=False)
@@ -303,49 +323,20 @@ def verify(
     return 0 if found.complete else 1
 
 
-class _EngineOptions:
-    """The engine that the options name."""
-
-    def __init__(
-        self, name: str, workers: int | None, cpus: float, gpus: float, address: str | None
-    ) -> None:
-        if name == "local" and (gpus or address is not None or cpus != 1):
-            raise UsageError(_("--cpus, --gpus and --address are for --engine ray"))
-        self._values = name, workers, cpus, gpus, address
-
-    def engine(self) -> Engine:
-        from cn_clip.bulk.engines.local import LocalEngine
-        from cn_clip.bulk.engines.ray import RayEngine
-
-        name, workers, cpus, gpus, address = self._values
-        if name == "local":
-            return LocalEngine(workers)
-        return RayEngine(workers or None, cpus, gpus, address)
-
-
-def _run(
-    store: Store,
-    options: _EngineOptions,
-    retries: int,
-    part: str,
-    accept_missing: bool,
-    json: bool,
-) -> int:
-    from dataclasses import asdict
-
+def _run(store: Store, running: Running, part: str, json: bool) -> int:
     from cn_clip.bulk.engines.base import Task
     from cn_clip.bulk.plan import existing_plans
     from cn_clip.bulk.run import run as run_plans
 
     device = existing_plans(store)[0].model.device
-    task = Task(store.location, device, accept_missing, retries)
+    task = Task(store.location, device, running.accept_missing, running.retries)
     start = time.perf_counter()
     with progress_bar(_("computing shards")) as on_progress:
 
         def show(report: Report) -> None:
             on_progress(report.earlier + report.done, report.shards)
 
-        done = run_plans(store, options.engine(), task, portion=_portion(part), on_progress=show)
+        done = run_plans(store, running.opened(), task, portion=_portion(part), on_progress=show)
     seconds = time.perf_counter() - start
     print_some(_damages(done.failed), _("cn-clip bulk status --json lists more"))
     if json:
@@ -407,9 +398,3 @@ def _damages(reasons: dict[int, str]) -> list[str]:
         _("shard {number}: {reason}", number=number, reason=reason)
         for number, reason in reasons.items()
     ]
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    minutes, seconds = divmod(rest, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"

@@ -119,6 +119,13 @@ def check_different_paths(out: str, report: str) -> None:
         raise UsageError(_("--out and --report are both {out}; give two different paths", out=out))
 
 
+def duration(seconds: float) -> str:
+    """Return a time as hours, minutes and seconds: ``1:02:03``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
+
+
 def bar(fraction: float) -> str:
     """Return a bar for a fraction from 0 to 1: up to ``BAR_WIDTH`` cells, in eighths of a cell."""
     eighths = round(fraction * BAR_WIDTH * 8)

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from cn_clip.cli.show import console
+from cn_clip.cli.show import console, duration
 from cn_clip.train.run.events import FINAL, interpolated
 from cn_clip.train.run.report import score_name
 from cn_clip.translation import N_, _, translate
@@ -58,9 +58,7 @@ class _TimeLeft:
         pairs = (self._stage["steps"] - self._step["step"]) * self._stage["batch"]
         if pairs <= 0:
             return ""
-        minutes, seconds = divmod(round(pairs / self._speed), 60)
-        hours, minutes = divmod(minutes, 60)
-        return _(", {time} left", time=f"{hours}:{minutes:02}:{seconds:02}")
+        return _(", {time} left", time=duration(pairs / self._speed))
 
 
 def _lines(event: dict[str, Any], left: str) -> Iterator[str]:

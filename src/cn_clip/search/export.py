@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from cn_clip.data.sources.parquet import import_pyarrow
 from cn_clip.embeddings.files import (
     EmbeddingsToWrite,
     claim_embeddings,
@@ -98,7 +98,7 @@ def claim_export(library: Path, to: Target, out: str, *, overwrite: bool = False
             )
         )
     if to == "parquet":
-        _parquet()
+        import_pyarrow("pyarrow")
         check = own_file(COMMAND, _is_own_parquet)
         return os.fspath(claim(out, check, inputs=[library], overwrite=overwrite))
     return os.fspath(claim_embeddings(out, command=COMMAND, inputs=[library], overwrite=overwrite))
@@ -237,7 +237,7 @@ def _to_embeddings(table: _Table, to: Target, out: Path) -> None:
 
 def _to_parquet(table: _Table, out: Path, on_progress: OnProgress) -> None:
     """One row for each image; the column ``vector`` is a list of float32."""
-    arrow, parquet = _parquet()
+    arrow, parquet = import_pyarrow("pyarrow"), import_pyarrow("pyarrow.parquet")
     kinds = {"latitude": arrow.float64(), "longitude": arrow.float64()}
     kinds |= dict.fromkeys(("image_id", "width", "height", "bytes"), arrow.int64())
     model = table.snapshot.model
@@ -265,19 +265,10 @@ def _to_parquet(table: _Table, out: Path, on_progress: OnProgress) -> None:
 
 
 def _is_own_parquet(path: Path) -> bool:
-    _arrow, parquet = _parquet()
+    parquet = import_pyarrow("pyarrow.parquet")
     # pyarrow raises many kinds on files that are no Parquet.
     try:
         metadata = parquet.read_schema(path).metadata or {}
     except Exception:
         return False
     return bool(metadata.get(_WRITER) == COMMAND.encode())
-
-
-def _parquet() -> tuple[Any, Any]:
-    try:
-        return import_module("pyarrow"), import_module("pyarrow.parquet")
-    except ImportError:
-        raise UsageError(
-            _("Parquet files need pyarrow, which is not installed: pip install pyarrow")
-        ) from None

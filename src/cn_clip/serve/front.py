@@ -24,13 +24,19 @@ from cn_clip.serve.library_routes import ImageId, check_search
 from cn_clip.serve.metrics import Metrics
 from cn_clip.serve.parts import Answer, Parts, good_answers, merged_hits, parts_state
 from cn_clip.serve.problems import unavailable
-from cn_clip.serve.responses import answer_errors, body_of, describe, errors, json_response
+from cn_clip.serve.responses import (
+    POST_ERRORS,
+    answer_errors,
+    body_of,
+    describe,
+    errors,
+    json_response,
+)
 from cn_clip.serve.schemas import KnnRequest, KnnResult, MergedResponse, SearchRequest
 from cn_clip.serve.settings import Settings
 from cn_clip.translation import _
 
 BODIES: list[type[BaseModel]] = [KnnRequest, SearchRequest]
-_POST = (400, 404, 408, 413, 429)
 _MODEL = ("/v1/embeddings", "/v1/classify", "/v1/similarity")
 _PASSED = ("content-type", "cache-control", "etag", "retry-after")
 _DESCRIPTION = "Search of embedding shards that several servers have, a part each."
@@ -100,7 +106,7 @@ def _search_routes(front: Front) -> APIRouter:
     @router.post(
         "/v1/search",
         response_model=MergedResponse,
-        responses=errors(*_POST),
+        responses=errors(*POST_ERRORS),
         openapi_extra=body_of(SearchRequest),
     )
     async def search(request: Request) -> Response:
@@ -123,7 +129,7 @@ def _search_routes(front: Front) -> APIRouter:
     @router.post(
         "/knn-service",
         response_model=list[KnnResult],
-        responses=errors(*_POST),
+        responses=errors(*POST_ERRORS),
         openapi_extra=body_of(KnnRequest),
         tags=["clip-retrieval"],
     )
@@ -135,7 +141,7 @@ def _search_routes(front: Front) -> APIRouter:
         answers = await front.parts.ask_all("POST", "/knn-service", body=body)
         with _understood():
             results = [hit for answer in good_answers(answers) for hit in answer.values()]
-            merged = merged_hits(results, "similarity", offset=0, end=given.num_images)
+            merged = merged_hits(results, "similarity", given.num_images)
         missing = len(parts_state(answers)["missing"])
         return json_response(merged, headers={"x-missing-parts": str(missing)})
 
@@ -158,7 +164,7 @@ def _passing_routes(front: Front) -> APIRouter:
         return _passed(await front.parts.ask_one(request.method, request.url.path, body=body))
 
     for path in _MODEL:
-        router.add_api_route(path, by_any, methods=["POST"], responses=errors(*_POST))
+        router.add_api_route(path, by_any, methods=["POST"], responses=errors(*POST_ERRORS))
     for path in ("/v1/models", "/indices-list"):
         router.add_api_route(path, by_any, methods=["GET"], responses=errors(404))
 
@@ -184,7 +190,7 @@ async def _search(front: Front, given: SearchRequest, request: Request) -> dict[
     with _understood():
         found = [answer.values() for answer in good_answers(answers)]
         hits = [hit for values in found for hit in values["hits"]]
-        merged = merged_hits(hits, "cosine", offset=0, end=wanted)
+        merged = merged_hits(hits, "cosine", wanted)
         more = len(hits) > wanted or any(values["more"] for values in found)
         return {
             "query": found[0]["query"],

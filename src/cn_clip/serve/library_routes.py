@@ -21,7 +21,7 @@ from cn_clip.serve.index_run import IndexRuns
 from cn_clip.serve.inputs import image_content, parse, text_of
 from cn_clip.serve.problems import RequestError
 from cn_clip.serve.rendering import MAX_SIDE, media_type, rendered
-from cn_clip.serve.responses import body_of, errors, json_response
+from cn_clip.serve.responses import IMAGE_HEADERS, POST_ERRORS, body_of, errors, json_response
 from cn_clip.serve.results import Places, filters_of, found
 from cn_clip.serve.schemas import (
     KnnRequest,
@@ -35,8 +35,6 @@ from cn_clip.serve.settings import Settings
 from cn_clip.translation import _
 
 BODIES: list[type[BaseModel]] = [KnnRequest, SearchRequest]
-_POST = (400, 404, 408, 413, 429)
-_CACHE = {"cache-control": "private, max-age=3600"}
 
 ImageId = Annotated[int, PathParameter(ge=1, lt=1 << 63)]
 
@@ -49,7 +47,7 @@ def library_routes(service: Service) -> APIRouter:
     @router.post(
         "/v1/search",
         response_model=SearchResponse,
-        responses=errors(*_POST),
+        responses=errors(*POST_ERRORS),
         openapi_extra=body_of(SearchRequest),
     )
     async def search(request: Request) -> Response:
@@ -97,9 +95,9 @@ def library_routes(service: Service) -> APIRouter:
         library = service.opened_library()
         tag = await service.renderings.run(_tag, library, image, f"{side}{original}")
         if request.headers.get("if-none-match") == tag:
-            return Response(status_code=304, headers={**_CACHE, "etag": tag})
+            return Response(status_code=304, headers={**IMAGE_HEADERS, "etag": tag})
         content, kind = await service.renderings.run(_image, library, image, side, original)
-        return Response(content, headers={**_CACHE, "etag": tag}, media_type=kind)
+        return Response(content, headers={**IMAGE_HEADERS, "etag": tag}, media_type=kind)
 
     @router.get(
         "/v1/images/{image}/thumbnail",
@@ -111,11 +109,11 @@ def library_routes(service: Service) -> APIRouter:
         library = service.opened_library()
         tag = await service.renderings.run(_tag, library, image, "thumbnail")
         if request.headers.get("if-none-match") == tag:
-            return Response(status_code=304, headers={**_CACHE, "etag": tag})
+            return Response(status_code=304, headers={**IMAGE_HEADERS, "etag": tag})
         content = await service.renderings.run(thumbnail_of, library.folder, image)
         if content is None:
             raise _unreadable(image)
-        return Response(content, headers={**_CACHE, "etag": tag}, media_type="image/webp")
+        return Response(content, headers={**IMAGE_HEADERS, "etag": tag}, media_type="image/webp")
 
     @router.get("/v1/library", response_model=LibraryResponse, responses=errors(404))
     async def state() -> Response:
@@ -140,7 +138,7 @@ def library_routes(service: Service) -> APIRouter:
     @router.post(
         "/knn-service",
         response_model=list[KnnResult],
-        responses=errors(*_POST),
+        responses=errors(*POST_ERRORS),
         openapi_extra=body_of(KnnRequest),
         tags=["clip-retrieval"],
     )

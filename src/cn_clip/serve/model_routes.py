@@ -14,7 +14,7 @@ from cn_clip.errors import CNClipError
 from cn_clip.serve.engine import Engine, Vector
 from cn_clip.serve.inputs import check_count, image_content, is_image, parse, text_of
 from cn_clip.serve.problems import RequestError
-from cn_clip.serve.responses import body_of, errors, json_response
+from cn_clip.serve.responses import POST_ERRORS, body_of, errors, json_response
 from cn_clip.serve.schemas import (
     ClassifyRequest,
     ClassifyResponse,
@@ -29,7 +29,6 @@ from cn_clip.translation import _
 from cn_clip.zeroshot import softmax
 
 BODIES: list[type[BaseModel]] = [EmbeddingsRequest, ClassifyRequest, SimilarityRequest]
-_POST = (400, 404, 408, 413, 429)
 
 
 def model_routes(service: Service) -> APIRouter:
@@ -45,7 +44,7 @@ def model_routes(service: Service) -> APIRouter:
     @router.post(
         "/v1/embeddings",
         response_model=EmbeddingsResponse,
-        responses=errors(*_POST),
+        responses=errors(*POST_ERRORS),
         openapi_extra=body_of(EmbeddingsRequest),
     )
     async def embeddings(request: Request) -> Response:
@@ -80,7 +79,7 @@ def model_routes(service: Service) -> APIRouter:
     @router.post(
         "/v1/classify",
         response_model=ClassifyResponse,
-        responses=errors(*_POST),
+        responses=errors(*POST_ERRORS),
         openapi_extra=body_of(ClassifyRequest),
     )
     async def classify(request: Request) -> Response:
@@ -134,7 +133,7 @@ def model_routes(service: Service) -> APIRouter:
     @router.post(
         "/v1/similarity",
         response_model=SimilarityResponse,
-        responses=errors(*_POST),
+        responses=errors(*POST_ERRORS),
         openapi_extra=body_of(SimilarityRequest),
     )
     async def similarity(request: Request) -> Response:

@@ -50,7 +50,7 @@ class Answer:
 
     @property
     def missing(self) -> dict[str, Any]:
-        """What clients are told of a part that did not answer."""
+        """A part that did not answer, in a response."""
         reason = self.reason or _("it refused ({status})", status=self._status)
         return {"part": self.part, "reason": reason}
 
@@ -198,17 +198,16 @@ def good_answers(answers: Sequence[Answer]) -> list[Answer]:
 
 
 def parts_state(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Return what clients are told about the parts."""
+    """Return how many parts answered, and which did not, for a response."""
     missing = [answer.missing for answer in answers if not answer.is_good]
     return {"asked": len(answers), "answered": len(answers) - len(missing), "missing": missing}
 
 
 def merged_hits(
-    results: Sequence[Mapping[str, Any]], score: str, *, offset: int, end: int
+    results: Sequence[Mapping[str, Any]], score: str, count: int
 ) -> list[Mapping[str, Any]]:
-    """Return results of all parts in one order: by score, ties by id."""
-    ordered = sorted(results, key=lambda hit: (-hit[score], hit["id"]))
-    return ordered[offset:end]
+    """Return the best results of all parts: by score, ties by id."""
+    return sorted(results, key=lambda hit: (-hit[score], hit["id"]))[:count]
 
 
 def _checked(url: str) -> str:

@@ -17,6 +17,8 @@ from cn_clip.serve.problems import error_body, problem_of
 from cn_clip.serve.schemas import ErrorResponse
 from cn_clip.translation import _
 
+POST_ERRORS = (400, 404, 408, 413, 429)  # of routes with a body, beside those of all routes
+IMAGE_HEADERS = {"cache-control": "private, max-age=3600"}
 _REFERENCE = "#/components/schemas/{model}"
 _ERRORS = {
     400: "The request is invalid.",

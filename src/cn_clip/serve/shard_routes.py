@@ -13,7 +13,7 @@ from cn_clip.serve.inputs import parse, text_of
 from cn_clip.serve.library_routes import ImageId, check_search, contents_of, knn_vector
 from cn_clip.serve.problems import RequestError
 from cn_clip.serve.rendering import MAX_SIDE, rendered
-from cn_clip.serve.responses import body_of, errors, json_response
+from cn_clip.serve.responses import IMAGE_HEADERS, POST_ERRORS, body_of, errors, json_response
 from cn_clip.serve.schemas import (
     KnnRequest,
     KnnResult,
@@ -24,9 +24,6 @@ from cn_clip.serve.schemas import (
 from cn_clip.serve.service import ServedShards, Service
 from cn_clip.translation import _
 
-_POST = (400, 404, 408, 413, 429)
-_CACHE = {"cache-control": "private, max-age=3600"}
-
 
 def shard_routes(service: Service, shards: ServedShards) -> APIRouter:
     """Return the routes."""
@@ -35,7 +32,7 @@ def shard_routes(service: Service, shards: ServedShards) -> APIRouter:
     @router.post(
         "/v1/search",
         response_model=SearchResponse,
-        responses=errors(*_POST),
+        responses=errors(*POST_ERRORS),
         openapi_extra=body_of(SearchRequest),
     )
     async def search(request: Request) -> Response:
@@ -65,7 +62,7 @@ def shard_routes(service: Service, shards: ServedShards) -> APIRouter:
     ) -> Response:
         """Return an image whose file is on this machine, upright, without EXIF and GPS."""
         content, kind = await service.renderings.run(_image, shards, image, side)
-        return Response(content, headers=_CACHE, media_type=kind)
+        return Response(content, headers=IMAGE_HEADERS, media_type=kind)
 
     @router.get(
         "/v1/images/{image}/thumbnail",
@@ -77,7 +74,7 @@ def shard_routes(service: Service, shards: ServedShards) -> APIRouter:
         content = await service.renderings.run(shards.thumbnail, image)
         if content is None:
             raise _unreadable(image)
-        return Response(content, headers=_CACHE, media_type="image/webp")
+        return Response(content, headers=IMAGE_HEADERS, media_type="image/webp")
 
     @router.get("/v1/library", response_model=LibraryResponse, responses=errors(404))
     async def state() -> Response:
@@ -87,7 +84,7 @@ def shard_routes(service: Service, shards: ServedShards) -> APIRouter:
     @router.post(
         "/knn-service",
         response_model=list[KnnResult],
-        responses=errors(*_POST),
+        responses=errors(*POST_ERRORS),
         openapi_extra=body_of(KnnRequest),
         tags=["clip-retrieval"],
     )

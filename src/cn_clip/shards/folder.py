@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -127,10 +127,6 @@ class ShardFolder:
             DataError: the file is missing or damaged, or of another width.
         """
         return mapped_vectors(self.vector_path(shard), self.dim)
-
-    def with_shards(self, shards: Iterable[int]) -> ShardFolder:
-        """Return the folder with some of its shards only."""
-        return ShardFolder(self.path, {n: self.names[n] for n in shards}, self.about)
 
 
 def mapped_vectors(path: Path, dim: int) -> Array:

@@ -7,15 +7,14 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cn_clip.errors import CNClipError, DataError, UsageError
+from cn_clip.data.sources.parquet import import_pyarrow
+from cn_clip.errors import CNClipError, DataError
 from cn_clip.files import check_regular
-from cn_clip.install import install_command
 from cn_clip.shards.folder import ShardFolder, shards_and_rows
 from cn_clip.text import path_text, valid_text
 from cn_clip.translation import _
@@ -77,25 +76,11 @@ class MetadataReader:
         if file is None:
             path = self._folder.metadata_path(shard)
             check_regular(path)
-            file = parquet().ParquetFile(path)
+            file = import_pyarrow("pyarrow.parquet").ParquetFile(path)
         self._files[shard] = file
         while len(self._files) > _OPEN_FILES:
             self._files.popitem(last=False)[1].close()
         return file
-
-
-def parquet() -> Any:
-    """Return the module pyarrow.parquet.
-
-    Raises:
-        UsageError: it is not installed.
-    """
-    try:
-        return import_module("pyarrow.parquet")
-    except ImportError:
-        raise UsageError(
-            _("the metadata of shards needs pyarrow: {command}", command=install_command("data"))
-        ) from None
 
 
 def facts_in_batches(folder: ShardFolder, shard: int, size: int) -> Iterator[list[Facts]]:
@@ -108,7 +93,7 @@ def facts_in_batches(folder: ShardFolder, shard: int, size: int) -> Iterator[lis
     path = folder.metadata_path(shard)
     with _damage(path):
         check_regular(path)
-        file = parquet().ParquetFile(path)
+        file = import_pyarrow("pyarrow.parquet").ParquetFile(path)
         batches = file.iter_batches(size, columns=_columns(file))
     waiting: list[Facts] = []
     while True:

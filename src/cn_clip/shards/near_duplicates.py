@@ -267,11 +267,11 @@ def _masks(folder: ShardFolder, removed: Rows, within: Rows | None) -> Iterator[
 
 def _looking_alike(index: ShardIndex, pairs: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Return the pairs whose images look alike."""
-    metadata = MetadataReader(index.folder)
-    hashes: dict[int, Any] = {}
-    for image in np.unique(pairs).tolist():
-        facts = metadata.read([image]).get(image)
-        hashes[image] = None if facts is None else _look_of(facts.path)
+    images = np.unique(pairs).tolist()
+    facts = MetadataReader(index.folder).read(images)
+    hashes: dict[int, Any] = {
+        image: _look_of(facts[image].path) if image in facts else None for image in images
+    }
     kept = []
     for row, (image, lower) in enumerate(pairs.tolist()):
         both = [hashes[image], hashes[lower]]

@@ -1,7 +1,7 @@
 """Shards on a Ray cluster: one actor per model, started again when it or its machine dies.
 
-Ray schedules; what is done is told by the manifests alone, so neither its task retries nor its
-checkpoints are used. More actors than the cluster has room for wait, which makes Ray's autoscaler
+Ray schedules. Only the manifests say what is done, so neither its task retries nor its checkpoints
+are used. More actors than the cluster has room for wait, which makes Ray's autoscaler
 add machines.
 """
 

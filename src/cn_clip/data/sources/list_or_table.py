@@ -1,4 +1,4 @@
-"""Lists of one item per line are told from CSV tables, whose lines would be the items."""
+"""Detects CSV tables that are given as lists of one item per line."""
 
 from __future__ import annotations
 

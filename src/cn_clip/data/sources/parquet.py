@@ -49,7 +49,7 @@ class Parquet:
         self, name: str, path: Path, named: NamedColumns, required: Sequence[str] = PAIR
     ) -> None:
         self._path = path
-        arrow = _import("pyarrow")
+        arrow = import_pyarrow("pyarrow")
         try:
             check_regular(path)
         except (OSError, ValueError) as error:
@@ -100,14 +100,14 @@ class Parquet:
         self._index = cached_index(path, f"-{layout_digest}.2.arrow", write, read)
 
     def _open(self, index: Path) -> None:
-        arrow = _import("pyarrow")
+        arrow = import_pyarrow("pyarrow")
         with arrow.memory_map(str(index)) as mapped:
             table = arrow.ipc.open_file(mapped).read_all()
         table.validate()
         self._table = table
         self._ends: npt.NDArray[np.int64] | None = None
         if self._kinds.get("text") == _LIST:
-            lengths = _import("pyarrow.compute").list_value_length(table.column("text"))
+            lengths = import_pyarrow("pyarrow.compute").list_value_length(table.column("text"))
             counts = lengths.fill_null(0).to_numpy()
             # A row without a text is a pair too: reading it reports the error.
             self._ends = np.cumsum(np.maximum(counts, 1), dtype=np.int64)
@@ -170,7 +170,7 @@ class Parquet:
 
 
 def _read_fields(path: Path) -> list[Any]:
-    parquet = _import("pyarrow.parquet")
+    parquet = import_pyarrow("pyarrow.parquet")
     return list(_map_parse_errors(path, lambda: list(parquet.ParquetFile(path).schema_arrow)))
 
 
@@ -201,7 +201,7 @@ def _column_kind(arrow: Any, type: Any) -> str:
 
 def _write_index(path: Path, layout: Mapping[str, tuple[str, str]], index: Path) -> None:
     """Write the columns, named by their roles, as an Arrow file."""
-    arrow = _import("pyarrow")
+    arrow = import_pyarrow("pyarrow")
     types = {
         _STRING: arrow.large_string(),
         _NUMBER: arrow.large_string(),  # ids are strings, and some are above 2 ** 63
@@ -223,7 +223,7 @@ def _write_index(path: Path, layout: Mapping[str, tuple[str, str]], index: Path)
 
 
 def _batches(path: Path, layout: Mapping[str, tuple[str, str]]) -> Iterator[dict[str, Any]]:
-    parquet = _import("pyarrow.parquet")
+    parquet = import_pyarrow("pyarrow.parquet")
     names = list(dict.fromkeys(column for column, _ in layout.values()))
     size = _ROWS if _image_kind(layout) in (None, _STRING) else _ROWS_OF_IMAGES
     file = _map_parse_errors(path, lambda: parquet.ParquetFile(path, buffer_size=1 << 20))
@@ -234,7 +234,9 @@ def _batches(path: Path, layout: Mapping[str, tuple[str, str]]) -> Iterator[dict
             structs = columns["image"]
             members = dict(zip([f.name for f in structs.type], structs.flatten(), strict=True))
             columns["image"] = members["bytes"]
-            columns["image_path"] = members.get("path", _import("pyarrow").nulls(len(structs)))
+            columns["image_path"] = members.get(
+                "path", import_pyarrow("pyarrow").nulls(len(structs))
+            )
         yield columns
 
 
@@ -243,7 +245,7 @@ def _image_kind(layout: Mapping[str, tuple[str, str]]) -> str | None:
 
 
 def _cast(path: Path, column: Any, type: Any) -> Any:
-    arrow = _import("pyarrow")
+    arrow = import_pyarrow("pyarrow")
     try:
         return column.cast(type)
     except arrow.ArrowException:  # some versions of pyarrow cannot cast views
@@ -268,7 +270,12 @@ def _map_parse_errors(path: Path, read: Callable[[], Any]) -> Any:
         ) from None
 
 
-def _import(name: str) -> Any:
+def import_pyarrow(name: str) -> Any:
+    """Return the module ``pyarrow``, or one of its own.
+
+    Raises:
+        UsageError: it is not installed.
+    """
     try:
         return import_module(name)
     except ImportError:
