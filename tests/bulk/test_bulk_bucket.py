@@ -188,3 +188,11 @@ def test_worker_processes_into_a_bucket_that_fails_are_exactly_once(
     assert texts == [f"第{shard}片第{n}张图" for shard in range(40) for n in range(5)]
     manifests = (server.folder / "run" / "manifests").glob("*.json")
     assert {json.loads(path.read_text())["attempt"] for path in manifests} == {1}
+
+
+def test_more_inputs_are_a_second_plan_in_a_bucket_too(server, tmp_path, tiny_checkpoint):
+    images = write_images(tmp_path / "a", 3)
+    plan_in(tiny_checkpoint, images)
+    assert plan_in(tiny_checkpoint, images) is None
+    more = plan_in(tiny_checkpoint, images, write_images(tmp_path / "b", 2))
+    assert (more.rows, more.number) == (2, 1)

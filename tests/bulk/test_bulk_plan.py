@@ -191,3 +191,21 @@ def test_only_one_of_two_planners_writes_the_next_plan(tmp_path, tiny_checkpoint
     store = open_store(str(tmp_path / "out"))
     with store.working("planning"), pytest.raises(CNClipError, match="another process"):
         make_plan(store, request_of(tiny_checkpoint, images))
+
+
+@pytest.mark.parametrize("name", ["inputs", "shards.npy"])
+@pytest.mark.parametrize("damage", ["missing", "short"])
+def test_a_plan_whose_files_are_damaged_is_never_planned_twice(
+    tmp_path, tiny_checkpoint, name, damage
+):
+    out, images = tmp_path / "out", write_images(tmp_path / "a", 3)
+    plan_in(out, tiny_checkpoint, images, shards_of=1)
+    (file,) = out.glob(f"plan_*.{name}")
+    if damage == "missing":
+        file.unlink()
+    elif name == "inputs":
+        file.write_bytes(file.read_bytes()[:-9])
+    else:
+        np.save(file, np.load(file)[:1])
+    with pytest.raises(DataError, match="missing or damaged"):
+        plan_in(out, tiny_checkpoint, images, write_images(tmp_path / "b", 1), shards_of=1)

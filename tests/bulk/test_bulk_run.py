@@ -28,6 +28,7 @@ from cn_clip.bulk import shard as module
 from cn_clip.bulk.plan import existing_plans
 from cn_clip.bulk.run import Portion, run
 from cn_clip.bulk.shard import planned_shards, run_shard
+from cn_clip.bulk.status import status_of
 from cn_clip.bulk.store import BusyError, FolderStore, open_store
 from cn_clip.bulk.verify import verify
 from cn_clip.cli import run as cli
@@ -434,3 +435,14 @@ def test_an_output_of_another_kind_is_bad_usage(tmp_path, capsys):
 def test_plans_are_told_apart(images, out, tiny_checkpoint):
     plan = plan_in(out, tiny_checkpoint, images)
     assert replace(plan, digest="") != plan and plan.rows_of(2) == 2
+
+
+@pytest.mark.parametrize("name", ["rows_out", "attempt", "seconds", "files"])
+def test_a_manifest_of_wrong_types_is_counted_as_damaged(images, out, tiny_checkpoint, name):
+    plan_in(out, tiny_checkpoint, images, shards_of=4)
+    run_in(out)
+    path = out / "manifests" / "00000.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {name: None}))
+    found = status_of(open_store(str(out)))
+    assert found.damaged == 1 and found.rows_out == found.rows - values["rows_out"]

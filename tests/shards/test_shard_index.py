@@ -252,3 +252,10 @@ def test_what_the_index_says_of_itself(folder):
     built(folder)
     about = json.loads((folder / INDEX / "lists-all" / "index.json").read_text())
     assert about["format"] == "cn-clip shard index 1" and about["rows"] == COUNT
+
+
+def test_vectors_stored_by_columns_are_refused_where_single_rows_are_read(folder):
+    path = folder / "img_emb" / "img_emb_00000.npy"
+    np.save(path, np.asfortranarray(np.load(path)))
+    with pytest.raises(DataError, match="by columns"):
+        ShardIndex.open(folder).vector(1)

@@ -1,5 +1,6 @@
 """Search of embedding shards by the command line, a server, and servers of parts behind a front."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -19,6 +20,7 @@ from cn_clip.cli import run
 from cn_clip.errors import LibraryError, UsageError
 from cn_clip.serve.app import create_app
 from cn_clip.serve.parts import Parts
+from cn_clip.serve.problems import RequestError
 from cn_clip.shards.folder import SPAN
 from cn_clip.shards.library import ShardLibrary
 
@@ -280,3 +282,35 @@ def test_four_processes_and_a_front_find_what_one_index_finds(tmp_path, tiny_che
         found = front.post("/v1/search", json={"query": QUERIES[0], "k": 400}).json()
         assert found["parts"]["missing"] == [{"part": 3, "reason": "no connection"}]
         assert len(found["hits"]) == 300
+
+
+def test_a_part_that_is_busy_or_has_another_key_is_passed_over():
+    statuses = {"a": 401, "b": 429, "c": 200}
+
+    def answer(request):
+        return httpx.Response(statuses[request.url.host], json={})
+
+    async def asked(method):
+        parts = Parts(("http://a", "http://b", "http://c"), key=None, timeout=1)
+        parts._client = httpx.AsyncClient(transport=httpx.MockTransport(answer))
+        return [(await method(parts)).status_code for _number in range(3)]
+
+    def one(parts):
+        return parts.ask_one("POST", "/v1/embeddings", body=b"{}")
+
+    def image(parts):
+        return parts.ask_for("/v1/images/1", "")
+
+    assert asyncio.run(asked(one)) == [200, 200, 200]
+    statuses["c"] = 503
+    assert asyncio.run(asked(one)) == [429, 429, 429]
+    statuses |= {"a": 404, "b": 404, "c": 404}
+    with pytest.raises(RequestError) as refused:
+        asyncio.run(asked(image))
+    assert refused.value.status == 404
+    statuses["b"] = 429  # it may have the image
+    with pytest.raises(RequestError) as refused:
+        asyncio.run(asked(image))
+    assert refused.value.status == 503
+    statuses["b"] = 400
+    assert asyncio.run(asked(image)) == [400, 400, 400]

@@ -33,6 +33,7 @@ Stored = Literal["float16", "float32"]
 PLAN = Format("bulk-plan", 1)
 PLAN_NAME = re.compile(r"plan_(\d{5,})\.json")
 OWN_NAME = re.compile(r"plan_\d{5,}(\.json|-[0-9a-f]{16}\.(inputs|shards\.npy))|about\.json")
+_BLOCK = 1 << 20  # bytes of the inputs read at a time
 OWN_FOLDERS = (WORK, "index", "img_emb", "text_emb", "metadata", "manifests", "quarantine")
 # A row of the table of shards: bytes of its lines in the inputs, inputs of its first line that
 # belong to earlier shards, inputs, and the digest of all this with the lines themselves.
@@ -200,7 +201,7 @@ class Planned:
         Raises:
             DataError: the table of shards is missing or damaged.
         """
-        row = _table(self.store.location, self.plan.stem)[number - self.plan.first]
+        row = _table(self.store.location, self.plan)[number - self.plan.first]
         return Shard(number, *(int(row[name]) for name in ROW.names or ()))
 
     def lines(self, shard: Shard) -> list[bytes]:
@@ -223,14 +224,14 @@ class Planned:
 
 
 @lru_cache(maxsize=64)
-def _table(place: str, stem: str) -> npt.NDArray[Any]:
-    name = f"{stem}.shards.npy"
+def _table(place: str, plan: Plan) -> npt.NDArray[Any]:
+    name = f"{plan.stem}.shards.npy"
     content = open_store(place).read(name)
     try:
         table = np.load(io.BytesIO(content or b""), allow_pickle=False)
     except (ValueError, EOFError, OSError):
         table = None
-    if table is None or table.dtype != ROW or table.ndim != 1:
+    if table is None or table.dtype != ROW or table.shape != (plan.shards,):
         raise DataError(_("{path} is missing or damaged; restore the file", path=f"{place}/{name}"))
     rows: npt.NDArray[Any] = table
     return rows
@@ -250,7 +251,11 @@ def line_key(line: bytes) -> int:
 
 
 def known_lines(store: Store, plans: Sequence[Plan]) -> npt.NDArray[np.uint64]:
-    """Return the digests of all lines of the inputs of several plans, sorted."""
+    """Return the digests of all lines of the inputs of several plans, sorted.
+
+    Raises:
+        DataError: the inputs or the shards of a plan are missing or damaged.
+    """
     keys = [
         np.fromiter((line_key(line) for line in _all_lines(store, plan)), np.uint64)
         for plan in plans
@@ -259,8 +264,14 @@ def known_lines(store: Store, plans: Sequence[Plan]) -> npt.NDArray[np.uint64]:
 
 
 def _all_lines(store: Store, plan: Plan) -> Iterator[bytes]:
-    at, rest = 0, b""
-    while content := store.read(f"{plan.stem}.inputs", at, at + (1 << 20)):
+    name, at, rest = f"{plan.stem}.inputs", 0, b""
+    size = int(_table(store.location, plan)[-1]["stop"])
+    while at < size:
+        content = store.read(name, at, min(at + _BLOCK, size))
+        if not content:
+            raise DataError(
+                _("{path} is missing or damaged; restore the file", path=f"{store.name}/{name}")
+            )
         at += len(content)
         *lines, rest = (rest + content).split(b"\n")
         for line in lines:

@@ -144,15 +144,16 @@ def _count(status: Status, content: bytes, rows: npt.NDArray[np.uint32], number:
     """Add a manifest to the counts; return False if it is damaged."""
     try:
         values = json.loads(content)
+        size = sum(int(file["bytes"]) for file in values["files"].values())
+        counts = [int(values[name]) for name in ("rows_out", "quarantined", "attempt")]
+        seconds = float(values["seconds"])
         rows[number] = values["rows_in"]
-        size = sum(file["bytes"] for file in values["files"].values())
-        counts = values["rows_out"], values["quarantined"], values["attempt"], values["seconds"]
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return False
     status.rows_out += counts[0]
     status.quarantined += counts[1]
     status.attempts += counts[2]
-    status.seconds += counts[3]
+    status.seconds += seconds
     status.bytes += size
     return True
 

@@ -49,6 +49,11 @@ class Answer:
         return self.response is not None and self.response.status_code in (400, 404, 413)
 
     @property
+    def is_absence(self) -> bool:
+        """Whether the part does not have what it was asked for."""
+        return self._status == 404
+
+    @property
     def missing(self) -> dict[str, Any]:
         """A part that did not answer, in a response."""
         reason = self.reason or _("it refused ({status})", status=self._status)
@@ -126,11 +131,16 @@ class Parts:
             RequestError: none does (503).
         """
         self._next += 1
+        busy: httpx.Response | None = None
         for offset in range(len(self.urls)):
             number = (self._next + offset) % len(self.urls) + 1
             answer = await self._ask(number, method, path, body, query)
-            if answer.response is not None and answer.response.status_code != 503:
+            if answer.response is not None and (answer.is_good or answer.is_refusal):
                 return answer.response
+            if answer.response is not None and answer.response.status_code in (408, 429):
+                busy = answer.response
+        if busy is not None:
+            return busy
         raise unavailable(_("no part answers"))
 
     async def ask_for(self, path: str, query: str) -> httpx.Response:
@@ -143,7 +153,10 @@ class Parts:
         found = next((answer.response for answer in answers if answer.is_good), None)
         if found is not None:
             return found
-        if all(answer.response is not None for answer in answers):
+        refused = next((a.response for a in answers if a.is_refusal and not a.is_absence), None)
+        if refused is not None:
+            return refused
+        if all(answer.is_absence for answer in answers):
             raise RequestError(_("no part has {path}", path=path), status=404)
         raise unavailable(_("no part that answers has {path}", path=path))
 

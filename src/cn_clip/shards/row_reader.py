@@ -83,6 +83,10 @@ class _Layout:
 
 def _layout(path: Path, dim: int) -> _Layout:
     vectors = mapped_vectors(path, dim)
+    if len(vectors) and not isinstance(vectors, np.memmap):  # a copy: its rows are not in the file
+        raise DataError(
+            _("{path} is stored by columns; write it again by rows", path=path_text(path))
+        )
     offset = int(getattr(vectors, "offset", 0))
     return _Layout(len(vectors), offset, dim * vectors.dtype.itemsize, vectors.dtype)
 
