@@ -28,7 +28,7 @@ from search.libraries import (
 
 from cn_clip.cli import run
 from cn_clip.errors import CNClipError, DataError, LibraryError, UsageError
-from cn_clip.search import database, roots, updating, watching
+from cn_clip.search import database, indexing, roots, updating, watching
 from cn_clip.search.folder import create
 from cn_clip.search.images import image_bytes
 from cn_clip.search.purge import remove_images
@@ -658,3 +658,21 @@ def test_a_source_that_cannot_be_read_is_not_remembered(library, album, tmp_path
         index(library, f"tar:{tmp_path / 't'}")
     with opened(library) as folder:
         assert len(folder.query("SELECT id FROM roots")) == 1
+
+
+def test_of_copies_the_first_is_shown_whichever_is_decoded(library, tmp_path, monkeypatch):
+    folder = photos(tmp_path / "copies", [1])
+    (name,) = os.listdir(folder)
+    shutil.copy(folder / name, folder / f"z{name}")
+    read = indexing._Run._read
+
+    def late(run, job):
+        if job.entry.name == name.encode():
+            time.sleep(0.3)
+        return read(run, job)
+
+    monkeypatch.setattr(indexing._Run, "_read", late)
+    index(library, folder)
+    with opened(library) as found:
+        shown = found.query("SELECT name FROM files ORDER BY id")
+    assert shown == [(name.encode(),), (f"z{name}".encode(),)]

@@ -102,6 +102,7 @@ class _Outcome:
     """A file that was read: a new image, a known digest, or an error."""
 
     job: _Job
+    number: int = 0  # in the order of the files
     digest: bytes = b""
     size: int = 0
     image: ReadImage | None = None
@@ -338,6 +339,7 @@ class _Run:
 
     def _take(self, outcome: _Outcome) -> None:
         self.progress.done += 1
+        outcome.number = self.progress.done
         if outcome.image is not None:
             self.batch.append(outcome)
         else:
@@ -382,11 +384,11 @@ class _Run:
                 connection.execute(
                     "UPDATE models SET rows = ? WHERE id = ?", (rows + len(new), self.model.id)
                 )
-                for outcome, _vector in self.embedded:
-                    self._record(connection, outcome)
-                waiting = [
-                    outcome for outcome in self.others if not self._record(connection, outcome)
-                ]
+                # In the order of the files: of copies, any may have been decoded, and the first one
+                # is shown.
+                outcomes = [*(outcome for outcome, _vector in self.embedded), *self.others]
+                outcomes.sort(key=lambda outcome: outcome.number)
+                waiting = [each for each in outcomes if not self._record(connection, each)]
             for outcome, _vector in self.embedded:
                 # After the commit, so that none belongs to no image; it can be made again.
                 if outcome.image is not None and outcome.image.thumbnail is not None:
