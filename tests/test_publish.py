@@ -1,11 +1,13 @@
 """Whole or not at all."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from functools import partial
 
+import filelock
 import pytest
 
 from cn_clip.errors import UsageError
@@ -203,3 +205,21 @@ def test_a_file_is_published_where_the_locale_cannot_say_its_name(tmp_path):
         env=os.environ | ascii_only,
     )
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_folder_that_is_removed_before_it_is_locked_is_not_used(tmp_path, monkeypatch):
+    acquire, folders = filelock.FileLock.acquire, []
+
+    def late(lock, *arguments, **options):
+        """Lock a file that another process takes for an abandoned one at that moment."""
+        proxy = acquire(lock, *arguments, **options)
+        folders.append(os.path.dirname(lock.lock_file))
+        if len(folders) == 1:
+            shutil.rmtree(folders[0])
+        return proxy
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", late)
+    with atomic_file(tmp_path / "x") as path:
+        path.write_text("whole")
+    assert (tmp_path / "x").read_text() == "whole" and len(folders) == 2
+    assert os.listdir(tmp_path) == ["x"]

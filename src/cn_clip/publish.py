@@ -14,6 +14,7 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from cn_clip.errors import CNClipError
@@ -117,11 +118,13 @@ def _locked_folder(target: Path) -> tuple[Path, Callable[[], None]]:
         lock = FileLock(folder / LOCK, timeout=0)
         try:
             lock.acquire()
-            return folder, lock.release
         except Timeout:  # another process took it for an abandoned one
             continue
         except (OSError, NotImplementedError):  # no locks on this file system
             return folder, lambda: None
+        if (folder / LOCK).exists():
+            return folder, lock.release
+        lock.release()  # of a file that another process has removed since it was created
 
 
 def _remove_abandoned(target: Path) -> None:
@@ -134,10 +137,13 @@ def _remove_abandoned(target: Path) -> None:
         folder = Path(entry.path)
         # A writer that has not locked its folder yet has no lock file in it.
         if name.fullmatch(entry.name) and is_leftover(folder) and (folder / LOCK).is_file():
+            remove = partial(_remove, folder, only_copy=is_cut or not target.exists())
             with suppress(Timeout, OSError, NotImplementedError):
                 with FileLock(folder / LOCK, timeout=0):
-                    pass
-                _remove(folder, only_copy=is_cut or not target.exists())
+                    if os.name != "nt":
+                        remove()  # while locked, so that a writer that locks it now sees it
+                if os.name == "nt":  # where an open file cannot be removed
+                    remove()
 
 
 def _remove(folder: Path, *, only_copy: bool) -> None:
