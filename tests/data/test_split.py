@@ -10,7 +10,7 @@ from conftest import make_image
 from data.formats import jpeg
 
 from cn_clip.cli import run
-from cn_clip.data.curate.leak_groups import _components
+from cn_clip.data.curate.grouping import connected
 from cn_clip.data.sources.open import open_source
 from cn_clip.data.split import Sizes, split
 from cn_clip.errors import CNClipError, UsageError
@@ -227,4 +227,4 @@ def test_components_are_those_of_a_search():
                 if expected[node] < 0:
                     expected[node] = start
                     queue += neighbours[node]
-        assert _components(count, edges).tolist() == expected.tolist()
+        assert connected(count, edges).tolist() == expected.tolist()

@@ -220,7 +220,7 @@ def test_exports_are_made_of_checkpoints_and_run_without_torch(tiny_export, tmp_
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-L-14-336", "RN50"])
+@pytest.mark.parametrize("name", [*cn_clip.config.MODELS])
 def test_every_official_model_is_exported(name, tmp_path):
     """With random weights: the published ones are not at hand."""
     config = cn_clip.config.MODELS[name]

@@ -2,11 +2,10 @@
 
 import shutil
 
-import numpy as np
 from conftest import TINY, make_image, make_model
 
 from cn_clip.embedder import Embedder
-from cn_clip.search.duplicates import _joined, duplicates
+from cn_clip.search.duplicates import duplicates
 from cn_clip.search.folder import LibraryFolder, create
 from cn_clip.search.roots import parse_root
 from cn_clip.search.updating import update
@@ -36,13 +35,3 @@ def test_copies_and_resized_images_are_grouped_and_others_are_not(tmp_path):
         [["4.png", "copy.png"]],
         [*sorted([["1.png"], ["recompressed.jpg"]]), ["small.jpg"]],
     ]
-
-
-def test_chains_of_pairs_are_one_group():
-    pairs = np.array([(1, 0), (3, 2), (2, 1), (6, 5), (3, 0)], np.int64).T
-    groups = _joined(*pairs)
-    assert {frozenset(group) for group in groups.values()} == {
-        frozenset({0, 1, 2, 3}),
-        frozenset({5, 6}),
-    }
-    assert all(number in group for number, group in groups.items())

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from cn_clip.data.curate.grouping import connected, group_rows
 from cn_clip.data.curate.perceptual_hash import HASH_WORDS, near_pairs
 from cn_clip.search.folder import LibraryFolder
 from cn_clip.search.roots import display_path
@@ -40,29 +40,18 @@ def duplicates(library: LibraryFolder) -> list[list[Duplicate]]:
         "SELECT id, look, files FROM images WHERE files > 0 AND look IS NOT NULL ORDER BY id"
     )
     ids = np.array([row[0] for row in rows], np.int64)
-    looks = b"".join(row[1] for row in rows)
-    hashes = np.frombuffer(looks, np.uint64).reshape(-1, HASH_WORDS)
-    groups = _joined(*near_pairs(hashes)) if len(ids) > 1 else {}
-    for number, (_id, _look, files) in enumerate(rows):
-        if files > 1:
-            groups.setdefault(number, {number})
-    distinct = {min(members): members for members in groups.values()}
+    files = np.array([row[2] for row in rows], np.int64)
+    hashes = np.frombuffer(b"".join(row[1] for row in rows), np.uint64).reshape(-1, HASH_WORDS)
+    if not len(ids):
+        return []
+    first = connected(len(ids), np.stack(near_pairs(hashes)))
+    groups = group_rows(np.arange(len(ids)), first.view(np.uint64))
+    several = (np.diff(groups.starts) > 1) | (files[groups.firsts] > 1)
     found = [
-        [_duplicate(library, int(ids[number])) for number in sorted(distinct[first])]
-        for first in sorted(distinct)
+        [_duplicate(library, int(ids[number])) for number in groups[int(group)]]
+        for group in np.flatnonzero(several)
     ]
     return [sorted(group, key=lambda each: -each.width * each.height) for group in found]
-
-
-def _joined(later: npt.NDArray[np.int64], earlier: npt.NDArray[np.int64]) -> dict[int, set[int]]:
-    """Return the group of each number that is in a pair."""
-    groups: dict[int, set[int]] = {}
-    for a, b in zip(later.tolist(), earlier.tolist(), strict=True):
-        small, large = sorted((groups.get(a, {a}), groups.get(b, {b})), key=len)
-        if small is not large:
-            large |= small
-            groups |= dict.fromkeys((a, b, *small), large)
-    return groups
 
 
 def _duplicate(library: LibraryFolder, image: int) -> Duplicate:

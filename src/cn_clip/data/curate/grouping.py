@@ -1,4 +1,4 @@
-"""Group millions of rows by 64-bit digests, in arrays."""
+"""Group millions of rows by 64-bit digests or by links, in arrays."""
 
 from __future__ import annotations
 
@@ -67,3 +67,16 @@ def group_rows(rows: npt.NDArray[np.int64], keys: npt.NDArray[np.uint64]) -> Row
     changes = np.flatnonzero(sorted_firsts[1:] != sorted_firsts[:-1]) + 1
     ends = [len(rows)] if len(rows) else []
     return RowGroups(rows[order], np.concatenate([[0], changes, ends]).astype(np.int64))
+
+
+def connected(count: int, links: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return for each of ``count`` nodes the first that links (2, K) connect it to, (count,)."""
+    root = np.arange(count)
+    while True:
+        ends = root[links]
+        if np.array_equal(*ends):
+            return root
+        for end in ends:  # one by one: numpy 2.4 reads beyond values that it has to broadcast
+            np.minimum.at(root, end, ends.min(axis=0))
+        while not np.array_equal(root, above := root[root]):
+            root = above

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from cn_clip.data.captions import digest, plain
 from cn_clip.data.curate.check_images import ReadImages
-from cn_clip.data.curate.grouping import RowGroups, first_equal, group_rows
+from cn_clip.data.curate.grouping import RowGroups, connected, first_equal, group_rows
 from cn_clip.data.curate.near_duplicates import near_duplicates
 from cn_clip.data.process_map import Progress, chunked, no_progress, parallel_map
 from cn_clip.data.sources.base import Source
@@ -89,7 +89,7 @@ def group_leaks(
     return LeakGroups(
         images,
         keys.images[images.firsts],
-        _components(len(images), links),
+        connected(len(images), links),
         len(np.unique(hashed.links[0])),
         same_text.captions,
         [*filter(None, keys.errors), *hashed.errors],
@@ -187,16 +187,3 @@ def _equal_captions(images: RowGroups, captions: npt.NDArray[np.uint64]) -> _Sam
     first = image_of_row[first_equal(texts)]
     other = image_of_row != first
     return _SameTexts(np.stack([image_of_row[other], first[other]]), len(np.unique(texts[other])))
-
-
-def _components(count: int, links: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return for each of ``count`` nodes the first node that links (2, K) connect it to."""
-    root = np.arange(count)
-    while True:
-        ends = root[links]
-        if np.array_equal(*ends):
-            return root
-        for end in ends:  # one by one: numpy 2.4 reads beyond values that it has to broadcast
-            np.minimum.at(root, end, ends.min(axis=0))
-        while not np.array_equal(root, above := root[root]):
-            root = above
