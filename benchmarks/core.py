@@ -177,8 +177,10 @@ def make_weights(folder: Path) -> Path:
     return folder
 
 
-def run_measurement(python: str, name: str, weights: Path, captions: Path) -> dict[str, float]:
-    command = [python, __file__, "--measure", name]
+def run_measurement(
+    python: list[str], name: str, weights: Path, captions: Path
+) -> dict[str, float]:
+    command = [*python, __file__, "--measure", name]
     command += ["--weights", str(weights), "--captions", str(captions)]
     process = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     return json.loads(process.stdout.splitlines()[-1])  # type: ignore[no-any-return]
@@ -201,7 +203,9 @@ def compare_packages(options: argparse.Namespace, scratch: Path) -> None:
     weights = options.weights or make_weights(scratch)
     texts = list(dict.fromkeys(c for _, c in things(options.stamps or fetch(scratch))))
     (scratch / "captions.txt").write_text("\n".join(texts), "utf-8")
-    pythons = {"ours": sys.executable} | ({"peer": options.peer} if options.peer else {})
+    pythons = {"ours": [sys.executable]}
+    if options.peer:
+        pythons["peer"] = [options.peer, "-E"]  # without a PYTHONPATH, which may have ours
     best: dict[str, dict[str, float]] = {package: {} for package in pythons}
     for _ in range(options.rounds):
         for measurement in ("import", "load", "work"):

@@ -151,8 +151,9 @@ def prepare(stamps: Path, root: Path, side: int, count: int) -> None:
         pack(source, root / to, to=to)
 
 
-def run(python: str, what: str, root: Path, seconds: float) -> dict[str, float]:
-    command = [python, __file__, "--measure", what, "--root", str(root), "--seconds", str(seconds)]
+def run(python: list[str], what: str, root: Path, seconds: float) -> dict[str, float]:
+    command = [*python, __file__, "--measure", what]
+    command += ["--root", str(root), "--seconds", str(seconds)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
@@ -172,7 +173,8 @@ def compare_peers(options: argparse.Namespace, scratch: Path) -> None:
         best = {side: {"per_second": 0.0, "peak": float("inf")} for side in sides}
         for _ in range(options.rounds):
             for side in sides:
-                python = options.peer if side in peers else sys.executable
+                # -E: a PYTHONPATH of ours would replace the official package.
+                python = [options.peer, "-E"] if side in peers else [sys.executable]
                 result = run(python, side, root, options.seconds)
                 best[side]["per_second"] = max(best[side]["per_second"], result["per_second"])
                 best[side]["peak"] = min(best[side]["peak"], result["peak"])

@@ -240,20 +240,28 @@ def make_weights(checkpoint: Path) -> None:
 
 
 def contestants(options: argparse.Namespace, folder: Path) -> list[str]:
-    """Return the names of all whose export was written."""
+    """Return the names of all whose export was written, bfloat16 where the CPU has it."""
+    from cn_clip.processes import cpu_info
+
     ours = OURS | (INT8 if options.int8 else {})
-    names = [name for name, (_, _, made) in ours.items() if not made or (folder / made).is_dir()]
+    flags = " ".join(cpu_info("flags")).split()
+    names = [
+        name
+        for name, (_, precision, made) in ours.items()
+        if (not made or (folder / made).is_dir())
+        and (precision != "bfloat16" or "avx512_bf16" in flags)
+    ]
     peers = [*(["official"] if options.peer else []), "transformers"]
     return [*peers, *names, *(name for name, of in BARE.items() if of in names)]
 
 
 def compare(options: argparse.Namespace, folder: Path) -> None:
-    prepare(folder, options.weights, options.int8)
     processes = {}
     for name in contestants(options, folder):
-        python = options.peer if name == "official" else sys.executable
+        # -E: a PYTHONPATH of ours would replace the official package.
+        python = [options.peer, "-E"] if name == "official" else [sys.executable]
         process = subprocess.Popen(
-            [python, __file__, "--contest", name, "--folder", str(folder)],
+            [*python, __file__, "--contest", name, "--folder", str(folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -350,13 +358,17 @@ def main() -> None:
     parser.add_argument("--int8", action="store_true", help="measure int8 exports too")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--contest", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help="keep weights and exports here for later runs")
     options = parser.parse_args()
     if options.contest:
         contest(options.contest, options.folder)
         return
     with tempfile.TemporaryDirectory() as scratch:
-        compare(options, Path(scratch))
+        folder = options.folder or Path(scratch)
+        if not (folder / "photos").is_dir():  # written last
+            folder.mkdir(exist_ok=True)
+            prepare(folder, options.weights, options.int8)
+        compare(options, folder)
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ class Server:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         if kind == "wrapper":
-            command = [peer, "-c", WRAPPER, str(folder), str(self.port)]
+            command = [peer, "-E", "-c", WRAPPER, str(folder), str(self.port)]
         elif kind == "infinity":
             command = [infinity, "v2", "--model-id", str(folder / "hf"), "--device", "cpu"]
             command += ["--served-model-name", "default", "--port", str(self.port)]
