@@ -1,7 +1,9 @@
 """Training data at the size of the published run: index, memory, start, order.
 
     python benchmarks/data_scale.py --folder SCRATCH [--pairs 1000000] [--peer OTHER/src]
-    python benchmarks/data_scale.py --folder SCRATCH --remote    # instead: an object store
+    python benchmarks/data_scale.py --folder SCRATCH --exactly-once    # only epochs with kills
+    python benchmarks/data_scale.py --folder SCRATCH --remote          # only an object store
+    python benchmarks/data_scale.py --folder SCRATCH --peers OTHER/bin/python  # only other loaders
 
 It writes shards of tiny images to SCRATCH (3.6 GB for a million pairs) in the format of
 img2dataset, and removes them. Twenty times as many pairs are hard links of these shards, with
@@ -13,6 +15,9 @@ measurement is its own process.
 tests/data/object_server.py, another process on the same cores, which waits 20 ms before each
 answer: by S3 and by HTTP, decoded to 224 pixels and not decoded, from an empty cache of blocks.
 
+``--peers`` compares the reading of 640-pixel JPEGs with webdataset, from the same shards, and with
+mosaicml-streaming, from the same samples in its format; OTHER is a Python with both.
+
 Memory is private memory (USS): what a process does not share, as /proc/PID/smaps_rollup has it.
 """
 
@@ -20,7 +25,9 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -28,12 +35,14 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 PER_SHARD = 10_000
 WORDS = "猫狗一只红色的汽车在街上跑步女人男孩山水风景照片高清壁纸新款时尚连衣裙2021春夏"
 BATCH = 512
-CASES = [(1, 0), (2, 2), (4, 0)]  # processes, workers of each
+CASES = [(world, workers) for world in (1, 2, 4) for workers in (0, 2)]  # of each process
 
 
 def write_shard(path: Path, first: int, count: int, images: list[bytes]) -> None:
@@ -222,43 +231,181 @@ def consume(folder: Path, order: str, rank: int, world: int, workers: int, log: 
             stream.flush()
 
 
-def exactly_once(folder: Path, kills: int, options: list[tuple[str, int, int]]) -> None:
-    """Kill each process at random times, and start it again, until the epoch is over."""
+def exactly_once(root: Path, kills: int) -> None:
+    """Kill each process after random batches, and start it again, until the epoch is over.
+
+    The processes are forked, so that a start takes no time; what is killed is a real process.
+    """
+    folder, shards, pairs = root / "few", 8, 1000
+    folder.mkdir(parents=True)
+    for number in range(shards):
+        write_shard(folder / f"{number:05}.tar", number * pairs, pairs, tiny_images())
+    fork = multiprocessing.get_context("fork")
     rng = random.Random(0)
     expected: dict[str, list[str]] = {}
     print(
-        f"\n{'an epoch with kills':<24} {'processes':>9} {'workers':>8} {'kills':>6}"
+        f"{'an epoch with kills':<24} {'processes':>9} {'workers':>8} {'kills':>6}"
         f" {'pairs':>8} {'missing':>8} {'twice':>6}  batches"
     )
-    for order, world, workers in options:
+    for order, (world, workers) in itertools.product(("random", "stream"), CASES):
         killed = 0
-        logs = [folder.parent / f"{order}-{world}-{workers}-{rank}.log" for rank in range(world)]
+        logs = [root / f"{order}-{world}-{workers}-{rank}.log" for rank in range(world)]
         for rank, log in enumerate(logs):
             while True:
-                arguments = ["consume", folder, order, rank, world, workers, log]
-                process = start_measurement(*arguments)
-                try:
-                    # Long enough to start; then at any time.
-                    wait = None if killed >= kills * (rank + 1) // world else rng.uniform(2.5, 6)
-                    process.wait(wait)
+                arguments = (folder, order, rank, world, workers, log)
+                process = fork.Process(target=consume, args=arguments)
+                process.start()
+                if killed >= kills * (rank + 1) // world:
+                    process.join()
                     break
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
-                    killed += 1
-                    whole = log.read_bytes() if log.exists() else b""
-                    log.write_bytes(whole[: whole.rfind(b"\n") + 1])
+                batches = lines_of(log) + rng.randint(0, 6)
+                while process.is_alive() and lines_of(log) < batches:
+                    time.sleep(0.001)
+                time.sleep(rng.uniform(0, 0.05))
+                if not process.is_alive():
+                    break
+                process.kill()
+                process.join()
+                killed += 1
+                whole = log.read_bytes() if log.exists() else b""
+                log.write_bytes(whole[: whole.rfind(b"\n") + 1])
+            if process.exitcode:
+                raise SystemExit(f"process {rank} failed")
         lines = [log.read_text().splitlines() for log in logs]
-        batches = [" ".join(parts) for parts in zip(*lines, strict=True)]
-        ids = [id for batch in batches for id in batch.split()]
-        total = PER_SHARD * len(list(folder.glob("*.tar")))
-        same = batches == expected.setdefault(order, batches)
+        batches_read = [" ".join(parts) for parts in zip(*lines, strict=True)]
+        ids = [id for batch in batches_read for id in batch.split()]
+        same = batches_read == expected.setdefault(order, batches_read)
         print(
             f"{order:<24} {world:9} {workers:8} {killed:6} {len(ids):8,} "
-            f"{total - len(set(ids)):8,} {len(ids) - len(set(ids)):6,}"
+            f"{shards * pairs - len(set(ids)):8,} {len(ids) - len(set(ids)):6,}"
             f"  {'equal' if same else 'DIFFERENT'}",
             flush=True,
         )
+
+
+def lines_of(log: Path) -> int:
+    return log.read_bytes().count(b"\n") if log.exists() else 0
+
+
+def compare_peers(root: Path, python: str) -> None:
+    """Compare the reading of 640-pixel JPEGs with other loaders, with two workers each."""
+    folder = root / "shards"
+    folder.mkdir(parents=True)
+    images = photos(640)
+    for shard in range(16):
+        write_shard(folder / f"{shard:05}.tar", shard * 500, 500, images)
+    measure("mosaic", root, python=python)  # writes the same samples in its format
+    sides = {
+        "ours, stream": ("throughput", f"tar:{folder}/*.tar?order=stream", None),
+        "ours, random": ("throughput", f"tar:{folder}/*.tar", None),
+        "webdataset": ("peer-webdataset", folder, python),
+        "mosaicml-streaming": ("peer-mosaic", root / "mosaic", python),
+    }
+    measure("throughput", sides["ours, random"][1], "read", 0.1)  # builds the index
+    units = {"per_second": "pairs/s", "per_cpu_second": "pairs/CPU s"}
+    best: dict[tuple[str, str], dict[str, float]] = {}
+    for _round in range(2):
+        for what in ("decoded", "read"):
+            for name, (command, place, runner) in sides.items():
+                found = measure(command, place, what, 5, python=runner)
+                kept = best.setdefault((what, name), found)
+                kept |= {unit: max(kept[unit], found[unit]) for unit in units}
+    print(f"{'640 pixels, 2 workers':<24} {'':<10}", end="")
+    print("".join(f" {unit:>12} {'ours are x':>10}" for unit in units.values()))
+    for (what, name), found in best.items():
+        ours = {unit: best[what, "ours, stream"][unit] / found[unit] for unit in units}
+        numbers = "".join(f" {found[unit]:12,.0f} {ours[unit]:10.2f}" for unit in units)
+        print(f"{name:<24} {what:<10}{numbers}")
+
+
+def write_mosaic(root: Path) -> dict[str, float]:
+    """Write the samples of the shards for mosaicml-streaming."""
+    from streaming import MDSWriter
+
+    from cn_clip.data.sources.open import open_source
+
+    source = open_source(f"tar:{root}/shards/*.tar")
+    columns = {"jpg": "bytes", "txt": "str"}
+    with MDSWriter(out=str(root / "mosaic"), columns=columns, size_limit=1 << 26) as writer:
+        for index in range(len(source)):
+            writer.write({"jpg": source.image(index), "txt": source.row(index).text})
+    return {}
+
+
+def peer_batches(peer: str, folder: Path, what: str) -> Iterator[Any]:
+    """Yield the batches of 64 of another loader: pixels and token ids, or bytes and texts."""
+    from PIL import Image
+    from torch.utils.data import DataLoader
+
+    from cn_clip.clip import image_transform, tokenize
+
+    transform = image_transform(224)
+
+    def prepared(content: bytes, text: str) -> Any:
+        if what == "read":
+            return content, text
+        return transform(Image.open(io.BytesIO(content))), tokenize([text])[0]
+
+    collate = list if what == "read" else None
+    if peer == "webdataset":
+        import webdataset
+
+        dataset = (
+            webdataset.WebDataset(sorted(map(str, folder.glob("*.tar"))), shardshuffle=16)
+            .shuffle(1000)
+            .to_tuple("jpg", "txt")
+            .map(lambda pair: prepared(pair[0], pair[1].decode()))
+        )
+        return iter(DataLoader(dataset, 64, num_workers=2, collate_fn=collate))
+    from streaming import StreamingDataset
+
+    class Pairs(StreamingDataset):  # type: ignore[misc]
+        def __getitem__(self, index: int) -> Any:
+            sample = super().__getitem__(index)
+            return prepared(sample["jpg"], sample["txt"])
+
+    dataset = Pairs(local=str(folder), shuffle=True, batch_size=64)
+    return iter(DataLoader(dataset, 64, num_workers=2, collate_fn=collate))
+
+
+def peer_throughput(peer: str, folder: Path, what: str, seconds: float) -> dict[str, float]:
+    """Load batches of epochs of another loader; return pairs per second after the first batch."""
+    clock = Clock(seconds)
+    while not clock.ended:
+        for batch in peer_batches(peer, folder, what):
+            clock.count(len(batch) if what == "read" else len(batch[0]))
+            if clock.ended:
+                break
+    return clock.result()
+
+
+class Clock:
+    """Pairs per second, and per CPU second of a process and its workers, after the first batch."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._pairs, self._begin, self._cpu = seconds, 0, 0.0, 0.0
+        self.ended = False
+
+    def count(self, pairs: int) -> None:
+        if not self._begin:
+            self._begin, self._cpu = time.perf_counter(), tree_seconds(os.getpid())
+            return
+        self._pairs += pairs
+        self.ended = time.perf_counter() - self._begin > self._seconds
+
+    def result(self) -> dict[str, float]:
+        cpu = tree_seconds(os.getpid()) - self._cpu
+        seconds = time.perf_counter() - self._begin
+        return {"per_second": self._pairs / seconds, "per_cpu_second": self._pairs / max(cpu, 0.01)}
+
+
+def tree_seconds(pid: int) -> float:
+    """Return the CPU seconds of a process and its children, those that have ended included."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    own = sum(int(field) for field in fields[11:15]) / os.sysconf("SC_CLK_TCK")
+    threads = Path(f"/proc/{pid}/task").iterdir()
+    children = {child for thread in threads for child in (thread / "children").read_text().split()}
+    return own + sum(tree_seconds(int(child)) for child in children)
 
 
 def throughput(uri: str, what: str, seconds: float) -> dict[str, float]:
@@ -269,13 +416,13 @@ def throughput(uri: str, what: str, seconds: float) -> dict[str, float]:
     opened = time.perf_counter()
     loader = Loader(open_mix([uri]), Preparation(224), 64, workers=2, seed=1)
     opened = time.perf_counter() - opened
-    pairs, begin = 0, 0.0
+    clock = Clock(seconds)
     if what == "decoded":
-        for batch in loader.batches(0):
-            begin = begin or time.perf_counter()
-            pairs += len(batch.rows)
-            if time.perf_counter() - begin > seconds:
-                break
+        for epoch in range(1000):
+            for batch in loader.batches(epoch):
+                clock.count(len(batch.rows))
+                if clock.ended:
+                    return clock.result() | {"open": opened}
     else:  # in this process, as it is read there
         (source,) = loader.sources
         parts = loader.parts(0, 0)
@@ -285,11 +432,10 @@ def throughput(uri: str, what: str, seconds: float) -> dict[str, float]:
             for index in waiting.pop(0).indexes.tolist():
                 source.row(index)
                 source.image(index)
-            begin = begin or time.perf_counter()
-            pairs += 64
-            if time.perf_counter() - begin > seconds:
+            clock.count(64)
+            if clock.ended:
                 break
-    return {"per_second": (pairs - 64) / (time.perf_counter() - begin), "open": opened}
+    return clock.result() | {"open": opened}
 
 
 def compare_remote(root: Path) -> None:
@@ -344,8 +490,8 @@ def cpu_seconds(pid: int) -> list[float]:
     return [int(field) / os.sysconf("SC_CLK_TCK") for field in fields[11:13]]
 
 
-def photos() -> list[bytes]:
-    """Return smooth noise of 256 pixels as JPEG, of the size of photos."""
+def photos(side: int = 256) -> list[bytes]:
+    """Return smooth noise as JPEG, of the size of photos."""
     import numpy as np
     from PIL import Image
 
@@ -353,27 +499,24 @@ def photos() -> list[bytes]:
     for seed in range(50):
         coarse = np.random.default_rng(seed).integers(0, 256, (48, 48, 3), dtype=np.uint8)
         stream = io.BytesIO()
-        Image.fromarray(coarse).resize((256, 256), Image.Resampling.BICUBIC).save(
+        Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC).save(
             stream, "JPEG", quality=90
         )
         images.append(stream.getvalue())
     return images
 
 
-def start_measurement(*arguments: object, source: str | None = None) -> subprocess.Popen[str]:
+def measure(
+    *arguments: object, source: str | None = None, python: str | None = None
+) -> dict[str, float]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if source:
         environment["PYTHONPATH"] = source
-    command = [sys.executable, __file__, "--measure", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-
-
-def measure(*arguments: object, source: str | None = None) -> dict[str, float]:
-    process = start_measurement(*arguments, source=source)
-    output, _ = process.communicate()
-    if process.returncode:
+    command = [python or sys.executable, __file__, "--measure", *map(str, arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+    if done.returncode:
         raise SystemExit(f"{arguments} failed")
-    return json.loads(output.splitlines()[-1])  # type: ignore[no-any-return]
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
 def write_validation(folder: Path) -> None:
@@ -433,7 +576,9 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=20, help="links of each shard")
     parser.add_argument("--peer", help="the src folder of another version of cn_clip")
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--exactly-once", action="store_true", help="only the epochs with kills")
     parser.add_argument("--remote", action="store_true", help="only compare with an object store")
+    parser.add_argument("--peers", help="only a comparison with other loaders, in this Python")
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -445,10 +590,13 @@ def main() -> None:
             print(json.dumps(build(Path(folder), int(rest[0]))))
         elif what == "first":
             print(json.dumps(first_batch(Path(folder), rest[0], int(rest[1]), int(rest[2]))))
-        elif what == "throughput":
-            print(json.dumps(throughput(folder, rest[0], float(rest[1]))))
+        elif what == "mosaic":
+            print(json.dumps(write_mosaic(Path(folder))))
+        elif what.startswith("peer-"):
+            peer = what.removeprefix("peer-")
+            print(json.dumps(peer_throughput(peer, Path(folder), rest[0], float(rest[1]))))
         else:
-            consume(Path(folder), rest[0], *map(int, rest[1:4]), Path(rest[4]))
+            print(json.dumps(throughput(folder, rest[0], float(rest[1]))))
         return
     root = options.folder / "data_scale"
     cache = root / "cache"
@@ -456,6 +604,12 @@ def main() -> None:
     try:
         if options.remote:
             compare_remote(root)
+            return
+        if options.peers:
+            compare_peers(root, options.peers)
+            return
+        if options.exactly_once:
+            exactly_once(root, options.kills)
             return
         write_shards(root / "shards", options.pairs)
         write_validation(root / "val")
@@ -465,13 +619,8 @@ def main() -> None:
         compare_sizes(root)
         print()
         mixing()
-        few = root / "few"
-        few.mkdir()
-        for path in sorted((root / "shards").glob("*.tar"))[:4]:
-            os.link(path, few / path.name)
-        cases = [(order, *case) for order in ("random", "stream") for case in CASES]
-        if options.kills:
-            exactly_once(few, options.kills, cases)
+        print()
+        exactly_once(root, options.kills)
     finally:
         shutil.rmtree(root, ignore_errors=True)
 

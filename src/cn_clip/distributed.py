@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -24,6 +25,8 @@ _TIMEOUT = timedelta(hours=2)  # one process may write or scan the data while ot
 _T = TypeVar("_T")
 _TORCHRUN_ID = "TORCHELASTIC_RUN_ID"
 _AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
+_NCCL_CAUSE = "Last error:"
+_MAX_REASON = 110  # characters
 _SET_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -56,10 +59,10 @@ def start(device_type: str) -> Iterator[None]:
     if device_type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    with _lost_processes_named():
-        dist.init_process_group(
-            "nccl" if device else "gloo", device_id=device, timeout=_TIMEOUT, **_store_of_attempt()
-        )
+    backend = "nccl" if device else "gloo"
+    with _connection_errors_named(_not_connected):
+        dist.init_process_group(backend, device_id=device, timeout=_TIMEOUT, **_store_of_attempt())
+    with _connection_errors_named(_disconnected):
         yield
     # Not after an error: the barrier would wait for processes that wait elsewhere. The exit code
     # makes torchrun end them.
@@ -90,20 +93,40 @@ def _store_of_attempt() -> dict[str, Any]:
 
 
 @contextmanager
-def _lost_processes_named() -> Iterator[None]:
-    """Turn the errors about a connection to another process into a sentence."""
+def _connection_errors_named(message: Callable[[str], str]) -> Iterator[None]:
+    """Turn the errors about communication into the sentence that ``message`` makes of a reason."""
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
             raise
-        raise CNClipError(
-            _(
-                "the connection to another process of the run was lost; its message says why it "
-                "ended. With torchrun --max-restarts=10 and --resume auto, all start again from "
-                "the last state"
-            )
-        ) from error
+        raise CNClipError(message(_reason_of(error))) from error
+
+
+def _not_connected(reason: str) -> str:
+    return _(
+        "the processes of the run cannot connect ({reason}); each must reach MASTER_ADDR, and have "
+        "a GPU of its own if it has any",
+        reason=reason,
+    )
+
+
+def _disconnected(reason: str) -> str:
+    return _(
+        "a process of the run can no longer be reached ({reason}); if it ended, its message says "
+        "why. With torchrun --max-restarts=10 and --resume auto, all start again from the last "
+        "state",
+        reason=reason,
+    )
+
+
+def _reason_of(error: RuntimeError) -> str:
+    """Return what an error of gloo or NCCL says, without places in source code."""
+    lines = [re.sub(r"^\[[^\]]*:\d+\]\s*", "", line).strip() for line in str(error).splitlines()]
+    lines = [line for line in lines if line] or [type(error).__name__]
+    # NCCL: the class of the error first, and its cause below this heading.
+    after = lines[lines.index(_NCCL_CAUSE) + 1 :] if _NCCL_CAUSE in lines else []
+    return [*after, *lines][0][:_MAX_REASON]
 
 
 def rank() -> int:

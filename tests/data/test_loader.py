@@ -189,7 +189,7 @@ def test_a_batch_of_unreadable_pairs_is_empty():
 
 
 def test_a_killed_worker_is_reported_and_does_not_hang():
-    with pytest.raises(DataError, match=r"a worker that reads data died \(DataLoader worker"):
+    with pytest.raises(DataError, match=r"for process 0 died \(worker 0: DataLoader worker"):
         list(loader_of(Deadly(40), workers=2).batches(0))
 
 

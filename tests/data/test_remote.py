@@ -5,8 +5,12 @@ import os
 import pickle
 import threading
 import time
+from multiprocessing import forkserver
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+from data.formats import jpeg
 from data.object_server import serving
 from data.test_index import write_shards
 from data.test_sources import tar_bytes
@@ -51,6 +55,7 @@ def server(bucket, monkeypatch):
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
         monkeypatch.setenv("AWS_REGION", "us-east-1")
+        forkserver._forkserver._stop()  # it has the environment of the test that started it
         yield server
 
 
@@ -71,6 +76,66 @@ def test_pairs_of_a_bucket_and_of_a_web_server_are_those_of_the_disk(bucket, ser
     assert not open_source("tar:s3://b/*.tar?order=random").streamed
     assert paths_of("0.5@tar:s3://b/*.tar") == []
     assert absolute_uri("tar:s3://b/*.tar") == "tar:s3://b/*.tar"
+
+
+def write_tables(bucket, *, with_images):
+    """Write two Parquet files as img2dataset does: with the images, or of images beside them."""
+    for shard in range(2):
+        rows = []
+        for n in range(5):
+            key, content = f"{shard:05}{n:04}", jpeg(shard * 5 + n)
+            url = f"https://images.example.com/a/{key}.jpg"
+            rows.append({"key": key, "caption": f"第{key}张图", "url": url, "status": "success"})
+            if with_images:
+                rows[-1]["jpg"] = content
+            else:
+                (bucket / f"{key}.jpg").write_bytes(content)
+        table = pyarrow.Table.from_pylist(rows)
+        pyarrow.parquet.write_table(table, bucket / f"{shard:05}.parquet", row_group_size=2)
+
+
+@pytest.mark.parametrize(
+    ("with_images", "options"),
+    [(True, "?image=jpg&image_id=key"), (False, "?image_id=key"), (False, "?image=url")],
+)
+def test_parquet_files_of_a_bucket_are_those_of_the_disk(bucket, server, with_images, options):
+    write_tables(bucket, with_images=with_images)
+    expected = pairs_of(open_source(f"parquet:{bucket}/*.parquet{options}"))
+    assert len(expected) == 10
+    for uri in (
+        f"parquet:s3://b/*.parquet{options}",
+        f"parquet:{server.url}/b/{{00000..00001}}.parquet{options}",
+        f"parquet:{bucket}/*.parquet{options}&root=s3://b/",
+    ):
+        source = open_source(uri)
+        assert pairs_of(source) == expected
+        assert pairs_of(pickle.loads(pickle.dumps(source))) == expected
+
+
+def test_workers_read_remote_images_of_a_remote_table(bucket, server):
+    write_tables(bucket, with_images=False)
+    mix = open_mix([f"{server.url}/b/{{00000..00001}}.parquet?image_id=key"])
+    batches = list(Loader(mix, Preparation(32), 4, workers=1).batches(0))
+    ids = sorted(row.image_id for batch in batches for row in batch.rows)
+    assert ids == [f"{shard:05}{n:04}" for shard in range(2) for n in range(5)]
+
+
+def test_a_remote_image_that_is_missing_is_one_sentence(bucket, server):
+    write_tables(bucket, with_images=False)
+    (bucket / "000010003.jpg").unlink()
+    source = open_source("parquet:s3://b/*.parquet?image_id=key")
+    with pytest.raises(DataError, match=r"s3://b/000010003.jpg: no such file"):
+        source.image(8)
+    server.faults["000010004.jpg"] = ["reset", 503]
+    assert source.image(9)
+
+
+def test_a_remote_table_that_changes_is_read_again(bucket, server):
+    write_tables(bucket, with_images=True)
+    uri = "parquet:s3://b/00000.parquet?image=jpg"
+    first = pairs_of(open_source(uri))
+    (bucket / "00000.parquet").write_bytes((bucket / "00001.parquet").read_bytes())
+    assert pairs_of(open_source(uri)) != first
 
 
 def test_many_shards_are_listed_and_not_asked_for_one_by_one(server):
@@ -188,8 +253,10 @@ def test_an_endpoint_that_redirects_elsewhere_is_refused(bucket, server):
 
 
 def test_other_kinds_of_sources_are_not_remote():
-    with pytest.raises(UsageError, match="only tar shards are read from remote places"):
-        open_source("parquet:s3://b/pairs.parquet")
+    with pytest.raises(
+        UsageError, match="only tar shards and Parquet files are read from remote places"
+    ):
+        open_source("csv:s3://b/pairs.csv")
 
 
 def test_a_hub_is_read_by_its_urls(bucket, server, monkeypatch):

@@ -25,6 +25,7 @@ from cn_clip.train.batches.feature_cache import (
     tower_fingerprint,
     unique_images,
 )
+from cn_clip.train.batches.feature_sums import CheckedFeatures, check_features
 from cn_clip.train.recipe.schema import Stage
 from cn_clip.train.step import Heads, Towers
 
@@ -169,6 +170,36 @@ def test_a_stopped_run_continues_with_the_next_shard(tower, tmp_path):
     assert sum(tower.sizes) == 5
 
 
+def test_a_damaged_byte_is_found_by_the_check_and_a_missing_one_when_opened(tower, tmp_path):
+    cached(Made(), tower, tmp_path)
+    shards = sorted(tmp_path.glob("*.npy"))
+    size = sum(shard.stat().st_size for shard in shards)
+    assert check_features(str(tmp_path)) == CheckedFeatures(len(shards), size, [])
+    content = bytearray(shards[1].read_bytes())
+    content[-1] ^= 1
+    shards[1].write_bytes(content)
+    cached(Made(), tower, tmp_path)  # the sizes are right
+    assert check_features(str(tmp_path)).damaged == [
+        f"{shards[1]} is damaged; delete it, and it is computed again"
+    ]
+    shards[1].write_bytes(content[:-1])
+    with pytest.raises(DataError, match=r"features-00001\.npy has .* bytes, not .*; delete it"):
+        cached(Made(), tower, tmp_path)
+    shards[1].unlink()
+    assert "cannot be read" in check_features(str(tmp_path)).damaged[0]
+    cached(Made(), tower, tmp_path)
+    assert not check_features(str(tmp_path)).damaged
+
+
+def test_a_shard_without_a_checksum_gets_one(tower, tmp_path):
+    cached(Made(), tower, tmp_path)
+    (tmp_path / "features-00001.sum").unlink()
+    assert "is missing or damaged" in check_features(str(tmp_path)).damaged[0]
+    tower.sizes.clear()
+    cached(Made(), tower, tmp_path)
+    assert not tower.sizes and not check_features(str(tmp_path)).damaged
+
+
 def test_features_do_not_depend_on_the_batch(tower, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "_PER_SHARD", 4096)
     whole = cached(Made(), tower, tmp_path / "whole", batch=64)
@@ -277,7 +308,8 @@ def test_many_images_are_in_few_files_and_their_rows_are_mapped(tower, tmp_path,
     monkeypatch.setattr(cache, "_PER_LARGE_SHARD", 6)
     torch.testing.assert_close(cached(mix, tower, tmp_path / "large").features(part), expected)
     names = sorted(path.name for path in (tmp_path / "large").iterdir())
-    assert names == ["about.json", *(f"features-0000{n}.npy" for n in range(3)), "images.index"]
+    shards = [f"features-0000{n}.{kind}" for n in range(3) for kind in ("npy", "sum")]
+    assert names == ["about.json", *shards, "images.index"]
     assert cache.FEATURES(tmp_path / "large") is None
     tower.sizes.clear()
     monkeypatch.setattr(cache, "unique_images", lambda mix: 1 / 0)  # they are not looked for again

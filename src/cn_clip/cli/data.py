@@ -327,6 +327,40 @@ def decontaminate(
     return 1 if result.unreadable else 0
 
 
+@data.command
+def features(folder: str, /, *, workers: Workers = None, json: Flag = False) -> int:
+    """Read the cached image features of a training run, and compare them with their checksums.
+
+    Changes nothing. The exit code is 1 if a file is damaged. Training itself compares sizes only.
+
+    Parameters
+    ----------
+    folder
+        `features/STAGE` in the folder of a run, or the folder given with `--output.features`.
+    workers
+        Number of worker processes, by default one per CPU; 0 uses the main process.
+    json
+        Print JSON instead of a sentence.
+    """
+    from cn_clip.train.batches.feature_sums import check_features
+
+    with progress_bar(_("checking shards")) as on_progress:
+        found = check_features(folder, workers=_worker_count(workers), on_progress=on_progress)
+    if json:
+        print_json({"shards": found.shards, "bytes": found.bytes, "damaged": found.damaged})
+        return 1 if found.damaged else 0
+    print_some(found.damaged, "--json")
+    print(
+        _(
+            "{shards:,} files of {bytes:,} bytes checked, {damaged:,} damaged",
+            shards=found.shards,
+            bytes=found.bytes,
+            damaged=len(found.damaged),
+        )
+    )
+    return 1 if found.damaged else 0
+
+
 def _left_out(
     source: Source, without: str | None, keep: str | None
 ) -> npt.NDArray[np.int64] | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +30,7 @@ from cn_clip.train.parallel import (
 )
 from cn_clip.train.recipe.schema import Recipe
 from cn_clip.train.run.checkpoint import Progress, load_tensors, read_progress, states
-from cn_clip.train.run.events import ResumedEvent, SavedEvent, StageEvent
+from cn_clip.train.run.events import ResumedEvent, SavedEvent, StageEvent, WarningEvent
 from cn_clip.train.run.log import Event, Log
 from cn_clip.train.run.loss_watchdog import LossWatchdog
 from cn_clip.train.run.run_dir import (
@@ -45,6 +47,7 @@ from cn_clip.train.stage import Run, Training, set_up
 from cn_clip.train.stage_weights import finish, next_stage, save_start
 from cn_clip.train.step import MixedPrecision, backward
 from cn_clip.train.step_metrics import StepMetrics, Window, log_step
+from cn_clip.train.stragglers import StepTimes, long_waits_reported
 from cn_clip.translation import _
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
@@ -160,21 +163,10 @@ def _run_stage(run: Run, progress: Progress, state: Path | None) -> None:
     watchdog = LossWatchdog(
         training.stage, run.recipe.machine, training.peak_lr, run.recipe.output.stop_at_chance
     )
-    window = Window()
-    while not progress.finished:
-        if progress.batch >= len(training.loader):  # after a change of batch size or processes
-            progress.epoch, progress.batch = progress.epoch + 1, 0
-        for batch in local_batches(training.loader, progress.epoch, progress.batch):
-            progress.step += 1
-            progress.total += 1
-            metrics = _train_step(run, training, progress, batch, watchdog)
-            if metrics is not None:
-                window.add(metrics.loss, len(batch))
-                log_step(run, training, progress, metrics, window)
-            with window.paused():  # only training counts in the pairs per second
-                _evaluate_and_save(run, training, progress)
-            if progress.finished:
-                break
+    times = StepTimes(run.device)
+    times.watch(training.towers)
+    with long_waits_reported(times, training.loader, partial(_report_wait, run, progress)):
+        _train_stage(run, training, progress, watchdog, times)
     reasons = [
         reason
         for of_process in distributed.all_gather_object(training.loader.reasons)
@@ -182,6 +174,38 @@ def _run_stage(run: Run, progress: Progress, state: Path | None) -> None:
     ]
     file = f"skipped-{training.stage.name}.txt"
     run.warn(_("training pairs could not be read"), reasons, file, progress.total)
+
+
+def _train_stage(
+    run: Run, training: Training, progress: Progress, watchdog: LossWatchdog, times: StepTimes
+) -> None:
+    """Run the steps of a stage, from where ``progress`` is to the end."""
+    window = Window()
+    while not progress.finished:
+        if progress.batch >= len(training.loader):  # after a change of batch size or processes
+            progress.epoch, progress.batch = progress.epoch + 1, 0
+        batches = local_batches(training.loader, progress.epoch, progress.batch)
+        for batch in times.waits(batches):
+            progress.step += 1
+            progress.total += 1
+            metrics = _train_step(run, training, progress, batch, watchdog)
+            if metrics is not None:
+                window.add(metrics.loss, len(batch))
+                log_step(run, training, progress, metrics, window)
+            for message in times.compare(training.loader):
+                run.log.record(WarningEvent(progress.total, message))
+            with window.paused(), times.paused():  # only training counts in the pairs per second
+                _evaluate_and_save(run, training, progress)
+            if progress.finished:
+                break
+
+
+def _report_wait(run: Run, progress: Progress, message: str) -> None:
+    """Report from a process that waits; only the main process has a log."""
+    if distributed.is_main():
+        run.log.record(WarningEvent(progress.total, message))
+    else:
+        warnings.warn(message, stacklevel=2)
 
 
 def _log_stage(run: Run, training: Training, progress: Progress) -> None:

@@ -130,7 +130,7 @@ def shared_pairs(validation: EvalSet, training: Sequence[WeightedSource]) -> lis
     for image, text in validation.pairs.tolist():
         caption = validation.texts[text]
         images_of.setdefault(caption_key(caption), []).append(image)
-    captions = np.sort(np.fromiter(images_of, np.uint64, len(images_of)))
+    captions = _KeySet(np.fromiter(images_of, np.uint64, len(images_of)))
     lines: list[str] = []
     compared, opened = 0, 0
     for part in training:
@@ -138,7 +138,7 @@ def shared_pairs(validation: EvalSet, training: Sequence[WeightedSource]) -> lis
         for source in parts_of(part.source):
             indexes: Iterable[int]
             if (own := index_of(source, workers=usable_cpus())) is not None:
-                indexes = (first + _members(own.captions(), captions)).tolist()
+                indexes = (first + captions.positions_in(own.captions())).tolist()
             else:
                 indexes = range(first, first + min(len(source), max(0, _COMPARED_ROWS - compared)))
                 compared += len(source)
@@ -185,13 +185,28 @@ def _equal_pairs(
     return lines
 
 
-def _members(keys: npt.NDArray[np.uint64], wanted: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
-    """Return the indexes of the keys that are among the ``wanted`` ones, which are sorted."""
-    # First by 16 bits, which is many times faster and leaves few.
-    present = np.zeros(1 << 16, dtype=bool)
-    present[(wanted & np.uint64(0xFFFF)).astype(np.int64)] = True
-    likely = np.flatnonzero(present[(keys & np.uint64(0xFFFF)).astype(np.int64)])
-    return likely[np.isin(keys[likely], wanted)]
+class _KeySet:
+    """A few keys that are looked for among many."""
+
+    def __init__(self, keys: npt.NDArray[np.uint64]) -> None:
+        self._keys = np.sort(keys)
+        self._low = np.zeros(1 << 16, dtype=bool)  # whether a key has these low bits
+        self._low[_low_bits(keys)] = True
+
+    def positions_in(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+        """Return the positions of the keys (N,) that are in the set."""
+        if not len(self._keys):
+            return np.empty(0, np.int64)
+        # First by 16 bits, which is many times faster and leaves few.
+        likely = np.flatnonzero(self._low[_low_bits(keys)])
+        at = np.searchsorted(self._keys, keys[likely])
+        nearest = self._keys[np.minimum(at, len(self._keys) - 1)]
+        equal: npt.NDArray[np.bool_] = nearest == keys[likely]
+        return likely[equal]
+
+
+def _low_bits(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint16]:
+    return keys.astype(np.uint16)  # the conversion keeps the low bits
 
 
 class _InterruptibleBackend(TorchBackend):

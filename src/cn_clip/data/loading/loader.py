@@ -5,9 +5,13 @@ Unreadable pairs are skipped, counted and reported. Their batch is smaller; no o
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 import signal
+import time
 import traceback
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,8 +23,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from cn_clip import distributed
 from cn_clip.data.captions import digest
 from cn_clip.data.loading.augment import augment, generator_for
 from cn_clip.data.loading.sampler import BatchPart, batch_count, batches, plan_of
@@ -41,6 +46,9 @@ _PADDED_LENGTHS = (8, 12, 16, 24, 32, 40, 52, 64, 96, 128, 256, 512)
 _GRACE_SECONDS = 600.0
 _MAX_PREFETCH = 16  # batches per worker; all are planned before the first is yielded
 MAX_LISTED = 1000  # reasons of skipped pairs that are kept
+_TIMED = 16  # batches of a worker whose times are kept
+
+_workers: dict[int, int] = {}  # process ids of the latest workers, by number
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +79,8 @@ class Batch:
         rows: texts and ids of the B pairs.
         keys: int64 (B, 3), see ``keys_of``.
         skipped: a message for each unreadable pair.
+        worker: number of the worker that prepared it, -1 for this process.
+        seconds: time of the preparation.
     """
 
     pixels: Tensor
@@ -78,6 +88,8 @@ class Batch:
     rows: list[Row]
     keys: Tensor
     skipped: list[str] = field(default_factory=list)
+    worker: int = -1
+    seconds: float = 0.0
 
     def pin_memory(self) -> Batch:
         self.pixels, self.ids = self.pixels.pin_memory(), self.ids.pin_memory()
@@ -92,6 +104,8 @@ class PlannedLoader:
         seen: number of pairs read so far, skipped ones included.
         skipped: number of unreadable pairs.
         reasons: messages of the first 1000 skipped pairs.
+        worker_seconds: seconds that each worker took for its last batches, by number.
+        next_worker: number and process id of the worker that has the next batch, if any.
     """
 
     def __init__(
@@ -116,6 +130,8 @@ class PlannedLoader:
         self.plan = plan_of(mix, seed, global_batch_size)
         self.seen, self.skipped = 0, 0
         self.reasons: list[str] = []
+        self.worker_seconds: dict[int, deque[float]] = {}
+        self.next_worker: tuple[int, int] | None = None
         self.sources = [part.source for part in mix]
         self._size, self._rank, self._world_size = global_batch_size, rank, world_size
         self._max_skipped_fraction = max_skipped_fraction
@@ -222,7 +238,14 @@ class Loader(PlannedLoader):
             multiprocessing_context=self._context if self._workers else None,
         )
         with map_worker_errors(), open_iterator(loader) as iterator:
-            for batch in iterator:
+            workers = list(_workers.items())
+            for turn in itertools.count():  # the workers take turns
+                self.next_worker = workers[turn % len(workers)] if workers else None
+                batch = next(iterator, None)
+                if batch is None:
+                    break
+                seconds = self.worker_seconds.setdefault(batch.worker, deque(maxlen=_TIMED))
+                seconds.append(batch.seconds)
                 self.count(len(batch.rows) + len(batch.skipped), batch.skipped)
                 yield batch
 
@@ -240,6 +263,9 @@ def open_iterator(loader: DataLoader[_Item]) -> Iterator[Iterator[_Item]]:
     alive, and until then a dying worker raises an error in unrelated code.
     """
     iterator = iter(loader)
+    processes = getattr(iterator, "_workers", ())  # missing without workers
+    _workers.clear()
+    _workers.update({number: process.pid for number, process in enumerate(processes)})
     try:
         yield iterator
     finally:
@@ -258,7 +284,7 @@ def map_worker_errors() -> Iterator[None]:
         yield
     except (RuntimeError, OSError, EOFError) as error:
         if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
-            reason = str(error).splitlines()[0]
+            reason = _with_worker_numbers(str(error).splitlines()[0])
         elif _is_lost_batch(error):
             reason = _(
                 "the batch of a DataLoader worker is lost: {error_type}",
@@ -268,11 +294,21 @@ def map_worker_errors() -> Iterator[None]:
             raise
         raise DataError(
             _(
-                "a worker that reads data died ({reason}); if memory ran out, lower data.workers "
-                "or data.prefetch_mb",
+                "a worker that reads data for process {rank} died ({reason}); if memory ran out, "
+                "lower data.workers or data.prefetch_mb",
+                rank=distributed.rank(),
                 reason=reason,
             )
         ) from error
+
+
+def _with_worker_numbers(reason: str) -> str:
+    """Put the numbers of the workers into torch's message, which has their process ids."""
+    pids = set(re.findall(r"\d+", reason))
+    dead = [str(number) for number, pid in _workers.items() if str(pid) in pids]
+    if not dead:
+        return reason.strip()
+    return _("worker {numbers}: {reason}", numbers=", ".join(dead), reason=reason.strip())
 
 
 def _is_lost_batch(error: BaseException) -> bool:
@@ -364,7 +400,11 @@ class _BatchDataset(Dataset[Batch]):
         self._sources, self._preparation = sources, preparation
 
     def __getitem__(self, part: BatchPart) -> Batch:
-        return prepare(self._sources, part, self._preparation)
+        start, worker = time.monotonic(), get_worker_info()
+        batch = prepare(self._sources, part, self._preparation)
+        batch.worker = -1 if worker is None else worker.id
+        batch.seconds = time.monotonic() - start
+        return batch
 
 
 class _PartSampler(torch.utils.data.Sampler[BatchPart]):

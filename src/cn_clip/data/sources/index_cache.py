@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from cn_clip.cache import VARIABLE, cache_folder
-from cn_clip.data.sources.shard_file import FileState, file_state
+from cn_clip.data.sources.shard_file import FileState, ShardFile
 from cn_clip.errors import CNClipError, UsageError
 from cn_clip.publish import atomic_file
 from cn_clip.translation import _
@@ -23,7 +23,8 @@ _Index = TypeVar("_Index")
 
 
 def cached_index(
-    path: Path,
+    file: ShardFile,
+    state: FileState,
     suffix: str,
     write: Callable[[Path], None],
     read: Callable[[Path], _Index],
@@ -34,7 +35,8 @@ def cached_index(
     folder is not writable, a temporary folder is used until the process ends.
 
     Args:
-        path: an existing file; its index is built again after it changed.
+        file: the file.
+        state: its state; the index is built again after it changed.
         suffix: distinguishes several indexes of one file.
         write: writes the index to a path; raises ``OSError`` only if the path is not writable.
         read: reads the index; raises if it is damaged.
@@ -42,8 +44,8 @@ def cached_index(
     Raises:
         CNClipError: no folder is writable; or any error of ``write``.
     """
-    name = index_name(path.name, os.fsencode(os.path.realpath(path)), file_state(path.stat()))
-    return named_index(path.name, name + suffix, write, read)
+    name = index_name(file.short_name, file.identity, state)
+    return named_index(file.short_name, name + suffix, write, read)
 
 
 def named_index(

@@ -48,6 +48,7 @@ SOURCE_OPTIONS = {
     "lmdb": (),
     "tar": ("order", "damaged"),
 }
+REMOTE_KINDS = ("tar", "parquet")
 ORDERS = ("random", "stream")
 DAMAGED = ("stop", "skip")  # what damaged shards do
 # Suffixes of files that are no source -> what to do.
@@ -85,8 +86,8 @@ def open_source(
             paths, the ``encoding`` of texts, the ``texts`` file of a tsv, and its
             ``unpaired=yes``, which includes images without texts and texts without images; the
             ``order`` that training reads a tar in, ``random`` or ``stream``; ``damaged=skip``,
-            which leaves damaged shards of several tars out. PATH of a tar may be a
-            URL, which is read in the order ``stream`` unless told otherwise.
+            which leaves damaged shards of several tars out. PATH of a tar or Parquet file may be a
+            URL; a remote tar is read in the order ``stream`` unless ``order`` is given.
         workers: processes that index tar shards which have no index yet; 0 indexes in this process.
         required: the columns that a table must have: "image", "text". What a table lacks is empty
             in its rows.
@@ -97,18 +98,7 @@ def open_source(
         DataError: the source does not exist or is damaged.
     """
     kind, path, options = parse_uri(uri)
-    files: Sequence[ShardFile]
-    if is_remote(path):
-        if kind != "tar":
-            raise UsageError(
-                _("{uri}: only tar shards are read from remote places; download it first", uri=uri)
-            )
-        paths, files = [], find_files(path, _expand_braces(path))
-    else:
-        paths = expand(path)
-        files = [LocalFile(file) for file in paths]
-    if not files:
-        raise DataError(_("{uri}: no file matches {path}", uri=uri, path=path))
+    files = source_files(uri)
     if kind == "tar":
         order = options.get("order", ORDERS[is_remote(path)])
         if order not in ORDERS:
@@ -134,8 +124,34 @@ def open_source(
         if order == "stream" or left_out:
             return Chain(uri, parts, streamed=order == "stream", left_out=left_out)
     else:
-        parts = [open_file(kind, file, options, required) for file in paths]
+        parts = [open_file(kind, file, options, required) for file in files]
     return parts[0] if len(parts) == 1 else Chain(uri, parts)
+
+
+def source_files(uri: str) -> Sequence[ShardFile]:
+    """Return the files or folders of a source, on this machine or behind URLs.
+
+    Raises:
+        UsageError: the URI is invalid, or this kind is not read from remote places.
+        DataError: there are none.
+    """
+    kind, path, _unused = parse_uri(uri)
+    files: Sequence[ShardFile]
+    if not is_remote(path):
+        files = [LocalFile(file) for file in expand(path)]
+    elif kind in REMOTE_KINDS:
+        files = find_files(path, _expand_braces(path))
+    else:
+        raise UsageError(
+            _(
+                "{uri}: only tar shards and Parquet files are read from remote places; download "
+                "it first",
+                uri=uri,
+            )
+        )
+    if not files:
+        raise DataError(_("{uri}: no file matches {path}", uri=uri, path=path))
+    return files
 
 
 def split_source(folder: str, split: str) -> str:
@@ -216,7 +232,8 @@ def paths_of(uri: str) -> list[Path]:
     """
     _, path, options = parse_uri(_weight_of(uri)[1])
     here = Path(os.path.realpath("."))
-    named = [as_path(options[option]) for option in ("texts", "root") if option in options]
+    given = (options[option] for option in ("texts", "root") if option in options)
+    named = [as_path(path) for path in given if not is_remote(path)]
     return [
         *([] if is_remote(path) else expand(path)),
         *(path for path in named if not is_within(here, Path(os.path.realpath(path)))),
@@ -327,7 +344,7 @@ def read_ahead(source: Source, indexes: npt.NDArray[np.int64]) -> None:
 
 def is_forkable(source: Source) -> bool:
     """Return whether a forked process can read a source; of remote files it cannot."""
-    return not any(isinstance(part, Tar) and part.is_remote for part in parts_of(source))
+    return not any(isinstance(p, Tar | Manifest) and p.is_remote for p in parts_of(source))
 
 
 def id_digest(source: Source, index: int, id: str) -> int:
@@ -340,27 +357,35 @@ def id_digest(source: Source, index: int, id: str) -> int:
 
 
 def open_file(
-    kind: str, path: Path, options: Mapping[str, str], required: Sequence[str] = PAIR
+    kind: str, file: ShardFile, options: Mapping[str, str], required: Sequence[str] = PAIR
 ) -> Source:
     """Open one file of a source, or one folder; tar shards are opened by ``open_tars``.
 
     Raises:
         UsageError, DataError: as ``open_source``.
     """
-    name, encoding = path_text(f"{kind}:{path}"), options.get("encoding")
+    name, encoding = f"{kind}:{file.name}", options.get("encoding")
+    root: Path | str | None = None
+    if "root" in options:
+        given = options["root"]
+        root = given.rstrip("/") if is_remote(given) else as_path(given)
+    columns = {column: options.get(column) for column in _COLUMNS}
+    if not isinstance(file, LocalFile):
+        folder = file.name.rpartition("/")[0] if root is None else root
+        return Manifest(name, Parquet(name, file, columns, required), folder, file)
+    path = file.path
     if kind in ("csv", "jsonl", "parquet"):
         check_no_folder(path, kind)
     if kind in ("csv", "jsonl", "parquet"):
         if not path.exists():
             raise DataError(_("{name}: no such file: {path}", name=name, path=path))
-        columns = {column: options.get(column) for column in _COLUMNS}
         open_table: dict[str, Callable[[], Table]] = {
             "csv": lambda: Csv(name, path, columns, encoding, required),
             "jsonl": lambda: JsonLines(name, path, columns, encoding, required),
-            "parquet": lambda: Parquet(name, path, columns, required),
+            "parquet": lambda: Parquet(name, file, columns, required),
         }
-        root = as_path(options["root"]) if "root" in options else path.parent
-        return Manifest(name, open_table[kind](), root, path, encoding)
+        folder = path.parent if root is None else root
+        return Manifest(name, open_table[kind](), folder, file, encoding)
     if kind == "folder":
         return Folder(name, path, encoding)
     if kind == "tsv":

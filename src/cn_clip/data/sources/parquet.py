@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,15 +14,15 @@ import numpy as np
 import numpy.typing as npt
 
 from cn_clip.data.sources.index_cache import cached_index
-from cn_clip.data.sources.lines import read_at
+from cn_clip.data.sources.shard_file import FileState, LocalFile, ShardFile
 from cn_clip.data.sources.table import PAIR, NamedColumns, choose_columns
 from cn_clip.errors import CNClipError, DataError, UsageError
-from cn_clip.files import HEAD, check_regular, wrong_format
+from cn_clip.files import HEAD, wrong_format
 from cn_clip.install import install_command
-from cn_clip.text import path_text
 from cn_clip.translation import N_, _, translate
 
 _ROWS, _ROWS_OF_IMAGES = 65_536, 256  # in memory at once while the index is built
+_BUFFER = 1 << 20  # bytes read at once
 _EXPECTED = {
     "image": N_("paths, bytes, or struct<bytes, path>"),
     "text": N_("strings, or lists of strings"),
@@ -46,21 +48,12 @@ class Parquet:
     """
 
     def __init__(
-        self, name: str, path: Path, named: NamedColumns, required: Sequence[str] = PAIR
+        self, name: str, file: ShardFile, named: NamedColumns, required: Sequence[str] = PAIR
     ) -> None:
-        self._path = path
+        self._name = file.name
         arrow = import_pyarrow("pyarrow")
-        try:
-            check_regular(path)
-        except (OSError, ValueError) as error:
-            raise DataError(
-                _(
-                    "{path} cannot be read: {reason}",
-                    path=path,
-                    reason=getattr(error, "strerror", None) or error,
-                )
-            ) from None
-        fields = _read_fields(path)
+        state = file.state()
+        fields = _read_fields(file, state)
         kinds = {field.name: _column_kind(arrow, field.type) for field in fields}
         self.columns = choose_columns(
             name,
@@ -91,13 +84,13 @@ class Parquet:
         layout_digest = hashlib.blake2b(repr(layout).encode(), digest_size=4).hexdigest()
 
         def write(index: Path) -> None:
-            _write_index(path, layout, index)
+            _write_index(file, state, layout, index)
 
         def read(index: Path) -> Path:
             self._open(index)
             return index
 
-        self._index = cached_index(path, f"-{layout_digest}.2.arrow", write, read)
+        self._index = cached_index(file, state, f"-{layout_digest}.2.arrow", write, read)
 
     def _open(self, index: Path) -> None:
         arrow = import_pyarrow("pyarrow")
@@ -148,7 +141,7 @@ class Parquet:
         return content
 
     def where(self, index: int) -> str:
-        return _("{path}, row {row}", path=path_text(self._path), row=self._locate(index)[0])
+        return _("{path}, row {row}", path=self._name, row=self._locate(index)[0])
 
     def _locate(self, index: int) -> tuple[int, int]:
         """Return the row of a pair, and the number of its text in that row."""
@@ -165,13 +158,24 @@ class Parquet:
             return self._table.column(column)[row].as_py()
         except (ValueError, OSError) as error:  # including UnicodeDecodeError
             raise DataError(
-                _("{path}, row {row}: {error}", path=path_text(self._path), row=row, error=error)
+                _("{path}, row {row}: {error}", path=self._name, row=row, error=error)
             ) from None
 
 
-def _read_fields(path: Path) -> list[Any]:
+def _read_fields(file: ShardFile, state: FileState) -> list[Any]:
+    with _opened(file, state) as parquet:
+        return list(_map_parse_errors(file, lambda: list(parquet.schema_arrow)))
+
+
+@contextmanager
+def _opened(file: ShardFile, state: FileState) -> Iterator[Any]:
+    """Open a file with pyarrow, which reads a file on this disk itself."""
     parquet = import_pyarrow("pyarrow.parquet")
-    return list(_map_parse_errors(path, lambda: list(parquet.ParquetFile(path).schema_arrow)))
+    with ExitStack() as stack:
+        source: Any = file.path if isinstance(file, LocalFile) else None
+        if source is None:
+            source = stack.enter_context(io.BufferedReader(file.open(state), _BUFFER))  # type: ignore[type-var]
+        yield _map_parse_errors(file, lambda: parquet.ParquetFile(source, buffer_size=_BUFFER))
 
 
 def _column_kind(arrow: Any, type: Any) -> str:
@@ -199,7 +203,9 @@ def _column_kind(arrow: Any, type: Any) -> str:
     return ""
 
 
-def _write_index(path: Path, layout: Mapping[str, tuple[str, str]], index: Path) -> None:
+def _write_index(
+    file: ShardFile, state: FileState, layout: Mapping[str, tuple[str, str]], index: Path
+) -> None:
     """Write the columns, named by their roles, as an Arrow file."""
     arrow = import_pyarrow("pyarrow")
     types = {
@@ -217,54 +223,57 @@ def _write_index(path: Path, layout: Mapping[str, tuple[str, str]], index: Path)
         arrow.OSFile(str(index), "wb") as sink,
         arrow.ipc.new_file(sink, schema) as writer,
     ):
-        for columns in _batches(path, layout):
-            arrays = [_cast(path, columns[field.name], field.type) for field in schema]
+        for columns in _batches(file, state, layout):
+            arrays = [_cast(file, columns[field.name], field.type) for field in schema]
             writer.write_batch(arrow.record_batch(arrays, schema=schema))
 
 
-def _batches(path: Path, layout: Mapping[str, tuple[str, str]]) -> Iterator[dict[str, Any]]:
-    parquet = import_pyarrow("pyarrow.parquet")
+def _batches(
+    file: ShardFile, state: FileState, layout: Mapping[str, tuple[str, str]]
+) -> Iterator[dict[str, Any]]:
     names = list(dict.fromkeys(column for column, _ in layout.values()))
     size = _ROWS if _image_kind(layout) in (None, _STRING) else _ROWS_OF_IMAGES
-    file = _map_parse_errors(path, lambda: parquet.ParquetFile(path, buffer_size=1 << 20))
-    batches = _map_parse_errors(path, lambda: file.iter_batches(batch_size=size, columns=names))
-    while (batch := _map_parse_errors(path, lambda: next(batches, None))) is not None:
-        columns = {role: batch.column(column) for role, (column, _) in layout.items()}
-        if _image_kind(layout) == _STRUCT:
-            structs = columns["image"]
-            members = dict(zip([f.name for f in structs.type], structs.flatten(), strict=True))
-            columns["image"] = members["bytes"]
-            columns["image_path"] = members.get(
-                "path", import_pyarrow("pyarrow").nulls(len(structs))
-            )
-        yield columns
+    with _opened(file, state) as parquet:
+        batches = _map_parse_errors(
+            file, lambda: parquet.iter_batches(batch_size=size, columns=names)
+        )
+        while (batch := _map_parse_errors(file, lambda: next(batches, None))) is not None:
+            columns = {role: batch.column(column) for role, (column, _) in layout.items()}
+            if _image_kind(layout) == _STRUCT:
+                structs = columns["image"]
+                members = dict(zip([f.name for f in structs.type], structs.flatten(), strict=True))
+                columns["image"] = members["bytes"]
+                columns["image_path"] = members.get(
+                    "path", import_pyarrow("pyarrow").nulls(len(structs))
+                )
+            yield columns
 
 
 def _image_kind(layout: Mapping[str, tuple[str, str]]) -> str | None:
     return layout["image"][1] if "image" in layout else None
 
 
-def _cast(path: Path, column: Any, type: Any) -> Any:
+def _cast(file: ShardFile, column: Any, type: Any) -> Any:
     arrow = import_pyarrow("pyarrow")
     try:
         return column.cast(type)
     except arrow.ArrowException:  # some versions of pyarrow cannot cast views
-        return _map_parse_errors(path, lambda: arrow.array(column.to_pylist(), type))
+        return _map_parse_errors(file, lambda: arrow.array(column.to_pylist(), type))
 
 
-def _map_parse_errors(path: Path, read: Callable[[], Any]) -> Any:
+def _map_parse_errors(file: ShardFile, read: Callable[[], Any]) -> Any:
     """Run a pyarrow parser; on a damaged file it raises many kinds of errors."""
     try:
         return read()
     except CNClipError:
         raise
     except Exception as error:
-        if reason := wrong_format(read_at(path, 0, HEAD)):
-            raise DataError(_("{path} is {reason}", path=path, reason=reason)) from None
+        if reason := wrong_format(file.read(file.state(), 0, HEAD)):
+            raise DataError(_("{path} is {reason}", path=file.name, reason=reason)) from None
         raise DataError(
             _(
                 "{path} is damaged or not a Parquet file: {error}",
-                path=path,
+                path=file.name,
                 error=error or type(error).__name__,
             )
         ) from None

@@ -12,18 +12,17 @@ from cn_clip.data.process_map import Progress, no_progress
 from cn_clip.data.sources.base import Source
 from cn_clip.data.sources.open import (
     absolute_uri,
-    expand,
     open_file,
     open_source,
     parse_uri,
     parts_of,
+    source_files,
 )
 from cn_clip.data.sources.remote import RemoteFile, is_remote
 from cn_clip.data.sources.shard_file import FileState, LocalFile, ShardFile, changed_message
 from cn_clip.data.sources.tar import Tar
-from cn_clip.errors import DataError, UnavailableError
+from cn_clip.errors import UnavailableError
 from cn_clip.files import as_path
-from cn_clip.translation import _
 
 _LMDB_FILES = ("imgs/data.mdb", "pairs/data.mdb")
 
@@ -69,15 +68,15 @@ class Part:
             UnavailableError: it is missing, or has changed.
             DataError: it is damaged.
         """
+        file = _shard_file(self.path)
         if self.kind == "tar":
-            file = _shard_file(self.path)
             state = file.state()
             if state != self.states[0]:
                 raise UnavailableError(changed_message(file.name))
             return Tar(file, state=state, pairs=self.pairs)
-        if _states(self.kind, Path(self.path), self.options) != self.states:
+        if _states(self.kind, file, self.options) != self.states:
             raise UnavailableError(changed_message(self.path))
-        source = open_file(self.kind, Path(self.path), self.options)
+        source = open_file(self.kind, file, self.options)
         if len(source) != self.pairs:
             raise UnavailableError(changed_message(self.path))
         return source
@@ -90,20 +89,18 @@ def parts_in(
 
     Arguments and errors are those of ``open_source``.
     """
-    kind, path, options = parse_uri(absolute_uri(uri))
+    uri = absolute_uri(uri)
+    kind, _unused, options = parse_uri(uri)
     if kind == "tar":
         for shard in parts_of(open_source(uri, workers=workers, on_progress=on_progress)):
             assert isinstance(shard, Tar)
             yield Part("tar", _path_of(shard.file), {}, (shard.state,), len(shard)), shard
         return
-    files = expand(path) if not is_remote(path) else []
-    if not files:
-        open_source(uri)  # says why
-        raise DataError(_("{uri}: no file matches {path}", uri=uri, path=path))
+    files = source_files(uri)
     for number, file in enumerate(files, 1):
         states = _states(kind, file, options)
         source = open_file(kind, file, options)
-        yield Part(kind, os.fspath(file), options, states, len(source)), source
+        yield Part(kind, _path_of(file), options, states, len(source)), source
         on_progress(number, len(files))
 
 
@@ -118,7 +115,10 @@ def _shard_file(path: str) -> ShardFile:
     return RemoteFile(path) if is_remote(path) else LocalFile(Path(path))
 
 
-def _states(kind: str, path: Path, options: Mapping[str, str]) -> tuple[FileState, ...]:
+def _states(kind: str, file: ShardFile, options: Mapping[str, str]) -> tuple[FileState, ...]:
+    if not isinstance(file, LocalFile):
+        return (file.state(),)
+    path = file.path
     files = [path]
     if kind == "folder":  # each of its files has a state of its own
         files = []

@@ -104,6 +104,31 @@ class RemoteFile:
         return request(self.name, get)
 
 
+def read_object(url: str, limit: int) -> bytes:
+    """Return a small file behind a URL, by one request and without the cache.
+
+    Raises:
+        DataError: it cannot be read, or is larger than ``limit`` bytes.
+    """
+    name = path_text(url)
+    store, path = locate(url)
+
+    def get() -> bytes:
+        result = obstore().get(store, path)
+        if result.meta["size"] > limit:
+            raise DataError(
+                _(
+                    "{path} has {size:,} bytes, above the limit of {limit:,}",
+                    path=name,
+                    size=result.meta["size"],
+                    limit=limit,
+                )
+            )
+        return bytes(result.bytes())
+
+    return request(name, get)
+
+
 class _InSequence(ReadAt):
     """Reads a file in sequence, and the next blocks ahead."""
 

@@ -50,7 +50,8 @@ def index_of(source: Source, *, workers: int = 0) -> Indexed | None:
     def read(path: Path) -> _RowIndex:
         return _RowIndex(mapped(path))
 
-    return cached_index(source.path, f"-{source.layout}{_SUFFIX}", write, read)
+    file = source.table_file
+    return cached_index(file, file.state(), f"-{source.layout}{_SUFFIX}", write, read)
 
 
 @dataclass(frozen=True, slots=True)

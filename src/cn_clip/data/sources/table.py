@@ -14,6 +14,8 @@ from urllib.parse import unquote, urlsplit
 
 from cn_clip.data.sources.base import Row
 from cn_clip.data.sources.lines import Lines, json_object, read_at
+from cn_clip.data.sources.remote import read_object
+from cn_clip.data.sources.shard_file import LocalFile, ShardFile
 from cn_clip.errors import DataError
 from cn_clip.files import check_regular, read_file, resolve_in
 from cn_clip.image.limits import MAX_ENCODED
@@ -92,22 +94,27 @@ class Manifest:
     """The rows of a table as pairs. Paths are relative to ``root``, by default the table's folder.
 
     A URL means its downloaded file in ``root``: ``http://a.b/c/cat.jpg`` is ``root/cat.jpg``. In
-    paths written on Windows, ``\\`` means ``/``.
+    paths written on Windows, ``\\`` means ``/``. ``root`` may be the URL of a folder.
     """
 
     def __init__(
-        self, name: str, table: Table, root: Path, path: Path, encoding: str | None = None
+        self,
+        name: str,
+        table: Table,
+        root: Path | str,
+        table_file: ShardFile,
+        encoding: str | None = None,
     ) -> None:
         """Name the pairs of a table.
 
         Args:
             name: URI of the source.
             table: its records.
-            root: folder of the images.
-            path: of the table's file.
+            root: folder of the images; a string is a URL.
+            table_file: the table's file.
             encoding: of its text.
         """
-        self.name, self.path = name, path
+        self.name, self.table_file = name, table_file
         self._table, self._root = table, root
         self._columns = table.columns
         layout = repr((table.columns, encoding)).encode(errors="surrogateescape")
@@ -116,6 +123,11 @@ class Manifest:
 
     def __len__(self) -> int:
         return len(self._table)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the table or its images are behind a URL."""
+        return isinstance(self._root, str) or not isinstance(self.table_file, LocalFile)
 
     def row(self, index: int) -> Row:
         record, columns = self._table[index], self._columns
@@ -127,12 +139,13 @@ class Manifest:
         )
 
     def file(self, index: int) -> Path | None:
-        """Return the path of an image; None if the table holds its bytes, or the path is invalid.
+        """Return the path of an image; None if the table holds its bytes, it is behind a URL, or
+        the path is invalid.
 
         Raises:
             DataError: the row is invalid.
         """
-        if self._table.content(index) is not None:
+        if isinstance(self._root, str) or self._table.content(index) is not None:
             return None
         value = self._string(self._table[index], self._columns.image, index)
         try:
@@ -146,6 +159,8 @@ class Manifest:
             return content
         value = self._string(self._table[index], self._columns.image, index)
         path: Path | str = value
+        if isinstance(self._root, str):
+            return read_object(f"{self._root}/{_downloaded_name(value)}", MAX_ENCODED)
         try:
             path = resolve_in(self._root, _downloaded_name(value))
             return read_file(path, MAX_ENCODED)

@@ -24,7 +24,7 @@ from cn_clip.data.sources.array_file import (
     write_arrays,
 )
 from cn_clip.data.sources.base import Row
-from cn_clip.data.sources.index_cache import index_name, named_index
+from cn_clip.data.sources.index_cache import cached_index
 from cn_clip.data.sources.lines import json_object
 from cn_clip.data.sources.row_keys import captions_of, image_keys, lengths_of
 from cn_clip.data.sources.shard_file import (
@@ -175,11 +175,8 @@ class Tar:
             with suppress(DataError):  # deleted: it is built again
                 return mapped(self._index_path)
         file, state = self.file, self.state
-        self._index_path = named_index(
-            file.short_name,
-            index_name(file.short_name, file.identity, state) + _INDEX_SUFFIX,
-            lambda to: _write_index(file, state, to),
-            _check_index,
+        self._index_path = cached_index(
+            file, state, _INDEX_SUFFIX, lambda to: _write_index(file, state, to), _check_index
         )
         return mapped(self._index_path)
 

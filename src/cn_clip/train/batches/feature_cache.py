@@ -1,8 +1,9 @@
 """A cache on disk of the image features of a frozen tower.
 
 Each image of a mix is encoded once per augmented view, however many texts it has. Shards are
-written atomically; a second run computes the missing ones. A stamp identifies the weights, the
-preparation and the images; features with another stamp are refused.
+written atomically, with checksums (see ``feature_sums``); a second run computes the missing ones.
+A stamp identifies the weights, the preparation and the images; features with another stamp are
+refused.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from cn_clip.model.clip import CLIP
 from cn_clip.outputs import entries, json_object_at, own_folder
 from cn_clip.processes import usable_cpus
 from cn_clip.publish import atomic_file
+from cn_clip.train.batches.feature_sums import SHARD, SUM, check_sizes, sum_path, write_sum
 from cn_clip.translation import _
 
 _FORMAT = Format("feature cache", 1)
@@ -53,8 +55,7 @@ _PER_SHARD, _PER_LARGE_SHARD = 4096, 1 << 20  # images
 _KEPT_ROWS = 100_000  # rows of a mix whose distinct images are kept in a file
 _IMAGES_FILE = "images.index"
 _STAMP_FILE = "about.json"
-_SHARD = re.compile(r"features-\d{5,}\.npy")
-_OWN_FILE = re.compile(rf"{_SHARD.pattern}|about\.json|images\.index")
+_OWN_FILE = re.compile(rf"{SHARD.pattern}|{SUM.pattern}|about\.json|images\.index")
 
 
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -286,7 +287,7 @@ def cache_image_features(
     per_shard = distributed.on_main(lambda: _images_per_shard(folder, count))
     shards = range(-(-count // per_shard))
     missing = distributed.on_main(
-        lambda: [number for number in shards if not _shard_path(folder, number).exists()]
+        lambda: [number for number in shards if not _has_shard(folder, number)]
     )
     own = missing[distributed.rank() :: distributed.world_size()]
     done = count - sum(min(per_shard, count - n * per_shard) for n in own)
@@ -308,9 +309,10 @@ def cache_image_features(
             multiprocessing_context=worker_context(sources) if workers else None,
         )
         rows: list[npt.NDArray[Any]] = []  # of one batch, by view
+        shard = _shard_path(folder, number)
         with ExitStack() as stack:
             with _disk_errors(folder):
-                path = stack.enter_context(atomic_file(_shard_path(folder, number)))
+                path = stack.enter_context(atomic_file(shard))
                 stream = stack.enter_context(path.open("wb"))
             with open_iterator(loaded) as loaded_jobs:
                 for (view, _unused), (pixels, kept, size) in zip(jobs, loaded_jobs, strict=True):
@@ -327,9 +329,21 @@ def cache_image_features(
                     done += size
                     tick(done, count)
             with _disk_errors(folder):
+                stream.flush()
+                write_sum(shard, path)  # before the shard: there is none without
                 stack.close()
     distributed.barrier()
+    distributed.on_main(lambda: check_sizes([_shard_path(folder, number) for number in shards]))
     return ImageFeatures(folder, images, views, per_shard=per_shard, precision=precision)
+
+
+def _has_shard(folder: Path, number: int) -> bool:
+    """Return whether a shard is there; one without a checksum, as of earlier versions, gets one."""
+    shard = _shard_path(folder, number)
+    if shard.exists() and not sum_path(shard).exists():
+        with _disk_errors(folder):
+            write_sum(shard, shard)
+    return shard.exists()
 
 
 def _images_per_shard(folder: Path, count: int) -> int:
@@ -414,7 +428,7 @@ def _own_features(folder: Path) -> Collection[str]:
     stamp = _renamed(json_object_at(folder / _STAMP_FILE))
     if not {"preparation", "images", "views"} <= stamp.keys():
         return ()
-    shards = (name for name in entries(folder) if _SHARD.fullmatch(name))
+    shards = (name for name in entries(folder) if SHARD.fullmatch(name) or SUM.fullmatch(name))
     return {_STAMP_FILE, _IMAGES_FILE, *shards}
 
 
