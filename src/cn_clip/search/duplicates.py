@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from cn_clip.data.curate.perceptual_hash import HASH_WORDS, near_pairs
+from cn_clip.data.curate.perceptual_hash import HASH_WORDS, hash_image, near_pairs
+from cn_clip.errors import CNClipError
+from cn_clip.image.decode import read_image
 from cn_clip.search.folder import LibraryFolder
+from cn_clip.search.images import image_bytes
 from cn_clip.search.roots import display_path
 
 
@@ -30,28 +35,65 @@ class Duplicate:
     bytes: int
 
 
-def duplicates(library: LibraryFolder) -> list[list[Duplicate]]:
-    """Return groups of images that look alike, and of equal files, largest image first.
+@dataclass(frozen=True, slots=True)
+class Duplicates:
+    """What was found.
+
+    Attributes:
+        groups: of images that look alike, and of equal files, largest image first.
+        not_compared: number of images whose files are not at hand and were not read before, as
+            only their embeddings were imported.
+    """
+
+    groups: list[list[Duplicate]]
+    not_compared: int
+
+
+def duplicates(
+    library: LibraryFolder,
+    on_progress: Callable[[int, int | None], None] = lambda done, total: None,
+) -> Duplicates:
+    """Find groups of images that look alike.
 
     Two images are in one group if a chain of near-duplicates joins them (``cn-clip data check``
-    uses the same hash). Images without a file are left out. Memory: 300 bytes an image.
+    uses the same hash). Images without a file are left out; those whose embeddings were imported
+    are read now. Memory: 300 bytes an image.
+
+    Args:
+        library: only read.
+        on_progress: called with the number of images read so far and in total.
     """
-    rows = library.query(
-        "SELECT id, look, files FROM images WHERE files > 0 AND look IS NOT NULL ORDER BY id"
-    )
-    ids = np.array([row[0] for row in rows], np.int64)
-    looks = b"".join(row[1] for row in rows)
-    hashes = np.frombuffer(looks, np.uint64).reshape(-1, HASH_WORDS)
-    groups = _joined(*near_pairs(hashes)) if len(ids) > 1 else {}
-    for number, (_id, _look, files) in enumerate(rows):
+    rows = library.query("SELECT id, look, files FROM images WHERE files > 0 ORDER BY id")
+    unknown = [image for image, look, _files in rows if look is None]
+    looks: dict[int, bytes | None] = {}
+    for done, image in enumerate(unknown, 1):
+        looks[image] = _look_of(library, image)
+        on_progress(done, len(unknown))
+    compared: list[tuple[int, bytes, int]] = [
+        (image, found, files)
+        for image, look, files in rows
+        if (found := look or looks[image]) is not None
+    ]
+    hashes = np.frombuffer(b"".join(look for _id, look, _files in compared), np.uint64)
+    groups = _joined(*near_pairs(hashes.reshape(-1, HASH_WORDS))) if len(compared) > 1 else {}
+    for number, (_id, _look, files) in enumerate(compared):
         if files > 1:
             groups.setdefault(number, {number})
     distinct = {min(members): members for members in groups.values()}
-    found = [
-        [_duplicate(library, int(ids[number])) for number in sorted(distinct[first])]
+    groups_found = [
+        [_duplicate(library, compared[number][0]) for number in sorted(distinct[first])]
         for first in sorted(distinct)
     ]
-    return [sorted(group, key=lambda each: -each.width * each.height) for group in found]
+    by_size = [sorted(group, key=lambda each: -each.width * each.height) for group in groups_found]
+    return Duplicates(by_size, len(rows) - len(compared))
+
+
+def _look_of(library: LibraryFolder, image: int) -> bytes | None:
+    """Return the perceptual hash of an image; None if it cannot be read."""
+    with suppress(CNClipError):
+        content = image_bytes(library, image)
+        return hash_image(read_image(content, fast_decode=256, background="white")).tobytes()
+    return None
 
 
 def _joined(later: npt.NDArray[np.int64], earlier: npt.NDArray[np.int64]) -> dict[int, set[int]]:
