@@ -1,12 +1,15 @@
 """The library of ``cn-clip index``: rate, an unchanged tree, and a million images.
 
-    python benchmarks/search_library.py [rate | unchanged | first | million ...]
+    python benchmarks/search_library.py [rate | unchanged | first | million | page ...]
 
 - rate: images per second of ``index`` and of ``embed`` on the same photos, alternately, with
   thumbnails off and on; the ratios are those of the best rounds, of time and of CPU time.
 - unchanged: ``index`` of a tree of 100,000 files in which nothing has changed, as a command.
 - first: seconds from pressing Enter on ``cn-clip search`` to the result, with ``mini`` and 100,000
   images; by ONNX Runtime if ``cn-clip export --model mini --to onnx`` was run, else by torch.
+- page: seconds from the last key of a query on the page of `cn-clip serve` to its first results, in
+  Chromium, with 100,000 images drawn by `embedding_generator.py`. Every query is another one. It
+  needs `pip install playwright` and `--chromium FILE`, and runs only if it is named.
 - million: a library of 1,000,000 images, filled by SQL; time to open it, and resident memory
   beside the mapped vectors.
 """
@@ -15,19 +18,25 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import platform
+import re
 import sqlite3
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from embed import make_photos
+from embedding_generator import Generator
+from PIL import Image
 
 from cn_clip import load
 from cn_clip.embedder import Embedder, exported_model
@@ -36,9 +45,18 @@ from cn_clip.embeddings.inputs import read_images
 from cn_clip.search.background import prepare_search
 from cn_clip.search.folder import LibraryFolder, add_model, create
 from cn_clip.search.indexing import index
+from cn_clip.search.reading import make_thumbnail
 from cn_clip.search.roots import parse_root
+from cn_clip.search.thumbnails import thumbnail_path
 
 FILES_PER_FOLDER = 1000
+_THINGS = ["海边的日落", "雪山下的木屋", "窗台上的猫", "红色的汽车", "夜晚的城市", "餐桌上的水果"]
+_STYLES = ["远处", "近景", "俯拍", "雨天", "清晨"]
+# The first row of results is there: all of its images are decoded.
+_SHOWN = """() => {
+  const images = [...document.querySelectorAll("#grid .tile img")].slice(0, 8);
+  return images.length === 8 && images.every((image) => image.complete && image.naturalWidth);
+}"""
 
 
 def processor() -> str:
@@ -187,6 +205,72 @@ def first(work: Path, options: argparse.Namespace) -> None:
     )
 
 
+def page(work: Path, options: argparse.Namespace) -> None:
+    from playwright.sync_api import sync_playwright
+
+    embedder, path = load("mini"), work / "page"
+    fill(path, options.files, embedder.dim, embedder.fingerprint)
+    with LibraryFolder(path, writable=True) as library:
+        vectors = Generator().images(options.files)
+        library.vector_file(library.models()[0]).write(0, vectors)
+        write_thumbnails(path, [digest for (digest,) in library.query("SELECT digest FROM images")])
+        prepare_search(library, embedder)
+    words = ["serve", "--library", str(path), "--port", "0"]
+    with (
+        subprocess.Popen(
+            [sys.executable, "-m", "cn_clip", *words], stderr=subprocess.PIPE, text=True
+        ) as server,
+        sync_playwright() as playwright,
+    ):
+        try:
+            assert server.stderr is not None
+            address = re.search(r"http://\S+", server.stderr.readline())
+            assert address, "the server did not start"
+            threading.Thread(target=lambda: [*(server.stderr or ())], daemon=True).start()
+            browser = playwright.chromium.launch(
+                executable_path=options.chromium, args=["--no-sandbox", "--disable-gpu"]
+            )
+            # Playwright evaluates strings to wait, which the policy of the page forbids.
+            shown = browser.new_page(viewport={"width": 1280, "height": 800}, bypass_csp=True)
+            shown.goto(address[0], timeout=120_000)
+            times = [timed_query(shown, f"{a}，{b}") for a in _STYLES for b in _THINGS]
+            browser.close()
+        finally:
+            server.terminate()
+    print(
+        f"page over {options.files:,} images: first results {statistics.median(times):.2f} s after "
+        f"the last key, median of {len(times)} queries; the first query {times[0]:.2f} s, the "
+        f"slowest other {max(times[1:]):.2f} s"
+    )
+
+
+def timed_query(shown: Any, query: str) -> float:
+    """Type a query into an empty field; return the seconds from its last key to its results."""
+    shown.fill("#query", "")
+    shown.wait_for_function("!document.querySelector('#grid').children.length")
+    shown.locator("#query").press_sequentially(query, delay=60)
+    start = time.perf_counter()
+    shown.wait_for_function(_SHOWN)
+    return time.perf_counter() - start
+
+
+def write_thumbnails(path: Path, digests: list[bytes]) -> None:
+    """Write a thumbnail for each image: links to 16 small files, as 100,000 take minutes."""
+    contents = []
+    for seed in range(16):
+        noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        stream = io.BytesIO()
+        Image.fromarray(noise).resize((256, 192)).save(stream, "PNG")
+        contents.append(make_thumbnail(stream.getvalue()))
+    for number, digest in enumerate(digests):
+        file = thumbnail_path(path, digest)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if number < len(contents):
+            file.write_bytes(contents[number])
+        else:
+            os.link(thumbnail_path(path, digests[number % len(contents)]), file)
+
+
 def fill(path: Path, count: int, dim: int, fingerprint: str = "f") -> None:
     """Make a library of random vectors; one image in a hundred has lost its file."""
     create(path)
@@ -227,18 +311,19 @@ def insert(connection: sqlite3.Connection, count: int) -> None:
     )  # fmt: skip
 
 
-PARTS = {"rate": rate, "unchanged": unchanged, "first": first, "million": million}
+PARTS = {"rate": rate, "unchanged": unchanged, "first": first, "million": million, "page": page}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", default=list(PARTS))
+    parser.add_argument("parts", nargs="*", default=[name for name in PARTS if name != "page"])
     parser.add_argument("--model", default="mini")
     parser.add_argument("--photos", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--files", type=int, default=100_000)
     parser.add_argument("--images", type=int, default=1_000_000)
     parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--chromium", help="the browser for `page`")
     parser.add_argument("--work", help="folder for temporary files")
     options = parser.parse_args()
     print(f"{processor()}, {os.cpu_count()} cores; load {os.getloadavg()[0]:.1f}")

@@ -1,6 +1,7 @@
 """``embed`` and ``classify`` read the sources that ``train`` reads; a table is never a list."""
 
 import json
+import tarfile
 
 import numpy as np
 import pyarrow
@@ -46,6 +47,21 @@ def test_a_csv_of_images_or_of_texts_alone_is_enough(tmp_path):
         assert texts == [("0", "红色的杯子"), ("1", "蓝色的杯子")]
     with pytest.raises(DataError, match="no column for the text"):
         list(read_texts([f"{tmp_path}/images.csv"]))
+
+
+def test_a_tar_of_images_without_texts_is_embedded(pictures, tiny_checkpoint, tmp_path):
+    names = [f"{image_id}.jpg" for image_id in IMAGES]
+    with tarfile.open(tmp_path / "images.tar", "w") as archive:
+        for name in names:
+            archive.add(pictures / name, name)
+    out = tmp_path / "x.npz"
+    words = ["embed", "images", f"{tmp_path}/images.tar", "--device", "cpu", "--out", str(out)]
+    assert run([*words, "--model", str(tiny_checkpoint)]) == 0
+    embedder = load(tiny_checkpoint, device="cpu")
+    with np.load(out) as stored:
+        assert stored["ids"].tolist() == list(IMAGES)
+        expected = embedder.embed_images([pictures / name for name in names])
+        np.testing.assert_allclose(stored["embeddings"], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["images", "texts"])

@@ -1,6 +1,9 @@
 """Plans: every input is in one shard, whatever the source; a plan never changes."""
 
+import hashlib
 import json
+import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ from bulk.runs import plan_in, request_of, write_images
 from data.formats import PAIRS, WRITERS
 from data.test_index import write_shards
 
+from cn_clip.bulk import plan as bulk_plan
 from cn_clip.bulk.inputs import inputs_of
 from cn_clip.bulk.plan import Planned, existing_plans, read_plans
 from cn_clip.bulk.planning import claim_output, make_plan
@@ -136,6 +140,41 @@ def test_a_folder_with_other_files_or_the_input_is_no_output(tmp_path, tiny_chec
         with pytest.raises(UsageError):
             claim_output(open_store(str(out)), [str(images)])
     assert sorted(path.name for path in images.iterdir()) == ["0000.jpg", "0001.jpg"]
+
+
+def test_images_without_texts_of_a_tar_are_planned_if_it_is_said(tmp_path, tiny_checkpoint):
+    images = write_images(tmp_path / "images", 5)
+    with tarfile.open(tmp_path / "images.tar", "w") as archive:
+        archive.add(images, "images")
+    uri = f"tar:{tmp_path}/images.tar"
+    with pytest.raises(DataError, match="no image with a text"):
+        plan_in(tmp_path / "out", tiny_checkpoint, uri)
+    plan_in(tmp_path / "out", tiny_checkpoint, f"{uri}?unpaired=yes", shards_of=2)
+    inputs = [each for shard in inputs_in(tmp_path / "out") for each in shard]
+    assert sorted(each.own_id for each in inputs) == [f"images/{n:04d}" for n in range(5)]
+    for each in inputs:
+        assert each.read() == (tmp_path / f"{each.own_id}.jpg").read_bytes()
+
+
+def test_lines_that_share_the_first_half_of_their_digests_are_different_inputs(
+    tmp_path, tiny_checkpoint, monkeypatch
+):
+    class Digest:
+        def __init__(self, content=b"", *, digest_size):
+            self.whole, self.size = hashlib.sha256(content), digest_size
+
+        def update(self, content):
+            self.whole.update(content)
+
+        def digest(self):  # the last byte is often 0 too
+            return (bytes(8) + self.whole.digest()[:7] + bytes(1))[: self.size]
+
+    write_images(tmp_path / "a", 3)
+    write_images(tmp_path / "a" / "b", 2)
+    monkeypatch.setattr(bulk_plan, "hashlib", SimpleNamespace(blake2b=Digest))
+    plan_in(tmp_path / "out", tiny_checkpoint, tmp_path / "a" / "b", shards_of=2)
+    plan_in(tmp_path / "out", tiny_checkpoint, tmp_path / "a", shards_of=2)
+    assert sum(map(len, inputs_in(tmp_path / "out"))) == 5
 
 
 @pytest.mark.parametrize("sources", [["a", "a"], ["a", "a/0001.jpg"]])

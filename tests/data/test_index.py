@@ -47,9 +47,9 @@ def built(monkeypatch):
     names = []
     write = tar._write_index
 
-    def counted(file, state, to):
+    def counted(file, state, to, **options):
         names.append(file.short_name)
-        write(file, state, to)
+        write(file, state, to, **options)
 
     monkeypatch.setattr(tar, "_write_index", counted)
     return names

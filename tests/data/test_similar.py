@@ -9,6 +9,7 @@ from cn_clip.data.curate.perceptual_hash import (
     THRESHOLD,
     build_index,
     hash_image,
+    look_alike,
     mirrored_and_cropped,
     near_pairs,
     search,
@@ -52,6 +53,10 @@ def test_near_pairs_equal_those_of_brute_force(threshold):
     found = search(build_index(held), queries, threshold)
     assert list(zip(*(each.tolist() for each in found), strict=True)) == expected
     assert len(expected) >= 300
+    alike = [look_alike(held, query, threshold) for query in queries]
+    assert [(q, h) for q, row in enumerate(alike) for h in np.flatnonzero(row)] == [
+        (q, h) for q, h, _distance in expected
+    ]
 
 
 def test_no_hashes_have_no_near_pairs():

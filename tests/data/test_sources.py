@@ -237,6 +237,43 @@ def test_the_bytes_of_an_image_have_one_limit_in_every_format(kind, pictures, mo
             use(open_source(uri).image(0))
 
 
+def tar_of(path, names):
+    with tarfile.open(path, "w") as archive:
+        for name, content in names.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def test_a_tar_gives_its_images_without_texts_to_what_needs_no_texts(tmp_path):
+    first, second, third = (IMAGES[key] for key in list(IMAGES)[:3])
+    shards = [
+        tar_of(tmp_path / "0.tar", {"a.jpg": first, "b.png": second}),
+        tar_of(
+            tmp_path / "1.tar",
+            {"c.jpg": third, "d.jpg": first, "d.txt": "猫".encode(), "e.jpg": second,
+             "e.json": b'{"key": "7", "caption": null}', "f.txt": b"alone"},
+        ),
+    ]  # fmt: skip
+    uri = f"tar:{tmp_path}/*.tar"
+    expected = [("", "a", ""), ("", "b", ""), ("", "c", ""), ("猫", "d", "d"), ("", "7", "")]
+    for given, required in ((uri, ["image"]), (f"{uri}?unpaired=yes", ["image", "text"])):
+        source = open_source(given, required=required)
+        rows = [source.row(number) for number in range(len(source))]
+        assert [(row.text, row.image_id, row.text_id) for row in rows] == expected
+        images = [source.image(number) for number in range(len(source))]
+        assert images == [first, second, third, first, second]
+        assert source.unmatched() == [f"{shards[1]}, member f has no image"]
+    assert len(open_source(f"tar:{shards[1]}")) == 2  # its pairs, as before; e has a JSON
+    with pytest.raises(DataError, match="no image with a text"):
+        open_source(f"tar:{shards[0]}")
+    with pytest.raises(DataError, match="holds no image"):
+        open_source(f"tar:{tar_of(tmp_path / 'texts.tar', {'a.txt': b'x'})}?unpaired=yes")
+    with pytest.raises(UsageError, match="unpaired=1 is unknown; give yes or no"):
+        open_source(f"{uri}?unpaired=1")
+
+
 # The official formats
 
 

@@ -29,7 +29,7 @@ def test_copies_and_resized_images_are_grouped_and_others_are_not(tmp_path):
             )
         groups = [
             [sorted(path.rpartition("/")[2] for path in each.paths) for each in group]
-            for group in duplicates(library)
+            for group in duplicates(library).groups
         ]
     assert sorted(groups, key=len) == [
         [["4.png", "copy.png"]],

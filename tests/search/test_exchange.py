@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import cosines
+from PIL import Image
 from search.libraries import (
     embedder,
     found_files,
@@ -23,7 +25,7 @@ from search.libraries import (
 from cn_clip.cli import run
 from cn_clip.embeddings.files import read_embeddings
 from cn_clip.errors import CNClipError, LibraryError, UsageError
-from cn_clip.search import imports
+from cn_clip.search import export, imports
 from cn_clip.search.folder import LibraryFolder, create
 from cn_clip.search.imports import import_embeddings
 from cn_clip.search.reading import digest_of
@@ -98,6 +100,30 @@ def test_exported_parquet_has_facts_and_vectors(library, album, tmp_path):
     assert exported(library, "parquet", out, "--overwrite") == 0
     parquet.write_table(table.replace_schema_metadata({}), out)
     assert exported(library, "parquet", out, "--overwrite") == 2  # not ours
+
+
+def test_an_export_reads_facts_in_small_parts_of_one_state(library, album, tmp_path, monkeypatch):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    whole, out = str(tmp_path / "whole.parquet"), str(tmp_path / "out.parquet")
+    assert exported(library, "parquet", whole) == 0
+    read, sizes = export._Table._read, []
+
+    def in_parts(table, ids):
+        sizes.append(len(ids))
+        if len(sizes) == 1:  # another process goes on in the meantime
+            photos(album, [0, 5, 7, 8])
+            (album / "2.jpg").unlink()
+            threads = [threading.Thread(target=index, args=(library,))]
+            threads[0].start()
+            threads[0].join()
+        return read(table, ids)
+
+    monkeypatch.setattr(export, "TOGETHER", 2)
+    monkeypatch.setattr(export._Table, "_read", in_parts)
+    assert exported(library, "parquet", out) == 0
+    assert sizes == [2, 2, 1]
+    assert parquet.read_table(out).equals(parquet.read_table(whole))
+    assert len(vectors_of(library)) == 7
 
 
 def test_outputs_that_do_not_fit_are_refused(library, tmp_path, capsys):
@@ -199,6 +225,25 @@ def test_an_export_can_be_imported(album, tmp_path):
     assert exported(tmp_path / "library", "npz", str(out)) == 0
     imported(tmp_path / "again", out)
     assert vectors_of(tmp_path / "again").keys() == vectors_of(tmp_path / "library").keys()
+
+
+def test_imported_images_are_compared_by_their_files(album, tmp_path, capsys):
+    with Image.open(album / "3.jpg") as image:
+        image.resize((64, 53)).save(album / "resized.png")
+    library, path = tmp_path / "library", embedded(tmp_path, album, "x.npz")
+    imported(library, path)
+    (album / "4.jpg").unlink()
+    words = ["library", "duplicates", "--library", str(library)]
+    assert run([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    groups = [
+        sorted(os.path.basename(path) for each in group for path in each["paths"])
+        for group in found["groups"]
+    ]
+    assert sorted(groups) == [["0.jpg", "copy.jpg"], ["3.jpg", "resized.png"]]
+    assert found["not_compared"] == 1
+    assert run(words) == 0
+    assert "1 image is not compared" in capsys.readouterr().err
 
 
 def test_images_without_a_file_keep_their_vector_and_name(album, tmp_path):

@@ -1,6 +1,7 @@
 """``cn-clip index``: what is added, changed, gone and back, and what cannot be read."""
 
 import io
+import json
 import os
 import shutil
 import sqlite3
@@ -246,6 +247,22 @@ def test_sources_of_pairs(library, tmp_path, album):
     assert done.deleted == 0 and "kept" in done.unreadable[0]
 
 
+def test_images_without_texts_of_a_tar_and_a_table_are_indexed(library, tmp_path, album):
+    table, shard = tmp_path / "images.csv", tmp_path / "shard.tar"
+    table.write_text("image\nalbum/0.jpg\nalbum/1.jpg\n", encoding="utf-8")
+    with tarfile.open(shard, "w") as archive:
+        for name, content in (("a.jpg", jpeg(5)), ("b.jpg", jpeg(6)), ("b.txt", "日落".encode())):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    done = index(library, f"csv:{table}", f"tar:{shard}").progress
+    assert (done.new, done.embedded, done.unreadable) == (4, 4, [])
+    with opened(library) as folder:
+        captions = folder.query("SELECT name, caption FROM files WHERE root = 2 ORDER BY name")
+        assert captions == [(b"a", None), (b"b", "日落")]
+        assert [image_bytes(folder, image) for image in (3, 4)] == [jpeg(5), jpeg(6)]
+
+
 def test_folders_inside_each_other_are_refused(library, album):
     inner = photos(album / "inner", [5])
     index(library, album)
@@ -472,7 +489,9 @@ def test_images_of_a_source_are_read_by_one_that_stays_open_until_it_changes(lib
     images, opens = found_files(library), []
     original = roots.open_source
     with opened(library) as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(roots, "open_source", lambda uri: opens.append(uri) or original(uri))
+        patch.setattr(
+            roots, "open_source", lambda uri, **o: opens.append(uri) or original(uri, **o)
+        )
         assert image_bytes(folder, images["1"]) == jpeg(1)
         assert image_bytes(folder, images["2"]) == jpeg(2)
         assert len(opens) == 1
@@ -527,6 +546,24 @@ def test_connections_of_ended_threads_are_closed(library, album):
             thread.join()
         assert len(folder.database._open) <= 2
         assert folder.query("SELECT COUNT(*) FROM images") == [(4,)]
+
+
+def test_a_watch_prints_a_line_of_json_after_each_change(
+    library, album, tiny_checkpoint, monkeypatch, capsys
+):
+    monkeypatch.setattr(watching, "check_watchfiles", lambda: None)
+
+    def changes_of(given, path):
+        yield set()
+        (album / "0.jpg").unlink()
+        yield set()
+
+    monkeypatch.setattr(watching, "changes_of", changes_of)
+    words = ["index", str(album), "--library", str(library), "--model", str(tiny_checkpoint)]
+    assert run([*words, "--watch", "--json"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = [json.loads(line) for line in lines]
+    assert [(each["new"], each["deleted"]) for each in found] == [(4, 0), (0, 1)]
 
 
 def test_a_watch_reports_changes_of_images_but_not_of_the_library(album, monkeypatch):

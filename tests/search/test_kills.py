@@ -1,16 +1,20 @@
 """kill -9 at random moments of indexing, migrating and removing: nothing acknowledged is lost."""
 
+import json
 import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
 
 import pytest
+from conftest import TINY, make_model
 from search.libraries import embedder, index, opened, photos, problems, same, vectors_of
 
+from cn_clip import weights
 from cn_clip.errors import CNClipError
 from cn_clip.search.purge import remove_images
 
@@ -52,8 +56,9 @@ def in_child(function, delay):
 class Campaign:
     """One library after the other: indexed, embedded with another model, and partly emptied."""
 
-    def __init__(self, tmp_path):
-        self.library, self.album = tmp_path / "library", photos(tmp_path / "album", range(IMAGES))
+    def __init__(self, tmp_path, images=IMAGES):
+        self.library, self.album = tmp_path / "library", photos(tmp_path / "album", range(images))
+        self.images = images
         for number in range(COPIES):
             shutil.copy(self.album / f"{number}.jpg", self.album / f"copy-{number}.jpg")
         self.expected = {}
@@ -91,7 +96,7 @@ class Campaign:
             assert self.stored() >= acknowledged and len(found) == self.stored()
         elif phase == "new":
             assert max(self.stored("building"), self.stored()) >= acknowledged
-            assert len(found) == IMAGES
+            assert len(found) == self.images
         for name in (model,) if model else ("tiny", "new"):
             wanted = self.expected[name]
             if same(found, {key: wanted[key] for key in found}):
@@ -145,3 +150,72 @@ def test_a_hundred_kills(tmp_path, monkeypatch):
     killed = campaign(tmp_path, 150, 1, monkeypatch)
     print(killed)
     assert killed["tiny"] + killed["new"] >= 100
+
+
+class CommandCampaign(Campaign):
+    """The same by the command ``cn-clip index``, killed from outside."""
+
+    def __init__(self, tmp_path, images):
+        super().__init__(tmp_path, images)
+        self.models = {name: tmp_path / f"model-{name}" for name in self.expected}
+        for name, path in self.models.items():
+            path.mkdir()
+            weights.save_folder(make_model(TINY["vit"], sum(name.encode())), path)
+
+    def run(self, model, moment):
+        """Start the command and kill it ``moment`` seconds later.
+
+        Returns:
+            Whether it ended before, and the images that a reader saw right before the kill.
+        """
+        words = ["index", self.album, "--library", self.library, "--model", self.models[model]]
+        with subprocess.Popen(
+            [sys.executable, "-m", "cn_clip", *map(str, words), "--device", "cpu", "--json"],
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        ) as process:
+            try:
+                output, _unused = process.communicate(timeout=moment)
+            except subprocess.TimeoutExpired:
+                acknowledged = self.seen(model)
+                os.killpg(process.pid, signal.SIGKILL)
+                return False, acknowledged
+        assert process.returncode == 0 and json.loads(output)["failed"] == []
+        return True, self.seen(model)
+
+    def seen(self, phase):
+        """The committed rows of the model that is written."""
+        try:
+            return max(self.stored("building"), self.stored() if phase == "tiny" else 0)
+        except CNClipError:  # not made yet
+            return 0
+
+
+def kill_commands(tmp_path, kills, seed):
+    """Kill the command at random moments; return the kills, and those after the first commit."""
+    moments, place = random.Random(seed), CommandCampaign(tmp_path, 1500)
+    done, writing, duration = 0, 0, dict.fromkeys(place.expected, 30.0)
+    while done < kills:
+        shutil.rmtree(place.library, ignore_errors=True)
+        for phase in place.expected:
+            acknowledged = 0
+            while True:
+                since = time.perf_counter()
+                ended, seen = place.run(phase, moments.uniform(0.3, 1) * duration[phase])
+                acknowledged = max(acknowledged, seen)
+                if ended:
+                    duration[phase] = min(duration[phase], time.perf_counter() - since)
+                    break
+                done, writing = done + 1, writing + (seen > 0)
+                place.check(phase, acknowledged)
+                duration[phase] *= 1.05  # the machine may have become slower
+            assert same(vectors_of(place.library), place.expected[phase])
+            assert problems(place.library) == []
+    return done, writing
+
+
+@pytest.mark.full
+def test_a_hundred_kills_of_the_command(tmp_path):
+    done, writing = kill_commands(tmp_path, 100, 2)
+    print(f"{done} kills, {writing} of them after the first commit")
+    assert writing >= 20

@@ -1,6 +1,10 @@
 """Searches of a library of real images by the embedded model."""
 
+import base64
+import io
+import re
 import shutil
+import sys
 import threading
 from pathlib import Path
 
@@ -9,10 +13,15 @@ from PIL import Image
 
 import cn_clip
 import cn_clip.search as searching
+from cn_clip.cli import run
+from cn_clip.cli.inline_images import escape_sequence
+from cn_clip.embedder import Embedder
 from cn_clip.errors import LibraryError, UsageError
 from cn_clip.sample import embedded_sample
+from cn_clip.search.background import phrase_tail
+from cn_clip.search.confidence import background_words
 from cn_clip.search.filters import Filters
-from cn_clip.search.folder import LibraryFolder, create
+from cn_clip.search.folder import CACHE, LibraryFolder, create
 from cn_clip.search.images import image_bytes, thumbnail_of
 from cn_clip.search.roots import parse_root
 from cn_clip.search.updating import update
@@ -235,3 +244,48 @@ def test_words_are_folded_again_when_folding_changes(photos, tmp_path, monkeypat
             with folder.writing("index"):
                 update(folder, [], cn_clip.load)
             assert opened.search("火箭", filters=Filters(caption="发射"))
+
+
+def test_the_words_of_a_read_only_library_are_embedded_once(library, tmp_path, monkeypatch):
+    path = shutil.copytree(library, tmp_path / "library")
+    shutil.rmtree(path / CACHE, ignore_errors=True)
+    (path / CACHE).write_bytes(b"")  # no folder can be made here, by root either
+    embedder, embedded = cn_clip.load(), []
+    embed_texts = Embedder.embed_texts
+
+    def counted(self, texts):
+        embedded.append(len(texts))
+        return embed_texts(self, texts)
+
+    monkeypatch.setattr(Embedder, "embed_texts", counted)
+    with LibraryFolder(path) as folder:
+        first = phrase_tail(folder, folder.snapshot(), embedder)
+        assert phrase_tail(folder, folder.snapshot(), embedder) == first
+    assert embedded == [len(background_words())]
+
+
+def test_the_images_of_a_search_are_shown_in_a_terminal_only(library, monkeypatch):
+    class Output(io.StringIO):
+        terminal = True
+
+        def isatty(self):
+            return self.terminal
+
+    def shown(*words, terminal=True):
+        stdout = Output()
+        stdout.terminal = terminal
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stdout)
+            assert run(["search", "火箭", "--library", str(library), "--top", "3", *words]) == 0
+        return re.findall(r"\x1b]1337;File=inline=1;[^:]*:([^\a]*)\a\n(\d+)\n", stdout.getvalue())
+
+    found = shown("--thumbnails")
+    assert len(found) == 3
+    with LibraryFolder(library) as folder:
+        for encoded, image in found:
+            inline = Image.open(io.BytesIO(base64.b64decode(encoded)))
+            with Image.open(io.BytesIO(thumbnail_of(folder, int(image)))) as expected:
+                assert inline.format == "PNG"
+                assert inline.convert("RGB").tobytes() == expected.convert("RGB").tobytes()
+    assert shown() == shown("--thumbnails", terminal=False) == []
+    assert escape_sequence(b"RIFF") == ""

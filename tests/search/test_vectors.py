@@ -311,7 +311,32 @@ def test_the_index_finds_rows_far_from_a_query_that_a_filter_leaves(built, galle
     assert recall(found, oracle(gallery, queries, 10, allowed)) >= 0.9
 
 
-@pytest.mark.parametrize("share", [0.5, 0.2])
+def test_a_few_hidden_rows_cost_no_further_cells(built, gallery):
+    index = AnnIndex.open(built, gallery)
+    searches = []
+
+    class Counted:
+        quantizer = index.index.quantizer
+
+        def search(self, queries, k, params):
+            searches.append(params.nprobe)
+            return index.index.search(queries, k, params=params)
+
+    counted = dataclasses.replace(index, index=Counted())
+    queries = draw_queries(200, seed=8)
+    allowed = np.random.default_rng(3).random(ROWS) < 0.98
+    found = counted.search(queries, 10, allowed=allowed)
+    assert searches == [index.probes]
+    assert allowed[found.indexes].all()
+    assert recall(found, oracle(gallery, queries, 10, allowed)) >= 0.97
+    near = oracle(gallery, queries[:1], 40)[0][0]  # what is near to one query is hidden
+    allowed[near] = False
+    found = counted.search(queries, 10, allowed=allowed)
+    assert len(searches) > 2 and allowed[found.indexes].all()
+    assert recall(found, oracle(gallery, queries, 10, allowed)) >= 0.97
+
+
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.2])
 def test_the_index_finds_what_is_left_when_a_filter_excludes_all_that_is_near(
     built, gallery, share
 ):

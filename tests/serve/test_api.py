@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 
 import httpx
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from serve.servers import Settings, body, make_library, photo, serving
 
 from cn_clip import load
+from cn_clip.serve import model_routes
 from cn_clip.zeroshot import classify
 
 
@@ -58,11 +60,24 @@ def test_the_openai_client_at_its_defaults_gets_the_embeddings_of_the_library(op
 
 def test_floats_and_base64_are_the_same_little_endian_float32(server):
     answers = [
-        server.post("/v1/embeddings", json={"input": "猫", "encoding_format": kind}).json()
+        server.post("/v1/embeddings", json={"input": "猫", "encoding_format": kind})
         for kind in ("float", "base64")
     ]
-    floats, text = (answer["data"][0]["embedding"] for answer in answers)
-    assert np.frombuffer(base64.b64decode(text), "<f4").tolist() == floats
+    floats, text = (answer.json()["data"][0]["embedding"] for answer in answers)
+    exact = np.frombuffer(base64.b64decode(text), "<f4")
+    assert np.array_equal(np.float32(floats), exact)
+    np.testing.assert_allclose(floats, exact, rtol=1e-7, atol=1e-12)
+    written = re.findall(r"-?\d[^,\]}]*", answers[0].text.partition('"embedding":[')[2])
+    digits = [re.sub(r"[eE].*|\D", "", each).lstrip("0") for each in written[: len(floats)]]
+    assert max(map(len, digits)) <= 9
+
+
+def test_numbers_of_any_size_keep_the_value_of_a_float32():
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 1 << 32, 20_000, dtype=np.uint32).view(np.float32)
+    values = np.concatenate([bits[np.isfinite(bits)], np.float32([0, -0.0, 1, -1, 1e-45, 0.1])])
+    ordinary = values[np.abs(values) < 2]
+    assert np.array_equal(np.float32(model_routes._numbers(ordinary)), ordinary)
 
 
 def test_images_and_texts_mix_in_one_request(server, embedder):

@@ -15,6 +15,9 @@ import time
 import httpx
 import pytest
 
+from cn_clip.serve import service
+from cn_clip.serve.settings import Settings
+
 TEXTS = [f"第{number}句话，关于海边的日落和一只猫" for number in range(256)]
 
 
@@ -143,3 +146,15 @@ print(gc.get_freeze_count(), len(gc.get_objects()))
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     frozen, left = map(int, run.stdout.split())
     assert frozen > 100_000 and left < 1_000
+
+
+def test_a_worker_takes_the_batch_size_that_another_has_measured(
+    tiny_checkpoint, tmp_path, monkeypatch
+):
+    measured = []
+    monkeypatch.setattr(service, "best_image_batch", lambda embedder: measured.append(1) or 7)
+    settings = Settings(model=str(tiny_checkpoint), run_folder=str(tmp_path))
+    sizes = [service.Service(settings)._image_batch for _number in range(2)]
+    assert sizes == [7, 7] and len(measured) == 1
+    (tmp_path / "image_batch").write_text("")  # the disk was full
+    assert service.Service(settings)._image_batch == 7 and len(measured) == 2

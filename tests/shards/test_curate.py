@@ -1,6 +1,8 @@
 """Near-duplicates over shards, the similarity filter, and the list of kept images."""
 
+import contextlib
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -131,6 +133,67 @@ def test_images_that_only_embed_alike_are_kept_if_they_are_looked_at(tmp_path):
     assert done.removed[:, 0].tolist() == [2, 3, 4]
     done = remove_duplicates(folder, tmp_path / "2.jsonl", threshold=0.999, look=True)
     assert 2 not in done.removed[:, 0] and 4 not in done.removed[:, 0]
+
+
+def test_a_copy_is_found_behind_images_that_only_embed_alike(tmp_path):
+    # The other images are nearer to the copy than its original, and more than a few.
+    count = 12
+    paths = [tmp_path / f"{number}.png" for number in range(count + 1)]
+    for number, path in enumerate(paths[:-1]):
+        make_image(number, (96, 96)).save(path)
+    make_image(0, (96, 96)).resize((64, 64)).save(paths[-1])
+    vectors = np.repeat(clustered(1), count + 1, axis=0)
+    vectors[:1] = unit(vectors[:1] + 0.05 * unit(np.random.default_rng(0).normal(size=(1, 32))))
+    folder = tmp_path / "shards"
+    names = [str(path) for path in paths] + ["x"] * 30
+    write_shard(folder, 0, np.concatenate([vectors, clustered(30, seed=3)]), image_path=names)
+    build_index(folder, lambda: clustered(8), Options())
+    done = remove_duplicates(folder, tmp_path / "kept.jsonl", threshold=0.99, look=True)
+    assert done.removed.tolist() == [[count + 1, 1]]
+
+
+def test_every_image_that_looks_like_a_lower_one_near_to_it_is_removed(tmp_path):
+    paths = [tmp_path / f"{number}.png" for number in range(60)]
+    for number, path in enumerate(paths):
+        side = 64 + number // 20 * 16  # three sizes of 20 images
+        make_image(number % 20, (96, 96)).resize((side, side)).save(path)
+    vectors = np.repeat(clustered(4), 15, axis=0)[np.random.default_rng(1).permutation(60)]
+    folder = tmp_path / "shards"
+    write_shard(folder, 0, vectors, image_path=[str(path) for path in paths])
+    build_index(folder, lambda: clustered(8), Options(lists=4))
+    done = remove_duplicates(folder, tmp_path / "kept.jsonl", threshold=0.999, look=True)
+    near = np.tril(vectors @ vectors.T >= 0.999, -1)
+    images = np.arange(60) % 20
+    expected = (near & (images[:, None] == images)).any(axis=1)
+    assert done.removed[:, 0].tolist() == (1 + np.flatnonzero(expected)).tolist()
+    assert expected.sum() > 5
+
+
+def test_a_worker_has_no_copy_of_the_list_and_opens_the_index_once(indexed, tmp_path, monkeypatch):
+    from cn_clip.shards import near_duplicates
+
+    folder, vectors = indexed
+    within = ids(len(vectors), OF)[::2]
+    one = remove_duplicates(folder, tmp_path / "1.jsonl", within=within)
+    opened, sizes = [], []
+
+    class Counted(near_duplicates.ShardIndex):
+        @classmethod
+        def open(cls, path):
+            opened.append(path)
+            return super().open(path)
+
+    def without_workers(compare, workers):
+        sizes.append(len(pickle.dumps(compare)))
+        return contextlib.nullcontext(lambda jobs: map(compare, jobs))
+
+    monkeypatch.setattr(near_duplicates, "ShardIndex", Counted)
+    monkeypatch.setattr(near_duplicates, "parallel_map", without_workers)
+    monkeypatch.setattr(near_duplicates, "_JOB_ROWS", 200)
+    two = remove_duplicates(folder, tmp_path / "2.jsonl", within=within)
+    assert np.array_equal(one.removed, two.removed) and len(one.removed)
+    assert sizes[0] < 1000 < within.nbytes
+    assert len(opened) == 2  # once to plan, once to compare all jobs
 
 
 # The similarity filter.

@@ -259,3 +259,21 @@ def test_vectors_stored_by_columns_are_refused_where_single_rows_are_read(folder
     np.save(path, np.asfortranarray(np.load(path)))
     with pytest.raises(DataError, match="by columns"):
         ShardIndex.open(folder).vector(1)
+
+
+def test_other_codes_or_lists_than_the_index_has_are_refused_not_ignored(folder):
+    built(folder, codes="int8", lists=20)
+    assert built(folder).lists == built(folder, codes="int8", lists=20).lists == 20
+    with pytest.raises(UsageError, match=r"--codes is int4, .* with int8; .* --retrain"):
+        built(folder, codes="int4")
+    with pytest.raises(UsageError, match=r"--lists is 30, .* with 20; .* --retrain"):
+        built(folder, lists=30)
+    done = built(folder, lists=30, retrain=True)
+    assert done.lists == 30 and done.bytes == COUNT * (VECTORS.shape[1] + 8)  # int8 as before
+    assert built(folder, codes="int4", retrain=True).bytes < done.bytes
+
+
+def test_more_lists_than_rows_are_cut_and_the_same_command_goes_on(tmp_path):
+    write_shards(tmp_path, VECTORS[:40], 20)
+    assert built(tmp_path, lists=64).lists < 64
+    assert built(tmp_path, lists=64).encoded == 0

@@ -1,6 +1,7 @@
 """Search of embedding shards by the command line, a server, and servers of parts behind a front."""
 
 import asyncio
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -8,6 +9,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 
 import httpx
 import numpy as np
@@ -18,6 +20,7 @@ from shard_folders import image_shards, use_one_thread
 import cn_clip
 from cn_clip.cli import run
 from cn_clip.errors import LibraryError, UsageError
+from cn_clip.serve import parts
 from cn_clip.serve.app import create_app
 from cn_clip.serve.parts import Parts
 from cn_clip.serve.problems import RequestError
@@ -136,8 +139,8 @@ def test_parts_behind_a_front_find_what_one_index_finds(folder):
     with contextlib.ExitStack() as stack:
         whole = stack.enter_context(serving(settings(folder)))
         ranges = [range(at, at + 2) for at in range(0, 8, 2)]
-        parts = [stack.enter_context(serving(settings(folder, shards=each))) for each in ranges]
-        urls = tuple(str(part.base_url) for part in parts)
+        behind = [stack.enter_context(serving(settings(folder, shards=each))) for each in ranges]
+        urls = tuple(str(part.base_url) for part in behind)
         front = stack.enter_context(serving(Settings(parts=urls)))
         compare(whole, front)
         first = whole.post("/v1/search", json={"query": QUERIES[0], "k": 1}).json()["hits"][0]
@@ -193,6 +196,85 @@ def test_a_part_that_is_down_is_said_in_the_answer(folder):
             assert front.post("/v1/embeddings", json={"input": "猫"}).status_code == 200
 
 
+@contextlib.contextmanager
+def hanging(answers_probes):
+    """A server that accepts requests and never answers them, but for probes if so; yield its
+    address."""
+
+    async def answer(reader, writer):
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            while (head := await reader.readuntil(b"\r\n\r\n")) and answers_probes:
+                if b"/readyz" in head:
+                    writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+        await stopped.wait()
+        writer.close()
+
+    async def serve():
+        nonlocal stopped
+        stopped = asyncio.Event()
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        address.set_result((f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", loop))
+        await stopped.wait()
+        server.close()
+
+    stopped = None
+    loop = asyncio.new_event_loop()
+    address = concurrent.futures.Future()
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+    thread.start()
+    try:
+        yield address.result(10)[0]
+    finally:
+        loop.call_soon_threadsafe(stopped.set)
+        thread.join()
+        loop.close()
+
+
+def test_a_part_that_hangs_takes_no_connection_of_another(folder, monkeypatch):
+    monkeypatch.setattr(parts, "_CONNECTIONS", 2)
+    monkeypatch.setattr(parts, "_PROBE_SECONDS", 0.1)
+    with contextlib.ExitStack() as stack:
+        up = stack.enter_context(serving(settings(folder, shards=range(4))))
+        hung = stack.enter_context(hanging(True))
+        front = stack.enter_context(serving(Settings(parts=(hung, str(up.base_url)), timeout=1.5)))
+
+        def search(_number):
+            return front.post("/v1/search", json={"query": "猫", "k": 1}).json()
+
+        with concurrent.futures.ThreadPoolExecutor(8) as threads:
+            found = list(threads.map(search, range(8)))
+        for each in found:
+            assert each["parts"]["missing"] == [{"part": 1, "reason": "no answer in time"}]
+        assert front.get("/readyz").status_code == 200
+
+
+def test_nobody_waits_for_a_part_that_does_not_answer_probes(folder, monkeypatch):
+    monkeypatch.setattr(parts, "_PROBE_TIMEOUT", 0.3)
+    with contextlib.ExitStack() as stack:
+        up = stack.enter_context(serving(settings(folder, shards=range(4))))
+        hung = stack.enter_context(hanging(False))
+        front = stack.enter_context(serving(Settings(parts=(hung, str(up.base_url)), timeout=60)))
+        front.timeout = 5
+        found = front.post("/v1/search", json={"query": "猫", "k": 1}).json()
+        assert found["parts"]["missing"] == [{"part": 1, "reason": "no answer in time"}]
+
+
+def test_an_error_of_one_part_that_no_one_foresaw_costs_this_part_only(folder, monkeypatch):
+    monkeypatch.setattr(parts, "_PROBE_SECONDS", 0.05)
+    with contextlib.ExitStack() as stack:
+        up = stack.enter_context(serving(settings(folder, shards=range(4))))
+        front = stack.enter_context(serving(Settings(parts=(str(up.base_url), "http://a.invalid"))))
+        behind = front.service.parts
+        behind.urls[1] = "http://xn--"  # httpx raises what is none of its own errors
+        found = front.post("/v1/search", json={"query": "猫", "k": 1}).json()
+        assert found["parts"]["missing"] == [{"part": 2, "reason": "no connection"}]
+        behind.reasons = {}
+        deadline = time.monotonic() + 10
+        while not behind.reasons and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert behind.reasons == {2: "no connection"} and not behind._watch.done()
+
+
 def test_without_any_part_the_front_is_not_ready():
     with serving(Settings(parts=("http://127.0.0.1:1", "http://127.0.0.1:2"))) as front:
         for answer in (
@@ -217,9 +299,15 @@ def test_a_part_that_is_another_program_is_no_crash(tiny_checkpoint):
 
 
 def test_what_is_no_address_of_a_part_is_refused(folder, capsys):
-    for urls in (("x",), ("ftp://a",), ("http://",), ("http://a:b",), ("http://a", "http://a/")):
+    for urls in (
+        ("x",), ("ftp://a",), ("http://",), ("http://a:b",), ("http://a", "http://a/"),
+        ("http://a?",), ("http://a/#part",), ("http://a#",), ("http://xn--/",), ("http://[::1",),
+    ):  # fmt: skip
         with pytest.raises(UsageError, match="--parts"):
             Parts(urls, key=None, timeout=1)
+    with pytest.raises(UsageError, match="CN_CLIP_PARTS_KEY") as refused:
+        Parts(("http://me:secret@a",), key=None, timeout=1)
+    assert "secret" not in str(refused.value)
     for words in (
         ["--parts", "http://a", "--library", str(folder)],
         ["--parts", "http://a", "--model", "mini"],
@@ -267,18 +355,18 @@ def test_four_processes_and_a_front_find_what_one_index_finds(tmp_path, tiny_che
     common = ("--library", str(folder), "--device", "cpu", "--image-batch", "1")
     with contextlib.ExitStack() as stack:
         _whole, whole = stack.enter_context(started(*common))
-        parts = [
+        behind = [
             stack.enter_context(started(*common, "--shards", f"{at}:{at + 4}"))
             for at in (0, 4, 8, 12)
         ]
-        urls = [str(client.base_url) for _process, client in parts]
+        urls = [str(client.base_url) for _process, client in behind]
         _front, front = stack.enter_context(started("--parts", *urls))
         for query in QUERIES:
             asked = {"query": query, "k": 10}
             merged = front.post("/v1/search", json=asked).json()
             assert merged.pop("parts")["answered"] == 4
             assert merged == whole.post("/v1/search", json=asked).json()
-        parts[2][0].kill()
+        behind[2][0].kill()
         found = front.post("/v1/search", json={"query": QUERIES[0], "k": 400}).json()
         assert found["parts"]["missing"] == [{"part": 3, "reason": "no connection"}]
         assert len(found["hits"]) == 300
@@ -291,15 +379,15 @@ def test_a_part_that_is_busy_or_has_another_key_is_passed_over():
         return httpx.Response(statuses[request.url.host], json={})
 
     async def asked(method):
-        parts = Parts(("http://a", "http://b", "http://c"), key=None, timeout=1)
-        parts._client = httpx.AsyncClient(transport=httpx.MockTransport(answer))
-        return [(await method(parts)).status_code for _number in range(3)]
+        behind = Parts(("http://a", "http://b", "http://c"), key=None, timeout=1)
+        behind._clients = [httpx.AsyncClient(transport=httpx.MockTransport(answer))] * 3
+        return [(await method(behind)).status_code for _number in range(3)]
 
-    def one(parts):
-        return parts.ask_one("POST", "/v1/embeddings", body=b"{}")
+    def one(behind):
+        return behind.ask_one("POST", "/v1/embeddings", body=b"{}")
 
-    def image(parts):
-        return parts.ask_for("/v1/images/1", "")
+    def image(behind):
+        return behind.ask_for("/v1/images/1", "")
 
     assert asyncio.run(asked(one)) == [200, 200, 200]
     statuses["c"] = 503

@@ -33,6 +33,7 @@ Stored = Literal["float16", "float32"]
 PLAN = Format("bulk-plan", 1)
 PLAN_NAME = re.compile(r"plan_(\d{5,})\.json")
 OWN_NAME = re.compile(r"plan_\d{5,}(\.json|-[0-9a-f]{16}\.(inputs|shards\.npy))|about\.json")
+LINE_KEY = np.dtype("S16")  # so wide that no two of 10^9 lines have the same digest
 _BLOCK = 1 << 20  # bytes of the inputs read at a time
 OWN_FOLDERS = (WORK, "index", "img_emb", "text_emb", "metadata", "manifests", "quarantine")
 # A row of the table of shards: bytes of its lines in the inputs, inputs of its first line that
@@ -245,22 +246,22 @@ def key_of(lines: Sequence[bytes], skip: int, count: int) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-def line_key(line: bytes) -> int:
-    """Return the digest of one line of inputs."""
-    return int.from_bytes(hashlib.blake2b(line, digest_size=8).digest(), "little")
+def line_key(line: bytes) -> bytes:
+    """Return the digest of one line of inputs, without zeros at its end: as numpy returns it."""
+    return hashlib.blake2b(line, digest_size=LINE_KEY.itemsize).digest().rstrip(b"\0")
 
 
-def known_lines(store: Store, plans: Sequence[Plan]) -> npt.NDArray[np.uint64]:
+def known_lines(store: Store, plans: Sequence[Plan]) -> npt.NDArray[np.bytes_]:
     """Return the digests of all lines of the inputs of several plans, sorted.
 
     Raises:
         DataError: the inputs or the shards of a plan are missing or damaged.
     """
     keys = [
-        np.fromiter((line_key(line) for line in _all_lines(store, plan)), np.uint64)
+        np.fromiter((line_key(line) for line in _all_lines(store, plan)), LINE_KEY)
         for plan in plans
     ]
-    return np.sort(np.concatenate([np.empty(0, np.uint64), *keys]))
+    return np.sort(np.concatenate([np.empty(0, LINE_KEY), *keys]))
 
 
 def _all_lines(store: Store, plan: Plan) -> Iterator[bytes]:

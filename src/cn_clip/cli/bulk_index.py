@@ -21,7 +21,7 @@ def index(
     folder: str,
     /,
     *,
-    codes: Literal["int8", "int4", "pq"] = "int4",
+    codes: Literal["int8", "int4", "pq"] | None = None,
     recall: Recall = 0.97,
     lists: Count = None,
     shards: str | None = None,
@@ -42,11 +42,13 @@ def index(
         Embedding shards, as `cn-clip bulk` or `cn-clip embed images` wrote them.
     codes
         What is stored of a vector: int8 takes a byte for each value, int4 half of it, pq a quarter.
-        Smaller codes need more rows scored exactly.
+        Smaller codes need more rows scored exactly. By default int4, or what the index has; other
+        codes need --retrain.
     recall
         Share of the 10 best images that searches find at least, on texts of the index run.
     lists
-        Number of lists; by default twice the square root of the number of images.
+        Number of lists; by default twice the square root of the number of images. Another number
+        than the index has needs --retrain.
     shards
         Only these, for a server of a part: the first, and the one after the last, such as 0:250.
         All parts share one training.

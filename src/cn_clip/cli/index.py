@@ -71,7 +71,7 @@ def index(
     without_unreadable
         Change to another --model even if some images cannot be read now; these are not shown.
     json
-        Print JSON instead of sentences.
+        Print JSON instead of sentences; with --watch, one line of it after each change.
     """
     from cn_clip.search.places import library_path
     from cn_clip.search.text_index import index_text
@@ -101,7 +101,10 @@ def index(
                 texts = None
                 if reader is not None:
                     texts = index_text(folder, reader, on_progress=bars.show_texts)
-            _print(path_text(folder.path), done, texts, json=json)
+            if json:
+                _print_json(path_text(folder.path), done, texts, one_line=watch)
+            else:
+                _print(path_text(folder.path), done, texts)
             failed = done.progress.failed or done.progress.unreadable
             return 1 if failed or _is_unfinished(done) or not done.progress.files else 0
 
@@ -180,7 +183,19 @@ def _print_skipped(skipped: dict[str, int]) -> None:
     )
 
 
-def _print(library: str, done: Update, texts: TextProgress | None, *, json: bool) -> None:
+def _print_json(library: str, done: Update, texts: TextProgress | None, *, one_line: bool) -> None:
+    state, migration = done.progress, done.migration
+    _print_problems(done, texts)
+    values: dict[str, Any] = {"library": library, "model": done.model}
+    values |= asdict(state) | {"rate": round(state.rate, 1)}
+    values["failed"] = [{"path": path, "error": reason} for path, reason in state.failed]
+    values["texts"] = None if texts is None else asdict(texts)
+    values["migration"] = None if migration is None else asdict(migration)
+    print_json(values, one_line=one_line)
+
+
+def _print_problems(done: Update, texts: TextProgress | None) -> None:
+    """Print on stderr what could not be read."""
     state, migration = done.progress, done.migration
     failed = [
         f"{path}: {reason}" if path not in reason else reason for path, reason in state.failed
@@ -211,14 +226,11 @@ def _print(library: str, done: Update, texts: TextProgress | None, *, json: bool
             ),
             file=sys.stderr,
         )
-    if json:
-        values: dict[str, Any] = {"library": library, "model": done.model}
-        values |= asdict(state) | {"rate": round(state.rate, 1)}
-        values["failed"] = [{"path": path, "error": reason} for path, reason in state.failed]
-        values["texts"] = None if texts is None else asdict(texts)
-        values["migration"] = None if migration is None else asdict(migration)
-        print_json(values)
-        return
+
+
+def _print(library: str, done: Update, texts: TextProgress | None) -> None:
+    state = done.progress
+    _print_problems(done, texts)
     parts = [
         _("{count:,} new", count=state.new),
         _("{count:,} changed", count=state.changed),

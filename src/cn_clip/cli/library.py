@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,7 +15,7 @@ from rich.table import Table
 from cn_clip.cli.library_options import DEFAULT, LibraryLoading
 from cn_clip.cli.show import Flag, console, print_json, print_some, progress_bar
 from cn_clip.errors import UsageError
-from cn_clip.translation import N_, _, translate
+from cn_clip.translation import N_, _, _n, translate
 
 if TYPE_CHECKING:
     from cn_clip.search.folder import LibraryFolder
@@ -86,7 +87,8 @@ def info(*, library: str = "default", json: Flag = False) -> int:
 def duplicates(*, library: str = "default", json: Flag = False) -> int:
     """List groups of images that look alike: equal files, resized and recompressed copies.
 
-    Changes nothing. The largest image of a group comes first.
+    Changes nothing. The largest image of a group comes first. Images whose embeddings were imported
+    are read first.
 
     Parameters
     ----------
@@ -97,12 +99,13 @@ def duplicates(*, library: str = "default", json: Flag = False) -> int:
     """
     from cn_clip.search.duplicates import duplicates as find
 
-    with _opened(library) as folder:
-        groups = find(folder)
+    with _opened(library) as folder, progress_bar(_("reading files")) as on_progress:
+        found = find(folder, on_progress)
     if json:
-        print_json({"groups": [[asdict(each) for each in group] for group in groups]})
+        print_json(asdict(found))
         return 0
     out = console()
+    groups = found.groups
     for group in groups:
         for each in group:
             for path in each.paths:
@@ -111,6 +114,17 @@ def duplicates(*, library: str = "default", json: Flag = False) -> int:
         out.print()
     images = sum(len(each.paths) for group in groups for each in group)
     out.print(_("{groups:,} groups of {images:,} files", groups=len(groups), images=images))
+    if found.not_compared:
+        print(
+            _n(
+                "cn-clip: {count:,} image is not compared, as only its embedding was imported and "
+                "its file cannot be read; connect its disk",
+                "cn-clip: {count:,} images are not compared, as only their embeddings were "
+                "imported and their files cannot be read; connect their disk",
+                found.not_compared,
+            ),
+            file=sys.stderr,
+        )
     return 0
 
 

@@ -50,6 +50,7 @@ def search(
     calibration: str | None = None,
     out: str | None = None,
     open: Flag = False,
+    thumbnails: Flag = False,
     loading: LibraryLoading = DEFAULT,
     json: Flag = False,
 ) -> int:
@@ -93,6 +94,9 @@ def search(
         Write the results as an HTML page with thumbnails.
     open
         Open this page in the browser.
+    thumbnails
+        Show the images below the table, in a terminal with the protocol of iTerm2: iTerm2, WezTerm,
+        Konsole, mintty, VS Code.
     json
         Print JSON instead of a table.
     """
@@ -116,6 +120,7 @@ def search(
             from cn_clip.search.sheet import write_sheet
 
             write_sheet(opened, words, hits, page)
+        images = [(str(hit.id), opened.thumbnail(hit.id)) for hit in hits] if thumbnails else []
     if open and page is not None:
         import webbrowser
 
@@ -132,6 +137,10 @@ def search(
         )
         return 0
     _print(hits)
+    if images:
+        from cn_clip.cli.inline_images import print_images
+
+        print_images(images)
     if out is not None:
         print(_("written: {out}", out=out))
     return 0

@@ -16,7 +16,6 @@ from cn_clip.install import install_command
 from cn_clip.translation import _
 
 KEY_VARIABLE = "CN_CLIP_API_KEY"
-PARTS_KEY_VARIABLE = "CN_CLIP_PARTS_KEY"
 
 Port = Annotated[int, Parameter(validator=Number(gte=0, lte=65535))]
 Count = Annotated[int, Parameter(validator=Number(gte=1, lte=1024))]
@@ -108,7 +107,7 @@ def serve(
     _check_installed()
     from cn_clip.serve.keys import warn_if_readable
     from cn_clip.serve.run import serve as run_server
-    from cn_clip.serve.settings import Settings
+    from cn_clip.serve.settings import PARTS_KEY_VARIABLE, Settings
     from cn_clip.shards.folder import parse_range
 
     if parts and (library is not None or shards is not None or loading.model is not None):

@@ -38,15 +38,17 @@ def console() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
-def print_json(values: Mapping[str, Any]) -> None:
-    """Print one JSON object, with its format version first.
+def print_json(values: Mapping[str, Any], *, one_line: bool = False) -> None:
+    """Print one JSON object, with its format version first; on one line for a command that prints
+    several.
 
     Chinese is not escaped if the output supports it.
     """
     # With another encoding, the stream would escape as \xe9, which is not JSON.
     unicode = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
     document = {FIELD: str(_JSON)} | dict(values)
-    print(json.dumps(document, ensure_ascii=not unicode, indent=2))
+    indent = None if one_line else 2
+    print(json.dumps(document, ensure_ascii=not unicode, indent=indent), flush=one_line)
 
 
 def progress() -> Progress:

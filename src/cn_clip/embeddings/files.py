@@ -39,12 +39,13 @@ class EmbeddingsToWrite:
         dim: width of an embedding.
         rows: ``rows(start, end)`` returns the embeddings, float32 (end - start, dim).
         about: metadata written to the output: model, fingerprint, whether normalised.
-        columns: more columns (N,) of clip-retrieval's metadata.
+        columns: more columns (N,) of clip-retrieval's metadata. Slices of these, of ids and of
+            labels are lists.
     """
 
     kind: Kind
-    ids: list[str | int]
-    labels: list[str]
+    ids: Sequence[str | int]
+    labels: Sequence[str]
     dim: int
     rows: Callable[[int, int], npt.NDArray[np.float32]]
     about: dict[str, Any]
@@ -103,9 +104,10 @@ def writer_for(out: Path) -> Callable[[EmbeddingsToWrite, Path], None]:
 
 def write_npz(embeddings: EmbeddingsToWrite, out: Path) -> None:
     """Write ``embeddings`` float32 (N, D), ``ids`` (N,), and ``about`` (JSON), atomically."""
-    ids: npt.NDArray[Any] = np.array(embeddings.ids)
-    if ids.dtype.kind == "U" or any(isinstance(id, str) for id in embeddings.ids):
-        ids = np.array([str(id) for id in embeddings.ids], dtype=np.str_)
+    listed = embeddings.ids[:]
+    ids: npt.NDArray[Any] = np.array(listed)
+    if ids.dtype.kind == "U" or any(isinstance(id, str) for id in listed):
+        ids = np.array([str(id) for id in listed], dtype=np.str_)
     about = np.array(json.dumps(with_format(embeddings.about), ensure_ascii=False))
     with atomic_file(out) as path, path.open("wb") as stream:
         rows = embeddings.rows(0, len(embeddings.ids))

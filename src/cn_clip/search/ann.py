@@ -51,6 +51,7 @@ _TRAINED = 40  # rows per cell that the centroids are fitted to; faiss advises 3
 _BLOCK = 1 << 14  # rows added at a time
 _CANDIDATES = 100  # scored exactly, at least
 _EXACT_SHARE = 0.05  # of the rows: if fewer are allowed, they are searched exactly
+_MOSTLY = 0.8  # of the rows or candidates: if as many are allowed, the others change little
 _GROWTH = 0.1  # of the rows: after as many new ones, an index is worth rebuilding
 _SAMPLE = 64  # rows of the vectors, and parts of the codes, in a checksum
 _SAMPLE_BYTES = 4096
@@ -219,7 +220,7 @@ class AnnIndex:
         if count <= max(_EXACT_SHARE * self.rows, _CANDIDATES * k):
             return search_exact(self.vectors, queries, k, allowed=allowed, threads=threads)
         with openmp_threads(threads if len(queries) > 1 else 1):
-            found = self._candidates(queries, k, allowed)
+            found = self._candidates(queries, k, allowed, count)
         result, _invalid = best_of(self.vectors, queries, found, k)
         if result.indexes.shape[1] < k:  # too many rows were purged since the index was built
             return search_exact(self.vectors, queries, k, allowed=allowed, threads=threads)
@@ -230,28 +231,55 @@ class AnnIndex:
         newer = search_exact(tail, queries, k, allowed=rest, threads=threads)
         return _merged(result, TopK(newer.indexes + self.rows, newer.scores), k)
 
-    def _candidates(self, queries: Array, k: int, allowed: Mask | None) -> list[Rows]:
-        """Return for each query the rows of the nearest cells whose codes score best."""
+    def _candidates(self, queries: Array, k: int, allowed: Mask | None, count: int) -> list[Rows]:
+        """Return for each query the rows of the nearest cells whose codes score best.
+
+        Args:
+            queries, k, allowed: of the search.
+            count: of the indexed rows that are allowed.
+        """
         faiss = load_faiss()
         assert faiss is not None
         wanted = max(_CANDIDATES, 4 * k)
         # More results are in more cells.
         probes = min(self.lists, math.ceil(self.probes * max(1, (k / _TUNED_K) ** 0.5)))
         parameters = faiss.SearchParametersIVF(nprobe=probes)
-        if allowed is not None:
-            bits = np.packbits(allowed[: self.rows], bitorder="little")
-            parameters.sel = faiss.IDSelectorBitmap(bits)
-        ids = self.index.search(queries, wanted, params=parameters)[1]  # best first
-        if allowed is not None:
-            # A filter may leave little in the nearest cells: on, until twice as many add nothing.
-            pending = np.arange(len(queries))
-            while len(pending) and parameters.nprobe < self.lists:
-                parameters.nprobe = min(self.lists, 2 * parameters.nprobe)
-                more = self.index.search(queries[pending], wanted, params=parameters)[1]
-                changed = (more[:, :k] != ids[pending, :k]).any(axis=1) | (more[:, -1] < 0)
-                ids[pending] = more
-                pending = pending[changed]
+        pending = np.arange(len(queries))
+        ids = np.full((len(queries), wanted), -1, np.int64)  # best first
+        if allowed is None or count >= _MOSTLY * self.rows:
+            # A few images are hidden in most libraries: where they are not near to a query, its
+            # nearest cells hold as much of the best as without a filter.
+            ids = self.index.search(queries, wanted, params=parameters)[1]
+            ids[(ids < 0) | (ids >= self.rows)] = -1  # of a damaged file
+            if allowed is None:
+                return [np.unique(row[row >= 0]) for row in ids]
+            found = (ids >= 0).sum(axis=1)
+            ids[~allowed[ids]] = -1
+            kept = (ids >= 0).sum(axis=1)
+            pending = np.flatnonzero((kept < k) | (kept < _MOSTLY * found))
+        if len(pending):
+            ids[pending] = self._filtered(queries[pending], k, wanted, probes, allowed)
         return [np.unique(row[(row >= 0) & (row < self.rows)]) for row in ids]
+
+    def _filtered(self, queries: Array, k: int, wanted: int, probes: int, allowed: Mask) -> Rows:
+        """Return for each query the best ``wanted`` allowed rows, (Q, wanted), best first.
+
+        A filter may leave little in the nearest cells: on, until twice as many add nothing.
+        """
+        faiss = load_faiss()
+        assert faiss is not None
+        parameters = faiss.SearchParametersIVF(nprobe=probes)
+        bits = np.packbits(allowed[: self.rows], bitorder="little")
+        parameters.sel = faiss.IDSelectorBitmap(bits)
+        ids: Rows = self.index.search(queries, wanted, params=parameters)[1]
+        pending = np.arange(len(queries))
+        while len(pending) and parameters.nprobe < self.lists:
+            parameters.nprobe = min(self.lists, 2 * parameters.nprobe)
+            more = self.index.search(queries[pending], wanted, params=parameters)[1]
+            changed = (more[:, :k] != ids[pending, :k]).any(axis=1) | (more[:, -1] < 0)
+            ids[pending] = more
+            pending = pending[changed]
+        return ids
 
 
 @contextmanager

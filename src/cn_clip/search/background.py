@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cn_clip.arrays import read_npy
+from cn_clip.cache import record_path
 from cn_clip.embedder import Embedder
 from cn_clip.errors import CNClipError, DataError
 from cn_clip.outputs import json_object_at
@@ -92,15 +93,22 @@ def sample_of(snapshot: Snapshot) -> npt.NDArray[np.float32]:
 
 
 def _words(cache: Path, embedder: Embedder) -> npt.NDArray[np.float32]:
-    """Return the embeddings (B, D) of the background words, kept in the cache."""
+    """Return the embeddings (B, D) of the background words, kept in the cache; of a read-only
+    library in the cache folder of the user."""
     expected = (len(background_words()), embedder.dim)
-    with suppress(DataError, OSError):
-        stored = read_npy(cache / _WORDS)
-        if stored.shape == expected and stored.dtype == np.float32 and np.isfinite(stored).all():
-            return stored
+    own = record_path("words", [embedder.fingerprint, *background_words()])
+    places = [cache / _WORDS, *([] if own is None else [own.with_suffix(".npy")])]
+    for place in places:
+        with suppress(DataError, OSError):
+            stored = read_npy(place)
+            fits = stored.shape == expected and stored.dtype == np.float32
+            if fits and np.isfinite(stored).all():
+                return stored
     words = embedder.embed_texts(background_words())
-    with suppress(CNClipError, OSError):
-        cache.mkdir(parents=True, exist_ok=True)
-        with atomic_file(cache / _WORDS) as path, path.open("wb") as stream:
-            np.save(stream, words)
+    for place in places:
+        with suppress(CNClipError, OSError):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(place) as path, path.open("wb") as stream:
+                np.save(stream, words)
+            break
     return words

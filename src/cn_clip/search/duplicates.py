@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 
 from cn_clip.data.curate.grouping import connected, group_rows
-from cn_clip.data.curate.perceptual_hash import HASH_WORDS, near_pairs
+from cn_clip.data.curate.perceptual_hash import HASH_WORDS, hash_image, near_pairs
+from cn_clip.errors import CNClipError
+from cn_clip.image.decode import read_image
 from cn_clip.search.folder import LibraryFolder
+from cn_clip.search.images import image_bytes
 from cn_clip.search.roots import display_path
 
 
@@ -30,28 +35,67 @@ class Duplicate:
     bytes: int
 
 
-def duplicates(library: LibraryFolder) -> list[list[Duplicate]]:
-    """Return groups of images that look alike, and of equal files, largest image first.
+@dataclass(frozen=True, slots=True)
+class Duplicates:
+    """What was found.
+
+    Attributes:
+        groups: of images that look alike, and of equal files, largest image first.
+        not_compared: number of images whose files are not at hand and were not read before, as
+            only their embeddings were imported.
+    """
+
+    groups: list[list[Duplicate]]
+    not_compared: int
+
+
+def duplicates(
+    library: LibraryFolder,
+    on_progress: Callable[[int, int | None], None] = lambda done, total: None,
+) -> Duplicates:
+    """Find groups of images that look alike.
 
     Two images are in one group if a chain of near-duplicates joins them (``cn-clip data check``
-    uses the same hash). Images without a file are left out. Memory: 300 bytes an image.
+    uses the same hash). Images without a file are left out; those whose embeddings were imported
+    are read now. Memory: 300 bytes an image.
+
+    Args:
+        library: only read.
+        on_progress: called with the number of images read so far and in total.
     """
-    rows = library.query(
-        "SELECT id, look, files FROM images WHERE files > 0 AND look IS NOT NULL ORDER BY id"
-    )
-    ids = np.array([row[0] for row in rows], np.int64)
-    files = np.array([row[2] for row in rows], np.int64)
-    hashes = np.frombuffer(b"".join(row[1] for row in rows), np.uint64).reshape(-1, HASH_WORDS)
-    if not len(ids):
-        return []
-    first = connected(len(ids), np.stack(near_pairs(hashes)))
-    groups = group_rows(np.arange(len(ids)), first.view(np.uint64))
+    rows = library.query("SELECT id, look, files FROM images WHERE files > 0 ORDER BY id")
+    unknown = [image for image, look, _files in rows if look is None]
+    looks: dict[int, bytes | None] = {}
+    for done, image in enumerate(unknown, 1):
+        looks[image] = _look_of(library, image)
+        on_progress(done, len(unknown))
+    compared: list[tuple[int, bytes, int]] = [
+        (image, found, files)
+        for image, look, files in rows
+        if (found := look or looks[image]) is not None
+    ]
+    if not compared:
+        return Duplicates([], len(rows))
+    hashes = np.frombuffer(b"".join(look for _id, look, _files in compared), np.uint64)
+    links = np.stack(near_pairs(hashes.reshape(-1, HASH_WORDS)))
+    first = connected(len(compared), links)
+    groups = group_rows(np.arange(len(compared)), first.view(np.uint64))
+    files = np.array([files for _id, _look, files in compared])
     several = (np.diff(groups.starts) > 1) | (files[groups.firsts] > 1)
-    found = [
-        [_duplicate(library, int(ids[number])) for number in groups[int(group)]]
+    groups_found = [
+        [_duplicate(library, compared[number][0]) for number in groups[int(group)]]
         for group in np.flatnonzero(several)
     ]
-    return [sorted(group, key=lambda each: -each.width * each.height) for group in found]
+    by_size = [sorted(group, key=lambda each: -each.width * each.height) for group in groups_found]
+    return Duplicates(by_size, len(rows) - len(compared))
+
+
+def _look_of(library: LibraryFolder, image: int) -> bytes | None:
+    """Return the perceptual hash of an image; None if it cannot be read."""
+    with suppress(CNClipError):
+        content = image_bytes(library, image)
+        return hash_image(read_image(content, fast_decode=256, background="white")).tobytes()
+    return None
 
 
 def _duplicate(library: LibraryFolder, image: int) -> Duplicate:

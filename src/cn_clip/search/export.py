@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sqlite3
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,30 +47,60 @@ _NUMBERS = ("width", "height", "bytes")
 
 # Column -> how a row of `_ROWS` gives it.
 _FACTS = ("width", "height", "bytes", "taken", "latitude", "longitude", "text", "caption")
+_NAMES = ("image_id", "path", "digest", *_FACTS)  # columns
+_IDS = (
+    "SELECT images.id FROM images WHERE images.files > 0 AND images.id <= ? AND images.id NOT IN "
+    "(SELECT image FROM missing WHERE model = ?) AND EXISTS "
+    "(SELECT 1 FROM files WHERE files.image = images.id AND files.present) ORDER BY images.id"
+)
 _ROWS = (
     "SELECT images.id, images.digest, roots.kind, roots.location, files.name, images.width, "
     "images.height, images.bytes, images.taken, images.latitude, images.longitude, images.text, "
     "files.caption FROM images JOIN files ON files.id = (SELECT MIN(id) FROM files "
     "WHERE files.image = images.id AND files.present) JOIN roots ON roots.id = files.root "
-    "WHERE images.files > 0 AND images.id <= ? AND images.id NOT IN "
-    "(SELECT image FROM missing WHERE model = ?) ORDER BY images.id"
+    "WHERE images.id BETWEEN ? AND ? ORDER BY images.id"
 )
 
 
-@dataclass(frozen=True, slots=True)
 class _Table:
-    """The searchable images: vectors, and columns of the same length."""
+    """The searchable images, whose facts are read when they are needed: 8 bytes for each image."""
 
-    snapshot: Snapshot
-    columns: dict[str, list[Any]]
+    def __init__(self, connection: sqlite3.Connection, snapshot: Snapshot) -> None:
+        """Read the ids.
+
+        Args:
+            connection: in a read transaction.
+            snapshot: of the library.
+        """
+        self.snapshot, self._connection = snapshot, connection
+        found = connection.execute(_IDS, (len(snapshot.vectors), snapshot.model.id))
+        self.ids = np.fromiter((image for (image,) in found), np.int64)
+        self._last: tuple[tuple[int, int], dict[str, list[Any]]] = ((0, 0), {})
 
     def __len__(self) -> int:
-        return len(self.columns["image_id"])
+        return len(self.ids)
+
+    def columns(self, start: int, end: int) -> dict[str, list[Any]]:
+        """Return the columns of rows; those of the last ones are kept."""
+        if self._last[0] != (start, end):
+            self._last = (start, end), self._read(self.ids[start:end])
+        return self._last[1]
+
+    def _read(self, ids: npt.NDArray[np.int64]) -> dict[str, list[Any]]:
+        wanted = set(ids.tolist())
+        columns: dict[str, list[Any]] = {name: [] for name in _NAMES}
+        ends = (int(ids[0]), int(ids[-1])) if len(ids) else (0, 0)
+        for image, digest, kind, location, name, *facts in self._connection.execute(_ROWS, ends):
+            if image not in wanted:
+                continue
+            values = (image, display_path(kind, location, name), digest.hex(), *facts)
+            for column, value in zip(_NAMES, values, strict=True):
+                columns[column].append(value)
+        return columns
 
     def vectors(self, start: int, end: int) -> npt.NDArray[np.float32]:
         """Return the unit vectors (end - start, D) of rows."""
-        rows = np.array(self.columns["image_id"][start:end], np.int64) - 1
-        vectors = self.snapshot.vectors[rows].astype(np.float32)
+        vectors = self.snapshot.vectors[self.ids[start:end] - 1].astype(np.float32)
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
         unit: npt.NDArray[np.float32] = vectors / np.maximum(lengths, 1e-12)
         return unit
@@ -77,6 +108,23 @@ class _Table:
     def spans(self) -> Iterator[tuple[int, int]]:
         for start in range(0, len(self), TOGETHER):
             yield start, min(len(self), start + TOGETHER)
+
+
+@dataclass(frozen=True, slots=True)
+class _Column(Sequence[Any]):
+    """A column of a table; a slice of it is read from the database."""
+
+    table: _Table
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            start, end, _step = at.indices(len(self))
+            return self.table.columns(start, end)[self.name]
+        return self.table.columns(at, at + 1)[self.name][0]
 
 
 def claim_export(library: Path, to: Target, out: str, *, overwrite: bool = False) -> str:
@@ -177,37 +225,28 @@ def export(
         UsageError: the collection exists.
         CNClipError: the output cannot be written, or the server does not answer.
     """
-    table = _read(library)
-    if to in ("milvus", "pgvector"):
-        rows = _export_rows(table)
-        to_database(rows, to, out, collection, Existing(overwrite, update), on_progress)
-    elif to == "parquet":
-        _to_parquet(table, Path(out), on_progress)
-    else:
-        with map_write_errors(out):
-            _to_embeddings(table, to, Path(out))
-    return len(table)
-
-
-def _read(library: LibraryFolder) -> _Table:
     snapshot = library.snapshot()
-    names = ("image_id", "path", "digest", *_FACTS)
-    columns: dict[str, list[Any]] = {name: [] for name in names}
-    for image, digest, kind, location, name, *facts in library.query(
-        _ROWS, (len(snapshot.vectors), snapshot.model.id)
-    ):
-        values = (image, display_path(kind, location, name), digest.hex(), *facts)
-        for column, value in zip(names, values, strict=True):
-            columns[column].append(value)
-    if not columns["image_id"]:
-        raise LibraryError(_("{library} holds no image to export", library=path_text(library.path)))
-    return _Table(snapshot, columns)
+    with library.reading() as connection:  # to the end, so that all rows are of one state
+        table = _Table(connection, snapshot)
+        if not len(table):
+            raise LibraryError(
+                _("{library} holds no image to export", library=path_text(library.path))
+            )
+        if to in ("milvus", "pgvector"):
+            rows = _export_rows(table)
+            to_database(rows, to, out, collection, Existing(overwrite, update), on_progress)
+        elif to == "parquet":
+            _to_parquet(table, Path(out), on_progress)
+        else:
+            with map_write_errors(out):
+                _to_embeddings(table, to, Path(out))
+    return len(table)
 
 
 def _export_rows(table: _Table) -> ExportRows:
     def batches() -> Iterator[Batch]:
         for start, end in table.spans():
-            columns = {name: values[start:end] for name, values in table.columns.items()}
+            columns = table.columns(start, end)
             yield Batch(columns["image_id"], table.vectors(start, end), columns)
 
     model = table.snapshot.model
@@ -226,8 +265,8 @@ def _to_embeddings(table: _Table, to: Target, out: Path) -> None:
         "normalized": True,
         "logit_scale": model.logit_scale,
     }
-    columns = {name: values for name, values in table.columns.items() if name != "path"}
-    paths = table.columns["path"]
+    columns = {name: _Column(table, name) for name in _NAMES if name != "path"}
+    paths = _Column(table, "path")
     embeddings = EmbeddingsToWrite("images", paths, paths, model.dim, table.vectors, about, columns)
     if to == "npz":
         write_npz(embeddings, out)
@@ -243,7 +282,7 @@ def _to_parquet(table: _Table, out: Path, on_progress: OnProgress) -> None:
     model = table.snapshot.model
     schema = arrow.schema(
         [
-            *((name, kinds.get(name, arrow.string())) for name in table.columns),
+            *((name, kinds.get(name, arrow.string())) for name in _NAMES),
             ("vector", arrow.list_(arrow.float32(), model.dim)),
         ],
         {
@@ -256,8 +295,8 @@ def _to_parquet(table: _Table, out: Path, on_progress: OnProgress) -> None:
         for start, end in table.spans():
             vectors = arrow.array(table.vectors(start, end).reshape(-1))
             columns = [
-                arrow.array(v[start:end], kinds.get(name, arrow.string()))
-                for name, v in table.columns.items()
+                arrow.array(values, kinds.get(name, arrow.string()))
+                for name, values in table.columns(start, end).items()
             ]
             columns.append(arrow.FixedSizeListArray.from_arrays(vectors, model.dim))
             to.write_batch(arrow.record_batch(columns, schema=schema))

@@ -78,7 +78,7 @@ class Root:
             UsageError, DataError: as ``open_source``.
         """
         if self._source is None:
-            self._source = open_source(os.fsdecode(self.location))
+            self._source = open_source(os.fsdecode(self.location), required=("image",))
         return self._source
 
     def file(self, entry_name: bytes) -> Path:
@@ -256,6 +256,8 @@ def _list_source(root: Root, stamp: str | None, on_found: Callable[[int], None])
             row = source.row(position)
         except DataError as error:
             messages.append(str(error))
+            continue
+        if not row.image_id:  # a text without an image
             continue
         first.setdefault(row.image_id, position)
         if row.text:

@@ -28,6 +28,9 @@ from cn_clip.serve.service import DEFAULT_MODEL, Service
 from cn_clip.translation import _
 from cn_clip.zeroshot import softmax
 
+_DIGITS = 9
+_TINY = 1e-50  # instead of zero; a float32 is larger
+
 BODIES: list[type[BaseModel]] = [EmbeddingsRequest, ClassifyRequest, SimilarityRequest]
 
 
@@ -274,7 +277,11 @@ def _labels(given: list[str], limit: int) -> list[str]:
 
 
 def _numbers(vector: npt.NDArray[np.float32]) -> list[float]:
-    numbers: list[float] = vector.tolist()
+    """Return numbers of nine significant digits: as many as a float32 has, of the 17 of JSON."""
+    wide = vector.astype(np.float64)
+    exponents = np.floor(np.log10(np.maximum(np.abs(wide), _TINY)))
+    scales = 10.0 ** (_DIGITS - 1 - exponents)
+    numbers: list[float] = (np.rint(wide * scales) / scales).tolist()
     return numbers
 
 

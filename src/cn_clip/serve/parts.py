@@ -15,10 +15,13 @@ import httpx
 
 from cn_clip.errors import UsageError
 from cn_clip.serve.problems import RequestError, unavailable
+from cn_clip.serve.settings import PARTS_KEY_VARIABLE
 from cn_clip.translation import _
 
 _CONNECTIONS = 64  # to each part
-_PROBE_SECONDS = 2.0
+_CONNECT_SECONDS = 5.0  # to connect, a free connection awaited
+_PROBE_SECONDS = 2.0  # between probes
+_PROBE_TIMEOUT = 5.0  # without an answer for so long, a part is asked nothing but the next probe
 
 log = logging.getLogger("cn_clip.serve")
 
@@ -31,11 +34,13 @@ class Answer:
         part: its number, from 1 in the order in which the parts are given.
         response: None if there was none.
         reason: why there was none.
+        timed_out: whether that is why.
     """
 
     part: int
     response: httpx.Response | None
     reason: str = ""
+    timed_out: bool = False
 
     @property
     def is_good(self) -> bool:
@@ -89,13 +94,24 @@ class Parts:
         if len(set(self.urls)) < len(self.urls):
             raise UsageError(_("--parts has an address twice; its images would count twice"))
         headers = {} if key is None else {"authorization": f"Bearer {key}"}
-        self._client = httpx.AsyncClient(
-            headers=headers,
-            timeout=httpx.Timeout(timeout, connect=min(timeout, 5.0)),
-            limits=httpx.Limits(max_connections=_CONNECTIONS * len(self.urls)),
-            trust_env=False,
-            follow_redirects=False,
-        )
+        certificates = httpx.create_ssl_context(trust_env=False)
+        self._timeout = timeout
+
+        def client() -> httpx.AsyncClient:
+            return httpx.AsyncClient(
+                headers=headers,
+                timeout=httpx.Timeout(timeout, connect=_CONNECT_SECONDS, pool=_CONNECT_SECONDS),
+                limits=httpx.Limits(max_connections=_CONNECTIONS),
+                verify=certificates,
+                trust_env=False,
+                follow_redirects=False,
+            )
+
+        # A client for each: requests that wait for one part take no connection of another, nor of
+        # the probes.
+        self._clients = [client() for _url in self.urls]
+        self._prober = client()
+        self._silent: set[int] = set()  # parts whose last probe timed out
         self.reasons: dict[int, str] = {}  # of the parts that are not ready
         self._next = 0
         self._watch: asyncio.Task[None] | None = None
@@ -111,7 +127,8 @@ class Parts:
             self._watch.cancel()
             with suppress(asyncio.CancelledError):
                 await self._watch
-        await self._client.aclose()
+        for client in (*self._clients, self._prober):
+            await client.aclose()
 
     async def ask_all(
         self, method: str, path: str, *, body: bytes | None = None, query: str = ""
@@ -163,19 +180,34 @@ class Parts:
     async def _ask(
         self, number: int, method: str, path: str, body: bytes | None, query: str
     ) -> Answer:
-        url = self.urls[number - 1] + path + (f"?{query}" if query else "")
+        if number in self._silent:
+            return Answer(number, None, _("no answer in time"), timed_out=True)
+        target = path + (f"?{query}" if query else "")
+        return await self._send(self._clients[number - 1], number, method, target, body)
+
+    async def _send(
+        self,
+        client: httpx.AsyncClient,
+        number: int,
+        method: str,
+        target: str,
+        body: bytes | None = None,
+    ) -> Answer:
+        """Return what a part answered. Whatever goes wrong costs the results of this part only."""
+        url = self.urls[number - 1] + target
         headers = {} if body is None else {"content-type": "application/json"}
+        seconds = _PROBE_TIMEOUT if client is self._prober else self._timeout
         try:
-            return Answer(
-                number,
-                await self._client.request(method, url, content=body, headers=headers),
-            )
-        except httpx.TimeoutException:
-            reason = _("no answer in time")
-        except (httpx.HTTPError, httpx.InvalidURL):
-            reason = _("no connection")
-        log.warning("part %d (%s): %s", number, self.urls[number - 1], reason)
-        return Answer(number, None, reason)
+            async with asyncio.timeout(seconds):  # in all: a part may send a byte now and then
+                response = await client.request(method, url, content=body, headers=headers)
+            return Answer(number, response)
+        except (TimeoutError, httpx.TimeoutException):
+            answer = Answer(number, None, _("no answer in time"), timed_out=True)
+        except Exception as error:  # more than httpx.HTTPError: a host name that IDNA refuses
+            log.debug("part %d: %r", number, error)
+            answer = Answer(number, None, _("no connection"))
+        log.warning("part %d (%s): %s", number, self.urls[number - 1], answer.reason)
+        return answer
 
     async def _keep_probing(self) -> None:
         while True:
@@ -183,8 +215,12 @@ class Parts:
             await self._probe()
 
     async def _probe(self) -> None:
-        answers = await self.ask_all("GET", "/readyz")
+        numbers = range(1, len(self.urls) + 1)
+        answers = await asyncio.gather(
+            *(self._send(self._prober, number, "GET", "/readyz") for number in numbers)
+        )
         self.reasons = {a.part: a.missing["reason"] for a in answers if not a.is_good}
+        self._silent = {answer.part for answer in answers if answer.timed_out}
 
 
 def good_answers(answers: Sequence[Answer]) -> list[Answer]:
@@ -227,10 +263,19 @@ def _checked(url: str) -> str:
     url = url.rstrip("/")
     try:
         split = urlsplit(url)
-        good = split.scheme in ("http", "https") and split.hostname and not split.query
-        good = good and split.port != 0
-    except ValueError:
-        good = False
+        host = httpx.URL(url).host  # raises if IDNA refuses the name
+        good = split.scheme in ("http", "https") and host and split.port != 0
+        good = good and not any(each in url for each in "?#")
+    except (ValueError, httpx.InvalidURL):
+        split, good = urlsplit(""), False
+    if "@" in split.netloc:
+        raise UsageError(
+            _(
+                "--parts has an address with a user or a password; give the API key of the parts "
+                "in the variable {variable}",
+                variable=PARTS_KEY_VARIABLE,
+            )
+        )
     if not good:
         raise UsageError(
             _("--parts has {url!r}; give addresses such as http://10.0.0.7:8000", url=url)

@@ -8,11 +8,13 @@ import os
 import subprocess
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, cast
 
 from cn_clip.backends.pipeline import ImagePreparation
 from cn_clip.embedder import Embedder, load
 from cn_clip.errors import CNClipError, UsageError
+from cn_clip.publish import write_text
 from cn_clip.search.background import prepare_search
 from cn_clip.search.folder import StoredModel
 from cn_clip.search.library import Library
@@ -34,6 +36,7 @@ DEFAULT_MODEL = "mini"
 _SEARCH_THREADS = 4
 _IMAGE_THREADS = 2
 _TICK_SECONDS = 1.0
+_IMAGE_BATCH = "image_batch"  # file in the folder of a run
 
 log = logging.getLogger("cn_clip.serve")
 
@@ -295,8 +298,21 @@ class Service:
         embedder.embed_texts("预热")  # the first run of a model is slow
         assert embedder.fingerprint  # reads all weights; not later, in the event loop
         if self._image_batch is None:
-            self._image_batch = best_image_batch(embedder)
+            self._image_batch = self._measured_image_batch(embedder)
         return embedder
+
+    def _measured_image_batch(self, embedder: Embedder) -> int:
+        """Return the batch size of images that pays; a worker that replaces another, whose clients
+        wait, takes what that one measured."""
+        if self.settings.run_folder is None:
+            return best_image_batch(embedder)
+        path = Path(self.settings.run_folder) / _IMAGE_BATCH
+        with suppress(OSError, ValueError):
+            return int(path.read_text(encoding="ascii"))
+        size = best_image_batch(embedder)
+        with suppress(OSError, CNClipError):
+            write_text(path, str(size))
+        return size
 
     def _start_engine(self, embedder: Embedder) -> Engine:
         settings = self.settings

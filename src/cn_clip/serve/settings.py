@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from cn_clip.config import BackendName, Precision
 
+PARTS_KEY_VARIABLE = "CN_CLIP_PARTS_KEY"  # of the environment: the API key of the parts
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:

@@ -79,14 +79,15 @@ class Options:
     """How an index is built.
 
     Attributes:
-        codes: ``int8`` takes D bytes for a row, ``int4`` half, ``pq`` a quarter.
+        codes: ``int8`` takes D bytes for a row, ``int4`` half, ``pq`` a quarter; None for those of
+            an index that is trained already, ``int4`` for a new one.
         recall: of the 10 best rows, that the sample of texts finds at least.
         lists: their number; by default twice the root of the number of rows.
         workers: processes; 0 builds in this one.
         retrain: whether to train again, which makes all parts anew.
     """
 
-    codes: CodeName = "int4"
+    codes: CodeName | None = None
     recall: float = 0.97
     lists: int | None = None
     workers: int = 0
@@ -112,7 +113,8 @@ def build_index(
         on_progress: called with the number of rows so far and in total.
 
     Raises:
-        UsageError: there is no shard or no faiss, or another process builds this index.
+        UsageError: there is no shard or no faiss, or another process builds this index, or it is
+            trained with other codes or lists than are asked for.
         DataError: a shard is damaged, or a worker died.
         CNClipError: the disk is full or read-only.
     """
@@ -133,11 +135,42 @@ def _trained(
     folder: ShardFolder, index: Path, queries: Callable[[], Array], options: Options
 ) -> Trained:
     rows = [len(folder.vectors(shard)) for shard in folder.numbers]
-    trained = None if options.retrain else Trained.open(index)
-    fits = trained is not None and trained.index.d == folder.dim
-    if fits and trained is not None and sum(rows) <= _TRAINED_AGAIN * trained.sampled_of:
+    trained = Trained.open(index)
+    if trained is not None and not options.retrain and _fits(trained, folder.dim, sum(rows)):
+        _check_options(trained, options)
         return trained
-    return train(folder, rows, index, queries(), codes=options.codes, lists=options.lists)
+    codes = options.codes or ("int4" if trained is None else trained.codes)
+    return train(folder, rows, index, queries(), codes=codes, lists=options.lists)
+
+
+def _fits(trained: Trained, dim: int, rows: int) -> bool:
+    return trained.index.d == dim and rows <= _TRAINED_AGAIN * trained.sampled_of
+
+
+def _check_options(trained: Trained, options: Options) -> None:
+    """Check that a trained index is what is asked for.
+
+    Raises:
+        UsageError: it has other codes, or other lists.
+    """
+    if options.codes not in (None, trained.codes):
+        raise UsageError(
+            _(
+                "--codes is {codes}, and the index is trained with {stored}; leave out --codes, or "
+                "build it anew with --retrain",
+                codes=options.codes,
+                stored=trained.codes,
+            )
+        )
+    if options.lists not in (None, trained.index.nlist, trained.asked_lists):
+        raise UsageError(
+            _(
+                "--lists is {lists}, and the index is trained with {stored:,}; leave out --lists, "
+                "or build it anew with --retrain",
+                lists=options.lists,
+                stored=trained.index.nlist,
+            )
+        )
 
 
 def _make_parts(

@@ -8,19 +8,23 @@ the index and its nearest lists; the codes there find candidates, and the vector
 
 from __future__ import annotations
 
+import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cn_clip.data.curate.perceptual_hash import hash_image, near_pairs
+from cn_clip.data.curate.perceptual_hash import hash_image, look_alike
 from cn_clip.data.process_map import Progress, no_progress, parallel_map
 from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.image.decode import read_image
+from cn_clip.publish import map_write_errors
 from cn_clip.search.ann import load_faiss, openmp_threads
 from cn_clip.shards.folder import Rows, ShardFolder
 from cn_clip.shards.index import ShardIndex
@@ -34,7 +38,7 @@ Floats = npt.NDArray[np.float32]
 THRESHOLD = 0.97
 NEIGHBOURS = 2  # nearest lists that a list is compared with
 _MARGIN = {1: 0.01, 2: 0.04, 4: 0.12}  # by which codes may be wrong: D / bytes of a code
-_CANDIDATES = 4  # lower images that are compared exactly with each
+_CANDIDATES = 4  # lower images that are compared exactly with each; all, if images are looked at
 _BLOCK = 1 << 10  # rows compared with a list at once
 _DECODED = 32  # lists kept in memory
 _JOB_ROWS = 1 << 16
@@ -95,11 +99,15 @@ def remove_duplicates(
                 path=path_text(path),
             )
         )
-    compare = CompareLists(path, threshold, look, within)
     sizes = _sizes(index)
     jobs = _jobs(sizes)
     total, done, found = int(sizes.sum()), 0, [np.empty((0, 2), np.int64)]
-    with parallel_map(compare, min(workers, len(jobs))) as run:
+    with (
+        _in_a_file(within) as considered,
+        parallel_map(
+            CompareLists(path, threshold, look, considered), min(workers, len(jobs))
+        ) as run,
+    ):
         for job, pairs in zip(jobs, run(jobs), strict=True):
             found.append(pairs)
             done += int(sizes[job.start : job.stop].sum())
@@ -110,14 +118,43 @@ def remove_duplicates(
     return Deduplicated(total if within is None else len(within), kept, removed)
 
 
+@contextmanager
+def _in_a_file(within: Rows | None) -> Iterator[Path | None]:
+    """Write ids to a file that all workers map, as each would else have a copy of them."""
+    if within is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="cn-clip-", ignore_cleanup_errors=True) as folder:
+        path = Path(folder) / "within.npy"  # Windows keeps it while it is mapped
+        with map_write_errors(path):
+            np.save(path, within)
+        yield path
+
+
 @dataclass(frozen=True)
 class CompareLists:
-    """Finds near-duplicates among the rows of some lists, in any process."""
+    """Finds near-duplicates among the rows of some lists, in any process.
+
+    Attributes:
+        path: of the folder.
+        threshold: least cosine.
+        look: whether the images must look alike too.
+        within: file of the ids (N,), sorted, of the images that are considered; None for all.
+    """
 
     path: Path
     threshold: float
     look: bool
-    within: Rows | None
+    within: Path | None
+
+    @cached_property
+    def _index(self) -> ShardIndex:
+        """The index, opened once in each process."""
+        return ShardIndex.open(self.path)
+
+    @cached_property
+    def _considered(self) -> Rows | None:
+        return None if self.within is None else np.load(self.within, mmap_mode="r")
 
     def __call__(self, lists: range) -> npt.NDArray[np.int64]:
         """Return images (N,) of the lists and a lower one that each is like, int64 (N, 2).
@@ -125,18 +162,65 @@ class CompareLists:
         Raises:
             DataError: a shard is damaged, or the index has changed.
         """
-        index = ShardIndex.open(self.path)
+        index = self._index
         if index.lists is None:
             raise DataError(_("the index of {path} has changed", path=path_text(self.path)))
-        decoded = _Decoded(index, self.within)
+        decoded = _Decoded(index, self._considered)
+        hashes = _Hashes(index)
         found = [np.empty((0, 2), np.int64)]
         with openmp_threads(1):
             neighbours = _neighbours(index.lists.index, lists)
             for number in lists:
-                pairs = self._candidates(decoded, number, neighbours[number - lists.start])
-                found.append(self._verified(index, pairs))
-        pairs = np.concatenate(found)
-        return _looking_alike(index, pairs) if self.look else pairs
+                others = neighbours[number - lists.start]
+                if self.look:
+                    found.append(self._looking_alike(decoded, hashes, number, others))
+                else:
+                    pairs = self._candidates(decoded, number, others)
+                    found.append(self._verified(index, pairs))
+        return np.concatenate(found)
+
+    def _looking_alike(
+        self, decoded: _Decoded, hashes: _Hashes, number: int, others: Rows
+    ) -> npt.NDArray[np.int64]:
+        """Return for each image of a list the nearest lower one that is near enough and looks
+        alike, int64 (N, 2). All that are near enough are looked at."""
+        ids, rows = decoded[number]
+        best = np.full(len(ids), -1, np.int64)
+        scores = np.full(len(ids), -np.inf, np.float32)
+        for other in (number, *others.tolist()):
+            for at in range(0, len(ids), _BLOCK):
+                part = slice(at, at + _BLOCK)
+                own, lower, cosines = self._near(decoded, ids[part], rows[part], other)
+                hashes.read(np.union1d(ids[part][own], lower))
+                for row, each in zip((own + at).tolist(), cosines, strict=True):
+                    alike = np.flatnonzero(each >= self._least)
+                    alike = alike[hashes.alike(int(ids[row]), lower[alike])]
+                    if not len(alike):
+                        continue
+                    nearest = alike[np.lexsort((lower[alike], -each[alike]))[0]]
+                    if (each[nearest], -lower[nearest]) > (scores[row], -best[row]):
+                        scores[row], best[row] = each[nearest], lower[nearest]
+        chosen = best >= 0
+        return np.stack([ids[chosen], best[chosen]], axis=1)
+
+    def _near(
+        self, decoded: _Decoded, ids: Rows, rows: Floats, other: int
+    ) -> tuple[Rows, Rows, Floats]:
+        """Return the rows (N,) that have lower images in a list whose vectors are near enough,
+        these images (M,), and the cosines (N, M); that of an image that is not lower is -inf."""
+        other_ids, other_rows = decoded[other]
+        lower = other_ids[None] < ids[:, None]
+        near = lower & (rows @ other_rows.T >= self.threshold - decoded.margin)
+        own, theirs = np.flatnonzero(near.any(axis=1)), np.flatnonzero(near.any(axis=0))
+        cosines = _exact(self._index, ids[own]) @ _exact(self._index, other_ids[theirs]).T
+        cosines[~lower[np.ix_(own, theirs)]] = -np.inf
+        near = cosines >= self._least
+        kept, columns = near.any(axis=1), near.any(axis=0)
+        return own[kept], other_ids[theirs[columns]], cosines[np.ix_(kept, columns)]
+
+    @property
+    def _least(self) -> np.float32:
+        return np.float32(self.threshold) - np.float32(1e-6)
 
     def _candidates(self, decoded: _Decoded, number: int, others: Rows) -> npt.NDArray[np.int64]:
         """Return pairs (N, 2) of an image and a lower one whose codes are near, by image."""
@@ -167,11 +251,10 @@ class CompareLists:
         if not len(pairs):
             return pairs
         ids, places = np.unique(pairs, return_inverse=True)
-        vectors = index.reader.read(ids)
-        vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        vectors = _exact(index, ids)
         first, second = places.reshape(pairs.shape).T
         cosines = (vectors[first] * vectors[second]).sum(axis=1)
-        near = cosines >= np.float32(self.threshold) - np.float32(1e-6)
+        near = cosines >= self._least
         pairs, cosines = pairs[near], cosines[near]
         order = np.lexsort((pairs[:, 1], -cosines, pairs[:, 0]))
         pairs = pairs[order]
@@ -213,9 +296,26 @@ class _Decoded:
         full[:, :head] = np.frombuffer(number.to_bytes(head, "little"), np.uint8)
         full[:, head:] = codes.reshape(size, index.code_size)
         if self._within is not None:
-            considered = np.isin(ids, self._within)
+            considered = _is_in(ids, self._within)
             ids, full = ids[considered], full[considered]
         return ids, index.sa_decode(full)
+
+
+def _exact(index: ShardIndex, ids: Rows) -> Floats:
+    """Return the unit vectors (N, D) of ids (N,)."""
+    order = np.argsort(ids)
+    vectors = np.empty((len(ids), index.folder.dim), np.float32)
+    vectors[order] = index.reader.read(ids[order])
+    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return vectors
+
+
+def _is_in(ids: Rows, sorted_ids: Rows) -> npt.NDArray[np.bool_]:
+    """Return which ids (N,) are among sorted ones, of which few are read."""
+    places = np.searchsorted(sorted_ids, ids)
+    inside = places < len(sorted_ids)
+    inside[inside] = sorted_ids[places[inside]] == ids[inside]
+    return inside
 
 
 def _keep_best(best: Rows, scores: Floats, rows: Rows, more: Rows, more_scores: Floats) -> None:
@@ -265,19 +365,27 @@ def _masks(folder: ShardFolder, removed: Rows, within: Rows | None) -> Iterator[
         yield shard, mask_of(shard, count, within) & ~mask_of(shard, count, removed)
 
 
-def _looking_alike(index: ShardIndex, pairs: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return the pairs whose images look alike."""
-    images = np.unique(pairs).tolist()
-    facts = MetadataReader(index.folder).read(images)
-    hashes: dict[int, Any] = {
-        image: _look_of(facts[image].path) if image in facts else None for image in images
-    }
-    kept = []
-    for row, (image, lower) in enumerate(pairs.tolist()):
-        both = [hashes[image], hashes[lower]]
-        if all(each is not None for each in both) and len(near_pairs(np.stack(both))[0]):
-            kept.append(row)
-    return pairs[kept]
+class _Hashes:
+    """The perceptual hashes of images, each read once."""
+
+    def __init__(self, index: ShardIndex) -> None:
+        self._metadata = MetadataReader(index.folder)
+        self._known: dict[int, Any] = {}
+
+    def read(self, images: Rows) -> None:
+        """Read the hashes of images (N,), unless they are known."""
+        unknown = [image for image in images.tolist() if image not in self._known]
+        facts = self._metadata.read(unknown)
+        for image in unknown:
+            self._known[image] = _look_of(facts[image].path) if image in facts else None
+
+    def alike(self, image: int, others: Rows) -> npt.NDArray[np.bool_]:
+        """Return which images (N,), read before, look like one; not one that is unreadable."""
+        own, hashes = self._known[image], [self._known[other] for other in others.tolist()]
+        alike = np.array([own is not None and each is not None for each in hashes], np.bool_)
+        if alike.any():
+            alike[alike] = look_alike(np.stack([each for each in hashes if each is not None]), own)
+        return alike
 
 
 def _look_of(path: str) -> Any:

@@ -138,5 +138,7 @@ class _File:
 
 def _runs(values: Rows) -> list[tuple[int, int]]:
     """Return start and end of each run of equal values."""
+    if not len(values):
+        return []
     starts = np.flatnonzero(np.diff(values, prepend=values[:1] - 1))
     return list(zip(starts.tolist(), [*starts[1:].tolist(), len(values)], strict=True))

@@ -68,6 +68,8 @@ class Trained:
         sample: float16 (S, D), random rows, from which the confidence of results is estimated.
         digest: of index and queries; parts of another training do not fit.
         sampled_of: number of rows when it was trained.
+        codes: that were asked for.
+        asked_lists: that were asked for, if any were; the index has fewer if rows are few.
     """
 
     index: Any
@@ -75,6 +77,8 @@ class Trained:
     sample: Array
     digest: str
     sampled_of: int
+    codes: CodeName
+    asked_lists: int | None
 
     @classmethod
     def open(cls, folder: Path) -> Trained | None:
@@ -95,7 +99,15 @@ class Trained:
             sample = read_npy(folder / TRAINED / _SAMPLE)
             if index.d != queries.shape[1] or sample.shape[1:] != queries.shape[1:]:
                 return None
-            return cls(index, queries, sample, about["digest"], int(about["rows"]))
+            return cls(
+                index,
+                queries,
+                sample,
+                about["digest"],
+                int(about["rows"]),
+                about["codes"],
+                about.get("asked_lists"),
+            )
         except (OSError, ValueError, KeyError, TypeError, RecursionError, CNClipError):
             return None
         except RuntimeError:  # all that faiss raises: of another version
@@ -129,7 +141,7 @@ def train(
     out: Path,
     queries: Array,
     *,
-    codes: CodeName = "int4",
+    codes: CodeName,
     lists: int | None = None,
 ) -> Trained:
     """Train an index on a sample, and write it.
@@ -193,6 +205,7 @@ def train(
         "rows": total,
         "sample": len(sample),
         "lists": count,
+        "asked_lists": lists,
         "codes": codes,
         "code_bytes": index.code_size,
     }
@@ -201,7 +214,7 @@ def train(
         np.save(temporary / _QUERIES, queries)
         np.save(temporary / _SAMPLE, kept)
         (temporary / _ABOUT).write_text(json.dumps(about), encoding="utf-8")
-    return Trained(index, queries, kept, digest, total)
+    return Trained(index, queries, kept, digest, total, codes, lists)
 
 
 def nearest_of(centroids: Floats) -> Nearest:

@@ -200,6 +200,18 @@ def near_pairs(
     return later[once], earlier[once]
 
 
+def look_alike(
+    first: Hashes, second: Hashes, threshold: int = DUPLICATE_THRESHOLD
+) -> npt.NDArray[np.bool_]:
+    """Return which hashes (K, 36) are near to ``second``, (K, 36) or (36,), as ``search`` finds
+    them."""
+    first, second = np.broadcast_arrays(first, second)
+    near: npt.NDArray[np.bool_] = _distances(first, second) <= threshold
+    near &= np.bitwise_count(first[:, 0] ^ second[:, 0]) <= threshold // 5
+    near[near] = _similarity(first[near], second[near]) >= _MIN_SIMILARITY
+    return near
+
+
 def _search_block(
     index: HashIndex, queries: Hashes, at: int, threshold: int
 ) -> npt.NDArray[np.int64]:
@@ -224,12 +236,18 @@ def _search_block(
         np.unique(np.concatenate(candidates), axis=0) if candidates else np.empty((0, 2), np.int64)
     )
     query, match = pairs[:, 0], pairs[:, 1]
-    differing = np.bitwise_count(block[query, :_SIGN_WORDS] ^ index.hashes[match, :_SIGN_WORDS])
-    distances = differing.sum(axis=1, dtype=np.int64)
+    distances = _distances(block[query], index.hashes[match])
     near = distances <= threshold
     near[near] = _similarity(block[query[near]], index.hashes[match[near]]) >= _MIN_SIMILARITY
     matches: npt.NDArray[np.int64] = np.column_stack([query + at, match, distances])[near]
     return matches
+
+
+def _distances(first: Hashes, second: Hashes) -> npt.NDArray[np.int64]:
+    """Return the number of signs (K,) that differ in hashes (K, 36) and (K, 36)."""
+    differing = np.bitwise_count(first[:, :_SIGN_WORDS] ^ second[:, :_SIGN_WORDS])
+    distances: npt.NDArray[np.int64] = differing.sum(axis=1, dtype=np.int64)
+    return distances
 
 
 def _similarity(first: Hashes, second: Hashes) -> npt.NDArray[np.float32]:

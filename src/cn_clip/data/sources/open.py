@@ -46,7 +46,7 @@ SOURCE_OPTIONS = {
     "parquet": (*_COLUMNS, "root"),
     "tsv": ("texts", "encoding", "unpaired"),
     "lmdb": (),
-    "tar": ("order", "damaged"),
+    "tar": ("order", "damaged", "unpaired"),
 }
 REMOTE_KINDS = ("tar", "parquet")
 ORDERS = ("random", "stream")
@@ -85,12 +85,13 @@ def open_source(
             ``image``, ``text``, ``image_id``, ``text_id`` of a manifest, its ``root`` for relative
             paths, the ``encoding`` of texts, the ``texts`` file of a tsv, and its
             ``unpaired=yes``, which includes images without texts and texts without images; the
-            ``order`` that training reads a tar in, ``random`` or ``stream``; ``damaged=skip``,
-            which leaves damaged shards of several tars out. PATH of a tar or Parquet file may be a
-            URL; a remote tar is read in the order ``stream`` unless ``order`` is given.
+            ``order`` that training reads a tar in, ``random`` or ``stream``; its
+            ``unpaired=yes``, which includes images without texts; ``damaged=skip``, which leaves
+            damaged shards of several tars out. PATH of a tar or Parquet file may be a URL; a remote
+            tar is read in the order ``stream`` unless ``order`` is given.
         workers: processes that index tar shards which have no index yet; 0 indexes in this process.
         required: the columns that a table must have: "image", "text". What a table lacks is empty
-            in its rows.
+            in its rows. If "text" is not among them, a tar is opened with ``unpaired=yes``.
         on_progress: called with (done, total) shards while they are indexed.
 
     Raises:
@@ -107,7 +108,11 @@ def open_source(
         if skip not in DAMAGED:
             raise UnknownNameError(_("damaged of {uri}:", uri=uri), skip, DAMAGED)
         parts, left_out = open_tars(
-            files, skip_damaged=skip == "skip", workers=workers, on_progress=on_progress
+            files,
+            unpaired=_unpaired(uri, options) or "text" not in required,
+            skip_damaged=skip == "skip",
+            workers=workers,
+            on_progress=on_progress,
         )
         if left_out:
             warnings.warn(
@@ -390,17 +395,21 @@ def open_file(
         return Folder(name, path, encoding)
     if kind == "tsv":
         texts = as_path(options["texts"]) if "texts" in options else None
-        unpaired = options.get("unpaired", "no")
-        if unpaired not in ("yes", "no"):
-            raise UsageError(
-                _(
-                    "{name}: unpaired={unpaired} is unknown; give yes or no",
-                    name=name,
-                    unpaired=unpaired,
-                )
-            )
-        return Tsv(name, path, texts, encoding, unpaired=unpaired == "yes")
+        return Tsv(name, path, texts, encoding, unpaired=_unpaired(name, options))
     return Lmdb(name, path)
+
+
+def _unpaired(name: str, options: Mapping[str, str]) -> bool:
+    unpaired = options.get("unpaired", "no")
+    if unpaired not in ("yes", "no"):
+        raise UsageError(
+            _(
+                "{name}: unpaired={unpaired} is unknown; give yes or no",
+                name=name,
+                unpaired=unpaired,
+            )
+        )
+    return unpaired == "yes"
 
 
 def parse_uri(uri: str) -> tuple[str, str, dict[str, str]]:

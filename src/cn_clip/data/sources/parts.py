@@ -73,7 +73,8 @@ class Part:
             state = file.state()
             if state != self.states[0]:
                 raise UnavailableError(changed_message(file.name))
-            return Tar(file, state=state, pairs=self.pairs)
+            unpaired = "unpaired" in self.options
+            return Tar(file, state=state, pairs=self.pairs, unpaired=unpaired)
         if _states(self.kind, file, self.options) != self.states:
             raise UnavailableError(changed_message(self.path))
         source = open_file(self.kind, file, self.options)
@@ -94,7 +95,8 @@ def parts_in(
     if kind == "tar":
         for shard in parts_of(open_source(uri, workers=workers, on_progress=on_progress)):
             assert isinstance(shard, Tar)
-            yield Part("tar", _path_of(shard.file), {}, (shard.state,), len(shard)), shard
+            own = {"unpaired": "yes"} if shard.unpaired else {}
+            yield Part("tar", _path_of(shard.file), own, (shard.state,), len(shard)), shard
         return
     files = source_files(uri)
     for number, file in enumerate(files, 1):

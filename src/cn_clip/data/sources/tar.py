@@ -51,6 +51,7 @@ _SUFFIXES = frozenset((*SUFFIXES, *TEXT_SUFFIXES, *JSON_SUFFIXES))
 _TEXT_OR_JSON = (*TEXT_SUFFIXES, *JSON_SUFFIXES)
 _PARTS = (SUFFIXES, TEXT_SUFFIXES, JSON_SUFFIXES)
 _INDEX_SUFFIX = ".3.index"  # format version of the index
+_UNPAIRED_SUFFIX = ".unpaired" + _INDEX_SUFFIX
 _ONE_READ = 1 << 14  # bytes
 
 
@@ -63,6 +64,8 @@ class Tar:
     The text is ``KEY.txt``, or else ``caption`` or ``text`` in the JSON. A list ``texts`` in the
     JSON, as ``data.shard`` writes it, makes one pair per text. The ids are those in the JSON, or
     else the key.
+
+    With ``unpaired``, images without a text are rows too, with ``text=""`` and ``text_id=""``.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Tar:
         *,
         state: FileState | None = None,
         pairs: int | None = None,
+        unpaired: bool = False,
     ) -> None:
         """Open a shard; its index is built once.
 
@@ -79,17 +83,21 @@ class Tar:
             file: the shard.
             name: its URI.
             state: its present state, if it is known.
-            pairs: how many pairs it has, if that is known: its index is opened when it is needed.
+            pairs: how many rows it has, if that is known: its index is opened when it is needed.
+            unpaired: whether images without a text are rows.
 
         Raises:
-            DataError: the tar is incomplete (perhaps still being written) or has no sample.
+            DataError: the tar is incomplete (perhaps still being written) or has no row.
             CNClipError: the index cannot be written.
         """
         self.file = LocalFile(file) if isinstance(file, Path) else file
         self.name = path_text(name or f"tar:{self.file.name}")
+        self.unpaired = unpaired
         self._index_path: Path | None = None
         self.state = self.file.state() if state is None else state
         self._pairs: int = self._index().values["pairs"] if pairs is None else pairs
+        if not self._pairs and unpaired:
+            raise DataError(_("{path} holds no image", path=self.file.name))
         if not self._pairs:
             raise DataError(
                 _(
@@ -128,6 +136,7 @@ class Tar:
             text_number,
             lambda: self._key(arrays, sample),
             lambda: self.where(index),
+            unpaired=self.unpaired,
         )
 
     def image(self, index: int) -> bytes:
@@ -174,9 +183,13 @@ class Tar:
         if self._index_path is not None:
             with suppress(DataError):  # deleted: it is built again
                 return mapped(self._index_path)
-        file, state = self.file, self.state
+        file, state, unpaired = self.file, self.state, self.unpaired
         self._index_path = cached_index(
-            file, state, _INDEX_SUFFIX, lambda to: _write_index(file, state, to), _check_index
+            file,
+            state,
+            _UNPAIRED_SUFFIX if unpaired else _INDEX_SUFFIX,
+            lambda to: _write_index(file, state, to, unpaired=unpaired),
+            _check_index,
         )
         return mapped(self._index_path)
 
@@ -199,6 +212,8 @@ def _row(
     text_number: int,
     key: Callable[[], str],
     where: Callable[[], str],
+    *,
+    unpaired: bool,
 ) -> Row:
     """Return a row of a sample.
 
@@ -208,6 +223,7 @@ def _row(
         text_number: in the list of texts, -1 without a list.
         key: returns the sample's key.
         where: returns its location, for messages.
+        unpaired: whether it may have no caption.
     """
     named = next((name for name in ("image_id", "key") if name in values), None)
     image_id = key() if named is None else str(values[named])
@@ -226,6 +242,8 @@ def _row(
             raise DataError(
                 _("{where}: its text is not UTF-8; pack it again", where=where())
             ) from None
+    if caption is None and unpaired:
+        return Row("", image_id, "")
     if not isinstance(caption, str):
         raise DataError(
             _(
@@ -304,8 +322,8 @@ def _check_index(index: Path) -> Path:
     return index
 
 
-def _write_index(file: ShardFile, state: FileState, to: Path) -> None:
-    """Index a shard in the given state.
+def _write_index(file: ShardFile, state: FileState, to: Path, *, unpaired: bool) -> None:
+    """Index a shard in the given state; with ``unpaired``, images without a text are samples.
 
     Arrays of S samples: ``image_at`` in blocks of 512 bytes; ``text_gap`` and ``json_gap``, blocks
     from there; ``image_size``, ``text_size``, ``json_size`` in bytes; ``id``, the image ids. Of N
@@ -319,7 +337,11 @@ def _write_index(file: ShardFile, state: FileState, to: Path) -> None:
     unmatched: list[str] = []
     with _no_garbage_collection():
         samples, alone = _match_samples(_collect_members(file, state, unmatched))
-        pairs, rows = _read_samples(file, state, samples)
+        if unpaired:
+            samples += [member for member in alone if member.image is not None]
+            samples.sort(key=lambda sample: sample.image or (0, 0))
+            alone = [member for member in alone if member.image is None]
+        pairs, rows = _read_samples(file, state, samples, unpaired=unpaired)
     if file.state() != state:
         raise UnavailableError(changed_message(file.name))
     for member in alone:
@@ -380,7 +402,7 @@ def _span_arrays(samples: Sequence[_Members]) -> dict[str, npt.NDArray[Any]]:
 
 
 def _read_samples(
-    file: ShardFile, state: FileState, samples: Sequence[_Members]
+    file: ShardFile, state: FileState, samples: Sequence[_Members], *, unpaired: bool
 ) -> tuple[list[tuple[int, int]], list[Row | None]]:
     """Return the pairs, as (sample, number of the text), and their rows; None is unreadable."""
     pairs: list[tuple[int, int]] = []
@@ -394,7 +416,9 @@ def _read_samples(
                 numbers = range(len(_texts(values))) or (-1,)
             for text_number in numbers:
                 pairs.append((number, text_number))
-                rows.append(_row_if_readable(values, text, text_number, sample.key))
+                rows.append(
+                    _row_if_readable(values, text, text_number, sample.key, unpaired=unpaired)
+                )
     return pairs, rows
 
 
@@ -405,11 +429,13 @@ def _content(stream: BinaryIO, span: _Span | None) -> bytes | None:
     return stream.read(span[1])
 
 
-def _row_if_readable(values: Any, text: bytes | None, text_number: int, key: str) -> Row | None:
+def _row_if_readable(
+    values: Any, text: bytes | None, text_number: int, key: str, *, unpaired: bool
+) -> Row | None:
     if not isinstance(values, dict):
         return None
     try:
-        return _row(values, text, text_number, lambda: key, lambda: "")
+        return _row(values, text, text_number, lambda: key, lambda: "", unpaired=unpaired)
     except DataError:
         return None
 

@@ -34,6 +34,7 @@ _PATIENCE = 3.0  # seconds before a process says what it waits for
 def open_tars(
     files: Sequence[ShardFile],
     *,
+    unpaired: bool = False,
     skip_damaged: bool = False,
     workers: int = 0,
     on_progress: Progress = no_progress,
@@ -44,6 +45,7 @@ def open_tars(
 
     Args:
         files: the shards.
+        unpaired: whether images without a text are rows.
         skip_damaged: leave damaged shards out.
         workers: processes that index; 0 indexes in this process.
         on_progress: called with (done, total) shards while they are indexed.
@@ -59,17 +61,17 @@ def open_tars(
         if isinstance(file, LocalFile):
             check_no_folder(file.path, "tar")
     if len(files) == 1:
-        return [Tar(files[0])], []
+        return [Tar(files[0], unpaired=unpaired)], []
     states = [file.state() for file in files]
     counts = in_index_folder(
         files[0].short_name,
-        lambda folder: _pair_counts(folder, files, states, workers, on_progress),
+        lambda folder: _pair_counts(folder, files, states, unpaired, workers, on_progress),
     )
     damaged = [number for number, pairs in enumerate(counts) if pairs == _DAMAGED]
     if damaged and (not skip_damaged or len(damaged) == len(files)):
-        _raise_first(files, states, damaged)
+        _raise_first(files, states, damaged, unpaired=unpaired)
     parts = [
-        Tar(file, state=state, pairs=pairs)
+        Tar(file, state=state, pairs=pairs, unpaired=unpaired)
         for file, state, pairs in zip(files, states, counts, strict=True)
         if pairs != _DAMAGED
     ]
@@ -81,11 +83,15 @@ def open_tars(
 
 
 def _raise_first(
-    files: Sequence[ShardFile], states: Sequence[FileState], damaged: Sequence[int]
+    files: Sequence[ShardFile],
+    states: Sequence[FileState],
+    damaged: Sequence[int],
+    *,
+    unpaired: bool,
 ) -> None:
     """Raise the error of the first damaged shard, with the number of all."""
     try:
-        Tar(files[damaged[0]], state=states[damaged[0]])
+        Tar(files[damaged[0]], state=states[damaged[0]], unpaired=unpaired)
     except DataError as error:
         if len(damaged) == 1:
             raise
@@ -114,19 +120,21 @@ def _pair_counts(
     folder: Path,
     files: Sequence[ShardFile],
     states: Sequence[FileState],
+    unpaired: bool,
     workers: int,
     on_progress: Progress,
 ) -> list[int]:
     """Return the number of pairs of each shard, or ``_DAMAGED``, after indexing the new ones."""
     joined = b"\0".join(file.identity for file in files)
-    table = folder / f"{hashlib.blake2b(joined, digest_size=8).hexdigest()}.3.table"
+    suffix = ".unpaired.3.table" if unpaired else ".3.table"
+    table = folder / f"{hashlib.blake2b(joined, digest_size=8).hexdigest()}{suffix}"
     counts = _read_table(table, states)
     if None in counts:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(table.with_suffix(".lock")):
             counts = _read_table(table, states)  # another process may have indexed them
             missing = [number for number, pairs in enumerate(counts) if pairs is None]
-            jobs = [(files[number], states[number]) for number in missing]
+            jobs = [(files[number], states[number], unpaired) for number in missing]
             few = len(missing) <= _FEW or workers == 1
             on_progress(len(files) - len(missing), len(files))
             with parallel_map(_index, 0 if few else workers) as run:
@@ -137,10 +145,10 @@ def _pair_counts(
     return [pairs for pairs in counts if pairs is not None]
 
 
-def _index(job: tuple[ShardFile, FileState]) -> int:
-    file, state = job
+def _index(job: tuple[ShardFile, FileState, bool]) -> int:
+    file, state, unpaired = job
     try:
-        return len(Tar(file, state=state))
+        return len(Tar(file, state=state, unpaired=unpaired))
     except DataError:
         return _DAMAGED
 
