@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import asdict
 
 import pytest
@@ -24,14 +25,20 @@ def fresh(monkeypatch):
     module._embedder.cache_clear()
 
 
-@pytest.fixture
-def out(tmp_path, tiny_checkpoint):
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_checkpoint):
     """A finished run of four shards, one with a quarantine."""
-    images = write_images(tmp_path / "images", 10)
+    folder = tmp_path_factory.mktemp("finished")
+    images = write_images(folder / "images", 10)
     (images / "0004.jpg").write_bytes(b"no image")
-    plan_in(tmp_path / "out", tiny_checkpoint, images, shards_of=3)
-    run_in(tmp_path / "out")
-    return tmp_path / "out"
+    plan_in(folder / "out", tiny_checkpoint, images, shards_of=3)
+    run_in(folder / "out")
+    return folder / "out"
+
+
+@pytest.fixture
+def out(tmp_path, finished):
+    return shutil.copytree(finished, tmp_path / "out")
 
 
 class Counting(FolderStore):

@@ -14,6 +14,7 @@ from cn_clip.translation import _
 
 FOLDER = "manifests"
 MANIFEST = Format("bulk-manifest", 1)
+_VERSION = str(MANIFEST)
 NAME = re.compile(r"(\d{5,})\.json")
 
 
@@ -87,10 +88,10 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
         UsageError: it is of a newer version.
     """
     try:
-        values = json.loads(content)
-        version = values.pop(FIELD)
-        MANIFEST.check_not_newer(version, where, UsageError)
-        MANIFEST.check(version, where, DataError, _("compute its shard again"))
+        values = json.loads(content.decode())
+        if (version := values.pop(FIELD)) != _VERSION:
+            MANIFEST.check_not_newer(version, where, UsageError)
+            MANIFEST.check(version, where, DataError, _("compute its shard again"))
         files = {name: Written(**file) for name, file in values.pop("files").items()}
         manifest = Manifest(files=files, **values)
         if not _is_valid(manifest):
@@ -106,12 +107,14 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
 
 def _is_valid(manifest: Manifest) -> bool:
     """Return whether values have their types, and the numbers add up."""
-    counts = manifest.rows_in, manifest.rows_out, manifest.quarantined, manifest.attempt
-    sizes = [file.bytes for file in manifest.files.values()]
+    for count in (manifest.rows_in, manifest.rows_out, manifest.quarantined, manifest.attempt):
+        if type(count) is not int or not 0 <= count < 1 << 32:
+            return False
+    for file in manifest.files.values():
+        if type(file.bytes) is not int or not 0 <= file.bytes < 1 << 63:
+            return False
     return (
-        all(type(count) is int and 0 <= count < 1 << 32 for count in counts)
-        and all(type(size) is int and 0 <= size < 1 << 63 for size in sizes)
-        and float(manifest.seconds) >= 0
+        float(manifest.seconds) >= 0
         and 0 <= int(manifest.key, 16) < 1 << 64
         and manifest.rows_in == manifest.rows_out + manifest.quarantined
     )

@@ -16,11 +16,10 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from filelock import FileLock, Timeout
 
@@ -42,16 +41,15 @@ _HOLDER = ".holder"  # ends the name of the note of who holds a lock
 _BUCKETS = ("s3", "gs", "az", "oss")
 _PAGE = 1000  # names per request of a listing
 _NO_FOLDER = (FileNotFoundError, NotADirectoryError)
-_SORTED = 1 << 16  # names of a listing that are sorted at a time
+_SORTED = 1 << 14  # names of a listing that are sorted at a time
 
 
 class BusyError(CNClipError):
     """Another process works on the same shard, or drives the same run."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A file in a listing.
+class Entry(NamedTuple):
+    """A file in a listing, of which there may be millions.
 
     Attributes:
         name: in its folder.
@@ -212,8 +210,9 @@ class FolderStore:
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes | None:
         try:
-            with open(f"{self.location}/{name}", "rb") as stream:  # faster than a Path
-                stream.seek(start)
+            with open(f"{self.location}/{name}", "rb") as stream:  # no Path: there may be many
+                if start:
+                    stream.seek(start)
                 return stream.read(-1 if stop is None else stop - start)
         except FileNotFoundError:
             return None
@@ -268,7 +267,12 @@ class FolderStore:
             # A listing of many files is in no order of the disk.
             while some := list(islice(listing, _SORTED)):
                 for entry in sorted(some, key=os.DirEntry.inode):
-                    yield from _entry(entry)
+                    try:
+                        status = entry.stat()
+                    except FileNotFoundError:  # removed meanwhile
+                        continue
+                    if stat.S_ISREG(status.st_mode):
+                        yield Entry(entry.name, status.st_size, status.st_mtime, status.st_mtime_ns)
 
     def remove(self, name: str) -> None:
         (self.root / name).unlink(missing_ok=True)
@@ -355,14 +359,6 @@ class FolderStore:
             yield path
         finally:
             path.unlink(missing_ok=True)
-
-
-def _entry(entry: os.DirEntry[str]) -> Iterator[Entry]:
-    """Yield a file; nothing if it was removed meanwhile, or is a folder."""
-    with suppress(FileNotFoundError):
-        status = entry.stat()
-        if stat.S_ISREG(status.st_mode):
-            yield Entry(entry.name, status.st_size, status.st_mtime, status.st_mtime_ns)
 
 
 @contextmanager

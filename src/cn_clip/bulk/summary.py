@@ -42,7 +42,7 @@ _HEAD = 256  # bytes of the line of JSON
 _BLOCK = 1 << 20  # bytes read or written at a time
 _TOGETHER = 4096  # files read at a time
 _WORTH = 1000  # manifests that are read again rather than written to the file
-_SPREAD = np.uint64(0x9E3779B97F4A7C15)  # odd: no two counts give the same product
+_SPREAD = 0x9E3779B97F4A7C15  # odd: no two counts give the same product
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +85,11 @@ def read_manifests(
         sizes = np.array([entry.size for entry in entries], np.int64)
         same = (rows["state"][numbers] == states) & (rows["size"][numbers] == sizes)
         unread = np.flatnonzero(~same).tolist()
+        rows[numbers[unread]] = 0
         names = [manifest_name(int(numbers[at])) for at in unread]
+        read: dict[int, tuple[Any, ...]] = {}
         for at, content in zip(unread, read_many(store, names), strict=True):
             number = int(numbers[at])
-            rows[number] = 0
-            changed += 1
             if content is None:  # discarded meanwhile
                 modified[number] = np.nan
                 continue
@@ -98,7 +98,10 @@ def read_manifests(
             except DataError:
                 damaged += 1
             else:
-                _fill(rows[number : number + 1], entries[at], manifest, number)
+                read[number] = _row(entries[at], manifest, number)
+        if read:
+            rows[list(read)] = np.array(list(read.values()), ROW)
+        changed += len(unread)
         count += len(numbers)
         on_read(count, shards)
     rows[np.isnan(modified)] = 0
@@ -124,7 +127,8 @@ def identity_of(
         keys: (N,) of the inputs.
         counts: (N,) inputs.
     """
-    return keys ^ (counts.astype(np.uint64) * _SPREAD) ^ np.uint64(_owner(plan, model, *files))
+    spread = counts.astype(np.uint64) * np.uint64(_SPREAD)
+    return keys ^ spread ^ np.uint64(_owner(plan, model, *files))
 
 
 def named(file: str, number: int) -> str:
@@ -148,19 +152,19 @@ def _numbered(some: Iterable[Entry], shards: int) -> tuple[npt.NDArray[np.int64]
     return np.array(numbers, np.int64), entries
 
 
-def _fill(row: Rows, entry: Entry, manifest: Manifest, number: int) -> None:
-    """Write what a manifest says into a row (1,)."""
-    sizes = dict.fromkeys(FOLDERS, ABSENT)
-    for name, written in manifest.files.items():
-        sizes[name.partition("/")[0]] = written.bytes
-    row["state"], row["size"] = entry.state, entry.size
-    for name in ("rows_in", "rows_out", "quarantined", "attempt", "seconds"):
-        row[name] = getattr(manifest, name)
-    row["files"] = [sizes[folder] for folder in FOLDERS]
+def _row(entry: Entry, manifest: Manifest, number: int) -> tuple[Any, ...]:
+    """Return the values of a row."""
+    files = {name.partition("/")[0]: file.bytes for name, file in manifest.files.items()}
+    identity = 0
     if manifest.shard == number:
-        files = sorted(named(name, number) for name in manifest.files)
-        key, count = np.array([int(manifest.key, 16)], np.uint64), row["rows_in"]
-        row["identity"] = identity_of(manifest.plan, manifest.model, files, key, count)
+        names = sorted(named(name, number) for name in manifest.files)
+        identity = int(manifest.key, 16) ^ (manifest.rows_in * _SPREAD % (1 << 64))
+        identity ^= _owner(manifest.plan, manifest.model, *names)
+    return (
+        entry.state, entry.size, manifest.rows_in, manifest.rows_out, manifest.quarantined,
+        manifest.attempt, manifest.seconds, identity,
+        tuple(files.get(folder, ABSENT) for folder in FOLDERS),
+    )  # fmt: skip
 
 
 def _load(store: Store, shards: int) -> Rows:
