@@ -33,15 +33,7 @@ class Format:
         """
         if value is None or value == str(self):
             return
-        match = re.fullmatch(rf"cn-clip {re.escape(self.name)} (\d{{1,9}})", str(value))
-        if match and int(match[1]) > self.version:
-            raise error(
-                _(
-                    "{where}: its format is {value!r}, of a newer cn_clip; update cn_clip",
-                    where=where,
-                    value=value,
-                )
-            )
+        self.check_not_newer(value, where, error)
         raise error(
             _(
                 "{where}: its format is {value!r:.60}, not {self!r}; {remedy}",
@@ -51,3 +43,15 @@ class Format:
                 remedy=remedy,
             )
         )
+
+    def check_not_newer(self, value: Any, where: object, error: type[CNClipError]) -> None:
+        """Raise ``error`` for the field of a file of a newer version."""
+        match = re.fullmatch(rf"cn-clip {re.escape(self.name)} (\d{{1,9}})", str(value))
+        if match and int(match[1]) > self.version:
+            raise error(
+                _(
+                    "{where}: its format is {value!r}, of a newer cn_clip; update cn_clip",
+                    where=where,
+                    value=value,
+                )
+            )

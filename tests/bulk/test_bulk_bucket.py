@@ -4,6 +4,7 @@ import json
 import subprocess
 import threading
 import time
+from contextlib import suppress
 from random import Random
 
 import numpy as np
@@ -11,10 +12,14 @@ import pytest
 from bulk.runs import command, request_of, run_in, write_images
 from data.object_server import serving
 from data.test_index import write_shards
+from obstore.store import MemoryStore
 from pyarrow import parquet
 
-from cn_clip.bulk import lease, run
+from cn_clip.bulk import lease, run, summary
 from cn_clip.bulk import shard as module
+from cn_clip.bulk import store as store_module
+from cn_clip.bulk.engines.base import Outcome, Task
+from cn_clip.bulk.plan import read_plans
 from cn_clip.bulk.planning import make_plan
 from cn_clip.bulk.shard import planned_shards, run_shard
 from cn_clip.bulk.status import status_of
@@ -126,39 +131,188 @@ def test_a_large_file_arrives_whole(server, tmp_path):
 def test_a_driver_that_renews_its_lock_keeps_it_and_a_dead_one_loses_it(server, monkeypatch):
     store = open_store(OUT)
     refused = pytest.raises(BusyError, match="another process runs")
-    with store.lock("driver.lock"), refused, store.lock("driver.lock"):
-        pass
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    with store.lock("driver.lock"), refused:
+        monkeypatch.setattr(time, "time", lambda: 4e9)  # the clock of another machine
+        with store.lock("driver.lock"):
+            pass
+    start = time.monotonic()
     with store.lock("driver.lock"):  # it was given back
-        pass
-    store.note(".work/driver.lock", json.dumps({"token": "dead", "holder": "{}"}).encode())
+        assert time.monotonic() - start < 0.5
+    store.note(".work/locks/driver.lock", other_driver())
     start = time.monotonic()
     with store.lock("driver.lock"):
         assert time.monotonic() - start >= 0.6
-    assert store.read(".work/driver.lock") is None
 
 
-def test_two_processes_on_one_shard_cannot_both_finish_it(server, tmp_path, tiny_checkpoint):
+def other_driver():
+    """Return the lock of a process that does not renew it."""
+    return json.dumps({"token": "other", "holder": "{}"}).encode()
+
+
+def test_a_lock_that_another_process_has_taken_is_not_given_back(server):
+    store = open_store(OUT)
+    with store.lock("driver.lock") as lost:
+        store.note(".work/locks/driver.lock", other_driver())
+    assert store.read(".work/locks/driver.lock") == other_driver()
+    with store.lock("driver.lock") as lost:
+        assert not lost.wait(0.3)
+        store.note(".work/locks/driver.lock", other_driver())
+        assert lost.wait(2)
+    assert store.read(".work/locks/driver.lock") == other_driver()
+
+
+def test_a_lock_is_given_back_though_the_answer_to_its_renewal_was_lost(server):
+    store = open_store(OUT)
+    with store.lock("driver.lock"):
+        server.faults["run/.work/locks/driver.lock"] = ["reset"]
+        time.sleep(0.3)
+    start = time.monotonic()
+    with store.lock("driver.lock"):
+        assert time.monotonic() - start < 0.5
+
+
+def test_a_driver_that_lost_its_lock_stops(server, tmp_path, tiny_checkpoint):
+    plan_in(tiny_checkpoint, write_images(tmp_path / "a", 6), shards_of=1)
+    given = []
+
+    def engine(task, shards):
+        for number in shards:
+            given.append(number)
+            yield Outcome(number)
+            if number == 1:
+                open_store(OUT).note(".work/locks/driver-0-of-1.lock", other_driver())
+                time.sleep(0.5)
+
+    with pytest.raises(BusyError, match="another process drives s3://bucket/run now"):
+        run.run(open_store(OUT), engine, Task(OUT))
+    assert given == [0, 1]
+
+
+def test_a_portion_whose_driver_is_gone_ends_for_the_driver_of_all(server):
+    store = open_store(OUT)
+    for index in range(20):
+        store.note(f".work/locks/driver-{index}-of-64.lock", other_driver())
+    start = time.monotonic()
+    with run.driving(store):
+        assert 0.6 <= time.monotonic() - start < 3  # not one after the other
+    with run.driving(store, run.Portion(3, 64)):
+        pass
+
+
+def files_of(folder, mark, quarantine):
+    """Write the files of an attempt, each of which holds its mark."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {"quarantine/00000.jsonl": None, "img_emb/img_emb_00000.npy": folder / "img"}
+    files["metadata/metadata_00000.parquet"] = folder / "metadata"
+    if quarantine:
+        files["quarantine/00000.jsonl"] = folder / "quarantine"
+    for file in files.values():
+        if file is not None:
+            file.write_bytes(mark)
+    return files
+
+
+def assert_whole(store, content):
+    """Check that a manifest has all files of its attempt, and no other."""
+    mark = content[:1]
+    assert store.read("manifests/00000.json") == content
+    for name in ("img_emb/img_emb_00000.npy", "metadata/metadata_00000.parquet"):
+        assert store.read(name) == mark
+    assert store.read("quarantine/00000.jsonl") == (mark if b"quarantine" in content else None)
+
+
+MANIFEST = "manifests/00000.json"
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+@pytest.mark.parametrize("contents", [(b"1 quarantine", b"2"), (b"1", b"2 quarantine")])
+def test_files_of_two_attempts_are_never_mixed_wherever_one_pauses_or_dies(
+    tmp_path, monkeypatch, is_killed, contents
+):
+    """Before each request of the first attempt, the second one is made from start to end."""
+    first, second = contents
+    sent, pause_at = 0, 0
+
+    def attempt(content):
+        files = files_of(tmp_path / content[:1].decode(), content[:1], b"quarantine" in content)
+        return store.complete(MANIFEST, content, files)
+
+    def counted(name, send):
+        nonlocal sent
+        sent += 1
+        if sent == pause_at:
+            assert_whole(store, attempt(second))
+            if is_killed:
+                raise KeyboardInterrupt
+        return remote.request(name, send)
+
+    monkeypatch.setattr(store_module, "request", counted)
+    wins, is_paused = [], True
+    while is_paused:
+        bucket = MemoryStore()
+        monkeypatch.setattr(store_module, "locate", lambda url, to=bucket: (to, url[5:]))
+        store = open_store(OUT)
+        sent, pause_at = 0, len(wins) + 1
+        with suppress(KeyboardInterrupt):
+            assert_whole(store, attempt(first))
+        is_paused, pause_at = sent >= pause_at, 0
+        wins.append(store.completed(MANIFEST))
+        assert_whole(store, wins[-1])
+        if not is_killed:
+            assert not [each for page in bucket.list("bucket/run/.work") for each in page]
+    assert wins[0] == second and wins[-1] == first and len(wins) > 8
+
+
+def test_a_late_worker_leaves_the_files_of_a_done_shard_alone(
+    server, tmp_path, tiny_checkpoint, monkeypatch
+):
     plan_in(tiny_checkpoint, write_images(tmp_path / "a", 3))
-    create = module.manifest_name
-    other = {}
+    embed, late = module._embed, []
 
-    def meanwhile(number):
-        """Another process finishes the shard just before this one does."""
-        if "done" not in other and other.setdefault("calls", 0) == 2:
-            other["done"] = True
-            planned_shards.cache_clear()
+    def slow(*args):
+        """Another process, whose vectors round differently, begins and finishes meanwhile."""
+        parts = embed(*args)
+        if not late:
+            late.append(True)
             run_shard(OUT, 0)
-        other["calls"] = other.get("calls", 0) + 1
-        return create(number)
+            return {stem: part + np.float32(1e-4) for stem, part in parts.items()}
+        return parts
 
-    module.manifest_name = meanwhile
-    try:
-        with pytest.raises(DataError, match="at the same time"):
-            run_shard(OUT, 0)
-    finally:
-        module.manifest_name = create
-    assert run_shard(OUT, 0).attempt >= 1
-    assert verify(open_store(OUT)).complete
+    monkeypatch.setattr(module, "_embed", slow)
+    manifest = run_shard(OUT, 0)
+    assert manifest == run_shard(OUT, 0)
+    assert verify(open_store(OUT), checksums=True).complete
+    assert not list((server.folder / "run/.work").rglob("*.*"))
+
+
+def test_discarding_ends_what_was_begun_and_removes_what_came_too_late(
+    server, tmp_path, tiny_checkpoint
+):
+    plan_in(tiny_checkpoint, write_images(tmp_path / "a", 3), shards_of=1)
+    store = open_store(OUT)
+    manifest = run_shard(OUT, 0)
+    content, files = store.read("manifests/00000.json"), list(manifest.files)
+    for name in files:  # as if its worker had died before it copied them
+        staged = f".work/staged/00000-{'0' * 16}-{name.rpartition('/')[2]}"
+        store.note(staged, store.read(name))
+        store.remove(name)
+    commit = {"token": "0" * 16, "content": content.decode(), "files": files, "absent": []}
+    store.note(".work/commits/00000.json", json.dumps(commit).encode())
+    store.remove("manifests/00000.json")
+    lost = commit | {"token": "1" * 16}
+    store.note(".work/commits/00001.json", json.dumps(lost).encode())
+    with pytest.raises(DataError, match="bulk resume"):
+        run_shard(OUT, 1)
+    store.note(f".work/staged/00000-{'2' * 16}-img_emb_00000.npy", b"late")
+    store.note(f".work/staged/00002-{'2' * 16}-img_emb_00002.npy", b"half")
+    found = verify(store)
+    assert (found.done, found.leftovers) == (0, 4)
+    found = verify(store, checksums=True, discard=True)
+    assert (found.done, found.damages, found.leftovers) == (1, 0, 1)
+    assert found.orphans == [f".work/staged/00000-{'2' * 16}-img_emb_00000.npy"]
+    assert not verify(store).orphans
+    assert run_in(OUT).done == 2 and verify(store, checksums=True).complete
 
 
 def test_a_bucket_that_does_not_answer_is_an_error(server, tiny_checkpoint, monkeypatch, capsys):
@@ -196,3 +350,25 @@ def test_more_inputs_are_a_second_plan_in_a_bucket_too(server, tmp_path, tiny_ch
     assert plan_in(tiny_checkpoint, images) is None
     more = plan_in(tiny_checkpoint, images, write_images(tmp_path / "b", 2))
     assert (more.rows, more.number) == (2, 1)
+
+
+def test_manifests_of_a_bucket_are_read_once(server, tmp_path, tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr(summary, "_WORTH", 1)
+    plan_in(tiny_checkpoint, write_images(tmp_path / "a", 3), shards_of=1)
+    run_in(OUT)
+    first = status_of(open_store(OUT))
+    server.requests.clear()
+    assert status_of(open_store(OUT)) == first and verify(open_store(OUT)).complete
+    assert not [path for _method, path in server.requests if "manifests/" in path]
+    path = server.folder / "run/manifests/00001.json"
+    path.write_text(path.read_text().replace('"attempt": 1', '"attempt": 5'))
+    assert status_of(open_store(OUT)).attempts == first.attempts + 4
+
+
+def test_plans_of_a_bucket_are_read_without_listing_its_files(server, tmp_path, tiny_checkpoint):
+    plan_in(tiny_checkpoint, write_images(tmp_path / "a", 3))
+    server.requests.clear()
+    assert [plan.number for plan in read_plans(open_store(OUT))] == [0]
+    assert set(server.requests) == {
+        ("GET", "run/plan_00000.json"), ("GET", "run/plan_00001.json"),
+    }  # fmt: skip

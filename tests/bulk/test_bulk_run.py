@@ -5,7 +5,9 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -26,7 +28,7 @@ from data.test_index import write_shards
 import cn_clip
 from cn_clip.bulk import shard as module
 from cn_clip.bulk.plan import existing_plans
-from cn_clip.bulk.run import Portion, run
+from cn_clip.bulk.run import Portion, driving, run
 from cn_clip.bulk.shard import planned_shards, run_shard
 from cn_clip.bulk.status import status_of
 from cn_clip.bulk.store import BusyError, FolderStore, open_store
@@ -68,7 +70,7 @@ def test_a_run_holds_the_vectors_of_embed_images(images, out, tiny_checkpoint):
     assert stored.ids == list(rows)
     assert verify(open_store(str(out)), checksums=True).complete
     work = [path.name for path in (out / ".work").rglob("*") if path.is_file()]
-    assert work == ["driver.lock"]
+    assert work == ["driver-0-of-1.lock"]
 
 
 @pytest.mark.full
@@ -183,7 +185,7 @@ def test_another_version_of_the_package_is_refused(images, out, tiny_checkpoint)
 
 def test_a_second_driver_is_refused_and_told_who_drives(images, out, tiny_checkpoint, capsys):
     plan_in(out, tiny_checkpoint, images)
-    with open_store(str(out)).lock("driver.lock"):
+    with open_store(str(out)).lock("driver-0-of-1.lock"):
         assert cli(["bulk", "run", str(out), "--workers", "0"]) == 1
         assert str(os.getpid()) in capsys.readouterr().err
         assert cli(["bulk", "status", str(out)]) == 0  # anyone may watch
@@ -240,13 +242,63 @@ def test_leftovers_of_a_killed_process_are_replaced(images, out, tiny_checkpoint
 def test_two_drivers_at_once_compute_each_shard_once(images, out, tiny_checkpoint):
     """As in a network where a driver is believed dead and is not."""
     plan_in(out, tiny_checkpoint, images, shards_of=1)
-    drivers = [
-        subprocess.Popen(command("run", out, "--workers", 0, "--part", part, "--retries", 50))
-        for part in ("0/1", "0/2", "1/2")
-    ]
+    code = (
+        "import sys; from cn_clip.bulk.engines.base import Task;"
+        "from cn_clip.bulk.engines.local import LocalEngine;"
+        "print(len(list(LocalEngine(0)(Task(sys.argv[1]), range(10)))))"
+    )
+    drivers = [subprocess.Popen([sys.executable, "-c", code, str(out)]) for _each in range(3)]
     assert [driver.wait(60) for driver in drivers] == [0, 0, 0]
     assert len(rows_in(out)) == 10
     assert {each["attempt"] for each in manifests_in(out).values()} == {1}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "are_apart"),
+    [
+        ((0, 1), (1, 2), False),
+        ((1, 2), (0, 1), False),
+        ((0, 2), (1, 2), True),
+        ((0, 2), (2, 4), False),
+        ((1, 2), (2, 4), True),
+        ((1, 2), (1, 3), False),
+    ],
+)
+def test_two_drivers_run_at_once_only_if_no_shard_is_in_both_portions(
+    out, first, second, are_apart
+):
+    shards = [set(range(index, 12, of)) for index, of in (first, second)]
+    assert shards[0].isdisjoint(shards[1]) == are_apart
+    store = open_store(str(out))
+    with driving(store, Portion(*first)):
+        refused = pytest.raises(BusyError, match=str(os.getpid()))
+        with nullcontext() if are_apart else refused, driving(store, Portion(*second)):
+            pass
+        note = out / ".work/locks/driver-0-of-1.lock.holder"
+        assert note.exists() == (first == (0, 1))
+    with driving(store, Portion(*second)):
+        pass
+
+
+def test_the_note_of_a_killed_driver_of_a_portion_excludes_nobody(out):
+    store = open_store(str(out))
+    with driving(store, Portion(1, 2)):
+        pass
+    note = out / ".work/locks/driver-1-of-2.lock.holder"
+    note.write_text("{}")
+    with driving(store):
+        assert not note.exists()
+
+
+def test_resume_is_refused_while_a_portion_is_computed(images, out, tiny_checkpoint, capsys):
+    plan_in(out, tiny_checkpoint, images)
+    run_in(out)
+    (out / "img_emb/img_emb_00000.npy").write_bytes(b"x")
+    with driving(open_store(str(out)), Portion(2, 3)):
+        for words in (["resume", str(out)], ["verify", str(out), "--discard"], ["run", str(out)]):
+            assert cli(["bulk", *words]) == 1
+            assert "another process runs" in capsys.readouterr().err
+    assert list(manifests_in(out)) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -423,6 +475,40 @@ def test_a_manifest_of_another_plan_is_damage(images, out, tiny_checkpoint):
     first.write_text(first.read_text().replace(manifests_in(out)[0]["key"], "0" * 16))
     found = verify(open_store(str(out)), discard=True)
     assert list(found.damaged) == [0] and found.discarded == 1 and not first.exists()
+
+
+def test_a_manifest_of_a_newer_version_is_never_discarded(images, out, tiny_checkpoint, capsys):
+    plan_in(out, tiny_checkpoint, images)
+    run_in(out)
+    (out / "img_emb/img_emb_00000.npy").write_bytes(b"x")
+    newer = out / "manifests/00002.json"
+    newer.write_text(newer.read_text().replace("bulk-manifest 1", "bulk-manifest 2"))
+    for words in (["resume"], ["verify", "--discard"], ["verify"], ["status"]):
+        assert cli(["bulk", words[0], str(out), *words[1:]]) == 2
+        error = capsys.readouterr().err
+        assert "'cn-clip bulk-manifest 2', of a newer cn_clip; update cn_clip" in error
+    assert list(manifests_in(out)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (f'"{cn_clip.__version__}"', '"99.0.0"', "planned with cn_clip 99.0.0"),
+        ("bulk-plan 1", "bulk-plan 2", "of a newer cn_clip; update cn_clip"),
+    ],
+)
+def test_shards_of_a_plan_of_another_version_are_never_discarded(
+    images, out, tiny_checkpoint, capsys, before, after, message
+):
+    plan_in(out, tiny_checkpoint, images)
+    run_in(out)
+    (out / "img_emb/img_emb_00000.npy").write_bytes(b"x")
+    plan = out / "plan_00000.json"
+    plan.write_text(plan.read_text().replace(before, after))
+    for words in (["resume", str(out)], ["verify", str(out), "--discard"]):
+        assert cli(["bulk", *words]) != 0
+        assert message in capsys.readouterr().err
+    assert list(manifests_in(out)) == [0, 1, 2]
 
 
 def test_an_output_of_another_kind_is_bad_usage(tmp_path, capsys):

@@ -3,7 +3,7 @@
     python tests/data/object_server.py FOLDER [LATENCY]    # prints its port
 
 GET and HEAD with ranges and ETags, S3's ListObjectsV2 at ``/BUCKET?list-type=2`` in pages, PUT with
-conditions, multipart uploads, and DELETE.
+conditions, copies, multipart uploads, and DELETE.
 """
 
 import hashlib
@@ -23,6 +23,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else many answers take 40 ms
 
     def log_message(self, *_):
         pass
@@ -92,6 +93,11 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "DELETE":
             file.unlink(missing_ok=True)
             return 204, b"", {}
+        if source := self.headers.get("x-amz-copy-source"):
+            origin = server.folder / unquote(source).lstrip("/").partition("/")[2]
+            if not origin.is_file():
+                return 404, b"<Error><Code>NoSuchKey</Code></Error>", {}
+            content = origin.read_bytes()
         if self.command == "POST":
             stored = server.uploads[query["uploadId"][0]]
             content = b"".join(stored[number] for number in sorted(stored))
@@ -103,6 +109,8 @@ class Handler(BaseHTTPRequestHandler):
         temporary.write_bytes(content)
         os.replace(temporary, file)
         answer = b""
+        if source:
+            answer = f"<CopyObjectResult><ETag>{tag(file)}</ETag></CopyObjectResult>".encode()
         if self.command == "POST":
             answer = f"<CompleteMultipartUploadResult><ETag>{tag(file)}</ETag>".encode()
             answer += b"</CompleteMultipartUploadResult>"

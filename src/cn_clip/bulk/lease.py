@@ -1,7 +1,8 @@
 """A lock in a bucket: an object that its holder renews, written under conditions on its ETag.
 
 A holder is gone if it does not renew the lock for a while, by the clock of the process that waits:
-the clocks of two machines are never compared.
+the clocks of two machines are never compared. A lock is given back by a last write under the same
+condition, and not by removing it, which has no condition: it may be another's by then.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import socket
 import threading
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -21,7 +23,7 @@ from cn_clip.errors import UnavailableError
 from cn_clip.translation import _
 
 RENEWAL = 5.0  # seconds between renewals
-PATIENCE = 30.0  # seconds without a renewal, after which the holder is gone
+PATIENCE = 60.0  # seconds without a renewal, after which the holder is gone; a request may take 30
 _POLL = 1.0
 
 
@@ -48,37 +50,45 @@ def holder_of(name: str, holder: str) -> str:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """The state of a lock.
+
+    Attributes:
+        tag: ETag of its object; None without one.
+        token: of its holder; None if it is free.
+        holder: for people.
+    """
+
+    tag: Any
+    token: str | None
+    holder: str
+
+
 class BucketLease:
-    """The lock object at a path of a store of obstore."""
+    """The lock object at a path of a store of obstore.
+
+    Attributes:
+        lost: set when another process has taken the lock, as this one did not renew it in time.
+    """
 
     def __init__(self, store: Any, path: str, name: str) -> None:
         self._store, self._path, self._name = store, path, name
-        self._holder = this_process()
         self._token = secrets.token_hex(8)
+        self._own = {"token": self._token, "holder": this_process()}
         self._tag: Any = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self.lost = False
-        """Whether another process took the lock, after this one did not renew it in time."""
+        self.lost = threading.Event()
 
     def acquire(self) -> str | None:
         """Take the lock; return its holder if that is another process that renews it."""
-        seen, since = None, time.monotonic()
-        while not self._put("create"):
-            current = self._read()
-            if current is None:  # released meanwhile
-                continue
-            content, tag = current
-            if content.get("token") == self._token:  # our answer was lost
-                self._tag = tag
+        while not self._write(self._own, "create"):
+            found, is_alive = self._watch()
+            if is_alive:
+                return found.holder
+            if found.tag is not None and self._write(self._own, {"e_tag": found.tag}):
                 break
-            if tag != seen:
-                if seen is not None:  # it was renewed
-                    return str(content.get("holder", ""))
-                seen, since = tag, time.monotonic()
-            if time.monotonic() - since >= PATIENCE and self._put({"e_tag": tag}):
-                break
-            time.sleep(_POLL)
         self._thread = threading.Thread(target=self._renew, name="cn_clip-lease", daemon=True)
         self._thread.start()
         return None
@@ -88,30 +98,59 @@ class BucketLease:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        if not self.lost:
-            with suppress(UnavailableError):  # it ends by itself
-                request(self._name, lambda: obstore().delete(self._store, self._path))
+        with suppress(UnavailableError):  # it ends by itself
+            self._replace({"token": None})
+
+    def vacate(self) -> str | None:
+        """Free the lock if its holder is gone; return the holder if it is not.
+
+        A holder that was only believed gone notices that its lock is lost.
+        """
+        while True:
+            found, is_alive = self._watch()
+            if is_alive:
+                return found.holder
+            if found.token is None or self._write({"token": None}, {"e_tag": found.tag}):
+                return None
+
+    def _watch(self) -> tuple[_Found, bool]:
+        """Return the state of the lock, and whether another process renews it."""
+        seen, since = self._read(), time.monotonic()
+        while seen.token not in (None, self._token) and time.monotonic() - since < PATIENCE:
+            time.sleep(_POLL)
+            found = self._read()
+            if found.tag != seen.tag:
+                if found.token == seen.token:
+                    return found, True
+                seen, since = found, time.monotonic()
+        return seen, False
 
     def _renew(self) -> None:
         while not self._stop.wait(RENEWAL):
             with suppress(UnavailableError):  # tried again at the next renewal
-                if not self._put({"e_tag": self._tag}):
-                    current = self._read()
-                    if current is None or current[0].get("token") != self._token:
-                        self.lost = True
-                        return
-                    self._tag = current[1]
+                if not self._replace(self._own):
+                    self.lost.set()
+                    return
 
-    def _put(self, mode: Any) -> bool:
+    def _replace(self, content: dict[str, Any]) -> bool:
+        """Replace the object if it is ours; return False if it is not."""
+        while not self._write(content, {"e_tag": self._tag}):
+            found = self._read()
+            if found.token != self._token:
+                return False
+            self._tag = found.tag  # the answer to the last write was lost
+        return True
+
+    def _write(self, content: dict[str, Any], mode: Any) -> bool:
         """Write the object; return False if the condition does not hold."""
         errors = import_module("obstore.exceptions")
         beat = secrets.token_hex(4)  # another content has another ETag
-        content = json.dumps({"token": self._token, "holder": self._holder, "beat": beat}).encode()
+        body = json.dumps(content | {"beat": beat}).encode()
 
         def put() -> bool:
             try:
                 result = obstore().put(
-                    self._store, self._path, content, mode=mode, use_multipart=False
+                    self._store, self._path, body, mode=mode, use_multipart=False
                 )
             except (
                 errors.AlreadyExistsError, errors.PreconditionError, errors.NotFoundError,
@@ -123,14 +162,15 @@ class BucketLease:
 
         return request(self._name, put)
 
-    def _read(self) -> tuple[dict[str, Any], Any] | None:
+    def _read(self) -> _Found:
         errors = import_module("obstore.exceptions")
 
-        def get() -> tuple[dict[str, Any], Any] | None:
+        def get() -> _Found:
             try:
                 result = obstore().get(self._store, self._path)
-                return json.loads(bytes(result.bytes())), result.meta["e_tag"]
             except (errors.NotFoundError, FileNotFoundError):
-                return None
+                return _Found(None, None, "")
+            values = json.loads(bytes(result.bytes()))
+            return _Found(result.meta["e_tag"], values.get("token"), str(values.get("holder", "")))
 
         return request(self._name, get)

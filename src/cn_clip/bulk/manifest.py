@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from cn_clip.bulk.plan import Embed
-from cn_clip.errors import DataError
+from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.format_version import FIELD, Format
 from cn_clip.translation import _
 
 FOLDER = "manifests"
 MANIFEST = Format("bulk-manifest", 1)
+_VERSION = str(MANIFEST)
 NAME = re.compile(r"(\d{5,})\.json")
 
 
@@ -37,7 +38,7 @@ class Manifest:
         rows_out: embeddings.
         quarantined: inputs without one.
         files: name -> what was written.
-        seconds: from the first input to the last file.
+        seconds: from the first input until its files are written, before they are published.
         attempt: 1, or more if earlier attempts did not end.
         host: that computed it.
         model: fingerprint.
@@ -83,19 +84,37 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
     """Read a manifest.
 
     Raises:
-        DataError: it is damaged, or of a newer version.
+        DataError: it is damaged.
+        UsageError: it is of a newer version.
     """
     try:
-        values = json.loads(content)
-        MANIFEST.check(values.pop(FIELD), where, DataError, _("compute its shard again"))
+        values = json.loads(content.decode())
+        if (version := values.pop(FIELD)) != _VERSION:
+            MANIFEST.check_not_newer(version, where, UsageError)
+            MANIFEST.check(version, where, DataError, _("compute its shard again"))
         files = {name: Written(**file) for name, file in values.pop("files").items()}
         manifest = Manifest(files=files, **values)
-        if manifest.rows_in != manifest.rows_out + manifest.quarantined:
+        if not _is_valid(manifest):
             raise ValueError
         return manifest
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        if isinstance(error, DataError):
+        if isinstance(error, CNClipError):
             raise
         raise DataError(
             _("{path} is damaged; cn-clip bulk verify --discard removes it", path=where)
         ) from None
+
+
+def _is_valid(manifest: Manifest) -> bool:
+    """Return whether values have their types, and the numbers add up."""
+    for count in (manifest.rows_in, manifest.rows_out, manifest.quarantined, manifest.attempt):
+        if type(count) is not int or not 0 <= count < 1 << 32:
+            return False
+    for file in manifest.files.values():
+        if type(file.bytes) is not int or not 0 <= file.bytes < 1 << 63:
+            return False
+    return (
+        float(manifest.seconds) >= 0
+        and 0 <= int(manifest.key, 16) < 1 << 64
+        and manifest.rows_in == manifest.rows_out + manifest.quarantined
+    )

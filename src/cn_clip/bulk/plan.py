@@ -31,10 +31,10 @@ Embed = Literal["images", "texts", "both"]
 Stored = Literal["float16", "float32"]
 
 PLAN = Format("bulk-plan", 1)
-PLAN_NAME = re.compile(r"plan_(\d{5,})\.json")
 OWN_NAME = re.compile(r"plan_\d{5,}(\.json|-[0-9a-f]{16}\.(inputs|shards\.npy))|about\.json")
 LINE_KEY = np.dtype("S16")  # so wide that no two of 10^9 lines have the same digest
 _BLOCK = 1 << 20  # bytes of the inputs read at a time
+_HEAD = 4096  # bytes that hold the head of an array
 OWN_FOLDERS = (WORK, "index", "img_emb", "text_emb", "metadata", "manifests", "quarantine")
 # A row of the table of shards: bytes of its lines in the inputs, inputs of its first line that
 # belong to earlier shards, inputs, and the digest of all this with the lines themselves.
@@ -129,14 +129,22 @@ class Plan:
         return (json.dumps(values, indent=1) + "\n").encode()
 
 
+def plan_name(number: int) -> str:
+    """Return the name of the file of a plan."""
+    return f"plan_{number:05}.json"
+
+
 def read_plans(store: Store) -> list[Plan]:
     """Return the plans of an output, in order; none if there is no plan.
 
     Raises:
         DataError: a plan is damaged, or of a newer version.
     """
-    names = sorted(entry.name for entry in store.entries("") if PLAN_NAME.fullmatch(entry.name))
-    return [_parse(store.read(name) or b"", f"{store.name}/{name}") for name in names]
+    plans: list[Plan] = []
+    # Not by a listing: that of a bucket goes through everything below, too.
+    while (content := store.read(name := plan_name(len(plans)))) is not None:
+        plans.append(_parse(content, f"{store.name}/{name}"))
+    return plans
 
 
 def existing_plans(store: Store) -> list[Plan]:
@@ -202,8 +210,22 @@ class Planned:
         Raises:
             DataError: the table of shards is missing or damaged.
         """
-        row = _table(self.store.location, self.plan)[number - self.plan.first]
+        (row,) = self.rows(number, number + 1)
         return Shard(number, *(int(row[name]) for name in ROW.names or ()))
+
+    def rows(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Return the rows ROW (N,) of some shards of the table, without reading the others.
+
+        Raises:
+            DataError: the table of shards is missing or damaged.
+        """
+        name = f"{self.plan.stem}.shards.npy"
+        at = _start_of_table(self.store.location, self.plan)
+        first, last = (at + (n - self.plan.first) * ROW.itemsize for n in (start, stop))
+        content = self.store.read(name, first, last) or b""
+        if len(content) != last - first:
+            raise _damaged(self.store.name, name)
+        return np.frombuffer(content, ROW)
 
     def lines(self, shard: Shard) -> list[bytes]:
         """Return the lines of a shard.
@@ -225,17 +247,24 @@ class Planned:
 
 
 @lru_cache(maxsize=64)
-def _table(place: str, plan: Plan) -> npt.NDArray[Any]:
-    name = f"{plan.stem}.shards.npy"
-    content = open_store(place).read(name)
+def _start_of_table(place: str, plan: Plan) -> int:
+    """Return where the rows of the table of shards begin in its file."""
+    store, name = open_store(place), f"{plan.stem}.shards.npy"
+    stream = io.BytesIO(store.read(name, 0, _HEAD) or b"")
     try:
-        table = np.load(io.BytesIO(content or b""), allow_pickle=False)
+        version = np.lib.format.read_magic(stream)
+        if version != (1, 0):
+            raise ValueError
+        shape, _is_fortran, dtype = np.lib.format.read_array_header_1_0(stream)
     except (ValueError, EOFError, OSError):
-        table = None
-    if table is None or table.dtype != ROW or table.shape != (plan.shards,):
-        raise DataError(_("{path} is missing or damaged; restore the file", path=f"{place}/{name}"))
-    rows: npt.NDArray[Any] = table
-    return rows
+        raise _damaged(store.name, name) from None
+    if dtype != ROW or shape != (plan.shards,):
+        raise _damaged(store.name, name)
+    return stream.tell()
+
+
+def _damaged(place: str, name: str) -> DataError:
+    return DataError(_("{path} is missing or damaged; restore the file", path=f"{place}/{name}"))
 
 
 def key_of(lines: Sequence[bytes], skip: int, count: int) -> int:
@@ -266,13 +295,11 @@ def known_lines(store: Store, plans: Sequence[Plan]) -> npt.NDArray[np.bytes_]:
 
 def _all_lines(store: Store, plan: Plan) -> Iterator[bytes]:
     name, at, rest = f"{plan.stem}.inputs", 0, b""
-    size = int(_table(store.location, plan)[-1]["stop"])
+    size = Planned(store, plan).shard(plan.numbers[-1]).stop
     while at < size:
         content = store.read(name, at, min(at + _BLOCK, size))
         if not content:
-            raise DataError(
-                _("{path} is missing or damaged; restore the file", path=f"{store.name}/{name}")
-            )
+            raise _damaged(store.name, name)
         at += len(content)
         *lines, rest = (rest + content).split(b"\n")
         for line in lines:

@@ -28,6 +28,7 @@ from cn_clip.bulk.plan import (
     key_of,
     known_lines,
     line_key,
+    plan_name,
     read_plans,
     shard_count,
 )
@@ -158,7 +159,7 @@ def _publish(out: Store, plan: Plan, writer: _Writer, folder: Path) -> None:
     out.publish(f"{plan.stem}.shards.npy", table)
     out.create(_ABOUT, _about(plan))
     out.settle("")
-    if not out.create(f"plan_{plan.number:05}.json", plan.to_json()):
+    if not out.create(plan_name(plan.number), plan.to_json()):
         raise CNClipError(
             _("another process made a plan in {out} meanwhile; run this again", out=out.name)
         )

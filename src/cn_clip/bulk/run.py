@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from threading import Event
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +15,7 @@ import numpy.typing as npt
 from cn_clip.bulk.engines.base import Engine, Task
 from cn_clip.bulk.manifest import FOLDER, NAME
 from cn_clip.bulk.plan import Plan, check_version, existing_plans, shard_count
-from cn_clip.bulk.store import Store
+from cn_clip.bulk.store import BusyError, Store
 from cn_clip.errors import UsageError
 from cn_clip.translation import _
 
@@ -24,6 +28,18 @@ class Portion:
 
     index: int = 0
     of: int = 1
+
+    @property
+    def lock(self) -> str:
+        """The name of the lock of its driver."""
+        return f"driver-{self.index}-of-{self.of}.lock"
+
+    def overlaps(self, lock: str) -> bool:
+        """Return whether a lock is of the driver of a portion with a shard of this one."""
+        match = re.fullmatch(r"driver-(\d+)-of-(\d+)\.lock", lock)
+        if match is None:
+            return False
+        return (int(match[1]) - self.index) % math.gcd(int(match[2]), self.of) == 0
 
 
 @dataclass(slots=True)
@@ -70,7 +86,7 @@ def run(
 
     Raises:
         UsageError: there is no plan, or one of another version of this package.
-        BusyError: another process drives the run, or this portion of it.
+        BusyError: another process drives the run, or a part of this portion of it.
         CNClipError: no shard can succeed; finished ones stay.
     """
     plans = existing_plans(store)
@@ -85,14 +101,14 @@ def run(
                 last=portion.of - 1,
             )
         )
-    name = "driver" if portion.of == 1 else f"driver-{portion.index}-of-{portion.of}"
-    with store.lock(f"{name}.lock"):
+    with driving(store, portion) as lost:
         missing = missing_shards(store, plans)
         missing = missing[missing % portion.of == portion.index]
         total = len(range(portion.index, shard_count(plans), portion.of))
         report = Report(total, total - len(missing))
         on_progress(report)
-        for outcome in engine(task, _numbers(missing)):
+        for outcome in engine(task, _numbers(store, missing, lost)):
+            check_driving(store, lost)
             if outcome.error is None:
                 report.done += 1
                 report.rows += outcome.rows_out
@@ -105,6 +121,27 @@ def run(
     return report
 
 
+def driving(store: Store, portion: Portion = Portion()) -> AbstractContextManager[Event]:
+    """Hold the lock of a driver; the event is for ``check_driving``.
+
+    Raises:
+        BusyError: another process drives a portion that has a shard of this one.
+    """
+    return store.lock(portion.lock, portion.overlaps)
+
+
+def check_driving(store: Store, lost: Event) -> None:
+    """Raise a ``BusyError`` if another process has taken the lock of this driver."""
+    if lost.is_set():
+        raise BusyError(
+            _(
+                "another process drives {out} now, as this one did not renew its lock in time; "
+                "see: cn-clip bulk status {out}",
+                out=store.name,
+            )
+        )
+
+
 def missing_shards(store: Store, plans: list[Plan]) -> npt.NDArray[np.int64]:
     """Return the numbers of the shards without a manifest, in order."""
     return np.flatnonzero(~done_shards(store, plans))
@@ -113,12 +150,13 @@ def missing_shards(store: Store, plans: list[Plan]) -> npt.NDArray[np.int64]:
 def done_shards(store: Store, plans: list[Plan]) -> npt.NDArray[np.bool_]:
     """Return for each shard whether it has a manifest."""
     done = np.zeros(shard_count(plans), np.bool_)
-    for entry in store.entries(FOLDER):
-        if (match := NAME.fullmatch(entry.name)) and int(match[1]) < len(done):
+    for name in store.names(FOLDER):
+        if (match := NAME.fullmatch(name)) and int(match[1]) < len(done):
             done[int(match[1])] = True
     return done
 
 
-def _numbers(shards: npt.NDArray[np.int64]) -> Iterator[int]:
+def _numbers(store: Store, shards: npt.NDArray[np.int64], lost: Event) -> Iterator[int]:
     for number in shards:
+        check_driving(store, lost)
         yield int(number)

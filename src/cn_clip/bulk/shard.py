@@ -1,8 +1,8 @@
 """One shard, from its inputs to its manifest: the function that every engine calls.
 
 Two processes that compute the same shard cannot mix their files: in a folder one waits outside
-(``working``), in a bucket the second manifest is refused. A second computation gives the same ids
-in the same order; the vectors may differ in rounding if the machines do.
+(``working``), in a bucket the files of one count (``complete``). A second computation gives the
+same ids in the same order; the vectors may differ in rounding if the machines do.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _plan_of(place: str, number: int) -> tuple[Store, Plan]:
 
 
 def _manifest(store: Store, number: int) -> Manifest | None:
-    content = store.read(manifest_name(number))
+    content = store.completed(manifest_name(number))
     if content is None:
         return None
     return parse_manifest(content, f"{store.name}/{manifest_name(number)}")
@@ -206,7 +206,6 @@ def _compute(
             )
         )
     files = _write(folder, shard, plan, vectors, rows)
-    _publish(store, number, folder, files)
     manifest = Manifest(
         shard=number,
         plan=plan.digest,
@@ -221,16 +220,12 @@ def _compute(
         model=plan.model.fingerprint,
         versions=_versions(),
     )
-    if not store.create(manifest_name(number), manifest.to_json()):
-        raise DataError(
-            _(
-                "another process finished shard {number} at the same time; check it: cn-clip bulk "
-                "verify {out} --checksums",
-                number=number,
-                out=store.name,
-            )
-        )
-    return manifest
+    name = manifest_name(number)
+    # An earlier attempt may have left a quarantine.
+    published: dict[str, Path | None] = {quarantine_name(number): None}
+    published |= {each: _file(folder, each) for each in files}
+    content = store.complete(name, manifest.to_json(), published)
+    return parse_manifest(content, f"{store.name}/{name}")
 
 
 def _embed(
@@ -325,15 +320,6 @@ def _write(
         )
         _file(folder, names[-1]).write_text("".join(lines), encoding="utf-8")
     return {name: _written(_file(folder, name)) for name in names}
-
-
-def _publish(store: Store, number: int, folder: Path, files: dict[str, Written]) -> None:
-    for name in files:
-        store.publish(name, _file(folder, name))
-    if quarantine_name(number) not in files:  # an earlier attempt may have left one
-        store.remove(quarantine_name(number))
-    for each in {os.path.dirname(name) for name in files}:
-        store.settle(each)
 
 
 def _file(folder: Path, name: str) -> Path:

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cn_clip.bulk.manifest import FOLDER, NAME
+from cn_clip.bulk.manifest import NAME
 from cn_clip.bulk.plan import existing_plans, shard_count
 from cn_clip.bulk.shard import NOTES
-from cn_clip.bulk.store import Entry, FolderStore, Store
+from cn_clip.bulk.store import Store, read_many
+from cn_clip.bulk.summary import ABSENT, FOLDERS, OnRead, read_manifests
 
 _RECENT = 200  # shards that the rate is measured over
 _GAP = 600.0  # seconds without a finished shard, after which the rate is measured anew
 _MAX_LISTED = 1000
-_THREADS = 32  # requests to a bucket at once
-
-OnRead = Callable[[int, int | None], None]
 
 
 @dataclass(slots=True)
@@ -32,8 +28,8 @@ class Status:
     Attributes:
         plans, shards, rows: that are planned.
         done: shards with a manifest.
-        rows_out, quarantined, bytes: of them.
-        damaged: manifests that cannot be read.
+        rows_out, quarantined, bytes: of them, damaged ones excluded.
+        damaged: manifests that cannot be read; ``verify`` finds damaged files.
         attempts: of the done shards, from 1 each.
         seconds: of computing them, summed over workers.
         running: shards that were begun, and neither ended nor failed.
@@ -67,26 +63,27 @@ class Status:
 
 
 def status_of(store: Store, on_read: OnRead = lambda done, total: None) -> Status:
-    """Read all manifests of an output; the memory is 12 bytes per shard.
+    """Read all manifests of an output.
 
     Raises:
-        UsageError: it holds no plan.
+        UsageError: it holds no plan, or a manifest of a newer version.
         DataError: a plan is damaged, or the store cannot be reached.
     """
     plans = existing_plans(store)
     status = Status(len(plans), shard_count(plans), sum(plan.rows for plan in plans))
-    times = np.full(status.shards, np.nan)
-    rows = np.zeros(status.shards, np.uint32)
-    for number, entry, content in manifests(store, status.shards):
-        status.done += 1
-        if not _count(status, content, rows, number):
-            status.damaged += 1
-        times[number] = entry.modified
-        if not status.done % 1000:
-            on_read(status.done, status.shards)
-    status.rate = rate_of(times, rows)
+    manifests = read_manifests(store, status.shards, on_read)
+    rows, exist = manifests.rows, manifests.exist
+    status.done, status.damaged = int(exist.sum()), manifests.damaged
+    status.rows_out = int(rows["rows_out"].sum(dtype=np.int64))
+    status.quarantined = int(rows["quarantined"].sum(dtype=np.int64))
+    status.attempts = int(rows["attempt"].sum(dtype=np.int64))
+    status.seconds = round(float(rows["seconds"].sum(dtype=np.float64)), 3)
+    for column in range(len(FOLDERS)):
+        sizes = rows["files"][:, column]
+        status.bytes += int(sizes[(rows["state"] != 0) & (sizes != ABSENT)].sum())
+    status.rate = rate_of(manifests.modified, rows["rows_in"])
     for number, note in _notes(store, status.shards):
-        if not np.isnan(times[number]):
+        if exist[number]:
             continue  # it ended meanwhile
         if note.get("error") is None:
             status.running += 1
@@ -95,35 +92,6 @@ def status_of(store: Store, on_read: OnRead = lambda done, total: None) -> Statu
         if len(status.failed) < _MAX_LISTED:
             status.failed[number] = str(note["error"])
     return status
-
-
-def manifests(store: Store, shards: int) -> Iterator[tuple[int, Entry, bytes]]:
-    """Yield number, entry and content of each manifest, in the order of the listing."""
-    entries = (
-        (int(match[1]), entry)
-        for entry in store.entries(FOLDER)
-        if (match := NAME.fullmatch(entry.name)) and int(match[1]) < shards
-    )
-    names = ((number, entry, f"{FOLDER}/{entry.name}") for number, entry in entries)
-    for number, entry, content in read_all(store, names):
-        if content is not None:  # discarded meanwhile
-            yield number, entry, content
-
-
-def read_all(
-    store: Store, names: Iterable[tuple[int, Entry, str]]
-) -> Iterator[tuple[int, Entry, bytes | None]]:
-    """Yield the contents of files; those of a bucket are asked for many at a time."""
-    if isinstance(store, FolderStore):
-        for number, entry, name in names:
-            yield number, entry, store.read(name)
-        return
-    names = iter(names)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        while some := list(islice(names, 8 * _THREADS)):
-            contents = pool.map(lambda each: store.read(each[2]), some)
-            for (number, entry, _name), content in zip(some, contents, strict=True):
-                yield number, entry, content
 
 
 def rate_of(times: npt.NDArray[np.float64], rows: npt.NDArray[np.uint32]) -> float:
@@ -140,34 +108,17 @@ def rate_of(times: npt.NDArray[np.float64], rows: npt.NDArray[np.uint32]) -> flo
     return float(rows[recent[start + 1 :]].sum()) / span if span else 0.0
 
 
-def _count(status: Status, content: bytes, rows: npt.NDArray[np.uint32], number: int) -> bool:
-    """Add a manifest to the counts; return False if it is damaged."""
-    try:
-        values = json.loads(content)
-        size = sum(int(file["bytes"]) for file in values["files"].values())
-        counts = [int(values[name]) for name in ("rows_out", "quarantined", "attempt")]
-        seconds = float(values["seconds"])
-        rows[number] = values["rows_in"]
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
-        return False
-    status.rows_out += counts[0]
-    status.quarantined += counts[1]
-    status.attempts += counts[2]
-    status.seconds += seconds
-    status.bytes += size
-    return True
-
-
 def _notes(store: Store, shards: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    names = (
-        (int(match[1]), entry, f"{NOTES}/{entry.name}")
-        for entry in store.entries(NOTES)
-        if (match := NAME.fullmatch(entry.name)) and int(match[1]) < shards
-    )
-    for number, _entry, content in read_all(store, names):
+    names = [
+        name
+        for name in store.names(NOTES)
+        if (match := NAME.fullmatch(name)) and int(match[1]) < shards
+    ]
+    contents = read_many(store, [f"{NOTES}/{name}" for name in names])
+    for name, content in zip(names, contents, strict=True):
         try:
             values = json.loads(content or b"{}")
         except ValueError:
             continue
         if isinstance(values, dict):
-            yield number, values
+            yield int(name.partition(".")[0]), values

@@ -5,43 +5,63 @@ Names are relative, with ``/``. A file appears under its name only when it is co
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from filelock import FileLock, Timeout
 
 from cn_clip.bulk.lease import BucketLease, holder_of, this_process
-from cn_clip.data.sources.remote import is_remote, locate, obstore, request
-from cn_clip.errors import CNClipError, UsageError
+from cn_clip.data.sources.remote import is_remote, locate, obstore, request, state_of
+from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.publish import flush
 from cn_clip.text import path_text
 from cn_clip.translation import _
 
 WORK = ".work"  # folder of unfinished files, locks and the notes of running shards
+LOCKS = f"{WORK}/locks"
+STAGED = f"{WORK}/staged"  # files of completions in a bucket, under the names of their attempts
+COMMITS = f"{WORK}/commits"  # which attempt counts, of completions that have begun
+_PROBE = 1.0  # seconds until a lock that is held for a moment is free again
+_THREADS = 16  # locks that are looked at at once
+_READERS = 32  # files that are read at once
+_HOLDER = ".holder"  # ends the name of the note of who holds a lock
 _BUCKETS = ("s3", "gs", "az", "oss")
 _PAGE = 1000  # names per request of a listing
+_NO_FOLDER = (FileNotFoundError, NotADirectoryError)
+_SORTED = 1 << 14  # names of a listing that are sorted at a time
 
 
 class BusyError(CNClipError):
     """Another process works on the same shard, or drives the same run."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A file in a listing; ``modified`` is in seconds, by the clock of the store alone."""
+class Entry(NamedTuple):
+    """A file in a listing, of which there may be millions.
+
+    Attributes:
+        name: in its folder.
+        size: in bytes.
+        modified: seconds, by the clock of the store alone.
+        state: another one after each change: the time of the last change, or made of the ETag.
+    """
 
     name: str
     size: int
     modified: float
+    state: int
 
 
 class Store(Protocol):
@@ -78,12 +98,48 @@ class Store(Protocol):
         """Make the names that were published to a folder durable."""
         ...
 
+    def names(self, folder: str) -> Iterator[str]:
+        """Yield the names of what is in a folder, in any order; none if it does not exist."""
+        ...
+
     def entries(self, folder: str) -> Iterator[Entry]:
-        """Yield the files in a folder, in any order; none if it does not exist."""
+        """Yield the files in a folder, in an order that is fast to read them in."""
         ...
 
     def remove(self, name: str) -> None:
         """Remove a file, if it exists."""
+        ...
+
+    def complete(self, name: str, content: bytes, files: Mapping[str, Path | None]) -> bytes:
+        """Publish files, then create ``name``, which says that they are there.
+
+        Of several processes the files and the content of one count, and never a mixture.
+
+        Args:
+            name: does not exist before.
+            content: of ``name``.
+            files: name -> a file of ``working``, which is moved; None for one that must not be.
+
+        Returns:
+            The content that counts: this one, or that of another process.
+
+        Raises:
+            DataError: files may be mixed, in a folder without locks.
+        """
+        ...
+
+    def completed(self, name: str) -> bytes | None:
+        """Return the content of ``name``; None if it is not complete.
+
+        A completion that another process has begun is ended first.
+
+        Raises:
+            DataError: the files of a completion are lost.
+        """
+        ...
+
+    def discard(self, name: str) -> None:
+        """Undo a completion; its files stay, until the next one."""
         ...
 
     def working(self, name: str) -> AbstractContextManager[Path]:
@@ -94,11 +150,20 @@ class Store(Protocol):
         """
         ...
 
-    def lock(self, name: str) -> AbstractContextManager[None]:
+    def lock(
+        self, name: str, excludes: Callable[[str], bool] = lambda other: False
+    ) -> AbstractContextManager[threading.Event]:
         """Hold a lock, which ends with this process.
 
+        Args:
+            name: of the lock.
+            excludes: whether a lock of another name must not be held meanwhile.
+
+        Yields:
+            An event that is set if another process takes the lock, as this one seems gone.
+
         Raises:
-            BusyError: another process holds it; the message names it.
+            BusyError: another process holds it, or one that it excludes; the message names it.
         """
         ...
 
@@ -125,6 +190,18 @@ def open_store(given: str) -> Store:
     return BucketStore(given.rstrip("/"))
 
 
+def read_many(store: Store, names: Sequence[str]) -> Iterator[bytes | None]:
+    """Yield the contents of files, in order; many are asked for at a time."""
+
+    def read(part: Sequence[str]) -> list[bytes | None]:
+        return [store.read(name) for name in part]
+
+    size = -(-len(names) // _READERS) or 1
+    with ThreadPoolExecutor(_READERS) as pool:
+        for contents in pool.map(read, (names[n : n + size] for n in range(0, len(names), size))):
+            yield from contents
+
+
 class FolderStore:
     """A folder on this machine, or on a file system that all machines share."""
 
@@ -133,8 +210,9 @@ class FolderStore:
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes | None:
         try:
-            with (self.root / name).open("rb") as stream:
-                stream.seek(start)
+            with open(f"{self.location}/{name}", "rb") as stream:  # no Path: there may be many
+                if start:
+                    stream.seek(start)
                 return stream.read(-1 if stop is None else stop - start)
         except FileNotFoundError:
             return None
@@ -179,19 +257,50 @@ class FolderStore:
         finally:
             os.close(handle)
 
+    def names(self, folder: str) -> Iterator[str]:
+        with suppress(*_NO_FOLDER), os.scandir(self.root / folder) as listing:
+            for entry in listing:
+                yield entry.name
+
     def entries(self, folder: str) -> Iterator[Entry]:
-        try:
-            with os.scandir(self.root / folder) as listing:
-                for entry in listing:
-                    with suppress(FileNotFoundError):  # removed meanwhile
+        with suppress(*_NO_FOLDER), os.scandir(self.root / folder) as listing:
+            # A listing of many files is in no order of the disk.
+            while some := list(islice(listing, _SORTED)):
+                for entry in sorted(some, key=os.DirEntry.inode):
+                    try:
                         status = entry.stat()
-                        if entry.is_file():
-                            yield Entry(entry.name, status.st_size, status.st_mtime)
-        except (FileNotFoundError, NotADirectoryError):
-            return
+                    except FileNotFoundError:  # removed meanwhile
+                        continue
+                    if stat.S_ISREG(status.st_mode):
+                        yield Entry(entry.name, status.st_size, status.st_mtime, status.st_mtime_ns)
 
     def remove(self, name: str) -> None:
         (self.root / name).unlink(missing_ok=True)
+
+    def complete(self, name: str, content: bytes, files: Mapping[str, Path | None]) -> bytes:
+        for each, file in files.items():
+            if file is None:
+                self.remove(each)
+            else:
+                self.publish(each, file)
+        for folder in {os.path.dirname(each) for each, file in files.items() if file is not None}:
+            self.settle(folder)
+        if self.create(name, content):
+            return content
+        raise DataError(
+            _(
+                "another process completed {name} at the same time, and the file system has no "
+                "locks; check it: cn-clip bulk verify {out} --checksums",
+                name=name,
+                out=self.name,
+            )
+        )
+
+    def completed(self, name: str) -> bytes | None:
+        return self.read(name)
+
+    def discard(self, name: str) -> None:
+        self.remove(name)
 
     @contextmanager
     def working(self, name: str) -> Iterator[Path]:
@@ -209,21 +318,36 @@ class FolderStore:
             lock.unlink(missing_ok=True)
 
     @contextmanager
-    def lock(self, name: str) -> Iterator[None]:
-        path = self.root / WORK / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        note = path.with_name(f"{path.name}.holder")
-
-        def busy() -> str:
-            holder = self.read(f"{WORK}/{note.name}") or b""
-            return holder_of(self.name, holder.decode(errors="replace"))
-
-        with _locked(path, busy):
+    def lock(
+        self, name: str, excludes: Callable[[str], bool] = lambda other: False
+    ) -> Iterator[threading.Event]:
+        folder = self.root / LOCKS
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder / name, lambda: self._held_by(name)):
+            note = folder / f"{name}{_HOLDER}"
+            note.write_text(this_process(), encoding="utf-8")  # before the others are looked at
             try:
-                note.write_text(this_process(), encoding="utf-8")
-                yield
+                for other in sorted(path.name for path in folder.glob(f"*{_HOLDER}")):
+                    if (lock := other.removesuffix(_HOLDER)) != name and excludes(lock):
+                        self._clear(lock)
+                yield threading.Event()
             finally:
                 note.unlink(missing_ok=True)
+
+    def _clear(self, lock: str) -> None:
+        """Remove the note of the holder of a lock, if it is gone.
+
+        Raises:
+            BusyError: it is not.
+        """
+        path = self.root / LOCKS / lock
+        # Others may hold it for a moment, to see the same.
+        with _locked(path, lambda: self._held_by(lock), patience=_PROBE):
+            path.with_name(f"{lock}{_HOLDER}").unlink(missing_ok=True)
+
+    def _held_by(self, lock: str) -> str:
+        holder = self.read(f"{LOCKS}/{lock}{_HOLDER}") or b""
+        return holder_of(self.name, holder.decode(errors="replace"))
 
     @contextmanager
     def _temporary(self) -> Iterator[Path]:
@@ -238,13 +362,14 @@ class FolderStore:
 
 
 @contextmanager
-def _locked(path: Path, busy: Callable[[], str]) -> Iterator[None]:
+def _locked(path: Path, busy: Callable[[], str], *, patience: float = 0.0) -> Iterator[None]:
     """Hold the lock of a file, where the file system has locks.
 
     Raises:
-        BusyError: another process holds it; with the message that ``busy`` returns.
+        BusyError: another process holds it for longer than ``patience`` seconds; with the message
+            that ``busy`` returns.
     """
-    lock = FileLock(path, timeout=0)
+    lock = FileLock(path, timeout=patience)
     try:
         lock.acquire()
     except Timeout:
@@ -303,6 +428,10 @@ class BucketStore:
     def settle(self, folder: str) -> None:
         """Nothing is left to do: a bucket acknowledges what is durable."""
 
+    def names(self, folder: str) -> Iterator[str]:
+        for entry in self.entries(folder):
+            yield entry.name
+
     def entries(self, folder: str) -> Iterator[Entry]:
         store, prefix = self._locate(folder)
         after: str | None = None
@@ -311,7 +440,8 @@ class BucketStore:
             for meta in page:
                 name = meta["path"].removeprefix(f"{prefix}/")
                 if "/" not in name:
-                    yield Entry(name, meta["size"], meta["last_modified"].timestamp())
+                    modified = meta["last_modified"].timestamp()
+                    yield Entry(name, meta["size"], modified, state_of(meta).version)
             if not page:
                 return
             after = page[-1]["path"]
@@ -325,26 +455,133 @@ class BucketStore:
 
         request(f"{self.name}/{name}", delete)
 
+    def complete(self, name: str, content: bytes, files: Mapping[str, Path | None]) -> bytes:
+        token = secrets.token_hex(8)
+        own = {each: file for each, file in files.items() if file is not None}
+        for each, file in own.items():
+            self.publish(_staged(name, token, each), file)
+        commit = {
+            "token": token,
+            "content": content.decode(),
+            "files": list(own),
+            "absent": [each for each, file in files.items() if file is None],
+        }
+        if self.create(_commit(name), json.dumps(commit).encode()):
+            counts = self.read(name)
+            if counts is None:
+                return self._end(name, commit)
+            self.remove(_commit(name))  # it was made only after the end of another one
+        else:
+            counts = self.completed(name)
+        self._remove_all(_staged(name, token, each) for each in own)
+        if counts is None:
+            raise BusyError(_("another process discards {name}", name=name))
+        return counts
+
+    def completed(self, name: str) -> bytes | None:
+        if (content := self.read(name)) is not None:
+            return content
+        commit = self.read(_commit(name))
+        content = self.read(name)  # again: the commit may have ended between the two
+        if content is not None or commit is None:
+            return content
+        return self._end(name, json.loads(commit))
+
+    def _end(self, name: str, commit: dict[str, Any]) -> bytes:
+        """End a completion: copy the files of the attempt that counts, and create ``name``."""
+        staged = {each: _staged(name, commit["token"], each) for each in commit["files"]}
+        self._remove_all(commit["absent"])
+        for each, source in staged.items():
+            if self._copy(source, each):
+                continue
+            if (content := self.read(name)) is not None:  # another process ended it
+                return content
+            raise DataError(
+                _(
+                    "{path}: no such file, so {name} cannot be completed; next: cn-clip bulk "
+                    "resume {out}",
+                    path=f"{self.name}/{source}",
+                    name=name,
+                    out=self.name,
+                )
+            )
+        content = str(commit["content"]).encode()
+        self.create(name, content)
+        self.remove(_commit(name))
+        self._remove_all(staged.values())
+        return content
+
+    def _copy(self, source: str, target: str) -> bool:
+        """Copy an object within the bucket; return False if it does not exist."""
+        store, path = self._locate(source)
+        _same, to = self._locate(target)
+
+        def copy() -> bool:
+            try:
+                obstore().copy(store, path, to)
+                return True
+            except (_errors().NotFoundError, FileNotFoundError):
+                return False
+
+        return request(f"{self.name}/{target}", copy)
+
+    def _remove_all(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.remove(name)
+
+    def discard(self, name: str) -> None:
+        self.remove(_commit(name))  # first: without ``name``, it would count
+        self.remove(name)
+
     @contextmanager
     def working(self, name: str) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="cn_clip-") as folder:
             yield Path(folder)
 
     @contextmanager
-    def lock(self, name: str) -> Iterator[None]:
-        store, path = self._locate(f"{WORK}/{name}")
-        lease = BucketLease(store, path, self.name)
+    def lock(
+        self, name: str, excludes: Callable[[str], bool] = lambda other: False
+    ) -> Iterator[threading.Event]:
+        lease = self._lease(name)
         holder = lease.acquire()
         if holder is not None:
             raise BusyError(holder_of(self.name, holder))
         try:
-            yield
+            self._clear(other for other in self._locks() if other != name and excludes(other))
+            yield lease.lost
         finally:
             lease.release()
+
+    def _locks(self) -> list[str]:
+        return list(self.names(LOCKS))
+
+    def _clear(self, locks: Iterable[str]) -> None:
+        """Free locks whose holders are gone, all at once, as each takes its time.
+
+        Raises:
+            BusyError: a holder is not gone.
+        """
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for holder in pool.map(lambda lock: self._lease(lock).vacate(), locks):
+                if holder is not None:
+                    raise BusyError(holder_of(self.name, holder))
+
+    def _lease(self, lock: str) -> BucketLease:
+        store, path = self._locate(f"{LOCKS}/{lock}")
+        return BucketLease(store, path, self.name)
 
     def _locate(self, name: str) -> tuple[Any, str]:
         store, path = locate(f"{self.location}/{name}")
         return store, re.sub(r"/+", "/", path).rstrip("/")
+
+
+def _commit(name: str) -> str:
+    return f"{COMMITS}/{os.path.basename(name)}"
+
+
+def _staged(name: str, token: str, file: str) -> str:
+    stem = os.path.splitext(os.path.basename(name))[0]
+    return f"{STAGED}/{stem}-{token}-{os.path.basename(file)}"
 
 
 def _page(store: Any, prefix: str, after: str | None) -> list[Any]:

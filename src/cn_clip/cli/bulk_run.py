@@ -207,8 +207,7 @@ def resume(
 
     running.check()
     store = open_store(dest)
-    with store.lock("driver.lock"):
-        checked = check(store, discard=True)
+    checked = check(store, discard=True)
     print_some(_damages(checked.damaged), _("cn-clip bulk verify lists them"))
     return _run(store, running, "0/1", json)
 
@@ -216,7 +215,8 @@ def resume(
 def status(dest: str, /, *, json: Flag = False) -> int:
     """Show how far a run is, also while it runs.
 
-    The exit code is 1 if shards have failed.
+    Only manifests are read: files that are missing or damaged are found by `cn-clip bulk verify`.
+    The exit code is 1 if shards have failed, or manifests are damaged.
 
     Parameters
     ----------
@@ -233,7 +233,7 @@ def status(dest: str, /, *, json: Flag = False) -> int:
         now = status_of(store, on_progress)
     if json:
         print_json({"out": store.name, **asdict(now), "seconds_left": now.seconds_left})
-        return 1 if now.failures else 0
+        return 1 if now.failures or now.damaged else 0
     left = now.seconds_left
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column("")
@@ -242,6 +242,7 @@ def status(dest: str, /, *, json: Flag = False) -> int:
         (_("shards done"), _("{done:,} of {total:,}", done=now.done, total=now.shards)),
         (_("running"), f"{now.running:,}"),
         (_("failed"), f"{now.failures:,}"),
+        (_("damaged manifests"), f"{now.damaged:,}"),
         (_("embeddings"), _("{done:,} of {total:,}", done=now.rows_out, total=now.rows)),
         (_("quarantined"), f"{now.quarantined:,}"),
         (_("megabytes"), f"{now.bytes / 1e6:,.1f}"),
@@ -251,7 +252,12 @@ def status(dest: str, /, *, json: Flag = False) -> int:
         table.add_row(label, value)
     console().print(table, markup=False)
     print_some(_damages(now.failed)[:_SHOWN], _("--json lists more"))
-    return 1 if now.failures else 0
+    if now.damaged:
+        message = _(
+            "cn-clip: cn-clip bulk resume {out} computes damaged shards again", out=store.name
+        )
+        print(message, file=sys.stderr)
+    return 1 if now.failures or now.damaged else 0
 
 
 def verify(
@@ -272,14 +278,11 @@ def verify(
     json
         Print JSON instead of sentences.
     """
-    from contextlib import nullcontext
-
     from cn_clip.bulk.store import open_store
     from cn_clip.bulk.verify import verify as check
 
     store = open_store(dest)
-    lock = store.lock("driver.lock") if discard else nullcontext()
-    with lock, progress_bar(_("checking shards")) as on_progress:
+    with progress_bar(_("checking shards")) as on_progress:
         found = check(store, checksums=checksums, discard=discard, on_read=on_progress)
     missing = sum(map(len, found.missing))
     if json:

@@ -55,7 +55,7 @@ class RemoteFile:
     def state(self) -> FileState:
         if self._state is None:
             store, path = locate(self.url)
-            self._state = _state_of(request(self.name, lambda: obstore().head(store, path)))
+            self._state = state_of(request(self.name, lambda: obstore().head(store, path)))
         return self._state
 
     def read(self, state: FileState, offset: int, length: int) -> bytes:
@@ -94,7 +94,7 @@ class RemoteFile:
 
         def get() -> bytes:
             result = obstore().get(store, path, options={"range": (start, stop)})
-            if _state_of(result.meta) != state:
+            if state_of(result.meta) != state:
                 raise UnavailableError(changed_message(self.name))
             content = bytes(result.bytes())
             if len(content) != stop - start:
@@ -208,12 +208,13 @@ def _list(folder: str) -> dict[str, FileState]:
 
     def collect() -> dict[str, FileState]:
         pages: Iterable[Any] = obstore().list(store, prefix or None, chunk_size=1000)
-        return {f"{root}/{meta['path']}": _state_of(meta) for page in pages for meta in page}
+        return {f"{root}/{meta['path']}": state_of(meta) for page in pages for meta in page}
 
     return request(path_text(folder), collect)
 
 
-def _state_of(meta: Any) -> FileState:
+def state_of(meta: Any) -> FileState:
+    """Return the state of a file from what its store says about it."""
     tag = meta.get("e_tag")
     version = digest(tag) >> 1 if tag else int(meta["last_modified"].timestamp() * 1e9)
     return FileState(meta["size"], version)
