@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cn_clip.data.curate.perceptual_hash import hash_image, near_pairs
-from cn_clip.data.process_map import Progress, no_progress, parallel_map
+from cn_clip.data.process_map import Progress, Workers, at_most, no_progress, parallel_map
 from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.image.decode import read_image
 from cn_clip.search.ann import load_faiss, openmp_threads
@@ -62,7 +62,7 @@ def remove_duplicates(
     threshold: float = THRESHOLD,
     look: bool = False,
     within: Rows | None = None,
-    workers: int = 0,
+    workers: Workers = 0,
     on_progress: Progress = no_progress,
 ) -> Deduplicated:
     """Write the list of the images that are kept.
@@ -74,7 +74,7 @@ def remove_duplicates(
         look: also read the files of candidates, and compare their perceptual hashes; images whose
             files cannot be read are kept.
         within: ids (N,), sorted, of the images that are considered; None for all.
-        workers: processes; 0 compares in this one.
+        workers: that compare; 0 compares in this process.
         on_progress: called with the number of images so far and in total.
 
     Raises:
@@ -99,7 +99,7 @@ def remove_duplicates(
     sizes = _sizes(index)
     jobs = _jobs(sizes)
     total, done, found = int(sizes.sum()), 0, [np.empty((0, 2), np.int64)]
-    with parallel_map(compare, min(workers, len(jobs))) as run:
+    with parallel_map(compare, at_most(workers, len(jobs))) as run:
         for job, pairs in zip(jobs, run(jobs), strict=True):
             found.append(pairs)
             done += int(sizes[job.start : job.stop].sum())
