@@ -8,7 +8,8 @@
 
 Each prints the ratio of what it compares, measured in turns. ``--folder`` keeps large files on
 another disk. The peer of ``engines`` is clip-retrieval's reader and writer around the same model
-(``pip install --no-deps clip-retrieval pandas fsspec``).
+(``pip install --no-deps clip-retrieval pandas fsspec``); ``--peer PYTHON`` also runs its whole
+pipeline, with the same weights in torch.
 """
 
 from __future__ import annotations
@@ -166,6 +167,11 @@ def engines(options: argparse.Namespace, work: Path) -> None:
         "local, 1 worker": local(1),
         "local, 2 workers": local(2),
     }
+    if options.peer:
+        resolution = traced_tower(options.model, work / "tower.pt")
+        candidates["clip-retrieval, torch float32"] = lambda: by_own_pipeline(
+            options.peer, resolution, work, options.photos
+        )
     rates = in_turns(candidates, options.rounds)
     for name, values in rates.items():
         ratios = [a / b for a, b in zip(values, rates[PEER], strict=True)]
@@ -183,6 +189,27 @@ def by_embed(embedder: Any, work: Path, count: int) -> float:
         embedder, "images", read_images([str(work / "photos")]), work / "embedded", overwrite=True
     )
     return count / done.seconds
+
+
+def traced_tower(model: str, path: Path) -> int:
+    """Write the image tower in TorchScript; return its resolution."""
+    import torch
+
+    tower = cn_clip.load(model, backend="torch", device="cpu", precision="float32").torch_model.visual
+    size = tower.config.resolution
+    with torch.no_grad():
+        torch.jit.trace(tower, torch.zeros(2, 3, size, size)).save(str(path))
+    return size
+
+
+def by_own_pipeline(python: str, resolution: int, work: Path, count: int) -> float:
+    """Embed with clip-retrieval as it is, in an environment of its own."""
+    script = Path(__file__).with_name("clip_retrieval.py")
+    words = [python, str(script), str(work / "tower.pt"), str(resolution), str(work / "photos")]
+    words.append(str(work / f"own{time.monotonic_ns()}"))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    printed = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+    return count / float(printed.stdout.split()[-1])
 
 
 def by_clip_retrieval(embedder: Any, work: Path, count: int) -> float:
@@ -485,6 +512,7 @@ def main() -> None:
     parser.add_argument("--drivers", type=int, default=20)
     parser.add_argument("--engine", choices=("local", "ray"), default="ray")
     parser.add_argument("--model", default="mini")
+    parser.add_argument("--peer", help="Python of an environment with clip-retrieval")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder")

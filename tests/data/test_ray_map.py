@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -27,8 +28,13 @@ ALONE = ["--workers", "0"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def connected():
+def needs_ray():
     pytest.importorskip("ray")
+
+
+@pytest.fixture(scope="module")
+def connected():
+    """Connect once for many tests."""
     with TWO.connected():
         yield
 
@@ -57,13 +63,45 @@ def killed(folder, always=False):
     return run
 
 
-def test_a_cluster_maps_in_the_order_of_the_jobs():
+def test_ray_leaves_the_handler_of_sigterm_as_it_was():
+    def ours(number, frame):
+        raise AssertionError(number)
+
+    before = signal.signal(signal.SIGTERM, ours)
+    try:
+        with TWO.connected():
+            assert signal.getsignal(signal.SIGTERM) is ours
+        assert signal.getsignal(signal.SIGTERM) is ours
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_ray_that_a_busy_machine_could_not_start_is_started_again():
+    """Ray waits 30 seconds for its raylet; here the first one is stopped."""
+    stopped = []
+
+    def stop():
+        while not stopped:
+            for path in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
+                for child in path.read_text().split():
+                    if Path(f"/proc/{child}/comm").read_text().strip() == "raylet":
+                        os.kill(int(child), signal.SIGSTOP)
+                        stopped.append(int(child))
+            time.sleep(0.005)
+
+    threading.Thread(target=stop, daemon=True).start()
+    with Cluster(1).connected() as ray:
+        assert stopped and ray.is_initialized()
+        assert ray.available_resources()["CPU"] >= 1
+
+
+def test_a_cluster_maps_in_the_order_of_the_jobs(connected):
     with parallel_map(slow_square(), TWO) as run:
         assert list(run(range(60))) == [number * number for number in range(60)]
         assert list(run([])) == []
 
 
-def test_an_error_of_the_function_is_raised_as_it_was():
+def test_an_error_of_the_function_is_raised_as_it_was(connected):
     def refuse(number):
         raise UsageError(f"number {number}")
 
@@ -71,19 +109,19 @@ def test_an_error_of_the_function_is_raised_as_it_was():
         list(run([5, 6]))
 
 
-def test_a_job_whose_actor_is_killed_runs_again(tmp_path):
+def test_a_job_whose_actor_is_killed_runs_again(connected, tmp_path):
     with parallel_map(killed(tmp_path), TWO) as run:
         assert list(run(range(8))) == list(range(8))
     assert (tmp_path / "3").exists()
 
 
-def test_a_job_that_always_kills_its_actor_is_one_error(tmp_path):
+def test_a_job_that_always_kills_its_actor_is_one_error(connected, tmp_path):
     always = killed(tmp_path, always=True)
     with parallel_map(always, TWO) as run, pytest.raises(DataError, match="again and again"):
         list(run(range(8)))
 
 
-def test_actors_that_wait_for_room_do_not_hold_up_the_others():
+def test_actors_that_wait_for_room_do_not_hold_up_the_others(connected):
     with parallel_map(slow_square(), Cluster(50)) as run:
         assert list(run(range(20))) == [number * number for number in range(20)]
 
@@ -109,7 +147,7 @@ def train(tmp_path):
     return f"tar:{tmp_path}/*.tar"
 
 
-def test_a_check_on_a_cluster_prints_what_one_process_prints(train, capsys):
+def test_a_check_on_a_cluster_prints_what_one_process_prints(connected, train, capsys):
     printed = []
     for engine in (ALONE, RAY):
         cli(["data", "check", train, "--json", *engine])
@@ -117,7 +155,7 @@ def test_a_check_on_a_cluster_prints_what_one_process_prints(train, capsys):
     assert printed[0] == printed[1] and '"image": 2' in printed[0]
 
 
-def test_a_pack_on_a_cluster_has_the_bytes_of_one_process(train, tmp_path):
+def test_a_pack_on_a_cluster_has_the_bytes_of_one_process(connected, train, tmp_path):
     for name, engine in (("alone", ALONE), ("ray", RAY)):
         out = str(tmp_path / name)
         assert cli(["data", "pack", train, "--out", out, "--images-per-shard", "40", *engine]) == 1
@@ -125,7 +163,7 @@ def test_a_pack_on_a_cluster_has_the_bytes_of_one_process(train, tmp_path):
     assert alone == cluster and len(alone) == 9
 
 
-def test_decontamination_on_a_cluster_writes_the_bytes_of_one_process(train, tmp_path):
+def test_decontamination_on_a_cluster_writes_the_bytes_of_one_process(connected, train, tmp_path):
     test = tmp_path / "test"
     test.mkdir()
     (test / "a.jpg").write_bytes(jpeg(3))
@@ -137,7 +175,7 @@ def test_decontamination_on_a_cluster_writes_the_bytes_of_one_process(train, tmp
     assert alone == cluster and alone.count(b"\n") == 1 + 2 + 1  # by its image, by its caption
 
 
-def test_an_index_built_on_a_cluster_is_that_of_one_process(tmp_path, monkeypatch):
+def test_an_index_built_on_a_cluster_is_that_of_one_process(connected, tmp_path, monkeypatch):
     from cn_clip.shards import encoding
 
     monkeypatch.setattr(encoding, "_PART_ROWS", 500)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +16,8 @@ from cn_clip.errors import CNClipError, UsageError
 from cn_clip.install import install_command
 from cn_clip.processes import limit_cpus
 from cn_clip.translation import _, languages, use_languages
+
+_STARTS = 3  # of Ray on this machine, which gives up after 30 seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +55,27 @@ class Cluster:
             ray.shutdown()
 
     def _connect(self, ray: Any) -> None:
-        try:
-            ray.init(
-                address=self.address, logging_level="ERROR", log_to_driver=False,
-                include_dashboard=False if self.address is None else None,
-            )  # fmt: skip
-        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
-            raise CNClipError(
-                _(
-                    "the Ray cluster {address} cannot be used: {reason}",
-                    address=self.address or "RAY_ADDRESS",
-                    reason=str(error).partition("\n")[0],
-                )
-            ) from None
+        for left in reversed(range(_STARTS)):
+            try:
+                with _own_sigterm():
+                    ray.init(
+                        address=self.address, logging_level="ERROR", log_to_driver=False,
+                        include_dashboard=False if self.address is None else None,
+                    )  # fmt: skip
+                return
+            except Exception as error:  # of any kind: a bare one if a busy machine takes too long
+                ray.shutdown()
+                if left and type(error) is Exception:
+                    continue
+                raise self._refused(str(error).partition("\n")[0]) from None
+
+    def _refused(self, reason: str) -> CNClipError:
+        address = self.address or os.environ.get("RAY_ADDRESS")
+        if address is None:
+            return CNClipError(_("Ray cannot be started on this machine: {reason}", reason=reason))
+        return CNClipError(
+            _("the Ray cluster {address} cannot be used: {reason}", address=address, reason=reason)
+        )
 
     def count(self, ray: Any) -> int:
         """Return how many workers to start."""
@@ -105,6 +118,19 @@ class WorkerSetup:
         use_languages(self.languages)
         if self.cpus is not None:
             limit_cpus(self.cpus)
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep the handler of SIGTERM: Ray's ends this process without cleaning up, or a word."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # where Ray sets none
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _ray() -> Any:
