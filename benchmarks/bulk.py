@@ -8,7 +8,8 @@
 
 Each prints the ratio of what it compares, measured in turns. ``--folder`` keeps large files on
 another disk. The peer of ``engines`` is clip-retrieval's reader and writer around the same model
-(``pip install --no-deps clip-retrieval pandas fsspec``).
+(``pip install --no-deps clip-retrieval pandas fsspec``); ``--peer PYTHON`` also runs its whole
+pipeline, with the same weights in torch.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import tarfile
 import tempfile
 import time
 import types
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -50,10 +52,13 @@ from cn_clip.bulk.run import Report, run
 from cn_clip.bulk.store import open_store
 from cn_clip.bulk.verify import verify
 from cn_clip.config import ModelConfig, TextConfig, VisionConfig
+from cn_clip.data.ray_cluster import Cluster
 
 PEER = "clip-retrieval's reader, writer"
 TEXT = TextConfig(hidden_size=64, layers=1, heads=1, intermediate_size=128)
 TINY = ModelConfig("tiny", 32, VisionConfig("vit", 32, 64, (1,), 16), TEXT)
+KILLED_SHARD = 200  # images of a shard of ``kills``
+LOST_WITH_DRIVER = 2  # workers that end with their driver
 
 
 @dataclass
@@ -115,8 +120,8 @@ def tiny_model(work: Path) -> str:
     return str(work / "tiny")
 
 
-def tiny_tars(folder: Path, count: int, per_tar: int = 10_000) -> str:
-    """Write small images in tar shards."""
+def tiny_images() -> list[bytes]:
+    """Return 256 small images in JPEG."""
     random = np.random.default_rng(0)
     images = []
     for _each in range(256):
@@ -124,6 +129,12 @@ def tiny_tars(folder: Path, count: int, per_tar: int = 10_000) -> str:
         pixels = random.integers(0, 256, (4, 4, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((32, 32)).save(stream, "JPEG")
         images.append(stream.getvalue())
+    return images
+
+
+def tiny_tars(folder: Path, count: int, per_tar: int = 10_000) -> str:
+    """Write small images in tar shards: image N is N modulo 256 of ``tiny_images``."""
+    images = tiny_images()
     folder.mkdir()
     for shard in range(-(-count // per_tar)):
         with tarfile.open(folder / f"{shard:05}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -156,6 +167,11 @@ def engines(options: argparse.Namespace, work: Path) -> None:
         "local, 1 worker": local(1),
         "local, 2 workers": local(2),
     }
+    if options.peer:
+        resolution = traced_tower(options.model, work / "tower.pt")
+        candidates["clip-retrieval, torch float32"] = lambda: by_own_pipeline(
+            options.peer, resolution, work, options.photos
+        )
     rates = in_turns(candidates, options.rounds)
     for name, values in rates.items():
         ratios = [a / b for a, b in zip(values, rates[PEER], strict=True)]
@@ -173,6 +189,27 @@ def by_embed(embedder: Any, work: Path, count: int) -> float:
         embedder, "images", read_images([str(work / "photos")]), work / "embedded", overwrite=True
     )
     return count / done.seconds
+
+
+def traced_tower(model: str, path: Path) -> int:
+    """Write the image tower in TorchScript; return its resolution."""
+    import torch
+
+    tower = cn_clip.load(model, backend="torch", device="cpu", precision="float32").torch_model.visual
+    size = tower.config.resolution
+    with torch.no_grad():
+        torch.jit.trace(tower, torch.zeros(2, 3, size, size)).save(str(path))
+    return size
+
+
+def by_own_pipeline(python: str, resolution: int, work: Path, count: int) -> float:
+    """Embed with clip-retrieval as it is, in an environment of its own."""
+    script = Path(__file__).with_name("clip_retrieval.py")
+    words = [python, str(script), str(work / "tower.pt"), str(resolution), str(work / "photos")]
+    words.append(str(work / f"own{time.monotonic_ns()}"))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    printed = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+    return count / float(printed.stdout.split()[-1])
 
 
 def by_clip_retrieval(embedder: Any, work: Path, count: int) -> float:
@@ -227,7 +264,7 @@ def ray(options: argparse.Namespace, work: Path) -> None:
 
     candidates = {
         "local": measure("local", LocalEngine(2)),
-        "ray": measure("ray", RayEngine(2)),
+        "ray": measure("ray", RayEngine(Cluster(2))),
     }
     rates = in_turns(candidates, options.rounds)
     ratios = [a / b for a, b in zip(rates["ray"], rates["local"], strict=True)]
@@ -352,38 +389,63 @@ def kills(options: argparse.Namespace, work: Path) -> None:
     """Kill workers and drivers at random times, until the run is whole."""
     model = tiny_model(work)
     out = work / "out"
-    plan(out, model, tiny_tars(work / "tars", options.images), 200)
+    plan(out, model, tiny_tars(work / "tars", options.images), KILLED_SHARD)
     random = Random(options.seed)
-    killed = {"workers": 0, "drivers": 0}
+    to_kill = ["worker"] * options.workers + ["driver"] * options.drivers
+    random.shuffle(to_kill)
+    killed: Counter[str] = Counter()
+    done: dict[str, tuple[int, int]] = {}  # manifest -> its first inode and time
     words = [sys.executable, __file__, "drive", str(out), "--engine", options.engine]
-    total = options.workers + options.drivers
     driver = subprocess.Popen(words)
     start = time.monotonic()
-    while driver.poll() != 0:
-        if driver.poll() is not None:  # killed
-            driver = subprocess.Popen(words)
+    while (code := driver.poll()) != 0:
+        assert code is None, f"the driver ended with {code}"
         time.sleep(0.01)
-        done = len(list((out / "manifests").glob("*.json"))) / (options.images / 200)
-        busy = _workers_at_work(out)
-        if not busy or sum(killed.values()) > (done + 0.1) * total:  # as fast as shards end
+        done = _manifests(out) | done
+        share = len(done) / (options.images / KILLED_SHARD)
+        busy = _workers_at_work(out, driver.pid)
+        begun = killed.total()
+        # As fast as shards end, a little ahead of them.
+        if not busy or begun == len(to_kill) or begun > (share + 0.1) * len(to_kill):
             continue
         time.sleep(random.uniform(0, 0.1))
-        if killed["drivers"] < options.drivers and random.random() < options.drivers / total:
+        if to_kill[begun] == "driver":
             driver.kill()
             driver.wait()
-            killed["drivers"] += 1
-        elif killed["workers"] < options.workers:
-            killed["workers"] += _kill(random.choice(busy))
-    _report_kills(out, killed, options.images, time.monotonic() - start)
+            killed["driver"] += 1
+            driver = subprocess.Popen(words)
+        else:
+            killed["worker"] += _kill(random.choice(busy))
+    seconds = time.monotonic() - start
+    written_again = sum(_manifests(out)[name] != first for name, first in done.items())
+    _report_kills(out, model, killed, options.images)
+    print(f"{written_again} manifests written again, {seconds:.0f} s")
 
 
-def _workers_at_work(out: Path) -> list[int]:
-    """Return the process ids of the workers that compute a shard."""
+def _manifests(out: Path) -> dict[str, tuple[int, int]]:
+    """Return the inode and time of each manifest."""
+    states = {each.name: each.stat() for each in (out / "manifests").glob("*.json")}
+    return {name: (state.st_ino, state.st_mtime_ns) for name, state in states.items()}
+
+
+def _workers_at_work(out: Path, driver: int) -> list[int]:
+    """Return the process ids of the workers of a driver that compute a shard."""
     pids = []
     for note in (out / ".work" / "notes").glob("*.json"):
         with suppress(OSError, ValueError):  # it ended meanwhile
             pids.append(int(json.loads(note.read_text())["pid"]))
-    return [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
+    return [pid for pid in pids if driver in _ancestors(pid)]
+
+
+def _ancestors(pid: int) -> list[int]:
+    """Return the parent of a process, its parent, and so on; none if it has ended."""
+    found: list[int] = []
+    with suppress(OSError):
+        while pid > 1:
+            status = Path(f"/proc/{pid}/stat").read_text()
+            pid = int(status.rpartition(")")[2].split()[1])
+            found.append(pid)
+    return found
 
 
 def _kill(pid: int) -> bool:
@@ -394,26 +456,37 @@ def _kill(pid: int) -> bool:
     return True
 
 
-def _report_kills(out: Path, killed: dict[str, int], images: int, seconds: float) -> None:
+def _report_kills(out: Path, model: str, killed: Counter[str], images: int) -> None:
+    """Print what is missing, twice, wrong or was begun again, by the inputs themselves."""
     from pyarrow import parquet
 
     found = verify(open_store(str(out)), checksums=True)
-    ids: list[str] = []
-    attempts = 0
+    right = cn_clip.load(model, device="cpu").embed_images(
+        [Image.open(io.BytesIO(content)) for content in tiny_images()]
+    )
+    rows: Counter[int] = Counter()
+    wrong = 0
     for path in (out / "metadata").glob("*.parquet"):
-        ids += parquet.read_table(path, columns=["id"])["id"].to_pylist()
-    for path in (out / "manifests").glob("*.json"):
-        attempts += json.loads(path.read_text())["attempt"] - 1
+        ids = parquet.read_table(path, columns=["image_id"])["image_id"].to_pylist()
+        numbers = np.array(ids, np.int64)
+        vectors = np.load(out / "img_emb" / f"img_emb_{path.stem.rpartition('_')[2]}.npy")
+        rows.update(numbers.tolist())
+        expected = right[numbers % len(right)]
+        wrong += int(((vectors.astype(np.float32) * expected).sum(axis=1) < 0.999).sum())
+    manifests = [json.loads(path.read_text()) for path in (out / "manifests").glob("*.json")]
     print(
-        f"{killed['workers']} workers and {killed['drivers']} drivers killed in {seconds:.0f} s: "
-        f"{images - len(set(ids))} missing, {len(ids) - len(set(ids))} twice, complete: "
-        f"{found.complete}, {attempts} shards begun again"
+        f"{killed['worker']} workers and {killed['driver']} drivers killed: "
+        f"{len(set(range(images)) - rows.keys())} missing, "
+        f"{sum(count > 1 for count in rows.values())} twice, {wrong} with a wrong vector, "
+        f"complete: {found.complete}, orphans: {len(found.orphans)}; "
+        f"{sum(each['attempt'] - 1 for each in manifests)} shards begun again, of "
+        f"{killed['worker'] + LOST_WITH_DRIVER * killed['driver']} workers that ended by this"
     )
 
 
 def drive(options: argparse.Namespace, work: Path) -> None:
     """Run a plan, in the process that ``kills`` kills."""
-    engine: Engine = LocalEngine(2) if options.engine == "local" else RayEngine(2)
+    engine: Engine = LocalEngine(2) if options.engine == "local" else RayEngine(Cluster(2))
     report = run(open_store(options.out), engine, Task(options.out, retries=1000))
     assert not report.failures, report.failed
 
@@ -447,6 +520,7 @@ def main() -> None:
     parser.add_argument("--drivers", type=int, default=20)
     parser.add_argument("--engine", choices=("local", "ray"), default="ray")
     parser.add_argument("--model", default="mini")
+    parser.add_argument("--peer", help="Python of an environment with clip-retrieval")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder")

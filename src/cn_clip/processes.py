@@ -60,8 +60,18 @@ class _SignalState:
 _signals = _SignalState()
 
 
+_cpu_limit: int | None = None
+
+
+def limit_cpus(count: int) -> None:
+    """Use at most this many CPUs from now on: a scheduler counts them, but binds to none."""
+    global _cpu_limit
+    _cpu_limit = count
+
+
 def usable_cpus() -> int:
-    """Return the number of CPUs that this process may use: its affinity and its cgroup's quota."""
+    """Return the number of CPUs that this process may use: by its affinity, its cgroup's quota
+    and ``limit_cpus``."""
     if hasattr(os, "sched_getaffinity"):
         count = len(os.sched_getaffinity(0))
     else:
@@ -69,7 +79,7 @@ def usable_cpus() -> int:
     with suppress(OSError, ValueError):  # no cgroup, or no quota ("max")
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
         count = min(count, math.ceil(int(quota) / int(period)))
-    return max(1, count)
+    return max(1, count if _cpu_limit is None else min(count, _cpu_limit))
 
 
 def cpu_info(*fields: str) -> list[str]:

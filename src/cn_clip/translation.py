@@ -2,7 +2,8 @@
 
 ``_("no such file: {path}", path=path)`` translates a message, then fills in its values. Messages
 are literals, so that they can be extracted. The catalogue is read at the first message, from
-``locale/LANGUAGE/LC_MESSAGES/cn_clip.mo``; a process has one language from then on.
+``locale/LANGUAGE/LC_MESSAGES/cn_clip.mo``; a process has one language from then on
+(a worker that of the process it works for: ``use_languages``).
 """
 
 from __future__ import annotations
@@ -154,6 +155,12 @@ def languages() -> list[str]:
             break
         wanted += [language] if language else []
     return wanted
+
+
+def use_languages(wanted: Sequence[str]) -> None:
+    """Show messages in these languages from now on, as ``languages`` returned them elsewhere."""
+    os.environ[LANGUAGE] = ":".join(wanted) or "en"
+    _catalogue.cache_clear()
 
 
 def shown_language() -> str:

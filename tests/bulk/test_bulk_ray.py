@@ -15,6 +15,7 @@ from cn_clip.bulk.run import run
 from cn_clip.bulk.shard import planned_shards
 from cn_clip.bulk.store import open_store
 from cn_clip.cli import run as cli
+from cn_clip.data.ray_cluster import Cluster
 from cn_clip.errors import UsageError
 
 pytestmark = [pytest.mark.full, pytest.mark.filterwarnings("ignore")]  # warnings of Ray
@@ -52,7 +53,7 @@ def test_a_killed_actor_costs_its_shard_one_more_attempt(tmp_path, tiny_checkpoi
                 os.kill(killed[-1], signal.SIGKILL)
 
     store = open_store(str(out))
-    report = run(store, RayEngine(2), Task(str(out), retries=5), on_progress=kill)
+    report = run(store, RayEngine(Cluster(2)), Task(str(out), retries=5), on_progress=kill)
     assert report.failures == 0 and len(rows_in(out)) == 24
     attempts = sum(each["attempt"] for each in manifests_in(out).values())
     assert attempts - 12 <= len(killed)
@@ -65,4 +66,4 @@ def test_an_actor_with_another_version_is_refused(tmp_path, tiny_checkpoint):
     values = json.loads(path.read_text()) | {"version": "0.0.1"}
     path.write_text(json.dumps(values))
     with pytest.raises(UsageError, match="planned with"):
-        run(open_store(str(out)), RayEngine(1), Task(str(out)))
+        run(open_store(str(out)), RayEngine(Cluster(1)), Task(str(out)))

@@ -9,8 +9,8 @@ from typing import Annotated
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from cn_clip.cli.show import Flag, Workers, console, print_json, progress_bar
-from cn_clip.processes import usable_cpus
+from cn_clip.cli.engines import DEFAULT_ENGINE, Engine
+from cn_clip.cli.show import Flag, console, print_json, progress_bar
 from cn_clip.translation import _
 
 Cosine = Annotated[float, Parameter(validator=Number(gt=0, lte=1))]
@@ -26,7 +26,7 @@ def dedupe(
     threshold: Cosine = 0.97,
     look: Flag = False,
     within: str | None = None,
-    workers: Workers = None,
+    engine: Engine = DEFAULT_ENGINE,
     overwrite: Flag = False,
     json: Flag = False,
 ) -> int:
@@ -48,8 +48,6 @@ def dedupe(
         Also read the files of candidates, and compare them by perceptual hashes.
     within
         Consider only the images in this list of an earlier run.
-    workers
-        Number of worker processes, by default one per CPU; 0 uses the main process.
     overwrite
         Replace OUT if this command wrote it.
     json
@@ -61,14 +59,14 @@ def dedupe(
 
     path, inputs = as_path(folder), _inputs(folder, within)
     claimed = claim_kept(out, "bulk dedupe", inputs=inputs, overwrite=overwrite)
-    with progress_bar(_("comparing images")) as on_progress:
+    with engine.opened() as workers, progress_bar(_("comparing images")) as on_progress:
         done = remove_duplicates(
             path,
             claimed,
             threshold=threshold,
             look=look,
             within=None if within is None else read_kept(Path(within)),
-            workers=usable_cpus() if workers is None else workers,
+            workers=workers,
             on_progress=on_progress,
         )
     if json:
@@ -96,7 +94,7 @@ def filter(
     min_cosine: AnyCosine = None,
     share: Share = None,
     within: str | None = None,
-    workers: Workers = None,
+    engine: Engine = DEFAULT_ENGINE,
     overwrite: Flag = False,
     json: Flag = False,
 ) -> int:
@@ -118,8 +116,6 @@ def filter(
         Keep this share of the pairs instead, those with the highest cosines: 0.3.
     within
         Consider only the pairs in this list of an earlier run.
-    workers
-        Number of worker processes, by default one per CPU; 0 uses the main process.
     overwrite
         Replace OUT if this command wrote it.
     json
@@ -133,14 +129,14 @@ def filter(
     opened = ShardFolder.open(as_path(folder))
     inputs = _inputs(folder, within)
     claimed = claim_kept(out, "bulk filter", inputs=inputs, overwrite=overwrite)
-    with progress_bar(_("comparing pairs")) as on_progress:
+    with engine.opened() as workers, progress_bar(_("comparing pairs")) as on_progress:
         done = filter_pairs(
             opened,
             claimed,
             min_cosine=min_cosine,
             share=share,
             within=None if within is None else read_kept(Path(within)),
-            workers=usable_cpus() if workers is None else workers,
+            workers=workers,
             on_progress=on_progress,
         )
     if json:

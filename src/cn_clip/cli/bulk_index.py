@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
+from cn_clip.cli.engines import DEFAULT_ENGINE, Engine
 from cn_clip.cli.library_options import DEFAULT, LibraryLoading
-from cn_clip.cli.show import Flag, Workers, print_json, progress_bar
-from cn_clip.processes import usable_cpus
+from cn_clip.cli.show import Flag, print_json, progress_bar
 from cn_clip.translation import _
 
 Recall = Annotated[float, Parameter(validator=Number(gt=0, lt=1))]
@@ -26,7 +26,7 @@ def index(
     lists: Count = None,
     shards: str | None = None,
     retrain: Flag = False,
-    workers: Workers = None,
+    engine: Engine = DEFAULT_ENGINE,
     loading: LibraryLoading = DEFAULT,
     json: Flag = False,
 ) -> int:
@@ -54,8 +54,6 @@ def index(
         All parts share one training.
     retrain
         Train again, on the shards as they are now, and build everything anew.
-    workers
-        Number of worker processes, by default one per CPU; 0 uses the main process.
     json
         Print JSON instead of a sentence.
     """
@@ -75,14 +73,8 @@ def index(
         device=loading.device,
         precision=loading.precision,
     )
-    options = Options(
-        codes=codes,
-        recall=recall,
-        lists=lists,
-        workers=usable_cpus() if workers is None else workers,
-        retrain=retrain,
-    )
-    with progress_bar(_("indexing images")) as on_progress:
+    with engine.opened() as workers, progress_bar(_("indexing images")) as on_progress:
+        options = Options(codes=codes, recall=recall, lists=lists, workers=workers, retrain=retrain)
         done = build_index(
             path,
             lambda: library.embedder().embed_texts(background_words()),

@@ -6,12 +6,12 @@ import re
 import sys
 import time
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 from cyclopts import Parameter
-from cyclopts.validators import Number
 from rich.table import Table
 
+from cn_clip.cli.engines import EngineName, Share, check_local, cluster_of
 from cn_clip.cli.loading import DEFAULT, Loading
 from cn_clip.cli.show import (
     Amount,
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from cn_clip.bulk.run import Portion, Report
     from cn_clip.bulk.store import Store
 
-EngineName = Literal["local", "ray"]
-Share = Annotated[float, Parameter(validator=Number(gte=0))]
 _SHOWN = 20  # shards that are listed
 
 
@@ -76,8 +74,8 @@ class Running:
         Raises:
             UsageError: one is given.
         """
-        if self.engine == "local" and (self.gpus or self.address is not None or self.cpus != 1):
-            raise UsageError(_("--cpus, --gpus and --address are for --engine ray"))
+        if self.engine == "local":
+            check_local(self.cpus, self.gpus, self.address)
 
     def opened(self) -> Engine:
         """Return the engine."""
@@ -86,7 +84,7 @@ class Running:
 
         if self.engine == "local":
             return LocalEngine(self.workers)
-        return RayEngine(self.workers or None, self.cpus, self.gpus, self.address)
+        return RayEngine(cluster_of(self.workers, self.cpus, self.gpus, self.address))
 
 
 DEFAULT_RUNNING = Running()

@@ -11,11 +11,11 @@ from cyclopts import App
 from rich.table import Table
 
 from cn_clip.cli.data_split import split
+from cn_clip.cli.engines import DEFAULT_ENGINE, Engine
 from cn_clip.cli.show import (
     Amount,
     ContextLength,
     Flag,
-    Workers,
     check_different_paths,
     console,
     print_json,
@@ -23,7 +23,6 @@ from cn_clip.cli.show import (
     progress_bar,
 )
 from cn_clip.errors import one_line
-from cn_clip.processes import usable_cpus
 from cn_clip.translation import _, translate
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ def pack(
     keep: str | None = None,
     images_per_shard: int = 5000,
     split: str = "train",
-    workers: Workers = None,
+    engine: Engine = DEFAULT_ENGINE,
     overwrite: Flag = False,
     json: Flag = False,
 ) -> int:
@@ -83,8 +82,6 @@ def pack(
         Images per tar.
     split
         Name of the split, in the file names of a tsv.
-    workers
-        Number of worker processes, by default one per CPU; 0 uses the main process.
     overwrite
         Replace OUT if this command wrote it.
     json
@@ -100,8 +97,8 @@ def pack(
     inputs = paths_of(source)
     inputs += [Path(given) for given in (without, keep) if given is not None]
     claim_pack(out, to=to, inputs=inputs, overwrite=overwrite)
-    opened = _open(source, workers)
-    with progress_bar(_("packing images")) as on_progress:
+    opened = _open(source, engine)
+    with engine.opened() as workers, progress_bar(_("packing images")) as on_progress:
         done = pack(
             opened,
             out,
@@ -110,7 +107,7 @@ def pack(
             without=_left_out(opened, without, keep),
             images_per_shard=images_per_shard,
             split=split,
-            workers=_worker_count(workers),
+            workers=workers,
             inputs=inputs,
             overwrite=overwrite,
             on_progress=on_progress,
@@ -150,7 +147,7 @@ def check(
     report: str | None = None,
     context_length: ContextLength = 52,
     threshold: int = 19,
-    workers: Workers = None,
+    engine: Engine = DEFAULT_ENGINE,
     json: Flag = False,
 ) -> int:
     """Read every row and image of a source, and list the problems.
@@ -168,8 +165,6 @@ def check(
         List captions with more tokens.
     threshold
         Maximum differing bits of the perceptual hashes of near-duplicates, of 256; 0 skips them.
-    workers
-        Number of worker processes, by default one per CPU; 0 uses the main process.
     json
         Print JSON instead of a table.
     """
@@ -181,13 +176,13 @@ def check(
 
     if report is not None:
         claim_page(report, "data check", inputs=paths_of(source))
-    opened = open_source(source, workers=_worker_count(workers))
-    with progress_bar(_("checking")) as on_progress:
+    opened = open_source(source, workers=engine.processes)
+    with engine.opened() as workers, progress_bar(_("checking")) as on_progress:
         result = check(
             opened,
             context_length=context_length,
             threshold=threshold,
-            workers=_worker_count(workers),
+            workers=workers,
             on_progress=on_progress,
         )
     if report is not None:
@@ -241,7 +236,7 @@ def decontaminate(
     report: str | None = None,
     threshold: int = 52,
     min_caption: Amount = 5,
-    workers: Workers = None,
+    engine: Engine = DEFAULT_ENGINE,
     overwrite: Flag = False,
     json: Flag = False,
 ) -> int:
@@ -264,8 +259,6 @@ def decontaminate(
         Maximum differing bits of two perceptual hashes, of 256; 0 compares no images.
     min_caption
         Minimum length of compared captions, in characters; 0 compares none.
-    workers
-        Number of worker processes, by default one per CPU; 0 uses the main process.
     overwrite
         Replace OUT if this command wrote it.
     json
@@ -285,14 +278,14 @@ def decontaminate(
     if report is not None:
         claim_page(report, "data decontaminate", inputs=inputs)
         check_different_paths(out, report)
-    train, test = _open(source, workers), _open(against, workers)
-    with progress_bar(_("comparing images")) as on_progress:
+    train, test = _open(source, engine), _open(against, engine)
+    with engine.opened() as workers, progress_bar(_("comparing images")) as on_progress:
         result = decontaminate(
             train,
             test,
             threshold=threshold,
             min_caption=min_caption,
-            workers=_worker_count(workers),
+            workers=workers,
             on_progress=on_progress,
         )
     write_removed(result, train, test, Path(out))
@@ -375,17 +368,13 @@ def _left_out(
     return np.unique(np.concatenate(found)) if found else None
 
 
-def _worker_count(workers: int | None) -> int:
-    return usable_cpus() if workers is None else workers
-
-
-def _open(uri: str, workers: int | None) -> Source:
+def _open(uri: str, engine: Engine) -> Source:
     """Open a source; warn of what is not in a pair, without repeating warnings of the opening."""
     from cn_clip.data.sources.open import open_source
 
     with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always", UserWarning)
-        source = open_source(uri, workers=_worker_count(workers))
+        source = open_source(uri, workers=engine.processes)
     for warning in raised:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     known = {str(warning.message) for warning in raised}

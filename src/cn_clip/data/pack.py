@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from cn_clip.data.captions import digest as digest_of
 from cn_clip.data.curate.grouping import RowGroups, first_equal, group_rows
 from cn_clip.data.encode import UNCHANGED, Encoding, encode_image
-from cn_clip.data.process_map import Progress, chunked, no_progress, parallel_map
+from cn_clip.data.process_map import Progress, Workers, chunked, no_progress, parallel_map
 from cn_clip.data.shard import write_shard
 from cn_clip.data.sources.base import Source, located
 from cn_clip.data.sources.lmdb import write_lmdb
@@ -74,7 +74,7 @@ def pack(
     without: npt.NDArray[np.int64] | None = None,
     images_per_shard: int = 5000,
     split: str = "train",
-    workers: int = 0,
+    workers: Workers = 0,
     inputs: Iterable[str | os.PathLike[str]] = (),
     overwrite: bool = False,
     on_progress: Progress = no_progress,
@@ -90,7 +90,7 @@ def pack(
         without: (K,) indexes of pairs to leave out, from ``read_removed``.
         images_per_shard: images per tar.
         split: the name in the files of a TSV.
-        workers: number of worker processes; 0 runs in this process.
+        workers: worker processes, or workers of a cluster; 0 runs in this process.
         inputs: files and folders of the source; none of them may be overwritten.
         overwrite: replace what this function wrote to ``out``.
         on_progress: called with (done, total) images.
@@ -212,7 +212,7 @@ def _group_images(
     skipped: list[str],
     *,
     official: bool,
-    workers: int,
+    workers: Workers,
 ) -> tuple[RowGroups, str]:
     """Group the usable pairs by image, and return a digest of all ids and texts.
 
@@ -333,7 +333,7 @@ class _Job:
     groups: RowGroups
     out: Path
     result: PackResult
-    workers: int
+    workers: Workers
     on_progress: Progress
 
 

@@ -1,4 +1,4 @@
-"""Map a function over jobs in worker processes, in order."""
+"""Map a function over jobs in order, in worker processes of this machine or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from multiprocessing.context import SpawnContext, SpawnProcess
 from types import FrameType
 from typing import Any, Protocol, TypeVar, cast
 
+from cn_clip.data.ray_cluster import Cluster
+from cn_clip.data.ray_map import ray_map
 from cn_clip.errors import DataError
 from cn_clip.processes import (
     GRACE,
@@ -27,6 +29,9 @@ from cn_clip.translation import _
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
 _AHEAD = 4  # queued jobs per worker: workers never wait, few results do
+
+Workers = int | Cluster
+"""Worker processes of this machine, 0 for this process; or workers of a Ray cluster."""
 
 Progress = Callable[[int, int | None], None]
 """Called with (done, total) items; ``total`` is None if unknown."""
@@ -52,9 +57,14 @@ def chunked(items: _Items, size: int) -> list[_Items]:
     return [items[at : at + size] for at in range(0, len(items), size)]
 
 
+def at_most(workers: Workers, jobs: int) -> Workers:
+    """Return the workers for a few jobs: no more processes than jobs."""
+    return min(workers, jobs) if isinstance(workers, int) else workers
+
+
 @contextmanager
 def parallel_map(
-    function: Callable[[_Job], _Result], workers: int
+    function: Callable[[_Job], _Result], workers: Workers
 ) -> Iterator[Callable[[Sequence[_Job]], Iterator[_Result]]]:
     """Yield a map of ``function`` over jobs; with 0 workers it runs in this process.
 
@@ -63,7 +73,12 @@ def parallel_map(
 
     Raises:
         DataError: a worker died.
+        UsageError, CNClipError: see ``ray_map``.
     """
+    if isinstance(workers, Cluster):
+        with ray_map(function, workers) as run_on_cluster:
+            yield run_on_cluster
+        return
     if workers <= 0:
         yield lambda jobs: map(function, jobs)
         return

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cn_clip.data.process_map import parallel_map
+from cn_clip.data.process_map import Workers, at_most, parallel_map
 from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.format_version import FIELD
 from cn_clip.outputs import atomic_folder
@@ -83,14 +83,14 @@ class Options:
             an index that is trained already, ``int4`` for a new one.
         recall: of the 10 best rows, that the sample of texts finds at least.
         lists: their number; by default twice the root of the number of rows.
-        workers: processes; 0 builds in this one.
+        workers: that make the parts.
         retrain: whether to train again, which makes all parts anew.
     """
 
     codes: CodeName | None = None
     recall: float = 0.97
     lists: int | None = None
-    workers: int = 0
+    workers: Workers = 0
     retrain: bool = False
 
 
@@ -188,7 +188,7 @@ def _make_parts(
     missing = [plan for plan in plans if Part.open(folder, plan, trained) is None]
     done = total - sum(int(plan.shards[:, 1].sum()) for plan in missing)
     on_progress(done, total)
-    with parallel_map(encode, min(options.workers, len(missing))) as run:
+    with parallel_map(encode, at_most(options.workers, len(missing))) as run:
         for plan, _rows in zip(missing, run(missing), strict=True):
             done += int(plan.shards[:, 1].sum())
             on_progress(done, total)

@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cn_clip.data.curate.perceptual_hash import hash_image, look_alike
-from cn_clip.data.process_map import Progress, no_progress, parallel_map
+from cn_clip.data.process_map import Progress, Workers, at_most, no_progress, parallel_map
+from cn_clip.data.ray_cluster import Cluster
 from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.image.decode import read_image
 from cn_clip.publish import map_write_errors
@@ -66,7 +67,7 @@ def remove_duplicates(
     threshold: float = THRESHOLD,
     look: bool = False,
     within: Rows | None = None,
-    workers: int = 0,
+    workers: Workers = 0,
     on_progress: Progress = no_progress,
 ) -> Deduplicated:
     """Write the list of the images that are kept.
@@ -78,7 +79,7 @@ def remove_duplicates(
         look: also read the files of candidates, and compare their perceptual hashes; images whose
             files cannot be read are kept.
         within: ids (N,), sorted, of the images that are considered; None for all.
-        workers: processes; 0 compares in this one.
+        workers: that compare; 0 compares in this process.
         on_progress: called with the number of images so far and in total.
 
     Raises:
@@ -103,9 +104,9 @@ def remove_duplicates(
     jobs = _jobs(sizes)
     total, done, found = int(sizes.sum()), 0, [np.empty((0, 2), np.int64)]
     with (
-        _in_a_file(within) as considered,
+        _shared(within, workers) as considered,
         parallel_map(
-            CompareLists(path, threshold, look, considered), min(workers, len(jobs))
+            CompareLists(path, threshold, look, considered), at_most(workers, len(jobs))
         ) as run,
     ):
         for job, pairs in zip(jobs, run(jobs), strict=True):
@@ -119,10 +120,13 @@ def remove_duplicates(
 
 
 @contextmanager
-def _in_a_file(within: Rows | None) -> Iterator[Path | None]:
-    """Write ids to a file that all workers map, as each would else have a copy of them."""
-    if within is None:
-        yield None
+def _shared(within: Rows | None, workers: Workers) -> Iterator[Rows | Path | None]:
+    """Yield ids in a form that workers share, as each would else have a copy of them.
+
+    Processes map a file; Ray shares an array on each machine by itself.
+    """
+    if within is None or isinstance(workers, Cluster):
+        yield within
         return
     with tempfile.TemporaryDirectory(prefix="cn-clip-", ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "within.npy"  # Windows keeps it while it is mapped
@@ -139,13 +143,13 @@ class CompareLists:
         path: of the folder.
         threshold: least cosine.
         look: whether the images must look alike too.
-        within: file of the ids (N,), sorted, of the images that are considered; None for all.
+        within: ids (N,), sorted, of the images that are considered, or their file; None for all.
     """
 
     path: Path
     threshold: float
     look: bool
-    within: Path | None
+    within: Rows | Path | None
 
     @cached_property
     def _index(self) -> ShardIndex:
@@ -154,7 +158,9 @@ class CompareLists:
 
     @cached_property
     def _considered(self) -> Rows | None:
-        return None if self.within is None else np.load(self.within, mmap_mode="r")
+        if isinstance(self.within, Path):
+            return np.load(self.within, mmap_mode="r")  # type: ignore[no-any-return]
+        return self.within
 
     def __call__(self, lists: range) -> npt.NDArray[np.int64]:
         """Return images (N,) of the lists and a lower one that each is like, int64 (N, 2).

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cn_clip.data.process_map import Progress, no_progress, parallel_map
+from cn_clip.data.process_map import Progress, Workers, at_most, no_progress, parallel_map
 from cn_clip.errors import UsageError
 from cn_clip.search.kernels import float32_of
 from cn_clip.shards.folder import Rows, ShardFolder, mapped_vectors
@@ -53,7 +53,7 @@ def filter_pairs(
     min_cosine: float | None = None,
     share: float | None = None,
     within: Rows | None = None,
-    workers: int = 0,
+    workers: Workers = 0,
     on_progress: Progress = no_progress,
 ) -> Filtered:
     """Write the list of the pairs whose cosine is high enough.
@@ -67,7 +67,7 @@ def filter_pairs(
         min_cosine: the limit.
         share: of the pairs with the highest cosines, instead of a limit.
         within: ids (N,), sorted, of the pairs that are considered; None for all.
-        workers: processes; 0 reads in this one.
+        workers: that read; 0 reads in this process.
         on_progress: called with the number of pairs so far and in total.
 
     Raises:
@@ -81,7 +81,7 @@ def filter_pairs(
     total, done = sum(rows), 0
     counts = np.zeros(_BINS, np.int64)
     limit = min_cosine
-    with parallel_map(PairCosines(folder), min(workers, len(rows))) as run:
+    with parallel_map(PairCosines(folder), at_most(workers, len(rows))) as run:
 
         def considered() -> Iterator[tuple[int, Cosines, Mask]]:
             for shard, cosines in zip(folder.numbers, run(folder.numbers), strict=True):

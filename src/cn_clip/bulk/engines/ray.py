@@ -7,15 +7,14 @@ add machines.
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from cn_clip.bulk.engines.base import Outcome, Task, Waiting, attempt
-from cn_clip.errors import CNClipError, UsageError
-from cn_clip.install import install_command
+from cn_clip.data.ray_cluster import Cluster, WorkerSetup
+from cn_clip.errors import CNClipError
 from cn_clip.translation import _
 
 _POLL = 0.5  # seconds between looks at shards of other processes
@@ -26,19 +25,9 @@ _MAX_PINGS = 120  # without an answer
 
 @dataclass(frozen=True, slots=True)
 class RayEngine:
-    """Actors of a Ray cluster.
+    """Actors of a Ray cluster."""
 
-    Attributes:
-        workers: actors; None takes as many as the cluster has room for now.
-        cpus: of each actor.
-        gpus: of each actor; 0.25 shares a GPU among four.
-        address: of the cluster; None takes RAY_ADDRESS, or starts Ray on this machine.
-    """
-
-    workers: int | None = None
-    cpus: float = 1
-    gpus: float = 0
-    address: str | None = None
+    cluster: Cluster
 
     def __call__(self, task: Task, shards: Iterable[int]) -> Iterator[Outcome]:
         """Yield the outcomes of shards.
@@ -47,46 +36,19 @@ class RayEngine:
             UsageError: Ray is not installed.
             CNClipError: the cluster cannot be reached, no shard can succeed, or actors die.
         """
-        ray = _ray()
-        own = not ray.is_initialized()
-        if own:
-            self._connect(ray)
-        actors = _Actors(ray, self, task)
-        try:
-            yield from actors.run(Waiting(shards, task.retries))
-        finally:
-            actors.stop()
-            if own:
-                ray.shutdown()
-
-    def _connect(self, ray: Any) -> None:
-        try:
-            ray.init(
-                address=self.address, logging_level="ERROR", log_to_driver=False,
-                include_dashboard=False if self.address is None else None,
-            )  # fmt: skip
-        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
-            raise CNClipError(
-                _(
-                    "the Ray cluster {address} cannot be used: {reason}",
-                    address=self.address or "RAY_ADDRESS",
-                    reason=str(error).partition("\n")[0],
-                )
-            ) from None
-
-    def room(self, ray: Any) -> int:
-        """Return how many actors the cluster has room for now."""
-        free = ray.available_resources()
-        by_cpu = free.get("CPU", 0) / self.cpus if self.cpus else float("inf")
-        by_gpu = free.get("GPU", 0) / self.gpus if self.gpus else float("inf")
-        room = min(by_cpu, by_gpu)
-        return max(1, int(room)) if room != float("inf") else 1
+        with self.cluster.connected() as ray:
+            actors = _Actors(ray, self.cluster, task)
+            try:
+                yield from actors.run(Waiting(shards, task.retries))
+            finally:
+                actors.stop()
 
 
 class _Worker:
     """An actor: a process with a model."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, setup: WorkerSetup, task: Task) -> None:
+        setup()
         self._task = task
 
     def ready(self) -> None:
@@ -111,17 +73,15 @@ class _Slot:
 class _Actors:
     """Actors, each with at most one shard: no more is lost with one of them."""
 
-    def __init__(self, ray: Any, engine: RayEngine, task: Task) -> None:
+    def __init__(self, ray: Any, cluster: Cluster, task: Task) -> None:
         self._ray = ray
-        self._class = ray.remote(
-            num_cpus=engine.cpus, num_gpus=engine.gpus, max_restarts=-1, max_task_retries=0
-        )(_Worker)
-        self._task = task
+        self._class = cluster.remote_class(ray, _Worker, retries=0)
+        self._given = cluster.setup, task
         self._waits: dict[Any, _Slot] = {}  # a future -> its actor
         self._absent: list[_Slot] = []  # actors that are asked whether they are ready
         self._idle: list[_Slot] = []
         self._slots = [
-            _Slot(self._class.remote(task)) for _each in range(engine.workers or engine.room(ray))
+            _Slot(self._class.remote(*self._given)) for _each in range(cluster.count(ray))
         ]
         self._absent += self._slots
 
@@ -194,14 +154,5 @@ class _Actors:
                 )
             )
         if isinstance(error, self._ray.exceptions.ActorDiedError):  # Ray does not start it again
-            slot.actor = self._class.remote(self._task)
+            slot.actor = self._class.remote(*self._given)
         self._absent.append(slot)
-
-
-def _ray() -> Any:
-    try:
-        return importlib.import_module("ray")
-    except ImportError:
-        raise UsageError(
-            _("--engine ray needs Ray: {command}", command=install_command("ray"))
-        ) from None

@@ -19,7 +19,7 @@ from cn_clip.data.curate.check_rows import (
 )
 from cn_clip.data.curate.grouping import group_rows
 from cn_clip.data.curate.perceptual_hash import DUPLICATE_THRESHOLD
-from cn_clip.data.process_map import Progress, chunked, no_progress, parallel_map
+from cn_clip.data.process_map import Progress, Workers, chunked, no_progress, parallel_map
 from cn_clip.data.sources.base import Source
 from cn_clip.errors import CNClipError, UsageError
 from cn_clip.html.page import thumbnail
@@ -36,7 +36,7 @@ def check(
     *,
     context_length: int = CONTEXT_LENGTH,
     threshold: int = DUPLICATE_THRESHOLD,
-    workers: int = 0,
+    workers: Workers = 0,
     on_progress: Progress = no_progress,
 ) -> CheckResult:
     """Read every row and decode every image of a source.
@@ -46,7 +46,7 @@ def check(
         context_length: longer captions are listed.
         threshold: maximum differing bits of the perceptual hashes of near-duplicates; 0 turns
             the search off.
-        workers: number of worker processes; 0 runs in this process.
+        workers: worker processes, or workers of a cluster; 0 runs in this process.
         on_progress: called with (done, total), over rows first and images second.
 
     Raises:

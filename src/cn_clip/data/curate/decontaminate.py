@@ -24,7 +24,7 @@ from cn_clip.data.curate.perceptual_hash import (
     without_margins,
 )
 from cn_clip.data.curate.row_keys import keys_of_source
-from cn_clip.data.process_map import Progress, chunked, no_progress, parallel_map
+from cn_clip.data.process_map import Progress, Workers, chunked, no_progress, parallel_map
 from cn_clip.data.sources.base import Source, located
 from cn_clip.data.sources.open import id_digest
 from cn_clip.errors import CNClipError, DataError, UsageError
@@ -85,7 +85,7 @@ def decontaminate(
     *,
     threshold: int = THRESHOLD,
     min_caption: int = 5,
-    workers: int = 0,
+    workers: Workers = 0,
     on_progress: Progress = no_progress,
 ) -> DecontaminationResult:
     """Find the pairs of ``train`` that leak ``against``.
@@ -100,7 +100,7 @@ def decontaminate(
             images.
         min_caption: captions with fewer characters, punctuation excluded, are not compared:
             many cats are captioned 一只猫. 0 compares no captions.
-        workers: number of worker processes; 0 runs in this process.
+        workers: worker processes, or workers of a cluster; 0 runs in this process.
         on_progress: called with (done, total) training images.
 
     Raises:
@@ -318,7 +318,7 @@ def _test_rows(against: Source, min_caption: int) -> tuple[npt.NDArray[np.int64]
 
 
 def _train_rows(
-    train: Source, captions: dict[int, int], result: DecontaminationResult, workers: int
+    train: Source, captions: dict[int, int], result: DecontaminationResult, workers: Workers
 ) -> RowGroups:
     """Group the training pairs by image; add those whose caption is in ``captions``."""
     keys = keys_of_source(train, workers=workers)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from cn_clip.data.process_map import chunked, parallel_map
+from cn_clip.data.process_map import Workers, chunked, parallel_map
 from cn_clip.data.sources.base import Source
 from cn_clip.data.sources.open import parts_of
 from cn_clip.data.sources.row_index import index_of
@@ -32,12 +32,12 @@ class SourceKeys:
     errors: dict[int, str]
 
 
-def keys_of_source(source: Source, *, workers: int = 0) -> SourceKeys:
+def keys_of_source(source: Source, *, workers: Workers = 0) -> SourceKeys:
     """Return the keys of all rows; those of shards with an index are not read.
 
     Args:
         source: from ``open_source``.
-        workers: processes that read the other rows; 0 reads in this process.
+        workers: that read the other rows; 0 reads in this process.
 
     Raises:
         DataError: a worker died.

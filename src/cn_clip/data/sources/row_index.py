@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cn_clip.data.process_map import chunked, parallel_map
+from cn_clip.data.process_map import Workers, chunked, parallel_map
 from cn_clip.data.sources.array_file import (
     ArrayFile,
     mapped,
@@ -29,12 +29,12 @@ _CHUNK = 8192
 _SUFFIX = ".3.rows"
 
 
-def index_of(source: Source, *, workers: int = 0) -> Indexed | None:
+def index_of(source: Source, *, workers: Workers = 0) -> Indexed | None:
     """Return the index of a file of pairs, which is built once; None if it has none, or few rows.
 
     Args:
         source: one file, not a chain of files.
-        workers: processes that build it; 0 builds it in this process.
+        workers: that build it; 0 builds it in this process.
 
     Raises:
         CNClipError: the index cannot be written.
@@ -88,7 +88,7 @@ class _Read:
             return None
 
 
-def _write(source: Source, workers: int, path: Path) -> None:
+def _write(source: Source, workers: Workers, path: Path) -> None:
     ids: list[str] = []
     captions: list[npt.NDArray[np.uint64]] = []
     lengths: list[npt.NDArray[np.int64]] = []
