@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 
 os.environ["CN_CLIP_LANG"] = "en"  # of the messages that tests compare, whatever the locale
 
-from cn_clip import weights
+from cn_clip import config, weights
 from cn_clip.config import ModelConfig, TextConfig, VisionConfig
 from cn_clip.export import export
 from cn_clip.model.clip import CLIP, initialize
@@ -143,6 +144,26 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "model"
     weights.save_folder(make_model(TINY["vit"]), folder)
     return folder
+
+
+@pytest.fixture
+def tiny_vit_b_16(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Make ViT-B-16 the name of a tiny model, whose file was downloaded before."""
+    tiny, text = TINY["vit"], "RoBERTa-wwm-ext-base-chinese"
+    small = replace(
+        config.MODELS["ViT-B-16"], embed_dim=tiny.embed_dim, vision=tiny.vision, text=TEXT
+    )
+    monkeypatch.setitem(config.MODELS, "ViT-B-16", small)
+    monkeypatch.setitem(config.VISION_TOWERS, "ViT-B-16", tiny.vision)
+    monkeypatch.setitem(config.TEXT_TOWERS, text, TEXT)
+    monkeypatch.setitem(config.EMBED_DIMS, "ViT-B-16", tiny.embed_dim)
+    home = tmp_path_factory.mktemp("home")
+    cache = home / ".cache" / "clip"
+    cache.mkdir(parents=True)
+    weights.save_official(make_model(tiny), cache / "clip_cn_vit-b-16.pt")
+    monkeypatch.setenv("HOME", str(home))
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,8 @@ from PIL import Image
 from rich.console import Console
 
 from cn_clip import cli, translation, weights
+from cn_clip.cli.official import parser_of
+from cn_clip.errors import UsageError
 from cn_clip.eval.protocols import protocols
 
 MARKED = re.compile(r"⟦[^⟦⟧]*⟧")
@@ -230,3 +232,14 @@ def test_every_text_of_the_output_and_of_the_pages_is_translated(pseudo, folder,
     for page in pages:
         found[page.name] = plain_words(shown_text(page.read_text(encoding="utf-8")))
     assert not {name: words for name, words in found.items() if words}
+
+
+def test_the_arguments_of_the_official_scripts_are_explained_in_the_language_of_the_user(pseudo):
+    parser = parser_of("script.py", "cn-clip train")
+    parser.add_argument("--size", type=int, required=True)
+    text = outside(parser.format_help())
+    assert set(text.split()) == {"[-h]", "--size", "SIZE", "-h,", "--help", ":", "script.py"}
+    for arguments in (["--nonsense"], [], ["--size"], ["--size", "x"], ["--size", "1", "more"]):
+        with pytest.raises(UsageError) as error:
+            parser.parse_args(arguments)
+        assert not outside(str(error.value)).strip(), arguments

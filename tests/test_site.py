@@ -19,6 +19,13 @@ def menu():
     return re.findall(r"[\w/.-]+\.md", CONFIG[CONFIG.index("\nnav:") :])
 
 
+def test_only_groups_of_the_menu_have_entries():
+    lines = CONFIG[CONFIG.index("\nnav:") :].strip().splitlines()
+    depths = [len(line) - len(line.lstrip()) for line in lines]
+    for line, depth, next_depth in zip(lines, depths, depths[1:], strict=False):
+        assert next_depth <= depth or line.endswith(":"), line
+
+
 def test_every_page_is_in_the_menu_once():
     assert sorted(menu()) == sorted(PAGES)
 

@@ -497,9 +497,26 @@ def locate(
     name = reference.replace("/", "-")  # OpenAI writes ViT-B/16
     if name in hub.names():
         return hub.locate(name, download_root=download_root)
-    if hub.is_repository(reference) and not os.path.exists(reference):
+    if os.path.exists(reference):
+        return Path(reference)
+    _refuse_unfinished_run(reference)
+    if hub.is_repository(reference):
         return hub.locate(reference, download_root=download_root)
     return _existing_path(reference)
+
+
+def _refuse_unfinished_run(reference: str) -> None:
+    """Raise a ``UsageError`` for the missing result of a training run, such as ``run/final``."""
+    path = Path(reference)
+    if path.name == "final" and os.path.isfile(path.parent / "recipe.toml"):
+        raise UsageError(
+            _(
+                "{path} does not exist yet: the training run in {run} has not finished; continue "
+                "it with its command and --resume auto",
+                path=reference,
+                run=path.parent,
+            )
+        )
 
 
 def exported_model(name_or_path: str | os.PathLike[str]) -> Path | None:

@@ -1,13 +1,17 @@
 """The words of the command line: what is typed is what messages name, with the remedy."""
 
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import make_image
 from data.formats import write_csv
+from train.runs import write_start
 
 from cn_clip import hub, weights
 from cn_clip.cli import run, show
@@ -19,6 +23,7 @@ from cn_clip.data.pack import pack
 from cn_clip.data.sources.open import open_source
 from cn_clip.data.sources.table import COLUMN_NAMES, choose_columns
 from cn_clip.model.clip import CLIP
+from cn_clip.sample import embedded_sample
 
 SMALL = ["train", "--recipe", "finetune-small", "--show", "recipe"]
 MUGE = ["train", "--recipe", "finetune-muge", "--show", "recipe"]
@@ -177,3 +182,30 @@ def test_a_rate_is_smooth_from_the_start_and_follows(monkeypatch):
         rates.append(rate.update(10 * (second - second % 2) * (1 if second <= 50 else 2)))
     assert all(6 < each < 14 for each in rates[3:50])
     assert rates[99] == pytest.approx(20, rel=0.3)
+
+
+def test_help_in_a_terminal_of_one_column_ends_soon():
+    words = [sys.executable, "-m", "cn_clip", "train", "--help"]
+    environment = {**os.environ, "COLUMNS": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=30)
+    assert "--train-data" in done.stdout
+
+
+def test_the_missing_result_of_a_run_is_named_as_such(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    Path("run/recipe.toml").touch()
+    make_image(0).save("a.jpg")
+    assert run(["classify", "a.jpg", "--labels", "猫,狗", "--model", "run/final"]) == 2
+    assert "the training run in run has not finished" in capsys.readouterr().err
+
+
+def test_the_model_of_a_score_is_named_as_it_was_given(tmp_path, capsys):
+    model = write_start(tmp_path / "mine")
+    sample = embedded_sample()
+    pairs = list(zip(sample.images, sample.captions, strict=True))[:3]
+    rows = ["image,caption", *(f"{image},{caption}" for image, caption in pairs)]
+    (tmp_path / "pairs.csv").write_text("\n".join(rows), encoding="utf-8")
+    given = ["--data", f"csv:{tmp_path}/pairs.csv", "--model", str(model)]
+    assert run(["eval", "retrieval", *given]) == 0
+    assert capsys.readouterr().out.startswith(f"{model} ")

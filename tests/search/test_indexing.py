@@ -713,3 +713,9 @@ def test_of_copies_the_first_is_shown_whichever_is_decoded(library, tmp_path, mo
     with opened(library) as found:
         shown = found.query("SELECT name FROM files ORDER BY id")
     assert shown == [(name.encode(),), (f"z{name}".encode(),)]
+
+
+def test_a_mistake_in_the_model_leaves_no_empty_library(album, library, capsys):
+    assert run(["index", str(album), "--library", str(library), "--model", "no/model.pt"]) == 2
+    assert "no/model.pt" in capsys.readouterr().err
+    assert not library.exists()

@@ -10,6 +10,7 @@ import errno
 import io
 import os
 import select
+import shutil
 import signal
 import sys
 import warnings
@@ -62,6 +63,7 @@ _SYSTEM_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE,
     errno.ENFILE, errno.ENAMETOOLONG, errno.EFBIG,
 )  # fmt: skip
+_LEAST_WIDTH = 40  # columns
 _NO_MEMORY = ("out of memory", "allocate memory", "not enough memory")
 
 
@@ -73,6 +75,7 @@ def main() -> None:
 def end(run: Callable[[Sequence[str]], int]) -> None:
     """Run a function with the arguments of the process, and exit with its code."""
     _open_streams()
+    _set_least_width()
     sys.exit(_flush(run(sys.argv[1:])))
 
 
@@ -187,6 +190,12 @@ def _open_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # the console may not support Chinese
             stream.reconfigure(errors="backslashreplace")
+
+
+def _set_least_width() -> None:
+    """Format for at least 40 columns; Rich takes minutes for a help text in one or two."""
+    if shutil.get_terminal_size().columns < _LEAST_WIDTH:
+        os.environ["COLUMNS"] = str(_LEAST_WIDTH)
 
 
 def _flush(code: int) -> int:

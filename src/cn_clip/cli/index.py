@@ -81,7 +81,7 @@ def index(
     if watch:
         check_watchfiles()
     reader = _text_reader() if ocr else None
-    with open_for_update(library_path(library), sources) as folder:
+    with open_for_update(library_path(library), sources, model=loading.model) as folder:
         roots = roots_to_update(folder, sources, include=include, exclude=exclude, hidden=hidden)
 
         def run() -> int:

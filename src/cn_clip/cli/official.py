@@ -17,12 +17,30 @@ from cn_clip import cli
 from cn_clip.config import TEXT_TOWERS, VISION_TOWERS, model_config
 from cn_clip.errors import UsageError
 from cn_clip.processes import exit_after
-from cn_clip.translation import _
+from cn_clip.translation import N_, _, translate
 
 if TYPE_CHECKING:
     from cn_clip.embedder import Embedder
 
 _PRECISIONS = {"amp": "float32", "fp32": "float32", "fp16": "float16"}
+
+
+# What argparse says of these scripts' arguments; it translates by a function of its module.
+_OF_ARGPARSE = (
+    N_("usage: "),
+    N_("options"),
+    N_("positional arguments"),
+    N_("show this help message and exit"),
+    N_("the following arguments are required: %s"),
+    N_("unrecognized arguments: %s"),
+    N_("expected one argument"),
+    N_("expected at least one argument"),
+    N_("argument %(argument_name)s: %(message)s"),
+    N_("invalid %(type)s value: %(value)r"),
+    N_("invalid choice: %(value)r (choose from %(choices)s)"),
+    N_("ambiguous option: %(option)s could match %(matches)s"),
+)
+argparse._ = translate  # type: ignore[attr-defined]
 
 
 class Arguments(argparse.ArgumentParser):

@@ -22,6 +22,7 @@ from cn_clip.translation import _
 
 BAR_WIDTH = 20
 _RATE_SECONDS = 10.0  # after which an item counts 1 / e of a new one
+_ESTIMATE_SECONDS = 300.0  # of reports; a batch of images may take a minute on a busy CPU
 _MAX_PRINTED = 20  # messages about rows
 _JSON = Format("json", 1)  # of --json; raised when a key is renamed or removed
 
@@ -60,6 +61,7 @@ def progress() -> Progress:
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
+        speed_estimate_period=_ESTIMATE_SECONDS,
         disable=not sys.stderr.isatty(),
     )
 

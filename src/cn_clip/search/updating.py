@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from cn_clip.embedder import Embedder
+from cn_clip.embedder import Embedder, locate
 from cn_clip.errors import UsageError
 from cn_clip.search.background import prepare_search
 from cn_clip.search.folder import CACHE, LibraryFolder, StoredModel, create
@@ -35,13 +35,16 @@ class Update:
     migration: Migration | None
 
 
-def open_for_update(path: Path, sources: Sequence[str]) -> LibraryFolder:
+def open_for_update(
+    path: Path, sources: Sequence[str], *, model: str | None = None
+) -> LibraryFolder:
     """Open a library for writing; create it if it is new.
 
     Raises:
         UsageError: it is new, and no source is given, or one that does not exist; or the folder
             holds other files.
         DataError: it is new, and a source does not exist.
+        CNClipError: it is new, and the model does not exist or cannot be downloaded.
     """
     if not is_library(path):
         if not sources:
@@ -54,6 +57,7 @@ def open_for_update(path: Path, sources: Sequence[str]) -> LibraryFolder:
             )
         for source in sources:  # a mistake in one leaves no empty library
             check_readable(parse_root(source))
+        locate(model or _DEFAULT_MODEL)
         create(path)
     return LibraryFolder(path, writable=True)
 

@@ -112,7 +112,7 @@ def calibrate(
         embedded.images,
         embedded.texts,
         embedded.pairs,
-        model=embedder.name,
+        model=model,
         fingerprint=embedder.fingerprint,
         data=embedded.digest,
         kind=kind,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -86,14 +85,14 @@ def diagnose(
     with progress() as bars:
         for name in names:
             embedder = loading.load(name)
-            task = bars.add_task(_("{name}: images", name=embedder.name), total=len(dataset.images))
+            task = bars.add_task(_("{name}: images", name=name), total=len(dataset.images))
             images = embed_eval_images(embedder, dataset, tick=partial(bars.advance, task))
             texts = embedder.embed_texts(dataset.texts)
             total = len(images.indexes) + len(texts)
-            task = bars.add_task(_("{name}: retrieval", name=embedder.name), total=total)
+            task = bars.add_task(_("{name}: retrieval", name=name), total=total)
             diagnoses.append(
                 diagnose(
-                    embedder.name,
+                    name,
                     images.vectors,
                     texts,
                     dataset.texts,
@@ -103,7 +102,6 @@ def diagnose(
                     tick=partial(bars.advance, task),
                 )
             )
-    diagnoses = _with_unique_names(diagnoses, names)
     differences = compare_models(*diagnoses, seed=seed) if compare is not None else ()
     if report is not None:
         write_diagnosis(Path(report), ", ".join(data), dataset, images, diagnoses, differences)
@@ -124,16 +122,6 @@ def diagnose(
     for message in dataset.skipped:
         print(_("cn-clip: skipped: {message}", message=message), file=sys.stderr)
     return 1 if dataset.skipped else 0
-
-
-def _with_unique_names(diagnoses: list[Diagnosis], models: list[str]) -> list[Diagnosis]:
-    """Add the value of --model or --compare to the names of two checkpoints of one model."""
-    if len({diagnosis.model for diagnosis in diagnoses}) == len(diagnoses):
-        return diagnoses
-    return [
-        replace(diagnosis, model=f"{diagnosis.model} ({name})")
-        for diagnosis, name in zip(diagnoses, models, strict=True)
-    ]
 
 
 def _print(

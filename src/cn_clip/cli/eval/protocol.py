@@ -73,7 +73,7 @@ def protocol(
 
     dataset = protocols.open_split(spec, data)
     embedder = loading.load()
-    with progress_bar("embedding") as tick:
+    with progress_bar(_("embedding")) as tick:
         result = protocols.run_protocol(embedder, dataset, tick=tick)
     rows = protocols.compare_with_published(spec, result, setup=setup)
     if json:
@@ -81,7 +81,7 @@ def protocol(
             {
                 "protocol": name,
                 "setup": setup,
-                "model": result.model,
+                "model": loading.model,
                 "images": len(result.image_ids),
                 "texts": len(result.text_ids),
                 "source": spec.source,
@@ -89,7 +89,7 @@ def protocol(
             }
         )
     else:
-        _print_comparison(spec, result.model, setup, rows)
+        _print_comparison(spec, loading.model, setup, rows)
     return 0
 
 

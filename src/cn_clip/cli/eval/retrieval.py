@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -87,8 +88,9 @@ def retrieval(
 
         mix = open_mix(data)
         embedder = loading.load()
-        with progress_bar("embedding") as tick:
+        with progress_bar(_("embedding")) as tick:
             result = evaluate_retrieval(embedder, mix, merge=not by_id, tick=tick)
+        result = replace(result, model=loading.model)
     written = []
     if out is not None:
         from cn_clip.eval.official_files import write_official_files

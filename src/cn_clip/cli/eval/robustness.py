@@ -86,7 +86,7 @@ def robustness(
     if json:
         print_json(
             {
-                "model": embedder.name,
+                "model": loading.model,
                 "data": data,
                 "images": len(images.indexes),
                 "queries": result.queries,
@@ -99,7 +99,7 @@ def robustness(
             }
         )
     else:
-        _print(result, embedder.name, len(images.indexes))
+        _print(result, loading.model, len(images.indexes))
     if omitted:
         print(
             _(

@@ -121,7 +121,7 @@ def zeroshot(
         write_text(submission, json_format.dumps(submitted))
     if json:
         document = {
-            "model": embedder.name,
+            "model": loading.model,
             "dataset": name if name in known else None,
             "templates": sentences,
             "classes": len(labelled.labels),
@@ -136,7 +136,7 @@ def zeroshot(
         }
         print_json(document)
     else:
-        _print(scores, name, embedder.name)
+        _print(scores, name, loading.model)
     return 1 if scores.failed else 0
 
 

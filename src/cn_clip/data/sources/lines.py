@@ -95,7 +95,7 @@ class Lines:
                 _(
                     "{where} is not {encoding}",
                     where=self.where(index),
-                    encoding=_encoding_advice(self._encoding, raw),
+                    encoding=self._encoding_advice(raw),
                 )
             ) from None
 
@@ -110,6 +110,21 @@ class Lines:
 
     def where(self, index: int) -> str:
         return _("{path}, line {number}", path=path_text(self.path), number=self._numbers[index])
+
+    def _encoding_advice(self, raw: bytes) -> str:
+        """Return the expected encoding, and what to give instead."""
+        if self._encoding.lower().replace("-", "") != "utf8":
+            return _("{encoding}; remove ?encoding=, or set the right one", encoding=self._encoding)
+        try:
+            as_gbk = raw.decode("gb18030").strip()[:20]
+        except UnicodeDecodeError:
+            return _("UTF-8; save the file as UTF-8")
+        option = "?encoding=gb18030"
+        return _(
+            "UTF-8; as GBK it reads {as_gbk!r}: give {source}, or save the file as UTF-8",
+            as_gbk=as_gbk,
+            source=f'"csv:{self.path}{option}"' if self._delimiter is not None else option,
+        )
 
     def _index(self, skip: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]:
         head = read_at(self.path, 0, HEAD)
@@ -363,17 +378,3 @@ def _json_advice(text: str | bytes) -> str:
 
 def _reason(error: Exception) -> str:
     return str(getattr(error, "strerror", None) or error)
-
-
-def _encoding_advice(encoding: str, raw: bytes) -> str:
-    """Return the expected encoding, and what to try instead."""
-    if encoding.lower().replace("-", "") != "utf8":
-        return _("{encoding}; remove ?encoding=, or set the right one", encoding=encoding)
-    try:
-        as_gbk = raw.decode("gb18030").strip()[:20]
-    except UnicodeDecodeError:
-        return _("UTF-8; save the file as UTF-8")
-    return _(
-        "UTF-8; as GBK it reads {as_gbk!r}: add ?encoding=gb18030, or save the file as UTF-8",
-        as_gbk=as_gbk,
-    )
