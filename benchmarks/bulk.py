@@ -195,7 +195,9 @@ def traced_tower(model: str, path: Path) -> int:
     """Write the image tower in TorchScript; return its resolution."""
     import torch
 
-    tower = cn_clip.load(model, backend="torch", device="cpu", precision="float32").torch_model.visual
+    tower = cn_clip.load(
+        model, backend="torch", device="cpu", precision="float32"
+    ).torch_model.visual
     size = tower.config.resolution
     with torch.no_grad():
         torch.jit.trace(tower, torch.zeros(2, 3, size, size)).save(str(path))

@@ -16,6 +16,7 @@ from cn_clip.cli.show import (
     Amount,
     ContextLength,
     Flag,
+    Workers,
     check_different_paths,
     console,
     print_json,
@@ -23,6 +24,7 @@ from cn_clip.cli.show import (
     progress_bar,
 )
 from cn_clip.errors import one_line
+from cn_clip.processes import usable_cpus
 from cn_clip.translation import _, translate
 
 if TYPE_CHECKING:
@@ -338,7 +340,8 @@ def features(folder: str, /, *, workers: Workers = None, json: Flag = False) -> 
     from cn_clip.train.batches.feature_sums import check_features
 
     with progress_bar(_("checking shards")) as on_progress:
-        found = check_features(folder, workers=_worker_count(workers), on_progress=on_progress)
+        worker_count = usable_cpus() if workers is None else workers
+        found = check_features(folder, workers=worker_count, on_progress=on_progress)
     if json:
         print_json({"shards": found.shards, "bytes": found.bytes, "damaged": found.damaged})
         return 1 if found.damaged else 0
