@@ -309,7 +309,7 @@ def simulate(options: argparse.Namespace, work: Path) -> None:
     words = ["--shards-of", "1", "--device", "cpu"]
     one = work / "one.txt"
     one.write_text("x.jpg\n")
-    idle = _child(["plan", str(one), "--out", str(work / "small"), *words])
+    idle = _child(["plan", str(one), "--out", str(work / "small"), *words]).ru_maxrss / 1e3
     measured("plan", ["plan", str(source), "--out", str(out), *words], idle)
     start = time.perf_counter()
     store = open_store(str(out))
@@ -354,7 +354,7 @@ def manifests(options: argparse.Namespace, work: Path) -> None:
     """Measure what reads the manifests of ``simulate``, each in a process of its own."""
     (work / "x.jpg").write_bytes(b"x")
     _child(["plan", str(work / "x.jpg"), "--out", str(work / "small"), "--device", "cpu"])
-    idle = _child(["status", str(work / "small")])
+    idle = _child(["status", str(work / "small")]).ru_maxrss / 1e3
     (Path(options.out) / ".work" / "manifests.summary").unlink(missing_ok=True)
     for name, words in (
         ("status, first", ["status", options.out, "--json"]),
@@ -369,19 +369,23 @@ def manifests(options: argparse.Namespace, work: Path) -> None:
 
 
 def measured(name: str, words: list[str], idle: float) -> None:
-    """Run a command; print its time, its peak memory, and that of the same with one shard."""
+    """Run a command; print its times, its peak memory, and that of the same with one shard."""
     start = time.perf_counter()
-    peak = _child(words)
+    usage = _child(words)
     seconds = time.perf_counter() - start
-    print(f"{name}: {seconds:.1f} s, peak {peak:.0f} MB ({idle:.0f} MB for one shard)", flush=True)
+    print(
+        f"{name}: {seconds:.1f} s, {usage.ru_utime + usage.ru_stime:.1f} s of CPU, peak "
+        f"{usage.ru_maxrss / 1e3:.0f} MB ({idle:.0f} MB for one shard)",
+        flush=True,
+    )
 
 
-def _child(words: list[str]) -> float:
-    """Run a command; return its peak memory in MB."""
+def _child(words: list[str]) -> resource.struct_rusage:
+    """Run a command; return what it used."""
     command = [sys.executable, "-m", "cn_clip", "bulk", *words]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _pid, _status, usage = os.wait4(process.pid, 0)
-    return usage.ru_maxrss / 1e3
+    return usage
 
 
 # kills

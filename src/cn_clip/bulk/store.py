@@ -36,7 +36,6 @@ STAGED = f"{WORK}/staged"  # files of completions in a bucket, under the names o
 COMMITS = f"{WORK}/commits"  # which attempt counts, of completions that have begun
 _PROBE = 1.0  # seconds until a lock that is held for a moment is free again
 _THREADS = 16  # locks that are looked at at once
-_READERS = 32  # files that are read at once
 _HOLDER = ".holder"  # ends the name of the note of who holds a lock
 _BUCKETS = ("s3", "gs", "az", "oss")
 _PAGE = 1000  # names per request of a listing
@@ -70,10 +69,12 @@ class Store(Protocol):
     Attributes:
         name: for messages.
         location: what ``open_store`` opens it by, on another machine too.
+        readers: files that are read at once, if there are many.
     """
 
     name: str
     location: str
+    readers: int
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes | None:
         """Return a file, or a part of it; None if it does not exist."""
@@ -196,14 +197,16 @@ def read_many(store: Store, names: Sequence[str]) -> Iterator[bytes | None]:
     def read(part: Sequence[str]) -> list[bytes | None]:
         return [store.read(name) for name in part]
 
-    size = -(-len(names) // _READERS) or 1
-    with ThreadPoolExecutor(_READERS) as pool:
+    size = -(-len(names) // store.readers) or 1
+    with ThreadPoolExecutor(store.readers) as pool:
         for contents in pool.map(read, (names[n : n + size] for n in range(0, len(names), size))):
             yield from contents
 
 
 class FolderStore:
     """A folder on this machine, or on a file system that all machines share."""
+
+    readers = 8  # more are slower where the files are in the memory of this machine
 
     def __init__(self, root: Path) -> None:
         self.root, self.name, self.location = root, path_text(root), os.fspath(root)
@@ -385,6 +388,8 @@ def _locked(path: Path, busy: Callable[[], str], *, patience: float = 0.0) -> It
 
 class BucketStore:
     """A bucket, or a part of one below a prefix."""
+
+    readers = 32
 
     def __init__(self, url: str) -> None:
         obstore()
