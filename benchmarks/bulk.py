@@ -4,7 +4,7 @@
     python benchmarks/bulk.py ray                         # Ray against the local engine
     python benchmarks/bulk.py growth [--images 200000]    # cost per image, tiny model
     python benchmarks/bulk.py simulate OUT [--shards 1000000]    # then: manifests OUT [--cold]
-    python benchmarks/bulk.py kills [--workers 100] [--drivers 20]
+    python benchmarks/bulk.py kills [--workers 100] [--drivers 20]    # [OUT --seconds 60]: a piece
 
 Each prints the ratio of what it compares, measured in turns. ``--folder`` keeps large files on
 another disk. The peer of ``engines`` is clip-retrieval's reader and writer around the same model
@@ -195,10 +195,9 @@ def traced_tower(model: str, path: Path) -> int:
     """Write the image tower in TorchScript; return its resolution."""
     import torch
 
-    tower = cn_clip.load(
-        model, backend="torch", device="cpu", precision="float32"
-    ).torch_model.visual
-    size = tower.config.resolution
+    loaded = cn_clip.load(model, backend="torch", device="cpu", precision="float32")
+    tower = loaded.backend.model.visual
+    size = loaded.config.vision.resolution
     with torch.no_grad():
         torch.jit.trace(tower, torch.zeros(2, 3, size, size)).save(str(path))
     return size
@@ -206,7 +205,7 @@ def traced_tower(model: str, path: Path) -> int:
 
 def by_own_pipeline(python: str, resolution: int, work: Path, count: int) -> float:
     """Embed with clip-retrieval as it is, in an environment of its own."""
-    script = Path(__file__).with_name("clip_retrieval.py")
+    script = Path(__file__).with_name("clip_retrieval_peer.py")
     words = [python, str(script), str(work / "tower.pt"), str(resolution), str(work / "photos")]
     words.append(str(work / f"own{time.monotonic_ns()}"))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -392,25 +391,34 @@ def _child(words: list[str]) -> resource.struct_rusage:
 
 
 def kills(options: argparse.Namespace, work: Path) -> None:
-    """Kill workers and drivers at random times, until the run is whole."""
-    model = tiny_model(work)
-    out = work / "out"
-    plan(out, model, tiny_tars(work / "tars", options.images), KILLED_SHARD)
-    random = Random(options.seed)
+    """Kill workers and drivers at random times, until the run is whole, or for some seconds."""
+    work = Path(options.out) if options.out else work
+    out, state = work / "out", work / "kills.json"
+    if state.exists():
+        killed, done = (json.loads(state.read_text())[name] for name in ("killed", "done"))
+        killed = Counter(killed)
+    else:
+        work.mkdir(exist_ok=True)
+        plan(out, tiny_model(work), tiny_tars(work / "tars", options.images), KILLED_SHARD)
+        killed, done = Counter(), {}  # done: manifest -> its first inode and time
     to_kill = ["worker"] * options.workers + ["driver"] * options.drivers
+    random = Random(options.seed)
     random.shuffle(to_kill)
-    killed: Counter[str] = Counter()
-    done: dict[str, tuple[int, int]] = {}  # manifest -> its first inode and time
     words = [sys.executable, __file__, "drive", str(out), "--engine", options.engine]
     driver = subprocess.Popen(words)
     start = time.monotonic()
     while (code := driver.poll()) != 0:
         assert code is None, f"the driver ended with {code}"
+        if options.seconds and time.monotonic() - start > options.seconds:
+            driver.terminate()
+            driver.wait()
+            killed["stopped"] += 1
+            break
         time.sleep(0.01)
         done = _manifests(out) | done
         share = len(done) / (options.images / KILLED_SHARD)
         busy = _workers_at_work(out, driver.pid)
-        begun = killed.total()
+        begun = killed["worker"] + killed["driver"]
         # As fast as shards end, a little ahead of them.
         if not busy or begun == len(to_kill) or begun > (share + 0.1) * len(to_kill):
             continue
@@ -422,10 +430,12 @@ def kills(options: argparse.Namespace, work: Path) -> None:
             driver = subprocess.Popen(words)
         else:
             killed["worker"] += _kill(random.choice(busy))
-    seconds = time.monotonic() - start
-    written_again = sum(_manifests(out)[name] != first for name, first in done.items())
-    _report_kills(out, model, killed, options.images)
-    print(f"{written_again} manifests written again, {seconds:.0f} s")
+    killed["seconds"] += round(time.monotonic() - start)
+    written_again = sum(_manifests(out).get(name) != tuple(first) for name, first in done.items())
+    print(f"{dict(killed)}, {len(done)} shards done, {written_again} manifests written again")
+    state.write_text(json.dumps({"killed": killed, "done": done}))
+    if driver.returncode == 0:
+        _report_kills(out, str(work / "tiny"), killed, options.images)
 
 
 def _manifests(out: Path) -> dict[str, tuple[int, int]]:
@@ -486,7 +496,8 @@ def _report_kills(out: Path, model: str, killed: Counter[str], images: int) -> N
         f"{sum(count > 1 for count in rows.values())} twice, {wrong} with a wrong vector, "
         f"complete: {found.complete}, orphans: {len(found.orphans)}; "
         f"{sum(each['attempt'] - 1 for each in manifests)} shards begun again, of "
-        f"{killed['worker'] + LOST_WITH_DRIVER * killed['driver']} workers that ended by this"
+        f"{killed['worker'] + LOST_WITH_DRIVER * (killed['driver'] + killed['stopped'])} workers "
+        f"that ended"
     )
 
 
@@ -528,6 +539,7 @@ def main() -> None:
     parser.add_argument("--model", default="mini")
     parser.add_argument("--peer", help="Python of an environment with clip-retrieval")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, help="of kills OUT, which goes on in OUT")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder")
     parser.add_argument("--cold", action="store_true", help="empty the disk cache, as root")

@@ -1,18 +1,22 @@
 import base64
 import errno
 import json
+import os
 
 import pytest
 from conftest import make_image
 from data.formats import jpeg, write_csv, write_tsv
 from PIL import Image
 
+from cn_clip.cache import cache_folder
 from cn_clip.cli import run
 from cn_clip.data.captions import language_of
 from cn_clip.data.curate import check as module
 from cn_clip.data.curate.check import check
 from cn_clip.data.curate.check_result import PROBLEM_KINDS
+from cn_clip.data.shard import write_shard
 from cn_clip.data.sources.open import open_source
+from cn_clip.data.sources.tar import Sample
 from cn_clip.errors import CNClipError
 
 
@@ -134,3 +138,54 @@ def test_the_command_reports_and_sets_its_exit_code(pictures, tmp_path, capsys):
     assert (told["fit"], told["problems"]["image"]) == (False, 2)
     assert run(["data", "check", write_csv(pictures), "--workers", "0"]) == 0
     assert run(["data", "check", "nothing/here"]) == 2
+
+
+def shards(tmp_path):
+    """Two shards with a damaged image, an empty caption and repeated ones."""
+    for number in range(2):
+        samples = [
+            Sample(jpeg(n), ".jpg", f"{number}{n}", [(f"t{n}", f"第{n % 4}句话")]) for n in range(6)
+        ]
+        samples[2] = Sample(jpeg(2)[:200], ".jpg", "broken", [("t", "坏图")])
+        write_shard(tmp_path / f"{number}.tar", samples)
+    return f"tar:{tmp_path}/*.tar"
+
+
+def interrupted_check(source, at):
+    """Check until so many rows and images are done."""
+
+    def interrupt(done, total):
+        if done >= at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        check(open_source(source), on_progress=interrupt)
+
+
+@pytest.mark.parametrize("at", [6, 12, 18])
+def test_an_interrupted_check_does_not_read_finished_shards_again(tmp_path, at):
+    source = shards(tmp_path)
+    whole = check(open_source(source))
+    interrupted_check(source, at)
+    first = tmp_path / "0.tar"
+    state = first.stat()
+    content = first.read_bytes()
+    first.write_bytes(content.replace(jpeg(3), bytes(len(jpeg(3)))).replace(
+        "第".encode(), "弟".encode()
+    ))  # fmt: skip
+    os.utime(first, ns=(state.st_atime_ns, state.st_mtime_ns))  # as if it had not changed
+    resumed = check(open_source(source))
+    assert resumed.captions == whole.captions and resumed.lengths == whole.lengths
+    images = [problem.text for problem in resumed.problems if problem.kind == "image"]
+    assert len(images) == (2 if at == 18 else 3)  # after 18, the images of the first are done too
+    assert not any((cache_folder() / "checks").iterdir())
+
+
+def test_a_shard_that_changed_after_an_interruption_is_read_again(tmp_path):
+    source = shards(tmp_path)
+    interrupted_check(source, 18)
+    shards(tmp_path)
+    os.utime(tmp_path / "0.tar", ns=(1, 1))
+    write_shard(tmp_path / "1.tar", [Sample(jpeg(50), ".jpg", "new", [("n", "别的")])])
+    changed = check(open_source(source))
+    assert changed.pairs == 7 and changed.counts["image"] == 1

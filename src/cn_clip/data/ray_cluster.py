@@ -50,7 +50,8 @@ class Cluster:
             return
         self._connect(ray)
         try:
-            yield ray
+            with _nothing_printed():
+                yield ray
         finally:
             ray.shutdown()
 
@@ -131,6 +132,17 @@ def _own_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _nothing_printed() -> Iterator[None]:
+    """Keep Ray from printing to stdout that a worker died: that is the place of --json."""
+    worker = importlib.import_module("ray._private.worker")
+    worker._worker_logs_enabled = False
+    try:
+        yield
+    finally:
+        worker._worker_logs_enabled = True
 
 
 def _ray() -> Any:

@@ -9,24 +9,30 @@ from tempfile import TemporaryFile, gettempdir
 import numpy as np
 import numpy.typing as npt
 
-from cn_clip.data.curate.check_images import ReadImages, add_image_problems, add_near_duplicates
+from cn_clip.data.curate.check_images import (
+    ImageBatch,
+    ReadImages,
+    add_image_problems,
+    add_near_duplicates,
+)
+from cn_clip.data.curate.check_kept import KeptShards
 from cn_clip.data.curate.check_result import PROBLEM_KINDS, CheckResult
 from cn_clip.data.curate.check_rows import (
     EMPTY_TOKENS,
     ReadRows,
+    RowBatch,
     add_repeated_rows,
     add_row_problems,
 )
 from cn_clip.data.curate.grouping import group_rows
 from cn_clip.data.curate.perceptual_hash import DUPLICATE_THRESHOLD
-from cn_clip.data.process_map import Progress, Workers, chunked, no_progress, parallel_map
+from cn_clip.data.process_map import Progress, Workers, no_progress, parallel_map
 from cn_clip.data.sources.base import Source
 from cn_clip.errors import CNClipError, UsageError
 from cn_clip.html.page import thumbnail
 from cn_clip.tokenizer import CONTEXT_LENGTH
 from cn_clip.translation import _
 
-_CHUNK = 128
 _SAMPLES = 24  # pairs shown in the report
 _NO_INDEXES = np.empty(0, dtype=np.int64)
 
@@ -40,6 +46,8 @@ def check(
     on_progress: Progress = no_progress,
 ) -> CheckResult:
     """Read every row and decode every image of a source.
+
+    After an interruption, shards of a tar source that were finished are not read again.
 
     Args:
         source: from ``open_source``.
@@ -66,9 +74,10 @@ def check(
     digests = np.zeros((3, len(source)), dtype=np.uint64)
     not_empty = np.zeros(len(source), dtype=bool)
     readable = np.zeros(len(source), dtype=bool)
+    kept = KeptShards(source, hashed=threshold > 0)
     done = 0
     with parallel_map(ReadRows(source), workers) as run:
-        for batch in run(chunked(range(len(source)), _CHUNK)):
+        for batch in kept.batches(run, RowBatch, np.arange(len(source))):
             add_row_problems(source, batch, result)
             rows_done = slice(done, done + len(batch.tokens))
             digests[:, rows_done] = batch.digests
@@ -87,7 +96,7 @@ def check(
     read_images = ReadImages(source, hashed=threshold > 0)
     try:
         with parallel_map(read_images, workers) as run_images, TemporaryFile() as hashes:
-            for images in run_images(chunked(firsts, _CHUNK)):
+            for images in kept.batches(run_images, ImageBatch, firsts):
                 add_image_problems(source, images, result)
                 decoded.append(images.indexes)
                 hashes.write(images.hashes.tobytes())
@@ -109,6 +118,7 @@ def check(
             )
         ) from error
     _draw_samples(source, firsts, result)
+    kept.discard()
     result.problems.sort(
         key=lambda problem: (list(PROBLEM_KINDS).index(problem.kind), problem.index or 0)
     )

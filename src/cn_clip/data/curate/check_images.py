@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +30,34 @@ class ImageBatch:
     sides: npt.NDArray[np.int64]
     hashes: Hashes
     errors: list[tuple[int, str]]
+
+    @classmethod
+    def joined(cls, batches: Sequence[Self]) -> Self:
+        """Return the images of consecutive batches."""
+        return cls(
+            np.concatenate([batch.indexes for batch in batches]),
+            np.concatenate([batch.sides for batch in batches]),
+            np.concatenate([batch.hashes for batch in batches]),
+            [error for batch in batches for error in batch.errors],
+        )
+
+    def to_arrays(self) -> Mapping[str, npt.NDArray[Any]]:
+        """Return all of it in arrays."""
+        errors = np.array(json.dumps(self.errors))
+        return {
+            "indexes": self.indexes, "sides": self.sides, "hashes": self.hashes, "errors": errors,
+        }  # fmt: skip
+
+    @classmethod
+    def of_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> Self:
+        """Return what ``to_arrays`` gave."""
+        errors = [(index, reason) for index, reason in json.loads(str(arrays["errors"]))]
+        return cls(arrays["indexes"], arrays["sides"], arrays["hashes"], errors)
+
+    @classmethod
+    def names(cls) -> Sequence[str]:
+        """Return the names of its arrays."""
+        return ("indexes", "sides", "hashes", "errors")
 
 
 @dataclass(frozen=True, slots=True)

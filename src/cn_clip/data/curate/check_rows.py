@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +43,34 @@ class RowBatch:
     broken: list[int]
     errors: list[str]
 
+    @classmethod
+    def joined(cls, batches: Sequence[Self]) -> Self:
+        """Return the rows of consecutive batches."""
+        return cls(
+            batches[0].start,
+            np.concatenate([batch.digests for batch in batches], axis=1),
+            np.concatenate([batch.tokens for batch in batches]),
+            sum((batch.languages for batch in batches), Counter()),
+            [index for batch in batches for index in batch.broken],
+            [error for batch in batches for error in batch.errors],
+        )
+
+    def to_arrays(self) -> Mapping[str, npt.NDArray[Any]]:
+        """Return all of it in arrays."""
+        rest = [self.start, self.languages, self.broken, self.errors]
+        return {"digests": self.digests, "tokens": self.tokens, "rest": np.array(json.dumps(rest))}
+
+    @classmethod
+    def of_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> Self:
+        """Return what ``to_arrays`` gave."""
+        start, languages, broken, errors = json.loads(str(arrays["rest"]))
+        return cls(start, arrays["digests"], arrays["tokens"], Counter(languages), broken, errors)
+
+    @classmethod
+    def names(cls) -> Sequence[str]:
+        """Return the names of its arrays."""
+        return ("digests", "tokens", "rest")
+
 
 @dataclass(frozen=True, slots=True)
 class ReadRows:
@@ -47,9 +78,9 @@ class ReadRows:
 
     source: Source
 
-    def __call__(self, indexes: range) -> RowBatch:
+    def __call__(self, indexes: npt.NDArray[np.int64]) -> RowBatch:
         batch = RowBatch(
-            indexes.start,
+            int(indexes[0]),
             np.zeros((3, len(indexes)), dtype=np.uint64),
             np.zeros(len(indexes), dtype=np.int64),
             Counter(),
@@ -57,7 +88,7 @@ class ReadRows:
             [],
         )
         readable, texts = [], []
-        for at, index in enumerate(indexes):
+        for at, index in enumerate(indexes.tolist()):
             try:
                 row = self.source.row(index)
             except DataError as error:

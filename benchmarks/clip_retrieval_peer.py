@@ -1,6 +1,6 @@
 """clip-retrieval's own pipeline around a traced image tower, for ``benchmarks/bulk.py engines``.
 
-    PYTHON benchmarks/clip_retrieval.py TOWER.pt RESOLUTION PHOTOS OUT
+    PYTHON benchmarks/clip_retrieval_peer.py TOWER.pt RESOLUTION PHOTOS OUT
 
 PYTHON has clip-retrieval. Reader, transform, loop, writer and logger are its own, as are its
 defaults except for two reading processes; only the weights, which it would download, are given. It
