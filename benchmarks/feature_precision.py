@@ -30,6 +30,7 @@ def losses(out: Path, pairs: Path, stored_as: str, seed: int, steps: int) -> np.
     (stage,) = values["stages"]
     del stage["epochs"]
     stage |= {"steps": steps, "features_stored_as": stored_as, "interpolate": 1.0}
+    stage |= {"augment": False, "views": 1}
     values |= {"seed": seed, "data": {"train": [f"csv:{pairs}"], "workers": 0}}
     values["output"] = {"folder": str(folder), "log_every": 1, "stop_at_chance": 0}
     train(build_recipe(values), resume=True)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import tomli_w
 
-PAIRS, SIDE, BATCH, PROCESSES = 400, 32, 16, 2
+PAIRS, SIDE, BATCH, PROCESSES = 400, 32, 8, 2
 
 
 def write_inputs(folder: Path) -> None:

@@ -79,6 +79,14 @@ def test_the_process_that_waits_for_a_slow_worker_is_named_with_it():
     assert message.endswith("its worker 3 takes 5.00 s a batch, the others 1.00 s")
 
 
+def test_the_slow_worker_of_a_single_process_is_named():
+    slow = EVEN._replace(data=0.4, worker=0, worker_seconds=5, other_workers=1)
+    assert [message for _rank, _cause, message in slow_processes([slow])] == [
+        "a step waits 0.40 s for data; its worker 0 takes 5.00 s a batch, the others 1.00 s"
+    ]
+    assert not list(slow_processes([slow._replace(worker_seconds=1)]))
+
+
 def test_a_batch_that_does_not_come_is_reported_with_its_worker():
     loader, messages = loader_of(0.2), []
     times = StepTimes(torch.device("cpu"))

@@ -158,30 +158,46 @@ def slow_processes(times: Sequence[ProcessTimes]) -> Iterator[tuple[int, str, st
     """
     for rank, own in enumerate(times):
         others = [other for number, other in enumerate(times) if number != rank]
-        least = own.step * _NOTICEABLE
         data = _median([other.data for other in others])
-        worker = _worker_sentence(own)
-        if own.data - data > least and own.data > _SLOW * data and (others or worker):
-            message = _(
-                "process {rank} waits {seconds:.2f} s a step for data (at most {longest:.2f} s), "
-                "the median of the others is {median:.2f} s{worker}",
-                rank=rank,
-                seconds=own.data,
-                longest=own.longest_data,
-                median=data,
-                worker=worker,
-            )
-            yield rank, "data", message
+        if _is_slow(own.data, data, own.step):
+            worker = _worker_sentence(own)
+            if others:
+                yield rank, "data", _data_sentence(rank, own, data) + worker
+            elif worker:
+                seconds = own.data
+                yield (
+                    rank,
+                    "data",
+                    _("a step waits {seconds:.2f} s for data", seconds=seconds) + worker,
+                )
         forward = _median([other.forward for other in others])
-        if others and own.forward - forward > least and own.forward > _SLOW * forward:
-            message = _(
-                "process {rank} is slow: its forward pass takes {seconds:.2f} s, {times:.1f} times "
-                "the median of the others; see what else its GPU or its cores do",
-                rank=rank,
-                seconds=own.forward,
-                times=own.forward / max(forward, 1e-9),
-            )
-            yield rank, "forward", message
+        if others and _is_slow(own.forward, forward, own.step):
+            yield rank, "forward", _forward_sentence(rank, own, forward)
+
+
+def _is_slow(seconds: float, median: float, step: float) -> bool:
+    return seconds > _SLOW * median and seconds - median > _NOTICEABLE * step
+
+
+def _data_sentence(rank: int, own: ProcessTimes, median: float) -> str:
+    return _(
+        "process {rank} waits {seconds:.2f} s a step for data (at most {longest:.2f} s), the "
+        "median of the others is {median:.2f} s",
+        rank=rank,
+        seconds=own.data,
+        longest=own.longest_data,
+        median=median,
+    )
+
+
+def _forward_sentence(rank: int, own: ProcessTimes, median: float) -> str:
+    return _(
+        "process {rank} is slow: its forward pass takes {seconds:.2f} s, {times:.1f} times the "
+        "median of the others; see what else its GPU or its cores do",
+        rank=rank,
+        seconds=own.forward,
+        times=own.forward / max(median, 1e-9),
+    )
 
 
 def _worker_sentence(times: ProcessTimes) -> str:
