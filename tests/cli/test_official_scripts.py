@@ -425,6 +425,18 @@ def test_training_starts_as_the_run_scripts_start_it(script, datapath, launch):
     assert (datapath / "experiments" / "run" / "checkpoints" / "epoch_latest.pt").is_file()
 
 
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="as measured with Python 3.11")
+def test_the_launcher_takes_logs_for_its_own_option_unless_the_script_follows_dashes(capsys):
+    from torch.distributed.run import parse_args
+
+    line = ["cn_clip.training.main", "--logs=experiments/", "--name=muge"]
+    with pytest.raises(SystemExit):
+        parse_args(["-m", *line])
+    assert "ambiguous option: --logs" in capsys.readouterr().err
+    given = parse_args(["-m", "--", *line])
+    assert [given.training_script, *given.training_script_args] == line
+
+
 def test_annotations_are_never_replaced_by_predictions(script, tmp_path):
     rows = [{"image_id": n, "feature": [1.0, n]} for n in range(12)]
     text = [{"text_id": n, "feature": [1.0, n]} for n in range(3)]
