@@ -264,6 +264,39 @@ def test_files_of_two_attempts_are_never_mixed_wherever_one_pauses_or_dies(
     assert wins[0] == second and wins[-1] == first and len(wins) > 8
 
 
+def test_a_commit_of_a_dead_worker_is_ended_by_one_process_or_two(tmp_path, monkeypatch):
+    """Before each request of the one, the other ends it from start to end."""
+    sent, pause_at = 0, 0
+
+    def counted(name, send):
+        nonlocal sent
+        sent += 1
+        if sent == pause_at:
+            assert store.completed(MANIFEST) == b"1"
+        return remote.request(name, send)
+
+    def die(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store_module, "request", counted)
+    pauses, is_paused = 0, True
+    while is_paused:
+        bucket = MemoryStore()
+        monkeypatch.setattr(store_module, "locate", lambda url, to=bucket: (to, url[5:]))
+        store = open_store(OUT)
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+            patch.setattr(store_module.BucketStore, "_end", die)
+            store.complete(MANIFEST, b"1", files_of(tmp_path, b"1", quarantine=False))
+        assert store.read(MANIFEST) is None
+        pauses += 1
+        sent, pause_at = 0, pauses
+        assert store.completed(MANIFEST) == b"1"
+        is_paused, pause_at = sent >= pause_at, 0
+        assert_whole(store, b"1")
+        assert not [each for page in bucket.list("bucket/run/.work") for each in page]
+    assert pauses > 8
+
+
 def test_a_late_worker_leaves_the_files_of_a_done_shard_alone(
     server, tmp_path, tiny_checkpoint, monkeypatch
 ):

@@ -75,7 +75,7 @@ def test_manifests_are_read_once(out):
 
 
 def changed(values, **new):
-    return json.dumps(values | new)
+    return json.dumps(values | new) + "\n"  # with another key, or shard, of the same size
 
 
 CHANGES = {
