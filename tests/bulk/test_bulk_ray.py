@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from cn_clip.bulk.shard import planned_shards
 from cn_clip.bulk.store import open_store
 from cn_clip.cli import run as cli
 from cn_clip.data.ray_cluster import Cluster
-from cn_clip.errors import UsageError
+from cn_clip.errors import CNClipError, UsageError
 
 pytestmark = [pytest.mark.full, pytest.mark.filterwarnings("ignore")]  # warnings of Ray
 
@@ -57,6 +58,24 @@ def test_a_killed_actor_costs_its_shard_one_more_attempt(tmp_path, tiny_checkpoi
     assert report.failures == 0 and len(rows_in(out)) == 24
     attempts = sum(each["attempt"] for each in manifests_in(out).values())
     assert attempts - 12 <= len(killed)
+
+
+def test_a_driver_whose_ray_ends_says_so_and_the_next_one_goes_on(tmp_path, tiny_checkpoint):
+    out = tmp_path / "out"
+    plan_in(out, tiny_checkpoint, write_images(tmp_path / "images", 400), shards_of=1)
+
+    def kill(report):
+        if report.done == 1:
+            for path in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
+                for child in path.read_text().split():
+                    if Path(f"/proc/{child}/comm").read_text().strip() == "raylet":
+                        os.kill(int(child), signal.SIGKILL)
+
+    task = Task(str(out), retries=5)
+    with pytest.raises(CNClipError, match="Ray has ended"):
+        run(open_store(str(out)), RayEngine(Cluster(1)), task, on_progress=kill)
+    report = run(open_store(str(out)), RayEngine(Cluster(1)), task)
+    assert report.earlier >= 1 and report.failures == 0 and len(rows_in(out)) == 400
 
 
 def test_an_actor_with_another_version_is_refused(tmp_path, tiny_checkpoint):

@@ -17,6 +17,7 @@ from cn_clip.install import install_command
 from cn_clip.processes import limit_cpus
 from cn_clip.translation import _, languages, use_languages
 
+LOOK = 10.0  # seconds without an answer, after which ``check_alive`` is asked
 _STARTS = 3  # of Ray on this machine, which gives up after 30 seconds
 
 
@@ -121,6 +122,18 @@ class WorkerSetup:
             limit_cpus(self.cpus)
 
 
+def check_alive(ray: Any) -> None:
+    """Raise a ``CNClipError`` if the cluster has no machine any more: waiting would not end."""
+    try:
+        alive = any(node["Alive"] for node in ray.nodes())
+    except ray.exceptions.RayError:  # its head is gone
+        alive = False
+    if not alive:
+        raise CNClipError(
+            _("Ray has ended; what is finished stays. Run the same command again to go on")
+        )
+
+
 @contextmanager
 def _own_sigterm() -> Iterator[None]:
     """Keep the handler of SIGTERM: Ray's ends this process without cleaning up, or a word."""
@@ -137,7 +150,7 @@ def _own_sigterm() -> Iterator[None]:
 @contextmanager
 def _nothing_printed() -> Iterator[None]:
     """Keep Ray from printing to stdout that a worker died: that is the place of --json."""
-    worker = importlib.import_module("ray._private.worker")
+    worker: Any = importlib.import_module("ray._private.worker")
     worker._worker_logs_enabled = False
     try:
         yield

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from cn_clip.data.ray_cluster import Cluster, WorkerSetup
+from cn_clip.data.ray_cluster import LOOK, Cluster, WorkerSetup, check_alive
 from cn_clip.errors import DataError
 from cn_clip.translation import _
 
@@ -32,6 +32,7 @@ def ray_map(
         UsageError: Ray is not installed.
         CNClipError: the cluster cannot be reached.
         DataError: workers died again and again.
+        CNClipError: the cluster ended.
     """
     with cluster.connected() as ray:
         kind = cluster.remote_class(ray, _Worker, retries=_RETRIES)
@@ -88,7 +89,10 @@ def _mapped(ray: Any, actors: list[Any], shared: list[Any], jobs: Sequence[Any])
                 waits[results[-1]] = slot
                 slot.jobs += 1
                 given += 1
-            for future in ray.wait([*starting, *waits])[0]:
+            ended = ray.wait([*starting, *waits], timeout=LOOK)[0]
+            if not ended:
+                check_alive(ray)
+            for future in ended:
                 if future in starting:
                     ray.get(future)
                     slots.append(starting.pop(future))

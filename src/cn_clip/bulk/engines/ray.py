@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cn_clip.bulk.engines.base import Outcome, Task, Waiting, attempt
-from cn_clip.data.ray_cluster import Cluster, WorkerSetup
+from cn_clip.data.ray_cluster import LOOK, Cluster, WorkerSetup, check_alive
 from cn_clip.errors import CNClipError
 from cn_clip.translation import _
 
@@ -80,6 +80,7 @@ class _Actors:
         self._waits: dict[Any, _Slot] = {}  # a future -> its actor
         self._absent: list[_Slot] = []  # actors that are asked whether they are ready
         self._idle: list[_Slot] = []
+        self._heard = time.monotonic()
         self._slots = [
             _Slot(self._class.remote(*self._given)) for _each in range(cluster.count(ray))
         ]
@@ -121,6 +122,11 @@ class _Actors:
             time.sleep(_POLL)
             return []
         ended: list[Any] = self._ray.wait(list(self._waits), timeout=_POLL)[0]
+        if ended:
+            self._heard = time.monotonic()
+        elif time.monotonic() - self._heard > LOOK:
+            check_alive(self._ray)
+            self._heard = time.monotonic()
         return ended
 
     def _take(self, slot: _Slot, future: Any) -> Outcome | None:
