@@ -15,14 +15,19 @@ from markupsafe import Markup
 from cn_clip.translation import _
 
 Point = tuple[float, float]
+_SHRUNK = 0.7  # of the width, on a narrow screen
 _LEFT = 64  # pixels left of a chart, for the numbers and the title
 
 
 def svg(width: float, height: float, shapes: Iterable[str], label: str = "") -> Markup:
-    """Return shapes as an SVG of this size in pixels; ``label`` is for screen readers."""
+    """Return shapes as an SVG of this size in pixels; ``label`` is for screen readers.
+
+    On a narrow screen it shrinks as long as its texts can be read, then it scrolls.
+    """
     role = f' role="img" aria-label="{escape(label)}"' if label else ""
     return Markup(
-        f'<svg viewBox="0 0 {width} {height}" width="{width}"{role}>{"".join(shapes)}</svg>'
+        f'<div class="chart"><svg viewBox="0 0 {width} {height}" width="{width}"'
+        f' style="min-width: {_SHRUNK * width:.0f}px"{role}>{"".join(shapes)}</svg></div>'
     )
 
 

@@ -78,7 +78,7 @@ def write_report(
         recall_curve=curve(recalls, marks, _("mean recall, %"), dots=True, extra=after_mixing),
         mixtures=[(sweep, _mixture_curve(sweep)) for sweep in mixtures(events)],
         step_curves={
-            _("Loss"): curve([(e.total, e.mean_loss) for e in steps], marks, _("loss")),
+            _("Loss"): curve([(e.total, e.mean_loss) for e in steps], marks, _("training loss")),
             _("Learning rate"): curve([(e.total, e.lr) for e in steps], marks, _("learning rate")),
             _("Logit scale"): curve(
                 [(e.total, e.logit_scale) for e in steps], marks, _("factor on the cosine")
@@ -108,7 +108,7 @@ def score_name(name: str) -> str:
 
 def _chosen(events: Sequence[RunEvent], recipe: Recipe) -> list[tuple[str, ScoreEvent]]:
     scored = [event for event in events if isinstance(event, ScoreEvent)]
-    chosen = [(N_("before"), event) for event in scored if event.total == 0]
+    chosen = [("before", event) for event in scored if event.total == 0]
     best = chosen[0][1] if chosen else None
     for stage in recipe.stages:
         of_stage = [event for event in scored if event.stage == stage.name and event.total]
@@ -242,7 +242,10 @@ def _retrievals(
             validation.texts[text],
             [
                 (name, list(_top_images(images, texts[text], correct, validation)))
-                for name, (images, texts) in ((N_("before"), before), (N_("after"), after))
+                for name, (images, texts) in (
+                    (N_("before training"), before),
+                    (N_("after training"), after),
+                )
             ],
         )
 
