@@ -76,14 +76,6 @@ def test_a_signal_ends_the_server_after_it_has_answered(tiny_checkpoint):
 def test_a_killed_worker_is_replaced_and_metrics_add_up(tiny_checkpoint):
     with started("--model", str(tiny_checkpoint), "--workers", "2") as (process, client):
 
-        def children():
-            found = subprocess.run(
-                ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(process.pid)],
-                capture_output=True,
-                text=True,
-            ).stdout.splitlines()
-            return {int(line.split()[0]) for line in found if "spawn_main" in line}
-
         def embeddings():
             # A connection of its own each time: both workers get some.
             answer = httpx.post(
@@ -101,11 +93,13 @@ def test_a_killed_worker_is_replaced_and_metrics_add_up(tiny_checkpoint):
         expected = embeddings()
         for _number in range(20):
             assert embeddings() == expected
-        before = children()
+        before = workers_of(process)
         assert len(before) == 2
         os.kill(min(before), signal.SIGKILL)
         failures, deadline = 0, time.monotonic() + 30
-        while time.monotonic() < deadline and not (len(now := children()) == 2 and now != before):
+        while time.monotonic() < deadline and not (
+            len(now := workers_of(process)) == 2 and now != before
+        ):
             try:
                 assert embeddings() == expected
             except httpx.HTTPError:  # it was inside of the killed worker
@@ -120,7 +114,35 @@ def test_a_killed_worker_is_replaced_and_metrics_add_up(tiny_checkpoint):
         assert counted >= 31
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) in (0, 128 + signal.SIGTERM)
-        assert not children()
+        assert not workers_of(process)
+
+
+@pytest.mark.full
+def test_a_worker_that_is_killed_while_it_is_asked_whether_it_is_alive_is_replaced_at_once(
+    tiny_checkpoint,
+):
+    with started("--model", str(tiny_checkpoint), "--workers", "2") as (process, client):
+        deadline = time.monotonic() + 90
+        while "cnclip_models_loaded 2.0" not in client.get("/metrics").text:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        before = workers_of(process)
+        os.kill(min(before), signal.SIGSTOP)
+        time.sleep(2)  # it is asked every half second, and does not answer
+        os.kill(min(before), signal.SIGKILL)
+        killed = time.monotonic()
+        while min(before) in (now := workers_of(process)) or len(now) < 2:
+            assert time.monotonic() - killed < 10
+            time.sleep(0.1)
+
+
+def workers_of(process):
+    found = subprocess.run(
+        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(process.pid)],
+        capture_output=True,
+        text=True,
+    ).stdout.splitlines()
+    return {int(line.split()[0]) for line in found if "spawn_main" in line}
 
 
 def test_a_model_that_is_not_there_is_one_sentence(tmp_path):

@@ -125,14 +125,27 @@ def _config(settings: Settings, factory: Callable[[Settings], object]) -> uvicor
 class _Workers(Multiprocess):
     """Worker processes; one that dies is replaced, and its gauges are forgotten."""
 
+    def init_processes(self) -> None:
+        """Start the workers."""
+        super().init_processes()
+        self._close_their_ends()
+
     def keep_subprocess_alive(self) -> None:
         """Replace the workers that have died."""
         before = {process.pid for process in self.processes}
         super().keep_subprocess_alive()
+        self._close_their_ends()
         gone = before - {process.pid for process in self.processes}
         for pid in gone:
             for file in Path(os.environ[SHARED]).glob(f"gauge_live*_{pid}.db"):
                 file.unlink(missing_ok=True)
+
+    def _close_their_ends(self) -> None:
+        """Close the workers' ends of the pipes in this process: else one that is killed while it is
+        asked whether it is alive is awaited for the whole timeout."""
+        if os.name == "posix":  # elsewhere a worker takes its end from here, later
+            for process in self.processes:
+                process.child_conn.close()
 
 
 def _bind(settings: Settings) -> socket.socket:
