@@ -248,3 +248,9 @@ def test_a_plan_whose_files_are_damaged_is_never_planned_twice(
         np.save(file, np.load(file)[:1])
     with pytest.raises(DataError, match="missing or damaged"):
         plan_in(out, tiny_checkpoint, images, write_images(tmp_path / "b", 1), shards_of=1)
+
+
+@pytest.mark.parametrize("given", ["", "a\0b", "\ud83d"])
+def test_what_is_no_path_is_refused(given):
+    with pytest.raises(UsageError, match="^--out is "):
+        open_store(given)

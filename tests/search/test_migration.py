@@ -168,7 +168,9 @@ def test_a_source_is_opened_once(tmp_path, monkeypatch):
     from cn_clip.search import roots
 
     calls, original = [], roots.open_source
-    monkeypatch.setattr(roots, "open_source", lambda uri: calls.append(uri) or original(uri))
+    monkeypatch.setattr(
+        roots, "open_source", lambda uri, **given: calls.append(uri) or original(uri, **given)
+    )
     with opened(tmp_path / "library", writable=True) as folder, folder.writing("index"):
         from cn_clip.search.migration import migrate
 

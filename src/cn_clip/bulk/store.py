@@ -175,7 +175,7 @@ def open_store(given: str) -> Store:
     Raises:
         UsageError: the URL cannot be written to, or obstore is missing.
     """
-    if not given or "\0" in given:
+    if not given or not _may_be_path(given):
         raise UsageError(_("--out is {given!r}; give a folder, or a URL", given=given))
     if not is_remote(given):
         return FolderStore(Path(os.path.abspath(os.path.expanduser(given))))
@@ -189,6 +189,14 @@ def open_store(given: str) -> Store:
             )
         )
     return BucketStore(given.rstrip("/"))
+
+
+def _may_be_path(given: str) -> bool:
+    """Return whether the operating system takes this for a path: no zero, no lone surrogates."""
+    try:
+        return b"\0" not in os.fsencode(given)
+    except UnicodeEncodeError:
+        return False
 
 
 def read_many(store: Store, names: Sequence[str]) -> Iterator[bytes | None]:
