@@ -51,13 +51,19 @@ READY = "print('ready', flush=True)"
 SLEEPS = f"{READY}; time.sleep(60)"
 
 
+def signals_as_in_a_terminal():
+    """What a shell ignores for its background commands, and nohup, is inherited."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def waiting(body=SLEEPS, **options):
     process = subprocess.Popen(
         [sys.executable, "-c", WAITING.format(body=body), "models"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        **{"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)} | options,
+        **{"preexec_fn": signals_as_in_a_terminal} | options,
     )
     assert process.stdout.readline() == "ready\n"
     return process
@@ -139,7 +145,7 @@ def test_a_signal_while_modules_are_imported_is_no_traceback(number):
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {MARK_VARIABLE: mark},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=signals_as_in_a_terminal,
     )
     until_ready(process)
     process.send_signal(number)

@@ -124,6 +124,7 @@ def test_a_terminal_that_is_closed_saves_the_run(recipe_file, tmp_path):
 
     def in_terminal():
         os.setsid()
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's setting is inherited
         fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
 
     process = subprocess.Popen(
@@ -135,9 +136,12 @@ def test_a_terminal_that_is_closed_saves_the_run(recipe_file, tmp_path):
         preexec_fn=in_terminal,
     )
     os.close(terminal)
-    shown = b""
-    while b"step 2:" not in shown:
-        shown += os.read(master, 4096)
-    os.close(master)
-    assert process.wait(timeout=60) == 128 + signal.SIGHUP
+    try:
+        shown = b""
+        while b"step 2:" not in shown:
+            shown += os.read(master, 4096)
+        os.close(master)
+        assert process.wait(timeout=60) == 128 + signal.SIGHUP
+    finally:
+        process.kill()
     assert [*(tmp_path / "run" / "states").iterdir()]
