@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from cn_clip.data.curate.grouping import connected, group_rows
-from cn_clip.data.curate.perceptual_hash import HASH_WORDS, hash_image, near_pairs
+from cn_clip.data.curate.perceptual_hash import HASH_WORDS, hash_image, near_pairs, read_for_hash
 from cn_clip.errors import CNClipError
-from cn_clip.image.decode import read_image
 from cn_clip.search.folder import LibraryFolder
 from cn_clip.search.images import image_bytes
 from cn_clip.search.roots import display_path
@@ -94,7 +93,7 @@ def _look_of(library: LibraryFolder, image: int) -> bytes | None:
     """Return the perceptual hash of an image; None if it cannot be read."""
     with suppress(CNClipError):
         content = image_bytes(library, image)
-        return hash_image(read_image(content, fast_decode=256, background="white")).tobytes()
+        return hash_image(read_for_hash(content)).tobytes()
     return None
 
 

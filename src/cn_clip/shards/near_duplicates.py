@@ -20,11 +20,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cn_clip.data.curate.perceptual_hash import hash_image, look_alike
+from cn_clip.data.curate.perceptual_hash import hash_image, look_alike, read_for_hash
 from cn_clip.data.process_map import Progress, Workers, at_most, no_progress, parallel_map
 from cn_clip.data.ray_cluster import Cluster
 from cn_clip.errors import CNClipError, DataError, UsageError
-from cn_clip.image.decode import read_image
 from cn_clip.publish import map_write_errors
 from cn_clip.search.ann import load_faiss, openmp_threads
 from cn_clip.shards.folder import Rows, ShardFolder
@@ -397,6 +396,6 @@ class _Hashes:
 def _look_of(path: str) -> Any:
     """Return the perceptual hash of an image; None if it cannot be read."""
     try:
-        return hash_image(read_image(path, fast_decode=256, background="white"))
+        return hash_image(read_for_hash(path))
     except (CNClipError, OSError, ValueError):
         return None

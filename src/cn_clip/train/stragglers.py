@@ -161,15 +161,8 @@ def slow_processes(times: Sequence[ProcessTimes]) -> Iterator[tuple[int, str, st
         data = _median([other.data for other in others])
         if _is_slow(own.data, data, own.step):
             worker = _worker_sentence(own)
-            if others:
-                yield rank, "data", _data_sentence(rank, own, data) + worker
-            elif worker:
-                seconds = own.data
-                yield (
-                    rank,
-                    "data",
-                    _("a step waits {seconds:.2f} s for data", seconds=seconds) + worker,
-                )
+            if others or worker:
+                yield rank, "data", _data_sentence(rank, own, data if others else None) + worker
         forward = _median([other.forward for other in others])
         if others and _is_slow(own.forward, forward, own.step):
             yield rank, "forward", _forward_sentence(rank, own, forward)
@@ -179,7 +172,10 @@ def _is_slow(seconds: float, median: float, step: float) -> bool:
     return seconds > _SLOW * median and seconds - median > _NOTICEABLE * step
 
 
-def _data_sentence(rank: int, own: ProcessTimes, median: float) -> str:
+def _data_sentence(rank: int, own: ProcessTimes, median: float | None) -> str:
+    """``median`` is of the other processes; None without any."""
+    if median is None:
+        return _("a step waits {seconds:.2f} s for data", seconds=own.data)
     return _(
         "process {rank} waits {seconds:.2f} s a step for data (at most {longest:.2f} s), the "
         "median of the others is {median:.2f} s",

@@ -20,6 +20,7 @@ from cn_clip.data.curate.perceptual_hash import (
     build_index,
     hash_image,
     mirrored_and_cropped,
+    read_for_hash,
     search,
     without_margins,
 )
@@ -31,7 +32,6 @@ from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.files import MAX_FILE, read_lines
 from cn_clip.format_version import FIELD, Format
 from cn_clip.html.page import thumbnail, write_page
-from cn_clip.image.decode import read_image
 from cn_clip.outputs import claim, own_file, starts_with
 from cn_clip.publish import atomic_file, map_write_errors
 from cn_clip.text import read_json
@@ -40,7 +40,6 @@ from cn_clip.translation import _
 _CHUNK = 128
 _FORMAT = Format("data decontaminate", 1)  # first line of the list of removed pairs
 _MAX_SHOWN = 200  # removed pairs in the report
-_DECODED = 256  # minimum decoded side of a JPEG in pixels; a hash uses 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +262,7 @@ class _HashImages:
     def _hash(self, index: int) -> _ImageHashes | str:
         try:
             content = self.source.image(index)
-            image = read_image(content, fast_decode=_DECODED, background="white")
+            image = read_for_hash(content)
         except CNClipError as error:
             return located(self.source, index, error)
         original, inner = (

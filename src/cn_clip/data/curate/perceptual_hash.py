@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageChops
 
+from cn_clip.image.decode import ImageInput, read_image
 from cn_clip.image.modes import strips
 
 Hashes = npt.NDArray[np.uint64]
@@ -36,8 +37,18 @@ _CROP = 0.05
 _MARGIN = 12  # levels of 255 by which a margin may differ from the corner colour
 _MAX_SIDE = 256  # longest side of an image without margins
 _MAX_ASPECT = 2
+_DECODED = 256  # minimum decoded side of a JPEG in pixels; a hash uses 64
 _MIN_FREQUENCY = 0.3  # grey levels; recompression changes smaller amplitudes
 _FLAT_STD = 6.0  # grey levels; below this standard deviation noise decides the signs
+
+
+def read_for_hash(source: ImageInput) -> Image.Image:
+    """Decode an image for ``hash_image``; a large JPEG at a reduced size.
+
+    Raises:
+        CNClipError: as ``read_image``.
+    """
+    return read_image(source, fast_decode=_DECODED, background="white")
 
 
 def hash_image(image: Image.Image) -> Hashes:

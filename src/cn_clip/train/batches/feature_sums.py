@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cn_clip.data.process_map import Progress, no_progress, parallel_map
@@ -22,7 +23,6 @@ from cn_clip.translation import _
 SHARD = re.compile(r"features-\d{5,}\.npy")
 SUM = re.compile(r"features-\d{5,}\.sum")
 _LINE = re.compile(r"(\d+) ([0-9a-f]{64})\n")
-_BLOCK = 8 << 20  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def check_sizes(shards: Sequence[Path]) -> None:
         DataError: a shard has another size.
     """
     for shard in shards:
-        size, _digest_unused = _read_sum(shard)
+        size = _read_sum(shard)[0]
         if shard.stat().st_size != size:
             raise DataError(
                 _(
@@ -131,8 +131,5 @@ def _read_sum(shard: Path) -> tuple[int, str]:
 
 
 def _digest(path: Path) -> str:
-    sha = hashlib.blake2b(digest_size=32)
     with path.open("rb") as stream:
-        while block := stream.read(_BLOCK):
-            sha.update(block)
-    return sha.hexdigest()
+        return hashlib.file_digest(stream, partial(hashlib.blake2b, digest_size=32)).hexdigest()
