@@ -17,13 +17,14 @@ from pyarrow import parquet
 
 from cn_clip.bulk import lease, run, summary
 from cn_clip.bulk import shard as module
-from cn_clip.bulk import store as store_module
 from cn_clip.bulk.engines.base import Outcome, Task
 from cn_clip.bulk.plan import read_plans
 from cn_clip.bulk.planning import make_plan
 from cn_clip.bulk.shard import planned_shards, run_shard
 from cn_clip.bulk.status import status_of
-from cn_clip.bulk.store import BusyError, open_store
+from cn_clip.bulk.store import bucket as bucket_store
+from cn_clip.bulk.store import open_store
+from cn_clip.bulk.store.base import BusyError
 from cn_clip.bulk.verify import verify
 from cn_clip.cli import run as cli
 from cn_clip.data.sources import remote
@@ -247,11 +248,11 @@ def test_files_of_two_attempts_are_never_mixed_wherever_one_pauses_or_dies(
                 raise KeyboardInterrupt
         return remote.request(name, send)
 
-    monkeypatch.setattr(store_module, "request", counted)
+    monkeypatch.setattr(bucket_store, "request", counted)
     wins, is_paused = [], True
     while is_paused:
         bucket = MemoryStore()
-        monkeypatch.setattr(store_module, "locate", lambda url, to=bucket: (to, url[5:]))
+        monkeypatch.setattr(bucket_store, "locate", lambda url, to=bucket: (to, url[5:]))
         store = open_store(OUT)
         sent, pause_at = 0, len(wins) + 1
         with suppress(KeyboardInterrupt):
@@ -278,14 +279,14 @@ def test_a_commit_of_a_dead_worker_is_ended_by_one_process_or_two(tmp_path, monk
     def die(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(store_module, "request", counted)
+    monkeypatch.setattr(bucket_store, "request", counted)
     pauses, is_paused = 0, True
     while is_paused:
         bucket = MemoryStore()
-        monkeypatch.setattr(store_module, "locate", lambda url, to=bucket: (to, url[5:]))
+        monkeypatch.setattr(bucket_store, "locate", lambda url, to=bucket: (to, url[5:]))
         store = open_store(OUT)
         with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
-            patch.setattr(store_module.BucketStore, "_end", die)
+            patch.setattr(bucket_store.BucketStore, "_end", die)
             store.complete(MANIFEST, b"1", files_of(tmp_path, b"1", quarantine=False))
         assert store.read(MANIFEST) is None
         pauses += 1

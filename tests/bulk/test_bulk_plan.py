@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 import tarfile
 from types import SimpleNamespace
 
@@ -202,6 +204,19 @@ def link(folder):
     path = folder / f"again{len(list(folder.iterdir()))}"
     path.symlink_to(folder / "out")
     return path
+
+
+def test_a_planner_loads_the_model_in_a_process_that_ends(tmp_path, tiny_checkpoint):
+    write_images(tmp_path / "a", 3)
+    words = ["bulk", "plan", str(tmp_path / "a"), "--out", str(tmp_path / "out")]
+    words += ["--model", str(tiny_checkpoint), "--device", "cpu"]
+    script = (
+        "import sys; from cn_clip.cli import run\n"
+        f"if __name__ == '__main__': assert run({words}) == 0 and 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+    (plan,) = read_plans(open_store(str(tmp_path / "out")))
+    assert plan.rows == 3 and plan.model.dim == 32
 
 
 @pytest.mark.parametrize("shards_of", ["0", "-1", "1000001", "x"])

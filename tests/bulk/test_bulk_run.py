@@ -31,7 +31,9 @@ from cn_clip.bulk.plan import existing_plans
 from cn_clip.bulk.run import Portion, driving, run
 from cn_clip.bulk.shard import planned_shards, run_shard
 from cn_clip.bulk.status import status_of
-from cn_clip.bulk.store import BusyError, FolderStore, open_store
+from cn_clip.bulk.store import open_store
+from cn_clip.bulk.store.base import BusyError
+from cn_clip.bulk.store.folder import FolderStore
 from cn_clip.bulk.verify import verify
 from cn_clip.cli import run as cli
 from cn_clip.data.sources.open import open_source

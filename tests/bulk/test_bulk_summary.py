@@ -12,7 +12,8 @@ from cn_clip.bulk import shard as module
 from cn_clip.bulk import summary
 from cn_clip.bulk.shard import planned_shards, run_shard
 from cn_clip.bulk.status import status_of
-from cn_clip.bulk.store import FolderStore, open_store
+from cn_clip.bulk.store import open_store
+from cn_clip.bulk.store.folder import FolderStore
 from cn_clip.bulk.verify import verify
 
 

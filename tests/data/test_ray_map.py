@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from data.formats import jpeg
-from shards.shard_folders import clustered, write_shards
+from shards.shard_folders import clustered, unit, write_shards
 
 from cn_clip.cli import run as cli
 from cn_clip.data.process_map import parallel_map
@@ -195,3 +195,19 @@ def test_an_index_built_on_a_cluster_is_that_of_one_process(connected, tmp_path,
     for name, content in built["alone"].items():
         if name.endswith(".npy"):
             assert content == built["ray"][name], name
+
+
+def test_lists_of_kept_images_made_on_a_cluster_are_those_of_one_process(connected, tmp_path):
+    vectors = clustered(1200)
+    vectors[1000:] = vectors[:200]  # copies
+    texts = unit(vectors + clustered(1200, seed=5))
+    folder = write_shards(tmp_path / "shards", vectors, 100, text_emb=texts)
+    build_index(folder, lambda: clustered(64, seed=2), Options())
+    for command in (["dedupe"], ["filter", "--share", "0.3"]):
+        kept = []
+        for name, engine in (("alone", ALONE), ("ray", RAY)):
+            out = tmp_path / f"{command[0]}-{name}.jsonl"
+            words = ["bulk", command[0], str(folder), "--out", str(out), *command[1:], *engine]
+            assert cli(words) == 0
+            kept.append(out.read_bytes())
+        assert kept[0] == kept[1] and 100 < kept[0].count(b"\n") < 1100

@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cn_clip import __version__
-from cn_clip.bulk.store import WORK, Store, open_store
+from cn_clip.bulk.store import open_store
+from cn_clip.bulk.store.base import WORK, Store
 from cn_clip.config import BackendName, Precision
 from cn_clip.errors import DataError, UsageError
 from cn_clip.format_version import FIELD, Format

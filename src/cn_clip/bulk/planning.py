@@ -32,7 +32,8 @@ from cn_clip.bulk.plan import (
     read_plans,
     shard_count,
 )
-from cn_clip.bulk.store import WORK, FolderStore, Store
+from cn_clip.bulk.store.base import WORK, Store
+from cn_clip.bulk.store.folder import FolderStore
 from cn_clip.data.process_map import Progress, no_progress
 from cn_clip.data.sources.open import absolute_uri, paths_of
 from cn_clip.embeddings.files import with_format

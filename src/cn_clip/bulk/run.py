@@ -15,7 +15,7 @@ import numpy.typing as npt
 from cn_clip.bulk.engines.base import Engine, Task
 from cn_clip.bulk.manifest import FOLDER, NAME
 from cn_clip.bulk.plan import Plan, check_version, existing_plans, shard_count
-from cn_clip.bulk.store import BusyError, Store
+from cn_clip.bulk.store.base import BusyError, Store
 from cn_clip.errors import UsageError
 from cn_clip.translation import _
 

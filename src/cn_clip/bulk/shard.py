@@ -42,7 +42,8 @@ from cn_clip.bulk.plan import (
     plan_of,
     shard_count,
 )
-from cn_clip.bulk.store import Store, open_store
+from cn_clip.bulk.store import open_store
+from cn_clip.bulk.store.base import Store
 from cn_clip.data.sources.parquet import import_pyarrow
 from cn_clip.embedder import Embedder, load
 from cn_clip.errors import CNClipError, DataError, UnavailableError, UsageError

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from cn_clip.bulk.manifest import NAME
 from cn_clip.bulk.plan import existing_plans, shard_count
 from cn_clip.bulk.shard import NOTES
-from cn_clip.bulk.store import Store, read_many
+from cn_clip.bulk.store.base import Store, read_many
 from cn_clip.bulk.summary import ABSENT, FOLDERS, OnRead, read_manifests
 
 _RECENT = 200  # shards that the rate is measured over

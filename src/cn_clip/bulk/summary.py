@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cn_clip.bulk.manifest import FOLDER, NAME, Manifest, manifest_name, parse_manifest
-from cn_clip.bulk.store import WORK, Entry, Store, read_many
+from cn_clip.bulk.store.base import WORK, Entry, Store, read_many
 from cn_clip.errors import CNClipError, DataError
 from cn_clip.format_version import FIELD, Format
 

@@ -28,7 +28,8 @@ from cn_clip.bulk.plan import (
     shard_count,
 )
 from cn_clip.bulk.run import check_driving, driving
-from cn_clip.bulk.store import COMMITS, STAGED, Store, read_many
+from cn_clip.bulk.store.base import Store, read_many
+from cn_clip.bulk.store.bucket import COMMITS, STAGED
 from cn_clip.bulk.summary import (
     ABSENT,
     FOLDERS,

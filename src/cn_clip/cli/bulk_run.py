@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from cn_clip.bulk.engines.base import Engine
     from cn_clip.bulk.plan import PlannedModel
     from cn_clip.bulk.run import Portion, Report
-    from cn_clip.bulk.store import Store
+    from cn_clip.bulk.store.base import Store
 
 _SHOWN = 20  # shards that are listed
 
@@ -119,25 +119,26 @@ def plan(
     store
         Type of the numbers in the files.
     workers
-        Processes that index tar shards, by default one per CPU; 0 uses the main process.
+        Processes that load the model and index tar shards, by default one per CPU; 0 uses the main
+        process.
     json
         Print JSON instead of a sentence.
     """
     from cn_clip.bulk.planning import Request, claim_output, describe, make_plan
     from cn_clip.bulk.store import open_store
+    from cn_clip.data.process_map import parallel_map
 
     if not sources:
         raise UsageError(_("nothing to plan; give the sources after `cn-clip bulk plan`"))
+    workers = usable_cpus() if workers is None else workers
     place = open_store(out)
     claim_output(place, sources, loading.paths)
-    request = Request(sources, embed, store, shards_of, _planned_model(loading))
+    # In another process, so that this one stays small: torch and the model take 300 MB.
+    with parallel_map(_planned_model, min(1, workers)) as describe_model:
+        (model,) = describe_model([loading])
+    request = Request(sources, embed, store, shards_of, model)
     with progress_bar(_("listing inputs")) as on_progress:
-        made = make_plan(
-            place,
-            request,
-            workers=usable_cpus() if workers is None else workers,
-            on_progress=on_progress,
-        )
+        made = make_plan(place, request, workers=workers, on_progress=on_progress)
     if json:
         print_json({"out": place.name, "plan": None if made is None else describe(made)})
     elif made is None:

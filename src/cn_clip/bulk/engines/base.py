@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cn_clip.bulk.shard import run_shard
-from cn_clip.bulk.store import BusyError
+from cn_clip.bulk.store.base import BusyError
 from cn_clip.errors import CNClipError, UsageError
 from cn_clip.translation import _
 
