@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import cn_clip
 from cn_clip.backends import choice, exported
-from cn_clip.backends.graph import batch_buckets
+from cn_clip.backends.graph import batch_buckets, padded_length
+from cn_clip.backends.pipeline import batches_by_length
 from cn_clip.errors import CheckpointError, MissingWeightsError, UsageError
 
 
@@ -35,11 +36,24 @@ def edit_config(folder, **changes):
 
 
 @given(st.integers(0, 5000))
-def test_buckets_cover_all_rows_once_in_powers_of_two_with_little_padding(count):
+def test_buckets_cover_all_rows_once_in_few_sizes_with_little_padding(count):
     buckets = batch_buckets(count)
     assert [row for start, stop, _ in buckets for row in range(start, stop)] == list(range(count))
     for start, stop, size in buckets:
-        assert size & (size - 1) == 0 and 0.75 * size <= stop - start <= size
+        odd = size // (size & -size)
+        padding = size - (stop - start)
+        assert odd in (1, 3) and 0 <= padding <= max(1, size // 8)
+
+
+@given(st.lists(st.integers(2, 512), max_size=200), st.integers(1, 64))
+def test_texts_are_batched_with_those_of_about_their_length(lengths, rows):
+    batches = list(batches_by_length(lengths, max_rows=rows, max_tokens=1024))
+    assert sorted(i for batch, _ in batches for i in batch) == list(range(len(lengths)))
+    for batch, longest in batches:
+        assert 1 <= len(batch) <= rows and len(batch) * longest <= max(1024, longest)
+        assert longest == max(lengths[i] for i in batch)
+        assert longest - min(lengths[i] for i in batch) < max(4, (longest + 3) / 4)
+        assert 0 <= padded_length(longest) - longest < (4 if longest <= 16 else 8)
 
 
 def test_a_missing_file_is_named(copy):

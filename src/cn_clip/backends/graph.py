@@ -17,7 +17,7 @@ from cn_clip.backends.exported import Exported
 RunGraph = Callable[[npt.NDArray[Any]], Features]
 """Runs one graph on a batch (B, ...) and returns features (B, D)."""
 
-LENGTH_STEP = 8  # text lengths are padded to a multiple of this
+_SHORT = 16  # tokens; most captions are shorter
 
 
 class GraphBackend:
@@ -70,9 +70,9 @@ class GraphBackend:
 
     def run_texts(self, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.bool_]) -> Features:
         # ``mask`` is not needed: the graph masks padding by its id, 0.
-        padding = -ids.shape[1] % LENGTH_STEP
-        padding = min(padding, max(0, self._exported.model.context_length - ids.shape[1]))
-        return self._in_buckets(self._run_text, np.pad(ids, ((0, 0), (0, padding))))
+        length = ids.shape[1]
+        padded = max(length, min(padded_length(length), self._exported.model.context_length))
+        return self._in_buckets(self._run_text, np.pad(ids, ((0, 0), (0, padded - length))))
 
     def _normalise(self, pixels: Pixels) -> npt.NDArray[np.float32]:
         if pixels.dtype != np.uint8:
@@ -92,18 +92,26 @@ class GraphBackend:
         return np.concatenate(parts)
 
 
-def batch_buckets(count: int) -> list[tuple[int, int, int]]:
-    """Split ``count`` rows into batches of a power of two.
+def padded_length(length: int) -> int:
+    """Return the length that texts of a length are padded to: a multiple of 8, or of 4 if short."""
+    step = 4 if length <= _SHORT else 8
+    return -(-length // step) * step
 
-    Returns (start, stop, size) of each: its rows, and its size with padding. At most a quarter of a
-    batch is padding.
+
+def batch_buckets(count: int) -> list[tuple[int, int, int]]:
+    """Split ``count`` rows into batches of 2^n or 3 * 2^n rows.
+
+    Returns (start, stop, size) of each: its rows, and its size with padding. Of more than eight
+    rows at most an eighth is padding.
     """
     buckets, start = [], 0
     while start < count:
         left = count - start
-        size = 1 << (left - 1).bit_length()  # the next power of two
-        if 4 * left < 3 * size:
-            size //= 2
+        below = 1 << (left.bit_length() - 1)  # the last power of two
+        sizes = (below, below + below // 2, 2 * below)
+        size = next(size for size in sizes if size >= left)
+        if size > 8 and size - left > size // 8:
+            size = max(size for size in sizes if size <= left)
         buckets.append((start, min(count, start + size), size))
         start += size
     return buckets

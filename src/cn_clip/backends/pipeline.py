@@ -20,7 +20,7 @@ from cn_clip.errors import ImageError
 from cn_clip.image.decode import MAX_PIXELS, ImageInput, find_images, read_image, read_pixels
 from cn_clip.translation import _
 
-_MAX_PADDING = 4  # tokens; fewer are not worth a batch of their own
+_LENGTH_STEP = 4  # tokens; a smaller difference is not worth a batch of its own
 _MAX_COPIED_PIXELS = 1 << 22  # a larger PIL image is prepared at once instead of copied
 
 PreparedImage = npt.NDArray[Any]  # (3, S, S): uint8, or float32 if it is normalised already
@@ -161,15 +161,16 @@ def batches_by_length(
 ) -> Iterator[tuple[list[int], int]]:
     """Yield (indexes, padded length) of batches of texts, the longest texts first.
 
-    A batch has at most ``max_rows`` texts and ``max_tokens`` tokens, padding included. No text is
-    padded by more than a quarter of the longest, or ``_MAX_PADDING`` tokens.
+    A batch has at most ``max_rows`` texts and ``max_tokens`` tokens, padding included. Its lengths
+    round up to the same multiple of ``_LENGTH_STEP``, or differ by less than a quarter of it.
     """
     by_length = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
     while by_length:
         longest = lengths[by_length[0]]
         count = max(1, min(max_rows, max_tokens // longest))
-        shortest = longest - max(_MAX_PADDING, longest // 4)
-        batch = [i for i in by_length[:count] if lengths[i] >= shortest]
+        rounded = -(-longest // _LENGTH_STEP) * _LENGTH_STEP
+        too_short = rounded - max(_LENGTH_STEP, rounded // 4)
+        batch = [i for i in by_length[:count] if lengths[i] > too_short]
         yield batch, longest
         by_length = by_length[len(batch) :]
 
