@@ -41,9 +41,9 @@ def pseudo(pseudo_mo, tmp_path, monkeypatch):
     monkeypatch.setattr(translation, "LOCALES", str(tmp_path / "locale"))
     monkeypatch.setenv("CN_CLIP_LANG", "xx")
     monkeypatch.setenv("COLUMNS", "4000")  # lines do not break
-    translation._catalogue.cache_clear()
+    translation._own_catalogue.cache_clear()
     yield
-    translation._catalogue.cache_clear()
+    translation._own_catalogue.cache_clear()
 
 
 def outside(text):

@@ -202,11 +202,11 @@ def use_catalogue(tmp_path, monkeypatch):
         write_catalogue(tmp_path / "locale", entries, language=language)
         monkeypatch.setattr(translation, "LOCALES", str(tmp_path / "locale"))
         monkeypatch.setenv("CN_CLIP_LANG", language)
-        translation._catalogue.cache_clear()
+        translation._own_catalogue.cache_clear()
 
-    translation._catalogue.cache_clear()
+    translation._own_catalogue.cache_clear()
     yield use
-    translation._catalogue.cache_clear()
+    translation._own_catalogue.cache_clear()
 
 
 @pytest.fixture
@@ -345,7 +345,7 @@ def test_threads_that_translate_first_at_the_same_time_get_the_same_language(pse
 def test_the_catalogue_is_not_read_before_the_first_message():
     code = (
         "import sys, cn_clip.translation as t\n"
-        "assert 'gettext' not in sys.modules and not t._catalogue.cache_info().currsize"
+        "assert 'gettext' not in sys.modules and not t._own_catalogue.cache_info().currsize"
     )
     subprocess.run(
         [sys.executable, "-c", code], check=True, env=os.environ | {"CN_CLIP_LANG": "xx"}

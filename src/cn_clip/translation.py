@@ -3,15 +3,19 @@
 ``_("no such file: {path}", path=path)`` translates a message, then fills in its values. Messages
 are literals, so that they can be extracted. The catalogue is read at the first message, from
 ``locale/LANGUAGE/LC_MESSAGES/cn_clip.mo``; a process has one language from then on
-(a worker that of the process it works for: ``use_languages``).
+(a worker that of the process it works for: ``use_languages``; an answer of a server that of the
+client: ``answer_in``).
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -56,6 +60,8 @@ LOCALES = os.path.join(os.path.dirname(__file__), "locale")
 
 _VARIABLES = (LANGUAGE, "LANGUAGE", "LC_ALL", "LC_MESSAGES", "LANG")  # the first that is set counts
 _ENGLISH = ("C", "POSIX", "en")
+_ACCEPTED = re.compile(r"([a-zA-Z]+)[\w-]*\s*(?:;\s*q\s*=\s*([01](?:\.[0-9]*)?))?")
+_LONGEST = 1000  # characters of ``Accept-Language`` that are read
 _FORMAT_ERRORS = (LookupError, ValueError, TypeError, AttributeError)  # of str.format
 
 
@@ -160,7 +166,38 @@ def languages() -> list[str]:
 def use_languages(wanted: Sequence[str]) -> None:
     """Show messages in these languages from now on, as ``languages`` returned them elsewhere."""
     os.environ[LANGUAGE] = ":".join(wanted) or "en"
-    _catalogue.cache_clear()
+    _own_catalogue.cache_clear()
+
+
+_asked: ContextVar[str | None] = ContextVar("_asked", default=None)  # by the client of a server
+
+
+@contextmanager
+def answer_in(accepted: str) -> Iterator[None]:
+    """Show messages in this context in the language that a client prefers.
+
+    Args:
+        accepted: ``Accept-Language`` of the client. Without a language that messages have, they
+            are shown in that of this process.
+    """
+    token = _asked.set(_preferred(accepted[:_LONGEST]))
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+@lru_cache(256)
+def _preferred(accepted: str) -> str | None:
+    """Return the language of highest quality in ``Accept-Language`` that messages have."""
+    best, found = 0.0, None
+    for match in map(_ACCEPTED.fullmatch, map(str.strip, accepted.split(","))):
+        if match is None:
+            continue
+        language, quality = match[1].lower(), float(match[2] or 1)
+        if quality > best and (language in _ENGLISH or os.path.isdir(f"{LOCALES}/{language}")):
+            best, found = quality, language
+    return found
 
 
 def shown_language() -> str:
@@ -171,9 +208,19 @@ def shown_language() -> str:
     return (catalogue.info().get("language") or languages()[0]).replace("_", "-")
 
 
-@cache
 def _catalogue() -> NullTranslations | None:
+    language = _asked.get()
+    return _own_catalogue() if language is None else _catalogue_of(language)
+
+
+@cache
+def _own_catalogue() -> NullTranslations | None:
     return _read_catalogue(languages()) if os.path.isdir(LOCALES) else None
+
+
+@cache
+def _catalogue_of(language: str) -> NullTranslations | None:
+    return None if language in _ENGLISH else _read_catalogue([language])
 
 
 def _read_catalogue(wanted: Sequence[str]) -> NullTranslations | None:

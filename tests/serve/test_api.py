@@ -143,6 +143,31 @@ def test_one_bad_image_is_named_and_the_server_goes_on(server):
     assert server.get("/readyz").status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("accepted", "chinese"),
+    [
+        ("zh-CN,zh;q=0.9,en;q=0.8", True),
+        ("fr, zh-TW; q=0.3", True),
+        ("en-GB,zh;q=0.5", False),
+        ("zh;q=0, ../../zh", False),
+        ("fr", False),  # the server's own
+        ("", False),
+    ],
+)
+def test_errors_are_in_the_language_that_the_client_accepts(server, accepted, chinese):
+    headers = {"accept-language": accepted}
+    broken = {"image": base64.b64encode(PICTURE[:200]).decode()}  # read in another thread
+    answers = [
+        server.post("/v1/embeddings", content=b"{", headers=headers),
+        server.post("/v1/embeddings", json={"input": [broken]}, headers=headers),
+        server.get("/v1/images/999999", headers=headers),
+        server.post("/v1/search", json={}, headers=headers | {"sec-fetch-site": "cross-site"}),
+    ]
+    for answer in answers:
+        message = answer.json()["error"]["message"]
+        assert answer.is_client_error and bool(re.search("[一-鿿]", message)) == chinese, message
+
+
 def test_an_image_bomb_is_refused_before_it_is_decoded(server):
     bomb = io.BytesIO()
     Image.new("1", (8_500, 8_500)).save(bomb, "PNG")

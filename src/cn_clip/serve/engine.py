@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -156,7 +157,9 @@ class Engine:
                 async with asyncio.timeout(self.timeout):
                     prepared = await asyncio.gather(
                         *(
-                            loop.run_in_executor(self._decoding, self._prepare, content)
+                            loop.run_in_executor(
+                                self._decoding, copy_context().run, self._prepare, content
+                            )
                             for content in contents
                         )
                     )

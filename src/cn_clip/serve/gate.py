@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import copy_context
+from functools import partial
 from typing import ParamSpec, TypeVar
 
 from cn_clip.serve.problems import overloaded, too_late
@@ -44,7 +46,7 @@ class Gate:
             raise overloaded(1)
         self.inside += 1
         loop = asyncio.get_running_loop()
-        work = self._pool.submit(function, *args, **kwargs)
+        work = self._pool.submit(copy_context().run, partial(function, *args, **kwargs))
 
         def done(_unused: object) -> None:
             with suppress(RuntimeError):  # the loop was closed meanwhile

@@ -21,7 +21,7 @@ from cn_clip.serve.keys import Keys
 from cn_clip.serve.metrics import Metrics
 from cn_clip.serve.problems import RequestError, error_body, overloaded, problem_of
 from cn_clip.serve.settings import Settings, is_loopback
-from cn_clip.translation import _
+from cn_clip.translation import _, answer_in
 
 COOKIE = "cnclip_session"
 OPEN = ("/", "/livez", "/readyz", "/login")  # and the files of the page
@@ -85,6 +85,7 @@ class Guard:
         start = time.perf_counter()
         answer = _Answer()
         body = _Body(self._settings)
+        accepted = dict(scope["headers"]).get(b"accept-language", b"").decode("latin-1")
 
         async def send_secured(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -100,13 +101,14 @@ class Guard:
             await send(message)
 
         try:
-            try:
-                self._check_access(scope)
-                await self._answer(scope, receive, send_secured, body)
-            except CNClipError as error:
-                if answer.status:
-                    raise
-                await _send_problem(problem_of(error), send_secured)
+            with answer_in(accepted):
+                try:
+                    self._check_access(scope)
+                    await self._answer(scope, receive, send_secured, body)
+                except CNClipError as error:
+                    if answer.status:
+                        raise
+                    await _send_problem(problem_of(error), send_secured)
         except asyncio.CancelledError:
             answer.status = answer.status or 499  # the client left
         finally:

@@ -1,6 +1,6 @@
 // Requests to the server. A request without a valid session opens the log-in, and is sent again.
 
-import { t } from "./words.js";
+import { shownLanguage, t } from "./words.js";
 
 const byId = (id) => document.getElementById(id);
 let login = null; // the log-in that is open
@@ -10,8 +10,10 @@ export class Refused extends Error {
 }
 
 export async function ask(path, { body, signal } = {}) {
-  const options = body === undefined ? {} : {
-    method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body),
+  const headers = { "accept-language": shownLanguage() };
+  const options = body === undefined ? { headers } : {
+    method: "POST", headers: { ...headers, "content-type": "application/json" },
+    body: JSON.stringify(body),
   };
   let answer;
   try {

@@ -76,6 +76,7 @@ export function t(name, ...values) {
   return typeof word === "function" ? word(...values) : word;
 }
 
+export const shownLanguage = () => language;
 export const number = (value) => value.toLocaleString(language);
 
 export function startLanguage() {
