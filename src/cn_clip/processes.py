@@ -90,6 +90,12 @@ def cpu_info(*fields: str) -> list[str]:
     return []
 
 
+def cpu_lacks_bfloat16() -> bool:
+    """Return whether the CPUs are known to have no instructions for bfloat16."""
+    flags = cpu_info("flags", "Features")  # the latter of ARM
+    return bool(flags) and not any("bf16" in line for line in flags)
+
+
 def received_signal() -> int:
     """Return the first signal that ``raise_on_signals`` received, or 0."""
     return _signals.first

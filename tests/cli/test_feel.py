@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from data.formats import write_csv
 from train.runs import write_start
 
 from cn_clip import hub, weights
-from cn_clip.cli import run, show
+from cn_clip.cli import run, show, train
 from cn_clip.cli.show import Rate
 from cn_clip.cli.train_events import EventLines
 from cn_clip.cli.train_help import GROUPS
@@ -209,3 +210,19 @@ def test_the_model_of_a_score_is_named_as_it_was_given(tmp_path, capsys):
     given = ["--data", f"csv:{tmp_path}/pairs.csv", "--model", str(model)]
     assert run(["eval", "retrieval", *given]) == 0
     assert capsys.readouterr().out.startswith(f"{model} ")
+
+
+def test_a_table_in_a_pipe_has_no_trailing_blanks(capsys):
+    assert run(["models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 5 and all(line == line.rstrip() for line in lines)
+
+
+def test_a_log_says_how_far_a_run_is_when_it_prints_nothing_else(monkeypatch, capsys):
+    monkeypatch.setattr(train, "_SILENCE", 0.2)
+    with train._event_printer(quiet=False) as on_event:
+        for done in range(5):
+            on_event({"kind": "tick", "what": "computing image features", "done": done, "of": 5})
+            time.sleep(0.15)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"  computing image features: {done} of 5" for done in (2, 4)]

@@ -18,6 +18,7 @@ from cn_clip import weights
 from cn_clip.embeddings.files import read_captions
 from cn_clip.errors import CheckpointError, DataError, TrainingError, UsageError
 from cn_clip.eval.dataset import EvalSet
+from cn_clip.train import loop
 from cn_clip.train.loop import train
 from cn_clip.train.run import checkpoint as states_on_disk
 from cn_clip.train.run.log import Log, read_log
@@ -333,6 +334,17 @@ def test_validation_pairs_in_the_training_data_are_named(pairs, start, tmp_path)
     (warning,) = events(tmp_path / "run", "warning")
     assert warning["text"].startswith("48 validation pairs are in the training data")
     assert len((tmp_path / "run" / "shared.txt").read_text("utf-8").splitlines()) == 48
+
+
+def test_bf16_on_a_cpu_without_it_is_a_warning_once(pairs, start, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "cpu_lacks_bfloat16", lambda: True)
+    for precision, warnings in (("bf16", 1), ("fp32", 0)):
+        machine = {"precision": precision, "device": "cpu"}
+        folder = tmp_path / precision
+        stage = {"steps": 1, "epochs": None}
+        train(make_recipe(pairs, start, folder, stage, data={"val": []}, machine=machine))
+        found = [event["text"] for event in events(folder, "warning")]
+        assert len(found) == warnings and all("--precision fp32" in text for text in found)
 
 
 def test_a_second_run_in_the_folder_is_refused_unless_it_resumes(pairs, start, tmp_path):

@@ -21,6 +21,7 @@ from cn_clip.format_version import FIELD, Format
 from cn_clip.translation import _
 
 BAR_WIDTH = 20
+_PIPE_WIDTH = 160  # characters of a line of output to a pipe
 _RATE_SECONDS = 10.0  # after which an item counts 1 / e of a new one
 _ESTIMATE_SECONDS = 300.0  # of reports; a batch of images may take a minute on a busy CPU
 _MAX_PRINTED = 20  # messages about rows
@@ -36,7 +37,20 @@ Workers = Annotated[int | None, Parameter(validator=Number(gte=0, lte=1024))]
 
 def console() -> Console:
     """Return the console for stdout; output to a pipe is 160 characters wide."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    if sys.stdout.isatty():
+        return Console(highlight=False)
+    return _PipedConsole(highlight=False, width=_PIPE_WIDTH)
+
+
+class _PipedConsole(Console):
+    """A console without the blanks that fill the last column of a table."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        with self.capture() as captured:
+            super().print(*objects, **options)
+        lines = captured.get().split("\n")
+        self.file.write("\n".join(line.rstrip(" ") for line in lines))
+        self.file.flush()
 
 
 def print_json(values: Mapping[str, Any], *, one_line: bool = False) -> None:

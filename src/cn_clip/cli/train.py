@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,6 +21,8 @@ from cn_clip.translation import _
 if TYPE_CHECKING:
     from cn_clip.train.recipe.schema import Recipe
     from cn_clip.train.run.run_dir import Outcome
+
+_SILENCE = 30.0  # seconds without a line, after which a log shows how far the run is
 
 Flags = Annotated[str, Parameter(show=False, allow_leading_hyphen=True)]
 
@@ -166,7 +169,10 @@ def processes() -> int:
 
 @contextmanager
 def _event_printer(quiet: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Yield a function that prints the events of a run, with a progress bar below."""
+    """Yield a function that prints the events of a run, with a progress bar below.
+
+    Without a terminal there is no bar: a line now and then says how far the run is.
+    """
     if quiet:
         yield lambda event: None
         return
@@ -176,10 +182,20 @@ def _event_printer(quiet: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
         tasks: dict[str, Any] = {}
         lines = EventLines()
         out = console() if bars.disable else bars.console
+        printed = time.monotonic()
+
+        def print_line(line: str) -> None:
+            nonlocal printed
+            printed = time.monotonic()
+            out.print(line, markup=False, highlight=False, soft_wrap=True)
 
         def print_event(event: dict[str, Any]) -> None:
             drop_dead_terminal()  # a background run outlives its terminal
-            if event["kind"] == "tick":
+            if event["kind"] == "tick" and bars.disable:
+                if time.monotonic() - printed >= _SILENCE:
+                    what, done, of = event["what"], event["done"], event["of"]
+                    print_line(_("  {what}: {done:,} of {of:,}", what=what, done=done, of=of))
+            elif event["kind"] == "tick":
                 label = event["what"]
                 if label not in tasks:
                     for task in tasks.values():
@@ -187,9 +203,9 @@ def _event_printer(quiet: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
                     tasks.clear()
                     tasks[label] = bars.add_task(label, total=event["of"])
                 bars.update(tasks[label], completed=event["done"])
-                return
-            for line in lines.of(event):
-                out.print(line, markup=False, highlight=False, soft_wrap=True)
+            else:
+                for line in lines.of(event):
+                    print_line(line)
 
         yield print_event
 

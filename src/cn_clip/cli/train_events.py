@@ -166,7 +166,9 @@ def print_summary(outcome: Any) -> None:
     """Print the scores of a run, and where its weights are."""
     out = console()
     if outcome.scores:
-        table = Table("", _("mean recall"), _("gain"), box=None)
+        table = Table("", box=None)
+        for column in (_("mean recall"), _("gain")):
+            table.add_column(column, justify="right")
         first = outcome.scores[0][1]
         for name, value in outcome.scores:
             gain = "" if name == "before" else f"{100 * (value - first):+.2f}"

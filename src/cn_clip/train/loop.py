@@ -17,7 +17,7 @@ from cn_clip.data.loading.loader import map_worker_errors
 from cn_clip.data.sources.open import open_mix
 from cn_clip.errors import UsageError
 from cn_clip.eval.dataset import eval_set_of
-from cn_clip.processes import usable_cpus
+from cn_clip.processes import cpu_lacks_bfloat16, usable_cpus
 from cn_clip.train.batches.batch import CachedLoader, LocalBatch, local_batches
 from cn_clip.train.model.center import center_texts
 from cn_clip.train.model.freeze import batch_norm_mode
@@ -137,12 +137,23 @@ def _start_or_resume(run: Run) -> tuple[Progress, Path | None]:
     saved = states(run.folder)
     if not saved:
         save_start(run)
+        if run.device.type == "cpu" and run.recipe.machine.precision == "bf16":
+            _warn_of_slow_bfloat16(run)
         return Progress(), None
     progress, state = read_progress(saved[-1]), saved[-1]
     if progress.scaler:
         run.precision.scaler.load_state_dict(progress.scaler)
     run.log.record(ResumedEvent(progress.total, progress.step, state.name))
     return progress, state
+
+
+def _warn_of_slow_bfloat16(run: Run) -> None:
+    if cpu_lacks_bfloat16():
+        message = _(
+            "this CPU has no bfloat16 instructions: bf16 takes several times as long as fp32; use "
+            "--precision fp32"
+        )
+        run.log.record(WarningEvent(0, message))
 
 
 def _run_stage(run: Run, progress: Progress, state: Path | None) -> None:

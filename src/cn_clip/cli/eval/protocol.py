@@ -117,15 +117,12 @@ def _print_list(specs: list[Protocol], json: bool) -> None:
         print_json({"protocols": [asdict(spec) for spec in specs]})
         return
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in (
-        N_("protocol"),
-        N_("dataset"),
-        N_("images"),
-        N_("texts"),
-        N_("metric"),
-        N_("published, zero-shot"),
-    ):
-        table.add_column(translate(column))
+    table.add_column(_("protocol"))
+    table.add_column(_("dataset"))
+    table.add_column(_("images"), justify="right")
+    table.add_column(_("texts"), justify="right")
+    table.add_column(_("metric"))
+    table.add_column(_("published, zero-shot"))
     for spec in specs:
         counts = (f"{count:,}" if count else "-" for count in (spec.images, spec.texts))
         table.add_row(
