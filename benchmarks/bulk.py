@@ -19,6 +19,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import resource
 import signal
 import statistics
@@ -308,7 +309,7 @@ def simulate(options: argparse.Namespace, work: Path) -> None:
     words = ["--shards-of", "1", "--device", "cpu"]
     one = work / "one.txt"
     one.write_text("x.jpg\n")
-    idle = _child(["plan", str(one), "--out", str(work / "small"), *words]).ru_maxrss / 1e3
+    _cpu, idle = _child(["plan", str(one), "--out", str(work / "small"), *words])
     measured("plan", ["plan", str(source), "--out", str(out), *words], idle)
     start = time.perf_counter()
     store = open_store(str(out))
@@ -353,7 +354,7 @@ def manifests(options: argparse.Namespace, work: Path) -> None:
     """Measure what reads the manifests of ``simulate``, each in a process of its own."""
     (work / "x.jpg").write_bytes(b"x")
     _child(["plan", str(work / "x.jpg"), "--out", str(work / "small"), "--device", "cpu"])
-    idle = _child(["status", str(work / "small")]).ru_maxrss / 1e3
+    _cpu, idle = _child(["status", str(work / "small")])
     (Path(options.out) / ".work" / "manifests.summary").unlink(missing_ok=True)
     for name, words in (
         ("status, first", ["status", options.out, "--json"]),
@@ -370,21 +371,28 @@ def manifests(options: argparse.Namespace, work: Path) -> None:
 def measured(name: str, words: list[str], idle: float) -> None:
     """Run a command; print its times, its peak memory, and that of the same with one shard."""
     start = time.perf_counter()
-    usage = _child(words)
+    cpu, peak = _child(words)
     seconds = time.perf_counter() - start
     print(
-        f"{name}: {seconds:.1f} s, {usage.ru_utime + usage.ru_stime:.1f} s of CPU, peak "
-        f"{usage.ru_maxrss / 1e3:.0f} MB ({idle:.0f} MB for one shard)",
+        f"{name}: {seconds:.1f} s, {cpu:.1f} s of CPU, peak {peak:.0f} MB ({idle:.0f} MB for one "
+        "shard)",
         flush=True,
     )
 
 
-def _child(words: list[str]) -> resource.struct_rusage:
-    """Run a command; return what it used."""
+def _child(words: list[str]) -> tuple[float, float]:
+    """Run a command; return its seconds of CPU, with its workers, and its own peak memory in MB."""
     command = [sys.executable, "-m", "cn_clip", "bulk", *words]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _pid, _status, usage = os.wait4(process.pid, 0)
-    return usage
+    peak = 0.0
+    while True:
+        pid, _code, usage = os.wait4(process.pid, os.WNOHANG)
+        if pid:
+            return usage.ru_utime + usage.ru_stime, peak
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        if match := re.search(r"VmHWM:\s+(\d+) kB", status):
+            peak = int(match[1]) / 1e3
+        time.sleep(0.05)
 
 
 # kills

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cn_clip.errors import MAX_MESSAGE, DataError, MissingWeightsError, one_line
+from cn_clip.errors import (
+    MAX_MESSAGE,
+    CNClipError,
+    DataError,
+    MissingWeightsError,
+    UnknownModelError,
+    UsageError,
+    one_line,
+)
 
 
 @given(st.text(max_size=2000))
@@ -34,3 +44,22 @@ def test_a_message_that_fits_is_unchanged(message: str) -> None:
 
 def test_line_breaks_and_lone_surrogates_do_not_reach_the_terminal() -> None:
     assert str(DataError("two\nlines \ud83d\x1b[31m")) == "two lines \\ud83d\\x1b[31m"
+
+
+def kinds(base: type[CNClipError]) -> list[type[CNClipError]]:
+    return [base, *(kind for child in base.__subclasses__() for kind in kinds(child))]
+
+
+def test_errors_of_every_kind_come_from_a_worker_as_they_were() -> None:
+    from cn_clip.serve import problems  # noqa: F401
+    from cn_clip.train.run import signals  # noqa: F401
+
+    assert len(kinds(CNClipError)) > 10
+    for kind in kinds(CNClipError):
+        error = kind("the message") if issubclass(kind, OSError) else kind.__new__(kind)
+        error.args = ("the message",)
+        error.__dict__["status"] = 404
+        sent = pickle.loads(pickle.dumps(error))
+        assert (type(sent), str(sent), sent.__dict__) == (kind, "the message", error.__dict__)
+    unknown = pickle.loads(pickle.dumps(UnknownModelError("model", "vit-b-61", ["ViT-B-16"])))
+    assert isinstance(unknown, UsageError) and "did you mean ViT-B-16?" in str(unknown)

@@ -319,6 +319,15 @@ def test_a_locale_with_a_country_uses_the_catalogue_of_its_language(use_catalogu
     assert _("a text") == "文本"
 
 
+def test_a_hostile_list_of_languages_is_read_in_linear_time():
+    for accepted in (
+        "a" * 30_000 + "!",
+        "zh" + "-a" * 30_000 + ";",
+        "zh;q=0." + "0" * 30_000 + "!",
+    ):
+        assert translation._preferred(accepted) is None  # minutes, if it were quadratic
+
+
 @pytest.mark.parametrize("content", [b"", b"not a catalogue", b"\xde\x12\x04\x95" + b"\xff" * 24])
 def test_a_damaged_catalogue_means_english(use_catalogue, tmp_path, content):
     use_catalogue({"a text": "ein Text"})

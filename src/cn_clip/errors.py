@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from cn_clip.translation import _
 
@@ -17,6 +18,20 @@ class CNClipError(Exception):
 
     def __str__(self) -> str:
         return one_line(super().__str__())
+
+    def __reduce__(self) -> Any:
+        # Workers send errors. By default they are made anew from their message, which some do not
+        # take.
+        if isinstance(self, OSError):
+            return super().__reduce__()
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(kind: type[CNClipError], args: tuple[Any, ...], values: dict[str, Any]) -> Any:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(values)
+    return error
 
 
 class UsageError(CNClipError, ValueError):

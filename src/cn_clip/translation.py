@@ -60,7 +60,7 @@ LOCALES = os.path.join(os.path.dirname(__file__), "locale")
 
 _VARIABLES = (LANGUAGE, "LANGUAGE", "LC_ALL", "LC_MESSAGES", "LANG")  # the first that is set counts
 _ENGLISH = ("C", "POSIX", "en")
-_ACCEPTED = re.compile(r"([a-zA-Z]+)[\w-]*\s*(?:;\s*q\s*=\s*([01](?:\.[0-9]*)?))?")
+_ACCEPTED = re.compile(r"([a-zA-Z]{1,8})(?:[-_][\w-]*)?\s*(?:;\s*q\s*=\s*([01](?:\.[0-9]*)?))?")
 _LONGEST = 1000  # characters of ``Accept-Language`` that are read
 _FORMAT_ERRORS = (LookupError, ValueError, TypeError, AttributeError)  # of str.format
 
@@ -185,6 +185,11 @@ def answer_in(accepted: str) -> Iterator[None]:
         yield
     finally:
         _asked.reset(token)
+
+
+def asked_language() -> str | None:
+    """Return the language of this context: ``zh`` or ``en``; None for that of this process."""
+    return _asked.get()
 
 
 @lru_cache(256)

@@ -182,7 +182,7 @@ def test_lines_that_share_the_first_half_of_their_digests_are_different_inputs(
 @pytest.mark.parametrize("sources", [["a", "a"], ["a", "a/0001.jpg"]])
 def test_an_input_in_two_sources_is_refused(tmp_path, tiny_checkpoint, sources):
     write_images(tmp_path / "a", 3)
-    with pytest.raises(DataError, match="two of the sources"):
+    with pytest.raises(DataError, match=r"000\d.jpg is listed twice"):
         plan_in(tmp_path / "out", tiny_checkpoint, *(tmp_path / each for each in sources))
     assert not list((tmp_path / "out").glob("plan_*.json"))
 
@@ -217,6 +217,13 @@ def test_a_planner_loads_the_model_in_a_process_that_ends(tmp_path, tiny_checkpo
     subprocess.run([sys.executable, "-c", script], check=True)
     (plan,) = read_plans(open_store(str(tmp_path / "out")))
     assert plan.rows == 3 and plan.model.dim == 32
+
+
+def test_a_model_that_the_planner_cannot_load_is_named(tmp_path, capsys):
+    write_images(tmp_path / "a", 1)
+    words = ["bulk", "plan", str(tmp_path / "a"), "--out", str(tmp_path / "out")]
+    assert run([*words, "--model", "vit-b-61"]) == 2
+    assert "unknown model 'vit-b-61'; did you mean ViT-B-16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("shards_of", ["0", "-1", "1000001", "x"])

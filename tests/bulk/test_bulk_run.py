@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 
 import numpy as np
@@ -27,6 +27,7 @@ from data.test_index import write_shards
 
 import cn_clip
 from cn_clip.bulk import shard as module
+from cn_clip.bulk.engines.base import Outcome, Task, attempt
 from cn_clip.bulk.plan import existing_plans
 from cn_clip.bulk.run import Portion, driving, run
 from cn_clip.bulk.shard import planned_shards, run_shard
@@ -429,6 +430,29 @@ def test_status_counts_what_is_done_running_and_failed(images, out, tiny_checkpo
     assert (values["done"], values["running"], values["failures"]) == (4, 1, 1)
     assert values["rate"] == 0.5 and values["seconds_left"] == 12
     assert values["failed"] == {"6": "no"}
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_shard_that_fails_in_any_way_is_no_running_one(
+    images, out, tiny_checkpoint, monkeypatch, dies
+):
+    def fail(planned, number, *others):
+        raise SystemExit if dies else MemoryError("8 GB")
+
+    def attempts(task, shards):
+        for number in shards:
+            with suppress(SystemExit):
+                yield attempt(task, number)
+                continue
+            yield Outcome(number, error="its worker died")
+
+    plan_in(out, tiny_checkpoint, images)
+    monkeypatch.setattr(module, "_compute", fail)
+    report = run(open_store(str(out)), attempts, Task(str(out)))
+    assert report.failures == 3
+    status = status_of(open_store(str(out)))
+    assert (status.running, status.failures) == (0, 3)
+    assert set(status.failed.values()) == {"its worker died" if dies else "MemoryError: 8 GB"}
 
 
 def test_clocks_that_are_apart_change_nothing(images, out, tiny_checkpoint, monkeypatch):

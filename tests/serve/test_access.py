@@ -338,3 +338,42 @@ def test_a_file_of_keys_that_others_can_read_is_warned_of(tmp_path):
     path.chmod(0o644)
     with pytest.warns(UserWarning, match="chmod 600"):
         warn_if_readable(str(path))
+
+
+def test_a_request_with_trailers_is_cut(server):
+    with connect(server) as connection:
+        connection.sendall(b"GET /livez HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
+        answer = read_answer(connection)
+        assert answer.status == 200 and answer.headers["connection"] == "close"
+    with connect(server) as connection:
+        connection.sendall(b"POST /login HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
+        connection.sendall(b"0\r\na: b\r\nc: d\r\n")
+        connection.settimeout(5)
+        assert connection.recv(1000) == b""
+
+
+def test_a_get_whose_body_does_not_come_is_answered_and_closed(server):
+    with connect(server) as connection:
+        connection.sendall(b"GET /livez HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n")
+        answer = read_answer(connection)
+        assert answer.status == 200 and answer.headers["connection"] == "close"
+        answer.read()
+        connection.settimeout(5)
+        assert connection.recv(1) == b""
+
+
+@pytest.mark.parametrize("name", ["小王", "andré", "b.c-d_1"])
+def test_the_page_logs_in_with_a_key_of_any_name(tiny_checkpoint, tmp_path, name):
+    path = str(tmp_path / "keys")
+    key = add_key(path, name)
+    with serving(Settings(model=str(tiny_checkpoint), image_batch=1, keys=path)) as client:
+        assert client.get("/v1/models").status_code == 401
+        assert client.post("/login", json={"key": key}).status_code == 204
+        assert client.get("/v1/models").status_code == 200
+
+
+def test_a_body_above_the_bound_of_all_bodies_is_read_if_it_is_alone(tiny_checkpoint):
+    settings = Settings(model=str(tiny_checkpoint), image_batch=1, max_buffered=1000)
+    with serving(settings) as client:
+        values = {"input": "猫", "user": "x" * 200_000}
+        assert client.post("/v1/embeddings", json=values).status_code == 200

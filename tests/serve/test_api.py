@@ -4,16 +4,18 @@ import base64
 import io
 import json
 import re
+import time
 
 import httpx
 import numpy as np
 import pytest
-from conftest import encoded, make_image
+from conftest import TINY, encoded, make_image, make_model
 from openai import OpenAI
 from PIL import Image
 from serve.servers import Settings, body, make_library, photo, serving
 
-from cn_clip import load
+from cn_clip import load, weights
+from cn_clip.cli import run
 from cn_clip.serve import model_routes
 from cn_clip.zeroshot import classify
 
@@ -363,8 +365,6 @@ def test_a_server_without_a_library_says_so(tiny_checkpoint):
 
 
 def test_an_idle_model_is_unloaded_and_comes_back(tiny_checkpoint):
-    import time
-
     settings = Settings(model=str(tiny_checkpoint), image_batch=1, unload_after=0.1)
     with serving(settings) as client:
         first = client.post("/v1/embeddings", json={"input": "猫"}).json()
@@ -375,3 +375,40 @@ def test_an_idle_model_is_unloaded_and_comes_back(tiny_checkpoint):
         assert client.get("/readyz").status_code == 200
         assert client.get("/v1/models").status_code == 200 and not client.service.is_loaded
         assert client.post("/v1/embeddings", json={"input": "猫"}).json() == first
+
+
+def test_a_client_that_leaves_while_the_model_is_loaded_does_not_lose_it(tiny_checkpoint):
+    settings = Settings(model=str(tiny_checkpoint), image_batch=1, unload_after=0.2)
+    with serving(settings) as client:
+        service, loaded = client.service, []
+        load_now = service._load
+
+        def load_slowly(stored):
+            loaded.append(stored)
+            time.sleep(0.6)
+            return load_now(stored)
+
+        service._load = load_slowly
+        while service.is_loaded:
+            time.sleep(0.05)
+        for _attempt in range(3):
+            with pytest.raises(httpx.ReadTimeout):
+                client.post("/v1/embeddings", json={"input": "猫"}, timeout=0.1)
+        assert client.post("/v1/embeddings", json={"input": "猫"}).status_code == 200
+        assert len(loaded) == 1
+
+
+def test_clients_of_clip_retrieval_get_the_model_that_the_library_has_now(
+    tmp_path, tiny_checkpoint
+):
+    library = make_library(tmp_path, tiny_checkpoint, 3)
+    weights.save_folder(make_model(TINY["vit"], seed=1), other := tmp_path / "other")
+    with serving(Settings(library=str(library), image_batch=1)) as client:
+        before = client.post("/knn-service", json={"text": "猫", "num_images": 3}).json()
+        assert run(["index", "--library", str(library), "--model", str(other)]) == 0
+        after = client.post("/knn-service", json={"text": "猫", "num_images": 3}).json()
+        found = client.get("/v1/search?q=猫&k=3").json()["hits"]
+        cosines = {hit["id"]: hit["cosine"] for hit in found}
+        assert before != after and {hit["id"] for hit in after} == set(cosines)
+        for hit in after:
+            assert hit["similarity"] == pytest.approx(cosines[hit["id"]], abs=1e-3)

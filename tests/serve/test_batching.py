@@ -205,3 +205,26 @@ async def test_a_stuck_batch_makes_the_queue_unhealthy():
     await task
     assert batcher.healthy
     await batcher.close()
+
+
+@in_loop
+async def test_closing_waits_for_items_that_are_still_prepared():
+    batcher = make(Tower())
+    batcher.start()
+    with batcher.admitted(1):
+        closing = asyncio.create_task(batcher.close())
+        await asyncio.sleep(0.02)
+        assert await batcher.run([3], [1]) == [6]
+    await closing
+    assert not batcher.healthy
+
+
+@in_loop
+async def test_closing_ends_when_the_last_admitted_client_leaves():
+    batcher = make(Tower())
+    batcher.start()
+    with batcher.admitted(1):
+        closing = asyncio.create_task(batcher.close())
+        await asyncio.sleep(0.02)
+    await asyncio.wait_for(closing, 1)
+    assert not batcher.healthy

@@ -178,6 +178,19 @@ def test_redirects_in_a_circle_end(site):
         fetch_image(url + url + url + url + url + "/x")
 
 
+def test_a_name_that_takes_too_long_to_resolve_is_the_error_of_its_image(site, monkeypatch):
+    monkeypatch.setattr(fetch, "MAX_SECONDS", 0.1)
+    resolve = fetch.socket.getaddrinfo
+
+    def slowly(*parts, **options):
+        time.sleep(0.2)
+        return resolve(*parts, **options)
+
+    monkeypatch.setattr(fetch.socket, "getaddrinfo", slowly)
+    with pytest.raises(RequestError, match="took over"):
+        fetch_image("http://a.example/a.jpg")
+
+
 def test_a_status_other_than_200_is_an_error(site):
     with pytest.raises(RequestError, match="404"):
         fetch_image("http://a.example/missing")

@@ -280,6 +280,21 @@ def test_the_list_is_a_source_of_pairs_and_a_list_of_images(tmp_path, capsys):
     assert run([*words, "--workers", "0", "--overwrite"]) == 0
 
 
+def test_a_list_of_images_in_a_folder_is_packed(tmp_path):
+    source = tmp_path / "源"
+    source.mkdir()
+    for number in range(4):
+        make_image(number, (40, 40)).save(source / f"{number}.png")
+        (source / f"{number}.txt").write_text(f"第{number}张图", encoding="utf-8")
+    kept = tmp_path / "kept.jsonl"
+    lines = [json.dumps({"id": n, "image": str(source / f"{n}.png")}) for n in (1, 3)]
+    kept.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    words = ["data", "pack", f"folder:{source}", "--keep", str(kept), "--workers", "0"]
+    assert run([*words, "--out", str(tmp_path / "packed")]) == 0
+    packed = open_source(f"tar:{tmp_path}/packed/*.tar")
+    assert [packed.row(n).text for n in range(len(packed))] == ["第1张图", "第3张图"]
+
+
 def test_a_list_of_images_in_tar_shards_is_packed(tmp_path, capsys, monkeypatch):
     source = tmp_path / "source"
     source.mkdir()

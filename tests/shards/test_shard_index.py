@@ -123,6 +123,17 @@ def test_rows_of_zeros_and_nan_are_never_found(tmp_path):
     assert np.isfinite(found.scores).all()
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_rows_of_zeros_and_nan_are_not_found_without_an_index(tmp_path, dtype):
+    vectors = clustered(50)
+    vectors[5], vectors[30, 3], vectors[31, 0] = 0, np.nan, np.inf
+    write_shard(tmp_path, 0, vectors, dtype=dtype)
+    found = ShardIndex.open(tmp_path).search(QUERIES, 50)
+    good = np.delete(np.arange(50), [5, 30, 31]) + 1
+    assert np.isfinite(found.scores).all()
+    assert all(sorted(row) == good.tolist() for row in found.indexes.tolist())
+
+
 def test_more_results_than_rows_are_all_rows(tmp_path):
     write_shards(tmp_path, VECTORS[:7], 3)
     assert ShardIndex.open(tmp_path).search(QUERIES[:2], 50).indexes.shape == (2, 7)

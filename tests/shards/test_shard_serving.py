@@ -131,6 +131,8 @@ def test_a_server_of_shards(folder, expected):
         assert bad.status_code == 400 and "without filters" in bad.json()["error"]["message"]
         assert client.get("/v1/search", params={"q": "猫", "k": 0}).status_code == 400
         assert client.get("/v1/search").status_code == 400
+        for wrong in ({"like": 0}, {"q": "x", "k": 2**31}, {"q": "x", "offset": 2**70}):
+            assert client.get("/v1/search", params=wrong).status_code == 400
         described = client.get("/openapi.json").json()["paths"]
         assert "/v1/search" in described and "/v1/embeddings" in described
 
@@ -157,6 +159,12 @@ def test_parts_behind_a_front_find_what_one_index_finds(folder):
         bad = front.post("/v1/search", json={"query": "-室内"})
         assert bad.status_code == 400 and "what to avoid" in bad.json()["error"]["message"]
         assert front.post("/v1/search", json={"k": 3}).status_code == 400
+        assert front.get("/v1/search", params={"like": 0}).status_code == 400
+        for language in ("zh-CN", "en"):
+            headers = {"accept-language": language}
+            bad = front.post("/v1/classify", json={"images": []}, headers=headers)
+            same = whole.post("/v1/classify", json={"images": []}, headers=headers)
+            assert bad.json()["error"] == same.json()["error"]
         assert front.get("/readyz").status_code == 200
         assert front.get("/").status_code == 200
 

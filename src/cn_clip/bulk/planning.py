@@ -8,6 +8,7 @@ import os
 from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -40,6 +41,7 @@ from cn_clip.embeddings.files import with_format
 from cn_clip.errors import CNClipError, DataError, UsageError
 from cn_clip.outputs import claim
 from cn_clip.publish import map_write_errors
+from cn_clip.text import path_text
 from cn_clip.translation import _
 
 _ABOUT = "about.json"
@@ -210,9 +212,18 @@ class _Writer:
         """
         if self._count:
             self._close(self._at)
-        keys = np.sort(np.frombuffer(self._line_keys, LINE_KEY))
-        if (keys[1:] == keys[:-1]).any():
-            raise DataError(_("an input is in two of the sources; give it once"))
+        keys = np.frombuffer(self._line_keys, LINE_KEY)
+        ordered = np.sort(keys)
+        twice = ordered[1:][ordered[1:] == ordered[:-1]]
+        if len(twice):
+            label = self._label(int(np.flatnonzero(keys == twice[0])[0]))
+            raise DataError(_("{label} is listed twice; give it once", label=label))
+
+    def _label(self, number: int) -> str:
+        """Return what a line has of an input: the path of an image, or a file of pairs."""
+        with self.path.open("rb") as stream:
+            values = json.loads(next(islice(stream, number, None)))
+        return path_text(values[1] if isinstance(values, list) else values["path"])
 
     def table(self) -> npt.NDArray[np.void]:
         """Return the rows of all shards."""

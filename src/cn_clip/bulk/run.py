@@ -15,6 +15,7 @@ import numpy.typing as npt
 from cn_clip.bulk.engines.base import Engine, Task
 from cn_clip.bulk.manifest import FOLDER, NAME
 from cn_clip.bulk.plan import Plan, check_version, existing_plans, shard_count
+from cn_clip.bulk.shard import note_failure
 from cn_clip.bulk.store.base import BusyError, Store
 from cn_clip.errors import UsageError
 from cn_clip.translation import _
@@ -115,6 +116,7 @@ def run(
                 report.quarantined += outcome.quarantined
             else:
                 report.failures += 1
+                note_failure(store, outcome.shard, outcome.error)
                 if len(report.failed) < _MAX_LISTED:
                     report.failed[outcome.shard] = outcome.error
             on_progress(report)

@@ -122,6 +122,9 @@ def run_shard(
         except KeyboardInterrupt:
             store.remove(note)
             raise
+        except Exception as error:
+            store.note(note, _note(attempt, f"{type(error).__name__}: {error}"))
+            raise
         store.remove(note)
     return manifest
 
@@ -338,12 +341,25 @@ def _write_metadata(path: Path, columns: dict[str, list[str]]) -> None:
     parquet.write_table(arrow.table(types), path)
 
 
+def note_failure(store: Store, number: int, error: str) -> None:
+    """Note why a shard failed, for ``status``, if its worker died and could not."""
+    note = f"{NOTES}/{number:05}.json"
+    values = _read_note(store, note)
+    if values and values.get("error") is None:
+        store.note(note, json.dumps(values | {"error": error}, ensure_ascii=False).encode())
+
+
 def _attempts(store: Store, note: str) -> int:
+    attempts = _read_note(store, note).get("attempt")
+    return attempts if isinstance(attempts, int) else 0
+
+
+def _read_note(store: Store, note: str) -> dict[str, Any]:
     try:
         values = json.loads(store.read(note) or b"{}")
-        return int(values.get("attempt", 0))
-    except (ValueError, TypeError, AttributeError):
-        return 0
+    except ValueError:
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def _note(attempt: int, error: str | None) -> bytes:

@@ -101,6 +101,8 @@ def parallel_map(
         if isinstance(error, BrokenProcessPool):
             raise DataError(
                 _("a worker died, possibly out of memory; use fewer with --workers")
+                if workers > 1
+                else _("a worker died, possibly out of memory; free some, and run this again")
             ) from None
         raise
     finally:

@@ -136,7 +136,7 @@ class Batcher(Generic[Item, Result]):
             RequestError: there is no room (429), or the server is ending (503).
         """
         if self._closed:
-            raise unavailable(_("the server is ending; try again"))
+            raise unavailable(_("the server is ending, or changes its model; try again"))
         late = (self.inside + cost) > self._max_wait * (self._cost_per_second or math.inf)
         if self.inside and (late or self.inside + cost > self.bound):
             raise overloaded(self.wait_seconds())
@@ -145,6 +145,8 @@ class Batcher(Generic[Item, Result]):
             yield
         finally:
             self.inside -= cost
+            if self._closed:
+                self._arrived.set()  # nothing more may come
 
     async def run(self, items: Sequence[Item], costs: Sequence[int]) -> list[Result | Exception]:
         """Return the result of each admitted item, or the exception that it raised.
@@ -168,7 +170,7 @@ class Batcher(Generic[Item, Result]):
         loop = asyncio.get_running_loop()
         while True:
             if not self._waiting:
-                if self._closed:
+                if self._closed and not self.inside:
                     return
                 self._arrived.clear()
                 await self._arrived.wait()

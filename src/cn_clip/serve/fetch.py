@@ -82,7 +82,8 @@ def _get(url: str, deadline: float) -> bytes | str:
     if parts.query:
         target += f"?{parts.query}"
     headers = {"Accept": "image/*", "User-Agent": "cn-clip", "Connection": "close"}
-    timer = threading.Timer(_left(deadline), connection.cut)  # also while a head trickles in
+    left = max(0.0, deadline - time.monotonic())  # the names of hosts may have taken it
+    timer = threading.Timer(left, connection.cut)  # also while a head trickles in
     timer.daemon = True
     timer.start()
     try:

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import httpx
 from fastapi import APIRouter, FastAPI, Query, Request, Response
 from pydantic import BaseModel
+from pydantic_core import to_json
 
 from cn_clip import __version__
 from cn_clip.serve import page_routes
@@ -123,7 +124,8 @@ def _search_routes(front: Front) -> APIRouter:
         offset: Annotated[int, Query(ge=0)] = 0,
     ) -> Response:
         """Find images in all parts; for curl and links."""
-        given = SearchRequest(query=q, like=like, k=k, offset=offset)
+        values = {"query": q, "like": like, "k": k, "offset": offset}
+        given = parse(SearchRequest, to_json(values))
         return json_response(await _search(front, given, request))
 
     @router.post(

@@ -75,6 +75,7 @@ class Guard:
         self._app, self._settings, self._keys, self._metrics = app, settings, keys, metrics
         self._open = frozenset([*OPEN, *open_paths])
         self._buffered = 0
+        self._max_buffered = max(settings.max_buffered, settings.max_body)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
@@ -117,8 +118,9 @@ class Guard:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, body: _Body) -> None:
         """Read the body, and run the application until it answers or the client leaves."""
-        body.complete = scope["method"] in _SAFE
-        if not body.complete:
+        safe = scope["method"] in _SAFE
+        body.complete = safe and not _has_body(scope)
+        if not safe:
             await body.read(scope, receive, self._buffer)
         left = asyncio.Event()
 
@@ -129,7 +131,7 @@ class Guard:
             await left.wait()
             return {"type": "http.disconnect"}
 
-        if scope["method"] in _SAFE:
+        if safe:  # a body that it has all the same is not read
             await self._app(scope, receive_body, send)
             return
         work = asyncio.ensure_future(self._app(scope, receive_body, send))
@@ -145,7 +147,7 @@ class Guard:
 
     def _buffer(self, size: int) -> None:
         """Account for bytes of bodies in memory."""
-        if self._buffered + size > self._settings.max_buffered and self._buffered:
+        if self._buffered + size > self._max_buffered:
             raise overloaded(1)
         self._buffered += size
 
@@ -256,6 +258,11 @@ class _Body:
             status=413,
             code="body_too_large",
         )
+
+
+def _has_body(scope: Scope) -> bool:
+    headers = dict(scope["headers"])
+    return b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
 
 
 async def _disconnected(receive: Receive) -> None:

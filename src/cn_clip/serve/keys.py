@@ -14,6 +14,7 @@ import stat
 import time
 import warnings
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 from cn_clip.errors import UsageError
 from cn_clip.files import MAX_TEXT, as_path, lines_of, read_file
@@ -70,19 +71,19 @@ class Keys:
         return found
 
     def new_session(self, name: str, secret: bytes) -> str:
-        """Return the value of a session cookie for the key of a name."""
-        return _signed(
-            f"{name}:{int(time.time()) + SESSION_SECONDS}", self._current()[name], secret
-        )
+        """Return the value of a session cookie, in ASCII, for the key of a name."""
+        until = int(time.time()) + SESSION_SECONDS
+        return _signed(f"{quote(name, safe='')}:{until}", self._current()[name], secret)
 
     def name_of_session(self, value: str, secret: bytes) -> str | None:
         """Return the name of the key of a session; None if it is invalid, expired or revoked."""
-        name, _colon, rest = value.partition(":")
+        quoted, _colon, rest = value.partition(":")
+        name = unquote(quoted)
         until, _colon, _signature = rest.partition(":")
         stored = self._current().get(name)
         if stored is None or not (until.isascii() and until.isdigit() and len(until) < 16):
             return None
-        expected = _signed(f"{name}:{until}", stored, secret)
+        expected = _signed(f"{quoted}:{until}", stored, secret)
         valid = hmac.compare_digest(expected.encode(), value.encode("utf-8", "replace"))
         return name if valid and int(until) > time.time() else None
 

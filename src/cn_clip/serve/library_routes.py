@@ -14,9 +14,10 @@ from pydantic import BaseModel
 from pydantic_core import to_json
 
 from cn_clip.errors import LibraryError
-from cn_clip.search.folder import CACHE
+from cn_clip.search.folder import CACHE, StoredModel
 from cn_clip.search.images import image_bytes, thumbnail_of
 from cn_clip.search.vectors import search_vectors
+from cn_clip.serve.engine import Engine
 from cn_clip.serve.index_run import IndexRuns
 from cn_clip.serve.inputs import image_content, parse, text_of
 from cn_clip.serve.problems import RequestError
@@ -219,17 +220,19 @@ async def contents_of(service: Service, images: list[Any]) -> list[bytes]:
 
 async def _knn(service: Service, given: KnnRequest) -> list[dict[str, Any]]:
     library = service.opened_library()
-    vector = await knn_vector(service, given)
-    return await service.searches.run(_nearest, library, vector, given.num_images)
+    model = (await service.searches.run(library.folder.snapshot)).model
+    vector = await knn_vector(service, await service.engine_for(model), given)
+    return await service.searches.run(_nearest, library, model, vector, given.num_images)
 
 
-async def knn_vector(service: Service, given: KnnRequest) -> npt.NDArray[np.float32]:
+async def knn_vector(
+    service: Service, engine: Engine, given: KnnRequest
+) -> npt.NDArray[np.float32]:
     """Return the unit vector (D,) that a client of clip-retrieval searches with.
 
     Raises:
         RequestError: the request gives none.
     """
-    engine = await service.engine()
     vectors = []
     if given.text:
         text = text_of(given.text, "text", service.settings.max_text)
@@ -258,9 +261,11 @@ async def knn_vector(service: Service, given: KnnRequest) -> npt.NDArray[np.floa
     return unit
 
 
-def _nearest(library: ServedLibrary, vector: Any, k: int) -> list[dict[str, Any]]:
+def _nearest(
+    library: ServedLibrary, model: StoredModel, vector: Any, k: int
+) -> list[dict[str, Any]]:
     snapshot = library.folder.snapshot()
-    if snapshot.model.dim != len(vector):
+    if snapshot.model.id != model.id:
         raise RequestError(_("the model of the library has changed; try again"), status=503)
     top = search_vectors(
         snapshot.vectors,

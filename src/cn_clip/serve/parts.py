@@ -16,7 +16,7 @@ import httpx
 from cn_clip.errors import UsageError
 from cn_clip.serve.problems import RequestError, unavailable
 from cn_clip.serve.settings import PARTS_KEY_VARIABLE
-from cn_clip.translation import _
+from cn_clip.translation import _, asked_language
 
 _CONNECTIONS = 64  # to each part
 _CONNECT_SECONDS = 5.0  # to connect, a free connection awaited
@@ -196,6 +196,8 @@ class Parts:
         """Return what a part answered. Whatever goes wrong costs the results of this part only."""
         url = self.urls[number - 1] + target
         headers = {} if body is None else {"content-type": "application/json"}
+        if (language := asked_language()) is not None:
+            headers["accept-language"] = language
         seconds = _PROBE_TIMEOUT if client is self._prober else self._timeout
         try:
             async with asyncio.timeout(seconds):  # in all: a part may send a byte now and then

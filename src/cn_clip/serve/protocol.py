@@ -1,4 +1,4 @@
-"""HTTP connections whose head is bounded in bytes and seconds."""
+"""HTTP connections whose head is bounded in bytes and seconds, and which take no trailers."""
 
 from __future__ import annotations
 
@@ -46,6 +46,13 @@ class BoundedProtocol(HttpToolsProtocol):
         """Start to wait for a head."""
         super().on_message_begin()
         self._wait_for_head()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header; a trailer, after the body, ends the connection: nothing reads them."""
+        if self._in_head:
+            super().on_header(name, value)
+        else:
+            self._give_up()
 
     def on_headers_complete(self) -> None:
         """Stop waiting."""

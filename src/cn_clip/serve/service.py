@@ -7,9 +7,10 @@ import logging
 import os
 import subprocess
 import time
+from collections.abc import Coroutine
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from cn_clip.backends.pipeline import ImagePreparation
 from cn_clip.embedder import Embedder, load
@@ -31,6 +32,8 @@ from cn_clip.serve.settings import Settings
 from cn_clip.shards.library import ShardLibrary
 from cn_clip.text import path_text
 from cn_clip.translation import _
+
+T = TypeVar("T")
 
 DEFAULT_MODEL = "mini"
 _SEARCH_THREADS = 4
@@ -115,7 +118,7 @@ class Service:
         self._engine: Engine | None = None
         self._ticker: asyncio.Task[None] | None = None
         self._preparing: asyncio.Task[None] | None = None
-        self._closing: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()  # that nobody waits for
 
     def _open(self, name: str) -> None:
         """Open the library, or the folder of embedding shards."""
@@ -191,6 +194,23 @@ class Service:
         return await self._switch_to(stored)
 
     async def _switch_to(self, stored: StoredModel | None) -> Engine:
+        """Load a model, and return it. Loading goes on if the client that asked for it leaves."""
+        return await asyncio.shield(self._start_task(self._switch(stored)))
+
+    def _start_task(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Start what goes on whether or not somebody waits for it."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+
+        def ended(task: asyncio.Task[T]) -> None:
+            self._tasks.discard(task)
+            if not task.cancelled():
+                task.exception()  # known to whoever still waits; else not worth a traceback
+
+        task.add_done_callback(ended)
+        return task
+
+    async def _switch(self, stored: StoredModel | None) -> Engine:
         async with self._model_lock:
             wanted = stored.id if stored else None
             if self._engine is not None and self._model_id == wanted:
@@ -332,11 +352,8 @@ class Service:
 
     def _close_later(self, engine: Engine | None) -> None:
         """Close an engine once the requests inside are done."""
-        if engine is None:
-            return
-        task = asyncio.ensure_future(engine.close())
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
+        if engine is not None:
+            self._start_task(engine.close())
 
     async def _tick(self) -> None:
         """Update gauges, and unload an idle model."""

@@ -6,6 +6,7 @@ from pathlib import PurePath
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
+from pydantic_core import to_json
 
 from cn_clip.errors import CNClipError, DataError
 from cn_clip.search.hit import Hit
@@ -49,7 +50,8 @@ def shard_routes(service: Service, shards: ServedShards) -> APIRouter:
         offset: Annotated[int, Query(ge=0)] = 0,
     ) -> Response:
         """Find images by text, or by images of the shards; for curl and links."""
-        given = SearchRequest(query=q, like=like, k=k, offset=offset)
+        values = {"query": q, "like": like, "k": k, "offset": offset}
+        given = parse(SearchRequest, to_json(values))
         return json_response(await _search(service, shards, given, request))
 
     @router.get(
@@ -91,7 +93,7 @@ def shard_routes(service: Service, shards: ServedShards) -> APIRouter:
     async def knn(request: Request) -> Response:
         """Find images, as clients of clip-retrieval ask."""
         given = parse(KnnRequest, await request.body())
-        vector = await knn_vector(service, given)
+        vector = await knn_vector(service, await service.engine(), given)
         return json_response(await service.searches.run(_nearest, shards, vector, given.num_images))
 
     @router.get("/indices-list", responses=errors(404), tags=["clip-retrieval"])

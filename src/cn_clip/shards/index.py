@@ -18,7 +18,7 @@ from cn_clip.shards.encoding import TUNED_K
 from cn_clip.shards.folder import SPAN, ShardFolder, ids_of
 from cn_clip.shards.lists import Lists
 from cn_clip.shards.row_reader import RowReader
-from cn_clip.shards.training import Trained
+from cn_clip.shards.training import Trained, has_direction
 from cn_clip.topk import TopK, top_k
 
 Array = npt.NDArray[Any]
@@ -155,7 +155,9 @@ class ShardIndex:
         if vectors.dtype == np.float16:
             found = search_exact(vectors, queries, k)
         else:
-            found = top_k(queries, vectors, min(k, len(vectors)))
+            valid = np.flatnonzero(has_direction(vectors))
+            found = top_k(queries, vectors[valid], min(k, len(valid)))
+            found = TopK(valid[found.indexes], found.scores)
         return TopK(ids_of(shard, found.indexes), found.scores)
 
 

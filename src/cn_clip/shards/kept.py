@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cn_clip.data.sources.base import Source
+from cn_clip.data.sources.folder import Folder
 from cn_clip.data.sources.lines import line_end, stream_lines
 from cn_clip.data.sources.open import parts_of
 from cn_clip.data.sources.remote import is_remote
@@ -130,7 +131,8 @@ def _values(
 def rows_left_out(path: Path, source: Source) -> Rows:
     """Return the indexes (N,) of the pairs of a source whose images are not in a list.
 
-    The list is of shards that were embedded from this source: ``image`` is ``KIND:PATH#ID`` there.
+    The list is of shards that were embedded from this source: ``image`` is ``KIND:PATH#ID`` there,
+    and the path of the image for a folder.
     Memory: 16 bytes for each image of the list.
 
     Raises:
@@ -139,9 +141,8 @@ def rows_left_out(path: Path, source: Source) -> Rows:
     kept = _values(path, "image", _digest, _DIGEST)
     left_out, first = [np.empty(0, np.int64)], 0
     for part in parts_of(source):
-        place = _place(part)
-        labels = (_digest(f"{place}#{_image_id(part, row)}") for row in range(len(part)))
-        found = np.isin(np.fromiter(labels, _DIGEST, len(part)), kept)
+        digests = np.fromiter(map(_digest, _labels(part)), _DIGEST, len(part))
+        found = np.isin(digests, kept)
         left_out.append(first + np.flatnonzero(~found))
         first += len(part)
     indexes = np.concatenate(left_out)
@@ -182,6 +183,17 @@ def _digest(label: Any) -> bytes:
     if not isinstance(label, str):
         raise ValueError(label)
     return hashlib.blake2b(label.encode(), digest_size=_DIGEST.itemsize).digest()
+
+
+def _labels(part: Source) -> Iterator[str]:
+    """Yield what ``bulk`` calls the image of each row."""
+    if isinstance(part, Folder):
+        for row in range(len(part)):
+            yield path_text(os.path.abspath(part.image_path(row)))
+        return
+    place = _place(part)
+    for row in range(len(part)):
+        yield f"{place}#{_image_id(part, row)}"
 
 
 def _place(part: Source) -> str:
