@@ -161,6 +161,7 @@ def fields(v: dict[str, Any]) -> dict[str, Any]:
         "build_hours": f"{s['build_hours']:,.0f}",
         "sample": size((1 << 20) * 4 * 384),
         "machine": v["index"]["machine"],
+        "machine_zh": v["index"]["machine_zh"],
         "quick": f"{v['index']['large']['quick_ms']:g}",
         "quick_small": f"{v['index']['small']['quick_ms']:g}",
         "cpu_rate": f"{1e3 * v['cpu']['bf16']:,.0f}",

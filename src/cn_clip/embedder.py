@@ -227,7 +227,7 @@ class Embedder:
         Args:
             images: one image or any number of them: paths, bytes, PIL images, arrays (H, W, 3) or
                 uint8 tensors (3, H, W). A folder is all images in it, in the order of
-                ``cn_clip.find_images(folder)``. Float tensors (3, S, S) or (N, 3, S, S) are
+                ``cn_clip.find_images([folder])``. Float tensors (3, S, S) or (N, 3, S, S) are
                 outputs of ``preprocess``.
             batch_size: images per batch; the default is that of the embedder.
             progress: True shows a bar on stderr; a function is called with (done, total).
@@ -426,7 +426,8 @@ def load(
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; ``"auto"`` takes a GPU if there is
             one.
         precision: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"fp32"``, ``"bf16"``,
-            ``"fp16"``; for exports ``"int8"`` too. ``"auto"`` is float16 on CUDA and float32
+            ``"fp16"``; for exports ``"int8"`` and, in OpenVINO, ``"int8+bfloat16"`` too: bfloat16 in the layers
+            that are not int8. ``"auto"`` is float16 on CUDA and float32
             elsewhere.
         fast_decode: decode large JPEG files at reduced size. Faster; embeddings differ slightly.
         max_pixels: images with more pixels are refused before they are decoded; 2**27 by default.

@@ -167,7 +167,7 @@ def test_lines_say_which_weights_a_score_is_of():
         return text
 
     assert "mean recall before training: 50.00 % (" in line("one", 0)
-    assert "at step 7: 50.00 %, before training 30.00 %, best so far 40.00 %" in line("one", 7)
+    assert "at step 7: 50.00 %, before training 30.00 %, best before this 40.00 %" in line("one", 7)
     assert "of the interpolated weights" in line("one, mixed", 7)
     assert "of the final weights" in line("final", 7)
 

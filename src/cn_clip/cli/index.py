@@ -54,7 +54,7 @@ def index(
     library
         A name, or the path of a folder.
     include
-        Glob of files to index, such as *.jpg or 2024/*; repeat for several.
+        Glob of files to index: `*.jpg` or `2024/*`; repeat for several.
     exclude
         Glob of files or folders to skip; repeat for several.
     hidden

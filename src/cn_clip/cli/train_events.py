@@ -139,7 +139,7 @@ def _lines(event: dict[str, Any], left: str) -> Iterator[str]:
             when = _("at step {step:,}", step=event["step"])
         earlier = "".join(
             _(", {name} {recall:.2f} %", name=translate(name), recall=100 * event[key])
-            for key, name in (("before", N_("before training")), ("best", N_("best so far")))
+            for key, name in (("before", N_("before training")), ("best", N_("best before this")))
             if total and event[key] is not None
         )
         yield (
