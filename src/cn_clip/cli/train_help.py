@@ -32,7 +32,8 @@ GROUPS = {
     N_("Training"): (
         ("--epochs", "INT", "stages.NAME.epochs"),
         ("--steps", "INT", "stages.NAME.steps"),
-        ("--lr --learning-rate", "FLOAT", "stages.NAME.optimizer.learning_rate"),
+        ("--learning-rate", "FLOAT", "stages.NAME.optimizer.learning_rate"),
+        ("--lr", "FLOAT", "lr"),
         ("--global-batch-size", "INT", "stages.NAME.global_batch_size"),
         ("--batch-size", "INT", ""),
         ("--micro-batch-size", "INT", "stages.NAME.micro_batch_size"),
@@ -54,6 +55,7 @@ GROUPS = {
     ),
 }
 _OF_PROCESS = N_("The same per process, as in the official package")
+_UNSCALED = N_("Peak learning rate, not scaled to the batch size")
 _LORA = N_("Train low-rank updates of the attention matrices alone")
 
 
@@ -74,7 +76,7 @@ def _panels(like: HelpPanel) -> list[HelpPanel]:
     from cn_clip.train.recipe.schema import options
 
     texts = {name: text for name, _kind, _default, text in options()}
-    texts |= {"": _OF_PROCESS, "stages.NAME.lora": _LORA}
+    texts |= {"": _OF_PROCESS, "lr": _UNSCALED, "stages.NAME.lora": _LORA}
     panels = []
     for title, rows in GROUPS.items():
         entries = [
