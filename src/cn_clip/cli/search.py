@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import os
 import re
 import sys
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?", re.IGNORECASE)
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+_OPTION = re.compile(r"(--[a-zA-Z][a-zA-Z-]*)(?:=.*)?|(-[a-zA-Z])", re.DOTALL)
 
 # "-2:room.jpg" and "-17" are terms to avoid.
 Terms = Annotated[
@@ -102,6 +106,7 @@ def search(
     """
     from cn_clip import search as searching
 
+    _refuse_options(query)
     page = _claimed_page(out, library, open=open)
     filters = searching.Filters(
         folder=folder,
@@ -144,6 +149,30 @@ def search(
     if out is not None:
         print(_("written: {out}", out=out))
     return 0
+
+
+def _refuse_options(query: tuple[str, ...]) -> None:
+    """Refuse options that do not exist, which are no terms to avoid, such as -k and --tpo.
+
+    Raises:
+        UsageError: there is one.
+    """
+    match = next((match for term in query if (match := _OPTION.fullmatch(term))), None)
+    if match is None:
+        return
+    option = match[1] or match[2]
+    known = [*inspect.signature(search).parameters, *LibraryLoading.__dataclass_fields__]
+    names = [f"--{name.replace('_', '-')}" for name in known if name not in ("query", "loading")]
+    near = difflib.get_close_matches(option, names, n=1, cutoff=0.6)
+    raise UsageError(
+        _(
+            "unknown option {option}{hint}; run `cn-clip search --help`. To avoid a word, write "
+            "-1:{word}",
+            option=option,
+            hint=_(" (did you mean {name}?)", name=near[0]) if near else "",
+            word=option.lstrip("-"),
+        )
+    )
 
 
 def _opened(name: str, loading: LibraryLoading, calibration: str | None) -> Library | ShardLibrary:
