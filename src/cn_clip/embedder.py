@@ -426,9 +426,8 @@ def load(
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; ``"auto"`` takes a GPU if there is
             one.
         precision: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"fp32"``, ``"bf16"``,
-            ``"fp16"``; for exports ``"int8"`` and, in OpenVINO, ``"int8+bfloat16"`` too: bfloat16 in the layers
-            that are not int8. ``"auto"`` is float16 on CUDA and float32
-            elsewhere.
+            ``"fp16"``; for exports ``"int8"`` and, in OpenVINO, ``"int8+bfloat16"`` too: bfloat16
+            in the layers that are not int8. ``"auto"`` is float16 on CUDA and float32 elsewhere.
         fast_decode: decode large JPEG files at reduced size. Faster; embeddings differ slightly.
         max_pixels: images with more pixels are refused before they are decoded; 2**27 by default.
         download_root: the folder that is searched first, and downloaded to.
