@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,6 +22,12 @@ from cn_clip import config, weights
 from cn_clip.config import ModelConfig, TextConfig, VisionConfig
 from cn_clip.export import export
 from cn_clip.model.clip import CLIP, initialize
+
+# A shell's background job and nohup ignore these, and processes of the tests inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 torch.set_num_threads(1)  # more threads do not help tiny models
 

@@ -221,6 +221,11 @@ def test_a_table_in_a_pipe_has_no_trailing_blanks(capsys):
     assert len(lines) > 5 and all(line == line.rstrip() for line in lines)
 
 
+def test_a_sentence_in_a_pipe_is_one_line(capsys):
+    show.console().print("词" * 300, markup=False)
+    assert capsys.readouterr().out == "词" * 300 + "\n"
+
+
 def test_a_log_says_how_far_a_run_is_when_it_prints_nothing_else(monkeypatch, capsys):
     monkeypatch.setattr(train, "_SILENCE", 0.2)
     with train._event_printer(quiet=False) as on_event:

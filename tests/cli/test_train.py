@@ -124,7 +124,6 @@ def test_a_terminal_that_is_closed_saves_the_run(recipe_file, tmp_path):
 
     def in_terminal():
         os.setsid()
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's setting is inherited
         fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
 
     process = subprocess.Popen(

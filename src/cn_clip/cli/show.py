@@ -43,9 +43,11 @@ def console() -> Console:
 
 
 class _PipedConsole(Console):
-    """A console without the blanks that fill the last column of a table."""
+    """A console that breaks no sentences, and has no blanks at the ends of the rows of a table."""
 
     def print(self, *objects: Any, **options: Any) -> None:
+        if all(isinstance(each, str) for each in objects):
+            options.setdefault("soft_wrap", True)
         with self.capture() as captured:
             super().print(*objects, **options)
         lines = captured.get().split("\n")
