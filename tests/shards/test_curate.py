@@ -280,12 +280,17 @@ def test_the_list_is_a_source_of_pairs_and_a_list_of_images(tmp_path, capsys):
     assert run([*words, "--workers", "0", "--overwrite"]) == 0
 
 
+def write_captioned(folder, count):
+    """Write images with their captions beside them, and return the folder."""
+    folder.mkdir()
+    for number in range(count):
+        make_image(number, (40, 40)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"第{number}张图", encoding="utf-8")
+    return folder
+
+
 def test_a_list_of_images_in_a_folder_is_packed(tmp_path):
-    source = tmp_path / "源"
-    source.mkdir()
-    for number in range(4):
-        make_image(number, (40, 40)).save(source / f"{number}.png")
-        (source / f"{number}.txt").write_text(f"第{number}张图", encoding="utf-8")
+    source = write_captioned(tmp_path / "源", 4)
     kept = tmp_path / "kept.jsonl"
     lines = [json.dumps({"id": n, "image": str(source / f"{n}.png")}) for n in (1, 3)]
     kept.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -296,11 +301,7 @@ def test_a_list_of_images_in_a_folder_is_packed(tmp_path):
 
 
 def test_a_list_of_images_in_tar_shards_is_packed(tmp_path, capsys, monkeypatch):
-    source = tmp_path / "source"
-    source.mkdir()
-    for number in range(6):
-        make_image(number, (40, 40)).save(source / f"{number}.png")
-        (source / f"{number}.txt").write_text(f"第{number}张图", encoding="utf-8")
+    source = write_captioned(tmp_path / "source", 6)
     packed = tmp_path / "tars"
     words = ["data", "pack", f"folder:{source}", "--out", str(packed), "--images-per-shard", "4"]
     assert run([*words, "--workers", "0"]) == 0

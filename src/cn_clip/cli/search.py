@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import os
 import re
@@ -18,6 +17,7 @@ from rich.text import Text
 
 from cn_clip.cli.library_options import DEFAULT, LibraryLoading
 from cn_clip.cli.show import Flag, console, print_json
+from cn_clip.cli.usage import unknown_option
 from cn_clip.errors import UsageError
 from cn_clip.translation import _, translate
 
@@ -163,13 +163,10 @@ def _refuse_options(query: tuple[str, ...]) -> None:
     option = match[1] or match[2]
     known = [*inspect.signature(search).parameters, *LibraryLoading.__dataclass_fields__]
     names = [f"--{name.replace('_', '-')}" for name in known if name not in ("query", "loading")]
-    near = difflib.get_close_matches(option, names, n=1, cutoff=0.6)
     raise UsageError(
         _(
-            "unknown option {option}{hint}; run `cn-clip search --help`. To avoid a word, write "
-            "-1:{word}",
-            option=option,
-            hint=_(" (did you mean {name}?)", name=near[0]) if near else "",
+            "{unknown_option}; run `cn-clip search --help`. To avoid a word, write -1:{word}",
+            unknown_option=unknown_option(option, names),
             word=option.lstrip("-"),
         )
     )

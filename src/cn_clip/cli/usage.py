@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from cyclopts import exceptions
@@ -59,7 +60,13 @@ def _commands(app: App) -> list[str]:
 
 def _unknown_option(error: exceptions.UnknownOptionError) -> str:
     option = (error.token.keyword or error.token.value).partition("=")[0]
-    known = [name for argument in error.argument_collection for name in argument.names]
+    return unknown_option(
+        option, [name for argument in error.argument_collection for name in argument.names]
+    )
+
+
+def unknown_option(option: str, known: Sequence[str]) -> str:
+    """Return the words for an option that does not exist, with the nearest of those that do."""
     near = difflib.get_close_matches(option, known, n=1, cutoff=0.6)
     if near:
         return _("unknown option {option} (did you mean {name}?)", option=option, name=near[0])

@@ -155,8 +155,10 @@ class ShardIndex:
         if vectors.dtype == np.float16:
             found = search_exact(vectors, queries, k)
         else:
-            valid = np.flatnonzero(has_direction(vectors))
-            found = top_k(queries, vectors[valid], min(k, len(valid)))
+            good = has_direction(vectors)
+            valid = np.flatnonzero(good)
+            # Without a copy if all are, as nearly always: the file is mapped.
+            found = top_k(queries, vectors if good.all() else vectors[good], min(k, len(valid)))
             found = TopK(valid[found.indexes], found.scores)
         return TopK(ids_of(shard, found.indexes), found.scores)
 
